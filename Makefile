@@ -1,0 +1,48 @@
+# Everything here needs Python 3.11 or newer and make; the first call installs into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: help quickstart test test-slow test-browser lint clean
+help:
+	@echo 'make quickstart    install, and see in minutes that pretraining helps'
+	@echo 'make test          install, check style, types and layers, run the tests'
+	@echo 'make test-slow     three seeds of the quickstart, and every command of README'
+	@echo 'make test-browser  open a report in headless Chromium'
+	@echo 'make lint          style, types and layers alone'
+	@echo 'make clean         remove .venv and what tools left behind'
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "OpenMAE needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/user.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing OpenMAE into .venv (a few minutes the first time) ...'
+	$(PIP) -e .
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing OpenMAE and its development tools into .venv (a few minutes the first time) ...'
+	$(PIP) -e '.[dev]'
+	@touch $@ .venv/user.stamp
+
+quickstart: .venv/user.stamp
+	$(BIN)/mae quickstart
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+test-slow: .venv/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+test-browser: .venv/dev.stamp
+	$(BIN)/python -m pytest -m browser
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,149 @@
+"""``mae evaluate``: how good a checkpoint is on the validation set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from lightning.fabric import Fabric
+from torch import nn
+
+from openmae.actions.checkpoint import open_checkpoint
+from openmae.actions.reports import classifier_report, pretrained_report
+from openmae.actions.run import running, show_table
+from openmae.actions.sources import open_images
+from openmae.data.images import ImageIndex
+from openmae.data.loaders import EvaluationLoader, evaluation_loader
+from openmae.data.normalise import Normaliser
+from openmae.data.transforms import EvalTransform
+from openmae.errors import DataError
+from openmae.models.mae import MaskedAutoencoder
+from openmae.models.weights import CheckpointInfo
+from openmae.results.pictures import reconstruction_grid, save_confusion_matrix
+from openmae.spec.load import load_spec
+from openmae.spec.schema import ExperimentSpec
+from openmae.training.devices import build_fabric, launch, share_cores
+from openmae.training.finetune import predict, score
+from openmae.training.pretrain import PretrainTask
+
+PICTURES = 8  # images of a reconstruction grid
+
+
+@dataclass(frozen=True)
+class Request:
+    """What evaluate and inference hand to each process."""
+
+    spec: ExperimentSpec
+    folder: Path
+    model: nn.Module
+    info: CheckpointInfo
+    index: ImageIndex
+    batch_size: int
+
+    @property
+    def normalise(self) -> Normaliser:
+        """Of the checkpoint."""
+        return Normaliser(self.info.mean, self.info.std)
+
+    def loader(self, fabric: Fabric) -> EvaluationLoader:
+        """This process's share of the images, in order."""
+        dataset = self.spec.dataset
+        size, channels = self.info.model.input_size, self.info.model.in_chans
+        return evaluation_loader(
+            self.index,
+            EvalTransform(size, channels, dataset.augmentation.interpolation),
+            batch_size=self.batch_size,
+            num_workers=dataset.num_workers_per_gpu,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            results=self.folder,
+            max_corrupt_fraction=dataset.max_corrupt_fraction,
+        )
+
+    def pretrain_task(self) -> PretrainTask:
+        """The autoencoder with the spec's masks."""
+        assert isinstance(self.model, MaskedAutoencoder)
+        return PretrainTask(
+            self.model,
+            self.normalise,
+            mask_ratio=self.info.model.mask_ratio,
+            seed=self.spec.train.seed,
+            monitor="val_loss",
+        )
+
+
+def run(spec: ExperimentSpec) -> dict[str, float]:
+    """Measure a checkpoint of either stage.
+
+    finetune: ``ACC_all``, ``ACC_top5``, ``val_loss``, a table of the classes and a confusion matrix. pretrain:
+    ``val_loss`` under fixed masks, reconstructions, and ``knn_acc`` and ``probe_acc`` where the images have classes.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        UserError: the request is wrong.
+    """
+    spec = load_spec(spec, action="evaluate")
+    with running(spec, "evaluate") as running_action:
+        model, info = open_checkpoint(spec, "evaluate")
+        source, key = spec.dataset.val_data_sources, "dataset.val_data_sources"
+        if info.stage == "finetune":
+            index = match_classes(open_images(source, key, labelled=True), info.class_names)
+        else:
+            index = open_images(source, key, labelled=None)
+        request = Request(spec, running_action.folder, model, info, index, spec.batch_size("evaluate"))
+        section = spec.evaluate
+        fabric = build_fabric("evaluate", section.num_gpus, section.gpu_ids, section.num_nodes)
+        work = _evaluate_classifier if info.stage == "finetune" else _evaluate_pretrained
+        metrics = launch(fabric, work, request)
+        running_action.status.write("RUNNING", "Evaluated", kpi=metrics)
+        show_table(
+            f"{info.model.arch} on {len(index):,} images",
+            [(name, f"{value:.4f}") for name, value in metrics.items()],
+        )
+    return metrics
+
+
+def match_classes(index: ImageIndex, class_names: tuple[str, ...]) -> ImageIndex:
+    """Number the images' classes as the checkpoint does.
+
+    Raises:
+        DataError: a class that the checkpoint does not know.
+    """
+    if unknown := [name for name in index.class_names if name not in class_names]:
+        raise DataError(
+            f"dataset.val_data_sources has {len(unknown)} class(es) that the checkpoint was not trained on: "
+            f"{', '.join(unknown[:5])}.",
+            f"Use the training set's class names: {', '.join(class_names[:5])}{', ...' if class_names[5:] else ''}.",
+        )
+    number = [class_names.index(name) for name in index.class_names]
+    labels = tuple(number[label] for label in index.labels or ())
+    return replace(index, labels=labels, class_names=class_names)
+
+
+def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
+    share_cores(fabric)
+    task, loader = request.pretrain_task(), request.loader(fabric)
+    fabric.to_device(request.model)
+    metrics = task.validate(fabric, request.model, loader)
+    if fabric.is_global_zero:
+        picture = request.folder / "reconstructions" / "validation.png"
+        reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
+        pretrained_report(request.folder, "evaluate", request.info, len(request.index), metrics, picture)
+    return metrics
+
+
+def _evaluate_classifier(fabric: Fabric, request: Request) -> dict[str, float]:
+    share_cores(fabric)
+    fabric.to_device(request.model)
+    predictions = predict(fabric, request.model, request.normalise, request.loader(fabric))
+    metrics = score(predictions)
+    if fabric.is_global_zero:
+        names = request.info.class_names
+        confusion = np.zeros((len(names), len(names)), dtype=np.int64)
+        np.add.at(confusion, (predictions.labels, predictions.probabilities.argmax(axis=1)), 1)
+        picture = save_confusion_matrix(confusion, names, request.folder / "confusion_matrix.png")
+        classifier_report(request.folder, request.info, metrics, confusion, picture)
+    return metrics

@@ -1,0 +1,114 @@
+"""``report.html`` of each action: which sections, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from openmae.models.weights import CheckpointInfo
+from openmae.results.metrics import read_metrics
+from openmae.results.pictures import save_curves
+from openmae.results.report import Code, Numbers, Picture, Section, Table, write_report
+
+_SHARES = ("ACC_all", "ACC_top5", "knn_acc", "probe_acc", "data_wait")
+_LABELS = {
+    "ACC_all": "top-1 accuracy",
+    "ACC_top5": "top-5 accuracy",
+    "knn_acc": "kNN accuracy",
+    "probe_acc": "linear probe accuracy",
+    "train_loss_epoch": "training loss",
+    "val_loss": "validation loss",
+}
+_RECONSTRUCTION = (
+    "From the visible units in the second column the model predicted the masked ones in the third; the last column "
+    "puts the two together. Pixel normalisation is undone with the original's own mean and deviation."
+)
+_MOST_ROWS = 50
+
+
+def train_report(folder: Path, info: CheckpointInfo, recipe: Sequence[tuple[str, str]], picture: Path | None) -> Path:
+    """After training: last and best numbers, curves, reconstructions, recipe, spec."""
+    rows = read_metrics(folder / "metrics.csv")
+    last = {name: row[name] for row in rows for name in _LABELS if name in row}
+    sections: list[Section] = [_numbers("At the end", last)] if last else []
+    if rows:
+        curves = save_curves(rows, folder / "curves.png")
+        sections.append(Picture("Curves", curves, "Losses, accuracies, learning rate and pace over the steps."))
+    if picture is not None:
+        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+    sections.append(Table("Recipe", ("", ""), list(recipe)))
+    return _write(folder, "train", info, sections)
+
+
+def pretrained_report(
+    folder: Path, action: str, info: CheckpointInfo, images: int, metrics: Mapping[str, float], picture: Path
+) -> Path:
+    """After evaluating, or embedding with, a pretrained checkpoint."""
+    sections: list[Section] = [_numbers(f"{images:,} images", metrics)]
+    sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+    return _write(folder, action, info, sections)
+
+
+def classifier_report(
+    folder: Path, info: CheckpointInfo, metrics: Mapping[str, float], confusion: np.ndarray, picture: Path
+) -> Path:
+    """After evaluating a fine-tuned checkpoint: accuracies, confusion matrix, a row a class."""
+    sections: list[Section] = [
+        _numbers(f"{int(confusion.sum()):,} images", metrics),
+        Picture("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
+        class_table(confusion, info.class_names),
+    ]
+    return _write(folder, "evaluate", info, sections)
+
+
+def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
+    """Images, precision, recall and F1 of each class, the weakest first; a class without images shows dashes."""
+    rows: list[tuple[str, int, float | None, float | None, float | None]] = []
+    for label, name in enumerate(class_names):
+        right, images, guesses = (
+            int(n) for n in (confusion[label, label], confusion[label].sum(), confusion[:, label].sum())
+        )
+        f1 = 2 * right / (images + guesses) if images + guesses else None
+        rows.append((name, images, right / guesses if guesses else None, right / images if images else None, f1))
+    rows.sort(key=lambda row: (row[4] is not None, row[4] or 0.0))
+    return Table("Classes", ("class", "images", "precision", "recall", "F1"), rows, caption="The weakest first.")
+
+
+def inference_report(folder: Path, info: CheckpointInfo, rows: Sequence[Sequence[str]]) -> Path:
+    """After classifying: how often each class was seen, and the first rows of results.csv."""
+    header, *found = rows
+    counts = {name: sum(row[1] == name for row in found) for name in info.class_names}
+    most = sorted(counts.items(), key=lambda item: -item[1])
+    sections: list[Section] = [
+        Numbers(
+            "What was classified",
+            {"images": f"{len(found):,}", "classes seen": str(sum(n > 0 for _, n in most))},
+        ),
+        Table("Predicted classes", ("class", "images"), most),
+        Table(
+            "results.csv",
+            header[:5],
+            [row[:5] for row in found[:_MOST_ROWS]],
+            caption=f"The first {min(_MOST_ROWS, len(found))} of {len(found):,} rows.",
+        ),
+    ]
+    return _write(folder, "inference", info, sections)
+
+
+def _numbers(title: str, metrics: Mapping[str, float]) -> Numbers:
+    return Numbers(title, {_LABELS.get(name, name): _text(name, value) for name, value in metrics.items()})
+
+
+def _text(name: str, value: float) -> str:
+    if name in _SHARES:
+        return f"{100 * value:.1f} %"
+    return f"{value:,.0f}" if value == int(value) and value >= 1 else f"{value:.4f}"
+
+
+def _write(folder: Path, action: str, info: CheckpointInfo, sections: Sequence[Section]) -> Path:
+    spec = Code("Spec", (folder / "experiment.yaml").read_text(encoding="utf-8"))
+    height, width = info.model.input_size
+    subtitle = f"{info.model.arch} · {info.stage} · {height} x {width} px"
+    return write_report(folder, f"OpenMAE {action}", [*sections, spec], subtitle=subtitle)

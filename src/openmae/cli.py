@@ -1,0 +1,208 @@
+"""``mae``: parse the command, import what it needs and nothing else, turn errors into exit codes.
+
+Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from openmae import __version__
+from openmae.errors import OpenMAEError, UserError
+
+_ACTIONS = {
+    "train": "pretrain or fine-tune a backbone",
+    "evaluate": "measure a trained model on validation images",
+    "inference": "classify or embed test images",
+    "export": "write a trained model as ONNX",
+    "gen_trt_engine": "build a TensorRT engine from ONNX",
+}
+_EXAMPLES = """\
+examples:
+  mae quickstart
+  mae train dataset.train_data_sources=photos model.arch=vit_small_patch16
+  mae train -e spec.yaml train.num_epochs=100
+  mae spec template train > spec.yaml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``mae`` with ``argv`` (default: the command line) and return its exit code."""
+    try:
+        args = _parse(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    with _notices_on_stderr():
+        try:
+            args.run(args)
+            sys.stdout.flush()
+            return 0
+        except OpenMAEError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of our output went away, as in `mae spec keys | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            print(_unexpected(args.command, error), file=sys.stderr)
+            return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives overrides that follow an option back as unknown: `mae train a=1 -e spec.yaml b=2`
+    if rest and (not hasattr(args, "overrides") or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (options of a spec are written key=value)")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mae",
+        description="Pretrain image backbones with masked autoencoders, fine-tune them, measure them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"openmae {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, help in _ACTIONS.items():
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=f"`mae spec template {name}` prints a spec to start from, `mae spec keys` all options.",
+            allow_abbrev=False,
+        )
+        _add_spec_arguments(command)
+        command.set_defaults(run=_run_action)
+    _add_spec_commands(commands.add_parser("spec", help="check a spec, print a template or all options"))
+    quickstart = commands.add_parser("quickstart", help="see on a small data set that pretraining helps")
+    quickstart.add_argument("--results_dir", type=Path, default=Path("results/quickstart"), metavar="DIR")
+    quickstart.add_argument("--seed", type=int, default=0, metavar="N")
+    quickstart.set_defaults(run=_run_quickstart)
+    return parser
+
+
+def _add_spec_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="spec_command", metavar="COMMAND", required=True)
+    check = commands.add_parser("check", help="print the resolved spec, or every mistake in it", allow_abbrev=False)
+    _add_spec_arguments(check)
+    check.add_argument("--action", choices=_ACTIONS, default="train", help="what it is for (default: train)")
+    check.set_defaults(run=_run_check)
+    template = commands.add_parser("template", help="print a commented spec to start from")
+    template.add_argument("action", choices=_ACTIONS, metavar="ACTION", help=", ".join(_ACTIONS))
+    template.set_defaults(run=_run_template)
+    keys = commands.add_parser("keys", help="list all options: key, type, default, bounds, help")
+    keys.add_argument("--action", choices=_ACTIONS, help="only those in the spec of this action")
+    keys.set_defaults(run=_run_keys)
+
+
+def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="YAML file; without it, all defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="option that replaces the file's")
+
+
+def _run_action(args: argparse.Namespace) -> None:
+    module = f"openmae.actions.{args.command}"
+    if importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"`mae {args.command}` does not exist in this version (openmae {__version__}).",
+            "Use train, evaluate or inference, or a later version.",
+        )
+    from openmae.spec.load import load_spec
+
+    spec = load_spec(args.experiment_spec, args.overrides, action=args.command)
+    importlib.import_module(module).run(spec)
+
+
+def _run_quickstart(args: argparse.Namespace) -> None:
+    importlib.import_module("openmae.quickstart").run(args.results_dir, args.seed)
+
+
+def _run_check(args: argparse.Namespace) -> None:
+    from openmae.spec.load import load_spec, to_yaml
+
+    print(to_yaml(load_spec(args.experiment_spec, args.overrides, action=args.action)), end="")
+
+
+def _run_template(args: argparse.Namespace) -> None:
+    from openmae.spec.describe import template
+
+    print(template(args.action), end="")
+
+
+def _run_keys(args: argparse.Namespace) -> None:
+    from openmae.spec.describe import KeyRow, keys_table
+
+    print(_table([KeyRow._fields, *keys_table(args.action)]))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side; the last two are wrapped so that a row fits the terminal, or 160 columns."""
+    total = max(shutil.get_terminal_size((160, 24)).columns, 120)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 2)]
+    widths.append(24)
+    widths.append(total - sum(widths) - 2 * len(widths))
+    lines = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
+        for i in range(max(map(len, cells))):
+            parts = [(cell[i] if i < len(cell) else "").ljust(w) for cell, w in zip(cells, widths, strict=True)]
+            lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+@contextmanager
+def _notices_on_stderr() -> Iterator[None]:
+    """Show what the library logs: plain for information, marked for a notice."""
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            mark = {logging.WARNING: "Notice: ", logging.ERROR: "Error: "}.get(record.levelno, "")
+            return mark + super().format(record)
+
+    logger, handler = logging.getLogger("openmae"), logging.StreamHandler()
+    handler.setFormatter(Formatter())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def _unexpected(command: str, error: Exception) -> str:
+    """A short message for a fault of ours; the traceback goes to a file."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="mae-traceback-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write("".join(traceback.format_exception(error)))
+    return (
+        f"mae {command} failed: {type(error).__name__}: {error}\n"
+        f"  This is a fault in openmae or below it. The traceback is in {file.name}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

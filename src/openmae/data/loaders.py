@@ -1,0 +1,135 @@
+"""Loaders: one process's share of the batches, from any place of the run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from openmae.data.dataset import AddressedSampler, Batch, EvalSampler, ImageDataset, Sample
+from openmae.data.images import CorruptFiles, ImageIndex
+from openmae.data.transforms import Transform
+
+
+class TrainingLoader:
+    """Shuffled batches of one size, addressed by (seed, epoch); a place in the run can be taken up again.
+
+    Args:
+        dataset: made with ``replace_corrupt=True``.
+        sampler: the order.
+        num_workers: processes; 0 loads in this one, with the same result to the bit.
+        corrupt: counts what could not be decoded, as batches are taken.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, sampler: AddressedSampler, num_workers: int, corrupt: CorruptFiles
+    ) -> None:
+        self.dataset = dataset
+        self._sampler = sampler
+        self._corrupt = corrupt
+        self._loader = _data_loader(dataset, sampler, num_workers)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self._sampler)
+
+    def from_position(self, epoch: int, batches_done: int) -> Iterator[Batch]:
+        """The rest of an epoch's batches."""
+        if batches_done >= len(self):
+            return
+        self._sampler.set_position(epoch, batches_done)
+        for batch in self._loader:
+            self._corrupt.record(batch.corrupt)
+            yield batch
+
+    def file_of(self, index: int) -> str:
+        """The path of an image, relative to the data set."""
+        return self.dataset.index.paths[index]
+
+
+class EvaluationLoader:
+    """Every image once, in order, corrupt ones left out.
+
+    Args:
+        dataset: made with ``replace_corrupt=False``.
+        sampler: the order.
+        num_workers: processes.
+        corrupt: counts what could not be decoded.
+    """
+
+    def __init__(self, dataset: ImageDataset, sampler: EvalSampler, num_workers: int, corrupt: CorruptFiles) -> None:
+        self.dataset = dataset
+        self._corrupt = corrupt
+        self._loader = _data_loader(dataset, sampler, num_workers)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            self._corrupt.record(batch.corrupt)
+            if len(batch.images):
+                yield batch
+
+    def first(self, count: int) -> Batch:
+        """A batch of images spread evenly over the data set, for pictures."""
+        step = max(1, len(self.dataset) // count)
+        samples = [self.dataset[0, index] for index in range(0, step * min(count, len(self.dataset)), step)]
+        return self.dataset.collate(samples)
+
+
+def training_loader(
+    index: ImageIndex,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    results: Path,
+    max_corrupt_fraction: float,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainingLoader:
+    """A loader over the images of ``index``; ``batch_size`` is of one process.
+
+    Raises:
+        DataError: fewer images than one batch on every process.
+    """
+    dataset = ImageDataset(index, transform, seed, replace_corrupt=True)
+    sampler = AddressedSampler(len(index), batch_size, seed, rank, world_size)
+    return TrainingLoader(dataset, sampler, num_workers, CorruptFiles(index, results, max_corrupt_fraction))
+
+
+def evaluation_loader(
+    index: ImageIndex,
+    transform: Transform,
+    *,
+    batch_size: int,
+    results: Path,
+    max_corrupt_fraction: float,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> EvaluationLoader:
+    """A loader over the images of ``index``, in order; ``batch_size`` is of one process."""
+    dataset = ImageDataset(index, transform)
+    sampler = EvalSampler(len(index), batch_size, rank, world_size)
+    return EvaluationLoader(dataset, sampler, num_workers, CorruptFiles(index, results, max_corrupt_fraction))
+
+
+def _data_loader(
+    dataset: ImageDataset, sampler: AddressedSampler | EvalSampler, num_workers: int
+) -> DataLoader[Sample]:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=dataset.collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # Its own generator: a loader draws a base seed, more often without workers than with them, and would shift the
+        # global generator.
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -1,0 +1,33 @@
+"""From stored pixels to what a model sees, and back for pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Normaliser:
+    """(x / 255 - mean) / std on whatever device the images are.
+
+    Args:
+        mean, std: one value a channel, on the scale of 0 to 1.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``[B, C, H, W]``, uint8 or float in 0..255, to float32; the memory format is kept."""
+        shift, scale = self._per_channel(self.mean, images), self._per_channel(self.std, images)
+        return images.to(torch.float32, copy=True).sub_(shift).div_(scale)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """The model's input back to the scale of 0 to 255, float32."""
+        return images.to(torch.float32) * self._per_channel(self.std, images) + self._per_channel(self.mean, images)
+
+    @staticmethod
+    def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+        return 255 * torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)

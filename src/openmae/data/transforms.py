@@ -1,0 +1,301 @@
+"""From an image file to a tensor of the model's size: pretraining, fine-tuning and evaluation.
+
+Randomness is addressed: everything random about a sample follows from (seed, epoch, index), so neither the
+number of workers nor an interruption changes it. Tensors stay uint8 until they are on the device, where
+``data.normalise`` finishes the work on the whole batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from openmae.data.images import Box, Picture, Size
+from openmae.errors import SpecError
+
+log = logging.getLogger("openmae")
+
+Interpolation = Literal["bilinear", "bicubic", "random"]
+ImagePolicy = Callable[[Image.Image], Image.Image]
+
+_STREAMS = {"augment": 0, "shuffle": 1}
+_CROP_PCT = 0.875  # the share of the short side that evaluation keeps
+_ERASE_AREA = (0.02, 1 / 3)
+_ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
+_LUMA = (0.299, 0.587, 0.114)
+
+
+class Transform(Protocol):
+    """What a data set asks of a transform: an open picture and its random numbers in, [C, H, W] out."""
+
+    @property
+    def size(self) -> Size: ...
+
+    @property
+    def in_chans(self) -> int: ...
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor: ...
+
+
+def rng_at(
+    seed: int, epoch: int, index: int = 0, stream: Literal["augment", "shuffle"] = "augment"
+) -> np.random.Generator:
+    """Return the random numbers that belong to (seed, epoch, index), whatever was drawn before.
+
+    Philox is a counter-based generator: the seed is its key, the address its counter.
+    """
+    key = np.array([seed % 2**64, _STREAMS[stream]], dtype=np.uint64)
+    counter = np.array([0, 0, index, epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@dataclass(frozen=True)
+class PretrainTransform:
+    """Random resized crop and flip, decoded, cropped and resized in one pass.
+
+    Args:
+        size: (height, width) of the output.
+        in_chans: 1, 3 or 4.
+        scale: bounds of the crop's share of the image area.
+        ratio: bounds of the crop's width / height.
+        hflip: probability of a horizontal flip.
+        interpolation: bilinear, bicubic, or random (one of them for each sample); always antialiased.
+    """
+
+    size: Size
+    in_chans: int = 3
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    interpolation: Interpolation = "bilinear"
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor:
+        """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
+        box = random_box(picture.size, self.scale, self.ratio, rng)
+        flip = rng.random() < self.hflip
+        bicubic = self.interpolation == "bicubic" or (self.interpolation == "random" and rng.random() < 0.5)
+        image = _cut(picture, self.in_chans, box, self.size, "bicubic" if bicubic else "bilinear")
+        return image.flip(-1) if flip else image
+
+
+class FinetuneTransform:
+    """The pretraining transform followed by an auto-augmentation policy, colour jitter and random erasing.
+
+    Args:
+        crop: the random crop and flip.
+        mean, std: per channel, in 0..1; what a policy fills corners with, and how erasing scales its noise.
+        auto_aug: a timm policy such as ``rand-m9-mstd0.5-inc1``, or "" for none. It works on 8-bit images of
+            1 or 3 channels: 16-bit files are rounded to 8 bits, 4 channels go without it (a notice says so).
+        color_jitter: brightness, contrast and saturation change by factors from 1 - c to 1 + c.
+        re_prob: probability of erasing a rectangle to noise (Zhong et al. 2017, arXiv:1708.04896).
+
+    Raises:
+        SpecError: timm cannot read ``auto_aug``.
+    """
+
+    def __init__(
+        self,
+        crop: PretrainTransform,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        auto_aug: str = "",
+        color_jitter: float = 0.0,
+        re_prob: float = 0.0,
+    ) -> None:
+        self.crop = crop
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.color_jitter = color_jitter
+        self.re_prob = re_prob
+        self._policy = self._make_policy(auto_aug)
+
+    @property
+    def size(self) -> Size:
+        return self.crop.size
+
+    @property
+    def in_chans(self) -> int:
+        return self.crop.in_chans
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor:
+        """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
+        image = self.crop(picture, rng)
+        if self._policy is not None:
+            image = _apply_policy(self._policy, image, rng)
+        if self.color_jitter > 0:
+            image = _jitter(image, self.color_jitter, rng)
+        if rng.random() < self.re_prob:
+            image = _erase(image, self.mean, self.std, rng)
+        return image
+
+    def _make_policy(self, auto_aug: str) -> ImagePolicy | None:
+        if auto_aug.lower() in ("", "none"):
+            return None
+        if self.in_chans == 4:
+            log.warning("dataset.augmentation.auto_aug is off: it works on 1 or 3 channels, not on 4.")
+            return None
+        fill = [min(255, round(255 * value)) for value in self.mean]
+        params: dict[str, object] = {
+            "translate_const": int(min(self.size) * 0.45),
+            "img_mean": fill[0] if self.in_chans == 1 else tuple(fill),
+        }
+        if self.crop.interpolation != "random":
+            params["interpolation"] = getattr(Image.Resampling, self.crop.interpolation.upper())
+        return _timm_policy(auto_aug, params)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize so that 87.5 % of the short side is kept, and crop the centre; the same for every action.
+
+    The usual resize-then-crop, done as one crop-and-resize of the centre with the output's aspect ratio.
+    """
+
+    size: Size
+    in_chans: int = 3
+    interpolation: Interpolation = "bilinear"
+
+    def __call__(self, picture: Picture, rng: np.random.Generator | None = None) -> torch.Tensor:
+        """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file. Nothing is random."""
+        box = centre_box(picture.size, self.size)
+        mode: Literal["bilinear", "bicubic"] = "bilinear" if self.interpolation == "bilinear" else "bicubic"
+        # Twice finer than needed: a box rounds to whole pixels of the scaled-down JPEG.
+        return _cut(picture, self.in_chans, box, self.size, mode, finer=2)
+
+
+def random_box(size: Size, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> Box:
+    """Draw a crop: its area share uniform in ``scale``, its width / height log-uniform in ``ratio``.
+
+    After ten draws that do not fit, the largest centred crop within ``ratio`` is taken (torchvision's rule,
+    from Szegedy et al. 2015, arXiv:1409.4842).
+    """
+    height, width = size
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    return _centred(size, min(width, round(height * aspect)), min(height, round(width / aspect)))
+
+
+def centre_box(size: Size, out: Size) -> Box:
+    """Return the centre of an image of ``size`` that evaluation at ``out`` looks at."""
+    height, width = size
+    unit = min(height / out[0], width / out[1]) * _CROP_PCT
+    return _centred(size, min(width, round(out[1] * unit)), min(height, round(out[0] * unit)))
+
+
+def _centred(size: Size, w: int, h: int) -> Box:
+    w, h = max(w, 1), max(h, 1)
+    left, top = (size[1] - w) // 2, (size[0] - h) // 2
+    return left, top, left + w, top + h
+
+
+def _cut(
+    picture: Picture,
+    in_chans: int,
+    box: Box,
+    size: Size,
+    mode: Literal["bilinear", "bicubic"],
+    finer: int = 1,
+) -> torch.Tensor:
+    """Decode, crop and resize to ``size``; a JPEG is decoded at ``finer`` times the resolution at least."""
+    at_least = finer * size[0], finer * size[1]
+    pixels = torch.from_numpy(picture.pixels(in_chans, box, at_least)).permute(2, 0, 1)
+    if pixels.shape[1:] != size:
+        pixels = F.interpolate(pixels[None], size, mode=mode, antialias=True)[0]
+        if pixels.is_floating_point():
+            pixels = pixels.clamp_(0, 255)  # bicubic overshoots
+    return pixels
+
+
+# ----------------------------------------------------------------------------- augmentation of a tensor
+
+
+def _timm_policy(config: str, params: dict[str, object]) -> ImagePolicy:
+    from timm.data import auto_augment
+
+    make: Callable[[str, dict[str, object]], Any]
+    if config.startswith("rand"):
+        make = auto_augment.rand_augment_transform
+    elif config.startswith("augmix"):
+        make = auto_augment.augment_and_mix_transform
+    else:
+        make = auto_augment.auto_augment_transform
+    try:
+        policy: ImagePolicy = make(config, params)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise SpecError(
+            f"dataset.augmentation.auto_aug: timm cannot read the policy {config!r} ({error}).",
+            "Use one such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original-mstd0.5, or '' for none.",
+        ) from error
+    return policy
+
+
+@contextmanager
+def _global_randomness(rng: np.random.Generator) -> Iterator[None]:
+    """Seed the generators that timm draws from, and give them back as they were."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    seed = int(rng.integers(2**32))
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
+
+
+def _apply_policy(policy: ImagePolicy, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    pixels = image.permute(1, 2, 0).round().to(torch.uint8).numpy()
+    with _global_randomness(rng):
+        augmented = policy(Image.fromarray(pixels if image.shape[0] == 3 else pixels[..., 0]))
+    result = torch.from_numpy(np.array(augmented)).reshape(pixels.shape).permute(2, 0, 1)
+    return result.to(image.dtype)
+
+
+def _jitter(image: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
+    """Scale brightness, contrast and saturation, in random order; alpha stays as it is."""
+    colour = image[:3].to(torch.float32)
+    luma = torch.tensor(_LUMA if colour.shape[0] == 3 else (1.0,)).view(-1, 1, 1)
+    factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3)
+    for change in rng.permutation(3):
+        grey = (colour * luma).sum(0, keepdim=True)
+        anchor = (torch.zeros(()), grey.mean(), grey)[change]
+        colour = (anchor + (colour - anchor) * float(factors[change])).clamp_(0, 255)
+    if not image.is_floating_point():
+        colour = colour.round_()
+    return torch.cat([colour.to(image.dtype), image[3:]])
+
+
+def _erase(image: torch.Tensor, mean: Sequence[float], std: Sequence[float], rng: np.random.Generator) -> torch.Tensor:
+    """Fill one rectangle with noise that is standard normal once normalised (cut off at black and white)."""
+    chans, height, width = image.shape
+    for _ in range(10):
+        area = rng.uniform(*_ERASE_AREA) * height * width
+        aspect = math.exp(rng.uniform(*_ERASE_LOG_ASPECT))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            noise = torch.from_numpy(rng.standard_normal((chans, h, w), dtype=np.float32))
+            centre, spread = (255 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+            patch = (centre + spread * noise).clamp_(0, 255).to(image.dtype)
+            image = image.clone()
+            image[:, top : top + h, left : left + w] = patch
+            break
+    return image

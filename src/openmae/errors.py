@@ -1,0 +1,41 @@
+"""The errors that a user may see: what is wrong, the value, and how to mend it."""
+
+from __future__ import annotations
+
+
+class OpenMAEError(Exception):
+    """Base of every error that OpenMAE raises on purpose.
+
+    Args:
+        problem: the rule that was broken and the value that broke it.
+        fix: what to do about it; shown on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        self.problem = problem
+        self.fix = fix
+        super().__init__(f"{problem}\n  Fix: {fix}" if fix else problem)
+
+
+class RunError(OpenMAEError):
+    """The request was right, but the run failed (exit code 1): a full disk, a diverged loss."""
+
+
+class UserError(OpenMAEError, ValueError):
+    """The request was wrong (exit code 2). Never raised for a fault of ours."""
+
+    exit_code = 2
+
+
+class SpecError(UserError):
+    """The spec, or an override of it, breaks a rule."""
+
+
+class DataError(UserError):
+    """A data source, or the images in it, cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is damaged, foreign, or does not fit the request."""

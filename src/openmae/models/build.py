@@ -1,0 +1,138 @@
+"""A row of the architecture table + plain values -> a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm
+from torch import nn
+
+from openmae.models.decoders import ConvNeXtDecoder, Decoder, TransformerDecoder
+from openmae.models.encoders import ConvNeXtV2Encoder, HieraEncoder, MaskedEncoder, ViTEncoder
+from openmae.models.mae import MaskedAutoencoder
+from openmae.spec.architectures import Architecture, Family, get_architecture
+
+_HIERA_Q_POOL = 2  # pooling steps in pretraining; see encoders/hiera.py
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a model's shape; a checkpoint carries it as a plain dict.
+
+    Attributes:
+        arch: a name of the architecture table.
+        input_size: (height, width) of the images in pixels.
+        in_chans: channels of the images.
+        patch_size: side of a ViT's patch in pixels; None keeps the architecture's own.
+        drop_path_rate: stochastic depth.
+        mask_ratio, norm_pix_loss, decoder_depth, decoder_embed_dim: of pretraining.
+        global_pool: a ViT classifier pools the patch tokens (True) or reads the class token (False).
+        num_classes: of the classifier; 0 for pretraining.
+    """
+
+    arch: str
+    input_size: tuple[int, int] = (224, 224)
+    in_chans: int = 3
+    patch_size: int | None = None
+    drop_path_rate: float = 0.0
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    decoder_depth: int = 8
+    decoder_embed_dim: int = 512
+    global_pool: bool = True
+    num_classes: int = 0
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of the table."""
+        return get_architecture(self.arch)
+
+    @property
+    def unit(self) -> int:
+        """Side of a mask unit in pixels."""
+        return self.patch_size or self.architecture.mask_unit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values (a list for the input size), for a checkpoint."""
+        return asdict(self) | {"input_size": list(self.input_size)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The inverse of :meth:`to_dict`."""
+        height, width = values["input_size"]
+        return cls(**{**values, "input_size": (height, width)})
+
+
+def build_autoencoder(config: ModelConfig) -> MaskedAutoencoder:
+    """A freshly initialised masked autoencoder for pretraining."""
+    encoder = build_encoder(config)
+    encoder.init_weights()
+    return MaskedAutoencoder(encoder, _build_decoder(config, encoder), config.norm_pix_loss)
+
+
+def build_encoder(config: ModelConfig) -> MaskedEncoder:
+    """The family's encoder around a timm backbone without a classifier."""
+    family = config.architecture.family
+    if family == "vit":
+        encoder = ViTEncoder(_create(config, num_classes=0, global_pool="token"))
+        encoder.backbone.pos_embed.requires_grad_(False)  # the paper's sine-cosine positions stay fixed
+        return encoder
+    if family == "hiera":
+        return HieraEncoder(_create(config, num_classes=0, q_pool=_HIERA_Q_POOL), config.input_size)
+    return ConvNeXtV2Encoder(_create(config, num_classes=0), config.input_size)
+
+
+def build_classifier(config: ModelConfig) -> nn.Module:
+    """A timm model with a classifier of ``config.num_classes`` outputs, for fine-tuning.
+
+    A ViT that pools patch tokens normalises after pooling (``fc_norm``), as the paper's fine-tuning does.
+    """
+    if config.architecture.family != "vit":
+        return _create(config, num_classes=config.num_classes)
+    pool = "avg" if config.global_pool else "token"
+    model = _create(config, num_classes=config.num_classes, global_pool=pool)
+    if config.num_classes:
+        nn.init.trunc_normal_(model.get_parameter("head.weight"), std=2e-5)
+    return model
+
+
+def build_feature_extractor(config: ModelConfig) -> nn.Module:
+    """A timm model whose forward gives one embedding an image, ``[B, D]``, from a pretrained backbone.
+
+    ViT: the patch tokens after the pretrained final norm, averaged. Hiera (with the two pooling steps that it was
+    pretrained with) and ConvNeXt V2: timm's pooled features after ``head.norm``.
+    """
+    options: dict[Family, dict[str, Any]] = {
+        "vit": {"global_pool": "avg", "fc_norm": False},
+        "hiera": {"q_pool": _HIERA_Q_POOL},
+        "convnextv2": {},
+    }
+    return _create(config, num_classes=0, **options[config.architecture.family])
+
+
+def _create(config: ModelConfig, **options: Any) -> nn.Module:
+    row = config.architecture
+    options |= {"in_chans": config.in_chans, "drop_path_rate": config.drop_path_rate}
+    if row.family != "convnextv2":
+        options["img_size"] = config.input_size
+    if row.family == "vit" and config.patch_size:
+        options["patch_size"] = config.patch_size
+    return timm.create_model(row.timm_name, pretrained=False, **options)
+
+
+def _build_decoder(config: ModelConfig, encoder: MaskedEncoder) -> Decoder:
+    width, depth = config.decoder_embed_dim, config.decoder_depth
+    token_values = encoder.token_size**2 * config.in_chans
+    if config.architecture.family == "convnextv2":
+        return ConvNeXtDecoder(encoder.dim, width, depth, encoder.token_grid, token_values)
+    return TransformerDecoder(
+        encoder.dim,
+        width,
+        depth,
+        encoder.token_grid,
+        encoder.num_prefix_tokens,
+        token_values,
+        learned_positions=config.architecture.family == "hiera",
+    )

@@ -1,0 +1,128 @@
+"""From the visible tokens to the pixels of the masked ones.
+
+A token is one latent vector of the encoder: a unit, but for Hiera a quarter of one; the masks here are of tokens.
+Shapes: B batch, L tokens of an image, V visible, M masked, T = prefix + V, D latent width, E decoder width, P values
+of a token's square.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import LayerNorm
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from openmae.errors import SpecError
+from openmae.models.encoders.vit import init_linear
+from openmae.models.masking import Mask
+from openmae.models.positions import sincos_position_embedding
+
+HEAD_DIM = 32  # of the papers' 512-wide decoder with 16 heads
+
+
+class TransformerDecoder(nn.Module):
+    """MAE's light transformer, for ViT (fixed positions, class token) and Hiera (learned positions).
+
+    Args:
+        latent_dim: D.
+        dim: E, a multiple of 32 (the width of a head).
+        depth: number of blocks.
+        grid: tokens in (rows, columns).
+        num_prefix_tokens: latent tokens in front of the image's.
+        token_values: P.
+        learned_positions: Hiera's learned embedding instead of the sine-cosine one.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        dim: int,
+        depth: int,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+        token_values: int,
+        learned_positions: bool,
+    ) -> None:
+        super().__init__()
+        if dim % HEAD_DIM:
+            raise SpecError(
+                f"model.decoder_embed_dim: a transformer decoder's width must be a multiple of {HEAD_DIM}, got {dim}.",
+                f"Use {max(HEAD_DIM, round(dim / HEAD_DIM) * HEAD_DIM)}.",
+            )
+        self.num_prefix_tokens = num_prefix_tokens
+        self.embed = nn.Linear(latent_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        positions = sincos_position_embedding(dim, grid, num_prefix_tokens)
+        self.pos_embed = nn.Parameter(positions, requires_grad=learned_positions)
+        self.blocks = nn.Sequential(
+            *(Block(dim, dim // HEAD_DIM, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
+        )
+        self.norm = LayerNorm(dim)
+        self.predict = nn.Linear(dim, token_values)
+        self._init_weights(learned_positions)
+
+    def _init_weights(self, learned_positions: bool) -> None:
+        nn.init.normal_(self.mask_token, std=0.02)
+        if learned_positions:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+
+    def forward(self, latent_BTD: Tensor, mask: Mask) -> Tensor:
+        """Predicted values of the masked tokens, ``[B, M, P]``."""
+        x = self.embed(latent_BTD)
+        prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        x = torch.cat([prefix, _fill(visible, mask, self.mask_token)], dim=1)
+        x = self.blocks(x + self.pos_embed.to(x.dtype))
+        masked = _take(x[:, self.num_prefix_tokens :], mask.masked_BM)
+        return self.predict(self.norm(masked))
+
+
+class ConvNeXtDecoder(nn.Module):
+    """FCMAE's decoder: ConvNeXt V2 blocks over the whole grid, masked places filled by a learned token.
+
+    Args:
+        latent_dim: D.
+        dim: E.
+        depth: number of blocks.
+        grid: tokens in (rows, columns).
+        token_values: P.
+    """
+
+    def __init__(self, latent_dim: int, dim: int, depth: int, grid: tuple[int, int], token_values: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.embed = nn.Linear(latent_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        blocks = [ConvNeXtBlock(dim, use_grn=True, ls_init_value=None) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
+        self.predict = nn.Linear(dim, token_values)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, latent_BVD: Tensor, mask: Mask) -> Tensor:
+        """Predicted values of the masked tokens, ``[B, M, P]``."""
+        x_BLE = _fill(self.embed(latent_BVD), mask, self.mask_token)
+        x = self.blocks(x_BLE.transpose(1, 2).reshape(len(x_BLE), -1, *self.grid))
+        return self.predict(_take(x.flatten(2).transpose(1, 2), mask.masked_BM))
+
+
+Decoder = TransformerDecoder | ConvNeXtDecoder
+
+
+def _fill(visible_BVE: Tensor, mask: Mask, token: Tensor) -> Tensor:
+    """All tokens in order: the visible ones' vectors, and the mask token elsewhere; ``[B, L, E]``."""
+    B, V, E = visible_BVE.shape
+    filled = token.to(visible_BVE.dtype).expand(B, V + mask.masked_BM.shape[1], E)
+    return filled.scatter(1, mask.visible_BV.unsqueeze(-1).expand(-1, -1, E), visible_BVE)
+
+
+def _take(x_BLE: Tensor, index_BK: Tensor) -> Tensor:
+    """The rows of the given tokens, ``[B, K, E]``."""
+    return x_BLE.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BLE.shape[-1]))

@@ -1,0 +1,68 @@
+"""MAE for ViT (He et al. 2021, arXiv:2111.06377): the transformer sees the visible patches alone.
+
+Shapes: B batch, V visible patches, L patches of an image, D width, p side of a patch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from openmae.models.encoders.base import MaskedEncoder
+from openmae.models.patches import select_units
+from openmae.models.positions import sincos_position_embedding
+
+
+class ViTEncoder(MaskedEncoder):
+    """timm's VisionTransformer over visible patches.
+
+    Args:
+        backbone: a ViT with a class token, learned-size position embedding and a final ``norm``.
+    """
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__(
+            backbone,
+            unit=backbone.patch_embed.patch_size[0],
+            grid=tuple(backbone.patch_embed.grid_size),
+            dim=backbone.embed_dim,
+            num_prefix_tokens=backbone.num_prefix_tokens,
+        )
+
+    def init_weights(self) -> None:
+        """The paper's start: Xavier-uniform linears, class token of std .02, fixed sine-cosine positions."""
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+        nn.init.xavier_uniform_(self.backbone.patch_embed.proj.weight.flatten(1))
+        nn.init.normal_(self.backbone.cls_token, std=0.02)
+        positions = sincos_position_embedding(self.dim, self.grid, self.num_prefix_tokens)
+        self.backbone.pos_embed.data.copy_(positions)
+
+    def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
+        """Latent of the class token and of each visible patch, ``[B, 1 + V, D]``."""
+        vit = self.backbone
+        prefix_pos, patch_pos = vit.pos_embed.tensor_split([self.num_prefix_tokens], dim=1)
+        x = self._embed(images_BCHW, visible_BV) + patch_pos[0, visible_BV]
+        prefix = (vit.cls_token + prefix_pos).expand(x.shape[0], -1, -1).to(x.dtype)
+        x = vit.norm_pre(torch.cat([prefix, x], dim=1))
+        return vit.norm(vit.blocks(x))
+
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """One vector an image, ``[B, D]``, nothing masked: the mean of the normed patch tokens."""
+        return self.backbone.forward_features(images_BCHW)[:, self.num_prefix_tokens :].mean(dim=1)
+
+    def _embed(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
+        """The patch convolution as one matrix product over the visible patches."""
+        projection = self.backbone.patch_embed.proj
+        pixels = select_units(images_BCHW, visible_BV, self.unit).flatten(2)
+        return F.linear(pixels, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
+
+
+def init_linear(linear: nn.Linear) -> None:
+    """Xavier-uniform weight and zero bias, as MAE's code starts every linear layer."""
+    nn.init.xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

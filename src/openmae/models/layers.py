@@ -1,0 +1,70 @@
+"""What the optimizer must know of a model: each parameter's layer, and which parameters are not decayed.
+
+The models own this knowledge, so that ``training.optim`` is blind to families. A layer index counts from the
+input; the head has the highest, and layer decay scales the learning rate by ``decay ** (head layer - layer)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from openmae.models.build import ModelConfig
+
+_GROUPED_CONVNEXTV2 = ("convnextv2_base", "convnextv2_large", "convnextv2_huge")
+_NEVER_DECAYED = ("pos_embed", "cls_token", "mask_token")
+
+
+def layer_index(config: ModelConfig, model: nn.Module) -> tuple[Callable[[str], int], int]:
+    """The layer of each parameter name of a timm classifier, and the head's layer.
+
+    ViT and Hiera: the embeddings are layer 0, block i is layer i + 1 (MAE's ``lr_decay.py``). ConvNeXt V2:
+    a layer a block up to tiny, 12 groups for base and larger (its ``optim_factory.py``: single, group).
+    """
+    if config.architecture.family != "convnextv2":
+        head = _depth(model) + 1
+        return lambda name: _transformer_layer(name, head), head
+    depths = [_depth(stage) for stage in model.get_submodule("stages").children()]
+    if config.arch in _GROUPED_CONVNEXTV2:
+        return _convnext_group, 13
+    return lambda name: _convnext_layer(name, depths), sum(depths) + 1
+
+
+def is_decayed(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: not to biases, norms, GRN, tokens and position embeddings."""
+    return parameter.ndim > 1 and not name.endswith(_NEVER_DECAYED)
+
+
+def is_head(name: str) -> bool:
+    """Whether a timm classifier's parameter belongs to its head, which no backbone multiplier scales."""
+    return name.startswith(("head.", "fc_norm."))
+
+
+def _depth(module: nn.Module) -> int:
+    return sum(1 for _ in module.get_submodule("blocks").children())
+
+
+def _transformer_layer(name: str, head: int) -> int:
+    if name.startswith(("pos_embed", "cls_token", "patch_embed")):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) + 1 if block else head
+
+
+def _convnext_layer(name: str, depths: list[int]) -> int:
+    if name.startswith("stem"):
+        return 1
+    place = re.match(r"stages\.(\d+)\.(?:downsample|blocks\.(\d+))", name)
+    return sum(depths[: int(place[1])]) + int(place[2] or 0) + 1 if place else sum(depths) + 1
+
+
+def _convnext_group(name: str) -> int:
+    if name.startswith("stem"):
+        return 0
+    place = re.match(r"stages\.(\d+)\.(?:downsample|blocks\.(\d+))", name)
+    if not place:
+        return 13
+    stage, block = int(place[1]), int(place[2] or 0)
+    return {0: 1, 1: 2, 2: 3 + block // 3, 3: 12}[stage]

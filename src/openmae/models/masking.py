@@ -1,0 +1,115 @@
+"""Which mask units are visible: the one place that fixes polarity, counts and seeding.
+
+Shapes: B batch, L mask units of an image, V visible units, M masked units (L = V + M).
+A unit is either *visible* (the encoder sees it) or *masked* (the decoder predicts it); nothing else in the
+package holds a boolean mask, so its polarity cannot flip.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openmae.errors import SpecError
+
+# SplitMix64 (Steele, Lea & Flood 2014), constants as signed 64-bit integers: torch has no uint64 arithmetic.
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+class Mask(NamedTuple):
+    """Row-major indices of the units; of a mask drawn here, ascending within a sample.
+
+    Attributes:
+        visible_BV: int64 indices of the units that the encoder sees.
+        masked_BM: int64 indices of the units that the decoder predicts.
+    """
+
+    visible_BV: Tensor
+    masked_BM: Tensor
+
+
+def count_visible(num_units: int, mask_ratio: float) -> int:
+    """Number of visible units out of ``num_units``: floor(L (1 - ratio)), as the papers' code counts.
+
+    Raises:
+        SpecError: nothing or everything would be visible.
+    """
+    visible = int(num_units * (1 - mask_ratio))
+    if 0 < visible < num_units:
+        return visible
+    what = "no unit" if visible <= 0 else "every unit"
+    raise SpecError(
+        f"model.mask_ratio: some units must be visible and some masked; {mask_ratio} of {num_units} "
+        f"leaves {what} visible.",
+        "Choose a ratio between them, a larger dataset.augmentation.input_size, or a smaller model.patch_size (ViT).",
+    )
+
+
+def mask_from_noise(noise_BL: Tensor, num_visible: int) -> Mask:
+    """The ``num_visible`` units with the smallest noise are visible (MAE's per-sample shuffling)."""
+    order_BL = noise_BL.argsort(dim=1, stable=True)
+    return Mask(order_BL[:, :num_visible].sort(dim=1).values, order_BL[:, num_visible:].sort(dim=1).values)
+
+
+def split_units(mask: Mask, grid: tuple[int, int], split: int) -> Mask:
+    """The mask of a finer grid, each unit split into ``split`` x ``split`` tokens.
+
+    Args:
+        mask: of units.
+        grid: units in (rows, columns).
+        split: tokens along a unit's side.
+
+    Returns:
+        Token indices, row-major in the finer grid; unit by unit, each unit's tokens in row-major order.
+    """
+    if split == 1:
+        return mask
+    columns = grid[1]
+    step = torch.arange(split, device=mask.visible_BV.device)
+
+    def tokens_of(units_BK: Tensor) -> Tensor:
+        row = (units_BK // columns * split)[..., None, None] + step[:, None]
+        column = (units_BK % columns * split)[..., None, None] + step
+        return (row * (columns * split) + column).flatten(1)
+
+    return Mask(tokens_of(mask.visible_BV), tokens_of(mask.masked_BM))
+
+
+def random_mask(sample_B: Tensor, *, seed: int, epoch: int, num_units: int, mask_ratio: float) -> Mask:
+    """Mask addressed by (seed, epoch, sample): the same on every device, batch size, worker and rank.
+
+    Args:
+        sample_B: int64 index of each sample in its data set.
+        seed, epoch: the rest of the address; validation keeps ``epoch`` fixed, and with it its masks.
+        num_units: L.
+        mask_ratio: share of masked units.
+    """
+    unit_L = torch.arange(num_units, device=sample_B.device)
+    key_B1 = _splitmix64(_splitmix64(sample_B + _scramble(seed)) + _scramble(epoch)).unsqueeze(1)
+    return mask_from_noise(_splitmix64(key_B1 + unit_L * _GAMMA), count_visible(num_units, mask_ratio))
+
+
+def all_visible(batch: int, num_units: int, device: torch.device | str = "cpu") -> Mask:
+    """Mask that hides nothing (M = 0); for features, and for parity with the plain backbone."""
+    units_BL = torch.arange(num_units, device=device).expand(batch, -1)
+    return Mask(units_BL, units_BL[:, :0])
+
+
+def _scramble(number: int) -> int:
+    return int(_splitmix64(torch.tensor(number, dtype=torch.int64)))
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    """One output of SplitMix64 for each int64 of ``x``; multiplication wraps, shifts are logical."""
+    x = x + _GAMMA
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,62 @@
+"""Images to units and back, and the pixels that the decoder has to predict.
+
+Shapes: B batch, C channels, H and W pixels, L units of a whole image, K selected units, p side of a unit in
+pixels, P = p*p*C values of a unit, ordered (row, column, channel) as in MAE's ``patchify``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NORM_EPS = 1e-6
+
+
+def select_units(images_BCHW: Tensor, index_BK: Tensor, size: int) -> Tensor:
+    """Pixels of the selected units.
+
+    Args:
+        images_BCHW: images whose height and width are multiples of ``size``.
+        index_BK: int64 unit indices, row-major.
+        size: p, side of a unit in pixels.
+
+    Returns:
+        ``[B, K, p, p, C]``; only the selected units are copied.
+    """
+    B, C, H, W = images_BCHW.shape
+    columns = W // size
+    units = images_BCHW.reshape(B, C, H // size, size, columns, size).permute(0, 2, 4, 3, 5, 1)
+    batch_B1 = torch.arange(B, device=index_BK.device).unsqueeze(1)
+    return units[batch_B1, index_BK // columns, index_BK % columns]
+
+
+def patchify(images_BCHW: Tensor, size: int) -> Tensor:
+    """All units of an image, ``[B, L, P]``."""
+    B, C, H, W = images_BCHW.shape
+    units = images_BCHW.reshape(B, C, H // size, size, W // size, size).permute(0, 2, 4, 3, 5, 1)
+    return units.reshape(B, (H // size) * (W // size), size * size * C)
+
+
+def unpatchify(units_BLP: Tensor, size: int, image_size: tuple[int, int]) -> Tensor:
+    """The inverse of :func:`patchify`: ``[B, C, H, W]`` for ``image_size`` (H, W)."""
+    B = units_BLP.shape[0]
+    rows, columns = image_size[0] // size, image_size[1] // size
+    units = units_BLP.reshape(B, rows, columns, size, size, -1).permute(0, 5, 1, 3, 2, 4)
+    return units.reshape(B, -1, rows * size, columns * size)
+
+
+def normalise_units(units_BKP: Tensor) -> Tensor:
+    """Each unit to zero mean and unit variance: MAE's ``norm_pix_loss`` (2111.06377, section 3)."""
+    mean, std = _statistics(units_BKP)
+    return (units_BKP - mean) / std
+
+
+def denormalise_units(predicted_BKP: Tensor, true_BKP: Tensor) -> Tensor:
+    """Undo :func:`normalise_units` for a prediction, by the true units' statistics (for pictures only)."""
+    mean, std = _statistics(true_BKP)
+    return predicted_BKP * std + mean
+
+
+def _statistics(units_BKP: Tensor) -> tuple[Tensor, Tensor]:
+    mean = units_BKP.mean(dim=-1, keepdim=True)
+    return mean, (units_BKP.var(dim=-1, keepdim=True) + NORM_EPS).sqrt()

@@ -1,0 +1,34 @@
+"""Fixed position embeddings, and learned ones brought to another grid."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+
+def sincos_position_embedding(dim: int, grid: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
+    """2-D sine-cosine position embedding of MAE's code; zeros for the prefix tokens.
+
+    Args:
+        dim: width, a multiple of 4: half codes the column, half the row, each as sines then cosines.
+        grid: (rows, columns).
+        num_prefix_tokens: tokens in front of the grid.
+
+    Returns:
+        ``[1, num_prefix_tokens + rows * columns, dim]``, float32.
+    """
+    frequency = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.flatten().outer(frequency) for axis in (column, row)]
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([table.new_zeros(num_prefix_tokens, dim), table]).unsqueeze(0).float()
+
+
+def resize_position_embedding(
+    embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix_tokens: int
+) -> Tensor:
+    """Bicubic resampling of a learned ``[1, prefix + rows*columns, D]`` embedding (timm's, antialiased)."""
+    return resample_abs_pos_embed(
+        embedding, list(new_grid), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
+    )

@@ -1,0 +1,327 @@
+"""Checkpoints in and out: read safely, match by name and shape, report what matched.
+
+Our checkpoint file is a plain dict that ``torch.load(weights_only=True)`` reads: ``"openmae"`` holds a
+:class:`CheckpointInfo` as plain values, ``"state_dict"`` the tensors behind ``model.``, ``"ema_state_dict"``
+their moving average where there is one, the rest is Lightning's. ``backbone.safetensors`` holds bare timm
+names, and the same plain values as JSON in its header. Other people's layouts: ``models.layouts``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from openmae import __version__
+from openmae.errors import CheckpointError, RunError, SpecError
+from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
+from openmae.models.layouts import NamedWeights, recognise
+from openmae.models.matching import LoadReport, complain, likely_arch, match
+from openmae.results.files import replacing
+from openmae.spec.architectures import get_architecture
+
+Stage = Literal["pretrain", "finetune"]
+FORMAT = 1
+_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".safetensors")
+_HIERA_STRIDE = 4  # px of a token
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What our checkpoints say about themselves.
+
+    Attributes:
+        stage: pretrain or finetune.
+        model: everything that fixes the model's shape.
+        class_names: of the classifier, in the order of its outputs; empty for pretraining.
+        mean, std: of the images, per channel, on the scale of 0 to 1.
+        spec: the resolved spec as plain values.
+        version: of the OpenMAE that wrote the file.
+    """
+
+    stage: Stage
+    model: ModelConfig
+    class_names: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the ``"openmae"`` entry of a checkpoint."""
+        return {
+            "format": FORMAT,
+            "version": self.version,
+            "stage": self.stage,
+            "model": self.model.to_dict(),
+            "class_names": list(self.class_names),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "spec": dict(self.spec),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CheckpointInfo:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: the entry is damaged, or a newer OpenMAE wrote it.
+        """
+        version = values.get("version", "unknown")
+        if values.get("format") != FORMAT:
+            raise CheckpointError(
+                f"The checkpoint has format {values.get('format')!r} (OpenMAE {version}); this is OpenMAE "
+                f"{__version__}, which reads format {FORMAT}.",
+                "Install the OpenMAE that wrote it, or a newer one.",
+            )
+        try:
+            return cls(
+                stage=values["stage"],
+                model=ModelConfig.from_dict(values["model"]),
+                class_names=tuple(values["class_names"]),
+                mean=tuple(values["mean"]),
+                std=tuple(values["std"]),
+                spec=values.get("spec", {}),
+                version=version,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"The 'openmae' entry (of OpenMAE {version}) is damaged or of another version: {error!r}.",
+                f"This is OpenMAE {__version__}; install the one that wrote the checkpoint.",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory, on the CPU.
+
+    Attributes:
+        path: the file.
+        weights: tensors under timm's and our names, and the layout they came in.
+        info: what the file says about itself; None for other people's.
+    """
+
+    path: Path
+    weights: NamedWeights
+    info: CheckpointInfo | None
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier that the file holds; 0 for none."""
+        head = self.weights.backbone.get("head.fc.weight", self.weights.backbone.get("head.weight"))
+        return 0 if head is None else head.shape[0]
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a .pth, .pt, .pth.tar, .ckpt or .safetensors file; no class in it is ever executed.
+
+    An averaged (EMA) copy, where there is one, is read in place of the plain weights.
+
+    Raises:
+        CheckpointError: missing, empty, truncated, foreign, or holding classes; the text says which.
+    """
+    path = Path(path)
+    _check_file(path)
+    raw, header = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    try:
+        info = None if header is None else CheckpointInfo.from_dict(header)
+        weights = recognise(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.problem}", error.fix) from error
+    if info is not None:
+        weights = replace(weights, layout="OpenMAE")
+    return Checkpoint(path, weights, info)
+
+
+def load_into(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    part: Literal["backbone", "everything"],
+    allow_partial: bool = False,
+) -> LoadReport:
+    """Copy a checkpoint's weights into a masked autoencoder or a timm model.
+
+    Position embeddings are resampled to the model's grid, the first convolution to its channels and patch.
+
+    Args:
+        model: what ``models.build`` gives.
+        part: "backbone" asks for 95 % of the backbone, and takes a fitting classifier, decoder and fusion
+            heads along; "everything" asks for all of the model, as evaluation does.
+        allow_partial: train what is missing afresh, instead of an error.
+
+    Raises:
+        CheckpointError: too little matched; the text gives share, names, shapes and the likely architecture.
+    """
+    source = checkpoint.info.model if checkpoint.info else None
+    report, fitted = match(model, checkpoint.weights, source, everything=part == "everything")
+    if report.matched and (allow_partial or report.sufficient):
+        model.load_state_dict(fitted, strict=False)
+        return report
+    raise CheckpointError(*complain(report, checkpoint.weights, source, checkpoint.path))
+
+
+def load_backbone(
+    checkpoint: str | Path, input_size: int | tuple[int, int] | None = None, arch: str | None = None
+) -> nn.Module:
+    """A timm model in eval mode with a checkpoint's weights.
+
+    A pretrained checkpoint gives embeddings ``[B, D]``, a fine-tuned one its class logits.
+
+    Args:
+        checkpoint: our checkpoint or ``backbone.safetensors``, or a timm, official or TAO file.
+        input_size: pixels of a side, or (height, width); None keeps the checkpoint's.
+        arch: a name of the architecture table; only needed where a foreign file's shapes fit none.
+
+    Raises:
+        CheckpointError: the file cannot be used, or ``arch`` is not what it holds.
+        SpecError: ``input_size`` does not divide into patches or mask units.
+    """
+    loaded = read_checkpoint(checkpoint)
+    config = loaded.info.model if loaded.info else _guess_config(loaded, arch)
+    if arch is not None and arch != config.arch:
+        raise CheckpointError(
+            f"{loaded.path} holds {config.arch}, not {arch}.", f"Use arch={config.arch!r}, or leave arch out."
+        )
+    if input_size is not None:
+        size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        config = replace(config, input_size=size)
+    _check_size(config)
+    finetuned = loaded.info.stage == "finetune" if loaded.info else loaded.num_classes > 0
+    build = build_classifier if finetuned or "fc_norm.weight" in loaded.weights.backbone else build_feature_extractor
+    model = build(replace(config, num_classes=loaded.num_classes))
+    load_into(model, loaded, part="everything" if loaded.info else "backbone")
+    return model.eval()
+
+
+def save_backbone(path: str | Path, state: Mapping[str, Tensor], info: CheckpointInfo) -> Path:
+    """Write bare timm names as safetensors, to a temporary name that is then renamed.
+
+    Args:
+        path: the file, usually ``backbone.safetensors``; a file already there survives a failure.
+        state: a timm model's state dict.
+        info: goes into the header as JSON.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"openmae": json.dumps(info.to_dict())})
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"Cannot write {path}: {error}.", "Free disk space or choose another results_dir.") from error
+    return path
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(
+            f"No checkpoint at {path}.", "Check the path; relative paths start at the working folder."
+        )
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
+        fix = f"Name one of its files: {', '.join(inside[:3])}." if inside else "Name a file; it holds no checkpoint."
+        raise CheckpointError(f"{path} is a folder, not a checkpoint.", fix)
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty (0 bytes).", "Copy it again, or use an earlier checkpoint.")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(tensors, our header or None)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            header = (file.metadata() or {}).get("openmae")
+            return tensors, json.loads(header) if header else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, "safetensors file", error) from error
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(what the file holds, our header or None); official files keep their arguments in a Namespace."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise _damaged(path, "PyTorch checkpoint", error) from error
+        raise CheckpointError(
+            f"{path} holds {found[1]} besides weights; it was not loaded, since such objects can run code.",
+            "If you trust its source, save its state dict alone: torch.save({'state_dict': ...}, path).",
+        ) from error
+    except Exception as error:  # foreign bytes break the reader in every way there is
+        raise _damaged(path, "PyTorch checkpoint", error) from error
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{path} holds a {type(raw).__name__}, not a state dict.", "Save model.state_dict().")
+    header = raw.get("openmae")
+    if not isinstance(header, Mapping):
+        return dict(raw), None
+    if not isinstance(raw.get("state_dict"), Mapping):
+        raise CheckpointError(f"{path} is a checkpoint of OpenMAE without its weights.", "Use another checkpoint.")
+    averaged = raw.get("ema_state_dict") or {}
+    named = {**raw["state_dict"], **averaged}
+    return {name: value for name, value in named.items() if name.startswith("model.")}, dict(header)
+
+
+def _damaged(path: Path, kind: str, error: Exception) -> CheckpointError:
+    """The file's beginning tells a cut-off download from something else."""
+    with path.open("rb") as file:
+        start = file.read(24)
+    if start.startswith(b"PK\x03\x04"):
+        reason = f"is cut off or damaged ({path.stat().st_size} bytes)"
+    elif start.isascii() and start.decode("ascii").strip().isprintable():
+        reason = f"is no {kind}; it begins with the text {start.decode('ascii').strip()!r}"
+    else:
+        reason = f"is no {kind}, or damaged ({(str(error) or type(error).__name__).splitlines()[0]})"
+    return CheckpointError(f"{path} {reason}.", "Copy or download it again, or use another checkpoint.")
+
+
+def _guess_config(loaded: Checkpoint, arch: str | None) -> ModelConfig:
+    """The model that another's file holds, from the shapes of its tensors."""
+    weights = loaded.weights
+    arch = arch or likely_arch(weights)
+    if arch is None:
+        raise CheckpointError(
+            f"{loaded.path}: the weights ({weights.layout} layout) fit no architecture of the table.",
+            "Name the nearest: load_backbone(path, arch=...).",
+        )
+    row = get_architecture(arch)
+    if weights.family == "convnextv2":
+        return ModelConfig(arch, in_chans=weights.backbone["stem.0.weight"].shape[1])
+    kernel = weights.backbone["patch_embed.proj.weight"]
+    is_vit = weights.family == "vit"
+    stride = kernel.shape[-1] if is_vit else _HIERA_STRIDE
+    positions = weights.backbone.get("pos_embed")
+    side = 224 if positions is None else math.isqrt(positions.shape[1] - is_vit) * stride
+    return ModelConfig(
+        arch,
+        input_size=(side, side),
+        in_chans=kernel.shape[1],
+        patch_size=stride if is_vit and row.family == "vit" and stride != row.mask_unit else None,
+        global_pool="fc_norm.weight" in weights.backbone,
+    )
+
+
+def _check_size(config: ModelConfig) -> None:
+    """timm's ConvNeXt takes any size; ViT whole patches, Hiera whole mask units."""
+    if config.architecture.family == "convnextv2" or not any(side % config.unit for side in config.input_size):
+        return
+    height, width = (max(1, round(side / config.unit)) * config.unit for side in config.input_size)
+    raise SpecError(
+        f"input_size: {config.input_size} does not divide into {config.arch}'s units of {config.unit} px.",
+        f"Use ({height}, {width}).",
+    )

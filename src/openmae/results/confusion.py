@@ -1,0 +1,193 @@
+"""The confusion matrix of a classifier, readable from 2 to 1000 classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openmae.results import style
+from openmae.results.style import BLUE, EMPTY, HAIRLINE, INK, MUTED, PAPER, RUST
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Counts = NDArray[Any]
+
+_COUNTS_UP_TO = 15  # classes whose cells carry numbers
+_NAMES_UP_TO = 60  # classes whose rows and columns carry names
+_CELLS_UP_TO = 250  # classes that have a cell of their own
+_PAIRS = 20  # most frequent mistakes listed beside the matrix
+
+
+def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path) -> Path:
+    """Draw a confusion matrix and return ``path``.
+
+    Colour is the share of the true class: blue on the diagonal, rust for mistakes (on a square-root scale,
+    so that rare ones show). Up to 15 classes each cell carries its count; up to 60 each row its name and
+    share of right answers; beyond 15 the most frequent mistakes are listed beside the matrix; beyond 250
+    neighbouring classes share a cell, which shows the largest mistake in it.
+
+    Args:
+        matrix: [K, K] counts; rows are true classes, columns predicted ones.
+        class_names: K names, in the matrix's order.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: shapes that do not fit, or fewer than 2 classes.
+    """
+    matrix = np.asarray(matrix)
+    classes = len(class_names)
+    if matrix.shape != (classes, classes) or classes < 2:
+        raise ValueError(f"a matrix of shape {matrix.shape} does not fit {classes} class names (2 or more)")
+    names = [_shorten(name) for name in class_names]
+    named, listed = classes <= _NAMES_UP_TO, classes > _COUNTS_UP_TO
+    side = _side_inches(classes)
+    room = 0.06 * max(map(len, names)) if named else 0.3  # for the names along an axis, in inches
+    left, top = 0.7 + room, 1.0
+    bottom = 0.5 + (0.2 if not named or _lie_flat(names) else room)
+    total = matrix.sum()
+    share = f"{100 * np.trace(matrix) / total:.1f} % correct" if total else "no images"
+    with style.drawing():
+        figure = style.new_figure(max(left + side + (4.0 if listed else 0.75), 3.6), top + side + bottom)
+        style.headline(figure, "Confusion matrix", f"{classes:,} classes · {total:,} images · {share}")
+        axes = style.add_axes(figure, left, top, side, side)
+        _draw_cells(axes, matrix)
+        axes.set_xlabel("predicted class", labelpad=6)
+        axes.set_ylabel("true class", labelpad=6)
+        if named:
+            _name_classes(axes, matrix, names)
+        if not listed:
+            _write_counts(axes, matrix)
+        else:
+            _list_mistakes(figure, matrix, names, left + side + (0.85 if named else 0.4), top)
+        return style.save_figure(figure, path)
+
+
+def _side_inches(classes: int) -> float:
+    """Side of the matrix: room for a count in a cell, then for a name, then a whole number of pixels."""
+    if classes <= _COUNTS_UP_TO:
+        return classes * max(0.38, 0.62 - 0.03 * max(0, classes - 6))
+    if classes <= _NAMES_UP_TO:
+        return classes * max(0.15, 5.4 / classes)
+    cells = min(classes, _CELLS_UP_TO)
+    return cells * (1500 // cells) / style.DPI
+
+
+def _shares(matrix: Counts) -> NDArray[np.float64]:
+    """Each count as a share of its true class; 0 for a class without images."""
+    return np.asarray(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1), dtype=np.float64)
+
+
+def _depths(matrix: Counts) -> NDArray[np.float64]:
+    """How deep each cell is coloured, in [0, 1]."""
+    shares = _shares(matrix)
+    right = np.diag(shares)
+    depth = np.sqrt(shares)
+    np.fill_diagonal(depth, 0)
+    pool = -(-len(matrix) // _CELLS_UP_TO)
+    if pool > 1:
+        cells = -(-len(matrix) // pool)
+        padded = np.pad(depth, (0, cells * pool - len(matrix)))
+        depth = padded.reshape(cells, pool, cells, pool).max(axis=(1, 3))
+        right = np.array([part.mean() for part in np.split(right, range(pool, len(right), pool))])
+    np.fill_diagonal(depth, right)
+    return depth
+
+
+def _draw_cells(axes: Axes, matrix: Counts) -> None:
+    from matplotlib.colors import to_rgb
+
+    classes, depth = len(matrix), _depths(matrix)
+    hue = np.full((*depth.shape, 3), to_rgb(RUST))
+    hue[np.diag_indices(len(depth))] = to_rgb(BLUE)
+    named = classes <= _NAMES_UP_TO
+    ground = np.array(to_rgb(EMPTY if named else PAPER))
+    edge = classes - 0.5
+    axes.imshow(
+        ground + (hue - ground) * depth[:, :, None],
+        interpolation="nearest",
+        aspect="auto",
+        extent=(-0.5, edge, edge, -0.5),
+    )
+    axes.spines[:].set_visible(not named)
+    axes.spines[:].set_color(HAIRLINE)
+    axes.tick_params(labelsize=8)
+    if named:
+        width = 1.2 if classes <= _COUNTS_UP_TO else 0.5
+        axes.hlines(np.arange(0.5, edge), -0.5, edge, color=PAPER, linewidth=width)
+        axes.vlines(np.arange(0.5, edge), -0.5, edge, color=PAPER, linewidth=width)
+    axes.set(xlim=(-0.5, edge), ylim=(edge, -0.5))
+
+
+def _write_counts(axes: Axes, matrix: Counts) -> None:
+    depth, largest = _depths(matrix), matrix.max()
+    for (row, column), count in np.ndenumerate(matrix):
+        if count:
+            text = f"{count:,}" if largest < 10_000 else _compact(count)
+            colour = PAPER if depth[row, column] > 0.5 else INK
+            size = 8.5 if largest < 1000 else 7
+            axes.text(column, row, text, ha="center", va="center_baseline", size=size, color=colour)
+
+
+def _name_classes(axes: Axes, matrix: Counts, names: Sequence[str]) -> None:
+    """Write the names along both axes, and each class's share of right answers at its row's end."""
+    size = 8 if len(names) <= 30 else 7
+    axes.tick_params(length=0, labelsize=size)
+    axes.set_xticks(range(len(names)), names, rotation=0 if _lie_flat(names) else 90)
+    axes.set_yticks(range(len(names)), names)
+    totals = matrix.sum(axis=1)
+    shares = [f"{100 * share:.0f} %" for share in np.diag(_shares(matrix))]
+    quiet: dict[str, Any] = {
+        "color": MUTED,
+        "size": size - 0.5,
+        "textcoords": "offset points",
+        "annotation_clip": False,
+    }
+    end = len(names) - 0.5
+    axes.annotate("correct", (end, -0.5), xytext=(6, 5), va="bottom", **quiet)
+    for row, share in enumerate(shares):
+        text = share if totals[row] else "no images"
+        axes.annotate(text, (end, row), xytext=(6, 0), va="center_baseline", **quiet)
+
+
+def _lie_flat(names: Sequence[str]) -> bool:
+    """Whether the names fit beneath their columns unturned."""
+    return max(map(len, names)) <= (6 if len(names) <= 10 else 3)
+
+
+def _list_mistakes(figure: Figure, matrix: Counts, names: Sequence[str], left: float, top: float) -> None:
+    """Write the most frequent mistakes as lines of text, from ``left`` and ``top`` in inches."""
+    mistakes = matrix.copy()
+    np.fill_diagonal(mistakes, 0)
+    width, height = figure.get_size_inches()
+    pitch = 0.36
+    lines = min(_PAIRS, int((height - top - 0.6) / pitch))
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:lines]
+    pairs = [divmod(int(index), len(names)) for index in order if mistakes.flat[index]]
+
+    def write(text: str, y: float, **kwargs: Any) -> None:
+        figure.text(left / width, 1 - y / height, text, va="top", **kwargs)
+
+    write("Most frequent mistakes" if pairs else "No mistakes", top, size=9, weight="bold")
+    write("true → predicted" if pairs else "", top + 0.19, size=8, color=MUTED)
+    shares = _shares(matrix)
+    for line, (true, predicted) in enumerate(pairs):
+        y = top + 0.52 + pitch * line
+        count = mistakes[true, predicted]
+        images = f"{count:,} image{'' if count == 1 else 's'}"
+        share = f"{100 * shares[true, predicted]:.0f} % of the class"
+        write(f"{names[true]} → {names[predicted]}", y, size=8.5)
+        write(f"{images}, {share}", y + 0.15, size=7.5, color=MUTED)
+
+
+def _shorten(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else f"{name[: length - 9]}…{name[-8:]}"
+
+
+def _compact(count: float) -> str:
+    return f"{count / 1000:.3g}k" if count >= 1000 else f"{count}"

@@ -1,0 +1,212 @@
+"""The curves of a run: loss, accuracy, learning rate and speed, a panel each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openmae.results import style
+from openmae.results.metrics import series
+from openmae.results.style import BLUE, HAIRLINE, MUTED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WIDTH, _HEIGHT, _LABELS = 3.5, 2.3, 1.25  # of a panel, and of the room for names at its right, in inches
+_LEFT, _TOP, _PITCH = 0.75, 0.75, 3.2
+_SMOOTH_FROM = 80  # points from which a trend is drawn over the raw curve
+
+
+@dataclass(frozen=True)
+class _Curve:
+    name: str
+    steps: NDArray[np.float64]
+    values: NDArray[np.float64]
+    trend: NDArray[np.float64]  # the running mean, or the values themselves
+    colour: str
+
+
+def _plain(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """What one panel shows: metric name -> the name written beside its curve; none: all learning rates."""
+
+    title: str
+    metrics: Mapping[str, str]
+    text: Callable[[float], str] = _plain
+    log_axis: bool = False
+    from_zero: bool = False
+    noisy: bool = False
+    peak: bool = False  # write the highest value beside a curve instead of the last one
+
+
+_PANELS = (
+    _Panel("Loss", {"train_loss": "train", "val_loss": "validation"}, log_axis=True, noisy=True),
+    _Panel(
+        "Accuracy",
+        {"ACC_all": "top-1", "ACC_top5": "top-5", "probe_acc": "linear probe", "knn_acc": "kNN"},
+        _percent,
+    ),
+    _Panel("Learning rate", {}, from_zero=True, peak=True),  # its last value is near 0 by design
+    _Panel("Images per second", {"images_per_s": ""}, from_zero=True, noisy=True),
+    _Panel("Time spent waiting for data", {"data_wait": ""}, _percent, from_zero=True, noisy=True),
+)
+
+
+def save_curves(rows: Sequence[Mapping[str, float]], path: Path, *, title: str = "Training") -> Path:
+    """Draw the metrics of a run over its steps and return ``path``.
+
+    Panels appear for the metrics that were measured: ``train_loss`` and ``val_loss`` on one axis (a log
+    axis when they span more than a factor of 5), ``ACC_all``, ``ACC_top5``, ``knn_acc`` and ``probe_acc``
+    as shares in [0, 1], every metric whose name starts with ``lr``, ``images_per_s`` and ``data_wait``.
+    Long noisy curves are drawn faintly under their running mean. Non-finite values are left out.
+
+    Args:
+        rows: as ``read_metrics`` returns them; ``step`` is the horizontal axis.
+        path: the PNG to write.
+        title: the picture's headline.
+
+    Raises:
+        ValueError: the rows hold none of these metrics.
+    """
+    panels = [(panel, curves) for panel in _PANELS if (curves := _curves(panel, rows))]
+    if not panels:
+        raise ValueError("there is nothing to draw: no row holds a loss, accuracy, learning rate or speed")
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    epochs = 1 + max(int(row.get("epoch", 0)) for row in rows)
+    steps = int(max(row["step"] for row in rows))
+    subtitle = f"{_count(epochs, 'epoch')} · {_count(steps, 'step')}"
+    with style.drawing():
+        pitch_x = _LEFT + _WIDTH + _LABELS
+        figure = style.new_figure(columns * pitch_x, _TOP + lines * _PITCH)
+        style.headline(figure, title, subtitle)
+        for index, (panel, curves) in enumerate(panels):
+            left = _LEFT + (index % columns) * pitch_x
+            top = _TOP + 0.35 + (index // columns) * _PITCH
+            axes = style.add_axes(figure, left, top, _WIDTH, _HEIGHT)
+            _draw(axes, panel, curves)
+            _scale(axes, panel, curves, steps)
+            _name_curves(axes, panel, curves)
+        return style.save_figure(figure, path)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _curves(panel: _Panel, rows: Sequence[Mapping[str, float]]) -> list[_Curve]:
+    names = dict(panel.metrics)
+    if not names:
+        found = dict.fromkeys(name for row in rows for name in row if name.startswith("lr"))
+        names = {name: name[2:].strip("-_/") for name in found}
+    curves = []
+    for number, (metric, name) in enumerate(names.items()):
+        steps, values = (np.array(column, dtype=np.float64) for column in series(rows, metric))
+        steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+        if len(values):
+            trend = _running_mean(values) if panel.noisy and len(values) >= _SMOOTH_FROM else values
+            colour = style.SERIES[number] if len(names) <= len(style.SERIES) else BLUE
+            curves.append(_Curve(name, steps, values, trend, colour))
+    return curves
+
+
+def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over a centred window of a twentieth of the curve, narrower at both ends."""
+    window = np.ones(max(3, len(values) // 20))
+    sums = np.convolve(values, window, mode="same")
+    return np.asarray(sums / np.convolve(np.ones_like(values), window, mode="same"))
+
+
+def _draw(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
+    width = 1.6 if len(curves) <= len(style.SERIES) else 0.8
+    for curve in curves:
+        marker = "o" if len(curve.values) == 1 else None
+        if curve.trend is not curve.values:
+            axes.plot(curve.steps, curve.values, color=curve.colour, lw=0.6, alpha=0.3)
+        axes.plot(curve.steps, curve.trend, color=curve.colour, lw=width, marker=marker, markersize=4)
+    axes.grid(axis="y", color=HAIRLINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", which="both", length=0, labelsize=8)
+    axes.tick_params(axis="x", labelsize=8, labelcolor=MUTED)
+    axes.set_xlabel("step", size=8)
+    axes.set_title(panel.title, loc="left", size=10, weight="bold", pad=10)
+
+
+def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> None:
+    """Set both axes: all panels share the steps, and values get the scale that suits them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    lowest = min(curve.values.min() for curve in curves)
+    highest = max(curve.values.max() for curve in curves)
+    if panel.log_axis and lowest > 0 and highest / lowest > 5:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif panel.from_zero and lowest >= 0:
+        axes.set_ylim(0, 1.08 * highest or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    elif highest == lowest:
+        axes.set_ylim(lowest - (abs(lowest) or 1) / 2, lowest + (abs(lowest) or 1) / 2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.text(value)))
+    axes.set_xlim(-0.02 * steps, 1.02 * steps or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _name_curves(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
+    """Write each curve's name and value at the panel's right, spread so that no two overlap."""
+    ordered = sorted(curves, key=lambda curve: _reading(panel, curve))
+    if len(ordered) > len(style.SERIES):
+        # Layer decay gives a rate per group of layers: too many names to read, so the ends speak for all.
+        ordered = [ordered[0], ordered[-1]]
+    axes.get_ylim()  # makes pending autoscaling happen before positions are asked for
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [float(to_axes.transform((curve.steps[-1], _reading(panel, curve)))[1]) for curve in ordered]
+    heights = _spread(wanted, gap=0.09)
+    for curve, height in zip(ordered, heights, strict=True):
+        words = (curve.name, "peak" if panel.peak else "", panel.text(_reading(panel, curve)))
+        axes.text(
+            1.03,
+            height,
+            "  ".join(filter(None, words)),
+            transform=axes.transAxes,
+            color=curve.colour,
+            size=8.5,
+            va="center_baseline",
+        )
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move ascending heights in [0, 1] as little as needed to lie ``gap`` apart."""
+    clusters: list[list[float]] = []
+    for height in heights:
+        cluster = [height]
+        while clusters and _bottom(cluster, gap) - _bottom(clusters[-1], gap) < gap * len(clusters[-1]):
+            cluster = clusters.pop() + cluster
+        clusters.append(cluster)
+    return [_bottom(cluster, gap) + gap * i for cluster in clusters for i in range(len(cluster))]
+
+
+def _bottom(cluster: Sequence[float], gap: float) -> float:
+    """The lowest place of a cluster of names that is stacked about the mean of its heights."""
+    return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
+
+
+def _reading(panel: _Panel, curve: _Curve) -> float:
+    """The number that stands for a curve."""
+    return float(curve.trend.max() if panel.peak else curve.trend[-1])

@@ -1,0 +1,60 @@
+"""Files that survive a crash: whole lines in, whole files out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from openmae.errors import UserError
+
+
+def make_folder(folder: Path) -> Path:
+    """Create ``folder`` with its parents and return it; where nothing can be written is a ``UserError``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+        reason = "permission denied"
+    except OSError as error:
+        writable, reason = False, (error.strerror or str(error)).lower()
+    if not writable:
+        raise UserError(
+            f"results_dir: cannot write to {str(folder)!r} ({reason}).",
+            "Set results_dir to a folder that you may write to.",
+        )
+    return folder
+
+
+def complete_lines(path: Path) -> list[str]:
+    """Return the lines of ``path`` that were written to their end; a torn last line is left out."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1].split("\n")[:-1]
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut a last line that a killed process left half-written, so that the next one starts clean."""
+    with path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that takes its place when the block ends without an error.
+
+    A reader sees the old file or the new one, never a part; a full disk leaves the old one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """Write ``text`` to ``path``, whole or not at all, and return the path."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+    return path

@@ -1,0 +1,158 @@
+"""``report.html``: what an action did, on one page that needs no network, no script and no other file."""
+
+from __future__ import annotations
+
+import base64
+import math
+import mimetypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from PIL import Image
+
+from openmae import __version__
+from openmae.results.files import write_atomically
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain paragraphs; a blank line parts them. An empty title gives no heading."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The few figures that matter most, set large: label -> value as it is to be read (``"93.4 %"``)."""
+
+    title: str
+    items: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under column names; names that are all empty are left out.
+
+    A column of numbers is aligned right, and its floats share the decimals that give the largest one four
+    significant digits.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file, copied into the page. ``caption`` is also what a screen reader says."""
+
+    title: str
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text shown as it is, such as a spec; a long one is folded away until it is asked for."""
+
+    title: str
+    text: str
+
+
+Section = Text | Numbers | Table | Picture | Code
+
+
+def write_report(folder: Path, title: str, sections: Sequence[Section], *, subtitle: str = "") -> Path:
+    """Write ``folder/report.html`` and return its path.
+
+    Everything is escaped; pictures are embedded as data URIs; the page forbids itself every request by a
+    content security policy.
+
+    Args:
+        folder: the action's results folder.
+        title: the page's heading.
+        sections: in the order to be read.
+        subtitle: a quieter line beneath the heading: architecture, stage, data.
+
+    Raises:
+        FileNotFoundError: a picture does not exist.
+        ValueError: a picture is no image file, or a table's row does not have a cell per column.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("openmae.results"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(columns=_format_columns, data_uri=_data_uri, paragraphs=_paragraphs, width=_width)
+    for section in sections:
+        if isinstance(section, Table) and any(len(row) != len(section.columns) for row in section.rows):
+            raise ValueError(f"table {section.title!r}: a row does not have {len(section.columns)} cells")
+    now = datetime.now().astimezone()
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        subtitle=subtitle,
+        sections=[(type(section).__name__, section) for section in sections],
+        version=__version__,
+        date=f"{now.day} {now:%B %Y, %H:%M}",
+        timestamp=now.isoformat(timespec="seconds"),
+    )
+    return write_atomically(Path(folder) / "report.html", page)
+
+
+def _format_columns(table: Table) -> list[tuple[str, list[str]]]:
+    """Each column of a table as ("number" or "", its cells as text)."""
+    formatted = []
+    for index in range(len(table.columns)):
+        cells = [row[index] for row in table.rows]
+        numeric = any(map(_is_number, cells)) and all(cell is None or _is_number(cell) for cell in cells)
+        decimals = _decimals([cell for cell in cells if isinstance(cell, float)]) if numeric else None
+        formatted.append(("number" if numeric else "", [_format_cell(cell, decimals) for cell in cells]))
+    return formatted
+
+
+def _decimals(values: Sequence[float]) -> int | None:
+    """Decimals that suit a whole column, or None where its values lie too far apart for that."""
+    sizes = [abs(value) for value in values if value and math.isfinite(value)]
+    if not sizes or max(sizes) >= 1e9 or min(sizes) < max(sizes) / 1000 or max(sizes) < 1e-3:
+        return None
+    return max(0, 3 - math.floor(math.log10(max(sizes)))) if max(sizes) >= 1 else 4
+
+
+def _format_cell(value: Cell, decimals: int | None) -> str:
+    """A cell as text: thousands parted, nothing as a dash."""
+    if value is None or value == "":
+        return "—"
+    if isinstance(value, float):
+        return f"{value:.4g}" if decimals is None else f"{value:,.{decimals}f}"
+    return f"{value:,}" if _is_number(value) else str(value)
+
+
+def _is_number(value: Cell) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def _data_uri(path: Path) -> str:
+    kind = mimetypes.guess_type(path)[0] or ""
+    if not kind.startswith("image/"):
+        raise ValueError(f"{str(path)!r} is not an image file")
+    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode('ascii')}"
+
+
+def _width(path: Path) -> int:
+    """Width on the page in CSS pixels (96 an inch), so that text is as large in every picture."""
+    with Image.open(path) as image:
+        return round(image.width * 96 / float(image.info.get("dpi", (96, 96))[0]))

@@ -1,0 +1,266 @@
+"""Rules that join several options: what an action needs, and what cannot act together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from openmae.spec.describe import REQUIRED, fields
+from openmae.spec.fields import EXPAND_USER
+from openmae.spec.reading import Problem
+from openmae.spec.schema import ExperimentSpec
+
+_REMOTE = ("s3://", "gs://", "http://", "https://")
+_AUGMENT = "dataset.augmentation."
+_DEFAULT_MILESTONES = ExperimentSpec().train.optim.milestones
+
+_FINETUNE_AUGMENTATION = (
+    *("color_jitter", "auto_aug", "re_prob", "smoothing"),
+    *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
+)
+
+#: Options that a stage does not use when it trains.
+INERT: dict[str, tuple[str, ...]] = {
+    "pretrain": (
+        "model.num_classes",
+        "train.optim.layer_decay",
+        "train.optim.backbone_multiplier",
+        "train.ema_decay",
+        *(f"{_AUGMENT}{name}" for name in _FINETUNE_AUGMENTATION),
+    ),
+    "finetune": ("model.mask_ratio", "model.norm_pix_loss", "model.decoder_depth", "model.decoder_embed_dim"),
+}
+
+#: The data that an action reads; the first is the one it cannot do without.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "train": ("train_data_sources", "val_data_sources"),
+    "evaluate": ("val_data_sources",),
+    "inference": ("test_data_sources",),
+}
+
+
+def inert_keys(spec: ExperimentSpec) -> list[str]:
+    """Options that do not act in this spec's stage, or because another option replaces them."""
+    keys = list(INERT[spec.train.stage])
+    if spec.train.optim.lr_scheduler == "cosine":
+        keys += ["train.optim.milestones", "train.optim.gamma"]
+    if spec.train.optim.base_lr is not None:
+        keys.append("train.optim.lr")
+    return keys
+
+
+def visible_units(units: int, mask_ratio: float) -> int:
+    """How many of ``units`` mask units stay visible, rounded down as in the papers' code."""
+    return int(units * (1 - mask_ratio))
+
+
+def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
+    """Yield every broken rule. ``action`` None: only the rules that hold for all actions."""
+    if spec.encryption_key:
+        yield Problem(
+            "encryption_key",
+            "this version writes no encrypted files, so nothing is written rather than written in clear. "
+            "Remove the key.",
+        )
+    yield from _missing(spec, action)
+    yield from _remote(spec, action)
+    yield from _model(spec)
+    yield from _augmentation(spec)
+    if action in (None, "train"):
+        yield from _training(spec)
+    for section in ("train", "evaluate", "inference"):
+        if action in (None, section):
+            yield from _devices(spec, section)
+    if _knows_geometry(spec, action):
+        yield from _geometry(spec)
+    if action in (None, "gen_trt_engine"):
+        yield from _engine(spec)
+
+
+def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
+    """Yield what the user should know although the spec is right."""
+    for key in ("dataset.segment", "model_name"):
+        if spec.typed(key):
+            yield f"{key} stands in published specs; nothing reads it."
+    if action not in (None, "train"):
+        return
+    stage, optim = spec.train.stage, spec.train.optim
+    if stage == "finetune" and not spec.model.global_pool and spec.model.architecture.family != "vit":
+        yield f"model.global_pool=false does not act: {spec.model.arch} has no class token, so it pools."
+    inert = [key for key in inert_keys(spec) if spec.typed(key) and key in INERT[stage]]
+    if inert:
+        yield f"The {stage} stage does not use {', '.join(inert)}."
+    if optim.lr_scheduler == "cosine":
+        unused = [k for k in ("train.optim.milestones", "train.optim.gamma") if spec.typed(k)]
+        if unused:
+            yield f"The cosine schedule does not use {' and '.join(unused)}."
+    elif optim.milestones != _DEFAULT_MILESTONES and all(m >= spec.train.num_epochs for m in optim.milestones):
+        yield (
+            f"train.optim.milestones {list(optim.milestones)} all lie at or after the last of "
+            f"{spec.train.num_epochs} epochs: the learning rate never drops."
+        )
+    if 0 < spec.train.num_epochs <= optim.warmup_epochs:
+        yield (
+            f"train.optim.warmup_epochs ({optim.warmup_epochs}) is not below train.num_epochs "
+            f"({spec.train.num_epochs}): the learning rate only rises."
+        )
+    if spec.train.cudnn.benchmark and spec.train.cudnn.deterministic:
+        yield "train.cudnn.benchmark picks kernels by timing: two runs may differ in spite of deterministic."
+
+
+def _missing(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
+    for group in REQUIRED.get(action or "", ()):
+        given = [key for key in group if value_of(spec, key)]
+        if not given:
+            verb = f"`mae {action}` needs it, but it is not set"
+            key, *others = group
+            more = f" (or {others[0]})" if others else ""
+            hint = " Example: " + ("photos/ or photos.tar.gz." if "data_sources" in key else "a path to a file.")
+            yield Problem(key, f"{verb}{more}.{hint}", also=tuple(others))
+        elif len(given) > 1:
+            text = f"only one of {' and '.join(given)} can be used, but both are set. Remove one."
+            yield Problem(given[0], text, also=tuple(given[1:]))
+
+
+def _remote(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
+    for key, field in fields().items():
+        section = key.split(".")[0]
+        if section == "dataset":
+            sources = SOURCES.get(action, ()) if action else sum(SOURCES.values(), ())
+            used = key.removeprefix("dataset.") in sources
+        else:
+            used = EXPAND_USER in field.metadata and (action is None or section in (action, "results_dir"))
+        value = value_of(spec, key) if used else None
+        if isinstance(value, str) and value.lower().startswith(_REMOTE):
+            rule = f"this version uses local files only, got {value!r}."
+            yield Problem(key, f"{rule} Copy it to a local folder or archive first.")
+
+
+def _model(spec: ExperimentSpec) -> Iterator[Problem]:
+    model, row = spec.model, spec.model.architecture
+    if model.patch_size is not None and row.family != "vit":
+        yield Problem(
+            "model.patch_size",
+            f"only ViT has a patch size to choose, and {row.name} is not one, got {model.patch_size}. "
+            "Remove it, or choose a vit_ architecture.",
+            also=("model.arch",),
+        )
+
+
+def _augmentation(spec: ExperimentSpec) -> Iterator[Problem]:
+    augment, channels = spec.dataset.augmentation, spec.model.in_chans
+    for name in ("mean", "std"):
+        values = getattr(augment, name)
+        if values is not None and len(values) != channels:
+            yield Problem(
+                _AUGMENT + name,
+                f"must have a number for each of the {channels} channels of model.in_chans, got "
+                f"{list(values)}. Remove it to have the usual values.",
+                also=("model.in_chans",),
+            )
+    for what in ("scale", "ratio"):
+        low, high = getattr(augment, f"min_{what}"), getattr(augment, f"max_{what}")
+        if low > high:
+            text = f"must not be above max_{what} ({high:g}), got {low:g}. Exchange or mend them."
+            yield Problem(f"{_AUGMENT}min_{what}", text, also=(f"{_AUGMENT}max_{what}",))
+
+
+def _training(spec: ExperimentSpec) -> Iterator[Problem]:
+    train, batch = spec.train, spec.dataset.batch_size
+    if spec.typed("train.optim.lr") and train.optim.base_lr is not None:
+        yield Problem(
+            "train.optim.base_lr",
+            f"lr ({train.optim.lr:g}) and base_lr ({train.optim.base_lr:g}) both set the learning rate. "
+            "Remove one of them.",
+            also=("train.optim.lr",),
+        )
+    if train.distributed_strategy == "fsdp":
+        yield Problem("train.distributed_strategy", "fsdp is not supported in this version. Use ddp.")
+    if train.optim.monitor_name == "val_loss" and not spec.dataset.val_data_sources:
+        yield Problem(
+            "train.optim.monitor_name",
+            "val_loss needs validation images, but dataset.val_data_sources is not set. Set it, or use train_loss.",
+            also=("dataset.val_data_sources",),
+        )
+    if train.stage == "finetune" and spec.dataset.augmentation.mixes and batch % 2:
+        yield Problem(
+            "dataset.batch_size",
+            f"Mixup and CutMix mix the images of a batch in pairs, so it must be even, got {batch}. Use "
+            f"{batch + 1}, or turn both off: {_AUGMENT}mixup=0 {_AUGMENT}cutmix=0.",
+            also=("train.stage", *(_AUGMENT + n for n in ("mixup", "cutmix", "cutmix_minmax", "mixup_prob"))),
+        )
+
+
+def _devices(spec: ExperimentSpec, section: str) -> Iterator[Problem]:
+    own = getattr(spec, section)
+    if len(own.gpu_ids) != own.num_gpus:
+        yield Problem(
+            f"{section}.gpu_ids",
+            f"names {len(own.gpu_ids)} GPUs, {list(own.gpu_ids)}, but {section}.num_gpus is {own.num_gpus}. "
+            "Make them agree, or remove one.",
+            also=(f"{section}.num_gpus",),
+        )
+
+
+def _knows_geometry(spec: ExperimentSpec, action: str | None) -> bool:
+    """A trained model brings its architecture, patch and image size along unless the spec names them."""
+    if action in (None, "train"):
+        return True
+    keys = ["model.arch", f"{_AUGMENT}input_size"]
+    keys += ["model.patch_size"] if spec.model.architecture.family == "vit" else []
+    return action in ("evaluate", "inference") and all(map(spec.typed, keys))
+
+
+def _geometry(spec: ExperimentSpec) -> Iterator[Problem]:
+    unit, model = spec.model.mask_unit, spec.model
+    height, width = size = spec.dataset.augmentation.size
+    parts = ("model.arch", "model.patch_size", "model.in_chans")
+    wrong = [side for side in dict.fromkeys(size) if side % unit]
+    if wrong:
+        what = "patches" if model.architecture.family == "vit" else "mask units"
+        near = ", ".join(f"{side} -> {_near_sizes(side, unit)}" for side in wrong)
+        yield Problem(
+            f"{_AUGMENT}input_size",
+            f"must be a multiple of {unit}, the side of {model.arch}'s {what}, got {height}x{width}. "
+            f"The nearest sizes: {near}.",
+            also=parts,
+        )
+        return
+    if spec.train.stage != "pretrain" or model.mask_ratio is None:
+        return
+    units = (height // unit) * (width // unit)
+    visible = visible_units(units, model.mask_ratio)
+    if not 0 < visible < units:
+        lowest, highest = 1 / units, (units - 1) / units
+        mend = (
+            f"Use a ratio from {lowest:.3g} to {highest:.3g}, or a larger image."
+            if units > 1
+            else f"Use a larger {_AUGMENT}input_size, {2 * unit} or more, to have several units."
+        )
+        yield Problem(
+            "model.mask_ratio",
+            f"must leave some mask units visible and some masked, but {model.mask_ratio:g} leaves {visible} "
+            f"of {units} visible ({height}x{width} pixels, {unit} pixels a unit). {mend}",
+            also=("train.mask_ratio", f"{_AUGMENT}input_size", *parts),
+        )
+
+
+def _near_sizes(side: int, unit: int) -> str:
+    below, above = side // unit * unit, -(-side // unit) * unit
+    return f"{below} or {above}" if below else str(above)
+
+
+def _engine(spec: ExperimentSpec) -> Iterator[Problem]:
+    engine = spec.gen_trt_engine.tensorrt
+    sizes = (engine.min_batch_size, engine.opt_batch_size, engine.max_batch_size)
+    if list(sizes) != sorted(sizes):
+        prefix = "gen_trt_engine.tensorrt."
+        text = f"min, opt and max_batch_size must rise in this order, got {', '.join(map(str, sizes))}."
+        yield Problem(f"{prefix}opt_batch_size", text, also=(f"{prefix}min_batch_size", f"{prefix}max_batch_size"))
+
+
+def value_of(spec: ExperimentSpec, key: str) -> object:
+    """The value of a dotted key."""
+    value: object = spec
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

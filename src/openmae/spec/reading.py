@@ -1,0 +1,278 @@
+"""From YAML text, overrides and ``${...}`` to one plain tree; mistakes are collected, not raised."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from openmae.errors import SpecError
+
+MISSING = "???"
+Tree = dict[str, Any]
+KeyPath = tuple[str | int, ...]
+
+
+class Problem(NamedTuple):
+    """A broken rule. ``key`` is dotted; ``also`` names other keys that have part in it."""
+
+    key: str
+    text: str
+    also: tuple[str, ...] = ()
+
+
+@dataclass
+class Reading:
+    """What was read.
+
+    Attributes:
+        tree: nested sections of what the user typed.
+        origin: dotted key -> where it was typed ("line 12", "override").
+        problems: mistakes met while reading.
+    """
+
+    tree: Tree = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers that people mean.
+
+    As OmegaConf reads them, 1e-4 is a number; and only plain decimals are integers, so that 007, 12:30
+    and 2026-01-31 stay the text they were.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":")[-1] not in ("int", "float", "timestamp")]
+    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^([-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line; texts that either this loader or another reader takes for a number in quotes."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    start: [*yaml.SafeDumper.yaml_implicit_resolvers.get(start, ()), *resolvers]
+    for start, resolvers in (yaml.SafeDumper.yaml_implicit_resolvers | _Loader.yaml_implicit_resolvers).items()
+}
+_Dumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+
+
+def write_text(tree: Tree) -> str:
+    """A tree of plain values as YAML text, which reads back as it was."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return text
+
+
+def read_file(path: Path) -> Reading:
+    """Read a YAML file.
+
+    Raises:
+        SpecError: the file is missing, is not text, or its YAML cannot be parsed.
+    """
+    if path.is_dir():
+        raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        fix = "Check the path, or write a spec with `mae spec template train`."
+        raise SpecError(f"There is no spec file {path}.", fix) from None
+    except UnicodeDecodeError:
+        raise SpecError(f"{path} is not a text file.", "A spec is YAML, in UTF-8.") from None
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}.", "Check the path and its rights.") from None
+    reading = Reading()
+    try:
+        node = yaml.compose(text, _Loader)
+        if node is not None:
+            _note_lines(node, "", reading, [])
+        tree = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise SpecError(
+            f"{path} is not valid YAML: {_yaml_message(error)}.",
+            "Check its indentation, quotes and brackets.",
+        ) from None
+    if not isinstance(tree, dict | None):
+        raise SpecError(
+            f"{path} must hold sections such as `model:` and `train:`, not a {type(tree).__name__}.",
+            "`mae spec template train` prints an example.",
+        )
+    reading.tree = _text_keys(tree or {})
+    return reading
+
+
+def read_mapping(source: Mapping[Any, Any]) -> Reading:
+    """Take a nested mapping from Python; it is copied."""
+    return Reading(tree=_text_keys(source))
+
+
+def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
+    """Merge ``a.b=c`` into what was read; ``c`` is YAML, and nothing after ``=`` unsets the key."""
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            reading.problems.append(Problem(key or item, f"an override is written key=value, got {item!r}."))
+            continue
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            reading.problems.append(Problem(key, f"{text!r} is not valid YAML: {_yaml_message(error)}."))
+            continue
+        _set(reading, key, _text_keys(value) if isinstance(value, dict) else value)
+
+
+def interpolate(reading: Reading, defaults: Tree) -> None:
+    """Replace ``${section.key}`` and ``${oc.env:NAME}`` by what they point to.
+
+    A key that the user did not type has its default; ``<action>.results_dir`` then is
+    ``<results_dir>/<action>``, as it is when the action runs.
+    """
+    references = [(path, value) for path, value in _leaves(reading.tree) if "${" in str(value)]
+    if not references:
+        return
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+    base = copy.deepcopy(defaults)
+    _merge(base, reading.tree)
+    base["results_dir"] = base["results_dir"] if base["results_dir"] not in (None, "", MISSING) else "results"
+    for name, section in base.items():
+        if isinstance(section, dict) and section.get("results_dir", name) in (None, "", MISSING):
+            section["results_dir"] = f"${{results_dir}}/{name}"
+
+    def resolved(tree: Tree, path: KeyPath) -> Any:
+        config: Any = OmegaConf.create(tree)
+        for part in path:
+            config = config[part]
+        return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+    def refuse(path: KeyPath, value: Any, error: Exception) -> None:
+        reason = "it refers to itself" if isinstance(error, RecursionError) else str(error).split("\n")[0]
+        reason = reason.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+        text = f"{value!r} cannot be resolved: {reason.rstrip('.')}."
+        reading.problems.append(Problem(".".join(map(str, path)), text))
+        _put(reading.tree, path, None)
+
+    well_formed = []
+    for path, value in references:  # OmegaConf parses a whole tree at once: find the bad ones before
+        try:
+            OmegaConf.create({"value": value})
+            well_formed.append((path, value))
+        except OmegaConfBaseException as error:
+            refuse(path, value, error)
+            _put(base, path, None)
+    for path, value in well_formed:
+        try:
+            _put(reading.tree, path, resolved(base, path))
+        except InterpolationToMissingValueError:
+            _put(reading.tree, path, MISSING)
+        except (OmegaConfBaseException, RecursionError) as error:
+            refuse(path, value, error)
+
+
+def drop_unset(tree: Tree) -> Tree:
+    """The tree without ``???`` and null: such a key counts as not typed."""
+    return {
+        key: drop_unset(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if value is not None and not (isinstance(value, str) and value == MISSING)
+    }
+
+
+def _note_lines(node: yaml.Node, prefix: str, reading: Reading, above: list[yaml.Node]) -> None:
+    """Record the line of every key; a key that stands twice in one section is a problem."""
+    if node in above:
+        raise yaml.YAMLError(f"line {node.start_mark.line + 1} contains itself")
+    above = [*above, node]
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _note_lines(item, prefix, reading, above)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        name, line = str(key_node.value), key_node.start_mark.line + 1
+        key = prefix + name
+        if name in first:
+            text = f"stands twice, on lines {first[name]} and {line}. Keep one, and merge what is under them."
+            reading.problems.append(Problem(key, text))
+        first.setdefault(name, line)
+        reading.origin[key] = f"line {line}"
+        _note_lines(value_node, f"{key}.", reading, above)
+
+
+def _yaml_message(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error).replace("\n", " ")
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return f"{where}{error.problem or error.context}"
+
+
+def _text_keys(mapping: Mapping[Any, Any]) -> Tree:
+    return {str(k): _text_keys(v) if isinstance(v, Mapping) else copy.deepcopy(v) for k, v in mapping.items()}
+
+
+def _set(reading: Reading, key: str, value: Any) -> None:
+    *parents, name = key.split(".")
+    section = reading.tree
+    for depth, part in enumerate(parents, 1):
+        below, parent = section.get(part), ".".join(parents[:depth])
+        if below is None or below == MISSING:
+            below = section[part] = {}
+            reading.origin.setdefault(parent, "override")
+        if not isinstance(below, dict):
+            text = f"cannot be set, since {parent} is {below!r} and not a section."
+            reading.problems.append(Problem(key, text, also=(parent,)))
+            return
+        section = below
+    _merge(section, {name: value})
+    below_key = [".".join([*parents, *map(str, path)]) for path, _ in _leaves({name: value})]
+    reading.origin.update(dict.fromkeys([key, *below_key], "override"))
+
+
+def _merge(target: Tree, source: Mapping[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        elif value is not None or not isinstance(target.get(key), dict):
+            target[key] = copy.deepcopy(value)
+
+
+def _leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    items: Iterable[tuple[str | int, Any]]
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
+    else:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from _leaves(value, (*path, key))
+
+
+def _put(tree: Any, path: KeyPath, value: Any) -> None:
+    for part in path[:-1]:
+        tree = tree[part]
+    tree[path[-1]] = value

@@ -1,0 +1,124 @@
+"""Parameter groups, learning rates over time, and AdamW."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from openmae.errors import SpecError
+from openmae.models.build import ModelConfig
+from openmae.models.layers import is_decayed, is_head, layer_index
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate factor over the run, a function of the step alone, so that resuming needs no state.
+
+    Attributes:
+        kind: ``cosine`` (to zero) or ``MultiStep`` (times ``gamma`` at each milestone).
+        epochs, steps_per_epoch: length of the run; a step is one update of the weights.
+        warmup_epochs: linear rise from zero, under both kinds.
+        milestones: epochs, for MultiStep.
+        gamma: for MultiStep.
+    """
+
+    kind: str
+    epochs: int
+    steps_per_epoch: int
+    warmup_epochs: float = 0.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+
+    def factor(self, step: int) -> float:
+        """Factor for the update that follows ``step`` finished ones."""
+        epoch = step / self.steps_per_epoch
+        if epoch < self.warmup_epochs:
+            return (step + 1) / math.ceil(self.warmup_epochs * self.steps_per_epoch)
+        if self.kind == "MultiStep":
+            return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+        progress = (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9)
+        return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def pretraining_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups, with and without weight decay, at one learning rate."""
+    return _group(model, weight_decay, lambda name: ("all", 1.0))
+
+
+def finetuning_groups(
+    model: nn.Module, config: ModelConfig, weight_decay: float, layer_decay: float, backbone_multiplier: float
+) -> list[dict]:
+    """A group for each layer, with and without weight decay.
+
+    The learning rate of layer i is scaled by ``layer_decay ** (head layer - i)``, and the backbone's besides by
+    ``backbone_multiplier``.
+    """
+    layer_of, head = layer_index(config, model)
+
+    def place(name: str) -> tuple[str, float]:
+        layer = layer_of(name)
+        scale = layer_decay ** (head - layer)
+        if is_head(name):
+            return "head", scale
+        return f"layer {layer}", scale * backbone_multiplier
+
+    return _group(model, weight_decay, place)
+
+
+def _group(model: nn.Module, weight_decay: float, place: Callable[[str], tuple[str, float]]) -> list[dict]:
+    groups: dict[tuple[str, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, scale = place(name)
+        decayed = is_decayed(name, parameter)
+        group = groups.setdefault(
+            (layer, decayed),
+            {
+                "name": layer if decayed else f"{layer}, no decay",
+                "lr_scale": scale,
+                "weight_decay": weight_decay if decayed else 0.0,
+                "params": [],
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_adamw(
+    groups: Sequence[dict], lr: float, beta1: float, beta2: float, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW over the groups; fused where the device has it."""
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group ``lr`` times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def freeze(model: nn.Module, names: Iterable[str]) -> int:
+    """Stop the gradients of the named modules (``patch_embed``, ``blocks.0``, ...); returns the parameters frozen.
+
+    Raises:
+        SpecError: a name that no module has; it lists near ones.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    frozen = 0
+    for name in names:
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3) or list(dict(model.named_children()))
+            raise SpecError(f"train.freeze: the model has no module {name!r}.", f"Near names: {', '.join(near)}.")
+        for parameter in modules[name].parameters():
+            parameter.requires_grad_(False)
+            frozen += parameter.numel()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SpecError("train.freeze: nothing is left to train.", "Freeze fewer modules.")
+    return frozen

@@ -1,0 +1,127 @@
+"""Masked pretraining: the loss of a batch, and what a validation set says of the encoder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from openmae.data.dataset import Batch
+from openmae.data.normalise import Normaliser
+from openmae.models.mae import MaskedAutoencoder
+from openmae.models.masking import Mask, random_mask
+from openmae.results.probes import knn_accuracy, linear_probe_accuracy
+from openmae.training.distributed import gather, sum_over_ranks
+
+_VALIDATION_EPOCH = -1  # the address of validation's fixed masks
+
+log = logging.getLogger("openmae")
+
+
+class PretrainTask:
+    """Predict the pixels of masked units.
+
+    Args:
+        model: the autoencoder.
+        normalise: uint8 images to the model's input.
+        mask_ratio: share of masked units.
+        seed: of the masks.
+        monitor: metric that picks the best checkpoint.
+    """
+
+    lower_is_better = True
+
+    def __init__(
+        self, model: MaskedAutoencoder, normalise: Normaliser, *, mask_ratio: float, seed: int, monitor: str
+    ) -> None:
+        self.model = model
+        self.normalise = normalise
+        self.mask_ratio = mask_ratio
+        self.seed = seed
+        self.monitor = monitor
+
+    def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
+        """Loss of a batch; each image's mask is addressed by (seed, epoch, its index)."""
+        return model(self.normalise(batch.images), self.mask(batch.indices, epoch)).loss
+
+    def mask(self, indices: Tensor, epoch: int = _VALIDATION_EPOCH) -> Mask:
+        """The masks of the images ``indices`` in an epoch; without an epoch, validation's fixed ones."""
+        return random_mask(
+            indices, seed=self.seed, epoch=epoch, num_units=self.model.num_units, mask_ratio=self.mask_ratio
+        )
+
+    @torch.no_grad()
+    def reconstruct(self, fabric: Fabric, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Pictures of a batch under its fixed masks: original, masked, reconstruction, reconstruction in place.
+
+        Returns:
+            Four uint8 arrays ``[B, H, W, C]``; pixel normalisation is undone, units that a picture leaves out are grey.
+        """
+        batch = fabric.to_device(batch)
+        images, mask = self.normalise(batch.images), self.mask(batch.indices)
+        with fabric.autocast():
+            predicted = self.model(images, mask).predicted_BMP
+        original, masked, reconstructed, pasted = (
+            self.normalise.undo(picture).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+            for picture in (images, *self.model.paint(images, mask, predicted))
+        )
+        return original, masked, reconstructed, pasted
+
+    @torch.no_grad()
+    def validate(self, fabric: Fabric, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        """``val_loss`` under fixed masks; ``knn_acc`` and ``probe_acc`` besides when the images have classes.
+
+        Args:
+            fabric: gives precision and processes.
+            model: the ``MaskedAutoencoder`` to measure, in eval mode.
+            batches: of the validation set.
+        """
+        loss_sum, count = 0.0, 0
+        features, labels = [], []
+        for batch in map(fabric.to_device, batches):
+            images = self.normalise(batch.images)
+            with fabric.autocast():
+                loss_sum += model(images, self.mask(batch.indices)).loss.item() * len(images)
+                features.append(model.encoder.embed(images).float().cpu().numpy())
+            labels.append(batch.labels.cpu().numpy())
+            count += len(images)
+        loss_sum, total = sum_over_ranks(fabric, [loss_sum, count])
+        all_labels = gather(fabric, np.concatenate(labels))
+        metrics = {"val_loss": loss_sum / total}
+        if (all_labels >= 0).all():
+            metrics |= probe(gather(fabric, np.concatenate(features)), all_labels)
+        return metrics
+
+
+@torch.no_grad()
+def embed(fabric: Fabric, task: PretrainTask, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of all images, nothing masked, gathered from all processes and put in order.
+
+    Returns:
+        ``(indices, vectors)``: ``[N]`` in the data set and ``[N, D]`` float32.
+    """
+    indices, vectors = [], []
+    for batch in map(fabric.to_device, batches):
+        with fabric.autocast():
+            vectors.append(task.model.encoder.embed(task.normalise(batch.images)).float().cpu().numpy())
+        indices.append(batch.indices.cpu().numpy())
+    all_indices = gather(fabric, np.concatenate(indices))
+    order = all_indices.argsort(kind="stable")
+    return all_indices[order], gather(fabric, np.concatenate(vectors))[order]
+
+
+def probe(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """``knn_acc`` and ``probe_acc`` of frozen features ``[N, D]``; nothing, with a notice, for too small a set."""
+    try:
+        return {
+            "knn_acc": knn_accuracy(features, labels),
+            "probe_acc": linear_probe_accuracy(features, labels),
+        }
+    except ValueError as error:
+        log.warning("No kNN or probe accuracy for this validation set: %s.", error)
+        return {}

@@ -1,0 +1,87 @@
+"""What a running training shows and remembers of its own pace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+class PaceMeter:
+    """How fast images pass, and how much of the time the loop waited for them."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._images = 0
+
+    def watch(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass the batches on, and measure the wait for each."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - asked
+            yield batch
+
+    def count(self, images: int) -> None:
+        """Note that ``images`` more (of all ranks) went through a step."""
+        self._images += images
+
+    def read(self) -> dict[str, float]:
+        """``images_per_s``, and ``data_wait`` as a share of the time since the last restart."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        return {"images_per_s": self._images / elapsed, "data_wait": min(self._waited / elapsed, 1.0)}
+
+
+class EpochBar:
+    """A progress bar for one epoch, with loss, learning rate, images/s and the share of time waiting for data.
+
+    Args:
+        title: in front of the bar.
+        total: batches of the epoch.
+        done: batches that an earlier run had done.
+        console: where to draw; a console that is no terminal shows nothing.
+    """
+
+    def __init__(self, title: str, total: int, done: int, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=total, completed=done, numbers="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, loss: float, lr: float, pace: dict[str, float]) -> None:
+        """One batch more."""
+        numbers = (
+            f"loss {loss:.4f}  lr {lr:.2e}  {pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
+        )
+        self._progress.update(self._task, advance=1, numbers=numbers)

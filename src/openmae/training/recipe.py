@@ -1,0 +1,87 @@
+"""The resolved recipe of a run, for people to read before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from lightning.fabric import Fabric
+from torch import nn
+
+from openmae.models.build import ModelConfig
+from openmae.training.devices import describe_device
+from openmae.training.optim import Schedule
+from openmae.training.trainer import LoopSettings
+
+_MOST_LAYERS = 8  # shown one by one; more are shown by their first and last ones
+
+Rows = list[tuple[str, str]]
+
+
+def recipe_rows(
+    fabric: Fabric,
+    model: nn.Module,
+    config: ModelConfig,
+    groups: Sequence[dict],
+    schedule: Schedule,
+    settings: LoopSettings,
+    images: tuple[int, int],
+    batch_size: int,
+) -> Rows:
+    """Label and value of each line.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        images: of the training and of the validation set.
+        batch_size: of one process.
+    """
+    height, width = config.input_size
+    units = (height // config.unit) * (width // config.unit)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    global_batch = batch_size * fabric.world_size * settings.accum_grad_batches
+    rows = [
+        ("architecture", f"{config.arch}, {height} x {width} px, {config.in_chans} channels"),
+        ("parameters", f"{total / 1e6:.2f} M, {trained / 1e6:.2f} M of them trained"),
+    ]
+    if config.num_classes:
+        rows.append(("classes", f"{config.num_classes}"))
+    else:
+        what = f"{config.mask_ratio:g} of {units} units of {config.unit} px"
+        rows += [("masked", what), ("decoder", f"{config.decoder_depth} x {config.decoder_embed_dim}")]
+    rows += [
+        (
+            "images",
+            f"{images[0]:,} to train" + (f", {images[1]:,} to validate" if images[1] else ", none to validate"),
+        ),
+        (
+            "batch",
+            f"{global_batch} = {batch_size} images x {fabric.world_size} process(es) x "
+            f"{settings.accum_grad_batches} accumulated",
+        ),
+        ("epochs", f"{settings.num_epochs} of {schedule.steps_per_epoch} steps"),
+        ("schedule", _schedule_text(schedule)),
+        ("learning rate", _rates_text(groups, settings.lr)),
+        ("device", f"{describe_device(fabric)}, {fabric.strategy.precision.precision}"),
+    ]
+    return rows
+
+
+def _schedule_text(schedule: Schedule) -> str:
+    warmup = f"{schedule.warmup_epochs:g} epochs of warmup, then " if schedule.warmup_epochs else ""
+    if schedule.kind == "cosine":
+        return f"{warmup}cosine to 0"
+    milestones = ", ".join(map(str, schedule.milestones)) or "never"
+    return f"{warmup}x {schedule.gamma:g} at epochs {milestones}"
+
+
+def _rates_text(groups: Sequence[dict], lr: float) -> str:
+    """The peak learning rate of each layer."""
+    layers = [(name.removesuffix(", no decay"), group["lr_scale"]) for group in groups if (name := group["name"])]
+    rates = [(name, scale * lr) for (name, scale), _ in groupby(sorted(set(layers), key=lambda pair: pair[1]))]
+    if len(rates) == 1:
+        return f"{rates[0][1]:.3g}"
+    if len(rates) > _MOST_LAYERS:
+        half = _MOST_LAYERS // 2
+        rates = [*rates[:half], ("...", 0.0), *rates[-half:]]
+    return ", ".join(f"{name} {rate:.3g}" if rate else name for name, rate in rates)

@@ -1,0 +1,369 @@
+"""The training loop, on Lightning Fabric: devices, precision and processes are Fabric's, the order of things is ours.
+
+Every random draw is addressed by (seed, epoch, batch), never consumed from a stream, and a checkpoint holds the exact
+place of the run. So a resumed run equals an uninterrupted one bit for bit on a CPU, wherever it was cut.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from openmae.data.dataset import Batch
+from openmae.data.loaders import EvaluationLoader, TrainingLoader
+from openmae.errors import RunError
+from openmae.results.status import StatusLog
+from openmae.training.checkpoints import CheckpointFolder
+from openmae.training.distributed import sum_over_ranks
+from openmae.training.interrupt import InterruptWatch
+from openmae.training.loggers import Loggers
+from openmae.training.optim import Schedule, set_learning_rate
+from openmae.training.progress import EpochBar, PaceMeter
+
+MAX_BAD_STEPS = 10
+_ROWS_PER_EPOCH = 100  # of metrics.csv, at the most
+
+log = logging.getLogger("openmae")
+
+
+class Task(Protocol):
+    """What is trained: see ``PretrainTask`` and ``FinetuneTask``."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def monitor(self) -> str:
+        """Metric that picks the best checkpoint."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether ``monitor`` is minimised."""
+
+    def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
+        """The loss of a batch; ``model`` is the task's own, wrapped for the run's processes and precision."""
+
+    def validate(self, fabric: Fabric, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """Metrics of a validation set."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Length and rhythm of a run; the names are the spec's.
+
+    Attributes:
+        lr: peak learning rate.
+        clip_grad_norm, ema_decay: 0 is off.
+        checkpoint_interval_unit: ``epoch`` or ``step`` (an update of the weights).
+    """
+
+    num_epochs: int
+    lr: float
+    accum_grad_batches: int = 1
+    validation_interval: int = 1
+    checkpoint_interval: int = 1
+    checkpoint_interval_unit: str = "epoch"
+    clip_grad_norm: float = 0.0
+    ema_decay: float = 0.0
+    seed: int = 1234
+
+
+@dataclass
+class Progress:
+    """The place of a run; a checkpoint carries it as a plain dict.
+
+    Attributes:
+        epoch: epochs finished.
+        batch: batches finished in the epoch under way.
+        step: updates of the weights, skipped ones included.
+        batches_per_epoch: of the run that wrote it.
+        loss_sum, loss_count: of the epoch under way.
+        bad_steps: skipped updates in a row.
+        best: the monitored metric's best value, or None.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    batches_per_epoch: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    bad_steps: int = 0
+    best: float | None = None
+
+
+@dataclass
+class Outputs:
+    """Where a run writes; ranks other than 0 hold no loggers and no status."""
+
+    checkpoints: CheckpointFolder
+    info: Mapping[str, Any]
+    loggers: Loggers | None = None
+    status: StatusLog | None = None
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+
+class Trainer:
+    """Runs a task to its last epoch.
+
+    Args:
+        fabric: launched.
+        task: what to train.
+        optimizer: over the task's model; each group has an ``lr_scale``.
+        schedule: factor on the learning rate.
+        settings: length and rhythm.
+        train_loader, val_loader: this process's share of the data; validation is optional.
+        outputs: where to write.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        settings: LoopSettings,
+        train_loader: TrainingLoader,
+        val_loader: EvaluationLoader | None,
+        outputs: Outputs,
+    ) -> None:
+        self.fabric = fabric
+        self.task = task
+        self.schedule = schedule
+        self.settings = settings
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self.outputs = outputs
+        self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if settings.ema_decay else None
+        self.model, self.optimizer = fabric.setup(task.model, optimizer)
+        self.progress = Progress(batches_per_epoch=len(train_loader))
+        self.pace = PaceMeter()
+        self._interrupt = InterruptWatch()
+
+    def resume(self, payload: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's payload."""
+        prefix = "model."
+        self.task.model.load_state_dict({k.removeprefix(prefix): v for k, v in payload["state_dict"].items()})
+        if self.ema is not None and "ema_state_dict" in payload:
+            self.ema.module.load_state_dict({k.removeprefix(prefix): v for k, v in payload["ema_state_dict"].items()})
+        self.optimizer.load_state_dict(payload["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(payload["precision"])
+        self.progress = Progress(**payload["progress"])
+        batches = len(self.train_loader)
+        if self.progress.batches_per_epoch != batches:
+            if self.progress.batch:
+                log.warning(
+                    "The data, the batch size or the number of processes has changed since the checkpoint "
+                    "(%d batches an epoch, now %d): epoch %d starts again.",
+                    self.progress.batches_per_epoch, batches, self.progress.epoch + 1,
+                )  # fmt: skip
+            self.progress.batch, self.progress.loss_sum, self.progress.loss_count = 0, 0.0, 0
+            self.progress.batches_per_epoch = batches
+
+    def fit(self) -> dict[str, float]:
+        """Train to the last epoch; returns the last epoch's metrics.
+
+        Raises:
+            RunError: the loss is not finite ten updates in a row, or a checkpoint cannot be written.
+            KeyboardInterrupt: Ctrl-C; a checkpoint of the last finished update has been written.
+        """
+        metrics: dict[str, float] = {}
+        with self._interrupt:
+            while self.progress.epoch < self.settings.num_epochs:
+                self._train_epoch()
+                metrics = self._finish_epoch()
+        return metrics
+
+    def _train_epoch(self) -> None:
+        self.model.train()
+        self.pace.restart()
+        progress, batches = self.progress, len(self.train_loader)
+        loader = self.train_loader.from_position(progress.epoch, progress.batch)
+        title = f"epoch {progress.epoch + 1}/{self.settings.num_epochs}"
+        with EpochBar(title, batches, progress.batch, self.outputs.console) as bar:
+            group: list[Batch] = []
+            size = self._group_size()
+            for batch in self.pace.watch(loader):
+                group.append(batch)
+                if len(group) < size:
+                    continue
+                loss = self._update(group)
+                for _ in group:
+                    bar.advance(loss, self.optimizer.param_groups[-1]["lr"], self.pace.read())
+                group, size = [], self._group_size()
+                self._after_update(loss)
+
+    def _group_size(self) -> int:
+        """Batches of the next update: the last one of an epoch takes what is left."""
+        return min(self.settings.accum_grad_batches, len(self.train_loader) - self.progress.batch)
+
+    def _update(self, group: Sequence[Batch]) -> float:
+        """One update of the weights from a group of batches; returns its mean loss over all processes."""
+        lr = self.settings.lr * self.schedule.factor(self.progress.step)
+        set_learning_rate(self.optimizer, lr)
+        losses = []
+        for number, batch in enumerate(group):
+            self._address_randomness(self.progress.batch + number)
+            batch = self.fabric.to_device(batch)
+            with self.fabric.no_backward_sync(self.model, enabled=number + 1 < len(group)):
+                loss = self.task.training_loss(self.model, batch, self.progress.epoch) / len(group)
+                self.fabric.backward(loss)
+            losses.append(loss.detach())
+        total, images, interrupted = sum_over_ranks(
+            self.fabric,
+            [
+                torch.stack(losses).sum().item(),
+                sum(len(batch.images) for batch in group),
+                self._interrupt.asked,
+            ],
+        )
+        self._interrupt.asked = interrupted > 0
+        mean = total / self.fabric.world_size
+        if np.isfinite(mean):
+            self._step_optimizer()
+        else:
+            self._skip(mean, group)
+        self.optimizer.zero_grad()
+        self.pace.count(int(images))
+        return mean
+
+    def _step_optimizer(self) -> None:
+        if self.settings.clip_grad_norm:
+            self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=self.settings.clip_grad_norm, error_if_nonfinite=False
+            )
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.task.model, step=self.progress.step)
+        self.progress.bad_steps = 0
+
+    def _skip(self, loss: float, group: Sequence[Batch]) -> None:
+        """Leave the weights as they are, and name the images; too often in a row ends the run."""
+        self.progress.bad_steps += 1
+        names = [self.train_loader.file_of(int(index)) for batch in group for index in batch.indices]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        log.warning(
+            "Step %d: the loss is %s; the step is skipped. Its images: %s",
+            self.progress.step + 1,
+            loss,
+            shown,
+        )
+        if self.progress.bad_steps >= MAX_BAD_STEPS:
+            raise RunError(
+                f"The loss was not finite {MAX_BAD_STEPS} steps in a row, the last with: {shown}.",
+                "Lower train.optim.lr, set train.clip_grad_norm=1.0, lengthen train.optim.warmup_epochs, "
+                "use train.precision=bf16 or fp32 instead of fp16, or look at the images named.",
+            )
+
+    def _address_randomness(self, batch: int) -> None:
+        """Seed what draws from global generators (drop path, Mixup) by (seed, epoch, batch, rank)."""
+        address = (self.settings.seed, self.progress.epoch, batch, self.fabric.global_rank)
+        words = np.random.SeedSequence([part % 2**32 for part in address]).generate_state(3)
+        torch.manual_seed((int(words[0]) << 32) | int(words[1]))
+        np.random.seed(words[2])
+
+    def _after_update(self, loss: float) -> None:
+        progress = self.progress
+        updates = -(-progress.batches_per_epoch // self.settings.accum_grad_batches)
+        progress.batch += self._group_size()
+        progress.step += 1
+        if np.isfinite(loss):
+            progress.loss_sum += loss
+            progress.loss_count += 1
+            if progress.step % max(1, updates // _ROWS_PER_EPOCH) == 0:
+                self._log({"train_loss": loss, "lr": self.optimizer.param_groups[-1]["lr"], **self.pace.read()})
+        by_step = self.settings.checkpoint_interval_unit == "step"
+        if (by_step and progress.step % self.settings.checkpoint_interval == 0) or self._interrupt.asked:
+            self._save()
+        self._interrupt.raise_if_asked()
+
+    def _finish_epoch(self) -> dict[str, float]:
+        """Validate, log, and keep the epoch's checkpoint; returns the epoch's metrics."""
+        progress, settings = self.progress, self.settings
+        pace = self.pace.read()
+        metrics = {"train_loss": progress.loss_sum / max(progress.loss_count, 1)} if progress.loss_count else {}
+        last = progress.epoch + 1 == settings.num_epochs
+        if self.val_loader is not None and ((progress.epoch + 1) % settings.validation_interval == 0 or last):
+            metrics |= self._validate()
+        epoch, step = progress.epoch, progress.step
+        improved = self._note_best(metrics)
+        progress.epoch, progress.batch, progress.loss_sum, progress.loss_count = epoch + 1, 0, 0.0, 0
+        due = settings.checkpoint_interval_unit == "epoch" and (epoch + 1) % settings.checkpoint_interval == 0
+        saved = self._save() if due or last else None
+        if improved and (saved or self.task.monitor != "train_loss"):
+            self._save_best(saved)
+        self._log({"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()}, epoch)
+        self._report(epoch, step, metrics | pace)
+        return metrics
+
+    def _validate(self) -> dict[str, float]:
+        assert self.val_loader is not None
+        model = self.ema.module if self.ema is not None else self.task.model
+        model.eval()
+        metrics = self.task.validate(self.fabric, model, self._interruptible(self.val_loader))
+        self.task.model.train()
+        return metrics
+
+    def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass batches on; on Ctrl-C keep the epoch's training, which is done, and stop."""
+        for batch in batches:
+            if self._interrupt.asked and self.fabric.world_size == 1:
+                self._save()
+                self._interrupt.raise_if_asked()
+            yield batch
+
+    def _note_best(self, metrics: Mapping[str, float]) -> bool:
+        value, best = metrics.get(self.task.monitor), self.progress.best
+        if value is None or not np.isfinite(value):
+            return False
+        improved = best is None or (value < best if self.task.lower_is_better else value > best)
+        if improved:
+            self.progress.best = value
+        return improved
+
+    def _payload(self) -> dict[str, Any]:
+        payload: dict[str, Any] = {
+            "openmae": dict(self.outputs.info),
+            "state_dict": {f"model.{k}": v for k, v in self.task.model.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        if self.ema is not None:
+            payload["ema_state_dict"] = {f"model.{k}": v for k, v in self.ema.module.state_dict().items()}
+        return payload
+
+    def _save(self) -> Path | None:
+        return self._on_rank_zero(
+            lambda: self.outputs.checkpoints.save(self._payload(), self.progress.epoch, self.progress.step)
+        )
+
+    def _save_best(self, newest: Path | None) -> None:
+        self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(self._payload(), newest))
+
+    def _on_rank_zero(self, write: Callable[[], Any]) -> Any:
+        result = write() if self.fabric.is_global_zero else None
+        self.fabric.barrier()
+        return result
+
+    def _log(self, values: Mapping[str, float], epoch: int | None = None) -> None:
+        if self.outputs.loggers is not None and values:
+            self.outputs.loggers.write(self.progress.step, self.progress.epoch if epoch is None else epoch, values)
+
+    def _report(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        if self.outputs.status is None:
+            return
+        message = f"Epoch {epoch + 1} of {self.settings.num_epochs}, step {step}"
+        self.outputs.status.write("RUNNING", message, kpi=metrics)
+        shown = {k: f"{v:.0f}" if k == "images_per_s" else f"{v:.4f}" for k, v in metrics.items()}
+        log.info("%s: %s", message, "  ".join(f"{k} {v}" for k, v in shown.items()))

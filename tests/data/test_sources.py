@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from openmae.data import sources
+from openmae.data.sources import resolve_source
+from openmae.errors import DataError
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def tar_of(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as tar:
+        for member, content in members:
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def special(name: str, kind: bytes, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    member.linkname = target
+    return member, b""
+
+
+def regular(name: str, content: bytes = b"pixels") -> tuple[tarfile.TarInfo, bytes]:
+    return tarfile.TarInfo(name), content
+
+
+def zip_of(path: Path, *members: tuple[zipfile.ZipInfo | str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as bundle:
+        for member, content in members:
+            bundle.writestr(member, content)
+    return path
+
+
+def files_below(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_folder_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    assert resolve_source(str(tmp_path)) == tmp_path
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_source("~/pictures") == tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("name", ["set.tar", "set.tar.gz", "set.tgz", "set.zip"])
+def test_archive_is_extracted_once(tmp_path: Path, cache: Path, name: str) -> None:
+    if name.endswith(".zip"):
+        archive = zip_of(tmp_path / name, ("cat/", b""), ("cat/1.png", b"one"), ("dog/2.png", b"two"))
+    else:
+        archive = tar_of(
+            tmp_path / name,
+            special("cat", tarfile.DIRTYPE),
+            regular("cat/1.png", b"one"),
+            regular("./dog/2.png"),
+        )
+    folder = resolve_source(str(archive), cache)
+    assert files_below(folder) == {"cat/1.png", "dog/2.png", ".openmae-complete"}
+    assert (folder / "cat/1.png").read_bytes() == b"one"
+    (folder / "cat/1.png").write_bytes(b"seen")
+    assert resolve_source(str(archive), cache) == folder
+    assert (folder / "cat/1.png").read_bytes() == b"seen"
+
+
+def test_changed_archive_is_extracted_again(tmp_path: Path, cache: Path) -> None:
+    archive = tar_of(tmp_path / "set.tar", regular("1.png", b"one"))
+    first = resolve_source(str(archive), cache)
+    tar_of(archive, regular("1.png", b"two"))
+    os.utime(archive, ns=(1, 1))
+    second = resolve_source(str(archive), cache)
+    assert second != first
+    assert (second / "1.png").read_bytes() == b"two"
+
+
+def test_cache_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "mine"))
+    folder = resolve_source(str(tar_of(tmp_path / "set.tar", regular("1.png"))))
+    assert folder.parent == tmp_path / "mine" / "sources"
+
+
+def test_half_done_extraction_is_done_again(tmp_path: Path, cache: Path) -> None:
+    archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png"))
+    folder = resolve_source(str(archive), cache)
+    (folder / ".openmae-complete").unlink()
+    (folder / "2.png").unlink()
+    abandoned = Path(f"{folder}.part-killed")
+    abandoned.mkdir()
+    assert files_below(resolve_source(str(archive), cache)) == {"1.png", "2.png", ".openmae-complete"}
+    assert not abandoned.exists()
+
+
+def test_interruption_leaves_nothing_that_looks_done(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png"))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.shutil, "copyfileobj", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            resolve_source(str(archive), cache)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+    assert "2.png" in files_below(resolve_source(str(archive), cache))
+
+
+def test_many_at_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tar_of(tmp_path / "set.tar", *(regular(f"{i}.png") for i in range(50)))
+    extracted: list[Path] = []
+    real = sources._extract
+    monkeypatch.setattr(sources, "_extract", lambda *a: extracted.append(a[1]) or real(*a))
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(resolve_source(str(archive), cache))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert len(set(found)) == 1
+    assert len(extracted) == 1
+
+
+HOSTILE_TAR = {
+    "parent": (regular("a/../../evil"), "would be written outside the folder"),
+    "absolute": (regular("/tmp/evil"), "would be written outside the folder"),
+    "windows drive": (regular("C:/evil"), "would be written outside the folder"),
+    "backslashes": (regular("..\\evil"), "would be written outside the folder"),
+    "parent folder": (special("../evil", tarfile.DIRTYPE), "would be written outside the folder"),
+    "symlink": (special("evil", tarfile.SYMTYPE, "/etc/passwd"), "is a link to '/etc/passwd'"),
+    "hard link": (special("evil", tarfile.LNKTYPE, "ok.png"), "is a link to 'ok.png'"),
+    "device": (special("evil", tarfile.CHRTYPE), "is a device or another special file"),
+    "fifo": (special("evil", tarfile.FIFOTYPE), "is a device or another special file"),
+}
+
+
+@pytest.mark.parametrize(("member", "text"), HOSTILE_TAR.values(), ids=HOSTILE_TAR.keys())
+def test_hostile_tar(tmp_path: Path, cache: Path, member: tuple[tarfile.TarInfo, bytes], text: str) -> None:
+    archive = tar_of(tmp_path / "set.tar.gz", regular("ok.png"), member)
+    with pytest.raises(DataError) as caught:
+        resolve_source(str(archive), cache)
+    assert f"member {member[0].name!r} {text}; nothing was extracted" in str(caught.value)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+    assert not list(tmp_path.rglob("evil"))
+
+
+def zip_link() -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo("evil")
+    info.external_attr = 0o120777 << 16
+    return info
+
+
+@pytest.mark.parametrize(
+    ("member", "text"),
+    [
+        ("../evil", "would be written outside"),
+        ("/evil", "would be written outside"),
+        (zip_link(), "is a link"),
+    ],
+    ids=["parent", "absolute", "link"],
+)
+def test_hostile_zip(tmp_path: Path, cache: Path, member: zipfile.ZipInfo | str, text: str) -> None:
+    archive = zip_of(tmp_path / "set.zip", ("ok.png", b"x"), (member, b"/etc/passwd"))
+    with pytest.raises(DataError, match=text):
+        resolve_source(str(archive), cache)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+
+
+def test_damaged_archives(tmp_path: Path, cache: Path) -> None:
+    whole = tar_of(tmp_path / "set.tar.gz", *(regular(f"{i}.png", os.urandom(9999)) for i in range(5)))
+    whole.write_bytes(whole.read_bytes()[:25_000])
+    with pytest.raises(DataError, match=r"set.tar.gz is damaged or cut short after 2 files") as caught:
+        resolve_source(str(whole), cache)
+    assert "Fix: Copy or pack it again." in str(caught.value)
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize("kept", [1024, 1100, 1600], ids=["at a header", "in a header", "in a file"])
+def test_cut_tar(tmp_path: Path, cache: Path, kept: int) -> None:
+    archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png", b"x" * 512), regular("3.png"))
+    archive.write_bytes(archive.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"set.tar is damaged or cut short"):
+        resolve_source(str(archive), cache)
+
+
+def test_tar_with_a_broken_header(tmp_path: Path, cache: Path) -> None:
+    archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png"))
+    content = bytearray(archive.read_bytes())
+    content[1024 + 100] ^= 0xFF
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match=r"set.tar is damaged or cut short after 1 files"):
+        resolve_source(str(archive), cache)
+
+
+def test_file_that_is_no_archive(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"notes.txt is a file but not an archive") as caught:
+        resolve_source(str(tmp_path / "notes.txt"), cache)
+    assert ".tar, .tar.gz, .tgz or .zip" in caught.value.fix
+
+
+def test_archive_by_content_not_by_name(tmp_path: Path, cache: Path) -> None:
+    inner = zip_of(tmp_path / "inner.zip", ("a.png", b"x")).read_bytes()
+    archive = tar_of(tmp_path / "really_a_tar.zip", regular("inner.zip", inner))
+    assert "inner.zip" in files_below(resolve_source(str(archive), cache))
+
+
+def test_empty_sources(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "void").mkdir()
+    with pytest.raises(DataError, match=r"The folder .*void is empty"):
+        resolve_source(str(tmp_path / "void"), cache)
+    with pytest.raises(DataError, match=r"set.tar holds no files"):
+        resolve_source(str(tar_of(tmp_path / "set.tar", special("only", tarfile.DIRTYPE))), cache)
+    with pytest.raises(DataError, match="The data source is empty"):
+        resolve_source("", cache)
+
+
+def test_missing_source_names_near_ones(tmp_path: Path) -> None:
+    (tmp_path / "images_train").mkdir()
+    with pytest.raises(DataError, match=r"There is no file or folder .*image_train") as caught:
+        resolve_source(str(tmp_path / "image_train"))
+    assert caught.value.fix == "Did you mean images_train?"
+    with pytest.raises(DataError, match=f"exists as far as {tmp_path}"):
+        resolve_source(str(tmp_path / "no" / "where"))
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/a.tar", "gs://b/c", "https://host/set.zip"])
+def test_remote_source(source: str) -> None:
+    with pytest.raises(DataError, match="is a remote source") as caught:
+        resolve_source(source)
+    assert "Copy it to a local folder or archive" in caught.value.fix
+
+
+def test_unusable_cache(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    archive = tar_of(tmp_path / "set.tar", regular("1.png"))
+    with pytest.raises(DataError, match="could not be extracted into") as caught:
+        resolve_source(str(archive), tmp_path / "file" / "cache")
+    assert "set OPENMAE_CACHE" in caught.value.fix

@@ -1,0 +1,11 @@
+import subprocess
+import sys
+
+
+def test_nothing_heavy_is_imported_before_it_is_used() -> None:
+    code = (
+        "import sys; from openmae.results import metrics, pictures, probes, report, status; "
+        "print(sorted({'torch', 'matplotlib', 'sklearn', 'jinja2'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,239 @@
+import logging
+from textwrap import dedent
+
+import pytest
+
+from openmae.errors import SpecError
+from openmae.spec.load import load_spec
+
+TRAIN = ["dataset.train_data_sources=photos"]
+FINETUNE = [*TRAIN, "train.stage=finetune", "dataset.batch_size=8"]
+
+
+def mistakes(source=None, overrides=(), action=None):
+    with pytest.raises(SpecError) as caught:
+        load_spec(source, overrides, action)
+    return str(caught.value)
+
+
+def notices(caplog, overrides, action="train"):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="openmae"):
+        load_spec(None, overrides, action)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.arhc=vit", "model.arhc (override): there is no such key. Did you mean model.arch?"),
+        ("train.lr=1", "there is no such key. Did you mean train.optim.lr?"),
+        ("train.optim.warmup=1", "Did you mean train.optim.warmup_epochs?"),
+        ("trian.num_epochs=1", "trian (override): there is no such key. Did you mean train?"),
+        ("model.arch=vit_bas", "no architecture is called 'vit_bas'. Use one of: vit_base_patch16"),
+        ("train.stage=Finetun", "must be one of pretrain, finetune, got 'Finetun'. Did you mean finetune?"),
+        ("model.in_chans=2", "model.in_chans (override): must be one of 1, 3, 4, got 2."),
+        ("train.num_epochs=0", "train.num_epochs (override): must be an integer >= 1, got 0."),
+        ("train.num_epochs=1.5", "must be an integer >= 1, got 1.5."),
+        ("train.num_epochs=true", "must be an integer >= 1, got True."),
+        ("train.optim.lr=5", "train.optim.lr (override): must be a number > 0 and <= 1, got 5."),
+        ("train.optim.lr=.nan", "must be a number > 0 and <= 1, got nan."),
+        ("train.optim.layer_decay=0", "must be a number > 0 and <= 1, got 0."),
+        ("train.cudnn.benchmark=maybe", "must be true or false, got 'maybe'."),
+        ("train.freeze=stem", "must be a list of texts, got 'stem'. Write [stem]."),
+        ("wandb.name=1.10", 'must be text, got 1.1. Put it in quotes: "1.1".'),
+        ("results_dir=[a]", "results_dir (override): must be text, got ['a']."),
+        ("model.mask_ratio=1", "must be a number > 0 and < 1, got 1."),
+        ("evaluate.batch_size=0", "must be -1 (automatic) or at least 1, got 0."),
+        ("train.gpu_ids=[0,0]", "must name at least one GPU, each once, counted from 0, got [0, 0]."),
+        ("train.optim.milestones=[9,3]", "must be epochs in rising order, 1 or more, got [9, 3]."),
+        ("dataset.augmentation.std=[0,1,1]", "must hold numbers > 0, got [0, 1, 1]."),
+        ("dataset.augmentation.input_size=a", "must be a number of pixels, or [height, width], got 'a'."),
+        ("dataset.augmentation.input_size=[]", "must be a number of pixels, or [height, width], got []."),
+        ("dataset.augmentation.cutmix_minmax=[.8,.2]", "must be [min, max] with 0 <= min <= max <= 1"),
+        (
+            "dataset.augmentation.auto_aug=strong",
+            "must be a timm policy such as rand-m9",
+        ),
+        (
+            "dataset.augmentation.mean=[1,2]",
+            "must have a number for each of the 3 channels of model.in_chans",
+        ),
+        ("dataset.augmentation.min_ratio=2", "must not be above max_ratio (1.33), got 2."),
+        ("model.patch_size=8", "only ViT has a patch size to choose, and convnextv2_base is not one, got 8."),
+        ("train.gpu_ids=[0,1] train.num_gpus=3", "names 2 GPUs, [0, 1], but train.num_gpus is 3."),
+        (
+            "train.optim.lr=.1 train.optim.base_lr=.2",
+            "lr (0.1) and base_lr (0.2) both set the learning rate.",
+        ),
+        ("train.distributed_strategy=fsdp", "fsdp is not supported in this version. Use ddp."),
+        ("train.optim.monitor_name=val_loss", "val_loss needs validation images"),
+        (
+            "dataset.augmentation.input_size=225",
+            "must be a multiple of 32, the side of convnextv2_base's mask "
+            "units, got 225x225. The nearest sizes: 225 -> 224 or 256.",
+        ),
+        ("dataset.augmentation.input_size=[16,224]", "got 16x224. The nearest sizes: 16 -> 32."),
+        (
+            "model.arch=vit_huge_patch14 dataset.augmentation.input_size=[225,230]",
+            "must be a multiple of 14, the side of vit_huge_patch14's patches, got 225x230. "
+            "The nearest sizes: 225 -> 224 or 238, 230 -> 224 or 238.",
+        ),
+        (
+            "model.mask_ratio=.99",
+            "must leave some mask units visible and some masked, but 0.99 leaves 0 of 49 "
+            "visible (224x224 pixels, 32 pixels a unit). Use a ratio from 0.0204 to 0.98, or a larger image.",
+        ),
+        ("dataset.augmentation.input_size=32", "leaves 0 of 1 visible"),
+        (
+            "train.mask_ratio=.5 model.mask_ratio=.6",
+            "means the same as model.mask_ratio, but is 0.5 while that",
+        ),
+        (
+            "encryption_key=secret",
+            "encryption_key (override): this version writes no encrypted files, so "
+            "nothing is written rather than written in clear. Remove the key.",
+        ),
+        (
+            "dataset.val_data_sources=s3://b/v.tar",
+            "this version uses local files only, got 's3://b/v.tar'. Copy it to a local folder or archive first.",
+        ),
+        ("train.pretrained_model_path=https://x/y.pth", "this version uses local files only"),
+        ("results_dir=gs://bucket/x", "results_dir (override): this version uses local files only"),
+        ("gen_trt_engine.tensorrt.min_batch_size=4", "min, opt and max_batch_size must rise in this order"),
+    ],
+)
+def test_each_mistake_by_its_text(override, message):
+    text = mistakes(None, override.split(" "))
+    assert message in text
+    assert "has a mistake:" in text
+
+
+def test_a_secret_is_not_repeated():
+    assert "hunter2" not in mistakes({"encryption_key": "hunter2"})
+
+
+def test_mixup_needs_an_even_batch():
+    for size, next_size in ((1, 2), (7, 8)):
+        text = mistakes(None, [*FINETUNE, f"dataset.batch_size={size}"], "train")
+        assert f"mix the images of a batch in pairs, so it must be even, got {size}. Use {next_size}, or" in text
+    off = ["dataset.augmentation.mixup=0", "dataset.augmentation.cutmix=0"]
+    load_spec(None, [*FINETUNE, "dataset.batch_size=7", *off], "train")
+    load_spec(None, [*FINETUNE, "dataset.batch_size=7", "dataset.augmentation.mixup_prob=0"], "train")
+    load_spec(None, [*TRAIN, "dataset.batch_size=7"], "train")
+
+
+def test_all_mistakes_come_together_by_line(tmp_path):
+    text = dedent("""\
+        model: {arch: vit_base_patch16, patch: 8}
+        train:
+          num_epochs: -1
+          optim: {lr: high}
+        wandb.name: x
+        """)
+    path = tmp_path / "spec.yaml"
+    path.write_text(text, encoding="utf-8")
+    lines = mistakes(path, ["train.seed=-7"], "train").split("\n")
+    assert lines[0] == f"{path} has 6 mistakes:"
+    assert lines[1] == "  model.patch (line 1): there is no such key. Did you mean model.patch_size or model.arch?"
+    assert lines[2] == "  train.num_epochs (line 3): must be an integer >= 1, got -1."
+    assert lines[3] == "  train.optim.lr (line 4): must be a number > 0 and <= 1, got 'high'."
+    assert lines[4].startswith("  wandb.name (line 5): a file has sections, not dotted keys. Write name: below")
+    assert lines[5].startswith("  train.seed (override): must be an integer >= -1, got -7.")
+    assert lines[6].startswith("  dataset.train_data_sources: `mae train` needs it, but it is not set.")
+
+
+@pytest.mark.parametrize(
+    ("action", "keys"),
+    [
+        ("train", ["dataset.train_data_sources"]),
+        ("evaluate", ["evaluate.checkpoint", "dataset.val_data_sources"]),
+        ("inference", ["inference.checkpoint", "dataset.test_data_sources"]),
+        ("export", ["export.checkpoint", "export.onnx_file"]),
+        ("gen_trt_engine", ["gen_trt_engine.onnx_file", "gen_trt_engine.trt_engine"]),
+    ],
+)
+def test_what_an_action_cannot_do_without(action, keys):
+    text = mistakes({action: {"results_dir": "???"}}, (), action)
+    for key in keys:
+        assert f"{key}: `mae {action}` needs it" in text
+    load_spec(None, [f"{key}=file" for key in keys], action)
+    load_spec(None)
+
+
+def test_a_checkpoint_or_an_engine_but_not_both():
+    overrides = ["dataset.val_data_sources=photos", "evaluate.trt_engine=model.engine"]
+    load_spec(None, overrides, "evaluate")
+    text = mistakes(None, [*overrides, "evaluate.checkpoint=model.pth"], "evaluate")
+    assert "only one of evaluate.checkpoint and evaluate.trt_engine can be used" in text
+
+
+def test_what_an_action_does_not_use_does_not_stop_it():
+    overrides = ["dataset.val_data_sources=photos", "evaluate.checkpoint=m.pth", "train.stage=finetune"]
+    overrides += ["dataset.train_data_sources=s3://b/x", "train.distributed_strategy=fsdp"]
+    load_spec(None, overrides, "evaluate")
+
+
+def test_a_trained_model_brings_its_geometry_along():
+    overrides = ["dataset.val_data_sources=photos", "evaluate.checkpoint=m.pth"]
+    overrides += ["dataset.augmentation.input_size=72"]
+    load_spec(None, overrides, "evaluate")
+    load_spec(None, [*overrides, "model.arch=vit_tiny_patch16"], "evaluate")
+    text = mistakes(None, [*overrides, "model.arch=vit_tiny_patch16", "model.patch_size=16"], "evaluate")
+    assert "must be a multiple of 16" in text
+
+
+def test_small_images_and_patches():
+    spec = load_spec(
+        None,
+        [
+            *TRAIN,
+            "model.arch=vit_tiny_patch16",
+            "model.patch_size=8",
+            "dataset.augmentation.input_size=[32,48]",
+        ],
+        "train",
+    )
+    assert spec.model.mask_unit == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset.augmentation.max_scale=2"], "max_scale 2 is used as 1"),
+        (
+            ["train.optim.layer_decay=.7", "dataset.augmentation.mixup=.8"],
+            "The pretrain stage does not use train.optim.layer_decay, dataset.augmentation.mixup.",
+        ),
+        (
+            ["train.stage=finetune", "model.mask_ratio=.5"],
+            "The finetune stage does not use model.mask_ratio.",
+        ),
+        (
+            ["train.optim.lr_scheduler=cosine", "train.optim.gamma=.5"],
+            "The cosine schedule does not use train.optim.gamma.",
+        ),
+        (["train.optim.milestones=[20]"], "[20] all lie at or after the last of 10 epochs"),
+        (
+            ["train.optim.warmup_epochs=10"],
+            "(10) is not below train.num_epochs (10): the learning rate only rises",
+        ),
+        (["train.cudnn.benchmark=true"], "picks kernels by timing"),
+        (
+            ["dataset.segment={num_classes: 3}"],
+            "dataset.segment stands in published specs; nothing reads it.",
+        ),
+        (["model_name=mae"], "model_name stands in published specs; nothing reads it."),
+        (["train.stage=finetune", "model.global_pool=false"], "convnextv2_base has no class token"),
+    ],
+)
+def test_notices(caplog, overrides, message):
+    found = notices(caplog, [*TRAIN, "dataset.batch_size=8", *overrides])
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_a_plain_spec_gives_no_notice(caplog):
+    assert notices(caplog, TRAIN) == []
+    assert notices(caplog, FINETUNE) == []
+    assert load_spec(None, ["dataset.augmentation.max_scale=2"]).dataset.augmentation.max_scale == 1

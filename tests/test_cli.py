@@ -1,0 +1,186 @@
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import yaml
+
+from openmae import __version__
+from openmae.cli import main
+from openmae.errors import RunError
+from openmae.spec.schema import ExperimentSpec
+
+
+@pytest.fixture
+def action(monkeypatch):
+    """Put a stand-in for one of openmae.actions in place; returns the specs that it was given."""
+    received = []
+
+    def install(name, run=received.append):
+        module = ModuleType(f"openmae.actions.{name}")
+        module.run = run
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return received
+
+    return install
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, json; from openmae.cli import main; code = main(['--help']);"
+        "print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    exit_code, modules = json.loads(done.stderr)
+    assert exit_code == 0
+    assert "quickstart" in done.stdout
+    heavy = {"torch", "torchvision", "timm", "lightning", "numpy", "pydantic", "omegaconf", "yaml", "rich"}
+    assert not heavy & set(modules)
+
+
+def test_checking_a_spec_imports_no_torch():
+    code = (
+        "import sys; from openmae.cli import main; assert main(['spec', 'keys']) == 0;"
+        "main(['spec', 'check', 'dataset.train_data_sources=x']);"
+        "sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"openmae {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["trian"],
+        ["train", "--epochs", "3"],
+        ["spec"],
+        ["spec", "template", "nothing"],
+        ["spec", "keys", "extra"],
+        ["quickstart", "x=1"],
+    ],
+)
+def test_a_wrong_command_is_2(argv, capsys):
+    assert main(argv) == 2
+    assert capsys.readouterr().err
+
+
+def test_options_in_the_wrong_form_get_a_hint(capsys):
+    assert main(["train", "--num_epochs", "3"]) == 2
+    assert "options of a spec are written key=value" in capsys.readouterr().err
+
+
+def test_an_action_gets_the_spec(action, tmp_path):
+    received = action("train")
+    path = tmp_path / "spec.yaml"
+    path.write_text("dataset: {train_data_sources: photos}\n")
+    assert main(["train", "train.seed=1", "-e", str(path), "train.num_epochs=2", "train.seed=3"]) == 0
+    (spec,) = received
+    assert isinstance(spec, ExperimentSpec)
+    assert (spec.train.num_epochs, spec.train.seed) == (2, 3)
+    assert spec.dataset.train_data_sources == "photos"
+
+
+def test_a_wrong_spec_is_2_and_runs_nothing(action, capsys):
+    received = action("train")
+    assert main(["train", "train.num_epochs=0"]) == 2
+    text = capsys.readouterr().err
+    assert "The spec has 2 mistakes:" in text
+    assert "train.num_epochs (override): must be an integer >= 1, got 0." in text
+    assert received == []
+
+
+@pytest.mark.parametrize("name", ["export", "gen_trt_engine"])
+def test_actions_of_a_later_version(name, capsys):
+    assert main([name]) == 2
+    text = capsys.readouterr().err
+    assert f"`mae {name}` does not exist in this version" in text
+    assert "Fix: Use train, evaluate or inference" in text
+
+
+def raiser(error):
+    def run(spec):
+        raise error
+
+    return run
+
+
+def test_a_failed_run_is_1(action, capsys):
+    action("train", raiser(RunError("The disk is full.", "Free some space.")))
+    assert main(["train", "dataset.train_data_sources=x"]) == 1
+    assert capsys.readouterr().err == "The disk is full.\n  Fix: Free some space.\n"
+
+
+def test_an_interrupted_run_is_130(action, capsys):
+    action("train", raiser(KeyboardInterrupt()))
+    assert main(["train", "dataset.train_data_sources=x"]) == 130
+    assert "Interrupted." in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_1_and_keeps_its_traceback(action, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    action("train", raiser(ZeroDivisionError("by zero")))
+    assert main(["train", "dataset.train_data_sources=x"]) == 1
+    text = capsys.readouterr().err
+    (file,) = tmp_path.glob("mae-traceback-*.txt")
+    assert text.startswith("mae train failed: ZeroDivisionError: by zero\n")
+    assert str(file) in text
+    assert "Traceback (most recent call last)" in file.read_text()
+
+
+def test_spec_check_prints_the_resolved_spec(capsys):
+    assert main(["spec", "check", "dataset.train_data_sources=x", "dataset.augmentation.max_scale=2"]) == 0
+    out, err = capsys.readouterr()
+    resolved = yaml.safe_load(out)
+    assert resolved["model"]["mask_ratio"] == 0.6
+    assert resolved["dataset"]["augmentation"]["max_scale"] == 1
+    assert err.startswith("Notice: dataset.augmentation.max_scale 2 is used as 1")
+
+
+def test_spec_check_for_an_action(capsys):
+    assert main(["spec", "check", "--action", "evaluate"]) == 2
+    assert "evaluate.checkpoint: `mae evaluate` needs it" in capsys.readouterr().err
+
+
+def test_spec_check_of_a_missing_file(capsys, tmp_path):
+    assert main(["spec", "check", "-e", str(tmp_path / "nope.yaml")]) == 2
+    assert "There is no spec file" in capsys.readouterr().err
+
+
+def test_spec_template_can_be_used(capsys, tmp_path):
+    assert main(["spec", "template", "train"]) == 0
+    path = tmp_path / "spec.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert main(["spec", "check", "-e", str(path)]) == 2
+    assert main(["spec", "check", "-e", str(path), "dataset.train_data_sources=photos"]) == 0
+
+
+def test_spec_keys_is_a_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["spec", "keys", "--action", "evaluate"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["key", "type", "default", "bounds", "help"]
+    assert max(map(len, lines)) <= 140
+    assert any(line.startswith("evaluate.checkpoint ") for line in lines)
+    assert not any(line.startswith("inference.") for line in lines)
+
+
+def test_a_reader_that_goes_away_is_no_fault():
+    command = f"{sys.executable} -m openmae.cli spec keys | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_quickstart_gets_its_arguments(monkeypatch, tmp_path):
+    calls = []
+    module = ModuleType("openmae.quickstart")
+    module.run = lambda results_dir, seed: calls.append((results_dir, seed))
+    monkeypatch.setitem(sys.modules, "openmae.quickstart", module)
+    assert main(["quickstart", "--results_dir", str(tmp_path), "--seed", "4"]) == 0
+    assert calls == [(tmp_path, 4)]
