@@ -66,7 +66,8 @@ def test_every_architecture_builds_in_its_published_size(arch: str) -> None:
     assert count(autoencoder.encoder.backbone) == count(reference)
     assert autoencoder.encoder.unit == row.mask_unit == config.unit
     assert autoencoder.num_units == (224 // row.mask_unit) ** 2
-    assert autoencoder.decoder.predict.out_features == row.mask_unit**2 * 3
+    assert autoencoder.encoder.token_size == (16 if row.family == "hiera" else row.mask_unit)
+    assert autoencoder.decoder.predict.out_features == autoencoder.encoder.token_size**2 * 3
     assert len(autoencoder.decoder.blocks) == row.decoder_depth
 
 
@@ -119,7 +120,7 @@ def test_input_options_reach_the_model(arch: str, in_chans: int) -> None:
     config = ModelConfig(arch, (96, 64), in_chans=in_chans, decoder_depth=1, decoder_embed_dim=64)
     model = build_autoencoder(config)
     assert model.num_units == 96 * 64 // config.unit**2
-    assert model.decoder.predict.out_features == config.unit**2 * in_chans
+    assert model.decoder.predict.out_features == model.encoder.token_size**2 * in_chans
     assert build_feature_extractor(config)(torch.randn(1, in_chans, 96, 64)).ndim == 2
 
 

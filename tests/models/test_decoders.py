@@ -9,17 +9,17 @@ from openmae.models.decoders import ConvNeXtDecoder, TransformerDecoder
 from openmae.models.positions import sincos_position_embedding
 
 GRID = (2, 3)
-LATENT, UNIT_VALUES = 20, 12
+LATENT, TOKEN_VALUES = 20, 12
 
 
 def filled(visible: Tensor, mask, token: Tensor) -> Tensor:
-    """Every unit in its place, one by one."""
+    """Every token in its place, one by one."""
     rows = []
     for sample in range(len(visible)):
-        units = [token.flatten()] * (GRID[0] * GRID[1])
-        for place, unit in enumerate(mask.visible_BV[sample].tolist()):
-            units[unit] = visible[sample, place]
-        rows.append(torch.stack(units))
+        tokens = [token.flatten()] * (GRID[0] * GRID[1])
+        for place, index in enumerate(mask.visible_BV[sample].tolist()):
+            tokens[index] = visible[sample, place]
+        rows.append(torch.stack(tokens))
     return torch.stack(rows)
 
 
@@ -28,8 +28,8 @@ def chosen(values: Tensor, mask) -> Tensor:
 
 
 @pytest.mark.parametrize(("prefix", "learned"), [(1, False), (0, True)], ids=["vit", "hiera"])
-def test_transformer_equals_decoding_every_unit(prefix, learned, randomise, draw_mask, assert_near) -> None:
-    decoder = TransformerDecoder(LATENT, 64, 2, GRID, prefix, UNIT_VALUES, learned_positions=learned).double()
+def test_transformer_equals_decoding_every_token(prefix, learned, randomise, draw_mask, assert_near) -> None:
+    decoder = TransformerDecoder(LATENT, 64, 2, GRID, prefix, TOKEN_VALUES, learned_positions=learned).double()
     randomise(decoder)
     mask = draw_mask(3, 6, 2)
     latent = torch.randn(3, prefix + 2, LATENT).double()
@@ -37,42 +37,42 @@ def test_transformer_equals_decoding_every_unit(prefix, learned, randomise, draw
     x = torch.cat([x[:, :prefix], filled(x[:, prefix:], mask, decoder.mask_token)], dim=1) + decoder.pos_embed
     expected = decoder.predict(decoder.norm(decoder.blocks(x)))[:, prefix:]
     actual = decoder(latent, mask)
-    assert actual.shape == (3, 4, UNIT_VALUES)
+    assert actual.shape == (3, 4, TOKEN_VALUES)
     assert_near(actual, chosen(expected, mask), 1e-12)
 
 
-def test_convnext_equals_decoding_every_unit(randomise, draw_mask, assert_near) -> None:
-    decoder = ConvNeXtDecoder(LATENT, 16, 2, GRID, UNIT_VALUES).double()
+def test_convnext_equals_decoding_every_token(randomise, draw_mask, assert_near) -> None:
+    decoder = ConvNeXtDecoder(LATENT, 16, 2, GRID, TOKEN_VALUES).double()
     randomise(decoder)
     mask = draw_mask(3, 6, 2)
     latent = torch.randn(3, 2, LATENT).double()
     x = filled(decoder.embed(latent), mask, decoder.mask_token).view(3, *GRID, 16).permute(0, 3, 1, 2)
     expected = decoder.predict(decoder.blocks(x.contiguous()).permute(0, 2, 3, 1).reshape(3, 6, 16))
     actual = decoder(latent, mask)
-    assert actual.shape == (3, 4, UNIT_VALUES)
+    assert actual.shape == (3, 4, TOKEN_VALUES)
     assert_near(actual, chosen(expected, mask), 1e-12)
 
 
 def test_vits_positions_are_fixed_and_hieras_learned() -> None:
-    fixed = TransformerDecoder(LATENT, 64, 1, GRID, 1, UNIT_VALUES, learned_positions=False)
+    fixed = TransformerDecoder(LATENT, 64, 1, GRID, 1, TOKEN_VALUES, learned_positions=False)
     assert not fixed.pos_embed.requires_grad
     assert torch.equal(fixed.pos_embed, sincos_position_embedding(64, GRID, 1))
-    learned = TransformerDecoder(LATENT, 64, 1, GRID, 0, UNIT_VALUES, learned_positions=True)
+    learned = TransformerDecoder(LATENT, 64, 1, GRID, 0, TOKEN_VALUES, learned_positions=True)
     assert learned.pos_embed.requires_grad
     assert learned.pos_embed.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 def test_depth_and_width_act() -> None:
-    decoder = TransformerDecoder(LATENT, 96, 3, GRID, 1, UNIT_VALUES, learned_positions=False)
+    decoder = TransformerDecoder(LATENT, 96, 3, GRID, 1, TOKEN_VALUES, learned_positions=False)
     assert len(decoder.blocks) == 3
     assert decoder.predict.in_features == 96
     assert decoder.blocks[0].attn.num_heads == 3
-    assert len(ConvNeXtDecoder(LATENT, 96, 3, GRID, UNIT_VALUES).blocks) == 3
+    assert len(ConvNeXtDecoder(LATENT, 96, 3, GRID, TOKEN_VALUES).blocks) == 3
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
     with pytest.raises(SpecError) as error:
-        TransformerDecoder(LATENT, 100, 1, GRID, 1, UNIT_VALUES, learned_positions=False)
+        TransformerDecoder(LATENT, 100, 1, GRID, 1, TOKEN_VALUES, learned_positions=False)
     assert str(error.value) == (
         "model.decoder_embed_dim: a transformer decoder's width must be a multiple of 32, got 100.\n  Fix: Use 96."
     )

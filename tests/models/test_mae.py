@@ -9,7 +9,7 @@ from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.models.decoders import TransformerDecoder
 from openmae.models.encoders import ViTEncoder
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.masking import mask_from_noise
+from openmae.models.masking import Mask, mask_from_noise, split_units
 from openmae.models.patches import normalise_units, patchify
 
 SIZE = (64, 96)
@@ -25,6 +25,11 @@ def model(request) -> MaskedAutoencoder:
 @pytest.fixture
 def mask(model, draw_mask):
     return draw_mask(2, model.num_units, model.num_units // 3)
+
+
+@pytest.fixture
+def tokens(model, mask) -> Mask:
+    return split_units(mask, model.encoder.grid, model.encoder.split)
 
 
 # Hugging Face's ViTMAE with the same weights and noise
@@ -114,45 +119,49 @@ def test_vits_loss_and_gradients_are_transformers(norm_pix_loss, seed, randomise
 # What every family shares
 
 
-def test_the_loss_is_the_mean_squared_error_of_masked_units_alone(model, mask, assert_near) -> None:
+def test_the_loss_is_the_mean_squared_error_of_masked_units_alone(model, mask, tokens, assert_near) -> None:
     images = torch.randn(2, 3, *SIZE)
     result = model(images, mask)
     assert result.loss.dtype == result.predicted_BMP.dtype == torch.float32
     errors = []
     for sample in range(2):
-        truth = normalise_units(patchify(images, model.encoder.unit))[sample, mask.masked_BM[sample]]
+        truth = normalise_units(patchify(images, model.encoder.token_size))[sample, tokens.masked_BM[sample]]
         errors.append((result.predicted_BMP[sample] - truth).square().mean(dim=-1))
     assert_near(result.loss, torch.stack(errors).mean(), 1e-5)
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_targets_are_the_pixels_or_the_normalised_pixels(model, mask, norm_pix_loss) -> None:
+def test_targets_are_the_pixels_or_the_normalised_pixels(model, tokens, norm_pix_loss) -> None:
     model.norm_pix_loss = norm_pix_loss
     images = 3 * torch.randn(2, 3, *SIZE) + 1
-    targets = model.targets(images, mask)
-    expected = patchify(images, model.encoder.unit)
-    expected = torch.stack([expected[b, mask.masked_BM[b]] for b in range(2)])
+    targets = model.targets(images, tokens)
+    expected = patchify(images, model.encoder.token_size)
+    expected = torch.stack([expected[b, tokens.masked_BM[b]] for b in range(2)])
     torch.testing.assert_close(targets, normalise_units(expected) if norm_pix_loss else expected)
     assert targets.mean(dim=-1).abs().max().item() < (1e-5 if norm_pix_loss else 10)
 
 
-def test_a_batch_of_float16_images_has_float32_targets(model, mask) -> None:
-    targets = model.targets((100 * torch.randn(2, 3, *SIZE)).half(), mask)
+def test_a_batch_of_float16_images_has_float32_targets(model, tokens) -> None:
+    targets = model.targets((100 * torch.randn(2, 3, *SIZE)).half(), tokens)
     assert targets.dtype == torch.float32
     assert targets.isfinite().all()
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_paint_keeps_visible_pixels_and_a_perfect_prediction_gives_the_image(model, mask, norm_pix_loss) -> None:
+def test_paint_keeps_visible_pixels_and_a_perfect_prediction_gives_the_image(
+    model, mask, tokens, norm_pix_loss
+) -> None:
     model.norm_pix_loss = norm_pix_loss
     images = 2 * torch.randn(2, 3, *SIZE) + 0.5
-    *_, pasted = model.paint(images, mask, model.targets(images, mask))
+    *_, pasted = model.paint(images, mask, model.targets(images, tokens))
     torch.testing.assert_close(pasted, images)
 
-    predicted = torch.randn_like(model.targets(images, mask))
-    painted = [patchify(picture, model.encoder.unit) for picture in (images, *model.paint(images, mask, predicted))]
+    predicted = torch.randn_like(model.targets(images, tokens))
+    painted = [
+        patchify(picture, model.encoder.token_size) for picture in (images, *model.paint(images, mask, predicted))
+    ]
     for sample in range(2):
-        visible, covered = mask.visible_BV[sample], mask.masked_BM[sample]
+        visible, covered = tokens.visible_BV[sample], tokens.masked_BM[sample]
         original, masked, reconstructed, pasted = (units[sample] for units in painted)
         truth, expected = original[covered], predicted[sample]
         if norm_pix_loss:

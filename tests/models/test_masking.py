@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openmae.errors import SpecError
-from openmae.models.masking import Mask, all_visible, count_visible, mask_from_noise, random_mask
+from openmae.models.masking import (
+    Mask,
+    all_visible,
+    count_visible,
+    mask_from_noise,
+    random_mask,
+    split_units,
+)
 
 SEEDS = st.integers(min_value=-(2**31), max_value=2**63 - 1)
 
@@ -109,6 +116,20 @@ def test_noise_is_ranked_per_sample_and_ties_go_to_the_first() -> None:
     mask = mask_from_noise(torch.tensor([[0.9, 0.1, 0.5, 0.1], [0.0, 0.0, 0.0, 0.0]]), 2)
     assert mask.visible_BV.tolist() == [[1, 3], [0, 1]]
     assert mask.masked_BM.tolist() == [[0, 2], [2, 3]]
+
+
+@given(rows=st.integers(1, 4), columns=st.integers(2, 4), split=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_split_units_are_the_tokens_of_each_unit_in_turn(rows: int, columns: int, split: int, seed: int) -> None:
+    mask = draw([0, 1], seed, units=rows * columns, ratio=0.5)
+    tokens = split_units(mask, (rows, columns), split)
+    finer = torch.arange(rows * split * columns * split).view(rows * split, columns * split)
+    for units, parts in zip(mask, tokens, strict=True):
+        for sample in range(2):
+            squares = []
+            for unit in units[sample].tolist():
+                top, left = unit // columns * split, unit % columns * split
+                squares.append(finer[top : top + split, left : left + split].flatten())
+            assert torch.equal(parts[sample], torch.cat(squares))
 
 
 def test_all_visible_hides_nothing() -> None:

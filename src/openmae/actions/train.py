@@ -235,7 +235,7 @@ def _loop_settings(plan: Plan, fabric: Fabric) -> LoopSettings:
         checkpoint_interval=train.checkpoint_interval,
         checkpoint_interval_unit=train.checkpoint_interval_unit,
         clip_grad_norm=train.clip_grad_norm,
-        ema_decay=train.ema_decay,
+        ema_decay=train.ema_decay if plan.config.num_classes else 0.0,
         seed=train.seed,
     )
 

@@ -20,10 +20,10 @@ class PaceMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was measured."""
-        self._start = time.perf_counter()
-        self._waited = 0.0
-        self._images = 0
+        """Begin an epoch: forget what was measured."""
+        self._waited, self._images = 0.0, 0
+        self._start = self._mark()
+        self._lap = self._start
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """Pass the batches on, and measure the wait for each."""
@@ -42,9 +42,22 @@ class PaceMeter:
         self._images += images
 
     def read(self) -> dict[str, float]:
-        """``images_per_s``, and ``data_wait`` as a share of the time since the last restart."""
-        elapsed = max(time.perf_counter() - self._start, 1e-9)
-        return {"images_per_s": self._images / elapsed, "data_wait": min(self._waited / elapsed, 1.0)}
+        """``images_per_s``, and ``data_wait`` as a share of the time, since the epoch began."""
+        return self._since(self._start)
+
+    def lap(self) -> dict[str, float]:
+        """The same since the last lap."""
+        pace = self._since(self._lap)
+        self._lap = self._mark()
+        return pace
+
+    def _mark(self) -> tuple[float, float, int]:
+        return time.perf_counter(), self._waited, self._images
+
+    def _since(self, mark: tuple[float, float, int]) -> dict[str, float]:
+        now = self._mark()
+        elapsed = max(now[0] - mark[0], 1e-9)
+        return {"images_per_s": (now[2] - mark[2]) / elapsed, "data_wait": min((now[1] - mark[1]) / elapsed, 1.0)}
 
 
 class EpochBar:

@@ -281,7 +281,7 @@ class Trainer:
             progress.loss_sum += loss
             progress.loss_count += 1
             if progress.step % max(1, updates // _ROWS_PER_EPOCH) == 0:
-                self._log({"train_loss": loss, "lr": self.optimizer.param_groups[-1]["lr"], **self.pace.read()})
+                self._log({"train_loss": loss, "lr": self.optimizer.param_groups[-1]["lr"], **self.pace.lap()})
         by_step = self.settings.checkpoint_interval_unit == "step"
         if (by_step and progress.step % self.settings.checkpoint_interval == 0) or self._interrupt.asked:
             self._save()

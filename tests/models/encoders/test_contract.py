@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from openmae.models.build import ModelConfig, build_encoder
-from openmae.models.encoders import Encoder
+from openmae.models.encoders import MaskedEncoder
 from openmae.models.masking import all_visible
 from openmae.models.patches import patchify, unpatchify
 
@@ -24,7 +24,7 @@ def arch(request) -> str:
 
 
 @pytest.fixture(scope="module", params=[1, 3, 4], ids=["grey", "rgb", "four"])
-def encoder(arch: str, request, randomise) -> Encoder:
+def encoder(arch: str, request, randomise) -> MaskedEncoder:
     module = build_encoder(ModelConfig(arch, SIZE, in_chans=request.param))
     module.init_weights()
     randomise(module)
@@ -32,28 +32,30 @@ def encoder(arch: str, request, randomise) -> Encoder:
 
 
 @pytest.fixture
-def images(encoder: Encoder) -> Tensor:
+def images(encoder: MaskedEncoder) -> Tensor:
     return torch.randn(BATCH, in_chans(encoder), *SIZE, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def mask(encoder: Encoder, draw_mask):
+def mask(encoder: MaskedEncoder, draw_mask):
     units = encoder.grid[0] * encoder.grid[1]
     return draw_mask(BATCH, units, units // 3)
 
 
-def in_chans(encoder: Encoder) -> int:
+def in_chans(encoder: MaskedEncoder) -> int:
     return next(module for module in encoder.backbone.modules() if isinstance(module, nn.Conv2d)).in_channels
 
 
-def test_one_vector_for_each_visible_unit(encoder: Encoder, images: Tensor, mask) -> None:
+def test_split_squared_vectors_for_each_visible_unit(encoder: MaskedEncoder, images: Tensor, mask) -> None:
     latent = encoder(images, mask.visible_BV)
-    assert latent.shape == (BATCH, encoder.num_prefix_tokens + mask.visible_BV.shape[1], encoder.dim)
+    tokens = encoder.num_prefix_tokens + mask.visible_BV.shape[1] * encoder.split**2
+    assert latent.shape == (BATCH, tokens, encoder.dim)
+    assert encoder.token_grid == (SIZE[0] // encoder.token_size, SIZE[1] // encoder.token_size)
     assert encoder.grid == (SIZE[0] // encoder.unit, SIZE[1] // encoder.unit)
     assert latent.std() > 0.1
 
 
-def test_no_masked_pixel_changes_any_visible_feature(encoder: Encoder, images: Tensor, mask) -> None:
+def test_no_masked_pixel_changes_any_visible_feature(encoder: MaskedEncoder, images: Tensor, mask) -> None:
     units = patchify(images, encoder.unit)
     index = mask.masked_BM.unsqueeze(-1).expand(-1, -1, units.shape[-1])
     other = unpatchify(units.scatter(1, index, 1e3 * torch.randn(index.shape)), encoder.unit, SIZE)
@@ -61,7 +63,9 @@ def test_no_masked_pixel_changes_any_visible_feature(encoder: Encoder, images: T
     assert torch.equal(encoder(images, mask.visible_BV), encoder(other, mask.visible_BV))
 
 
-def test_the_gradient_reaches_every_visible_pixel_and_no_masked_one(encoder: Encoder, images: Tensor, mask) -> None:
+def test_the_gradient_reaches_every_visible_pixel_and_no_masked_one(
+    encoder: MaskedEncoder, images: Tensor, mask
+) -> None:
     images.requires_grad_(True)
     latent = encoder(images, mask.visible_BV)
     (gradient,) = torch.autograd.grad((latent * torch.randn_like(latent)).sum(), images)
@@ -70,14 +74,14 @@ def test_the_gradient_reaches_every_visible_pixel_and_no_masked_one(encoder: Enc
     assert (energy.amin(dim=-1).gather(1, mask.visible_BV) > 0).all()
 
 
-def test_a_sample_does_not_see_the_rest_of_its_batch(encoder: Encoder, images: Tensor, mask, assert_near) -> None:
+def test_a_sample_does_not_see_the_rest_of_its_batch(encoder: MaskedEncoder, images: Tensor, mask, assert_near) -> None:
     together = encoder(images, mask.visible_BV)
     for sample in range(BATCH):
         alone = encoder(images[sample : sample + 1], mask.visible_BV[sample : sample + 1])
         assert_near(alone[0], together[sample], 1e-5)
 
 
-def test_the_images_memory_layout_does_not_matter(encoder: Encoder, images: Tensor, mask, assert_near) -> None:
+def test_the_images_memory_layout_does_not_matter(encoder: MaskedEncoder, images: Tensor, mask, assert_near) -> None:
     expected = encoder(images, mask.visible_BV)
     padded = torch.randn(BATCH, images.shape[1] + 1, SIZE[0] + 5, SIZE[1] + 3)
     padded[:, 1:, 2:-3, 1:-2] = images
@@ -90,10 +94,10 @@ def test_the_images_memory_layout_does_not_matter(encoder: Encoder, images: Tens
         assert_near(encoder(layout, mask.visible_BV), expected, 1e-5)
 
 
-def test_one_visible_unit_is_enough(encoder: Encoder, images: Tensor) -> None:
+def test_one_visible_unit_is_enough(encoder: MaskedEncoder, images: Tensor) -> None:
     visible = torch.tensor([[0], [encoder.grid[1] - 1], [encoder.grid[0] * encoder.grid[1] - 1]])
     latent = encoder(images, visible)
-    assert latent.shape[1] == encoder.num_prefix_tokens + 1
+    assert latent.shape[1] == encoder.num_prefix_tokens + encoder.split**2
     assert latent.isfinite().all()
 
 

@@ -67,7 +67,7 @@ class HieraEncoder(MaskedEncoder):
                 fused.append(heads[index](windows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B*V, t, t, D]
         last = hiera.reroll(x, len(hiera.blocks) - 1, mask=visible_BV)  # [B, V, t, t, D]
         tokens = sum(fused, start=last.flatten(0, 1))
-        return hiera.head.norm(tokens.view(len(x), -1, self.dim))
+        return hiera.head.norm(tokens.reshape(len(x), -1, self.dim))
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """One vector an image, ``[B, D]``, nothing masked: timm's features, pooled and then normed."""
