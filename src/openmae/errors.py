@@ -16,7 +16,10 @@ class OpenMAEError(Exception):
     def __init__(self, problem: str, fix: str = "") -> None:
         self.problem = problem
         self.fix = fix
-        super().__init__(f"{problem}\n  Fix: {fix}" if fix else problem)
+        super().__init__(problem, fix)
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n  Fix: {self.fix}" if self.fix else self.problem
 
 
 class RunError(OpenMAEError):

@@ -51,6 +51,23 @@ def open_checkpoint(spec: ExperimentSpec, action: Literal["evaluate", "inference
     return model.eval(), replace(info, model=config)
 
 
+def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
+    """The spec with the checkpoint's own settings in place of defaults that do not act."""
+    model = {
+        f"model.{key}": value for key, value in info.model.to_dict().items() if key not in ("input_size", "num_classes")
+    }
+    return spec.replaced(
+        {
+            **model,
+            "model.num_classes": info.model.num_classes or None,
+            "train.stage": info.stage,
+            "dataset.augmentation.input_size": info.model.input_size,
+            "dataset.augmentation.mean": info.mean,
+            "dataset.augmentation.std": info.std,
+        }
+    )
+
+
 def _check_request(spec: ExperimentSpec, action: str, checkpoint: Checkpoint, info: CheckpointInfo) -> None:
     said: dict[str, tuple[object, object]] = {
         "train.stage": (spec.train.stage, info.stage),

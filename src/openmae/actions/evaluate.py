@@ -9,7 +9,7 @@ import numpy as np
 from lightning.fabric import Fabric
 from torch import nn
 
-from openmae.actions.checkpoint import open_checkpoint
+from openmae.actions.checkpoint import open_checkpoint, resolve_model
 from openmae.actions.reports import classifier_report, pretrained_report
 from openmae.actions.run import running, show_table
 from openmae.actions.sources import open_images
@@ -88,6 +88,7 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
     spec = load_spec(spec, action="evaluate")
     with running(spec, "evaluate") as running_action:
         model, info = open_checkpoint(spec, "evaluate")
+        running_action.write_spec(spec := resolve_model(spec, info))
         source, key = spec.dataset.val_data_sources, "dataset.val_data_sources"
         if info.stage == "finetune":
             index = match_classes(open_images(source, key, labelled=True), info.class_names)

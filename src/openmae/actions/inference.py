@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.fabric import Fabric
 
-from openmae.actions.checkpoint import open_checkpoint
+from openmae.actions.checkpoint import open_checkpoint, resolve_model
 from openmae.actions.evaluate import PICTURES, Request
 from openmae.actions.reports import inference_report, pretrained_report
 from openmae.actions.run import running
@@ -43,6 +43,7 @@ def run(spec: ExperimentSpec) -> Path:
     spec = load_spec(spec, action="inference")
     with running(spec, "inference") as running_action:
         model, info = open_checkpoint(spec, "inference")
+        running_action.write_spec(spec := resolve_model(spec, info))
         index = open_images(spec.dataset.test_data_sources, "dataset.test_data_sources", labelled=False)
         request = Request(spec, running_action.folder, model, info, index, spec.batch_size("inference"))
         section = spec.inference

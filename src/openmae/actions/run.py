@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from openmae.data.images import CORRUPT_LIST
 from openmae.results.files import make_folder, write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.load import to_yaml
@@ -28,6 +29,10 @@ class Run:
     folder: Path
     status: StatusLog
 
+    def write_spec(self, spec: ExperimentSpec) -> None:
+        """Write what acts as ``experiment.yaml``; it loads back."""
+        write_atomically(self.folder / "experiment.yaml", to_yaml(spec))
+
 
 @contextmanager
 def running(spec: ExperimentSpec, action: str, *, append: bool = False) -> Iterator[Run]:
@@ -40,10 +45,13 @@ def running(spec: ExperimentSpec, action: str, *, append: bool = False) -> Itera
     """
     folder = make_folder(spec.results_folder(action))
     status = StatusLog(folder, append=append)
-    write_atomically(folder / "experiment.yaml", to_yaml(spec))
+    if not append:
+        (folder / CORRUPT_LIST).unlink(missing_ok=True)
+    run = Run(folder, status)
+    run.write_spec(spec)
     status.write("STARTED", f"{action} started")
     try:
-        yield Run(folder, status)
+        yield run
     except KeyboardInterrupt:
         status.write("FAILURE", f"{action} was interrupted", verbosity="WARNING")
         raise

@@ -336,11 +336,6 @@ class CorruptFiles:
         self._max_fraction = max_fraction
         self._known: set[str] = set()
 
-    def reset(self) -> None:
-        """Forget an earlier run's list; for one process only, before any other records."""
-        self._list.unlink(missing_ok=True)
-        self._known.clear()
-
     @property
     def count(self) -> int:
         """Corrupt files of this data set so far."""

@@ -50,7 +50,9 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.grid[0] * self.encoder.grid[1]
 
     def forward(self, images_BCHW: Tensor, mask: Mask) -> Reconstruction:
-        """Loss and predictions for normalised images and a mask of units."""
+        """Loss and predictions for normalised images of the encoder's size, and a mask of units."""
+        rows, columns = self.encoder.grid
+        assert images_BCHW.shape[2:] == (rows * self.encoder.unit, columns * self.encoder.unit), images_BCHW.shape
         tokens = split_units(mask, self.encoder.grid, self.encoder.split)
         latent_BTD = self.encoder(images_BCHW, mask.visible_BV)
         predicted_BMP = self.decoder(latent_BTD, tokens).float()

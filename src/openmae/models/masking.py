@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from openmae.errors import SpecError
+from openmae.spec.architectures import visible_units
 
 # SplitMix64 (Steele, Lea & Flood 2014), constants as signed 64-bit integers: torch has no uint64 arithmetic.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -33,12 +34,12 @@ class Mask(NamedTuple):
 
 
 def count_visible(num_units: int, mask_ratio: float) -> int:
-    """Number of visible units out of ``num_units``: floor(L (1 - ratio)), as the papers' code counts.
+    """Number of visible units out of ``num_units``, checked.
 
     Raises:
         SpecError: nothing or everything would be visible.
     """
-    visible = int(num_units * (1 - mask_ratio))
+    visible = visible_units(num_units, mask_ratio)
     if 0 < visible < num_units:
         return visible
     what = "no unit" if visible <= 0 else "every unit"

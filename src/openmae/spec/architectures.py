@@ -79,3 +79,11 @@ def get_architecture(name: str) -> Architecture:
         return ARCHITECTURES[name]
     near = difflib.get_close_matches(name, ARCHITECTURES, n=3, cutoff=0.4) or list(ARCHITECTURES)
     raise SpecError(f"model.arch: no architecture is called {name!r}.", f"Use one of: {', '.join(near)}.")
+
+
+def visible_units(units: int, mask_ratio: float) -> int:
+    """How many of ``units`` mask units stay visible: floor(L (1 - ratio)), as the papers' code counts.
+
+    The small term keeps what is whole on paper whole in floating point: 10 units at 0.9 leave one, not none.
+    """
+    return int(units * (1 - mask_ratio) + 1e-9)

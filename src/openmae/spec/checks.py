@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from openmae.spec.architectures import visible_units
 from openmae.spec.describe import REQUIRED, fields
 from openmae.spec.fields import EXPAND_USER
 from openmae.spec.reading import Problem
@@ -46,11 +47,6 @@ def inert_keys(spec: ExperimentSpec) -> list[str]:
     if spec.train.optim.base_lr is not None:
         keys.append("train.optim.lr")
     return keys
-
-
-def visible_units(units: int, mask_ratio: float) -> int:
-    """How many of ``units`` mask units stay visible, rounded down as in the papers' code."""
-    return int(units * (1 - mask_ratio))
 
 
 def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -12,7 +15,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from openmae.errors import RunError, SpecError
+from openmae.errors import OpenMAEError, RunError, SpecError
 
 T = TypeVar("T")
 
@@ -73,6 +76,40 @@ def describe_device(fabric: Fabric) -> str:
     return f"CPU, {processes}{torch.get_num_threads()} threads"
 
 
+def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
+    """Call ``work(fabric, *arguments)`` in every process of ``fabric``; returns what rank 0 gave.
+
+    Raises:
+        OpenMAEError: the one that a process raised.
+        RunError: a process failed in another way; the text is its own.
+    """
+    try:
+        return fabric.launch(partial(_call, work=work, arguments=arguments))
+    except ProcessRaisedException as error:
+        if found := _CARRIED.search(str(error)):
+            raise pickle.loads(bytes.fromhex(found[1])) from None
+        raise RunError(f"A process failed:\n{error}") from error
+
+
+class _Carrier(Exception):
+    """Carries an error out of a spawned process, of which only a text comes back."""
+
+
+_CARRIED = re.compile(r"_Carrier: ([0-9a-f]+)")
+
+
+def _call(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    """Bound by ``partial``, as Fabric copies the arguments it is given, and cannot copy a frozen dataclass."""
+    if fabric.world_size == 1:
+        return work(fabric, *arguments)
+    # a spawned process starts without its parent's log handlers
+    logging.basicConfig(level=logging.INFO if fabric.is_global_zero else logging.ERROR, format="%(message)s")
+    try:
+        return work(fabric, *arguments)
+    except OpenMAEError as error:
+        raise _Carrier(pickle.dumps(error).hex()) from error
+
+
 def _gpus(section: str, num_gpus: int, gpu_ids: Sequence[int]) -> list[int]:
     present = torch.cuda.device_count()
     wanted = list(gpu_ids) if len(gpu_ids) == num_gpus else list(range(num_gpus))
@@ -82,15 +119,3 @@ def _gpus(section: str, num_gpus: int, gpu_ids: Sequence[int]) -> list[int]:
             f"Set {section}.num_gpus={min(present, num_gpus)} and {section}.gpu_ids to GPUs that exist.",
         )
     return wanted
-
-
-def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
-    """Call ``work(fabric, *arguments)`` in every process of ``fabric``; returns what rank 0 gave.
-
-    Raises:
-        RunError: a spawned process failed; the text is its own.
-    """
-    try:
-        return fabric.launch(work, *arguments)
-    except ProcessRaisedException as error:
-        raise RunError(f"A process failed:\n{error}") from error
