@@ -1,0 +1,69 @@
+"""README's promises: its commands run as they are written, in its order, and it stays short."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_readme_is_short() -> None:
+    assert README.count("\n") < 200
+
+
+def test_links_of_the_readme_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def make_pictures(folder: Path, count: int, hue: int) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(hue)
+    for number in range(count):
+        pixels = rng.integers(0, 120, (12, 15, 3)).astype(np.uint8)
+        pixels[:, :, hue % 3] += 120
+        Image.fromarray(pixels).resize((300, 240), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
+
+
+@pytest.mark.slow(reason="trains on 48 pictures twice, 20 epochs each")
+def test_commands_run_as_written(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "photos", 48, 0)
+    for part, count in (("train", 16), ("val", 6)):
+        for hue, name in enumerate(("red", "green")):
+            make_pictures(tmp_path / "labelled" / part / name, count, hue)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ran = 0
+    for language, text in BLOCKS:
+        if "make " in text or "activate" in text:  # the two commands have a test of their own
+            continue
+        command = ["bash", "-euc", text] if language == "bash" else [sys.executable, "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 7, "README shows fewer commands than it did"
+    for made in ("runs/photos/train/report.html", "runs/classes/evaluate/report.html", "runs/classes/inference/results.csv"):
+        assert (tmp_path / made).is_file(), made
+
+
+@pytest.mark.slow(reason="installs into a new environment, then runs the demonstration")
+def test_make_quickstart_in_a_fresh_clone(tmp_path: Path) -> None:
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git and a clone")
+    subprocess.run([git, "clone", "--quiet", str(ROOT), str(tmp_path / "clone")], check=True)
+    done = subprocess.run(["make", "quickstart"], cwd=tmp_path / "clone", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pretrained, then fine-tuned" in done.stdout + done.stderr
+    assert (tmp_path / "clone" / "results" / "quickstart" / "report.html").is_file()
