@@ -14,7 +14,9 @@ from openmae.spec.load import load_spec
 
 def test_digits_are_split_without_overlap(tmp_path: Path) -> None:
     quickstart.write_digits(tmp_path)
-    names = {part: {p.name for p in (tmp_path / part).rglob("*.png")} for part in ("unlabelled", "labelled", "held_out")}
+    names = {
+        part: {p.name for p in (tmp_path / part).rglob("*.png")} for part in ("unlabelled", "labelled", "held_out")
+    }
     assert {part: len(found) for part, found in names.items()} == {"unlabelled": 1297, "labelled": 100, "held_out": 500}
     assert not names["unlabelled"] & names["held_out"], "held-out digits must not be pretrained on"
     assert names["labelled"] <= names["unlabelled"]

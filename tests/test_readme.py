@@ -53,7 +53,11 @@ def test_commands_run_as_written(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 7, "README shows fewer commands than it did"
-    for made in ("runs/photos/train/report.html", "runs/classes/evaluate/report.html", "runs/classes/inference/results.csv"):
+    for made in (
+        "runs/photos/train/report.html",
+        "runs/classes/evaluate/report.html",
+        "runs/classes/inference/results.csv",
+    ):
         assert (tmp_path / made).is_file(), made
 
 

@@ -1,20 +1,93 @@
 """OpenMAE: masked-autoencoder pretraining, fine-tuning and measuring of image backbones.
 
-The names below are imported when they are first used, so that ``import openmae`` stays free of torch.
+``import openmae`` is instant and free of torch: what does the work is imported when it is first asked for.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openmae.models.weights import load_backbone
+    from openmae.spec.load import load_spec
+    from openmae.spec.schema import ExperimentSpec
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_backbone"]
+__all__ = ["__version__", "train", "evaluate", "inference", "load_backbone", "load_spec", "ExperimentSpec"]
 
-_HOMES = {"load_backbone": "openmae.models.weights"}
+_HOMES = {
+    "load_backbone": "openmae.models.weights",
+    "load_spec": "openmae.spec.load",
+    "ExperimentSpec": "openmae.spec.schema",
+}
+
+
+def train(spec: str | Path | Mapping[str, Any] | ExperimentSpec, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Pretrain or fine-tune, as ``mae train`` does.
+
+    Writes checkpoints, ``backbone.safetensors``, ``metrics.csv`` and ``report.html`` into ``<results_dir>/train``. A
+    second call with the same results_dir goes on from the newest checkpoint there, or does nothing if all epochs are
+    trained.
+
+    Args:
+        spec: a YAML file, nested values such as ``{"train": {"num_epochs": 3}}``, or an ``ExperimentSpec``.
+        overrides: dotted keys with YAML values, ``"train.optim.lr=1e-4"``.
+
+    Returns:
+        The last epoch's metrics: ``train_loss``; with validation images ``val_loss``, and ``ACC_all`` and ``ACC_top5``
+        (finetune) or ``knn_acc`` and ``probe_acc`` (pretrain, where the images have classes). Accuracies are shares
+        in [0, 1].
+
+    Raises:
+        UserError: the spec, the data or a checkpoint cannot be used; nothing was trained. It is a ``ValueError``.
+        RunError: training failed (the disk is full, the loss is not finite); the checkpoints so far are good.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was written.
+    """
+    return _run("train", spec, overrides)
+
+
+def evaluate(spec: str | Path | Mapping[str, Any] | ExperimentSpec, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Measure ``evaluate.checkpoint`` on ``dataset.val_data_sources``, as ``mae evaluate`` does.
+
+    Args:
+        spec: a YAML file, nested values, or an ``ExperimentSpec``.
+        overrides: dotted keys with YAML values.
+
+    Returns:
+        ``ACC_all``, ``ACC_top5`` and ``val_loss`` of a fine-tuned checkpoint; ``val_loss`` of a pretrained one, and
+        ``knn_acc`` and ``probe_acc`` where the images have classes. Accuracies are shares in [0, 1].
+
+    Raises:
+        UserError: the spec, the data or the checkpoint cannot be used.
+    """
+    return _run("evaluate", spec, overrides)
+
+
+def inference(spec: str | Path | Mapping[str, Any] | ExperimentSpec, overrides: Sequence[str] = ()) -> Path:
+    """Run ``inference.checkpoint`` over ``dataset.test_data_sources``, as ``mae inference`` does.
+
+    Args:
+        spec: a YAML file, nested values, or an ``ExperimentSpec``.
+        overrides: dotted keys with YAML values.
+
+    Returns:
+        The file written: ``results.csv`` (path, class, probability, the next four) of a fine-tuned checkpoint,
+        ``embeddings.parquet`` (path, vector) of a pretrained one.
+
+    Raises:
+        UserError: the spec, the data or the checkpoint cannot be used.
+    """
+    return _run("inference", spec, overrides)
+
+
+def _run(action: str, spec: Any, overrides: Sequence[str]) -> Any:
+    from openmae.spec.load import load_spec
+
+    checked = load_spec(spec, overrides, action=action)
+    return importlib.import_module(f"openmae.actions.{action}").run(checked)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,19 +8,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import logging
 import os
 import shutil
 import sys
 import tempfile
 import textwrap
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from openmae import __version__
 from openmae.errors import OpenMAEError, UserError
+from openmae.results.notices import notices_on_stderr
 
 _ACTIONS = {
     "train": "pretrain or fine-tune a backbone",
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
-    with _notices_on_stderr():
+    with notices_on_stderr():
         try:
             args.run(args)
             sys.stdout.flush()
@@ -169,27 +168,6 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
             parts = [(cell[i] if i < len(cell) else "").ljust(w) for cell, w in zip(cells, widths, strict=True)]
             lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
-
-
-@contextmanager
-def _notices_on_stderr() -> Iterator[None]:
-    """Show what the library logs: plain for information, marked for a notice."""
-
-    class Formatter(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            mark = {logging.WARNING: "Notice: ", logging.ERROR: "Error: "}.get(record.levelno, "")
-            return mark + super().format(record)
-
-    logger, handler = logging.getLogger("openmae"), logging.StreamHandler()
-    handler.setFormatter(Formatter())
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
 
 
 def _unexpected(command: str, error: Exception) -> str:

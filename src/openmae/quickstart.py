@@ -30,8 +30,8 @@ from openmae.spec.load import load_spec
 SIZE = 32  # px; the scans are 8 x 8
 HELD_OUT = 500
 LABELS_PER_DIGIT = 10
-PRETRAIN_EPOCHS = 25
-FINETUNE_EPOCHS = 60
+PRETRAIN_EPOCHS = 20
+FINETUNE_EPOCHS = 40
 _MADE_BY = "made by mae quickstart"
 
 log = logging.getLogger("openmae")
@@ -138,11 +138,11 @@ def _train(folder: Path, name: str, spec: Mapping[str, Any]) -> Outcome:
 def _pretrain_spec(folder: Path, seed: int) -> dict[str, Any]:
     return {
         "results_dir": str(folder / "pretrain"),
-        "model": {**_MODEL, "mask_ratio": 0.6, "norm_pix_loss": False, "decoder_depth": 1, "decoder_embed_dim": 128},
+        "model": {**_MODEL, "mask_ratio": 0.5, "decoder_depth": 1, "decoder_embed_dim": 128},
         "dataset": {
             "train_data_sources": str(folder / "images" / "unlabelled"),
             "val_data_sources": str(folder / "images" / "held_out"),
-            "batch_size": 64,
+            "batch_size": 16,
             "num_workers_per_gpu": 0,
             "augmentation": {"input_size": SIZE, "min_scale": 0.6, "hflip": 0.0},
         },
@@ -152,7 +152,7 @@ def _pretrain_spec(folder: Path, seed: int) -> dict[str, Any]:
             "checkpoint_interval": 5,
             "keep_checkpoints": 1,
             "seed": seed,
-            "optim": {"lr": 1e-3, "lr_scheduler": "cosine", "warmup_epochs": 2},
+            "optim": {"lr": 5e-4, "lr_scheduler": "cosine", "warmup_epochs": 2},
         },
         "wandb": {"enable": False},
     }
@@ -165,7 +165,7 @@ def _finetune_spec(folder: Path, name: str, seed: int, backbone: Path | None) ->
         "dataset": {
             "train_data_sources": str(folder / "images" / "labelled"),
             "val_data_sources": str(folder / "images" / "held_out"),
-            "batch_size": 20,
+            "batch_size": 10,
             "num_workers_per_gpu": 0,
             "augmentation": {
                 "input_size": SIZE,
@@ -186,7 +186,7 @@ def _finetune_spec(folder: Path, name: str, seed: int, backbone: Path | None) ->
             "seed": seed,
             # layer decay protects pretrained layers; random ones have to learn at the full rate
             "optim": {
-                "lr": 1e-3,
+                "lr": 5e-4,
                 "lr_scheduler": "cosine",
                 "warmup_epochs": 5,
                 "layer_decay": 0.75 if backbone else 1.0,

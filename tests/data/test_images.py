@@ -93,7 +93,7 @@ def test_no_images(tmp_path: Path) -> None:
     (tmp_path / "a.gif").touch()
     with pytest.raises(DataError, match="holds no images") as caught:
         index_images(tmp_path, None)
-    assert "bmp jpeg jpg png tif tiff webp" in caught.value.fix
+    assert "(bmp jpeg jpg png tif tiff webp)" in caught.value.problem
 
 
 def test_labels_table(tmp_path: Path, make_images: MakeImages, caplog: pytest.LogCaptureFixture) -> None:
@@ -317,6 +317,13 @@ def test_too_many_corrupt_files_end_the_run(tmp_path: Path) -> None:
     assert f"2 of 100 images in {tmp_path}/set are corrupt (2.00%)" in text
     assert "more than dataset.max_corrupt_fraction=0.01 allows; the latest: " in text
     assert f"009.png (cannot identify).\n  Fix: Replace or remove the files listed in {tmp_path}" in text
+
+
+def test_a_set_of_corrupt_files_ends_the_run_whatever_is_allowed(tmp_path: Path) -> None:
+    record = CorruptFiles(index_of(tmp_path / "set", 2), tmp_path, max_fraction=1.0)
+    record.record([("000.png", "truncated")])
+    with pytest.raises(DataError, match=r"2 of 2 images in .* are corrupt \(100.00%\), so none is left; the latest"):
+        record.record([("001.png", "truncated")])
 
 
 def test_sets_share_the_list_but_not_the_count(tmp_path: Path) -> None:

@@ -83,6 +83,9 @@ def test_ranks_share_the_validation_set(index: ImageIndex, tmp_path: Path) -> No
 def test_pictures_are_spread_over_the_set(index: ImageIndex, tmp_path: Path) -> None:
     assert val_of(index, tmp_path).first(3).indices.tolist() == [0, 4, 8]
     assert val_of(index, tmp_path).first(99).indices.tolist() == list(range(14))
+    for number in (0, 4):
+        index.file(number).write_bytes(b"broken")
+    assert val_of(index, tmp_path).first(3).indices.tolist() == [8, 12, 1], "readable ones step in"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

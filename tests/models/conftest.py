@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from openmae.models.build import ModelConfig
 from openmae.models.masking import Mask, mask_from_noise
 
 
@@ -32,6 +34,19 @@ def randomise() -> Callable[..., None]:
             parameter.data.copy_(value)
 
     return apply
+
+
+@pytest.fixture(scope="module")
+def built() -> Callable[..., nn.Module]:
+    """``built(build, config)``: a copy of what ``build(config)`` gave the first time; to start one anew is slow."""
+    models: dict[tuple[Callable, ModelConfig], nn.Module] = {}
+
+    def get(build: Callable[[ModelConfig], nn.Module], config: ModelConfig) -> nn.Module:
+        if (build, config) not in models:
+            models[build, config] = build(config)
+        return copy.deepcopy(models[build, config])
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from openmae.errors import SpecError
 from openmae.models.decoders import ConvNeXtDecoder, TransformerDecoder
 from openmae.models.positions import sincos_position_embedding
 
@@ -68,11 +67,3 @@ def test_depth_and_width_act() -> None:
     assert decoder.predict.in_features == 96
     assert decoder.blocks[0].attn.num_heads == 3
     assert len(ConvNeXtDecoder(LATENT, 96, 3, GRID, TOKEN_VALUES).blocks) == 3
-
-
-def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
-    with pytest.raises(SpecError) as error:
-        TransformerDecoder(LATENT, 100, 1, GRID, 1, TOKEN_VALUES, learned_positions=False)
-    assert str(error.value) == (
-        "model.decoder_embed_dim: a transformer decoder's width must be a multiple of 32, got 100.\n  Fix: Use 96."
-    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,8 +18,8 @@ from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.layouts import NamedWeights, recognise
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.masking import Mask
-from openmae.models.matching import likely_arch
+from openmae.models.masking import Mask, mask_from_noise
+from openmae.models.matching import _timm_block_sizes, likely_arch
 from openmae.models.weights import load_into, read_checkpoint
 from openmae.spec.architectures import ARCHITECTURES
 
@@ -60,7 +62,7 @@ def official_hiera_mae(model: MaskedAutoencoder) -> State:
         },
     )
     for name in ("decoder_pred.weight", "decoder_pred.bias"):
-        rows = torch.arange(32 * 32 * 3).view(32, 32, 3).permute(2, 0, 1).flatten()
+        rows = torch.arange(16 * 16 * 3).view(16, 16, 3).permute(2, 0, 1).flatten()
         state[name] = state[name][rows]
     return state
 
@@ -119,10 +121,10 @@ def sparse_fcmae(model: MaskedAutoencoder) -> State:
 
 
 @pytest.fixture(scope="module")
-def pretrained(randomise: Callable[..., None]) -> dict[str, MaskedAutoencoder]:
+def pretrained(randomise: Callable[..., None], built: Callable[..., Any]) -> dict[str, MaskedAutoencoder]:
     """A masked autoencoder of each family with random parameters."""
     models: dict[str, MaskedAutoencoder] = {}
-    models |= {c.architecture.family: build_autoencoder(c).eval() for c in (VIT, HIERA, CONVNEXT)}
+    models |= {c.architecture.family: built(build_autoencoder, c).eval() for c in (VIT, HIERA, CONVNEXT)}
     for model in models.values():
         randomise(model)
     return models
@@ -150,7 +152,7 @@ CASES = {
 @pytest.mark.parametrize("layout", CASES)
 @pytest.mark.parametrize("tao", [False, True], ids=["bare", "tao"])
 def test_a_pretrained_file_continues_with_the_same_loss(
-    layout: str, tao: bool, pretrained: dict[str, MaskedAutoencoder], tmp_path: Path
+    layout: str, tao: bool, pretrained: dict[str, MaskedAutoencoder], built: Callable[..., Any], tmp_path: Path
 ) -> None:
     family, config, write = CASES[layout]
     content = write(pretrained[family])
@@ -158,7 +160,7 @@ def test_a_pretrained_file_continues_with_the_same_loss(
         states = [v for v in content.values() if isinstance(v, dict)] or [content]
         content = {"state_dict": {f"model.{k}": v for k, v in states[0].items()}, "epoch": 1}
     torch.save(content, tmp_path / "file.pth")
-    model = build_autoencoder(config)
+    model = built(build_autoencoder, config)
     report = load_into(model, read_checkpoint(tmp_path / "file.pth"), part="backbone")
     assert report.percent == 100
     assert report.layout.startswith(layout)
@@ -166,17 +168,69 @@ def test_a_pretrained_file_continues_with_the_same_loss(
     assert torch.equal(loss(model, config.input_size), loss(pretrained[family], config.input_size))
 
 
-def test_the_official_hiera_decoder_of_2x2_tokens_a_unit_starts_afresh_where_it_does_not_fit(
-    pretrained: dict[str, MaskedAutoencoder], tmp_path: Path
+def official_names(transformers_state: State, depths: tuple[int, ...]) -> State:
+    """transformers' HieraForPreTraining -> facebookresearch/hiera, as transformers' own conversion pairs them."""
+    renamed = rename(
+        transformers_state,
+        {
+            r"^hiera\.embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+            r"^hiera\.embeddings\.position_embeddings$": "pos_embed",
+            r"^multiscale_fusion\.": "",
+            r"^decoder\.decoder_embeddings\.": "decoder_embed.",
+            r"^decoder\.decoder_position_embeddings$": "decoder_pos_embed",
+            r"^decoder\.decoder_block\.layers\.": "decoder_blocks.",
+            r"^decoder\.": "",
+        },
+    )
+    state = {}
+    for name, value in renamed.items():
+        if place := re.match(r"hiera\.encoder\.stages\.(\d)\.layers\.(\d+)\.", name):
+            name = f"blocks.{sum(depths[: int(place[1])]) + int(place[2])}.{name[place.end() :]}"
+        state[name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")] = value
+    return state
+
+
+def test_an_official_hiera_mae_file_gives_the_loss_of_transformers(
+    randomise: Callable[..., None],
+    built: Callable[..., Any],
+    assert_near: Callable[..., None],
+    tmp_path: Path,
 ) -> None:
-    state = official_hiera_mae(pretrained["hiera"])
-    state["decoder_pred.weight"], state["decoder_pred.bias"] = torch.zeros(768, 64), torch.zeros(768)
-    state["decoder_pos_embed"] = torch.zeros(1, 16, 64)
-    torch.save({"model_state": state}, tmp_path / "file.pth")
-    report = load_into(build_autoencoder(HIERA), read_checkpoint(tmp_path / "file.pth"), part="backbone")
+    transformers = pytest.importorskip("transformers")
+    depths = (1, 2, 7, 2)
+    config = transformers.HieraConfig(
+        image_size=[64, 64],
+        depths=depths,
+        num_query_pool=2,
+        decoder_hidden_size=64,
+        decoder_depth=2,
+        decoder_num_heads=2,
+        mask_ratio=0.5,
+    )
+    official = transformers.HieraForPreTraining(config).eval()
+    randomise(official)
+    torch.save({"model_state": official_names(official.state_dict(), depths)}, tmp_path / "mae_hiera.pth")
+
+    model = built(build_autoencoder, HIERA).eval()
+    report = load_into(model, read_checkpoint(tmp_path / "mae_hiera.pth"), part="everything")
+    assert str(report) == "loaded 100 % of hiera_tiny_224's weights from the official Hiera MAE layout"
+    images = torch.randn(2, 3, 64, 64)
+    noise = torch.tensor([[0.1, 0.9, 0.8, 0.2], [0.9, 0.1, 0.2, 0.8]])
+    with torch.no_grad():
+        expected = official(images, noise=noise).loss
+        actual = model(images, mask_from_noise(noise, num_visible=2)).loss
+    assert_near(actual, expected, 1e-5)
+
+
+def test_a_decoder_of_another_width_starts_afresh(
+    pretrained: dict[str, MaskedAutoencoder], built: Callable[..., Any], tmp_path: Path
+) -> None:
+    torch.save(official_mae_vit(pretrained["vit"]), tmp_path / "file.pth")
+    model = built(build_autoencoder, replace(VIT, decoder_embed_dim=32))
+    report = load_into(model, read_checkpoint(tmp_path / "file.pth"), part="backbone")
     assert str(report) == (
-        "loaded 100 % of hiera_tiny_224's backbone from the official Hiera MAE layout "
-        "(resized: decoder.pos_embed; fresh: decoder.predict)"
+        "loaded 100 % of vit_tiny_patch16's backbone from the official MAE ViT layout (fresh: decoder.blocks, "
+        "decoder.embed, decoder.mask_token, decoder.norm, decoder.pos_embed, decoder.predict.weight)"
     )
 
 
@@ -218,10 +272,12 @@ CLASSIFIERS: dict[str, tuple[ModelConfig, Callable[[nn.Module], dict], str]] = {
 
 
 @pytest.mark.parametrize("case", CLASSIFIERS)
-def test_a_fine_tuned_file_gives_the_same_logits(case: str, randomise: Callable[..., None], tmp_path: Path) -> None:
+def test_a_fine_tuned_file_gives_the_same_logits(
+    case: str, randomise: Callable[..., None], built: Callable[..., Any], tmp_path: Path
+) -> None:
     config, write, layout = CLASSIFIERS[case]
     config = ModelConfig(config.arch, input_size=config.input_size, num_classes=4)
-    original, model = build_classifier(config).eval(), build_classifier(config).eval()
+    original, model = built(build_classifier, config).eval(), built(build_classifier, config).eval()
     randomise(original)
     torch.save(write(original), tmp_path / "file.pth")
     report = load_into(model, read_checkpoint(tmp_path / "file.pth"), part="everything")
@@ -231,12 +287,16 @@ def test_a_fine_tuned_file_gives_the_same_logits(case: str, randomise: Callable[
         assert torch.equal(model(images), original(images))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16", "vit_small_patch16", "hiera_base_plus_224", "convnextv2_femto"])
 def test_the_architecture_is_told_from_the_shapes(arch: str) -> None:
-    row = ARCHITECTURES[arch]
     with torch.device("meta"):
-        state = timm.create_model(row.timm_name, num_classes=3, in_chans=1).state_dict()
+        state = timm.create_model(ARCHITECTURES[arch].timm_name, num_classes=3, in_chans=1).state_dict()
     assert likely_arch(recognise(state)) == arch
+
+
+def test_no_two_architectures_have_the_same_shapes() -> None:
+    sizes = [_timm_block_sizes(row.timm_name) for row in ARCHITECTURES.values()]
+    assert len({tuple(sorted(blocks.items())) for blocks in sizes}) == len(ARCHITECTURES)
 
 
 def test_shapes_that_fit_no_row_have_no_architecture() -> None:

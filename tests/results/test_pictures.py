@@ -11,8 +11,9 @@ from openmae.results.pictures import (
     save_bar_comparison,
     save_confusion_matrix,
     save_curves,
+    save_predictions,
 )
-from openmae.results.style import BLUE, GREY, RUST
+from openmae.results.style import BLUE, GREY, INK, MUTED, RUST
 
 
 def _images(count: int, height: int, width: int, channels: int) -> np.ndarray:
@@ -28,6 +29,31 @@ def _pixels(path: Path) -> np.ndarray:
 def _near(pixels: np.ndarray, colour: str, tolerance: int = 12) -> int:
     target = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
     return int((np.abs(pixels.astype(int) - target).max(axis=-1) <= tolerance).sum())
+
+
+class TestPredictions:
+    @pytest.mark.parametrize("channels", [1, 3, 4])
+    @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (4, 1, 4), (6, 2, 4), (16, 4, 4)])
+    def test_a_label_below_each_image(self, tmp_path: Path, channels: int, count: int, rows: int, columns: int) -> None:
+        images = np.full((count, 32, 32, channels), 128, dtype=np.uint8)
+        path = save_predictions(images, ["cat"] * count, [0.5] * count, tmp_path / "new" / "sheet.png")
+        drawn = _pixels(path)
+        assert drawn.shape[1] == 2 * 24 + columns * 224 + (columns - 1) * 24
+        assert drawn.shape[0] == 2 * 24 + rows * (224 + 40) + (rows - 1) * 24
+        captions = drawn[24 + 224 : 24 + 224 + 40]
+        assert _near(captions[:, 24:100], INK) > 20, "the label"
+        assert _near(captions[:, 24 + 150 : 24 + 224], MUTED, 40) > 20, "the probability"
+
+    def test_long_labels_are_cut_before_the_probability(self, tmp_path: Path) -> None:
+        images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
+        drawn = _pixels(save_predictions(images, ["m" * 80, ""], [1.0, 0.004], tmp_path / "sheet.png"))
+        caption = drawn[24 + 256 - 64 + 40 :, 24 : 24 + 256]
+        assert _near(caption[:, -12 - 60 : -60], INK) == 0
+
+    def test_what_does_not_fit_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="1 images, 2 labels and 1 probabilities do not fit"):
+            save_predictions(np.zeros((1, 8, 8, 3), dtype=np.uint8), ["a", "b"], [0.1], tmp_path / "sheet.png")
+        assert not list(tmp_path.iterdir())
 
 
 class TestReconstructionGrid:

@@ -205,6 +205,7 @@ def test_small_images_and_patches():
             ["train.optim.layer_decay=.7", "dataset.augmentation.mixup=.8"],
             "The pretrain stage does not use train.optim.layer_decay, dataset.augmentation.mixup.",
         ),
+        (["model.global_pool=false"], "The pretrain stage does not use model.global_pool."),
         (
             ["train.stage=finetune", "model.mask_ratio=.5"],
             "The finetune stage does not use model.mask_ratio.",
@@ -237,3 +238,41 @@ def test_a_plain_spec_gives_no_notice(caplog):
     assert notices(caplog, TRAIN) == []
     assert notices(caplog, FINETUNE) == []
     assert load_spec(None, ["dataset.augmentation.max_scale=2"]).dataset.augmentation.max_scale == 1
+
+
+def test_width_of_a_transformer_decoder() -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(None, ["model.arch=vit_tiny_patch16", "model.decoder_embed_dim=100"])
+    assert "model.decoder_embed_dim" in str(caught.value)
+    assert "must be a multiple of 32, a head's width, got 100. Use 96." in str(caught.value)
+    load_spec(None, ["model.arch=convnextv2_atto", "model.decoder_embed_dim=100"])
+
+
+@pytest.mark.parametrize("section", ["train", "evaluate", "inference"])
+def test_one_machine(section: str) -> None:
+    with pytest.raises(SpecError, match=f"{section}.num_nodes.*this version runs on one machine, got 2. Set it to 1."):
+        load_spec(None, [f"{section}.num_nodes=2"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["dataset.augmentation.cutmix_minmax=[0.2, 0.8]", "dataset.augmentation.cutmix=1.0"], "cutmix does not act"),
+        (["dataset.augmentation.mixup=0", "dataset.augmentation.mixup_switch_prob=0.3"], "mixup_switch_prob does not"),
+        (
+            [
+                "dataset.augmentation.mixup=0",
+                "dataset.augmentation.cutmix=0",
+                "dataset.augmentation.mixup_mode=elem",
+            ],
+            "mixup_mode does not act",
+        ),
+        (["train.allow_partial_weights=true"], "does not act without train.pretrained_model_path."),
+        (["train.validation_interval=2"], "does not act without dataset.val_data_sources."),
+    ],
+)
+def test_what_another_option_replaces_or_lacks(
+    overrides: list[str], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_spec(None, ["train.stage=finetune", "dataset.batch_size=2", *overrides])
+    assert text in caplog.text

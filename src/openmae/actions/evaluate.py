@@ -11,8 +11,8 @@ from torch import nn
 
 from openmae.actions.checkpoint import open_checkpoint, resolve_model
 from openmae.actions.reports import classifier_report, pretrained_report
-from openmae.actions.run import running, show_table
-from openmae.actions.sources import open_images
+from openmae.actions.run import begin_results, running, show_table, watched
+from openmae.actions.sources import open_images, shorten
 from openmae.data.images import ImageIndex
 from openmae.data.loaders import EvaluationLoader, evaluation_loader
 from openmae.data.normalise import Normaliser
@@ -21,9 +21,8 @@ from openmae.errors import DataError
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.weights import CheckpointInfo
 from openmae.results.pictures import reconstruction_grid, save_confusion_matrix
-from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
-from openmae.training.devices import build_fabric, launch, share_cores
+from openmae.training.devices import build_fabric, launch
 from openmae.training.finetune import predict, score
 from openmae.training.pretrain import PretrainTask
 
@@ -79,31 +78,32 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
     finetune: ``ACC_all``, ``ACC_top5``, ``val_loss``, a table of the classes and a confusion matrix. pretrain:
     ``val_loss`` under fixed masks, reconstructions, and ``knn_acc`` and ``probe_acc`` where the images have classes.
 
+    Args:
+        spec: as ``load_spec`` gives it for ``evaluate``.
+
     Returns:
         The metrics.
 
     Raises:
         UserError: the request is wrong.
     """
-    spec = load_spec(spec, action="evaluate")
-    with running(spec, "evaluate") as running_action:
+    with running(spec, "evaluate") as this_run:
         model, info = open_checkpoint(spec, "evaluate")
-        running_action.write_spec(spec := resolve_model(spec, info))
+        spec = resolve_model(spec, info)
         source, key = spec.dataset.val_data_sources, "dataset.val_data_sources"
         if info.stage == "finetune":
             index = match_classes(open_images(source, key, labelled=True), info.class_names)
         else:
             index = open_images(source, key, labelled=None)
-        request = Request(spec, running_action.folder, model, info, index, spec.batch_size("evaluate"))
+        request = Request(spec, this_run.folder, model, info, index, spec.batch_size("evaluate"))
         section = spec.evaluate
         fabric = build_fabric("evaluate", section.num_gpus, section.gpu_ids, section.num_nodes)
+        begin_results(this_run.folder, spec)
         work = _evaluate_classifier if info.stage == "finetune" else _evaluate_pretrained
         metrics = launch(fabric, work, request)
-        running_action.status.write("RUNNING", "Evaluated", kpi=metrics)
-        show_table(
-            f"{info.model.arch} on {len(index):,} images",
-            [(name, f"{value:.4f}") for name, value in metrics.items()],
-        )
+        this_run.status.write("RUNNING", f"Evaluated on {len(index)} images", kpi=metrics)
+        title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
+        show_table(title, [(name, f"{value:.4f}") for name, value in metrics.items()])
     return metrics
 
 
@@ -116,8 +116,8 @@ def match_classes(index: ImageIndex, class_names: tuple[str, ...]) -> ImageIndex
     if unknown := [name for name in index.class_names if name not in class_names]:
         raise DataError(
             f"dataset.val_data_sources has {len(unknown)} class(es) that the checkpoint was not trained on: "
-            f"{', '.join(unknown[:5])}.",
-            f"Use the training set's class names: {', '.join(class_names[:5])}{', ...' if class_names[5:] else ''}.",
+            f"{shorten(tuple(unknown))}.",
+            f"Rename or remove them; the checkpoint's classes are: {shorten(class_names)}.",
         )
     number = [class_names.index(name) for name in index.class_names]
     labels = tuple(number[label] for label in index.labels or ())
@@ -125,21 +125,20 @@ def match_classes(index: ImageIndex, class_names: tuple[str, ...]) -> ImageIndex
 
 
 def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
-    share_cores(fabric)
     task, loader = request.pretrain_task(), request.loader(fabric)
     fabric.to_device(request.model)
-    metrics = task.validate(fabric, request.model, loader)
+    metrics = task.validate(fabric, request.model, watched(fabric, loader))
     if fabric.is_global_zero:
         picture = request.folder / "reconstructions" / "validation.png"
         reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
-        pretrained_report(request.folder, "evaluate", request.info, len(request.index), metrics, picture)
+        pretrained_report(request.folder, request.info, len(request.index), metrics, picture)
     return metrics
 
 
 def _evaluate_classifier(fabric: Fabric, request: Request) -> dict[str, float]:
-    share_cores(fabric)
     fabric.to_device(request.model)
-    predictions = predict(fabric, request.model, request.normalise, request.loader(fabric))
+    loader = request.loader(fabric)
+    predictions = predict(fabric, request.model, request.normalise, watched(fabric, loader))
     metrics = score(predictions)
     if fabric.is_global_zero:
         names = request.info.class_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +14,32 @@ from lightning.fabric import Fabric
 
 from openmae.actions.checkpoint import open_checkpoint, resolve_model
 from openmae.actions.evaluate import PICTURES, Request
-from openmae.actions.reports import inference_report, pretrained_report
-from openmae.actions.run import running
+from openmae.actions.reports import embedding_report, inference_report
+from openmae.actions.run import begin_results, running, show_table, watched
 from openmae.actions.sources import open_images
+from openmae.data.dataset import Batch
 from openmae.results.files import replacing, write_atomically
-from openmae.results.pictures import reconstruction_grid
-from openmae.spec.load import load_spec
+from openmae.results.pictures import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
-from openmae.training.devices import build_fabric, launch, share_cores
+from openmae.training.devices import build_fabric, launch
 from openmae.training.finetune import Predictions, predict
 from openmae.training.pretrain import embed
 
 TOP = 5
 RESULTS, EMBEDDINGS = "results.csv", "embeddings.parquet"
+_SHEET = 16  # images of the contact sheet
+_CLASSES = 5  # shown on the terminal
 
 
 def run(spec: ExperimentSpec) -> Path:
     """Run a checkpoint of either stage over the test images.
 
-    finetune: ``results.csv`` with a row an image: path, class, probability, and the next four classes. pretrain:
-    ``embeddings.parquet`` (path, vector; nothing masked, so the same at every call) and pictures of reconstructions.
+    finetune: ``results.csv`` with a row an image (path, class, probability, and the next four classes) and a contact
+    sheet. pretrain: ``embeddings.parquet`` (path, vector; nothing masked, so the same at every call) and pictures of
+    reconstructions. An image that cannot be read has no row; ``corrupt_files.txt`` names it.
+
+    Args:
+        spec: as ``load_spec`` gives it for ``inference``.
 
     Returns:
         The file written.
@@ -40,28 +47,47 @@ def run(spec: ExperimentSpec) -> Path:
     Raises:
         UserError: the request is wrong.
     """
-    spec = load_spec(spec, action="inference")
-    with running(spec, "inference") as running_action:
+    with running(spec, "inference") as this_run:
         model, info = open_checkpoint(spec, "inference")
-        running_action.write_spec(spec := resolve_model(spec, info))
+        spec = resolve_model(spec, info)
         index = open_images(spec.dataset.test_data_sources, "dataset.test_data_sources", labelled=False)
-        request = Request(spec, running_action.folder, model, info, index, spec.batch_size("inference"))
+        request = Request(spec, this_run.folder, model, info, index, spec.batch_size("inference"))
         section = spec.inference
         fabric = build_fabric("inference", section.num_gpus, section.gpu_ids, section.num_nodes)
-        launch(fabric, _classify if info.stage == "finetune" else _embed, request)
-    return running_action.folder / (RESULTS if info.stage == "finetune" else EMBEDDINGS)
+        begin_results(this_run.folder, spec)
+        found = launch(fabric, _classify if info.stage == "finetune" else _embed, request)
+        path = this_run.folder / (RESULTS if info.stage == "finetune" else EMBEDDINGS)
+        show_table(
+            f"{info.model.arch} ({info.stage}) on {len(index):,} images", [*found.items(), ("written", str(path))]
+        )
+    return path
 
 
-def _classify(fabric: Fabric, request: Request) -> None:
-    share_cores(fabric)
+def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
+    """Returns how many images the most frequent classes got."""
     fabric.to_device(request.model)
-    predictions = predict(fabric, request.model, request.normalise, request.loader(fabric))
+    loader = request.loader(fabric)
+    predictions = predict(fabric, request.model, request.normalise, watched(fabric, loader))
+    names = request.info.class_names
+    counts = Counter(names[label] for label in predictions.probabilities.argmax(axis=1))
     if fabric.is_global_zero:
         rows = _result_rows(predictions, request)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         write_atomically(request.folder / RESULTS, text.getvalue())
-        inference_report(request.folder, request.info, rows)
+        sheet = _draw_sheet(predictions, request, loader.first(_SHEET))
+        inference_report(request.folder, request.info, rows, sheet)
+    seen = {name: f"{count:,} images" for name, count in counts.most_common(_CLASSES)}
+    return seen if len(counts) <= _CLASSES else {**seen, "...": f"{len(counts) - _CLASSES} more classes"}
+
+
+def _draw_sheet(predictions: Predictions, request: Request, batch: Batch) -> Path:
+    """Some of the images as the model saw them, each with its class and the class's probability."""
+    shares = predictions.probabilities[np.searchsorted(predictions.indices, batch.indices.numpy())]
+    labels = [request.info.class_names[label] for label in shares.argmax(axis=1)]
+    pixels = batch.images.round().clamp(0, 255).byte() if batch.images.is_floating_point() else batch.images
+    images = pixels.permute(0, 2, 3, 1).numpy()
+    return save_predictions(images, labels, shares.max(axis=1).tolist(), request.folder / "predictions.png")
 
 
 def _result_rows(predictions: Predictions, request: Request) -> list[list[str]]:
@@ -78,17 +104,17 @@ def _result_rows(predictions: Predictions, request: Request) -> list[list[str]]:
     return rows
 
 
-def _embed(fabric: Fabric, request: Request) -> None:
-    share_cores(fabric)
+def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
+    """Returns how many vectors of which length there are."""
     fabric.to_device(request.model)
     loader = request.loader(fabric)
-    indices, vectors = embed(fabric, request.pretrain_task(), loader)
+    indices, vectors = embed(fabric, request.pretrain_task(), watched(fabric, loader))
     if fabric.is_global_zero:
         _write_embeddings(request.folder / EMBEDDINGS, [request.index.paths[index] for index in indices], vectors)
         picture = request.folder / "reconstructions" / "test.png"
         reconstruction_grid(*request.pretrain_task().reconstruct(fabric, loader.first(PICTURES)), picture)
-        numbers = {"images": float(len(vectors)), "dimensions": float(vectors.shape[1])}
-        pretrained_report(request.folder, "inference", request.info, len(request.index), numbers, picture)
+        embedding_report(request.folder, request.info, vectors.shape, picture)
+    return {"embeddings": f"{len(vectors):,} of {vectors.shape[1]:,} numbers each"}
 
 
 def _write_embeddings(path: Path, names: list[str], vectors: np.ndarray) -> None:

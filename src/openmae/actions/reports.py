@@ -10,20 +10,31 @@ import numpy as np
 from openmae.models.weights import CheckpointInfo
 from openmae.results.metrics import read_metrics
 from openmae.results.pictures import save_curves
-from openmae.results.report import Code, Numbers, Picture, Section, Table, write_report
+from openmae.results.report import Cell, Code, Numbers, Picture, Section, Table, Text, write_report
 
-_SHARES = ("ACC_all", "ACC_top5", "knn_acc", "probe_acc", "data_wait")
+_READING = """import pyarrow.parquet as pq
+import numpy as np
+
+table = pq.read_table("embeddings.parquet")
+paths = table["path"].to_pylist()
+vectors = np.stack(table["vector"].to_numpy())  # [images, dimensions]
+"""
+_SHARES = ("ACC_all", "ACC_top5", "knn_acc", "probe_acc")
 _LABELS = {
     "ACC_all": "top-1 accuracy",
     "ACC_top5": "top-5 accuracy",
     "knn_acc": "kNN accuracy",
     "probe_acc": "linear probe accuracy",
-    "train_loss_epoch": "training loss",
     "val_loss": "validation loss",
+    "train_loss_epoch": "training loss",
 }
 _RECONSTRUCTION = (
     "From the visible units in the second column the model predicted the masked ones in the third; the last column "
     "puts the two together. Pixel normalisation is undone with the original's own mean and deviation."
+)
+_PROBES = (
+    "kNN and linear probe: the encoder stays as it is, half of the images teach the probe, the other half is counted. "
+    "They say how well the embeddings part the classes."
 )
 _MOST_ROWS = 50
 
@@ -43,12 +54,25 @@ def train_report(folder: Path, info: CheckpointInfo, recipe: Sequence[tuple[str,
 
 
 def pretrained_report(
-    folder: Path, action: str, info: CheckpointInfo, images: int, metrics: Mapping[str, float], picture: Path
+    folder: Path, info: CheckpointInfo, images: int, metrics: Mapping[str, float], picture: Path
 ) -> Path:
-    """After evaluating, or embedding with, a pretrained checkpoint."""
+    """After evaluating a pretrained checkpoint: loss, probes where there were classes, reconstructions."""
     sections: list[Section] = [_numbers(f"{images:,} images", metrics)]
+    if "knn_acc" in metrics:
+        sections.append(Text("", _PROBES))
     sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
-    return _write(folder, action, info, sections)
+    return _write(folder, "evaluate", info, sections)
+
+
+def embedding_report(folder: Path, info: CheckpointInfo, shape: tuple[int, ...], picture: Path) -> Path:
+    """After embedding: how many vectors, how to read them, reconstructions."""
+    images, dimensions = shape
+    sections: list[Section] = [
+        Numbers("embeddings.parquet", {"images": f"{images:,}", "dimensions": f"{dimensions:,}"}),
+        Code("How to read them", _READING),
+        Picture("Reconstructions", picture, _RECONSTRUCTION),
+    ]
+    return _write(folder, "inference", info, sections)
 
 
 def classifier_report(
@@ -76,9 +100,9 @@ def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
     return Table("Classes", ("class", "images", "precision", "recall", "F1"), rows, caption="The weakest first.")
 
 
-def inference_report(folder: Path, info: CheckpointInfo, rows: Sequence[Sequence[str]]) -> Path:
-    """After classifying: how often each class was seen, and the first rows of results.csv."""
-    header, *found = rows
+def inference_report(folder: Path, info: CheckpointInfo, rows: Sequence[Sequence[str]], sheet: Path) -> Path:
+    """After classifying: some of the images, how often each class was seen, and the first rows of results.csv."""
+    _, *found = rows
     counts = {name: sum(row[1] == name for row in found) for name in info.class_names}
     most = sorted(counts.items(), key=lambda item: -item[1])
     sections: list[Section] = [
@@ -86,25 +110,31 @@ def inference_report(folder: Path, info: CheckpointInfo, rows: Sequence[Sequence
             "What was classified",
             {"images": f"{len(found):,}", "classes seen": str(sum(n > 0 for _, n in most))},
         ),
+        Picture("Some of the images", sheet, "As the model saw them, with the most likely class and its probability."),
         Table("Predicted classes", ("class", "images"), most),
         Table(
             "results.csv",
-            header[:5],
-            [row[:5] for row in found[:_MOST_ROWS]],
+            ("path", "class", "probability", "second class", "its probability"),
+            [_result_cells(row) for row in found[:_MOST_ROWS]],
             caption=f"The first {min(_MOST_ROWS, len(found))} of {len(found):,} rows.",
         ),
     ]
     return _write(folder, "inference", info, sections)
 
 
+def _result_cells(row: Sequence[str]) -> list[Cell]:
+    path, first, share, second, next_share = row[:5]
+    return [path, first, float(share), second, float(next_share)]
+
+
 def _numbers(title: str, metrics: Mapping[str, float]) -> Numbers:
-    return Numbers(title, {_LABELS.get(name, name): _text(name, value) for name, value in metrics.items()})
+    """The metrics in the order of ``_LABELS``, as text."""
+    known = {name: metrics[name] for name in _LABELS if name in metrics} | dict(metrics)
+    return Numbers(title, {_LABELS.get(name, name): _text(name, value) for name, value in known.items()})
 
 
 def _text(name: str, value: float) -> str:
-    if name in _SHARES:
-        return f"{100 * value:.1f} %"
-    return f"{value:,.0f}" if value == int(value) and value >= 1 else f"{value:.4f}"
+    return f"{100 * value:.1f} %" if name in _SHARES else f"{value:.4f}"
 
 
 def _write(folder: Path, action: str, info: CheckpointInfo, sections: Sequence[Section]) -> Path:

@@ -2,73 +2,137 @@
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning.fabric import Fabric
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+from openmae.data.dataset import Batch
 from openmae.data.images import CORRUPT_LIST
+from openmae.data.loaders import EvaluationLoader
+from openmae.errors import RunError, UserError
 from openmae.results.files import make_folder, write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import ExperimentSpec
 
-log = logging.getLogger("openmae")
-
 Rows = Sequence[tuple[str, str]]
 
+SPEC_FILE = "experiment.yaml"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
-@dataclass(frozen=True)
+log = logging.getLogger("openmae")
+
+
+@dataclass
 class Run:
-    """A running action: its results folder and its status log."""
+    """A running action.
+
+    Attributes:
+        folder: of its results.
+        status: its log.
+        skipped: why there was nothing to do; empty where there was.
+    """
 
     folder: Path
     status: StatusLog
-
-    def write_spec(self, spec: ExperimentSpec) -> None:
-        """Write what acts as ``experiment.yaml``; it loads back."""
-        write_atomically(self.folder / "experiment.yaml", to_yaml(spec))
+    skipped: str = ""
 
 
 @contextmanager
-def running(spec: ExperimentSpec, action: str, *, append: bool = False) -> Iterator[Run]:
-    """Open the results folder, write ``experiment.yaml``, and tell ``status.json`` how the action ended.
+def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
+    """Open the results folder, and tell ``status.json`` how the action began and ended.
+
+    Lines of an earlier run are kept, and so are its other files until the action has something to put in their place:
+    a request that turns out to be wrong costs nothing.
 
     Args:
         spec: resolved.
         action: names the folder.
-        append: keep the status lines of an earlier run in the same folder.
+
+    Raises:
+        UserError: the folder cannot be written.
+        RunError: the disk is full.
     """
     folder = make_folder(spec.results_folder(action))
-    status = StatusLog(folder, append=append)
-    if not append:
-        (folder / CORRUPT_LIST).unlink(missing_ok=True)
-    run = Run(folder, status)
-    run.write_spec(spec)
-    status.write("STARTED", f"{action} started")
+    run = Run(folder, StatusLog(folder, append=True))
+    run.status.write("STARTED", f"{action} started")
     try:
-        yield run
+        with _disk_space(folder):
+            yield run
     except KeyboardInterrupt:
-        status.write("FAILURE", f"{action} was interrupted", verbosity="WARNING")
+        _write_failure(run, f"{action} was interrupted", "WARNING")
         raise
     except BaseException as error:
-        status.write("FAILURE", f"{type(error).__name__}: {error}", verbosity="ERROR")
+        _write_failure(run, f"{type(error).__name__}: {error}", "ERROR")
         raise
-    status.write("SUCCESS", f"{action} finished")
+    run.status.write("SKIPPED" if run.skipped else "SUCCESS", run.skipped or f"{action} finished")
     log.info("Results are in %s; open report.html there.", folder)
 
 
+def _write_failure(run: Run, message: str, verbosity: str) -> None:
+    with suppress(OSError):  # a disk that is full must not hide what happened
+        run.status.write("FAILURE", message, verbosity=verbosity)
+
+
+@contextmanager
+def _disk_space(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise RunError(
+            f"The results could not be written ({error.strerror}): {error.filename or folder}.",
+            "Free space, or set results_dir to a folder on another disk.",
+        ) from error
+
+
+def begin_results(folder: Path, spec: ExperimentSpec, *, resumed: bool = False) -> None:
+    """Write what acts as ``experiment.yaml``, which loads back; to be called when the request has proved right.
+
+    Args:
+        folder: of the results.
+        spec: resolved.
+        resumed: the run goes on, so its list of corrupt files does as well.
+    """
+    if not resumed:
+        (folder / CORRUPT_LIST).unlink(missing_ok=True)
+    write_atomically(folder / SPEC_FILE, to_yaml(spec))
+
+
+@contextmanager
+def blaming(key: str) -> Iterator[None]:
+    """Put a dotted key in front of the text of a wrong request."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{key}: {error.problem}", error.fix) from error
+
+
 def show_table(title: str, rows: Rows) -> None:
-    """Print label and value pairs as a table on the terminal."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="dim")
+    """Print label and value pairs below a title on the terminal."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
     table.add_column()
     for label, value in rows:
         table.add_row(label, value)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
+    console.print(f"\n{title}", style="bold")
     console.print(table)
     console.print()
+
+
+def watched(fabric: Fabric, loader: EvaluationLoader) -> Iterable[Batch]:
+    """The loader's batches, with a progress bar where there is a terminal."""
+    console = Console(stderr=True)
+    if not (console.is_terminal and fabric.is_global_zero):
+        return loader
+    return track(loader, "batches", total=len(loader), console=console, transient=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from openmae.actions.run import blaming
 from openmae.data.images import ImageIndex, index_images
 from openmae.data.sources import resolve_source
 from openmae.errors import DataError, SpecError
@@ -20,30 +21,39 @@ def open_images(source: str, key: str, *, labelled: bool | None) -> ImageIndex:
         source: the key's value.
         key: dotted, put in front of an error's text.
         labelled: classes are needed (True), unwanted (False), or taken where there are any (None).
+
+    Raises:
+        DataError: the source cannot be used.
     """
-    try:
+    with blaming(key):
         return index_images(Path(resolve_source(source)), labelled)
-    except DataError as error:
-        raise DataError(f"{key}: {error.problem}", error.fix) from error
 
 
 def class_count(spec: ExperimentSpec, index: ImageIndex) -> int:
     """Classes of the training set.
 
     Raises:
+        DataError: there is only one.
         SpecError: ``model.num_classes`` was typed and differs.
     """
     found = len(index.class_names)
+    if found < 2:
+        raise DataError(
+            f"dataset.train_data_sources: fine-tuning needs two classes or more, but {index.root} holds one: "
+            f"{shorten(index.class_names)}.",
+            "Name the folder above the class folders, or add images of another class.",
+        )
     typed = spec.model.num_classes
     if typed is None or not spec.typed("model.num_classes"):
-        log.info("model.num_classes=%d, from the data: %s", found, _shorten(index.class_names))
+        log.info("model.num_classes=%d, from the data: %s", found, shorten(index.class_names))
     elif typed != found:
         raise SpecError(
-            f"model.num_classes is {typed}, but the data has {found} classes: {_shorten(index.class_names)}.",
+            f"model.num_classes is {typed}, but the data has {found} classes: {shorten(index.class_names)}.",
             f"Remove model.num_classes (it is taken from the data), or set it to {found}.",
         )
     return found
 
 
-def _shorten(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def shorten(names: tuple[str, ...], most: int = 6) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

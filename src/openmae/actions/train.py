@@ -13,7 +13,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from openmae.actions.reports import train_report
-from openmae.actions.run import Rows, running, show_table
+from openmae.actions.run import Rows, begin_results, blaming, running, show_table
 from openmae.actions.sources import class_count, open_images
 from openmae.data.dataset import AddressedSampler, check_same_classes
 from openmae.data.images import ImageIndex
@@ -24,12 +24,14 @@ from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.weights import CheckpointInfo, load_into, read_checkpoint, save_backbone
+from openmae.results.metrics import read_metrics
 from openmae.results.pictures import reconstruction_grid
 from openmae.results.status import StatusLog
-from openmae.spec.load import load_spec, to_dict
+from openmae.spec.checks import INERT
+from openmae.spec.load import to_dict
 from openmae.spec.schema import AugmentationSpec, ExperimentSpec
 from openmae.training.checkpoints import CheckpointFolder, newest_checkpoint, read_training_state
-from openmae.training.devices import build_fabric, launch, share_cores
+from openmae.training.devices import build_fabric, launch
 from openmae.training.finetune import FinetuneTask, MixSettings
 from openmae.training.loggers import Loggers, open_wandb
 from openmae.training.optim import Schedule, build_adamw, finetuning_groups, freeze, pretraining_groups
@@ -38,6 +40,7 @@ from openmae.training.recipe import recipe_rows
 from openmae.training.trainer import LoopSettings, Outputs, Trainer
 
 PICTURES = 8  # images of a reconstruction grid
+BACKBONE, REPORT = "backbone.safetensors", "report.html"
 
 log = logging.getLogger("openmae")
 
@@ -52,6 +55,7 @@ class Plan:
     val: ImageIndex | None
     info: CheckpointInfo
     resume: Path | None
+    epochs_done: int
 
     @property
     def config(self) -> ModelConfig:
@@ -62,42 +66,62 @@ class Plan:
 def run(spec: ExperimentSpec) -> dict[str, float]:
     """Train to the last epoch, or go on from the newest checkpoint in the results folder.
 
+    A run that was trained to its end before is left as it is.
+
+    Args:
+        spec: as ``load_spec`` gives it for ``train``.
+
     Returns:
-        The last epoch's metrics; empty if there was nothing left to train.
+        The last epoch's metrics.
 
     Raises:
         UserError: the request is wrong; nothing was trained.
         RunError: training failed; the checkpoints written so far are good.
         KeyboardInterrupt: Ctrl-C; a checkpoint was written.
     """
-    spec = load_spec(spec, action="train")
-    folder = spec.results_folder("train")
-    resume = _resume_path(spec, folder)
-    with running(spec, "train", append=resume is not None):
-        plan = _plan(spec, folder, resume)
-        train = spec.train
+    with running(spec, "train") as this_run:
+        plan = _plan(spec, this_run.folder)
+        if _nothing_left(plan):
+            this_run.skipped = f"All {plan.epochs_done} epochs are trained already; nothing was changed."
+            log.warning("%s Raise train.num_epochs to train on, or set another results_dir.", this_run.skipped)
+            return _last_metrics(plan.folder)
+        train = plan.spec.train
         fabric = build_fabric("train", train.num_gpus, train.gpu_ids, train.num_nodes, train.precision)
         return launch(fabric, _work, plan)
 
 
-def _resume_path(spec: ExperimentSpec, folder: Path) -> Path | None:
-    typed = spec.train.resume_training_checkpoint_path
-    return Path(typed) if typed else newest_checkpoint(folder)
+def _nothing_left(plan: Plan) -> bool:
+    """Whether an earlier run came to its end, with all it has to leave."""
+    complete = all((plan.folder / name).is_file() for name in (BACKBONE, REPORT))
+    return complete and plan.epochs_done >= plan.spec.train.num_epochs
 
 
-def _plan(spec: ExperimentSpec, folder: Path, resume: Path | None) -> Plan:
+def _last_metrics(folder: Path) -> dict[str, float]:
+    epochs = [row for row in read_metrics(folder / "metrics.csv") if "train_loss" not in row]
+    names = {"train_loss_epoch": "train_loss"}
+    last = epochs[-1] if epochs else {}
+    return {names.get(name, name): value for name, value in last.items() if name not in ("step", "epoch")}
+
+
+def _plan(spec: ExperimentSpec, folder: Path) -> Plan:
+    earlier = _look_back(spec, folder)
     finetune = spec.train.stage == "finetune"
     train = open_images(spec.dataset.train_data_sources, "dataset.train_data_sources", labelled=finetune)
     val = None
     if spec.dataset.val_data_sources:
         val = open_images(spec.dataset.val_data_sources, "dataset.val_data_sources", labelled=finetune or None)
     if finetune and val is not None:
-        check_same_classes(train, val)
-    AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, spec.train.num_gpus)
+        with blaming("dataset.val_data_sources"):
+            check_same_classes(train, val)
+    with blaming("dataset.batch_size"):
+        AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, spec.train.num_gpus)
     if spec.train.seed < 0:
-        spec = spec.replaced({"train.seed": random.SystemRandom().randrange(2**31)})
-        log.info("train.seed is -1: this run draws %d.", spec.train.seed)
-    config = _model_config(spec, class_count(spec, train) if finetune else 0)
+        seed = earlier.info.spec["train"]["seed"] if earlier else random.SystemRandom().randrange(2**31)
+        log.info("train.seed is -1: this run draws %d.", seed)
+        spec = spec.replaced({"train.seed": seed})
+    if finetune:
+        spec = spec.replaced({"model.num_classes": class_count(spec, train)})
+    config = _model_config(spec)
     augmentation = spec.dataset.augmentation
     info = CheckpointInfo(
         stage=spec.train.stage,
@@ -107,12 +131,61 @@ def _plan(spec: ExperimentSpec, folder: Path, resume: Path | None) -> Plan:
         std=tuple(augmentation.std or ()),
         spec=to_dict(spec),
     )
-    if finetune and not spec.train.pretrained_model_path and resume is None:
+    if earlier:
+        _check_same_run(earlier, info)
+    elif finetune and not spec.train.pretrained_model_path:
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
-    return Plan(spec, folder, train, val, info, resume)
+    resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
+    return Plan(spec, folder, train, val, info, resume, epochs_done)
 
 
-def _model_config(spec: ExperimentSpec, num_classes: int) -> ModelConfig:
+@dataclass(frozen=True)
+class Earlier:
+    """The run that this one goes on from."""
+
+    key: str
+    checkpoint: Path
+    info: CheckpointInfo
+    epochs_done: int
+
+
+def _look_back(spec: ExperimentSpec, folder: Path) -> Earlier | None:
+    typed = spec.train.resume_training_checkpoint_path
+    key = "train.resume_training_checkpoint_path" if typed else "results_dir"
+    checkpoint = Path(typed) if typed else newest_checkpoint(folder)
+    if checkpoint is None:
+        return None
+    with blaming(key):
+        state = read_training_state(checkpoint, lazily=True)
+        return Earlier(key, checkpoint, CheckpointInfo.from_dict(state["openmae"]), state["progress"]["epoch"])
+
+
+def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
+    """A run can only go on as what it was."""
+    old, new = _identity(earlier.info), _identity(now)
+    keys = [key for key in new if old.get(key, new[key]) != new[key]]
+    if "train.stage" in keys:
+        keys = ["train.stage"]  # the rest follows from it
+    if keys:
+        changed = "; ".join(f"{key} was {old[key]} and is {new[key]}" for key in keys)
+        raise CheckpointError(
+            f"{earlier.key}: training cannot resume from {earlier.checkpoint}: {changed}.",
+            "Set another results_dir for a new run (train.pretrained_model_path takes weights along), or restore the "
+            "old settings.",
+        )
+
+
+def _identity(info: CheckpointInfo) -> dict[str, Any]:
+    """What may not change when a run is resumed, by its key."""
+    model = {f"model.{key}": value for key, value in info.model.to_dict().items()}
+    size = model.pop("model.input_size")
+    free = ("model.drop_path_rate", "model.num_classes", *INERT[info.stage])
+    shape = {key: value for key, value in model.items() if key not in free}
+    names = {"class names": ", ".join(info.class_names)} if info.class_names else {}
+    return {"train.stage": info.stage, **shape, "dataset.augmentation.input_size": size, **names}
+
+
+def _model_config(spec: ExperimentSpec) -> ModelConfig:
     model = spec.model
     return ModelConfig(
         arch=model.arch,
@@ -125,7 +198,7 @@ def _model_config(spec: ExperimentSpec, num_classes: int) -> ModelConfig:
         decoder_depth=_resolved(model.decoder_depth),
         decoder_embed_dim=_resolved(model.decoder_embed_dim),
         global_pool=model.global_pool,
-        num_classes=num_classes,
+        num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,
     )
 
 
@@ -136,12 +209,11 @@ def _resolved(value: Any) -> Any:
 
 def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     """The run of one process."""
-    share_cores(fabric)
     spec, config = plan.spec, plan.config
     torch.manual_seed(spec.train.seed)  # the same start in every process
     torch.backends.cudnn.benchmark = spec.train.cudnn.benchmark
     torch.backends.cudnn.deterministic = spec.train.cudnn.deterministic
-    state = _read_resume_state(plan) if plan.resume else None
+    state = read_training_state(plan.resume) if plan.resume else None
     model = build_classifier(config) if config.num_classes else build_autoencoder(config)
     if spec.train.pretrained_model_path and state is None:
         _load_pretrained(model, plan)
@@ -170,11 +242,6 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
             trainer.progress.epoch,
             trainer.progress.step,
         )
-    if trainer.progress.epoch >= settings.num_epochs:
-        log.warning(
-            "All %d epochs are trained already. Raise train.num_epochs to train on, or set another results_dir.",
-            settings.num_epochs,
-        )
     try:
         metrics = trainer.fit()
     finally:
@@ -185,35 +252,16 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     return metrics
 
 
-def _read_resume_state(plan: Plan) -> dict[str, Any]:
-    assert plan.resume is not None
-    state = read_training_state(plan.resume)
-    before, now = (_identity(info) for info in (CheckpointInfo.from_dict(state["openmae"]), plan.info))
-    changed = [f"{key} was {before[key]} and is {now[key]}" for key in now if before[key] != now[key]]
-    if changed:
-        raise CheckpointError(
-            f"Cannot resume from {plan.resume}: {'; '.join(changed)}.",
-            "Set another results_dir for a new run (train.pretrained_model_path starts from given weights), or "
-            "restore the old settings.",
-        )
-    return state
-
-
-def _identity(info: CheckpointInfo) -> dict[str, Any]:
-    """What may not change when a run is resumed."""
-    model = {key: value for key, value in info.model.to_dict().items() if key != "drop_path_rate"}
-    return {"stage": info.stage, **model, "class_names": list(info.class_names)}
-
-
 def _load_pretrained(model: nn.Module, plan: Plan) -> None:
-    checkpoint = read_checkpoint(plan.spec.train.pretrained_model_path)
-    info = checkpoint.info
-    if info is not None and info.model.arch != plan.config.arch:
-        raise CheckpointError(
-            f"train.pretrained_model_path holds {info.model.arch}, but model.arch is {plan.config.arch}.",
-            f"Set model.arch={info.model.arch}, or give a checkpoint of {plan.config.arch}.",
-        )
-    report = load_into(model, checkpoint, part="backbone", allow_partial=plan.spec.train.allow_partial_weights)
+    with blaming("train.pretrained_model_path"):
+        checkpoint = read_checkpoint(plan.spec.train.pretrained_model_path)
+        info = checkpoint.info
+        if info is not None and info.model.arch != plan.config.arch:
+            raise CheckpointError(
+                f"{checkpoint.path} holds {info.model.arch}, but model.arch is {plan.config.arch}.",
+                f"Set model.arch={info.model.arch}, or give a checkpoint of {plan.config.arch}.",
+            )
+        report = load_into(model, checkpoint, part="backbone", allow_partial=plan.spec.train.allow_partial_weights)
     log.info("Weights: %s", report)
 
 
@@ -312,6 +360,7 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
     checkpoints = CheckpointFolder(plan.folder, plan.config.arch, spec.train.keep_checkpoints)
     if not fabric.is_global_zero:
         return Outputs(checkpoints, plan.info.to_dict())
+    begin_results(plan.folder, spec, resumed=state is not None)
     wandb_run = open_wandb(spec.wandb.model_dump(), plan.folder, dict(plan.info.spec))
     loggers = Loggers(plan.folder, state["progress"]["step"] if state else None, wandb_run)
     return Outputs(checkpoints, plan.info.to_dict(), loggers, StatusLog(plan.folder, append=True))
@@ -322,7 +371,7 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows) -> None:
     model: nn.Module = trainer.ema.module if trainer.ema is not None else trainer.task.model
     model.eval()
     backbone = model.encoder.backbone if isinstance(model, MaskedAutoencoder) else model
-    save_backbone(plan.folder / "backbone.safetensors", backbone.state_dict(), plan.info)
+    save_backbone(plan.folder / BACKBONE, backbone.state_dict(), plan.info)
     picture = None
     if isinstance(trainer.task, PretrainTask):
         loader = trainer.val_loader or evaluation_loader(

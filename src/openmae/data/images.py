@@ -100,7 +100,9 @@ def index_images(folder: Path, labelled: bool | None) -> ImageIndex:
     paths = find_images(root)
     if not paths:
         kinds = " ".join(sorted(extension[1:] for extension in EXTENSIONS))
-        raise DataError(f"The folder {folder} holds no images.", f"Looked for files ending in: {kinds}.")
+        raise DataError(
+            f"The folder {folder} holds no images ({kinds}).", "Put images into it, or name another folder."
+        )
     if labelled is False:
         return ImageIndex(root, tuple(paths))
     if (root / LABELS_FILE).is_file():
@@ -345,7 +347,7 @@ class CorruptFiles:
         """Add (relative path, reason) pairs, as a ``Batch`` carries them.
 
         Raises:
-            DataError: more than ``max_fraction`` of the data set is corrupt.
+            DataError: more than ``max_fraction`` of the data set is corrupt, or all of it.
         """
         news = {str(self._index.root / path): reason for path, reason in corrupt}
         if news.keys() <= self._known:
@@ -361,11 +363,13 @@ class CorruptFiles:
         for path, reason in fresh.items():
             log.warning("Skipped a corrupt image: %s (%s)", path, reason)
         self._known = {path for path in (*listed, *fresh) if path.startswith(root)}
-        if self.count > self._max_fraction * len(self._index):
+        none_left = self.count == len(self._index)
+        if self.count > self._max_fraction * len(self._index) or none_left:
             path, reason = next(iter(news.items()))
+            limit = f"more than dataset.max_corrupt_fraction={self._max_fraction:g} allows"
             raise DataError(
                 f"{self.count} of {len(self._index)} images in {self._index.root} are corrupt "
-                f"({self.count / len(self._index):.2%}), more than dataset.max_corrupt_fraction="
-                f"{self._max_fraction:g} allows; the latest: {path} ({reason}).",
+                f"({self.count / len(self._index):.2%}), {'so none is left' if none_left else limit}; the latest: "
+                f"{path} ({reason}).",
                 f"Replace or remove the files listed in {self._list}, or raise the limit.",
             )

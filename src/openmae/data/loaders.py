@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -74,10 +76,12 @@ class EvaluationLoader:
                 yield batch
 
     def first(self, count: int) -> Batch:
-        """A batch of images spread evenly over the data set, for pictures."""
-        step = max(1, len(self.dataset) // count)
-        samples = [self.dataset[0, index] for index in range(0, step * min(count, len(self.dataset)), step)]
-        return self.dataset.collate(samples)
+        """A batch of readable images spread evenly over the data set, for pictures."""
+        length = len(self.dataset)
+        step = max(1, length // count)
+        samples = (self.dataset[0, index] for offset in range(step) for index in range(offset, length, step))
+        readable = (sample for sample in samples if sample["image"] is not None)
+        return self.dataset.collate(list(islice(readable, count)))
 
 
 def training_loader(
@@ -129,7 +133,13 @@ def _data_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_interrupts_to_the_loop if num_workers else None,
         # Its own generator: a loader draws a base seed, more often without workers than with them, and would shift the
         # global generator.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _leave_interrupts_to_the_loop(worker: int) -> None:
+    """A terminal sends Ctrl-C to every process; workers that died of it would fail the update under way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -13,12 +13,10 @@ from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from openmae.errors import SpecError
-from openmae.models.encoders.vit import init_linear
+from openmae.models.encoders.base import init_linear
 from openmae.models.masking import Mask
 from openmae.models.positions import sincos_position_embedding
-
-HEAD_DIM = 32  # of the papers' 512-wide decoder with 16 heads
+from openmae.spec.architectures import DECODER_HEAD_DIM
 
 
 class TransformerDecoder(nn.Module):
@@ -45,18 +43,14 @@ class TransformerDecoder(nn.Module):
         learned_positions: bool,
     ) -> None:
         super().__init__()
-        if dim % HEAD_DIM:
-            raise SpecError(
-                f"model.decoder_embed_dim: a transformer decoder's width must be a multiple of {HEAD_DIM}, got {dim}.",
-                f"Use {max(HEAD_DIM, round(dim / HEAD_DIM) * HEAD_DIM)}.",
-            )
+        assert dim % DECODER_HEAD_DIM == 0, dim  # the spec checks it
         self.num_prefix_tokens = num_prefix_tokens
         self.embed = nn.Linear(latent_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = sincos_position_embedding(dim, grid, num_prefix_tokens)
         self.pos_embed = nn.Parameter(positions, requires_grad=learned_positions)
         self.blocks = nn.Sequential(
-            *(Block(dim, dim // HEAD_DIM, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
+            *(Block(dim, dim // DECODER_HEAD_DIM, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
         )
         self.norm = LayerNorm(dim)
         self.predict = nn.Linear(dim, token_values)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openmae.models.build import ModelConfig
 from openmae.models.decoders import TransformerDecoder
-from openmae.models.layouts import NamedWeights, State
+from openmae.models.layouts import NamedWeights, State, family_of
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.positions import resize_position_embedding
 from openmae.spec.architectures import ARCHITECTURES
@@ -39,6 +39,7 @@ class LoadReport:
         arch: of the model.
         layout: of the file.
         everything: all of the model was asked for, not only its backbone.
+        same_family: the file's backbone is of the model's family; names of another's fit by chance.
         matched, total: values that were found, and that count.
         missing: names that count and were not found, with the model's shape, and the file's where it differs.
         unexpected: names that the model lacks, with shapes.
@@ -49,6 +50,7 @@ class LoadReport:
     arch: str
     layout: str
     everything: bool
+    same_family: bool
     matched: int
     total: int
     missing: tuple[str, ...]
@@ -65,7 +67,12 @@ class LoadReport:
     def sufficient(self) -> bool:
         """Whether the model may be used without ``train.allow_partial_weights``."""
         enough = not self.missing if self.everything else self.percent >= REQUIRED_PERCENT
-        return enough and not self.unexpected
+        return self.same_family and enough and not self.unexpected
+
+    @property
+    def partial(self) -> bool:
+        """Whether there is anything in it that the model may take."""
+        return self.same_family and self.matched > 0
 
     def __str__(self) -> str:
         part = "weights" if self.everything else "backbone"
@@ -104,6 +111,7 @@ def match(
         arch=_arch_of(model),
         layout=weights.layout,
         everything=everything,
+        same_family=family_of(_backbone_of(model).state_dict()) == weights.family,
         matched=sum(target[name].numel() for name in counted if name in fitted),
         total=sum(target[name].numel() for name in counted),
         missing=tuple(_describe(name, target[name], found) for name in counted if name not in fitted),
@@ -124,6 +132,13 @@ def match(
 
 def complain(report: LoadReport, weights: NamedWeights, source: ModelConfig | None, path: Path) -> tuple[str, str]:
     """(problem, mend) for a report that is not sufficient."""
+    likely = source.arch if source else likely_arch(weights)
+    if not report.same_family:
+        return (
+            f"{path} holds {likely or f'a backbone of the {weights.family} family'} ({weights.layout} layout), "
+            f"of which {report.arch} can use nothing: another family.",
+            f"Set model.arch={likely}." if likely else "Use a checkpoint of this architecture.",
+        )
     part = "weights" if report.everything else "backbone"
     required = "all" if report.everything else f"{REQUIRED_PERCENT} %"
     problem = (
@@ -134,7 +149,6 @@ def complain(report: LoadReport, weights: NamedWeights, source: ModelConfig | No
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             problem += f" {title}: {', '.join(names[:_SHOWN])}{more}."
-    likely = source.arch if source else likely_arch(weights)
     mends = []
     if likely and likely != report.arch:
         problem += f" The file looks like {likely}."
@@ -166,20 +180,25 @@ class _Grid:
 def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _Grid]:
     """The position embeddings of a model by name."""
 
-    def old(stride: int) -> tuple[int, int] | None:
-        return (source.input_size[0] // stride, source.input_size[1] // stride) if source else None
+    def grid(new: tuple[int, int], split: int, num_prefix_tokens: int) -> _Grid:
+        """``split`` tokens along a unit's side, in the file's model as in this one."""
+        if source is None:
+            return _Grid(new, None, num_prefix_tokens)
+        height, width = source.input_size
+        return _Grid(new, (height // source.unit * split, width // source.unit * split), num_prefix_tokens)
 
-    backbone, unit = _backbone_of(model), source.unit if source else 1
+    backbone = _backbone_of(model)
     name = "pos_embed" if backbone is model else "encoder.backbone.pos_embed"
     grids = {}
     if isinstance(backbone, timm.models.VisionTransformer):
         rows, columns = backbone.patch_embed.grid_size
-        grids[name] = _Grid((rows, columns), old(unit), backbone.num_prefix_tokens)
+        grids[name] = grid((rows, columns), 1, backbone.num_prefix_tokens)
     elif isinstance(backbone, timm.models.Hiera):
         rows, columns = backbone.tokens_spatial_shape
-        grids[name] = _Grid((rows, columns), old(backbone.patch_stride[0]), 0)
+        grids[name] = grid((rows, columns), backbone.mask_unit_size[0], 0)
     if isinstance(model, MaskedAutoencoder) and isinstance(model.decoder, TransformerDecoder):
-        grids["decoder.pos_embed"] = _Grid(model.encoder.grid, old(unit), model.decoder.num_prefix_tokens)
+        encoder = model.encoder
+        grids["decoder.pos_embed"] = grid(encoder.token_grid, encoder.split, encoder.num_prefix_tokens)
     return grids
 
 

@@ -159,14 +159,14 @@ def load_into(
         model: what ``models.build`` gives.
         part: "backbone" asks for 95 % of the backbone, and takes a fitting classifier, decoder and fusion
             heads along; "everything" asks for all of the model, as evaluation does.
-        allow_partial: train what is missing afresh, instead of an error.
+        allow_partial: train what is missing afresh, instead of an error; another family's file stays one.
 
     Raises:
         CheckpointError: too little matched; the text gives share, names, shapes and the likely architecture.
     """
     source = checkpoint.info.model if checkpoint.info else None
     report, fitted = match(model, checkpoint.weights, source, everything=part == "everything")
-    if report.matched and (allow_partial or report.sufficient):
+    if report.sufficient or (allow_partial and report.partial):
         model.load_state_dict(fitted, strict=False)
         return report
     raise CheckpointError(*complain(report, checkpoint.weights, source, checkpoint.path))

@@ -42,12 +42,16 @@ def drop_torn_line(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` that takes its place when the block ends without an error.
 
-    A reader sees the old file or the new one, never a part; a full disk leaves the old one.
+    A reader sees the old file or the new one, never a part; a full disk leaves the old one. The file gets the
+    permissions of any new file, whatever wrote it (safetensors would let nobody else read it).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(permissions)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,14 @@ from openmae.results.curves import save_curves
 from openmae.results.files import replacing
 from openmae.results.style import BLUE, EMPTY, GREY, INK, MUTED, PAPER
 
-__all__ = ["reconstruction_grid", "save_bar_comparison", "save_confusion_matrix", "save_curves"]
+__all__ = ["reconstruction_grid", "save_bar_comparison", "save_confusion_matrix", "save_curves", "save_predictions"]
 
 Pixels = NDArray[np.uint8]
 
 _TITLES = ("original", "masked", "reconstruction", "with visible part")
 _TILE = 224  # pixels that the longer side of an image is drawn with, at least about
 _GAP, _GROUP_GAP, _MARGIN, _HEADER = 6, 40, 24, 34
+_SHEET_COLUMNS, _SHEET_GAP, _CAPTION = 4, 24, 40  # of a contact sheet
 
 
 def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels, pasted: Pixels, path: Path) -> Path:
@@ -70,6 +71,50 @@ def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels,
     with replacing(Path(path)) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
     return Path(path)
+
+
+def save_predictions(images: Pixels, labels: Sequence[str], shares: Sequence[float], path: Path) -> Path:
+    """Draw a contact sheet, a label and its probability below each image, and return ``path``.
+
+    Args:
+        images: [N, H, W, C] uint8 with C = 1, 3 or 4.
+        labels: what each image was taken for.
+        shares: the probability of the label, in [0, 1].
+        path: the PNG to write.
+
+    Raises:
+        ValueError: no images, or a label or a probability for each is missing.
+    """
+    count = len(images)
+    if count == 0 or len(labels) != count or len(shares) != count:
+        raise ValueError(f"{count} images, {len(labels)} labels and {len(shares)} probabilities do not fit")
+    tile_w, tile_h = _tile_size(images.shape[2], images.shape[1])
+    columns = min(count, _SHEET_COLUMNS)
+    rows = math.ceil(count / columns)
+    pitch = tile_h + _CAPTION + _SHEET_GAP
+    size = (2 * _MARGIN + columns * (tile_w + _SHEET_GAP) - _SHEET_GAP, 2 * _MARGIN + rows * pitch - _SHEET_GAP)
+    sheet = Image.new("RGB", size, PAPER)
+    draw, font, quiet = ImageDraw.Draw(sheet), style.text_font(20, bold=True), style.text_font(18)
+    for number, (image, label, share) in enumerate(zip(images, labels, shares, strict=True)):
+        x, y = _MARGIN + number % columns * (tile_w + _SHEET_GAP), _MARGIN + number // columns * pitch
+        tile = _to_rgb(image).resize((tile_w, tile_h), _resampling(images.shape[2], tile_w))
+        sheet.paste(tile, (x, y))
+        percent = f"{100 * share:.0f} %"
+        room = tile_w - quiet.getlength(percent) - 8
+        draw.text((x, y + tile_h + 8), _fitted(label, font, room), fill=INK, font=font)
+        draw.text((x + tile_w, y + tile_h + 9), percent, fill=MUTED, font=quiet, anchor="ra")
+    with replacing(Path(path)) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
+    return Path(path)
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    """The text, cut so that it is at most ``room`` pixels wide."""
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(f"{text}…") > room:
+        text = text[:-1]
+    return f"{text}…"
 
 
 def _tile_size(width: int, height: int) -> tuple[int, int]:

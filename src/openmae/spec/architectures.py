@@ -13,6 +13,7 @@ from typing import Literal
 from openmae.errors import SpecError
 
 Family = Literal["vit", "hiera", "convnextv2"]
+DECODER_HEAD_DIM = 32  # of the papers' 512-wide transformer decoder with 16 heads
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from openmae.spec.architectures import visible_units
+from openmae.spec.architectures import DECODER_HEAD_DIM, visible_units
 from openmae.spec.describe import REQUIRED, fields
 from openmae.spec.fields import EXPAND_USER
 from openmae.spec.reading import Problem
@@ -23,12 +23,19 @@ _FINETUNE_AUGMENTATION = (
 INERT: dict[str, tuple[str, ...]] = {
     "pretrain": (
         "model.num_classes",
+        "model.global_pool",
         "train.optim.layer_decay",
         "train.optim.backbone_multiplier",
         "train.ema_decay",
         *(f"{_AUGMENT}{name}" for name in _FINETUNE_AUGMENTATION),
     ),
     "finetune": ("model.mask_ratio", "model.norm_pix_loss", "model.decoder_depth", "model.decoder_embed_dim"),
+}
+
+#: Options that act only where another one is set.
+_NEEDS = {
+    "train.allow_partial_weights": "train.pretrained_model_path",
+    "train.validation_interval": "dataset.val_data_sources",
 }
 
 #: The data that an action reads; the first is the one it cannot do without.
@@ -46,7 +53,9 @@ def inert_keys(spec: ExperimentSpec) -> list[str]:
         keys += ["train.optim.milestones", "train.optim.gamma"]
     if spec.train.optim.base_lr is not None:
         keys.append("train.optim.lr")
-    return keys
+    if spec.train.stage == "finetune":
+        keys += _unused_mixing(spec)
+    return [*keys, *(key for key, needed in _NEEDS.items() if not value_of(spec, needed))]
 
 
 def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
@@ -59,8 +68,8 @@ def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]
         )
     yield from _missing(spec, action)
     yield from _remote(spec, action)
-    yield from _model(spec)
-    yield from _augmentation(spec)
+    yield from _model(spec, action)
+    yield from _augmentation(spec, action)
     if action in (None, "train"):
         yield from _training(spec)
     for section in ("train", "evaluate", "inference"):
@@ -85,6 +94,11 @@ def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
     inert = [key for key in inert_keys(spec) if spec.typed(key) and key in INERT[stage]]
     if inert:
         yield f"The {stage} stage does not use {', '.join(inert)}."
+    if stage == "finetune" and (mixing := [key for key in _unused_mixing(spec) if spec.typed(key)]):
+        yield f"With these values of mixup, cutmix and cutmix_minmax, {' and '.join(mixing)} does not act."
+    for key, needed in _NEEDS.items():
+        if spec.typed(key) and not value_of(spec, needed):
+            yield f"{key} does not act without {needed}."
     if optim.lr_scheduler == "cosine":
         unused = [k for k in ("train.optim.milestones", "train.optim.gamma") if spec.typed(k)]
         if unused:
@@ -94,13 +108,24 @@ def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
             f"train.optim.milestones {list(optim.milestones)} all lie at or after the last of "
             f"{spec.train.num_epochs} epochs: the learning rate never drops."
         )
-    if 0 < spec.train.num_epochs <= optim.warmup_epochs:
+    if spec.train.num_epochs <= optim.warmup_epochs:
         yield (
             f"train.optim.warmup_epochs ({optim.warmup_epochs}) is not below train.num_epochs "
             f"({spec.train.num_epochs}): the learning rate only rises."
         )
     if spec.train.cudnn.benchmark and spec.train.cudnn.deterministic:
         yield "train.cudnn.benchmark picks kernels by timing: two runs may differ in spite of deterministic."
+
+
+def _unused_mixing(spec: ExperimentSpec) -> list[str]:
+    augment = spec.dataset.augmentation
+    cutmix = augment.cutmix > 0 or augment.cutmix_minmax is not None
+    unused = ["cutmix"] if augment.cutmix_minmax is not None else []
+    if not (augment.mixup > 0 and cutmix):
+        unused.append("mixup_switch_prob")
+    if not (augment.mixup > 0 or cutmix):
+        unused += ["mixup_prob", "mixup_mode"]
+    return [_AUGMENT + name for name in unused]
 
 
 def _missing(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
@@ -131,22 +156,36 @@ def _remote(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
             yield Problem(key, f"{rule} Copy it to a local folder or archive first.")
 
 
-def _model(spec: ExperimentSpec) -> Iterator[Problem]:
+def _is_known(spec: ExperimentSpec, action: str | None, key: str) -> bool:
+    """Whether the spec says it: an action on a trained model takes what is not typed from the checkpoint."""
+    return action in (None, "train") or spec.typed(key)
+
+
+def _model(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
     model, row = spec.model, spec.model.architecture
-    if model.patch_size is not None and row.family != "vit":
+    if model.patch_size is not None and row.family != "vit" and _is_known(spec, action, "model.arch"):
         yield Problem(
             "model.patch_size",
             f"only ViT has a patch size to choose, and {row.name} is not one, got {model.patch_size}. "
             "Remove it, or choose a vit_ architecture.",
             also=("model.arch",),
         )
+    width = model.decoder_embed_dim
+    if spec.train.stage == "pretrain" and row.family != "convnextv2" and width and width % DECODER_HEAD_DIM:
+        near = max(DECODER_HEAD_DIM, round(width / DECODER_HEAD_DIM) * DECODER_HEAD_DIM)
+        yield Problem(
+            "model.decoder_embed_dim",
+            f"a transformer decoder's width must be a multiple of {DECODER_HEAD_DIM}, a head's width, got {width}. "
+            f"Use {near}.",
+            also=("model.arch",),
+        )
 
 
-def _augmentation(spec: ExperimentSpec) -> Iterator[Problem]:
+def _augmentation(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
     augment, channels = spec.dataset.augmentation, spec.model.in_chans
     for name in ("mean", "std"):
         values = getattr(augment, name)
-        if values is not None and len(values) != channels:
+        if values is not None and len(values) != channels and _is_known(spec, action, "model.in_chans"):
             yield Problem(
                 _AUGMENT + name,
                 f"must have a number for each of the {channels} channels of model.in_chans, got "
@@ -188,6 +227,8 @@ def _training(spec: ExperimentSpec) -> Iterator[Problem]:
 
 def _devices(spec: ExperimentSpec, section: str) -> Iterator[Problem]:
     own = getattr(spec, section)
+    if own.num_nodes > 1:
+        yield Problem(f"{section}.num_nodes", f"this version runs on one machine, got {own.num_nodes}. Set it to 1.")
     if len(own.gpu_ids) != own.num_gpus:
         yield Problem(
             f"{section}.gpu_ids",

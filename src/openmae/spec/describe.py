@@ -165,8 +165,9 @@ def _is_popular(key: str) -> bool:
 
 
 def _concerns(key: str, action: str | None) -> bool:
-    section = key.split(".")[0]
-    return action is None or section == action or section not in ACTIONS[1:]
+    if action in (None, "train"):
+        return action is None or key.split(".")[0] not in ACTIONS[1:]
+    return _in_template(key, action) or key == "train.seed"  # the seed of the masks
 
 
 def _in_template(key: str, action: str) -> bool:

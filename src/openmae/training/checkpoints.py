@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class CheckpointFolder:
         write_checkpoint(payload, path)
         _point(self.latest, path)
         for old in list_checkpoints(self.folder)[: -self.keep]:
-            old.unlink()
+            if old != path:  # a run that resumed from an older one leaves newer ones beside it
+                old.unlink()
         return path
 
     def save_best(self, payload: Mapping[str, Any], newest: Path | None) -> None:
@@ -54,13 +56,11 @@ class CheckpointFolder:
         if newest is None:
             write_checkpoint(payload, best)
             return
-        temporary = best.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(newest, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(newest, temporary)
-        os.replace(temporary, best)
+        with _replacing(best) as temporary:
+            try:
+                os.link(newest, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(newest, temporary)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -83,12 +83,19 @@ def write_checkpoint(payload: Mapping[str, Any], path: Path) -> None:
     Raises:
         RunError: the disk is full or not writable; nothing is left of the attempt.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(dict(payload), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write, which then takes the place of ``path`` in one move."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # a killed run left it
     try:
-        with temporary.open("wb") as file:
-            torch.save(dict(payload), file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         before = newest_checkpoint(path.parent)
@@ -101,19 +108,23 @@ def write_checkpoint(payload: Mapping[str, Any], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_training_state(path: Path) -> dict[str, Any]:
+def read_training_state(path: Path, *, lazily: bool = False) -> dict[str, Any]:
     """The whole payload of a checkpoint that this package wrote.
+
+    Args:
+        path: the file.
+        lazily: for a look at the plain values; tensors stay in the file, which must stay where it is.
 
     Raises:
         CheckpointError: missing, truncated, or not written by a training run of this package.
     """
     if not path.is_file():
         raise CheckpointError(
-            f"train.resume_training_checkpoint_path: there is no file {str(path)!r}.",
+            f"there is no file {str(path)!r}.",
             "Name a model_epoch_*.pth, or leave the key empty to resume from the newest in results_dir.",
         )
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is truncated or foreign.",
@@ -128,13 +139,11 @@ def read_training_state(path: Path) -> dict[str, Any]:
 
 
 def _point(link: Path, target: Path) -> None:
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.symlink_to(target.name)
-    except OSError:  # a file system without links
-        shutil.copyfile(target, temporary)
-    os.replace(temporary, link)
+    with _replacing(link) as temporary:
+        try:
+            temporary.symlink_to(target.name)
+        except OSError:  # a file system without links
+            shutil.copyfile(target, temporary)
 
 
 def _reason(error: BaseException) -> str:
@@ -143,4 +152,4 @@ def _reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]
+    return str(error).partition("\n")[0] or type(error).__name__

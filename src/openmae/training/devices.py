@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision, Precision
 from lightning.fabric.strategies.ddp import DDPStrategy
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from openmae.errors import OpenMAEError, RunError, SpecError
+from openmae.results.notices import notices_on_stderr
+from openmae.training.interrupt import InterruptRelay, join_relay
 
 T = TypeVar("T")
 
 log = logging.getLogger("openmae")
 
-_PRECISIONS: dict[str, Literal["32-true", "16-mixed", "bf16-mixed"]] = {
-    "fp32": "32-true",
-    "fp16": "16-mixed",
-    "bf16": "bf16-mixed",
-}
+_PRECISION_NAMES = {"32-true": "fp32", "16-mixed": "fp16", "bf16-mixed": "bf16"}
+
+for _package in ("lightning.fabric", "lightning.pytorch"):  # they tell of every process that joins
+    logging.getLogger(_package).setLevel(logging.WARNING)
 
 
 def build_fabric(
@@ -53,27 +55,22 @@ def build_fabric(
     strategy = DDPStrategy(start_method="spawn") if num_gpus > 1 else "auto"
     if torch.cuda.is_available():
         devices = _gpus(section, num_gpus, gpu_ids)
-        return Fabric(accelerator="cuda", devices=devices, strategy=strategy, precision=_PRECISIONS[precision])
+        return Fabric(accelerator="cuda", devices=devices, strategy=strategy, plugins=_precision(precision, "cuda"))
     with_processes = f" with {num_gpus} processes" if num_gpus > 1 else ""
     log.info("No GPU was found: running on the CPU%s.", with_processes)
     if precision == "fp16":
         log.warning("%s.precision=fp16 needs a GPU: using fp32.", section)
         precision = "fp32"
-    return Fabric(accelerator="cpu", devices=num_gpus, strategy=strategy, precision=_PRECISIONS[precision])
-
-
-def share_cores(fabric: Fabric) -> None:
-    """Give each CPU process its part of the cores, so that they do not compete."""
-    if fabric.device.type == "cpu" and fabric.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // fabric.world_size))
+    return Fabric(accelerator="cpu", devices=num_gpus, strategy=strategy, plugins=_precision(precision, "cpu"))
 
 
 def describe_device(fabric: Fabric) -> str:
-    """For the recipe: ``1 x NVIDIA H100``, ``CPU, 2 threads``."""
+    """For the recipe: ``1 x NVIDIA H100, bf16``, ``CPU, 2 threads, fp32``."""
+    precision = _PRECISION_NAMES[fabric.strategy.precision.precision]
     if fabric.device.type == "cuda":
-        return f"{fabric.world_size} x {torch.cuda.get_device_name(fabric.device)}"
+        return f"{fabric.world_size} x {torch.cuda.get_device_name(fabric.device)}, {precision}"
     processes = f"{fabric.world_size} processes of " if fabric.world_size > 1 else ""
-    return f"CPU, {processes}{torch.get_num_threads()} threads"
+    return f"CPU, {processes}{torch.get_num_threads()} threads, {precision}"
 
 
 def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
@@ -82,32 +79,78 @@ def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
     Raises:
         OpenMAEError: the one that a process raised.
         RunError: a process failed in another way; the text is its own.
+        KeyboardInterrupt: Ctrl-C; every process has stopped as ``work`` lets it.
     """
-    try:
-        return fabric.launch(partial(_call, work=work, arguments=arguments))
-    except ProcessRaisedException as error:
-        if found := _CARRIED.search(str(error)):
-            raise pickle.loads(bytes.fromhex(found[1])) from None
-        raise RunError(f"A process failed:\n{error}") from error
+    if not isinstance(fabric.strategy, DDPStrategy):
+        return work(fabric, *arguments)
+    call = partial(_work_in_process, work=work, arguments=arguments, level=log.getEffectiveLevel())
+    with InterruptRelay() as relay:
+        try:
+            interrupted, result = fabric.launch(call)
+        except ProcessException as error:
+            if relay.asked:
+                raise KeyboardInterrupt from None
+            raise _reason(error) from None
+    if interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
-class _Carrier(Exception):
+def _work_in_process(
+    fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...], level: int
+) -> tuple[bool, T | None]:
+    """One spawned process; returns whether it was interrupted, and its result.
+
+    Bound by ``partial``, as Fabric copies the arguments it is given, and cannot copy a frozen dataclass.
+    """
+    join_relay()
+    # of a depthwise kernel: strides that differ along a side of one element are the same memory
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    with notices_on_stderr(level if fabric.is_global_zero else logging.ERROR):
+        try:
+            return False, work(fabric, *arguments)
+        except KeyboardInterrupt:
+            return True, None
+        except OpenMAEError as error:
+            raise _CarriedError(pickle.dumps(error).hex()) from error
+
+
+class _CarriedError(Exception):
     """Carries an error out of a spawned process, of which only a text comes back."""
 
 
-_CARRIED = re.compile(r"_Carrier: ([0-9a-f]+)")
+_CARRIED = re.compile(r"_CarriedError: ([0-9a-f]+)")
 
 
-def _call(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    """Bound by ``partial``, as Fabric copies the arguments it is given, and cannot copy a frozen dataclass."""
-    if fabric.world_size == 1:
-        return work(fabric, *arguments)
-    # a spawned process starts without its parent's log handlers
-    logging.basicConfig(level=logging.INFO if fabric.is_global_zero else logging.ERROR, format="%(message)s")
-    try:
-        return work(fabric, *arguments)
-    except OpenMAEError as error:
-        raise _Carrier(pickle.dumps(error).hex()) from error
+def _reason(error: ProcessException) -> OpenMAEError:
+    """The error of this package that ended a process, or a RunError that tells what else did."""
+    if found := _CARRIED.search(error.msg):
+        return pickle.loads(bytes.fromhex(found[1]))
+    if isinstance(error, ProcessExitedException):
+        return RunError(
+            f"Process {error.error_index} was ended from outside ({error.signal_name or error.exit_code}).",
+            "If memory ran out, lower dataset.batch_size or use fewer processes.",
+        )
+    return RunError(f"Process {error.error_index} failed:\n{error.msg.strip()}")
+
+
+class _Autocast(MixedPrecision):
+    """Autocast alone. Fabric would round a model's inputs as well, and pretraining's targets are made of them."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Inputs stay in float32."""
+        return data
+
+    def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before clipping; Fabric refuses this for fused AdamW, whose step minds what the scaler has done."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+
+def _precision(name: str, device: Literal["cpu", "cuda"]) -> Precision:
+    if name == "fp32":
+        return Precision()
+    return _Autocast("16-mixed" if name == "fp16" else "bf16-mixed", device)
 
 
 def _gpus(section: str, num_gpus: int, gpu_ids: Sequence[int]) -> list[int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
 from numpy.typing import NDArray
+
+from openmae.errors import DataError
 
 
 def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
@@ -17,10 +20,22 @@ def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
     return torch.as_tensor(total).tolist()
 
 
-def gather(fabric: Fabric, array: NDArray[Any]) -> NDArray[Any]:
-    """The arrays of all processes, joined along the first axis in the order of the ranks."""
+def gather(fabric: Fabric, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """The batches of all processes, joined along the first axis in the order of the ranks; a rank may have none.
+
+    Raises:
+        DataError: no rank has any.
+    """
+    joined = [batch for part in gather_objects(fabric, batches) for batch in part]
+    if not joined:
+        raise DataError("No image of the set could be read.", "See corrupt_files.txt in the results folder.")
+    return np.concatenate(joined)
+
+
+def gather_objects(fabric: Fabric, item: Any) -> Iterable[Any]:
+    """What each process gave, in the order of the ranks; anything that can be pickled."""
     if fabric.world_size == 1:
-        return array
+        return [item]
     parts: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(parts, array)
-    return np.concatenate(parts)
+    torch.distributed.all_gather_object(parts, item)
+    return parts

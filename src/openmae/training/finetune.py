@@ -94,7 +94,7 @@ def predict(fabric: Fabric, model: nn.Module, normalise: Normaliser, batches: It
         probabilities.append(logits.float().softmax(dim=1).cpu().numpy())
         indices.append(batch.indices.cpu().numpy())
         labels.append(batch.labels.cpu().numpy())
-    joined = [gather(fabric, np.concatenate(part)) for part in (indices, labels, probabilities)]
+    joined = [gather(fabric, part) for part in (indices, labels, probabilities)]
     order = joined[0].argsort(kind="stable")
     return Predictions(*(part[order] for part in joined))
 

@@ -42,8 +42,11 @@ class Loggers:
             self._wandb.log({**values, "epoch": epoch}, step=step)
 
     def close(self) -> None:
-        """Flush and close."""
-        self._tensorboard.close()
+        """Flush and close; a full disk is told by whoever wrote first, not by this."""
+        try:
+            self._tensorboard.close()
+        except OSError as error:
+            log.warning("TensorBoard's events are incomplete: %s.", error.strerror)
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -6,11 +6,12 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from openmae.errors import SpecError
+from openmae.errors import CheckpointError, SpecError
 from openmae.models.build import ModelConfig
 from openmae.models.layers import is_decayed, is_head, layer_index
 
@@ -102,6 +103,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group ``lr`` times its own scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load AdamW's moments and steps, and keep the groups' settings, which the spec may have changed.
+
+    Raises:
+        CheckpointError: the state is of other parameters.
+    """
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(
+            f"Cannot resume: other parameters are trained now than in the checkpoint ({error}).",
+            "Restore train.freeze, or set another results_dir for a new run.",
+        ) from error
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> int:

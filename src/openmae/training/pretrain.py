@@ -82,19 +82,22 @@ class PretrainTask:
             batches: of the validation set.
         """
         loss_sum, count = 0.0, 0
-        features, labels = [], []
+        features, labels, indices = [], [], []
         for batch in map(fabric.to_device, batches):
             images = self.normalise(batch.images)
             with fabric.autocast():
                 loss_sum += model(images, self.mask(batch.indices)).loss.item() * len(images)
-                features.append(model.encoder.embed(images).float().cpu().numpy())
+                if (batch.labels >= 0).all():
+                    features.append(model.encoder.embed(images).float().cpu().numpy())
             labels.append(batch.labels.cpu().numpy())
+            indices.append(batch.indices.cpu().numpy())
             count += len(images)
+        all_labels = gather(fabric, labels)
         loss_sum, total = sum_over_ranks(fabric, [loss_sum, count])
-        all_labels = gather(fabric, np.concatenate(labels))
         metrics = {"val_loss": loss_sum / total}
         if (all_labels >= 0).all():
-            metrics |= probe(gather(fabric, np.concatenate(features)), all_labels)
+            order = gather(fabric, indices).argsort(kind="stable")  # the probes' halves follow from it
+            metrics |= probe(gather(fabric, features)[order], all_labels[order])
         return metrics
 
 
@@ -110,9 +113,9 @@ def embed(fabric: Fabric, task: PretrainTask, batches: Iterable[Batch]) -> tuple
         with fabric.autocast():
             vectors.append(task.model.encoder.embed(task.normalise(batch.images)).float().cpu().numpy())
         indices.append(batch.indices.cpu().numpy())
-    all_indices = gather(fabric, np.concatenate(indices))
+    all_indices = gather(fabric, indices)
     order = all_indices.argsort(kind="stable")
-    return all_indices[order], gather(fabric, np.concatenate(vectors))[order]
+    return all_indices[order], gather(fabric, vectors)[order]
 
 
 def probe(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -92,9 +92,9 @@ class EpochBar:
     ) -> None:
         self._progress.stop()
 
-    def advance(self, loss: float, lr: float, pace: dict[str, float]) -> None:
-        """One batch more."""
+    def advance(self, batches: int, loss: float, lr: float, pace: dict[str, float]) -> None:
+        """So many batches more."""
         numbers = (
             f"loss {loss:.4f}  lr {lr:.2e}  {pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
         )
-        self._progress.update(self._task, advance=1, numbers=numbers)
+        self._progress.update(self._task, advance=batches, numbers=numbers)

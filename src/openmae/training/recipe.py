@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from lightning.fabric import Fabric
 from torch import nn
@@ -62,7 +61,7 @@ def recipe_rows(
         ("epochs", f"{settings.num_epochs} of {schedule.steps_per_epoch} steps"),
         ("schedule", _schedule_text(schedule)),
         ("learning rate", _rates_text(groups, settings.lr)),
-        ("device", f"{describe_device(fabric)}, {fabric.strategy.precision.precision}"),
+        ("device", f"{describe_device(fabric)}"),
     ]
     return rows
 
@@ -77,9 +76,9 @@ def _schedule_text(schedule: Schedule) -> str:
 
 def _rates_text(groups: Sequence[dict], lr: float) -> str:
     """The peak learning rate of each layer."""
-    layers = [(name.removesuffix(", no decay"), group["lr_scale"]) for group in groups if (name := group["name"])]
-    rates = [(name, scale * lr) for (name, scale), _ in groupby(sorted(set(layers), key=lambda pair: pair[1]))]
-    if len(rates) == 1:
+    scales = {group["name"].removesuffix(", no decay"): group["lr_scale"] for group in groups}
+    rates = [(name, scale * lr) for name, scale in sorted(scales.items(), key=lambda item: item[1])]
+    if len(set(scales.values())) == 1:
         return f"{rates[0][1]:.3g}"
     if len(rates) > _MOST_LAYERS:
         half = _MOST_LAYERS // 2

@@ -24,10 +24,10 @@ from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.errors import RunError
 from openmae.results.status import StatusLog
 from openmae.training.checkpoints import CheckpointFolder
-from openmae.training.distributed import sum_over_ranks
+from openmae.training.distributed import gather_objects, sum_over_ranks
 from openmae.training.interrupt import InterruptWatch
 from openmae.training.loggers import Loggers
-from openmae.training.optim import Schedule, set_learning_rate
+from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
 
 MAX_BAD_STEPS = 10
@@ -144,20 +144,27 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.outputs = outputs
-        self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if settings.ema_decay else None
         self.model, self.optimizer = fabric.setup(task.model, optimizer)
+        self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if settings.ema_decay else None  # on its device
         self.progress = Progress(batches_per_epoch=len(train_loader))
         self.pace = PaceMeter()
         self._interrupt = InterruptWatch()
+        self._stop = False  # what all processes know of Ctrl-C
 
     def resume(self, payload: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's payload."""
+        """Continue from a checkpoint's payload; what the spec says of the optimizer stands, its moments are taken up.
+
+        Raises:
+            CheckpointError: other parameters are trained now than then.
+        """
         prefix = "model."
         self.task.model.load_state_dict({k.removeprefix(prefix): v for k, v in payload["state_dict"].items()})
-        if self.ema is not None and "ema_state_dict" in payload:
-            self.ema.module.load_state_dict({k.removeprefix(prefix): v for k, v in payload["ema_state_dict"].items()})
-        self.optimizer.load_state_dict(payload["optimizer"])
-        self.fabric.strategy.precision.load_state_dict(payload["precision"])
+        if self.ema is not None:
+            averaged = payload.get("ema_state_dict", payload["state_dict"])
+            self.ema.module.load_state_dict({k.removeprefix(prefix): v for k, v in averaged.items()})
+        load_moments(self.optimizer, payload["optimizer"])
+        if payload["precision"]:
+            self.fabric.strategy.precision.load_state_dict(payload["precision"])
         self.progress = Progress(**payload["progress"])
         batches = len(self.train_loader)
         if self.progress.batches_per_epoch != batches:
@@ -192,25 +199,28 @@ class Trainer:
         title = f"epoch {progress.epoch + 1}/{self.settings.num_epochs}"
         with EpochBar(title, batches, progress.batch, self.outputs.console) as bar:
             group: list[Batch] = []
-            size = self._group_size()
             for batch in self.pace.watch(loader):
                 group.append(batch)
-                if len(group) < size:
+                if len(group) < self._group_size():
                     continue
                 loss = self._update(group)
-                for _ in group:
-                    bar.advance(loss, self.optimizer.param_groups[-1]["lr"], self.pace.read())
-                group, size = [], self._group_size()
-                self._after_update(loss)
+                bar.advance(len(group), loss, self._rate(), self.pace.read())
+                self._after_update(loss, len(group))
+                group = []
 
     def _group_size(self) -> int:
         """Batches of the next update: the last one of an epoch takes what is left."""
         return min(self.settings.accum_grad_batches, len(self.train_loader) - self.progress.batch)
 
+    def _rate(self) -> float:
+        """The learning rate of the next update; counted by epochs, so that it outlasts a change of the batch size."""
+        progress, accumulated = self.progress, self.settings.accum_grad_batches
+        done = progress.epoch * self.schedule.steps_per_epoch + -(-progress.batch // accumulated)
+        return self.settings.lr * self.schedule.factor(done)
+
     def _update(self, group: Sequence[Batch]) -> float:
         """One update of the weights from a group of batches; returns its mean loss over all processes."""
-        lr = self.settings.lr * self.schedule.factor(self.progress.step)
-        set_learning_rate(self.optimizer, lr)
+        set_learning_rate(self.optimizer, self._rate())
         losses = []
         for number, batch in enumerate(group):
             self._address_randomness(self.progress.batch + number)
@@ -227,12 +237,12 @@ class Trainer:
                 self._interrupt.asked,
             ],
         )
-        self._interrupt.asked = interrupted > 0
+        self._stop = interrupted > 0
         mean = total / self.fabric.world_size
         if np.isfinite(mean):
             self._step_optimizer()
         else:
-            self._skip(mean, group)
+            self._skip(mean, [batch for batch, part in zip(group, losses, strict=True) if not part.isfinite()])
         self.optimizer.zero_grad()
         self.pace.count(int(images))
         return mean
@@ -247,10 +257,16 @@ class Trainer:
             self.ema.update(self.task.model, step=self.progress.step)
         self.progress.bad_steps = 0
 
-    def _skip(self, loss: float, group: Sequence[Batch]) -> None:
-        """Leave the weights as they are, and name the images; too often in a row ends the run."""
+    def _skip(self, loss: float, batches: Sequence[Batch]) -> None:
+        """Leave the weights as they are, and name the images; too often in a row ends the run.
+
+        Args:
+            loss: of the update.
+            batches: of this process, those without a finite loss.
+        """
         self.progress.bad_steps += 1
-        names = [self.train_loader.file_of(int(index)) for batch in group for index in batch.indices]
+        own = [self.train_loader.file_of(int(index)) for batch in batches for index in batch.indices]
+        names = [name for part in gather_objects(self.fabric, own) for name in part]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         log.warning(
             "Step %d: the loss is %s; the step is skipped. Its images: %s",
@@ -272,20 +288,21 @@ class Trainer:
         torch.manual_seed((int(words[0]) << 32) | int(words[1]))
         np.random.seed(words[2])
 
-    def _after_update(self, loss: float) -> None:
+    def _after_update(self, loss: float, batches: int) -> None:
         progress = self.progress
-        updates = -(-progress.batches_per_epoch // self.settings.accum_grad_batches)
-        progress.batch += self._group_size()
+        rate, updates = self._rate(), self.schedule.steps_per_epoch
+        progress.batch += batches
         progress.step += 1
         if np.isfinite(loss):
             progress.loss_sum += loss
             progress.loss_count += 1
             if progress.step % max(1, updates // _ROWS_PER_EPOCH) == 0:
-                self._log({"train_loss": loss, "lr": self.optimizer.param_groups[-1]["lr"], **self.pace.lap()})
-        by_step = self.settings.checkpoint_interval_unit == "step"
-        if (by_step and progress.step % self.settings.checkpoint_interval == 0) or self._interrupt.asked:
+                self._log({"train_loss": loss, "lr": rate, **self.pace.lap()})
+        epoch_done = progress.batch == progress.batches_per_epoch  # its checkpoint comes after its validation
+        if (self._due("step", progress.step) and not epoch_done) or self._stop:
             self._save()
-        self._interrupt.raise_if_asked()
+        if self._stop:
+            raise KeyboardInterrupt
 
     def _finish_epoch(self) -> dict[str, float]:
         """Validate, log, and keep the epoch's checkpoint; returns the epoch's metrics."""
@@ -295,16 +312,22 @@ class Trainer:
         last = progress.epoch + 1 == settings.num_epochs
         if self.val_loader is not None and ((progress.epoch + 1) % settings.validation_interval == 0 or last):
             metrics |= self._validate()
+        # Before the checkpoint: a run killed between the two writes these rows again, and none is lost.
+        self._log({"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()})
         epoch, step = progress.epoch, progress.step
-        improved = self._note_best(metrics)
+        due = last or self._due("epoch", epoch + 1) or self._due("step", step)
+        improved = (due or self.task.monitor != "train_loss") and self._note_best(metrics)
         progress.epoch, progress.batch, progress.loss_sum, progress.loss_count = epoch + 1, 0, 0.0, 0
-        due = settings.checkpoint_interval_unit == "epoch" and (epoch + 1) % settings.checkpoint_interval == 0
-        saved = self._save() if due or last else None
-        if improved and (saved or self.task.monitor != "train_loss"):
+        saved = self._save() if due else None
+        if improved:
             self._save_best(saved)
-        self._log({"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()}, epoch)
         self._report(epoch, step, metrics | pace)
         return metrics
+
+    def _due(self, unit: str, count: int) -> bool:
+        """Whether a checkpoint belongs after so many epochs or steps."""
+        settings = self.settings
+        return settings.checkpoint_interval_unit == unit and count % settings.checkpoint_interval == 0
 
     def _validate(self) -> dict[str, float]:
         assert self.val_loader is not None
@@ -319,7 +342,7 @@ class Trainer:
         for batch in batches:
             if self._interrupt.asked and self.fabric.world_size == 1:
                 self._save()
-                self._interrupt.raise_if_asked()
+                raise KeyboardInterrupt
             yield batch
 
     def _note_best(self, metrics: Mapping[str, float]) -> bool:
@@ -356,9 +379,9 @@ class Trainer:
         self.fabric.barrier()
         return result
 
-    def _log(self, values: Mapping[str, float], epoch: int | None = None) -> None:
+    def _log(self, values: Mapping[str, float]) -> None:
         if self.outputs.loggers is not None and values:
-            self.outputs.loggers.write(self.progress.step, self.progress.epoch if epoch is None else epoch, values)
+            self.outputs.loggers.write(self.progress.step, self.progress.epoch, values)
 
     def _report(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         if self.outputs.status is None:

@@ -64,3 +64,10 @@ class MaskedEncoder(nn.Module, ABC):
     @abstractmethod
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """One vector an image, ``[B, D]``, nothing masked."""
+
+
+def init_linear(linear: nn.Linear) -> None:
+    """Xavier-uniform weight and zero bias, as MAE's code starts every linear layer."""
+    nn.init.xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

@@ -16,7 +16,7 @@ from timm.models.hiera import Hiera, Unroll
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from openmae.models.encoders.base import MaskedEncoder
+from openmae.models.encoders.base import MaskedEncoder, init_linear
 
 _HALO = 3  # the 7x7 patch kernel reaches 3 px above and left of a unit; its last row and column end inside it
 
@@ -48,10 +48,11 @@ class HieraEncoder(MaskedEncoder):
         self.register_buffer("unroll_P", unroll(tokens).flatten(), persistent=False)
 
     def init_weights(self) -> None:
-        """The fusion heads' start; timm has initialised the backbone as the paper does."""
-        for head in self.fusion:
-            nn.init.trunc_normal_(head.get_parameter("weight"), std=0.02)
-            nn.init.zeros_(head.get_parameter("bias"))
+        """The start of the official hiera_mae.py: Xavier-uniform linears, the patch convolution among them."""
+        for module in self.backbone.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+        nn.init.xavier_uniform_(self.backbone.patch_embed.proj.weight.flatten(1))
 
     def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
         """Fused latent tokens of the visible units, ``[B, V*t*t, D]``, unit by unit."""

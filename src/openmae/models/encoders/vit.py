@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from openmae.models.encoders.base import MaskedEncoder
+from openmae.models.encoders.base import MaskedEncoder, init_linear
 from openmae.models.patches import select_units
 from openmae.models.positions import sincos_position_embedding
 
@@ -59,10 +59,3 @@ class ViTEncoder(MaskedEncoder):
         projection = self.backbone.patch_embed.proj
         pixels = select_units(images_BCHW, visible_BV, self.unit).flatten(2)
         return F.linear(pixels, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
-
-
-def init_linear(linear: nn.Linear) -> None:
-    """Xavier-uniform weight and zero bias, as MAE's code starts every linear layer."""
-    nn.init.xavier_uniform_(linear.weight)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)

@@ -1,0 +1,29 @@
+"""What the library logs, shown on stderr: plain for information, marked for a notice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_MARKS = {logging.WARNING: "Notice: ", logging.ERROR: "Error: "}
+
+
+@contextmanager
+def notices_on_stderr(level: int = logging.INFO) -> Iterator[None]:
+    """Show the messages of ``level`` and above for as long as the block runs."""
+    logger, handler = logging.getLogger("openmae"), logging.StreamHandler()
+    handler.setFormatter(_Formatter())
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _MARKS.get(record.levelno, "") + super().format(record)

@@ -1,0 +1,83 @@
+"""What every action does around its work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from openmae.actions.run import Run, begin_results, blaming, running, show_table
+from openmae.errors import DataError, RunError
+from openmae.results.status import read_status
+from openmae.spec.load import load_spec
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return load_spec(None, [f"results_dir={tmp_path}"])
+
+
+def statuses(run: Run) -> list[str]:
+    return [line["status"] for line in read_status(run.folder / "status.json")]
+
+
+def test_the_status_tells_how_an_action_ended(spec):
+    with running(spec, "evaluate") as run:
+        assert statuses(run) == ["STARTED"]
+    assert statuses(run) == ["STARTED", "SUCCESS"]
+    with running(spec, "evaluate") as run:
+        run.skipped = "nothing to do"
+    assert statuses(run)[2:] == ["STARTED", "SKIPPED"], "the lines of an earlier run are kept"
+    assert read_status(run.folder / "status.json")[-1]["message"] == "nothing to do"
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "verbosity"),
+    [
+        (DataError("No images.", "Add some."), "DataError: No images.\n  Fix: Add some.", "ERROR"),
+        (ZeroDivisionError("odd"), "ZeroDivisionError: odd", "ERROR"),
+        (KeyboardInterrupt(), "train was interrupted", "WARNING"),
+    ],
+)
+def test_a_failure_is_told_and_passed_on(spec, error, message, verbosity):
+    with pytest.raises(type(error)), running(spec, "train") as run:
+        raise error
+    last = read_status(run.folder / "status.json")[-1]
+    assert (last["status"], last["message"], last["verbosity"]) == ("FAILURE", message, verbosity)
+
+
+def test_a_full_disk_is_a_failed_run_even_if_the_status_cannot_be_written(spec, monkeypatch):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def act(work: Callable[[], object]) -> None:
+        with running(spec, "train") as run:
+            monkeypatch.setattr(run.status, "write", full)
+            work()
+
+    with pytest.raises(RunError, match=r"could not be written \(No space left on device\)"):
+        act(full)
+    with pytest.raises(FileNotFoundError):
+        act(Path("/nowhere/at/all").read_text)
+
+
+def test_results_begin_with_the_spec_and_an_empty_list_of_corrupt_files(spec, tmp_path):
+    (tmp_path / "corrupt_files.txt").write_text("old")
+    begin_results(tmp_path, spec, resumed=True)
+    assert (tmp_path / "corrupt_files.txt").exists()
+    begin_results(tmp_path, spec)
+    assert not (tmp_path / "corrupt_files.txt").exists()
+    assert load_spec(tmp_path / "experiment.yaml").results_dir == str(tmp_path)
+
+
+def test_blaming_names_the_key_and_keeps_kind_and_mend():
+    with pytest.raises(DataError) as caught, blaming("dataset.val_data_sources"):
+        raise DataError("It is empty.", "Fill it.")
+    assert str(caught.value) == "dataset.val_data_sources: It is empty.\n  Fix: Fill it."
+
+
+def test_a_table_has_its_title_on_one_line(capsys):
+    show_table("a title that is wider than the [table] below it", [("a", "1"), ("bc", "2 [x]")])
+    lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["", "a title that is wider than the [table] below it", "a   1", "bc  2 [x]", ""]

@@ -1,0 +1,226 @@
+"""``mae train`` from the command line: what it leaves, in both stages and all families, and how it goes on."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+import openmae
+from openmae.cli import main
+from openmae.results.metrics import read_metrics
+from openmae.results.status import read_status
+from openmae.spec.load import load_spec
+
+pytestmark = pytest.mark.xdist_group("actions")
+
+STAGES = ("pretrain", "finetune")
+FAMILIES = ("vit", "convnextv2", "hiera")
+KPIS = {
+    "pretrain": {"train_loss", "val_loss", "images_per_s", "data_wait"},
+    "finetune": {"train_loss", "val_loss", "ACC_all", "ACC_top5", "images_per_s", "data_wait"},
+}
+PROBES = {"knn_acc", "probe_acc"}
+
+
+def paint(path: Path, seed: int, mode: str = "RGB", size: tuple[int, int] = (48, 40)) -> None:
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 4), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = noise if mode == "RGBA" else noise[..., :3]
+    Image.fromarray(channels).convert(mode).save(path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_training_leaves(trained, family, stage):
+    run = trained(family, stage)
+    arch = next(o for o in run.overrides if o.startswith("model.arch=")).partition("=")[2]
+    steps = 2 if stage == "pretrain" else 3
+    files = {path.name for path in run.folder.iterdir()}
+    assert files >= {
+        *(f"model_epoch_001_step_{steps:05d}.pth", f"{arch}_latest.pth", "model_best.pth", "backbone.safetensors"),
+        *("status.json", "metrics.csv", "experiment.yaml", "report.html", "curves.png"),
+    }
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert not any(name.endswith(".tmp") for name in files)
+    assert (run.folder / f"{arch}_latest.pth").resolve() == run.checkpoint
+    assert (run.folder / "reconstructions" / "last.png").exists() == (stage == "pretrain")
+    assert torch.load(run.checkpoint, weights_only=True)["openmae"]["stage"] == stage
+    with safe_open(run.folder / "backbone.safetensors", framework="pt") as file:
+        assert not any(name.startswith(("model.", "encoder.")) for name in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_status_log_is_the_contracts(trained, stage):
+    lines = read_status(trained("vit", stage).folder / "status.json")
+    assert [line["status"] for line in lines] == ["STARTED", "RUNNING", "SUCCESS"]
+    assert all(set(line) - {"kpi"} == {"date", "time", "status", "verbosity", "message"} for line in lines)
+    assert set(lines[1]["kpi"]) - PROBES == KPIS[stage]
+    assert set(lines[1]["kpi"]) >= PROBES or stage == "finetune"
+    assert all(math.isfinite(value) for value in lines[1]["kpi"].values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_resolved_spec_loads_back_and_runs_again(trained, stage, tmp_path):
+    run = trained("vit", stage)
+    written = yaml.safe_load((run.folder / "experiment.yaml").read_text())
+    assert written["model"]["drop_path_rate"] == (0.0 if stage == "pretrain" else 0.1)
+    assert written["dataset"]["augmentation"]["mean"] == [0.485, 0.456, 0.406]
+    assert written["model"].get("num_classes") == (None if stage == "pretrain" else 3)
+    again = tmp_path / "again"
+    spec = load_spec(run.folder / "experiment.yaml", [f"results_dir={again}"], action="train")
+    assert spec.train.stage == stage
+    assert main(["train", "-e", str(run.folder / "experiment.yaml"), f"results_dir={again}"]) == 0
+    losses = [read_metrics(folder / "metrics.csv") for folder in (run.folder, again / "train")]
+    pace = ("images_per_s", "data_wait")
+    first, second = ([{k: v for k, v in row.items() if k not in pace} for row in rows] for rows in losses)
+    assert first == second
+
+
+def test_a_second_call_leaves_a_finished_run_as_it_is(trained, photos, capsys):
+    run = trained("vit", "pretrain")
+    before = {
+        path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and path.name != "status.json"
+    }
+    assert main(["train", *run.overrides]) == 0
+    text = capsys.readouterr().err
+    assert "All 1 epochs are trained already; nothing was changed. Raise train.num_epochs to train on" in text
+    after = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and path.name != "status.json"}
+    assert after == before
+    lines = read_status(run.folder / "status.json")
+    assert [line["status"] for line in lines[-2:]] == ["STARTED", "SKIPPED"]
+    metrics = openmae.train({}, run.overrides)
+    assert set(metrics) - PROBES == {"train_loss", "val_loss"}
+    assert metrics["val_loss"] == lines[1]["kpi"]["val_loss"]
+    # the lines of the calls above would puzzle the tests that share this run
+    (run.folder / "status.json").write_text("\n".join((run.folder / "status.json").read_text().splitlines()[:3]) + "\n")
+
+
+def test_more_epochs_go_on_from_the_newest_checkpoint(trained, photos, tmp_path, capsys):
+    run = trained("vit", "finetune")
+    overrides = [o for o in run.overrides if not o.startswith("results_dir=")]
+    assert main(["train", *overrides, f"results_dir={tmp_path}"]) == 0
+    assert main(["train", *overrides, f"results_dir={tmp_path}", "train.num_epochs=2"]) == 0
+    folder = tmp_path / "train"
+    assert "Resuming from" in capsys.readouterr().err
+    assert {path.name for path in folder.glob("model_epoch*")} == {
+        "model_epoch_001_step_00003.pth",
+        "model_epoch_002_step_00006.pth",
+    }
+    rows = read_metrics(folder / "metrics.csv")
+    assert [row["step"] for row in rows if "train_loss" in row] == [1, 2, 3, 4, 5, 6]
+    statuses = [line["status"] for line in read_status(folder / "status.json")]
+    assert statuses == ["STARTED", "RUNNING", "SUCCESS"] * 2
+    assert "num_epochs: 2" in (folder / "experiment.yaml").read_text()
+
+
+def test_a_finished_run_whose_end_was_cut_off_is_completed(trained, tmp_path):
+    overrides = [o for o in trained("vit", "pretrain").overrides if not o.startswith("results_dir=")]
+    assert main(["train", *overrides, f"results_dir={tmp_path}"]) == 0
+    whole = (tmp_path / "train" / "backbone.safetensors").read_bytes()
+    for name in ("backbone.safetensors", "report.html"):
+        (tmp_path / "train" / name).unlink()
+    assert main(["train", *overrides, f"results_dir={tmp_path}"]) == 0
+    assert (tmp_path / "train" / "backbone.safetensors").read_bytes() == whole
+    assert "training loss" in (tmp_path / "train" / "report.html").read_text()
+    assert read_status(tmp_path / "train" / "status.json")[-1]["status"] == "SUCCESS"
+
+
+def test_a_drawn_seed_is_written_down_and_kept_on_resuming(trained, tmp_path):
+    overrides = [o for o in trained("vit", "finetune").overrides if not o.startswith("results_dir=")]
+    seeds = []
+    for epochs in (1, 2):
+        more = ["train.seed=-1", f"train.num_epochs={epochs}", f"results_dir={tmp_path}"]
+        assert main(["train", *overrides, *more]) == 0
+        seeds.append(yaml.safe_load((tmp_path / "train" / "experiment.yaml").read_text())["train"]["seed"])
+    assert seeds[0] == seeds[1] >= 0
+
+
+def test_the_best_checkpoint_is_the_metrics(trained):
+    folder = trained("vit", "finetune").folder
+    best = torch.load(folder / "model_best.pth", weights_only=True)
+    assert best["progress"]["best"] == max(
+        row["ACC_all"] for row in read_metrics(folder / "metrics.csv") if "ACC_all" in row
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pretrained_weights_are_taken_along(trained, family, tmp_path, capsys):
+    source = trained(family, "pretrain").folder / "backbone.safetensors"
+    overrides = [o for o in trained(family, "finetune").overrides if not o.startswith("results_dir=")]
+    assert main(["train", *overrides, f"results_dir={tmp_path}", f"train.pretrained_model_path={source}"]) == 0
+    text = capsys.readouterr().err
+    assert "starts from scratch" not in text
+    assert "Weights: " in text
+    assert "100" in text.partition("Weights: ")[2].splitlines()[0]
+
+
+def test_training_from_scratch_is_told(trained, tmp_path, capsys):
+    overrides = [o for o in trained("vit", "finetune").overrides if not o.startswith("results_dir=")]
+    assert main(["train", *overrides, f"results_dir={tmp_path}"]) == 0
+    assert "Notice: train.pretrained_model_path is empty: fine-tuning starts from scratch" in capsys.readouterr().err
+
+
+def test_pretraining_goes_on_from_pretrained_weights(trained, tmp_path):
+    run = trained("vit", "pretrain")
+    overrides = [o for o in run.overrides if not o.startswith("results_dir=")]
+    more = [f"train.pretrained_model_path={run.checkpoint}", "train.optim.lr=1e-9", f"results_dir={tmp_path}"]
+    assert main(["train", *overrides, *more]) == 0
+    before, after = (
+        read_metrics(folder / "metrics.csv")[-1]["val_loss"] for folder in (run.folder, tmp_path / "train")
+    )
+    assert after == pytest.approx(before, abs=1e-4), "decoder and encoder are taken along"
+
+
+def test_finetuning_without_validation_images(trained, tmp_path, capsys):
+    drop = ("results_dir=", "dataset.val_data_sources=")
+    overrides = [o for o in trained("vit", "finetune").overrides if not o.startswith(drop)]
+    assert main(["train", *overrides, f"results_dir={tmp_path}"]) == 0
+    assert "none to validate" in capsys.readouterr().err
+    assert set(read_status(tmp_path / "train" / "status.json")[1]["kpi"]) == {"train_loss", "images_per_s", "data_wait"}
+    assert (tmp_path / "train" / "model_best.pth").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_and_sizes_that_are_not_square(trained, channels, tmp_path):
+    mode = {1: "L", 4: "RGBA"}[channels]
+    for number in range(4):
+        paint(tmp_path / "photos" / f"{number}.png", number, mode)
+    drop = ("results_dir=", "dataset.val_data_sources=", "dataset.train_data_sources=")
+    overrides = [o for o in trained("convnextv2", "pretrain").overrides if not o.startswith(drop)]
+    shape = [f"model.in_chans={channels}", "dataset.augmentation.input_size=[32,64]", "model.mask_ratio=0.5"]
+    sources = [f"dataset.train_data_sources={tmp_path / 'photos'}", f"results_dir={tmp_path}"]
+    assert main(["train", *overrides, *shape, *sources]) == 0
+    backbone = openmae.load_backbone(tmp_path / "train" / "backbone.safetensors")
+    assert backbone(torch.zeros(2, channels, 32, 64)).shape == (2, 320)
+    found = tmp_path / "found"
+    checkpoint = next((tmp_path / "train").glob("model_epoch*"))
+    table = openmae.inference(
+        {"inference": {"checkpoint": str(checkpoint)}, "results_dir": str(found)},
+        [f"dataset.test_data_sources={tmp_path / 'photos'}", "dataset.num_workers_per_gpu=0"],
+    )
+    assert table == found / "inference" / "embeddings.parquet"
+    with Image.open(found / "inference" / "reconstructions" / "test.png") as picture:
+        assert picture.width > picture.height
+
+
+def test_a_table_of_labels(trained, tmp_path):
+    with open(tmp_path / "labels.csv", "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["path", "label"])
+        for number in range(6):
+            paint(tmp_path / "images" / f"{number}.png", number)
+            writer.writerow([f"images/{number}.png", ["10", "9"][number % 2]])
+    drop = ("results_dir=", "dataset.val_data_sources=", "dataset.train_data_sources=")
+    overrides = [o for o in trained("vit", "finetune").overrides if not o.startswith(drop)]
+    sources = [f"dataset.{part}_data_sources={tmp_path}" for part in ("train", "val")]
+    assert main(["train", *overrides, *sources, f"results_dir={tmp_path / 'results'}"]) == 0
+    checkpoint = next((tmp_path / "results" / "train").glob("model_epoch*"))
+    assert torch.load(checkpoint, weights_only=True)["openmae"]["class_names"] == ["9", "10"]

@@ -1,0 +1,110 @@
+"""Ctrl-C: in this process, in a real one on a terminal, and in several."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from openmae.results.status import read_status
+from openmae.training.checkpoints import newest_checkpoint
+from openmae.training.interrupt import InterruptRelay, InterruptWatch
+
+EPOCHS = {"train.num_epochs": 12, "train.checkpoint_interval": 12, "dataset.val_data_sources": None}
+
+
+def test_the_first_asks_the_second_stops(caplog):
+    watch = InterruptWatch()
+    with watch:
+        signal.raise_signal(signal.SIGINT)
+        assert watch.asked
+        assert "writing a checkpoint after this step. Press Ctrl-C again to stop at once." in caplog.text
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("guard", [InterruptWatch, InterruptRelay])
+def test_afterwards_all_is_as_before(guard):
+    before = signal.getsignal(signal.SIGINT)
+    with guard():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_the_relay_passes_it_on(monkeypatch):
+    class Child:
+        pid = 12345
+
+    sent = []
+    monkeypatch.setattr("multiprocessing.active_children", lambda: [Child()])
+    monkeypatch.setattr("os.kill", lambda *what: sent.append(what))
+    relay = InterruptRelay()
+    with relay:
+        signal.raise_signal(signal.SIGINT)
+    assert relay.asked
+    assert sent == [(12345, signal.SIGINT)]
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def start(overrides: list[str]) -> subprocess.Popen:
+    """``mae train`` at the head of a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "openmae.cli", "train", *overrides],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def first_epoch_done(folder: Path) -> Callable[[], bool]:
+    path = folder / "status.json"
+    return lambda: path.exists() and any(entry["status"] == "RUNNING" for entry in read_status(path))
+
+
+@pytest.mark.xdist_group("several processes")
+def test_ctrl_c_on_a_terminal_and_on_from_there(train, tiny_overrides, assert_same_run, payload_of, tmp_path):
+    """The terminal sends SIGINT to every process of the group, the loader's workers too."""
+    folder = tmp_path / "interrupted"
+    process = start(tiny_overrides(folder, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
+    wait_for(first_epoch_done(folder), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Interrupted: writing a checkpoint after this step." in text
+    assert "Traceback" not in text
+    assert newest_checkpoint(folder) is not None
+    assert 0 < payload_of(folder)["progress"]["step"] < 60
+    assert read_status(folder / "status.json")[-1]["message"] == "train was interrupted"
+    train(folder, EPOCHS)
+    train(tmp_path / "whole", EPOCHS)
+    assert_same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["the group", "the parent"])
+def test_ctrl_c_with_two_processes(whom, tiny_overrides, payload_of, tmp_path):
+    changes = {**EPOCHS, "train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2}
+    process = start(tiny_overrides(tmp_path, {**changes, "train.num_epochs": 100}))
+    wait_for(first_epoch_done(tmp_path), process)
+    if whom == "the group":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Traceback" not in text
+    assert text.count("Press Ctrl-C again") == 1
+    assert 0 < payload_of(tmp_path)["progress"]["step"] < 500

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from openmae.data.dataset import Batch
+from openmae.data.normalise import Normaliser
+from openmae.errors import DataError
+from openmae.models.build import ModelConfig, build_autoencoder
+from openmae.training.devices import build_fabric
+from openmae.training.pretrain import PretrainTask, embed, probe
+
+ARCHS = {"vit_tiny_patch16": 32, "hiera_tiny_224": 64, "convnextv2_atto": 64}
+
+
+def task_of(arch: str = "vit_tiny_patch16", drop_path: float = 0.0) -> PretrainTask:
+    torch.manual_seed(0)
+    size = ARCHS[arch]
+    config = ModelConfig(arch, (size, size), decoder_depth=1, decoder_embed_dim=32, drop_path_rate=drop_path)
+    normalise = Normaliser((0.5,) * 3, (0.25,) * 3)
+    return PretrainTask(build_autoencoder(config), normalise, mask_ratio=0.5, seed=1, monitor="val_loss")
+
+
+def batches(size: int, sizes: list[int], labelled: bool = True) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    found, start = [], 0
+    for count in sizes:
+        images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+        indices = torch.arange(start, start + count)
+        found.append(Batch(images, indices % 2 if labelled else torch.full((count,), -1), indices, 0, []))
+        start += count
+    return found
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return build_fabric("train", 1, [0], 1)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_trained_parameter_gets_a_gradient(arch):
+    """Several processes wait for all of them; ``find_unused_parameters`` would cost every step."""
+    task = task_of(arch, drop_path=0.2)
+    (batch,) = batches(ARCHS[arch], [2])
+    task.training_loss(task.model.train(), batch, 0).backward()
+    assert [n for n, p in task.model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_masks_are_addressed_by_seed_epoch_and_image():
+    task = task_of("convnextv2_atto")
+    indices = torch.arange(64)
+    first, again, other = task.mask(indices, 3), task.mask(indices[10:], 3), task.mask(indices, 4)
+    assert torch.equal(first.visible_BV[10:], again.visible_BV)
+    assert not torch.equal(first.visible_BV, other.visible_BV)
+    assert torch.equal(task.mask(indices).visible_BV, task.mask(indices).visible_BV)
+    task.seed = 2
+    assert not torch.equal(task.mask(indices, 3).visible_BV, first.visible_BV)
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16", "convnextv2_atto"])
+def test_validation_does_not_depend_on_its_batches(fabric, arch):
+    task = task_of(arch)
+    task.model.eval()
+    one, many = (
+        task.validate(fabric, task.model, _split(batches(ARCHS[arch], [7])[0], sizes)) for sizes in ([7], [3, 3, 1])
+    )
+    assert one.keys() == {"val_loss", "knn_acc", "probe_acc"}
+    assert many == pytest.approx(one, rel=1e-5)
+
+
+def _split(batch: Batch, sizes: list[int]) -> list[Batch]:
+    parts = zip(*(torch.split(tensor, sizes) for tensor in batch[:3]), strict=True)
+    return [Batch(*part, 0, []) for part in parts]
+
+
+def test_no_classes_no_probe(fabric, monkeypatch):
+    task = task_of()
+    monkeypatch.setattr(type(task.model.encoder), "embed", lambda *_: pytest.fail("nobody asked for features"))
+    assert task.validate(fabric, task.model.eval(), batches(32, [3], labelled=False)).keys() == {"val_loss"}
+
+
+def test_too_few_images_for_a_probe_are_a_notice(fabric, caplog):
+    task = task_of()
+    metrics = task.validate(fabric, task.model.eval(), batches(32, [2]))
+    assert metrics.keys() == {"val_loss"}
+    assert caplog.messages == [
+        "No kNN or probe accuracy for this validation set: a probe needs a class with at least 2 images; every class "
+        "here has 1."
+    ]
+
+
+def test_one_class_is_a_notice(caplog):
+    with caplog.at_level(logging.WARNING, "openmae"):
+        assert probe(np.zeros((4, 2)), np.zeros(4, int)) == {}
+    assert "images of at least 2 classes" in caplog.text
+
+
+def test_no_readable_image_is_an_error(fabric):
+    task = task_of()
+    with pytest.raises(DataError, match="No image of the set could be read"):
+        task.validate(fabric, task.model, [])
+
+
+def test_embeddings_come_in_order_and_are_the_same_each_time(fabric):
+    task = task_of()
+    task.model.eval()
+    parts = batches(32, [2, 2, 1])
+    indices, vectors = embed(fabric, task, parts[::-1])
+    assert indices.tolist() == [0, 1, 2, 3, 4]
+    assert vectors.shape == (5, 192)
+    again = embed(fabric, task, parts)[1]
+    np.testing.assert_array_equal(vectors, again)
+
+
+def test_reconstructions_are_pictures(fabric):
+    task = task_of()
+    (batch,) = batches(32, [2])
+    original, masked, reconstructed, pasted = task.reconstruct(fabric, batch)
+    for picture in (original, masked, reconstructed, pasted):
+        assert picture.shape == (2, 32, 32, 3)
+        assert picture.dtype == np.uint8
+    np.testing.assert_array_equal(original, batch.images.permute(0, 2, 3, 1))
+    visible = task.mask(batch.indices).visible_BV[0]
+    row, column = (int(n) * 16 for n in divmod(int(visible[0]), 2))
+    here = (0, slice(row, row + 16), slice(column, column + 16))
+    np.testing.assert_array_equal(masked[here], original[here])
+    np.testing.assert_array_equal(pasted[here], original[here])
+
+
+def test_half_precision_leaves_the_target_alone():
+    """Autocast rounds what the layers compute, never the pixels that the prediction is compared with."""
+    fabric = build_fabric("train", 1, [0], 1, "bf16")
+    task = task_of()
+    model = fabric.setup(task.model)
+    (batch,) = batches(32, [2])
+    seen = []
+    task.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    loss = task.training_loss(model, batch, 0)
+    assert torch.equal(seen[0], task.normalise(batch.images))
+    assert loss.dtype == torch.float32

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
+from openmae.training.devices import build_fabric
+from openmae.training.optim import Schedule, finetuning_groups, freeze, pretraining_groups
+from openmae.training.recipe import recipe_rows
+from openmae.training.trainer import LoopSettings
+
+CONFIG = ModelConfig("vit_tiny_patch16", (32, 64), decoder_depth=1, decoder_embed_dim=32)
+SETTINGS = LoopSettings(num_epochs=10, lr=1e-3, accum_grad_batches=2)
+COSINE = Schedule("cosine", 10, 7, warmup_epochs=2)
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return build_fabric("train", 1, [0], 1)
+
+
+def rows(fabric, config, groups, model, schedule=COSINE, images=(1234, 56)):
+    return dict(recipe_rows(fabric, model, config, groups, schedule, SETTINGS, images, 8))
+
+
+def classifier(layer_decay: float, multiplier: float = 1.0, arch: str = "vit_tiny_patch16", **changes):
+    config = replace(CONFIG, arch=arch, num_classes=3, **changes)
+    model = build_classifier(config)
+    return config, finetuning_groups(model, config, 0.05, layer_decay, multiplier), model
+
+
+def test_pretraining(fabric):
+    model = build_autoencoder(CONFIG)
+    found = rows(fabric, CONFIG, pretraining_groups(model, 0.05), model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    assert found == {
+        "architecture": "vit_tiny_patch16, 32 x 64 px, 3 channels",
+        "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, {trained:.2f} M of them trained",
+        "masked": "0.75 of 8 units of 16 px",
+        "decoder": "1 x 32",
+        "images": "1,234 to train, 56 to validate",
+        "batch": "16 = 8 images x 1 process(es) x 2 accumulated",
+        "epochs": "10 of 7 steps",
+        "schedule": "2 epochs of warmup, then cosine to 0",
+        "learning rate": "0.001",
+        "device": f"CPU, {torch.get_num_threads()} threads, fp32",
+    }
+
+
+def test_finetuning_shows_the_rate_of_each_layer_group(fabric):
+    found = rows(fabric, *classifier(0.5), images=(10, 0))
+    assert found["classes"] == "3"
+    assert "masked" not in found
+    assert found["images"] == "10 to train, none to validate"
+    assert found["learning rate"] == (
+        "layer 0 1.22e-07, layer 1 2.44e-07, layer 2 4.88e-07, layer 3 9.77e-07, ..., "
+        "layer 10 0.000125, layer 11 0.00025, layer 12 0.0005, head 0.001"
+    )
+
+
+def test_one_rate_for_all_is_one_number(fabric):
+    assert rows(fabric, *classifier(1.0))["learning rate"] == "0.001"
+
+
+def test_the_backbone_s_multiplier_shows(fabric):
+    assert rows(fabric, *classifier(1.0, 0.1))["learning rate"].endswith("head 0.001")
+
+
+def test_frozen_layers_are_not_trained(fabric):
+    config, _, model = classifier(0.75)
+    freeze(model, ["blocks"])
+    found = rows(fabric, config, finetuning_groups(model, config, 0.05, 0.75, 1.0), model)
+    assert "layer 12" not in found["learning rate"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained < 200_000
+    assert found["parameters"].endswith(f", {trained / 1e6:.2f} M of them trained")
+
+
+def test_multistep(fabric):
+    model = build_autoencoder(CONFIG)
+    groups = pretraining_groups(model, 0.05)
+    steps = Schedule("MultiStep", 10, 7, 0, (4, 8), 0.1)
+    assert rows(fabric, CONFIG, groups, model, steps)["schedule"] == "x 0.1 at epochs 4, 8"

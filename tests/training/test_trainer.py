@@ -1,0 +1,322 @@
+"""The loop: resumed runs, interrupted runs, losses that are not finite, averages, the best checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from openmae.errors import CheckpointError, RunError
+from openmae.results.metrics import read_metrics
+from openmae.training.finetune import FinetuneTask
+from openmae.training.pretrain import PretrainTask
+
+PRETRAIN = {"model.drop_path_rate": 0.2}
+FINETUNE = {
+    "train.stage": "finetune",
+    "model.decoder_depth": None,
+    "model.decoder_embed_dim": None,
+    "model.drop_path_rate": 0.2,
+    "train.ema_decay": 0.9,
+    "dataset.augmentation.re_prob": 0.25,
+}
+CONVNEXT = {"model.arch": "convnextv2_atto", "dataset.augmentation.input_size": 64}
+HIERA = {"model.arch": "hiera_tiny_224", "dataset.augmentation.input_size": 64}
+
+
+class Crash(Exception):  # noqa: N818
+    """What a power cut does to a run, as far as a test can."""
+
+
+@pytest.fixture
+def at_batch(monkeypatch):
+    """``at_batch(task class, n, what)``: do ``what`` in the n-th training batch from now on."""
+
+    def install(task: type, number: int, what: Any) -> None:
+        calls = 0
+        original = task.training_loss
+
+        def training_loss(self, *arguments):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                what()
+            return original(self, *arguments)
+
+        monkeypatch.setattr(task, "training_loss", training_loss)
+
+    return install
+
+
+def crash() -> None:
+    raise Crash
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+STEP = {"train.checkpoint_interval_unit": "step"}
+ACCUMULATE = {"train.accum_grad_batches": 3}  # of 5 batches: groups of 3 and 2
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "batch", "what", "error"),
+    [
+        pytest.param(PretrainTask, {}, 8, crash, Crash, id="pretrain, killed, from the epoch's end"),
+        pytest.param(
+            PretrainTask, {**CONVNEXT, **ACCUMULATE, **STEP}, 4, crash, Crash, id="convnext, accumulated, from a step"
+        ),
+        pytest.param(PretrainTask, HIERA, 2, interrupt, KeyboardInterrupt, id="hiera, Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(FinetuneTask, {}, 8, interrupt, KeyboardInterrupt, id="finetune, Ctrl-C"),
+        pytest.param(
+            FinetuneTask, {**ACCUMULATE, **STEP}, 9, crash, Crash, id="finetune, accumulated, killed, from a step"
+        ),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    task, changes, batch, what, error, train, assert_same_run, at_batch, tmp_path
+):
+    changes = {**(PRETRAIN if task is PretrainTask else FINETUNE), **changes}
+    train(tmp_path / "whole", changes)
+    at_batch(task, batch, what)
+    with pytest.raises(error):
+        train(tmp_path / "resumed", changes)
+    train(tmp_path / "resumed", changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("task", [PretrainTask, FinetuneTask])
+def test_ctrl_c_in_a_validation_keeps_the_epoch(task, train, assert_same_run, payload_of, monkeypatch, tmp_path):
+    changes = PRETRAIN if task is PretrainTask else FINETUNE
+    train(tmp_path / "whole", changes)
+    validate = task.validate
+
+    def interrupted(self, *arguments):
+        interrupt()
+        return validate(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "validate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "resumed", changes)
+    assert payload_of(tmp_path / "resumed")["progress"]["batch"] == 5
+    train(tmp_path / "resumed", changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("changes", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
+def test_workers_change_nothing(changes, train, assert_same_run, tmp_path):
+    changes = {**changes, "train.num_epochs": 1}
+    train(tmp_path / "alone", changes)
+    train(tmp_path / "workers", {**changes, "dataset.num_workers_per_gpu": 2})
+    assert_same_run(tmp_path / "alone", tmp_path / "workers")
+
+
+def test_accumulation_equals_a_larger_batch(train, payload_of, tmp_path):
+    one_epoch = {"train.num_epochs": 1}
+    train(tmp_path / "large", one_epoch)
+    train(tmp_path / "small", {**one_epoch, "dataset.batch_size": 2, "train.accum_grad_batches": 2})
+    large, small = (payload_of(tmp_path / name) for name in ("large", "small"))
+    assert large["progress"]["step"] == small["progress"]["step"] == 5
+    # AdamW divides by the root of a squared gradient: rounding of a gradient near 0 shows in full
+    torch.testing.assert_close(small["state_dict"], large["state_dict"], rtol=0, atol=2e-4)
+    assert small["progress"]["best"] == pytest.approx(large["progress"]["best"], rel=1e-5)
+
+
+class Spoiler:
+    """Spoils the loss of some batches, and notes the weights that each batch saw."""
+
+    def __init__(self, task: type, bad: set[int], monkeypatch) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.files: list[list[int]] = []
+        original = task.training_loss
+
+        def training_loss(task, model, batch, epoch):
+            self.weights.append({k: v.clone() for k, v in task.model.state_dict().items()})
+            self.files.append(batch.indices.tolist())
+            loss = original(task, model, batch, epoch)
+            return loss * float("nan") if len(self.weights) in bad else loss
+
+        monkeypatch.setattr(task, "training_loss", training_loss)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_loss_that_is_not_finite_skips_its_step_and_names_its_images(train, monkeypatch, caplog, tmp_path):
+    spoiler = Spoiler(PretrainTask, {3}, monkeypatch)
+    with caplog.at_level(logging.WARNING, "openmae"):
+        train(tmp_path, {"train.num_epochs": 1, "dataset.val_data_sources": None})
+    before, bad, after, next_one = spoiler.weights[1:5]
+    assert not same(before, bad)
+    assert same(bad, after)
+    assert not same(after, next_one)
+    (text,) = (m for m in caplog.messages if "skipped" in m)
+    names = sorted([f"cat/{n}.png" for n in range(11)] + [f"dog/{n}.png" for n in range(10)])  # as the index sorts them
+    assert text == "Step 3: the loss is nan; the step is skipped. Its images: " + ", ".join(
+        names[index] for index in spoiler.files[2]
+    )
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["step"] for row in rows if "train_loss" in row] == [1, 2, 4, 5]
+
+
+def test_only_the_batch_at_fault_is_named(train, monkeypatch, caplog, tmp_path):
+    spoiler = Spoiler(PretrainTask, {2}, monkeypatch)
+    with caplog.at_level(logging.WARNING, "openmae"):
+        train(tmp_path, {**ACCUMULATE, "train.num_epochs": 1, "dataset.val_data_sources": None})
+    (text,) = (m for m in caplog.messages if "skipped" in m)
+    assert text.count(".png") == len(spoiler.files[1]) == 4
+
+
+def test_ten_in_a_row_end_the_run(train, monkeypatch, payload_of, tmp_path):
+    spoiler = Spoiler(PretrainTask, set(range(2, 99)), monkeypatch)
+    with pytest.raises(RunError) as caught:
+        train(tmp_path, {"train.num_epochs": 5, "dataset.val_data_sources": None})
+    assert len(spoiler.weights) == 11
+    assert "The loss was not finite 10 steps in a row, the last with: " in caught.value.problem
+    assert ".png" in caught.value.problem
+    assert caught.value.fix.startswith("Lower train.optim.lr, set train.clip_grad_norm=1.0,")
+    kept = payload_of(tmp_path)["state_dict"]
+    assert same({f"model.{k}": v for k, v in spoiler.weights[1].items()}, kept)
+
+
+def test_clipping_bounds_the_gradient(train, tmp_path):
+    norms: list[float] = []
+
+    def note(optimizer, *_):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        for limit in (0, 0.01):
+            folder, changes = tmp_path / f"{limit}", {"train.num_epochs": 1, "dataset.val_data_sources": None}
+            train(folder, {**changes, "train.clip_grad_norm": limit})
+    finally:
+        hook.remove()
+    assert min(norms[:5]) > 0.1
+    assert norms[5:] == pytest.approx([0.01] * 5, rel=1e-3)
+
+
+def test_the_average_follows_the_weights_and_is_what_validation_measures(train, monkeypatch, payload_of, tmp_path):
+    spoiler = Spoiler(FinetuneTask, set(), monkeypatch)
+    measured = []
+    validate = FinetuneTask.validate
+
+    def noting(self, fabric, model, batches):
+        measured.append({k: v.clone() for k, v in model.state_dict().items()})
+        assert not model.training
+        return validate(self, fabric, model, batches)
+
+    monkeypatch.setattr(FinetuneTask, "validate", noting)
+    train(tmp_path, {**FINETUNE, "train.num_epochs": 1})
+    payload = payload_of(tmp_path)
+    final = {k.removeprefix("model."): v for k, v in payload["state_dict"].items()}
+    averaged = {k.removeprefix("model."): v for k, v in payload["ema_state_dict"].items()}
+    expected = spoiler.weights[2]  # the first two updates are copied: an average of random starts helps nobody
+    for weights in [*spoiler.weights[3:], final]:
+        expected = {k: 0.9 * expected[k] + 0.1 * v for k, v in weights.items()}
+    torch.testing.assert_close(averaged, expected)
+    assert same(averaged, measured[0])
+    assert not same(averaged, final)
+    saved = load_file(tmp_path / "backbone.safetensors")
+    assert torch.equal(saved["blocks.0.attn.qkv.weight"], averaged["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [
+        pytest.param({}, 2, id="every epoch has a checkpoint"),
+        pytest.param({"train.checkpoint_interval": 4}, 2, id="the best epoch has none of its own"),
+    ],
+)
+def test_the_best_checkpoint_is_the_best_epoch_s(changes, best, train, monkeypatch, tmp_path):
+    losses = iter([3.0, 1.0, 2.0, 1.5])
+    monkeypatch.setattr(PretrainTask, "validate", lambda *_: {"val_loss": next(losses)})
+    rare = {"train.num_epochs": 4, "train.keep_checkpoints": 1, "train.optim.monitor_name": "val_loss"}
+    train(tmp_path, {**rare, **changes})
+    payload = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert (payload["progress"]["epoch"], payload["progress"]["best"]) == (best, 1.0)
+    assert [path.name for path in tmp_path.glob("model_epoch*")] == ["model_epoch_004_step_00020.pth"]
+    assert (tmp_path / "vit_tiny_patch16_latest.pth").resolve().name == "model_epoch_004_step_00020.pth"
+
+
+def test_what_the_spec_says_of_the_optimizer_stands_on_resume(train, payload_of, tmp_path):
+    train(tmp_path, {"train.num_epochs": 1})
+    changes = {"train.optim.weight_decay": 0.3, "train.optim.momentum": 0.8, "train.num_epochs": 2}
+    train(tmp_path, changes)
+    decayed, *_ = payload_of(tmp_path)["optimizer"]["param_groups"]
+    assert max(group["weight_decay"] for group in payload_of(tmp_path)["optimizer"]["param_groups"]) == 0.3
+    assert decayed["betas"][0] == 0.8
+
+
+def test_freezing_on_resume_is_refused(train, tmp_path):
+    train(tmp_path, {"train.num_epochs": 1})
+    with pytest.raises(CheckpointError, match="other parameters are trained now") as caught:
+        train(tmp_path, {"train.freeze": "[encoder.backbone.blocks.0]"})
+    assert "train.freeze" in caught.value.fix
+
+
+def test_averaging_that_begins_on_resume_starts_from_the_weights(train, payload_of, tmp_path, monkeypatch):
+    train(tmp_path, {**FINETUNE, "train.num_epochs": 1, "train.ema_decay": 0})
+    start = payload_of(tmp_path)["state_dict"]
+    train(tmp_path, {**FINETUNE, "train.ema_decay": 0.999})
+    averaged = payload_of(tmp_path)["ema_state_dict"]
+    key = "model.blocks.0.attn.qkv.weight"
+    assert (averaged[key] - start[key]).abs().max() < 1e-4
+
+
+def test_a_new_batch_size_on_resume_begins_the_epoch_again(train, at_batch, caplog, tmp_path, payload_of):
+    changes = {**STEP, "train.optim.lr_scheduler": "cosine", "dataset.val_data_sources": None}
+    at_batch(PretrainTask, 8, crash)
+    with pytest.raises(Crash):
+        train(tmp_path, changes)
+    with caplog.at_level(logging.WARNING, "openmae"):
+        train(tmp_path, {**changes, "dataset.batch_size": 2})
+    assert "(5 batches an epoch, now 10): epoch 2 starts again." in caplog.text
+    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.csv") if row["epoch"] == 1 and "lr" in row]
+    assert len(rates) == 10 + 2  # 2 of before the crash
+    assert rates[2] == pytest.approx(1e-3)  # the schedule goes by the epoch, not by the count of steps
+    assert payload_of(tmp_path)["progress"]["epoch"] == 2
+
+
+def test_a_run_tells_its_metrics(train, tmp_path):
+    metrics = train(tmp_path)
+    assert set(metrics) == {"train_loss", "val_loss", "knn_acc", "probe_acc"}
+    lines = [json.loads(line) for line in (tmp_path / "status.json").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["STARTED", "RUNNING", "RUNNING", "SUCCESS"]
+    assert set(lines[1]["kpi"]) == {*metrics, "images_per_s", "data_wait"}
+    assert lines[2]["message"] == "Epoch 2 of 2, step 10"
+    epochs = [row for row in read_metrics(tmp_path / "metrics.csv") if "train_loss_epoch" in row]
+    assert [(row["epoch"], row["step"]) for row in epochs] == [(0, 5), (1, 10)]
+    assert epochs[1]["val_loss"] == metrics["val_loss"]
+    steps = [row for row in read_metrics(tmp_path / "metrics.csv") if "lr" in row]
+    assert [row["lr"] for row in steps[:5]] == pytest.approx([1e-3 * n / 5 for n in range(1, 6)])  # warmup
+    assert epochs[0]["train_loss_epoch"] == pytest.approx(sum(row["train_loss"] for row in steps[:5]) / 5)
+
+
+def test_validation_every_other_epoch_and_at_the_end(train, tmp_path):
+    train(tmp_path, {"train.num_epochs": 3, "train.validation_interval": 2})
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["epoch"] for row in rows if "val_loss" in row] == [1, 2]
+
+
+def test_bf16_trains_on_a_cpu(train, payload_of, tmp_path):
+    assert train(tmp_path, {"train.precision": "bf16"})["train_loss"] < 1.5
+    assert {v.dtype for v in payload_of(tmp_path)["state_dict"].values()} == {torch.float32}
+
+
+def test_fp16_on_a_cpu_is_fp32(train, assert_same_run, caplog, tmp_path):
+    with caplog.at_level(logging.WARNING, "openmae"):
+        train(tmp_path / "fp16", {"train.precision": "fp16", "train.num_epochs": 1})
+    assert "train.precision=fp16 needs a GPU: using fp32." in caplog.text
+    train(tmp_path / "fp32", {"train.num_epochs": 1})
+    assert_same_run(tmp_path / "fp16", tmp_path / "fp32")

@@ -1,0 +1,59 @@
+"""What test_devices runs in two processes; spawned ones import it by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+
+from openmae.data.dataset import Batch
+from openmae.data.normalise import Normaliser
+from openmae.errors import DataError
+from openmae.training.distributed import gather, gather_objects, sum_over_ranks
+from openmae.training.finetune import predict
+
+
+class FirstPixel(torch.nn.Module):
+    """Logits from an image alone."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :, 0, 0]
+
+
+def own_batches(rank: int) -> list[Batch]:
+    """Five images over two ranks, as ``EvalSampler`` deals them: 0, 2, 4 and 1, 3; the image shows its own number."""
+    parts = [[0, 2], [4]] if rank == 0 else [[1, 3]]
+    batches = []
+    for part in parts:
+        indices = torch.tensor(part)
+        images = (indices * 50).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        batches.append(Batch(images, indices + 100, indices, 0, []))
+    return batches
+
+
+def measure_then_fail(fabric: Fabric, folder: Path) -> None:
+    """Write what rank 0 found, then let rank 1 meet a wrong request."""
+    rank = fabric.global_rank
+    predictions = predict(fabric, FirstPixel(), Normaliser((0.0,) * 3, (1.0,) * 3), own_batches(rank))
+    found = {
+        "world_size": fabric.world_size,
+        "sums": sum_over_ranks(fabric, [1.0 + rank, 0.5]),
+        "objects": list(gather_objects(fabric, f"rank {rank}")),
+        "uneven": gather(fabric, [np.arange(3), np.arange(2)] if rank == 1 else []).tolist(),
+        "indices": predictions.indices.tolist(),
+        "labels": predictions.labels.tolist(),
+        "threads": torch.get_num_threads(),
+    }
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    fabric.barrier()
+    if rank == 1:
+        raise DataError("the rule and the value", "the mend")
+
+
+def fail_otherwise(fabric: Fabric) -> None:
+    """A fault of ours."""
+    raise ZeroDivisionError("by zero")
