@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from openmae.data.dataset import Batch
 from openmae.data.normalise import Normaliser
 from openmae.models.build import ModelConfig, build_classifier
+from openmae.spec.schema import AugmentationSpec
 from openmae.training.devices import build_fabric
-from openmae.training.finetune import FinetuneTask, MixSettings, Predictions, predict, score
+from openmae.training.finetune import FinetuneTask, Predictions, predict, score
 
 ARCHS = {"vit_tiny_patch16": 32, "hiera_tiny_224": 64, "convnextv2_atto": 64}
 NORMALISE = Normaliser((0.5,) * 3, (0.25,) * 3)
@@ -29,8 +30,12 @@ def batch_of(count: int, classes: int = 3, start: int = 0, size: int = 4) -> Bat
     return Batch(images, indices % classes, indices, 0, [])
 
 
-def task_of(mix: MixSettings, model: torch.nn.Module | None = None) -> FinetuneTask:
-    return FinetuneTask(model or Pixels(), NORMALISE, mix=mix, num_classes=3, monitor="ACC_all")
+def mixing(**values: object) -> AugmentationSpec:
+    return AugmentationSpec(**{"mixup": 0, "cutmix": 0, "smoothing": 0} | values)
+
+
+def task_of(mix: AugmentationSpec, model: torch.nn.Module | None = None) -> FinetuneTask:
+    return FinetuneTask(model or Pixels(), NORMALISE, augmentation=mix, num_classes=3, monitor="ACC_all")
 
 
 @pytest.mark.parametrize(("arch", "global_pool"), [*((arch, True) for arch in ARCHS), ("vit_tiny_patch16", False)])
@@ -39,12 +44,12 @@ def test_every_trained_parameter_gets_a_gradient(arch, global_pool):
     size = ARCHS[arch]
     config = ModelConfig(arch, (size, size), num_classes=3, drop_path_rate=0.2, global_pool=global_pool)
     model = build_classifier(config).train()
-    task_of(MixSettings(), model).training_loss(model, batch_of(2, size=size), 0).backward()
+    task_of(mixing(), model).training_loss(model, batch_of(2, size=size), 0).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_the_loss_is_cross_entropy_with_smoothing():
-    task, batch = task_of(MixSettings(smoothing=0.2)), batch_of(4)
+    task, batch = task_of(mixing(smoothing=0.2)), batch_of(4)
     logits = Pixels()(NORMALISE(batch.images))
     expected = F.cross_entropy(logits, 0.8 * F.one_hot(batch.labels, 3) + 0.2 / 3)
     torch.testing.assert_close(task.training_loss(task.model, batch, 0), expected)
@@ -53,10 +58,10 @@ def test_the_loss_is_cross_entropy_with_smoothing():
 @pytest.mark.parametrize(
     "mix",
     [
-        MixSettings(mixup=0.8),
-        MixSettings(cutmix=1.0),
-        MixSettings(mixup=0.8, cutmix=1.0, mode="elem", smoothing=0.1),
-        MixSettings(cutmix_minmax=(0.2, 0.8), mode="pair"),
+        mixing(mixup=0.8),
+        mixing(cutmix=1.0),
+        mixing(mixup=0.8, cutmix=1.0, mixup_mode="elem", smoothing=0.1),
+        mixing(cutmix_minmax=(0.2, 0.8), mixup_mode="pair"),
     ],
 )
 def test_mixing_is_addressed(mix):
@@ -71,14 +76,14 @@ def test_mixing_is_addressed(mix):
 @pytest.mark.parametrize(
     ("mix", "active"),
     [
-        (MixSettings(), False),
-        (MixSettings(mixup=1, prob=0), False),
-        (MixSettings(cutmix=1), True),
-        (MixSettings(cutmix_minmax=(0.1, 0.2)), True),
+        (mixing(), False),
+        (mixing(mixup=1, mixup_prob=0), False),
+        (mixing(cutmix=1), True),
+        (mixing(cutmix_minmax=(0.1, 0.2)), True),
     ],
 )
 def test_when_mixing_is_on(mix, active):
-    assert mix.active is active
+    assert mix.mixes is active
     assert (task_of(mix).mix is not None) is active
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +10,23 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
+from openmae.actions.plan import Plan, make_plan, resolved
 from openmae.actions.reports import train_report
 from openmae.actions.run import Rows, begin_results, blaming, running, show_table
-from openmae.actions.sources import class_count, open_images
-from openmae.data.dataset import AddressedSampler, check_same_classes
-from openmae.data.images import ImageIndex
 from openmae.data.loaders import EvaluationLoader, TrainingLoader, evaluation_loader, training_loader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform, Transform
 from openmae.errors import CheckpointError
-from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
+from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.weights import CheckpointInfo, load_into, read_checkpoint, save_backbone
+from openmae.models.weights import load_into, read_checkpoint, save_backbone
 from openmae.results.metrics import read_metrics
 from openmae.results.pictures import reconstruction_grid
 from openmae.results.status import StatusLog
-from openmae.spec.checks import INERT
-from openmae.spec.load import to_dict
-from openmae.spec.schema import AugmentationSpec, ExperimentSpec
-from openmae.training.checkpoints import CheckpointFolder, newest_checkpoint, read_training_state
+from openmae.spec.schema import ExperimentSpec
+from openmae.training.checkpoints import CheckpointFolder, read_training_state
 from openmae.training.devices import build_fabric, launch
-from openmae.training.finetune import FinetuneTask, MixSettings
+from openmae.training.finetune import FinetuneTask
 from openmae.training.loggers import Loggers, open_wandb
 from openmae.training.optim import Schedule, build_adamw, finetuning_groups, freeze, pretraining_groups
 from openmae.training.pretrain import PretrainTask
@@ -43,24 +37,6 @@ PICTURES = 8  # images of a reconstruction grid
 BACKBONE, REPORT = "backbone.safetensors", "report.html"
 
 log = logging.getLogger("openmae")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked request: everything that can be wrong has been looked at before the first process starts."""
-
-    spec: ExperimentSpec
-    folder: Path
-    train: ImageIndex
-    val: ImageIndex | None
-    info: CheckpointInfo
-    resume: Path | None
-    epochs_done: int
-
-    @property
-    def config(self) -> ModelConfig:
-        """Of the model."""
-        return self.info.model
 
 
 def run(spec: ExperimentSpec) -> dict[str, float]:
@@ -80,7 +56,7 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         KeyboardInterrupt: Ctrl-C; a checkpoint was written.
     """
     with running(spec, "train") as this_run:
-        plan = _plan(spec, this_run.folder)
+        plan = make_plan(spec, this_run.folder)
         if _nothing_left(plan):
             this_run.skipped = f"All {plan.epochs_done} epochs are trained already; nothing was changed."
             log.warning("%s Raise train.num_epochs to train on, or set another results_dir.", this_run.skipped)
@@ -103,110 +79,6 @@ def _last_metrics(folder: Path) -> dict[str, float]:
     return {names.get(name, name): value for name, value in last.items() if name not in ("step", "epoch")}
 
 
-def _plan(spec: ExperimentSpec, folder: Path) -> Plan:
-    earlier = _look_back(spec, folder)
-    finetune = spec.train.stage == "finetune"
-    train = open_images(spec.dataset.train_data_sources, "dataset.train_data_sources", labelled=finetune)
-    val = None
-    if spec.dataset.val_data_sources:
-        val = open_images(spec.dataset.val_data_sources, "dataset.val_data_sources", labelled=finetune or None)
-    if finetune and val is not None:
-        with blaming("dataset.val_data_sources"):
-            check_same_classes(train, val)
-    with blaming("dataset.batch_size"):
-        AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, spec.train.num_gpus)
-    if spec.train.seed < 0:
-        seed = earlier.info.spec["train"]["seed"] if earlier else random.SystemRandom().randrange(2**31)
-        log.info("train.seed is -1: this run draws %d.", seed)
-        spec = spec.replaced({"train.seed": seed})
-    if finetune:
-        spec = spec.replaced({"model.num_classes": class_count(spec, train)})
-    config = _model_config(spec)
-    augmentation = spec.dataset.augmentation
-    info = CheckpointInfo(
-        stage=spec.train.stage,
-        model=config,
-        class_names=train.class_names if finetune else (),
-        mean=tuple(augmentation.mean or ()),
-        std=tuple(augmentation.std or ()),
-        spec=to_dict(spec),
-    )
-    if earlier:
-        _check_same_run(earlier, info)
-    elif finetune and not spec.train.pretrained_model_path:
-        log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
-    resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
-    return Plan(spec, folder, train, val, info, resume, epochs_done)
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """The run that this one goes on from."""
-
-    key: str
-    checkpoint: Path
-    info: CheckpointInfo
-    epochs_done: int
-
-
-def _look_back(spec: ExperimentSpec, folder: Path) -> Earlier | None:
-    typed = spec.train.resume_training_checkpoint_path
-    key = "train.resume_training_checkpoint_path" if typed else "results_dir"
-    checkpoint = Path(typed) if typed else newest_checkpoint(folder)
-    if checkpoint is None:
-        return None
-    with blaming(key):
-        state = read_training_state(checkpoint, lazily=True)
-        return Earlier(key, checkpoint, CheckpointInfo.from_dict(state["openmae"]), state["progress"]["epoch"])
-
-
-def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
-    """A run can only go on as what it was."""
-    old, new = _identity(earlier.info), _identity(now)
-    keys = [key for key in new if old.get(key, new[key]) != new[key]]
-    if "train.stage" in keys:
-        keys = ["train.stage"]  # the rest follows from it
-    if keys:
-        changed = "; ".join(f"{key} was {old[key]} and is {new[key]}" for key in keys)
-        raise CheckpointError(
-            f"{earlier.key}: training cannot resume from {earlier.checkpoint}: {changed}.",
-            "Set another results_dir for a new run (train.pretrained_model_path takes weights along), or restore the "
-            "old settings.",
-        )
-
-
-def _identity(info: CheckpointInfo) -> dict[str, Any]:
-    """What may not change when a run is resumed, by its key."""
-    model = {f"model.{key}": value for key, value in info.model.to_dict().items()}
-    size = model.pop("model.input_size")
-    free = ("model.drop_path_rate", "model.num_classes", *INERT[info.stage])
-    shape = {key: value for key, value in model.items() if key not in free}
-    names = {"class names": ", ".join(info.class_names)} if info.class_names else {}
-    return {"train.stage": info.stage, **shape, "dataset.augmentation.input_size": size, **names}
-
-
-def _model_config(spec: ExperimentSpec) -> ModelConfig:
-    model = spec.model
-    return ModelConfig(
-        arch=model.arch,
-        input_size=spec.dataset.augmentation.size,
-        in_chans=model.in_chans,
-        patch_size=model.patch_size,
-        drop_path_rate=_resolved(model.drop_path_rate),
-        mask_ratio=_resolved(model.mask_ratio),
-        norm_pix_loss=model.norm_pix_loss,
-        decoder_depth=_resolved(model.decoder_depth),
-        decoder_embed_dim=_resolved(model.decoder_embed_dim),
-        global_pool=model.global_pool,
-        num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,
-    )
-
-
-def _resolved(value: Any) -> Any:
-    assert value is not None, "load_spec fills in what the architecture decides"
-    return value
-
-
 def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     """The run of one process."""
     spec, config = plan.spec, plan.config
@@ -227,7 +99,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     )
     settings = _loop_settings(plan, fabric)
     groups = _groups(plan, model)
-    optimizer = build_adamw(groups, settings.lr, optim.momentum, _resolved(optim.beta2), fabric.device)
+    optimizer = build_adamw(groups, settings.lr, optim.momentum, resolved(optim.beta2), fabric.device)
     images = (len(plan.train), len(plan.val) if plan.val else 0)
     rows = recipe_rows(fabric, model, config, groups, schedule, settings, images, spec.dataset.batch_size)
     outputs = _outputs(fabric, plan, state)
@@ -297,22 +169,15 @@ def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
     if plan.config.num_classes:
         if plan.val is not None and not spec.typed("train.optim.monitor_name"):
             monitor = "ACC_all"
-        mix = _mix_settings(spec.dataset.augmentation)
-        return FinetuneTask(model, normalise, mix=mix, num_classes=plan.config.num_classes, monitor=monitor)
+        return FinetuneTask(
+            model,
+            normalise,
+            augmentation=spec.dataset.augmentation,
+            num_classes=plan.config.num_classes,
+            monitor=monitor,
+        )
     assert isinstance(model, MaskedAutoencoder)
     return PretrainTask(model, normalise, mask_ratio=plan.config.mask_ratio, seed=spec.train.seed, monitor=monitor)
-
-
-def _mix_settings(augmentation: AugmentationSpec) -> MixSettings:
-    return MixSettings(
-        mixup=augmentation.mixup,
-        cutmix=augmentation.cutmix,
-        cutmix_minmax=augmentation.cutmix_minmax,
-        prob=augmentation.mixup_prob,
-        switch_prob=augmentation.mixup_switch_prob,
-        mode=augmentation.mixup_mode,
-        smoothing=augmentation.smoothing,
-    )
 
 
 def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoader | None]:

@@ -14,25 +14,8 @@ from torch import Tensor, nn
 
 from openmae.data.dataset import Batch
 from openmae.data.normalise import Normaliser
+from openmae.spec.schema import AugmentationSpec
 from openmae.training.distributed import gather
-
-
-@dataclass(frozen=True)
-class MixSettings:
-    """Mixup, CutMix and label smoothing, with the meanings of ``timm.data.Mixup``."""
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    cutmix_minmax: tuple[float, float] | None = None
-    prob: float = 1.0
-    switch_prob: float = 0.5
-    mode: str = "batch"
-    smoothing: float = 0.0
-
-    @property
-    def active(self) -> bool:
-        """Whether any batch may be mixed."""
-        return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None)
 
 
 class FinetuneTask:
@@ -41,20 +24,20 @@ class FinetuneTask:
     Args:
         model: a timm classifier.
         normalise: uint8 images to the model's input.
-        mix: Mixup, CutMix, label smoothing.
+        augmentation: of which Mixup, CutMix and label smoothing act here.
         num_classes: of the classifier.
         monitor: metric that picks the best checkpoint: ``ACC_all`` (maximised), or a loss.
     """
 
     def __init__(
-        self, model: nn.Module, normalise: Normaliser, *, mix: MixSettings, num_classes: int, monitor: str
+        self, model: nn.Module, normalise: Normaliser, *, augmentation: AugmentationSpec, num_classes: int, monitor: str
     ) -> None:
         self.model = model
         self.normalise = normalise
         self.monitor = monitor
         self.lower_is_better = not monitor.startswith("ACC")
-        self.smoothing = mix.smoothing
-        self.mix = _build_mixup(mix, num_classes) if mix.active else None
+        self.smoothing = augmentation.smoothing
+        self.mix = _build_mixup(augmentation, num_classes) if augmentation.mixes else None
 
     def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
         """Cross entropy of a batch; mixing draws from numpy's global generator, which the trainer addresses."""
@@ -111,14 +94,14 @@ def score(predictions: Predictions) -> dict[str, float]:
     }
 
 
-def _build_mixup(mix: MixSettings, num_classes: int) -> Mixup:
+def _build_mixup(augmentation: AugmentationSpec, num_classes: int) -> Mixup:
     return Mixup(
-        mixup_alpha=mix.mixup,
-        cutmix_alpha=mix.cutmix,
-        cutmix_minmax=mix.cutmix_minmax,
-        prob=mix.prob,
-        switch_prob=mix.switch_prob,
-        mode=mix.mode,
-        label_smoothing=mix.smoothing,
+        mixup_alpha=augmentation.mixup,
+        cutmix_alpha=augmentation.cutmix,
+        cutmix_minmax=augmentation.cutmix_minmax,
+        prob=augmentation.mixup_prob,
+        switch_prob=augmentation.mixup_switch_prob,
+        mode=augmentation.mixup_mode,
+        label_smoothing=augmentation.smoothing,
         num_classes=num_classes,
     )

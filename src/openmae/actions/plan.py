@@ -1,0 +1,151 @@
+"""What a training run will do, fixed and checked before the first process starts."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openmae.actions.run import blaming
+from openmae.actions.sources import class_count, open_images
+from openmae.data.dataset import AddressedSampler, check_same_classes
+from openmae.data.images import ImageIndex
+from openmae.errors import CheckpointError
+from openmae.models.build import ModelConfig
+from openmae.models.weights import CheckpointInfo
+from openmae.spec.checks import INERT
+from openmae.spec.load import to_dict
+from openmae.spec.schema import ExperimentSpec
+from openmae.training.checkpoints import newest_checkpoint, read_training_state
+
+log = logging.getLogger("openmae")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request: everything that can be wrong has been looked at before the first process starts."""
+
+    spec: ExperimentSpec
+    folder: Path
+    train: ImageIndex
+    val: ImageIndex | None
+    info: CheckpointInfo
+    resume: Path | None
+    epochs_done: int
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self.info.model
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The run that this one goes on from."""
+
+    key: str
+    checkpoint: Path
+    info: CheckpointInfo
+    epochs_done: int
+
+
+def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
+    """Open the data, look back at an earlier run in ``folder``, and fix the model.
+
+    Raises:
+        UserError: anything in the request that can be known to be wrong before training.
+    """
+    earlier = _look_back(spec, folder)
+    finetune = spec.train.stage == "finetune"
+    train = open_images(spec.dataset.train_data_sources, "dataset.train_data_sources", labelled=finetune)
+    val = None
+    if spec.dataset.val_data_sources:
+        val = open_images(spec.dataset.val_data_sources, "dataset.val_data_sources", labelled=finetune or None)
+    if finetune and val is not None:
+        with blaming("dataset.val_data_sources"):
+            check_same_classes(train, val)
+    with blaming("dataset.batch_size"):
+        AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, spec.train.num_gpus)
+    if spec.train.seed < 0:
+        seed = earlier.info.spec["train"]["seed"] if earlier else random.SystemRandom().randrange(2**31)
+        log.info("train.seed is -1: this run draws %d.", seed)
+        spec = spec.replaced({"train.seed": seed})
+    if finetune:
+        spec = spec.replaced({"model.num_classes": class_count(spec, train)})
+    config = _model_config(spec)
+    augmentation = spec.dataset.augmentation
+    info = CheckpointInfo(
+        stage=spec.train.stage,
+        model=config,
+        class_names=train.class_names if finetune else (),
+        mean=tuple(augmentation.mean or ()),
+        std=tuple(augmentation.std or ()),
+        spec=to_dict(spec),
+    )
+    if earlier:
+        _check_same_run(earlier, info)
+    elif finetune and not spec.train.pretrained_model_path:
+        log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
+    resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
+    return Plan(spec, folder, train, val, info, resume, epochs_done)
+
+
+def _look_back(spec: ExperimentSpec, folder: Path) -> Earlier | None:
+    typed = spec.train.resume_training_checkpoint_path
+    key = "train.resume_training_checkpoint_path" if typed else "results_dir"
+    checkpoint = Path(typed) if typed else newest_checkpoint(folder)
+    if checkpoint is None:
+        return None
+    with blaming(key):
+        state = read_training_state(checkpoint, lazily=True)
+        return Earlier(key, checkpoint, CheckpointInfo.from_dict(state["openmae"]), state["progress"]["epoch"])
+
+
+def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
+    """A run can only go on as what it was."""
+    old, new = _identity(earlier.info), _identity(now)
+    keys = [key for key in new if old.get(key, new[key]) != new[key]]
+    if "train.stage" in keys:
+        keys = ["train.stage"]  # the rest follows from it
+    if keys:
+        changed = "; ".join(f"{key} was {old[key]} and is {new[key]}" for key in keys)
+        raise CheckpointError(
+            f"{earlier.key}: training cannot resume from {earlier.checkpoint}: {changed}.",
+            "Set another results_dir for a new run (train.pretrained_model_path takes weights along), or restore the "
+            "old settings.",
+        )
+
+
+def _identity(info: CheckpointInfo) -> dict[str, Any]:
+    """What may not change when a run is resumed, by its key."""
+    model = {f"model.{key}": value for key, value in info.model.to_dict().items()}
+    size = model.pop("model.input_size")
+    free = ("model.drop_path_rate", "model.num_classes", *INERT[info.stage])
+    shape = {key: value for key, value in model.items() if key not in free}
+    names = {"class names": ", ".join(info.class_names)} if info.class_names else {}
+    return {"train.stage": info.stage, **shape, "dataset.augmentation.input_size": size, **names}
+
+
+def _model_config(spec: ExperimentSpec) -> ModelConfig:
+    model = spec.model
+    return ModelConfig(
+        arch=model.arch,
+        input_size=spec.dataset.augmentation.size,
+        in_chans=model.in_chans,
+        patch_size=model.patch_size,
+        drop_path_rate=resolved(model.drop_path_rate),
+        mask_ratio=resolved(model.mask_ratio),
+        norm_pix_loss=model.norm_pix_loss,
+        decoder_depth=resolved(model.decoder_depth),
+        decoder_embed_dim=resolved(model.decoder_embed_dim),
+        global_pool=model.global_pool,
+        num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,
+    )
+
+
+def resolved(value: Any) -> Any:
+    """A value that ``load_spec`` has filled in."""
+    assert value is not None, "load_spec fills in what the architecture decides"
+    return value
