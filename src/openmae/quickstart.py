@@ -142,7 +142,7 @@ def _pretrain_spec(folder: Path, seed: int) -> dict[str, Any]:
         "dataset": {
             "train_data_sources": str(folder / "images" / "unlabelled"),
             "val_data_sources": str(folder / "images" / "held_out"),
-            "batch_size": 16,
+            "batch_size": 32,
             "num_workers_per_gpu": 0,
             "augmentation": {"input_size": SIZE, "min_scale": 0.6, "hflip": 0.0},
         },
@@ -152,7 +152,7 @@ def _pretrain_spec(folder: Path, seed: int) -> dict[str, Any]:
             "checkpoint_interval": 5,
             "keep_checkpoints": 1,
             "seed": seed,
-            "optim": {"lr": 5e-4, "lr_scheduler": "cosine", "warmup_epochs": 2},
+            "optim": {"lr": 7e-4, "lr_scheduler": "cosine", "warmup_epochs": 2},
         },
         "wandb": {"enable": False},
     }
