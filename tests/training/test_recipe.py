@@ -8,7 +8,7 @@ import torch
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.training.devices import build_fabric
 from openmae.training.optim import Schedule, finetuning_groups, freeze, pretraining_groups
-from openmae.training.recipe import recipe_rows
+from openmae.training.recipe import _rates_text, recipe_rows
 from openmae.training.trainer import LoopSettings
 
 CONFIG = ModelConfig("vit_tiny_patch16", (32, 64), decoder_depth=1, decoder_embed_dim=32)
@@ -54,10 +54,16 @@ def test_finetuning_shows_the_rate_of_each_layer_group(fabric):
     assert found["classes"] == "3"
     assert "masked" not in found
     assert found["images"] == "10 to train, none to validate"
-    assert found["learning rate"] == (
-        "layer 0 1.22e-07, layer 1 2.44e-07, layer 2 4.88e-07, layer 3 9.77e-07, ..., "
-        "layer 10 0.000125, layer 11 0.00025, layer 12 0.0005, head 0.001"
-    )
+    layers = [f"layer {layer} {1e-3 * 0.5 ** (13 - layer):.3g}" for layer in range(13)]
+    assert found["learning rate"] == ", ".join([*layers, "head 0.001"])
+
+
+def test_many_layers_show_the_first_and_the_last():
+    groups = [{"name": f"layer {layer}", "lr_scale": 2.0 ** (layer - 24)} for layer in range(24)]
+    text = _rates_text(groups, 1.0)
+    assert text.startswith("layer 0 5.96e-08, layer 1 ")
+    assert ", layer 7 7.63e-06, ..., layer 16 0.00391, " in text
+    assert text.endswith("layer 23 0.5")
 
 
 def test_one_rate_for_all_is_one_number(fabric):

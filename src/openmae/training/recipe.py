@@ -12,7 +12,7 @@ from openmae.training.devices import describe_device
 from openmae.training.optim import Schedule
 from openmae.training.trainer import LoopSettings
 
-_MOST_LAYERS = 8  # shown one by one; more are shown by their first and last ones
+_MOST_LAYERS = 16  # shown one by one; more are shown by their first and last ones
 
 Rows = list[tuple[str, str]]
 
