@@ -9,7 +9,7 @@ import torch
 
 from openmae.data.dataset import Batch
 from openmae.data.images import ImageIndex
-from openmae.data.loaders import EvaluationLoader, TrainingLoader, evaluation_loader, training_loader
+from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
 
 AUGMENT = FinetuneTransform(
@@ -18,13 +18,13 @@ AUGMENT = FinetuneTransform(
 
 
 def train_of(index: ImageIndex, folder: Path, **options: Any) -> TrainingLoader:
-    common = {"batch_size": 4, "seed": 3, "results": folder, "max_corrupt_fraction": 1.0}
-    return training_loader(index, AUGMENT, **{**common, **options})
+    settings = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0, **options}
+    return training_loader(index, AUGMENT, LoaderSettings(**settings), seed=3)
 
 
 def val_of(index: ImageIndex, folder: Path, **options: Any) -> EvaluationLoader:
-    common = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0}
-    return evaluation_loader(index, EvalTransform((32, 32)), **{**common, **options})
+    settings = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0, **options}
+    return evaluation_loader(index, EvalTransform((32, 32)), LoaderSettings(**settings))
 
 
 def same(a: Iterable[Batch], b: Iterable[Batch]) -> bool:

@@ -94,17 +94,37 @@ def test_predictions_come_in_order(tmp_path):
     assert found.indices.tolist() == list(range(7))
     assert found.labels.tolist() == [n % 3 for n in range(7)]
     images = torch.cat([part.images for part in parts])
-    np.testing.assert_allclose(found.probabilities, Pixels()(NORMALISE(images)).softmax(1), rtol=1e-6)
+    shares = Pixels()(NORMALISE(images)).softmax(1)
+    np.testing.assert_allclose(found.probabilities, shares.sort(descending=True).values, rtol=1e-6)
+    np.testing.assert_array_equal(found.classes, shares.argsort(descending=True, stable=True))
+    np.testing.assert_allclose(found.losses, -shares[range(7), found.labels].log(), rtol=1e-6)
+
+
+def predicted(logits: list[list[float]], labels: list[int]) -> Predictions:
+    """What ``predict`` makes of the logits."""
+    batch = Batch(torch.tensor(logits)[:, :, None, None], torch.tensor(labels), torch.arange(len(labels)), 0, [])
+    return predict(build_fabric("evaluate", 1, [0], 1), torch.nn.Flatten(), lambda images: images, [batch])
 
 
 def test_score_counts():
-    probabilities = np.array([[0.5, 0.3, 0.1, 0.04, 0.03, 0.03], [0.1, 0.2, 0.3, 0.2, 0.15, 0.05]], np.float32)
-    found = score(Predictions(np.arange(2), np.array([0, 5]), probabilities))
-    assert found == pytest.approx(
+    probabilities = [[0.5, 0.3, 0.1, 0.04, 0.03, 0.03], [0.1, 0.2, 0.3, 0.2, 0.15, 0.05]]
+    found = predicted(np.log(probabilities).tolist(), [0, 5])
+    assert found.classes.tolist() == [[0, 1, 2, 3, 4], [2, 1, 3, 4, 0]]
+    assert score(found) == pytest.approx(
         {"val_loss": -(np.log(0.5) + np.log(0.05)) / 2, "ACC_all": 0.5, "ACC_top5": 0.5}, rel=1e-6
     )
 
 
 def test_fewer_classes_than_five_are_always_in_the_top_five():
-    found = score(Predictions(np.arange(1), np.array([1]), np.array([[0.9, 0.1]], np.float32)))
+    found = score(predicted([[2.0, 0.1]], [1]))
     assert (found["ACC_all"], found["ACC_top5"]) == (0.0, 1.0)
+
+
+def test_logits_that_are_not_finite_are_no_success():
+    found = score(predicted([[float("nan")] * 6], [5]))
+    assert np.isnan(found["val_loss"])
+    assert (found["ACC_all"], found["ACC_top5"]) == (0.0, 0.0)
+
+
+def test_unknown_labels_have_no_loss():
+    assert np.isnan(predicted([[2.0, 0.1]], [-1]).losses).all()

@@ -164,8 +164,8 @@ def test_something_must_be_left_to_train():
 
 def test_moments_of_other_parameters_are_refused():
     model = layers()
-    state = build_adamw(pretraining_groups(model, 0.1), 1e-3, 0.9, 0.95, torch.device("cpu")).state_dict()
+    state = build_adamw(pretraining_groups(model, 0.1), 1e-3, 0.9, 0.95).state_dict()
     freeze(model, ["patch_embed"])
-    optimizer = build_adamw(pretraining_groups(model, 0.1), 1e-3, 0.9, 0.95, torch.device("cpu"))
+    optimizer = build_adamw(pretraining_groups(model, 0.1), 1e-3, 0.9, 0.95)
     with pytest.raises(CheckpointError, match="other parameters are trained now than in the checkpoint"):
         load_moments(optimizer, state)

@@ -10,6 +10,7 @@ from openmae.data.dataset import Batch
 from openmae.data.normalise import Normaliser
 from openmae.errors import DataError
 from openmae.models.build import ModelConfig, build_autoencoder
+from openmae.training import pretrain
 from openmae.training.devices import build_fabric
 from openmae.training.pretrain import PretrainTask, embed, probe
 
@@ -141,3 +142,13 @@ def test_half_precision_leaves_the_target_alone():
     loss = task.training_loss(model, batch, 0)
     assert torch.equal(seen[0], task.normalise(batch.images))
     assert loss.dtype == torch.float32
+
+
+def test_a_large_set_is_probed_by_the_same_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(pretrain, "MOST_PROBED", 30)
+    monkeypatch.setattr(pretrain, "knn_accuracy", lambda features, labels: seen.append(features) or 0.5)
+    monkeypatch.setattr(pretrain, "linear_probe_accuracy", lambda features, labels: float(len(labels)))
+    features, labels = np.arange(200.0).reshape(100, 2), np.arange(100) % 2
+    assert pretrain.probe(features, labels) == pretrain.probe(features, labels) == {"knn_acc": 0.5, "probe_acc": 30.0}
+    assert np.array_equal(*seen)

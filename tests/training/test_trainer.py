@@ -181,11 +181,33 @@ def test_ten_in_a_row_end_the_run(train, monkeypatch, payload_of, tmp_path):
     with pytest.raises(RunError) as caught:
         train(tmp_path, {"train.num_epochs": 5, "dataset.val_data_sources": None})
     assert len(spoiler.weights) == 11
-    assert "The loss was not finite 10 steps in a row, the last with: " in caught.value.problem
+    assert "The loss or its gradients were not finite 10 steps in a row, the last with: " in caught.value.problem
     assert ".png" in caught.value.problem
     assert caught.value.fix.startswith("Lower train.optim.lr, set train.clip_grad_norm=1.0,")
     kept = payload_of(tmp_path)["state_dict"]
     assert same({f"model.{k}": v for k, v in spoiler.weights[1].items()}, kept)
+
+
+def test_gradients_that_are_not_finite_skip_their_step_when_clipping(train, monkeypatch, caplog, tmp_path):
+    weights: list[dict[str, torch.Tensor]] = []
+    original = PretrainTask.training_loss
+
+    def training_loss(task, *arguments):
+        weights.append({k: v.clone() for k, v in task.model.state_dict().items()})
+        loss = original(task, *arguments)
+        if len(weights) == 3:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(PretrainTask, "training_loss", training_loss)
+    with caplog.at_level(logging.WARNING, "openmae"):
+        train(tmp_path, {"train.num_epochs": 1, "dataset.val_data_sources": None, "train.clip_grad_norm": 1.0})
+    assert same(weights[2], weights[3])
+    assert not same(weights[3], weights[4])
+    (text,) = (m for m in caplog.messages if "skipped" in m)
+    assert text.startswith("Step 3: the loss is ")
+    assert "but its gradients' norm is nan; the step is skipped. Its images: " in text
+    assert text.count(".png") == 4
 
 
 def test_clipping_bounds_the_gradient(train, tmp_path):

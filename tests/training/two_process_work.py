@@ -30,7 +30,7 @@ def own_batches(rank: int) -> list[Batch]:
     for part in parts:
         indices = torch.tensor(part)
         images = (indices * 50).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-        batches.append(Batch(images, indices + 100, indices, 0, []))
+        batches.append(Batch(images, indices % 3, indices, 0, []))
     return batches
 
 

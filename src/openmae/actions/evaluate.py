@@ -14,7 +14,7 @@ from openmae.actions.reports import classifier_report, pretrained_report
 from openmae.actions.run import begin_results, running, show_table, watched
 from openmae.actions.sources import open_images, shorten
 from openmae.data.images import ImageIndex
-from openmae.data.loaders import EvaluationLoader, evaluation_loader
+from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
 from openmae.errors import DataError
@@ -49,16 +49,16 @@ class Request:
         """This process's share of the images, in order."""
         dataset = self.spec.dataset
         size, channels = self.info.model.input_size, self.info.model.in_chans
-        return evaluation_loader(
-            self.index,
-            EvalTransform(size, channels, dataset.augmentation.interpolation),
+        settings = LoaderSettings(
             batch_size=self.batch_size,
+            results=self.folder,
+            max_corrupt_fraction=dataset.max_corrupt_fraction,
             num_workers=dataset.num_workers_per_gpu,
             rank=fabric.global_rank,
             world_size=fabric.world_size,
-            results=self.folder,
-            max_corrupt_fraction=dataset.max_corrupt_fraction,
         )
+        transform = EvalTransform(size, channels, dataset.augmentation.interpolation)
+        return evaluation_loader(self.index, transform, settings)
 
     def pretrain_task(self) -> PretrainTask:
         """The autoencoder with the spec's masks."""
@@ -143,7 +143,7 @@ def _evaluate_classifier(fabric: Fabric, request: Request) -> dict[str, float]:
     if fabric.is_global_zero:
         names = request.info.class_names
         confusion = np.zeros((len(names), len(names)), dtype=np.int64)
-        np.add.at(confusion, (predictions.labels, predictions.probabilities.argmax(axis=1)), 1)
+        np.add.at(confusion, (predictions.labels, predictions.classes[:, 0]), 1)
         picture = save_confusion_matrix(confusion, names, request.folder / "confusion_matrix.png")
         classifier_report(request.folder, request.info, metrics, confusion, picture)
     return metrics

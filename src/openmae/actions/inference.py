@@ -25,7 +25,6 @@ from openmae.training.devices import build_fabric, launch
 from openmae.training.finetune import Predictions, predict
 from openmae.training.pretrain import embed
 
-TOP = 5
 RESULTS, EMBEDDINGS = "results.csv", "embeddings.parquet"
 _SHEET = 16  # images of the contact sheet
 _CLASSES = 5  # shown on the terminal
@@ -69,7 +68,7 @@ def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
     loader = request.loader(fabric)
     predictions = predict(fabric, request.model, request.normalise, watched(fabric, loader))
     names = request.info.class_names
-    counts = Counter(names[label] for label in predictions.probabilities.argmax(axis=1))
+    counts = Counter(names[label] for label in predictions.classes[:, 0])
     if fabric.is_global_zero:
         rows = _result_rows(predictions, request)
         text = io.StringIO()
@@ -83,23 +82,23 @@ def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
 
 def _draw_sheet(predictions: Predictions, request: Request, batch: Batch) -> Path:
     """Some of the images as the model saw them, each with its class and the class's probability."""
-    shares = predictions.probabilities[np.searchsorted(predictions.indices, batch.indices.numpy())]
-    labels = [request.info.class_names[label] for label in shares.argmax(axis=1)]
+    places = np.searchsorted(predictions.indices, batch.indices.numpy())
+    labels = [request.info.class_names[label] for label in predictions.classes[places, 0]]
+    shares = predictions.probabilities[places, 0].tolist()
     pixels = batch.images.round().clamp(0, 255).byte() if batch.images.is_floating_point() else batch.images
     images = pixels.permute(0, 2, 3, 1).numpy()
-    return save_predictions(images, labels, shares.max(axis=1).tolist(), request.folder / "predictions.png")
+    return save_predictions(images, labels, shares, request.folder / "predictions.png")
 
 
 def _result_rows(predictions: Predictions, request: Request) -> list[list[str]]:
     """A header, then a row an image: path, and the most likely classes with their probabilities."""
     names = request.info.class_names
-    top = min(TOP, len(names))
+    top = predictions.classes.shape[1]
     header = ["path", "class", "probability"]
     header += [column for place in range(2, top + 1) for column in (f"class_{place}", f"probability_{place}")]
     rows = [header]
-    for index, shares in zip(predictions.indices, predictions.probabilities, strict=True):
-        best = np.argsort(-shares, kind="stable")[:top]
-        cells = [cell for label in best for cell in (names[label], f"{shares[label]:.6f}")]
+    for index, best, shares in zip(predictions.indices, predictions.classes, predictions.probabilities, strict=True):
+        cells = [cell for label, share in zip(best, shares, strict=True) for cell in (names[label], f"{share:.6f}")]
         rows.append([request.index.paths[index], *cells])
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -103,8 +104,8 @@ def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
 def inference_report(folder: Path, info: CheckpointInfo, rows: Sequence[Sequence[str]], sheet: Path) -> Path:
     """After classifying: some of the images, how often each class was seen, and the first rows of results.csv."""
     _, *found = rows
-    counts = {name: sum(row[1] == name for row in found) for name in info.class_names}
-    most = sorted(counts.items(), key=lambda item: -item[1])
+    counts = Counter(row[1] for row in found)
+    most = sorted(((name, counts[name]) for name in info.class_names), key=lambda item: -item[1])
     sections: list[Section] = [
         Numbers(
             "What was classified",

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from rich.console import Console
 from torch import nn
 
 from openmae.actions.plan import Plan, make_plan, resolved
 from openmae.actions.reports import train_report
 from openmae.actions.run import Rows, begin_results, blaming, running, show_table
-from openmae.data.loaders import EvaluationLoader, TrainingLoader, evaluation_loader, training_loader
+from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform, Transform
 from openmae.errors import CheckpointError
@@ -99,7 +100,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     )
     settings = _loop_settings(plan, fabric)
     groups = _groups(plan, model)
-    optimizer = build_adamw(groups, settings.lr, optim.momentum, resolved(optim.beta2), fabric.device)
+    optimizer = build_adamw(groups, settings.lr, optim.momentum, resolved(optim.beta2))
     images = (len(plan.train), len(plan.val) if plan.val else 0)
     rows = recipe_rows(fabric, model, config, groups, schedule, settings, images, spec.dataset.batch_size)
     outputs = _outputs(fabric, plan, state)
@@ -114,8 +115,9 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
             trainer.progress.epoch,
             trainer.progress.step,
         )
+        state = None  # as large as the model, its moments and its average together
     try:
-        metrics = trainer.fit()
+        metrics = trainer.fit() or _last_metrics(plan.folder)
     finally:
         if outputs.loggers:
             outputs.loggers.close()
@@ -182,20 +184,20 @@ def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
 
 def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoader | None]:
     spec = plan.spec
-    common: dict[str, Any] = {
-        "batch_size": spec.dataset.batch_size,
-        "num_workers": spec.dataset.num_workers_per_gpu,
-        "rank": fabric.global_rank,
-        "world_size": fabric.world_size,
-        "results": plan.folder,
-        "max_corrupt_fraction": spec.dataset.max_corrupt_fraction,
-    }
+    settings = LoaderSettings(
+        batch_size=spec.dataset.batch_size,
+        results=plan.folder,
+        max_corrupt_fraction=spec.dataset.max_corrupt_fraction,
+        num_workers=spec.dataset.num_workers_per_gpu,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
     augmentation = spec.dataset.augmentation
-    train = training_loader(plan.train, _train_transform(plan), seed=spec.train.seed, **common)
+    train = training_loader(plan.train, _train_transform(plan), settings, spec.train.seed)
     if plan.val is None:
         return train, None
     transform = EvalTransform(augmentation.size, spec.model.in_chans, augmentation.interpolation)
-    return train, evaluation_loader(plan.val, transform, **common)
+    return train, evaluation_loader(plan.val, transform, settings)
 
 
 def _train_transform(plan: Plan) -> Transform:
@@ -224,7 +226,7 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
     spec = plan.spec
     checkpoints = CheckpointFolder(plan.folder, plan.config.arch, spec.train.keep_checkpoints)
     if not fabric.is_global_zero:
-        return Outputs(checkpoints, plan.info.to_dict())
+        return Outputs(checkpoints, plan.info.to_dict(), console=Console(force_terminal=False))  # one bar is enough
     begin_results(plan.folder, spec, resumed=state is not None)
     wandb_run = open_wandb(spec.wandb.model_dump(), plan.folder, dict(plan.info.spec))
     loggers = Loggers(plan.folder, state["progress"]["step"] if state else None, wandb_run)
@@ -242,9 +244,7 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows) -> None:
         loader = trainer.val_loader or evaluation_loader(
             plan.train,
             EvalTransform(plan.config.input_size, plan.config.in_chans),
-            batch_size=PICTURES,
-            results=plan.folder,
-            max_corrupt_fraction=1.0,
+            LoaderSettings(batch_size=PICTURES, results=plan.folder, max_corrupt_fraction=1.0),
         )
         picture = plan.folder / "reconstructions" / "last.png"
         reconstruction_grid(*trainer.task.reconstruct(fabric, loader.first(PICTURES)), picture)

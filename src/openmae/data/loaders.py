@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -84,43 +85,44 @@ class EvaluationLoader:
         return self.dataset.collate(list(islice(readable, count)))
 
 
-def training_loader(
-    index: ImageIndex,
-    transform: Transform,
-    *,
-    batch_size: int,
-    seed: int,
-    results: Path,
-    max_corrupt_fraction: float,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> TrainingLoader:
-    """A loader over the images of ``index``; ``batch_size`` is of one process.
+@dataclass(frozen=True)
+class LoaderSettings:
+    """What a process's loaders have in common.
+
+    Attributes:
+        batch_size: images of a batch, of one process.
+        results: folder of the list of corrupt files.
+        max_corrupt_fraction: the largest bearable share of a data set.
+        num_workers: processes that load; 0 loads in this one.
+        rank, world_size: which share of the batches.
+    """
+
+    batch_size: int
+    results: Path
+    max_corrupt_fraction: float
+    num_workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+
+def training_loader(index: ImageIndex, transform: Transform, settings: LoaderSettings, seed: int) -> TrainingLoader:
+    """A loader over the images of ``index``, shuffled.
 
     Raises:
         DataError: fewer images than one batch on every process.
     """
     dataset = ImageDataset(index, transform, seed, replace_corrupt=True)
-    sampler = AddressedSampler(len(index), batch_size, seed, rank, world_size)
-    return TrainingLoader(dataset, sampler, num_workers, CorruptFiles(index, results, max_corrupt_fraction))
+    sampler = AddressedSampler(len(index), settings.batch_size, seed, settings.rank, settings.world_size)
+    corrupt = CorruptFiles(index, settings.results, settings.max_corrupt_fraction)
+    return TrainingLoader(dataset, sampler, settings.num_workers, corrupt)
 
 
-def evaluation_loader(
-    index: ImageIndex,
-    transform: Transform,
-    *,
-    batch_size: int,
-    results: Path,
-    max_corrupt_fraction: float,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> EvaluationLoader:
-    """A loader over the images of ``index``, in order; ``batch_size`` is of one process."""
+def evaluation_loader(index: ImageIndex, transform: Transform, settings: LoaderSettings) -> EvaluationLoader:
+    """A loader over the images of ``index``, in order."""
     dataset = ImageDataset(index, transform)
-    sampler = EvalSampler(len(index), batch_size, rank, world_size)
-    return EvaluationLoader(dataset, sampler, num_workers, CorruptFiles(index, results, max_corrupt_fraction))
+    sampler = EvalSampler(len(index), settings.batch_size, settings.rank, settings.world_size)
+    corrupt = CorruptFiles(index, settings.results, settings.max_corrupt_fraction)
+    return EvaluationLoader(dataset, sampler, settings.num_workers, corrupt)
 
 
 def _data_loader(

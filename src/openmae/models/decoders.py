@@ -69,7 +69,7 @@ class TransformerDecoder(nn.Module):
         x = self.embed(latent_BTD)
         prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         x = torch.cat([prefix, _fill(visible, mask, self.mask_token)], dim=1)
-        x = self.blocks(x + self.pos_embed.to(x.dtype))
+        x = self.blocks(x + self.pos_embed)  # float32 from here on under autocast, as in the official code
         masked = _take(x[:, self.num_prefix_tokens :], mask.masked_BM)
         return self.predict(self.norm(masked))
 

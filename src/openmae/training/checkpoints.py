@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from openmae.errors import CheckpointError, RunError
 
@@ -78,13 +79,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def write_checkpoint(payload: Mapping[str, Any], path: Path) -> None:
-    """Write to a temporary name, flush to the disk, rename.
+    """Write to a temporary name, flush to the disk, rename; a GPU's tensors as a CPU's, so that any machine reads them.
 
     Raises:
         RunError: the disk is full or not writable; nothing is left of the attempt.
     """
+    on_cpu = move_data_to_device(dict(payload), torch.device("cpu"))
     with _replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save(dict(payload), file)
+        torch.save(on_cpu, file)
         file.flush()
         os.fsync(file.fileno())
 

@@ -14,9 +14,8 @@ from openmae.errors import DataError
 
 
 def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
-    """Each value summed over all processes, in float64 (float32 where the device has no float64)."""
-    dtype = torch.float32 if fabric.device.type == "mps" else torch.float64
-    total = fabric.all_reduce(torch.tensor(values, dtype=dtype, device=fabric.device), reduce_op="sum")
+    """Each value summed over all processes, in float64."""
+    total = fabric.all_reduce(torch.tensor(values, dtype=torch.float64, device=fabric.device), reduce_op="sum")
     return torch.as_tensor(total).tolist()
 
 

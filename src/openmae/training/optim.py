@@ -91,12 +91,9 @@ def _group(model: nn.Module, weight_decay: float, place: Callable[[str], tuple[s
     return list(groups.values())
 
 
-def build_adamw(
-    groups: Sequence[dict], lr: float, beta1: float, beta2: float, device: torch.device
-) -> torch.optim.AdamW:
-    """AdamW over the groups; fused where the device has it."""
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=fused)
+def build_adamw(groups: Sequence[dict], lr: float, beta1: float, beta2: float) -> torch.optim.AdamW:
+    """AdamW over the groups, fused: CPU and CUDA both have it."""
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

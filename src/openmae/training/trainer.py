@@ -181,7 +181,7 @@ class Trainer:
         """Train to the last epoch; returns the last epoch's metrics.
 
         Raises:
-            RunError: the loss is not finite ten updates in a row, or a checkpoint cannot be written.
+            RunError: the loss or its gradients are not finite ten updates in a row, or a checkpoint cannot be written.
             KeyboardInterrupt: Ctrl-C; a checkpoint of the last finished update has been written.
         """
         metrics: dict[str, float] = {}
@@ -239,44 +239,48 @@ class Trainer:
         )
         self._stop = interrupted > 0
         mean = total / self.fabric.world_size
-        if np.isfinite(mean):
-            self._step_optimizer()
+        if not np.isfinite(mean):
+            at_fault = [batch for batch, part in zip(group, losses, strict=True) if not part.isfinite()]
+            self._skip(f"the loss is {mean}", at_fault)
+        elif not np.isfinite(norm := self._clip_gradients()):
+            self._skip(f"the loss is {mean:.4g}, but its gradients' norm is {norm}", group)
         else:
-            self._skip(mean, [batch for batch, part in zip(group, losses, strict=True) if not part.isfinite()])
+            self._step_optimizer()
         self.optimizer.zero_grad()
         self.pace.count(int(images))
         return mean
 
+    def _clip_gradients(self) -> float:
+        """Returns their norm, the same in every process; 0 where nobody asked for clipping."""
+        limit, precision = self.settings.clip_grad_norm, self.fabric.strategy.precision
+        if not limit:
+            return 0.0
+        norm = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        assert norm is not None  # as max_norm is given
+        # fp16 overflows now and then: its scaler leaves such a step out by itself, and lowers its scale
+        return 0.0 if getattr(precision, "scaler", None) is not None else norm.item()
+
     def _step_optimizer(self) -> None:
-        if self.settings.clip_grad_norm:
-            self.fabric.clip_gradients(
-                self.model, self.optimizer, max_norm=self.settings.clip_grad_norm, error_if_nonfinite=False
-            )
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.task.model, step=self.progress.step)
         self.progress.bad_steps = 0
 
-    def _skip(self, loss: float, batches: Sequence[Batch]) -> None:
+    def _skip(self, fault: str, batches: Sequence[Batch]) -> None:
         """Leave the weights as they are, and name the images; too often in a row ends the run.
 
         Args:
-            loss: of the update.
-            batches: of this process, those without a finite loss.
+            fault: for people.
+            batches: of this process, those that it may come from.
         """
         self.progress.bad_steps += 1
         own = [self.train_loader.file_of(int(index)) for batch in batches for index in batch.indices]
         names = [name for part in gather_objects(self.fabric, own) for name in part]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        log.warning(
-            "Step %d: the loss is %s; the step is skipped. Its images: %s",
-            self.progress.step + 1,
-            loss,
-            shown,
-        )
+        log.warning("Step %d: %s; the step is skipped. Its images: %s", self.progress.step + 1, fault, shown)
         if self.progress.bad_steps >= MAX_BAD_STEPS:
             raise RunError(
-                f"The loss was not finite {MAX_BAD_STEPS} steps in a row, the last with: {shown}.",
+                f"The loss or its gradients were not finite {MAX_BAD_STEPS} steps in a row, the last with: {shown}.",
                 "Lower train.optim.lr, set train.clip_grad_norm=1.0, lengthen train.optim.warmup_epochs, "
                 "use train.precision=bf16 or fp32 instead of fp16, or look at the images named.",
             )

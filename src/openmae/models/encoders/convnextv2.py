@@ -23,7 +23,7 @@ from openmae.models.encoders.base import MaskedEncoder
 from openmae.models.patches import select_units
 
 _UNIT = 32  # px, the stride of the last stage
-_WINDOW_SIDE = 4  # from this side on, windows around the units beat a dense map (measured; ARCHITECTURE.md)
+_WINDOW_SIDE = 4  # from this side on, windows around the visible units cost less than a dense map
 
 
 class ConvNeXtV2Encoder(MaskedEncoder):
