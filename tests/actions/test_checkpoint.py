@@ -56,3 +56,14 @@ def test_one_option_needs_no_others_beside_it(trained):
     open_checkpoint(spec_for(checkpoint, "model.patch_size=16"), "evaluate")
     with pytest.raises(SpecError, match=r"mean is \(0.5,\), but evaluate.checkpoint"):
         open_checkpoint(spec_for(checkpoint, "dataset.augmentation.mean=[0.5]"), "evaluate")
+
+
+def test_the_backbone_alone_cannot_reconstruct(trained, photos, refused, tmp_path):
+    run = trained("vit", "pretrain")
+    backbone = run.folder / "backbone.safetensors"
+    text = refused(
+        "inference",
+        [f"inference.checkpoint={backbone}", f"dataset.test_data_sources={photos.val}", f"results_dir={tmp_path}"],
+    )
+    assert f"inference.checkpoint: {backbone} holds the backbone alone, and inference reconstructs besides." in text
+    assert f"Give the checkpoint beside it, such as {run.folder / 'model_best.pth'}." in text

@@ -14,7 +14,10 @@ from PIL import Image
 from safetensors import safe_open
 
 import openmae
+from openmae.actions import plan
 from openmae.cli import main
+from openmae.models.build import ModelConfig
+from openmae.models.weights import CheckpointInfo
 from openmae.results.metrics import read_metrics
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
@@ -224,3 +227,28 @@ def test_a_table_of_labels(trained, tmp_path):
     assert main(["train", *overrides, *sources, f"results_dir={tmp_path / 'results'}"]) == 0
     checkpoint = next((tmp_path / "results" / "train").glob("model_epoch*"))
     assert torch.load(checkpoint, weights_only=True)["openmae"]["class_names"] == ["9", "10"]
+
+
+def test_another_request_is_not_answered_by_an_old_result(trained, refused):
+    """A finished run with other settings in the same results_dir is refused, and nothing of it changes."""
+    run = trained("vit", "finetune")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in run.folder.glob("*.pth"))
+    for override, words in (
+        ("train.optim.lr=0.01", "train.optim.lr was"),
+        ("dataset.augmentation.hflip=0.1", "dataset.augmentation.hflip was 0.5 and is 0.1"),
+    ):
+        text = refused("train", [*run.overrides, override])
+        assert words in text
+        assert "holds a finished run with other settings" in text
+        assert "Set another results_dir for this run." in text
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in run.folder.glob("*.pth"))
+
+
+def test_an_unfinished_run_goes_on_with_other_settings_aloud(caplog):
+    before = {"train": {"optim": {"lr": 0.1}, "num_epochs": 3, "pretrained_model_path": "a.pth"}, "dataset": {}}
+    now = {"train": {"optim": {"lr": 0.2}, "num_epochs": 9}}
+    infos = [CheckpointInfo("pretrain", ModelConfig("vit_tiny_patch16"), spec=spec) for spec in (before, now)]
+    earlier = plan.Earlier("results_dir", Path("runs/train/model.pth"), infos[0], 1)
+    plan._compare_settings(earlier, infos[1], finished=False)
+    assert "The run in runs/train goes on with other settings: train.optim.lr was 0.1 and is 0.2." in caplog.text
+    assert "pretrained_model_path" not in caplog.text, "a resumed run needs it no more"

@@ -223,3 +223,15 @@ def test_colour_jitter_keeps_alpha_and_moves_colour(photo: Path) -> None:
     plain, jittered = (apply(finetune(in_chans=4, color_jitter=c), photo) for c in (0.0, 0.5))
     assert not torch.equal(plain[:3], jittered[:3])
     assert torch.equal(plain[3], jittered[3])
+
+
+def test_posterize_keeps_a_bit_at_every_magnitude() -> None:
+    transform = finetune(auto_aug="rand-m10-n1-mstd100-inc1")
+    names = {op.name: op for op in transform._policy.ops}  # type: ignore[union-attr]
+    posterize = [op for name, op in names.items() if name.startswith("Posterize")]
+    assert posterize
+    grey = Image.new("RGB", (8, 8), (200, 100, 50))
+    for op in posterize:
+        assert {op.level_fn(level, op.hparams)[0] for level in np.linspace(0, 10, 50)} <= set(range(1, 9))
+        op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0
+        op(grey)

@@ -15,6 +15,7 @@ from openmae.models.weights import Checkpoint, CheckpointInfo, load_into, read_c
 from openmae.spec.architectures import visible_units
 from openmae.spec.checks import INERT
 from openmae.spec.schema import ExperimentSpec
+from openmae.training.checkpoints import BEST
 
 _MODEL_KEYS = ("arch", "in_chans", "patch_size", "global_pool", "decoder_depth", "decoder_embed_dim", "norm_pix_loss")
 _SIZE = "dataset.augmentation.input_size"
@@ -40,6 +41,11 @@ def open_checkpoint(spec: ExperimentSpec, action: Literal["evaluate", "inference
             raise CheckpointError(
                 f"{path} holds weights of another program ({checkpoint.weights.layout} layout).",
                 "Give it to mae train as train.pretrained_model_path first.",
+            )
+        if info.stage == "pretrain" and not checkpoint.weights.rest:
+            raise CheckpointError(
+                f"{path} holds the backbone alone, and {action} reconstructs besides.",
+                f"Give the checkpoint beside it, such as {checkpoint.path.with_name(BEST)}.",
             )
     _check_request(spec, action, checkpoint, info)
     config = info.model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,20 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.training.checkpoints import newest_checkpoint, read_training_state
 
 log = logging.getLogger("openmae")
+
+#: What may change between the parts of one run without a word: its length, its pace, its place.
+_RHYTHM = frozenset(
+    {
+        "model.num_classes",
+        "dataset.num_workers_per_gpu",
+        "dataset.max_corrupt_fraction",
+        "dataset.test_data_sources",
+        *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "results_dir", "precision")),
+        *(f"train.checkpoint_{name}" for name in ("interval", "interval_unit")),
+        *(f"train.{name}" for name in ("keep_checkpoints", "validation_interval", "allow_partial_weights")),
+        "train.resume_training_checkpoint_path",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,11 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
             check_same_classes(train, val)
     with blaming("dataset.batch_size"):
         AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, spec.train.num_gpus)
+    if not spec.typed("dataset.batch_size"):
+        log.warning(
+            "dataset.batch_size is %d, the published default: set it to what memory holds, such as 64.",
+            spec.dataset.batch_size,
+        )
     if spec.train.seed < 0:
         seed = earlier.info.spec["train"]["seed"] if earlier else random.SystemRandom().randrange(2**31)
         log.info("train.seed is -1: this run draws %d.", seed)
@@ -86,6 +106,7 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     )
     if earlier:
         _check_same_run(earlier, info)
+        _compare_settings(earlier, info, finished=earlier.epochs_done >= spec.train.num_epochs)
     elif finetune and not spec.train.pretrained_model_path:
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
     resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
@@ -116,6 +137,38 @@ def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
             "Set another results_dir for a new run (train.pretrained_model_path takes weights along), or restore the "
             "old settings.",
         )
+
+
+def _compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -> None:
+    """An unfinished run may go on with other settings, aloud; a finished one is no answer to another request."""
+    before, wanted = _settings(earlier.info.spec), _settings(now.spec)
+    keys = sorted(key for key in before | wanted if before.get(key) != wanted.get(key))
+    if not finished and "train.pretrained_model_path" not in wanted:
+        keys = [key for key in keys if key != "train.pretrained_model_path"]  # a resumed run needs it no more
+    if not keys:
+        return
+    changed = "; ".join(f"{key} was {before.get(key, 'unset')} and is {wanted.get(key, 'unset')}" for key in keys)
+    if finished:
+        raise CheckpointError(
+            f"{earlier.key}: {earlier.checkpoint.parent} holds a finished run with other settings: {changed}.",
+            "Set another results_dir for this run.",
+        )
+    log.warning("The run in %s goes on with other settings: %s.", earlier.checkpoint.parent, changed)
+
+
+def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes the result of a training, by dotted key; unset keys are left out."""
+    found: dict[str, Any] = {}
+
+    def walk(tree: Mapping[str, Any], prefix: str) -> None:
+        for name, value in tree.items():
+            if isinstance(value, Mapping):
+                walk(value, f"{prefix}{name}.")
+            elif value not in (None, "") and f"{prefix}{name}" not in _RHYTHM:
+                found[f"{prefix}{name}"] = value
+
+    walk({section: spec.get(section, {}) for section in ("model", "dataset", "train")}, "")
+    return found
 
 
 def _identity(info: CheckpointInfo) -> dict[str, Any]:

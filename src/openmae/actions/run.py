@@ -121,7 +121,7 @@ def show_table(title: str, rows: Rows) -> None:
     """Print label and value pairs below a title on the terminal."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     for label, value in rows:
         table.add_row(label, value)
     console = Console(stderr=True, highlight=False, markup=False)

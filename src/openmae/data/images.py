@@ -371,5 +371,6 @@ class CorruptFiles:
                 f"{self.count} of {len(self._index)} images in {self._index.root} are corrupt "
                 f"({self.count / len(self._index):.2%}), {'so none is left' if none_left else limit}; the latest: "
                 f"{path} ({reason}).",
-                f"Replace or remove the files listed in {self._list}, or raise the limit.",
+                f"Replace or remove the files listed in {self._list}, or allow them: "
+                f"dataset.max_corrupt_fraction={math.ceil(100 * self.count / len(self._index)) / 100:g}.",
             )

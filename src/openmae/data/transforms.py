@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -244,7 +245,20 @@ def _timm_policy(config: str, params: dict[str, object]) -> ImagePolicy:
             f"dataset.augmentation.auto_aug: timm cannot read the policy {config!r} ({error}).",
             "Use one such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original-mstd0.5, or '' for none.",
         ) from error
+    _mend_posterize(policy)
     return policy
+
+
+def _mend_posterize(policy: Any) -> None:
+    """Keep at least one bit: timm's random magnitudes reach 0 bits, which Pillow refuses since version 13."""
+    groups = [getattr(policy, "ops", []), *getattr(policy, "policy", [])]
+    for op in (op for group in groups for op in group):
+        if op.name.startswith("Posterize"):
+            op.level_fn = partial(_at_least_one_bit, level_fn=op.level_fn)
+
+
+def _at_least_one_bit(level: float, hparams: dict[str, Any], level_fn: Callable[..., tuple[int]]) -> tuple[int]:
+    return (max(1, level_fn(level, hparams)[0]),)
 
 
 @contextmanager

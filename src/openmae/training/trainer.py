@@ -306,6 +306,7 @@ class Trainer:
         if (self._due("step", progress.step) and not epoch_done) or self._stop:
             self._save()
         if self._stop:
+            log.warning("A checkpoint of step %d was written; the same command goes on from it.", progress.step)
             raise KeyboardInterrupt
 
     def _finish_epoch(self) -> dict[str, float]:
