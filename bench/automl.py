@@ -24,7 +24,8 @@ import torch
 
 from openmae import quickstart
 from openmae.actions import train
-from openmae.automl import algorithms, worker
+from openmae.automl import worker
+from openmae.automl.algorithms import Algorithm
 from openmae.automl.objective import make_objective
 from openmae.automl.space import make_space
 from openmae.automl.study import Recommendation, Study
@@ -42,30 +43,8 @@ METRIC = "ACC_all"
 POINTS, SHARE = 2.0, 1 / 3  # targets: bayesian over the spec's own values; epochs of asha over those of random
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A way to search.
-
-    Attributes:
-        name: in the table.
-        algorithm: of the spec.
-        rungs: lengths of training that may be judged, at the most; 1 for algorithms that stop nothing early.
-    """
-
-    name: str
-    algorithm: str
-    rungs: int = 3
-
-
 # asha goes first: random then trains on what asha has paused, and nothing is trained twice.
-CONTESTANTS = (
-    Contestant("asha", "asha"),
-    Contestant("asha, 2 rungs", "asha", 2),
-    Contestant("hyperband", "hyperband"),
-    Contestant("random", "random"),
-    Contestant("bayesian", "bayesian"),
-    Contestant("bohb", "bohb"),
-)
+ALGORITHMS = ("asha", "hyperband", "random", "bayesian", "bohb")
 
 
 @dataclass(frozen=True)
@@ -196,7 +175,7 @@ class InProcess(worker.Trainings):
         table: that knows or trains.
     """
 
-    def __init__(self, folder: Path, algorithm: algorithms.Algorithm, table: Table) -> None:
+    def __init__(self, folder: Path, algorithm: Algorithm, table: Table) -> None:
         self.folder, self.algorithm, self.table = folder, algorithm, table
         self.client: Any = self
         self.steps: list[Step] = []
@@ -260,38 +239,35 @@ def finetuning(folder: Path, budget: Budget) -> dict[str, Any]:
     return tree
 
 
-def measure(
-    table: Table, budget: Budget, contestants: Sequence[Contestant] = CONTESTANTS
-) -> dict[str, dict[int, Search]]:
-    """Every search, by the name of the contestant and the seed."""
-    found: dict[str, dict[int, Search]] = {contestant.name: {} for contestant in contestants}
+def measure(table: Table, budget: Budget, names: Sequence[str] = ALGORITHMS) -> dict[str, dict[int, Search]]:
+    """Every search, by the name of the algorithm and the seed."""
+    found: dict[str, dict[int, Search]] = {name: {} for name in names}
     for seed in budget.seeds:
-        for contestant in contestants:
+        for name in names:
             begin = time.perf_counter()
-            search = found[contestant.name][seed] = search_with(contestant, seed, table, budget)
+            search = found[name][seed] = search_with(name, seed, table, budget)
             took = time.perf_counter() - begin
             told = f"best {search.best:.1%} (own values {search.own:.1%}) in {search.epochs} epochs, {took:.0f} s"
-            print(f"seed {seed}, {contestant.name}: {told}", file=sys.stderr, flush=True)
+            print(f"seed {seed}, {name}: {told}", file=sys.stderr, flush=True)
         table.tidy()
     return found
 
 
-def search_with(contestant: Contestant, seed: int, table: Table, budget: Budget) -> Search:
+def search_with(name: str, seed: int, table: Table, budget: Budget) -> Search:
     """One search, with the code of ``mae automl``."""
     settings = {
-        "automl.algorithm": contestant.algorithm,
+        "automl.algorithm": name,
         "automl.max_recommendations": budget.recommendations,
         "automl.seed": seed,
     }
     with (
-        tempfile.TemporaryDirectory() as name,
-        patch.object(algorithms, "_RUNGS", contestant.rungs),
+        tempfile.TemporaryDirectory() as where,
         patch.object(worker, "_POLL", 0.0),  # nothing runs meanwhile
     ):
-        folder = Path(name)
+        folder = Path(where)
         spec = load_spec(dict(table.tree), [f"{key}={value}" for key, value in settings.items()], action="automl")
         space = make_space(spec)
-        algorithm = algorithms.Algorithm(spec.automl, space, table.epochs)
+        algorithm = Algorithm(spec.automl, space, table.epochs)
         study = Study(spec, folder, algorithm, space, make_objective(spec))
         trainings = InProcess(folder, algorithm, table)
         worker.Worker(study, trainings).run()

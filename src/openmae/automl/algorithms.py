@@ -19,7 +19,8 @@ from openmae.errors import SpecError
 from openmae.spec.automl import AutomlSpec
 
 STOPS_EARLY = ("asha", "hyperband", "bohb")
-_RUNGS = 3  # lengths of training: a shorter first one would judge by the warmup
+_RUNGS = 3  # lengths of training
+_JUDGED = 3  # epochs before which none is judged, where it has that many: the warmup says little (docs/benchmarks.md)
 _GAUSSIAN = 50  # recommendations up to which a Gaussian process is fitted: it learns more from few, and costs more
 _QUANTILE = 0.25  # of a population that gives up its weights, and of that which hands them on
 _LIKE = ("model.drop_path_rate", "model.mask_ratio", "model.norm_pix_loss")  # another value, the same weights
@@ -91,7 +92,8 @@ class Algorithm:
     @property
     def first_rung(self) -> int:
         """Epochs of the shortest training."""
-        return max(1, self.epochs // self.settings.reduction_factor ** (_RUNGS - 1))
+        factor = self.settings.reduction_factor
+        return max(1, min(_JUDGED, self.epochs // factor), self.epochs // factor ** (_RUNGS - 1))
 
     @property
     def generations(self) -> int:

@@ -261,7 +261,8 @@ class Worker:
         elif job.status == "ERROR":
             failure = client.get_failure_analysis(job.id)
             cause = f"{failure.category}: {first_line(failure.error)}" if failure else job.message
-            self._fail(running.one, cause)
+            # where others were trained, values that diverge are to blame themselves
+            self._fail(running.one, cause, shared=not (failure and failure.diverged and self.study.best()))
         else:
             self._judge(running, seconds)
 
@@ -283,8 +284,14 @@ class Worker:
         else:
             self._begin(one, seconds)
 
-    def _fail(self, one: Recommendation, cause: str) -> None:
-        """End a recommendation; what the machine is to blame for is tried again, some times."""
+    def _fail(self, one: Recommendation, cause: str, *, shared: bool = True) -> None:
+        """End a recommendation; what the machine is to blame for is tried again, some times.
+
+        Args:
+            one: the recommendation.
+            cause: with its category in front.
+            shared: whether the next one may fail for the same reason.
+        """
         tries = int(one.trial.user_attrs.get(TRIES) or 0) + 1
         if cause.startswith("infrastructure") and tries < EQUAL_FAILURES:
             self.study.note(one, TRIES, tries)
@@ -292,6 +299,8 @@ class Worker:
         else:
             self._end(one, TrialState.FAIL, cause=cause)
         log.warning("Recommendation %d failed: %s", one.number, cause)
+        if not shared:
+            return
         self._failures.append(re.sub(r"\d+", "#", cause.replace(one.folder, "#")))
         alike = self._failures[-EQUAL_FAILURES:]
         if len(alike) == EQUAL_FAILURES and len(set(alike)) == 1:

@@ -36,6 +36,11 @@ class FailureAnalysis:
     exit_code: int | None
     evidence: str
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss was not finite: the values are to blame, and not the data or the machine."""
+        return re.search(_DIVERGED, self.error, re.IGNORECASE) is not None
+
 
 class _Rule(NamedTuple):
     pattern: str
@@ -43,6 +48,7 @@ class _Rule(NamedTuple):
     suggestion: str
 
 
+_DIVERGED = r"not finite|diverged|NaN"
 _SMALLER = "Lower dataset.batch_size, and raise train.accum_grad_batches by as much; or use bf16 or fp16."
 _RULES = tuple(
     _Rule(*row)
@@ -61,7 +67,7 @@ _RULES = tuple(
          "`mae dataset check` counts images, classes and broken files."),
         (r"\bSpecError\b|\bCheckpointError\b|has (a mistake|\d+ mistakes)", "spec", "Mend the spec; `mae spec check -e "
          "SPEC --action ACTION` prints every mistake."),
-        (r"not finite|diverged|NaN", "spec", "Lower train.optim.lr, raise warmup_epochs, or set clip_grad_norm."),
+        (_DIVERGED, "spec", "Lower train.optim.lr, raise warmup_epochs, or set clip_grad_norm."),
     )
 )  # fmt: skip
 
