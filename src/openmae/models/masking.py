@@ -7,6 +7,7 @@ package holds a boolean mask, so its polarity cannot flip.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,7 @@ def all_visible(batch: int, num_units: int, device: torch.device | str = "cpu") 
     return Mask(units_BL, units_BL[:, :0])
 
 
+@lru_cache(maxsize=16)
 def _scramble(number: int) -> int:
     return int(_splitmix64(torch.tensor(number, dtype=torch.int64)))
 

@@ -15,8 +15,14 @@ from openmae.errors import DataError
 
 def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
     """Each value summed over all processes, in float64."""
-    total = fabric.all_reduce(torch.tensor(values, dtype=torch.float64, device=fabric.device), reduce_op="sum")
-    return torch.as_tensor(total).tolist()
+    return add_over_ranks(fabric, torch.tensor(values, dtype=torch.float64, device=fabric.device)).tolist()
+
+
+def add_over_ranks(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
+    """``values``, summed over all processes in place; Fabric's own sum would let the host wait for the device."""
+    if fabric.world_size > 1:
+        torch.distributed.all_reduce(values)
+    return values
 
 
 def gather(fabric: Fabric, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:

@@ -92,9 +92,8 @@ class EpochBar:
     ) -> None:
         self._progress.stop()
 
-    def advance(self, batches: int, loss: float, lr: float, pace: dict[str, float]) -> None:
-        """So many batches more."""
-        numbers = (
-            f"loss {loss:.4f}  lr {lr:.2e}  {pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
-        )
+    def advance(self, batches: int, loss: float | None, lr: float, pace: dict[str, float]) -> None:
+        """So many batches more; ``loss`` is the newest one that is known, if any is."""
+        known = "" if loss is None else f"loss {loss:.4f}  "
+        numbers = f"{known}lr {lr:.2e}  {pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
         self._progress.update(self._task, advance=batches, numbers=numbers)

@@ -17,18 +17,20 @@ import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 from timm.utils import ModelEmaV3
+from torch import Tensor
 
 from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.errors import RunError
 from openmae.results.status import StatusLog
 from openmae.training.checkpoints import CheckpointFolder
-from openmae.training.distributed import gather_objects, sum_over_ranks
+from openmae.training.distributed import gather_objects
 from openmae.training.interrupt import InterruptWatch
 from openmae.training.loggers import Loggers
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
 from openmae.training.state import LoopSettings, Progress, Task
+from openmae.training.updates import Update, reads_late, scaler_of
 
 MAX_BAD_STEPS = 10
 _ROWS_PER_EPOCH = 100  # of metrics.csv, at the most
@@ -84,6 +86,9 @@ class Trainer:
         self.pace = PaceMeter()
         self._interrupt = InterruptWatch()
         self._stop = False  # what all processes know of Ctrl-C
+        self._late = reads_late(fabric)  # an update's numbers during the next one
+        self._unread: Update | None = None
+        self._loss: float | None = None  # of the newest update that was read
 
     def resume(self, payload: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's payload; what the spec says of the optimizer stands, its moments are taken up.
@@ -137,9 +142,9 @@ class Trainer:
                 group.append(batch)
                 if len(group) < self._group_size():
                     continue
-                loss = self._update(group)
-                bar.advance(len(group), loss, self._rate(), self.pace.read())
-                self._after_update(loss, len(group))
+                self._update(group)
+                bar.advance(len(group), self._loss, self._rate(), self.pace.read())
+                self._after_update(len(group))
                 group = []
 
     def _group_size(self) -> int:
@@ -152,9 +157,32 @@ class Trainer:
         done = progress.epoch * self.schedule.steps_per_epoch + -(-progress.batch // accumulated)
         return self.settings.lr * self.schedule.factor(done)
 
-    def _update(self, group: Sequence[Batch]) -> float:
-        """One update of the weights from a group of batches; returns its mean loss over all processes."""
-        set_learning_rate(self.optimizer, self._rate())
+    def _update(self, group: Sequence[Batch]) -> None:
+        """One update of the weights from a group of batches."""
+        rate = self._rate()
+        set_learning_rate(self.optimizer, rate)
+        losses = self._backward(group)
+        self._settle()  # the update before: its numbers came while this one was computed
+        norm = self._clip_gradients() if self._late else None
+        update = Update(
+            self.fabric,
+            self.progress.step + 1,
+            rate,
+            [batch.indices for batch in group],
+            losses,
+            stop_asked=self._interrupt.asked,
+            norm=norm,
+        )
+        if self._late:
+            self.optimizer.optimizer.found_inf = update.bad  # where it is 1, the fused step changes nothing
+            self.optimizer.step()
+            self._unread = update
+        else:
+            self._conclude(update)
+        self.optimizer.zero_grad()
+
+    def _backward(self, group: Sequence[Batch]) -> list[Tensor]:
+        """Gradients of a group's mean loss; returns each batch's share of it."""
         losses = []
         for number, batch in enumerate(group):
             self._address_randomness(self.progress.batch + number)
@@ -163,55 +191,66 @@ class Trainer:
                 loss = self.task.training_loss(self.model, batch, self.progress.epoch) / len(group)
                 self.fabric.backward(loss)
             losses.append(loss.detach())
-        total, images, interrupted = sum_over_ranks(
-            self.fabric,
-            [
-                torch.stack(losses).sum().item(),
-                sum(len(batch.images) for batch in group),
-                self._interrupt.asked,
-            ],
-        )
-        self._stop = interrupted > 0
-        mean = total / self.fabric.world_size
-        if not np.isfinite(mean):
-            at_fault = [batch for batch, part in zip(group, losses, strict=True) if not part.isfinite()]
-            self._skip(f"the loss is {mean}", at_fault)
-        elif not np.isfinite(norm := self._clip_gradients()):
-            self._skip(f"the loss is {mean:.4g}, but its gradients' norm is {norm}", group)
-        else:
-            self._step_optimizer()
-        self.optimizer.zero_grad()
-        self.pace.count(int(images))
-        return mean
+        return losses
 
-    def _clip_gradients(self) -> float:
-        """Returns their norm, the same in every process; 0 where nobody asked for clipping."""
-        limit, precision = self.settings.clip_grad_norm, self.fabric.strategy.precision
+    def _clip_gradients(self) -> Tensor | None:
+        """Returns their norm, the same in every process; None where nobody asked for clipping."""
+        limit = self.settings.clip_grad_norm
         if not limit:
-            return 0.0
-        norm = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
-        assert norm is not None  # as max_norm is given
-        # fp16 overflows now and then: its scaler leaves such a step out by itself, and lowers its scale
-        return 0.0 if getattr(precision, "scaler", None) is not None else norm.item()
+            return None
+        return self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
 
-    def _step_optimizer(self) -> None:
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.task.model, step=self.progress.step)
-        self.progress.bad_steps = 0
+    def _settle(self) -> None:
+        """Conclude the update whose numbers nobody has read yet; to be called before the next one's optimizer step."""
+        update, self._unread = self._unread, None
+        if update is not None:
+            self._conclude(update)
 
-    def _skip(self, fault: str, batches: Sequence[Batch]) -> None:
+    def _conclude(self, update: Update) -> None:
+        """Read an update's numbers, and draw the consequences: step and average, or skip; log.
+
+        The optimizer's step of an update that is read late was made already, guarded on the device.
+        """
+        loss, images, self._stop, norm = update.read()
+        self.pace.count(images)
+        if np.isfinite(loss) and not self._late:
+            measured = self._clip_gradients()
+            # fp16 overflows now and then: its scaler leaves such a step out by itself, and lowers its scale
+            norm = 0.0 if measured is None or scaler_of(self.fabric) is not None else measured.item()
+        if not np.isfinite(loss):
+            self._skip(update.step, f"the loss is {loss}", update.images_at_fault())
+        elif not np.isfinite(norm):
+            self._skip(update.step, f"the loss is {loss:.4g}, but its gradients' norm is {norm}", update.images())
+        else:
+            if not self._late:
+                self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.task.model, step=update.step - 1)
+            self.progress.bad_steps = 0
+        self._record(update, loss)
+
+    def _record(self, update: Update, loss: float) -> None:
+        self._loss = loss
+        if not np.isfinite(loss):
+            return
+        self.progress.loss_sum += loss
+        self.progress.loss_count += 1
+        if update.step % max(1, self.schedule.steps_per_epoch // _ROWS_PER_EPOCH) == 0:
+            self._log({"train_loss": loss, "lr": update.rate, **self.pace.lap()}, update.step)
+
+    def _skip(self, step: int, fault: str, images: Sequence[int]) -> None:
         """Leave the weights as they are, and name the images; too often in a row ends the run.
 
         Args:
+            step: number of the update.
             fault: for people.
-            batches: of this process, those that it may come from.
+            images: of this process, those that it may come from.
         """
         self.progress.bad_steps += 1
-        own = [self.train_loader.file_of(int(index)) for batch in batches for index in batch.indices]
+        own = [self.train_loader.file_of(index) for index in images]
         names = [name for part in gather_objects(self.fabric, own) for name in part]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        log.warning("Step %d: %s; the step is skipped. Its images: %s", self.progress.step + 1, fault, shown)
+        log.warning("Step %d: %s; the step is skipped. Its images: %s", step, fault, shown)
         if self.progress.bad_steps >= MAX_BAD_STEPS:
             raise RunError(
                 f"The loss or its gradients were not finite {MAX_BAD_STEPS} steps in a row, the last with: {shown}.",
@@ -226,18 +265,15 @@ class Trainer:
         torch.manual_seed((int(words[0]) << 32) | int(words[1]))
         np.random.seed(words[2])
 
-    def _after_update(self, loss: float, batches: int) -> None:
+    def _after_update(self, batches: int) -> None:
         progress = self.progress
-        rate, updates = self._rate(), self.schedule.steps_per_epoch
         progress.batch += batches
         progress.step += 1
-        if np.isfinite(loss):
-            progress.loss_sum += loss
-            progress.loss_count += 1
-            if progress.step % max(1, updates // _ROWS_PER_EPOCH) == 0:
-                self._log({"train_loss": loss, "lr": rate, **self.pace.lap()})
         epoch_done = progress.batch == progress.batches_per_epoch  # its checkpoint comes after its validation
-        if (self._due("step", progress.step) and not epoch_done) or self._stop:
+        due = self._due("step", progress.step) and not epoch_done
+        if due or epoch_done or self._stop:
+            self._settle()
+        if due or self._stop:
             self._save()
         if self._stop:
             log.warning("A checkpoint of step %d was written; the same command goes on from it.", progress.step)
@@ -252,7 +288,7 @@ class Trainer:
         if self.val_loader is not None and ((progress.epoch + 1) % settings.validation_interval == 0 or last):
             metrics |= self._validate()
         # Before the checkpoint: a run killed between the two writes these rows again, and none is lost.
-        self._log({"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()})
+        self._log({"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()}, progress.step)
         epoch, step = progress.epoch, progress.step
         due = last or self._due("epoch", epoch + 1) or self._due("step", step)
         improved = (due or self.task.monitor != "train_loss") and self._note_best(metrics)
@@ -318,9 +354,9 @@ class Trainer:
         self.fabric.barrier()
         return result
 
-    def _log(self, values: Mapping[str, float]) -> None:
+    def _log(self, values: Mapping[str, float], step: int) -> None:
         if self.outputs.loggers is not None and values:
-            self.outputs.loggers.write(self.progress.step, self.progress.epoch, values)
+            self.outputs.loggers.write(step, self.progress.epoch, values)
 
     def _report(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         if self.outputs.status is None:
