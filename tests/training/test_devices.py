@@ -12,9 +12,11 @@ import torch
 from lightning_fabric import Fabric
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from openmae.actions.plan import make_plan
 from openmae.cli import main
 from openmae.errors import DataError, RunError, SpecError
 from openmae.results.metrics import read_metrics
+from openmae.spec.load import load_spec
 from openmae.training import devices
 from openmae.training.devices import build_fabric, describe_device, launch
 from openmae.training.distributed import gather, gather_objects, sum_over_ranks
@@ -89,6 +91,27 @@ def test_two_processes_train_as_one_with_twice_the_batch(stage, train, tiny_over
         for name in a.keys() - {"images_per_s", "data_wait"}:
             assert b[name] == pytest.approx(a[name], rel=2e-3 if "loss" in name else 1e-9), name
     assert two[0]["train_loss"] == pytest.approx(one[0]["train_loss"], rel=1e-6)  # before weights can drift
+
+
+@several_processes
+@pytest.mark.slow  # four spawned processes
+def test_two_processes_that_read_late_agree_with_two_that_do_not(
+    work, tiny_overrides, assert_same_run, capfd, tmp_path
+):
+    """They skip the same step, name the same images, and one of them is profiled."""
+    told = []
+    for name, job in (("at once", work.train_spoilt), ("late", work.train_late)):
+        changes = {"train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2, "train.profile": True}
+        spec = load_spec(None, tiny_overrides(tmp_path / name, changes), action="train")
+        launch(build_fabric("train", 2, [0, 1], 1), job, make_plan(spec, tmp_path / name))
+        told.append([line for line in capfd.readouterr().err.splitlines() if "skipped" in line])
+    assert_same_run(tmp_path / "at once", tmp_path / "late")
+    assert told[0] == told[1]
+    assert len(told[0]) == 1
+    assert told[0][0].count(".png") == 2, "only rank 1's batch is at fault"
+    profile = json.loads((tmp_path / "late" / "profile.json").read_text())
+    assert (profile["processes"], profile["process"], profile["steps"]) == (2, 0, 7)
+    assert profile["advice"][-1].startswith("These are the times of process 0")
 
 
 @pytest.mark.slow

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 
+from openmae.actions import train as train_action
+from openmae.actions.plan import Plan
 from openmae.data.dataset import Batch
 from openmae.data.normalise import Normaliser
 from openmae.errors import DataError
+from openmae.training import trainer
 from openmae.training.distributed import gather, gather_objects, sum_over_ranks
 from openmae.training.finetune import predict
+from openmae.training.pretrain import PretrainTask
 
 
 class FirstPixel(torch.nn.Module):
@@ -53,6 +58,25 @@ def measure_then_fail(fabric: Fabric, folder: Path) -> None:
     fabric.barrier()
     if rank == 1:
         raise DataError("the rule and the value", "the mend")
+
+
+def train_late(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """A training whose updates are read late, as on GPUs; the third one's loss is bad on rank 1 alone."""
+    trainer.reads_late = lambda fabric: True
+    return train_spoilt(fabric, plan)
+
+
+def train_spoilt(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """A training; the third loss is bad on rank 1 alone."""
+    original, calls = PretrainTask.training_loss, []
+
+    def training_loss(task: PretrainTask, *arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        loss = original(task, *arguments)
+        return loss * float("nan") if len(calls) == 3 and fabric.global_rank == 1 else loss
+
+    PretrainTask.training_loss = training_loss
+    return train_action._work(fabric, plan)
 
 
 def fail_otherwise(fabric: Fabric) -> None:

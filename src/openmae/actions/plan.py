@@ -33,7 +33,7 @@ _RHYTHM = frozenset(
         *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "results_dir", "precision")),
         *(f"train.checkpoint_{name}" for name in ("interval", "interval_unit")),
         *(f"train.{name}" for name in ("keep_checkpoints", "validation_interval", "allow_partial_weights")),
-        "train.stop_after_epoch",
+        *(f"train.{name}" for name in ("stop_after_epoch", "compile", "profile")),
         "train.resume_training_checkpoint_path",
     }
 )

@@ -10,6 +10,7 @@ import numpy as np
 
 from openmae.engines.card import ModelCard
 from openmae.models.weights import CheckpointInfo
+from openmae.results.breakdown import Breakdown, advice, save_breakdown, table_rows
 from openmae.results.metrics import read_metrics
 from openmae.results.pictures import save_curves
 from openmae.results.report import Cell, Code, Numbers, Picture, Section, Table, Text, write_report
@@ -65,8 +66,14 @@ _PROBES = (
 _MOST_ROWS = 50
 
 
-def train_report(folder: Path, info: CheckpointInfo, recipe: Sequence[tuple[str, str]], picture: Path | None) -> Path:
-    """After training: last and best numbers, curves, reconstructions, recipe, spec."""
+def train_report(
+    folder: Path,
+    info: CheckpointInfo,
+    recipe: Sequence[tuple[str, str]],
+    picture: Path | None,
+    breakdown: Breakdown | None = None,
+) -> Path:
+    """After training: last and best numbers, curves, reconstructions, what the time went to, recipe, spec."""
     rows = read_metrics(folder / "metrics.csv")
     last = {name: row[name] for row in rows for name in _LABELS if name in row}
     sections: list[Section] = [_numbers("At the end", last)] if last else []
@@ -75,8 +82,25 @@ def train_report(folder: Path, info: CheckpointInfo, recipe: Sequence[tuple[str,
         sections.append(Picture("Curves", curves, "Losses, accuracies, learning rate and pace over the steps."))
     if picture is not None:
         sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+    if breakdown is not None:
+        sections += _breakdown_sections(folder, breakdown)
     sections.append(Table("Recipe", ("", ""), list(recipe)))
     return _write(folder, "train", info, sections)
+
+
+def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
+    """What bounds the run, in words, as a picture and as a table."""
+    gpu = " Phases are the GPU's time: what the host does meanwhile costs nothing." if breakdown.on_gpu else ""
+    return [
+        Text("Where the time goes", "\n\n".join(advice(breakdown))),
+        Picture("", save_breakdown(breakdown, folder / "profile.png"), f"{breakdown.summary}.{gpu}"),
+        Table(
+            "",
+            ("phase", "mean, ms a step", "median", "95th percentile", "% of the time"),
+            list(table_rows(breakdown)),
+            caption="Data wait includes the first batch of an epoch; other is drawing, logging and what lies between.",
+        ),
+    ]
 
 
 def pretrained_report(

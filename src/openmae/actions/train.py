@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from openmae.actions.plan import Plan, make_plan, resolved
+from openmae.actions.profiling import leave_profile
 from openmae.actions.reports import train_report
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
@@ -21,6 +23,7 @@ from openmae.errors import CheckpointError, blaming
 from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.weights import BACKBONE, load_into, read_checkpoint, save_backbone
+from openmae.results.breakdown import Breakdown
 from openmae.results.metrics import read_metrics
 from openmae.results.pictures import reconstruction_grid
 from openmae.results.status import StatusLog
@@ -33,6 +36,7 @@ from openmae.training.optim import Schedule, build_adamw, finetuning_groups, fre
 from openmae.training.pretrain import PretrainTask
 from openmae.training.recipe import recipe_rows
 from openmae.training.state import LoopSettings
+from openmae.training.stepclock import StepClock
 from openmae.training.trainer import Outputs, Trainer
 
 PICTURES = 8  # images of a reconstruction grid
@@ -123,14 +127,17 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
             trainer.progress.step,
         )
         state = None  # as large as the model, its moments and its average together
+    breakdown = None
     try:
         metrics = trainer.fit() or _last_metrics(plan.folder)
     finally:
         if outputs.loggers:
             outputs.loggers.close()
+        if outputs.clock is not None and not isinstance(sys.exception(), Exception):  # Ctrl-C may end a profile
+            breakdown = leave_profile(fabric, spec, plan.folder, outputs.clock.read())
     paused = trainer.progress.epoch < spec.train.num_epochs
     if fabric.is_global_zero and not paused:
-        _finish(fabric, plan, trainer, rows)
+        _finish(fabric, plan, trainer, rows, breakdown)
     elif paused:
         log.info("Paused after epoch %d of %d, as asked for.", trainer.progress.epoch, spec.train.num_epochs)
     return metrics
@@ -170,6 +177,7 @@ def _loop_settings(plan: Plan, fabric: Fabric) -> LoopSettings:
         ema_decay=train.ema_decay if plan.config.num_classes else 0.0,
         seed=train.seed,
         stop_after_epoch=train.stop_after_epoch,
+        compile=train.compile,
     )
 
 
@@ -240,11 +248,12 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
         return Outputs(checkpoints, plan.info.to_dict(), console=Console(force_terminal=False))  # one bar is enough
     begin_results(plan.folder, spec, resumed=state is not None)
     wandb_run = open_wandb(spec.wandb.model_dump(), plan.folder, dict(plan.info.spec))
+    clock = StepClock(fabric.device) if spec.train.profile else None
     loggers = Loggers(plan.folder, state["progress"]["step"] if state else None, wandb_run)
-    return Outputs(checkpoints, plan.info.to_dict(), loggers, StatusLog(plan.folder, append=True))
+    return Outputs(checkpoints, plan.info.to_dict(), loggers, StatusLog(plan.folder, append=True), clock)
 
 
-def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows) -> None:
+def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown: Breakdown | None) -> None:
     """What is left after the last epoch: the backbone in timm's names, pictures, the report."""
     model: nn.Module = trainer.ema.module if trainer.ema is not None else trainer.task.model
     model.eval()
@@ -259,4 +268,4 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows) -> None:
         )
         picture = plan.folder / "reconstructions" / "last.png"
         reconstruction_grid(*trainer.task.reconstruct(fabric, loader.first(PICTURES)), picture)
-    train_report(plan.folder, plan.info, rows, picture)
+    train_report(plan.folder, plan.info, rows, picture, breakdown)

@@ -249,6 +249,8 @@ class TrainSpec(Section):
         None, "pause after this epoch of num_epochs; the same command without it goes on (ours)", ge=1, automl=False
     )
     freeze: tuple[str, ...] = option((), "modules that do not learn, by name", automl=False)
+    compile: bool = option(False, "torch.compile the model; for GPUs (ours)", automl=False)
+    profile: bool = option(False, "measure what a step's time goes to, and say what would help (ours)", automl=False)
     mask_ratio: float | None = option(None, "the same as model.mask_ratio", gt=0, lt=1)
     norm_pix_loss: bool | None = option(None, "the same as model.norm_pix_loss")
     cudnn: CudnnSpec = option(CudnnSpec(), "cuDNN's settings")

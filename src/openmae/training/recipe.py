@@ -61,7 +61,7 @@ def recipe_rows(
         ("epochs", f"{settings.num_epochs} of {schedule.steps_per_epoch} steps"),
         ("schedule", _schedule_text(schedule)),
         ("learning rate", _rates_text(groups, settings.lr)),
-        ("device", f"{describe_device(fabric)}"),
+        ("device", describe_device(fabric) + (", compiled" if settings.compile else "")),
     ]
     return rows
 

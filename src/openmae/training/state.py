@@ -54,6 +54,7 @@ class LoopSettings:
     ema_decay: float = 0.0
     seed: int = 1234
     stop_after_epoch: int | None = None
+    compile: bool = False
 
     @property
     def last_epoch(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.errors import RunError
 from openmae.results.status import StatusLog
 from openmae.training.checkpoints import CheckpointFolder
+from openmae.training.compiling import compile_errors, compiled
 from openmae.training.distributed import gather_objects
 from openmae.training.interrupt import InterruptWatch
 from openmae.training.loggers import Loggers
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
 from openmae.training.state import LoopSettings, Progress, Task
+from openmae.training.stepclock import StepClock
 from openmae.training.updates import Update, reads_late, scaler_of
 
 MAX_BAD_STEPS = 10
@@ -40,12 +43,13 @@ log = logging.getLogger("openmae")
 
 @dataclass
 class Outputs:
-    """Where a run writes; ranks other than 0 hold no loggers and no status."""
+    """Where a run writes and measures; ranks other than 0 hold no loggers, no status and no clock."""
 
     checkpoints: CheckpointFolder
     info: Mapping[str, Any]
     loggers: Loggers | None = None
     status: StatusLog | None = None
+    clock: StepClock | None = None
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
 
@@ -80,7 +84,9 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.outputs = outputs
-        self.model, self.optimizer = fabric.setup(task.model, optimizer)
+        # the wrapper alone is compiled: what is saved, averaged and validated is the task's own model, by its own names
+        module = compiled(task.model, fabric.device) if settings.compile else task.model
+        self.model, self.optimizer = fabric.setup(module, optimizer)
         self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if settings.ema_decay else None  # on its device
         self.progress = Progress(batches_per_epoch=len(train_loader))
         self.pace = PaceMeter()
@@ -124,7 +130,7 @@ class Trainer:
             KeyboardInterrupt: Ctrl-C; a checkpoint of the last finished update has been written.
         """
         metrics: dict[str, float] = {}
-        with self._interrupt:
+        with self._interrupt, compile_errors() if self.settings.compile else nullcontext():
             while self.progress.epoch < self.settings.last_epoch:
                 self._train_epoch()
                 metrics = self._finish_epoch()
@@ -139,12 +145,14 @@ class Trainer:
         with EpochBar(title, batches, progress.batch, self.outputs.console) as bar:
             group: list[Batch] = []
             for batch in self.pace.watch(loader):
+                self._mark("data wait")
                 group.append(batch)
                 if len(group) < self._group_size():
                     continue
                 self._update(group)
                 bar.advance(len(group), self._loss, self._rate(), self.pace.read())
                 self._after_update(len(group))
+                self._mark("other", ends_step=True)
                 group = []
 
     def _group_size(self) -> int:
@@ -180,6 +188,7 @@ class Trainer:
         else:
             self._conclude(update)
         self.optimizer.zero_grad()
+        self._mark("optimizer")
 
     def _backward(self, group: Sequence[Batch]) -> list[Tensor]:
         """Gradients of a group's mean loss; returns each batch's share of it."""
@@ -187,9 +196,12 @@ class Trainer:
         for number, batch in enumerate(group):
             self._address_randomness(self.progress.batch + number)
             batch = self.fabric.to_device(batch)
+            self._mark("host to device")
             with self.fabric.no_backward_sync(self.model, enabled=number + 1 < len(group)):
                 loss = self.task.training_loss(self.model, batch, self.progress.epoch) / len(group)
+                self._mark("forward")
                 self.fabric.backward(loss)
+                self._mark("backward")
             losses.append(loss.detach())
         return losses
 
@@ -264,6 +276,7 @@ class Trainer:
         words = np.random.SeedSequence([part % 2**32 for part in address]).generate_state(3)
         torch.manual_seed((int(words[0]) << 32) | int(words[1]))
         np.random.seed(words[2])
+        self._mark("other")
 
     def _after_update(self, batches: int) -> None:
         progress = self.progress
@@ -306,10 +319,12 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         assert self.val_loader is not None
+        self._mark("other")
         model = self.ema.module if self.ema is not None else self.task.model
         model.eval()
         metrics = self.task.validate(self.fabric, model, self._interruptible(self.val_loader))
         self.task.model.train()
+        self._mark("validation")
         return metrics
 
     def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -350,9 +365,15 @@ class Trainer:
         self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(self._payload(), newest))
 
     def _on_rank_zero(self, write: Callable[[], Any]) -> Any:
+        self._mark("other")
         result = write() if self.fabric.is_global_zero else None
         self.fabric.barrier()
+        self._mark("checkpoints")
         return result
+
+    def _mark(self, phase: str, *, ends_step: bool = False) -> None:
+        if self.outputs.clock is not None:
+            self.outputs.clock.mark(phase, ends_step=ends_step)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         if self.outputs.loggers is not None and values:

@@ -1,0 +1,73 @@
+"""What ``train.profile`` leaves: a table on the terminal, ``profile.json``, and what the report shows."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from lightning_fabric import Fabric
+
+from openmae.actions.run import show_table
+from openmae.results.breakdown import Breakdown, Phase, advice, write_breakdown
+from openmae.spec.checks import value_of
+from openmae.spec.schema import ExperimentSpec
+from openmae.training.devices import describe_device
+from openmae.training.stepclock import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
+
+PROFILE = "profile.json"
+_KEYS = (
+    "dataset.batch_size",
+    "dataset.num_workers_per_gpu",
+    *(f"train.{name}" for name in ("accum_grad_batches", "precision", "compile", "num_gpus", "ema_decay")),
+    *(f"train.{name}" for name in ("validation_interval", "checkpoint_interval", "checkpoint_interval_unit")),
+)
+
+log = logging.getLogger("openmae")
+
+
+def leave_profile(fabric: Fabric, spec: ExperimentSpec, folder: Path, measured: Measured) -> Breakdown | None:
+    """Print and write what was measured; None, with a notice, for a run that is too short.
+
+    Args:
+        fabric: of the run.
+        spec: as it acts.
+        folder: of the results.
+        measured: by this process.
+    """
+    if not measured.steps:
+        log.warning("train.profile: nothing was measured, as the run made no step after %d of warm-up.", WARMUP_STEPS)
+        return None
+    breakdown = _breakdown(fabric, spec, measured)
+    write_breakdown(breakdown, folder / PROFILE)
+    rows = [("measured", breakdown.summary)]
+    for name, phase in breakdown.phases.items():
+        a_step = "" if phase.mean_ms is None else f"  {phase.mean_ms:10.2f} ms a step"
+        rows.append((name, f"{100 * breakdown.share(name):5.1f} %{a_step}"))
+    show_table("where the time goes", rows)
+    for line in advice(breakdown):
+        log.info("%s", line)
+    return breakdown
+
+
+def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Breakdown:
+    finetune = spec.train.stage == "finetune"
+    phases = {}
+    for name in (*STEP_PHASES, *PAUSES):
+        seconds, times = measured.seconds[name], measured.per_step.get(name)
+        if times is not None:
+            median, slow = (float(value) for value in np.percentile(np.asarray(times), (50, 95)))
+            phases[name] = Phase(seconds, 1e3 * seconds / measured.steps, 1e3 * median, 1e3 * slow)
+        else:
+            phases[name] = Phase(seconds)
+    return Breakdown(
+        phases=phases,
+        steps=measured.steps,
+        warmup=WARMUP_STEPS,
+        device=describe_device(fabric),
+        on_gpu=fabric.device.type == "cuda",
+        processes=fabric.world_size,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        keys={key: value_of(spec, key) for key in _KEYS} | ({} if finetune else {"train.ema_decay": 0.0}),
+    )

@@ -1,0 +1,69 @@
+"""``train.profile``: what it leaves, after a whole run, a cut one and one that is too short."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from openmae.cli import main
+from openmae.training.pretrain import PretrainTask
+
+pytestmark = pytest.mark.xdist_group("actions")
+
+
+@pytest.fixture
+def command(trained, tmp_path):
+    """A pretraining of two steps an epoch, profiled."""
+    drop = ("results_dir=", "train.num_epochs=")
+    overrides = [o for o in trained("vit", "pretrain").overrides if not o.startswith(drop)]
+    return ["train", *overrides, f"results_dir={tmp_path}", "train.profile=true"]
+
+
+def test_a_profiled_run_says_what_its_time_goes_to(command, tmp_path, capsys):
+    assert main([*command, "train.num_epochs=4"]) == 0
+    text = capsys.readouterr().err
+    assert "where the time goes" in text
+    assert "5 steps after 3 of warm-up" in text
+    profile = json.loads((tmp_path / "train" / "profile.json").read_text())
+    assert profile["steps"] == 5  # of 8
+    assert list(profile["phases"])[:5] == ["data wait", "host to device", "forward", "backward", "optimizer"]
+    for name in ("forward", "backward", "optimizer", "data wait", "validation", "checkpoints"):
+        assert profile["phases"][name]["seconds"] > 0, name
+    assert sum(phase["share"] for phase in profile["phases"].values()) == pytest.approx(1)
+    assert "bounds this run" in profile["advice"][0]
+    assert " ".join(profile["advice"][0].split()) in " ".join(text.split())
+    html = (tmp_path / "train" / "report.html").read_text()
+    assert "Where the time goes" in html
+    assert "95th percentile" in html
+    assert profile["advice"][0] in html
+    assert html.count("<img") == 3
+
+
+def test_a_run_that_was_cut_leaves_its_profile_too_and_goes_on_without(command, monkeypatch, tmp_path, capsys):
+    original, calls = PretrainTask.training_loss, []
+
+    def training_loss(task, *arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return original(task, *arguments)
+
+    monkeypatch.setattr(PretrainTask, "training_loss", training_loss)
+    assert main([*command, "train.num_epochs=3"]) == 130
+    assert json.loads((tmp_path / "train" / "profile.json").read_text())["steps"] == 1
+    capsys.readouterr()
+    assert main([*command, "train.num_epochs=3", "train.profile=false"]) == 0
+    text = capsys.readouterr().err
+    assert "other settings" not in text
+    assert "where the time goes" not in text
+    assert "Where the time goes" not in (tmp_path / "train" / "report.html").read_text()
+
+
+def test_a_run_that_is_too_short_to_profile_is_told(command, tmp_path, capsys):
+    assert main([*command, "train.num_epochs=1"]) == 0
+    assert "nothing was measured, as the run made no step after 3 of warm-up" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "train" / "profile.json").exists()
