@@ -1,6 +1,6 @@
 """``mae``: parse the command, import what it needs and nothing else, turn errors into exit codes.
 
-Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 75 preempted: start it again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from openmae import __version__
 from openmae.automl.cli import add_arguments as add_automl_arguments
 from openmae.data.cli import add_dataset_commands, expanded_braces
-from openmae.errors import OpenMAEError
+from openmae.errors import OpenMAEError, Preempted
 from openmae.jobs.cli import add_arguments as add_jobs_arguments
 from openmae.results.notices import notices_on_stderr
 from openmae.serving.settings import Settings
@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OpenMAEError as error:
             print(error, file=sys.stderr)
             return error.exit_code
+        except Preempted as stop:
+            print("Preempted: the same command goes on from here.", file=sys.stderr)
+            return stop.exit_code
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             return 130

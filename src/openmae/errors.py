@@ -47,6 +47,12 @@ class CheckpointError(UserError):
     """A checkpoint is damaged, foreign, or does not fit the request."""
 
 
+class Preempted(KeyboardInterrupt):
+    """The machine is taken away (SIGTERM, SIGUSR1): the run has to be started again, and goes on from where it was."""
+
+    exit_code = 75  # sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
+
+
 @contextmanager
 def blaming(key: str) -> Iterator[None]:
     """Put a dotted key in front of the text of a wrong request."""

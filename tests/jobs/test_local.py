@@ -285,3 +285,10 @@ def test_a_job_killed_before_its_first_instruction_has_its_exit_code(
     client.store.create(record)
     subprocess.run([sys.executable, "-c", code, str(client.store.root), record["id"]], check=True, timeout=20)
     assert client.get_job_status(record["id"]).exit_code == -9
+
+
+def test_a_preempted_job_says_that_it_can_go_on(client: Client, submit: Submit, tiny: Tiny) -> None:
+    tiny("raise SystemExit(75)")
+    done = client.wait(submit().id, 20)
+    assert (done.status, done.exit_code) == ("CANCELED", 75)
+    assert done.message == "preempted: the same request goes on from its checkpoint (exit code 75)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,5 +111,54 @@ def test_a_controller_that_does_not_answer_makes_a_job_unknown(
         patch.setattr("openmae.jobs.platforms.slurm._PATIENCE", 0.5)
         seen = Client("slurm", client.store.root).get_job_status(job.id)
     assert (seen.status, seen.message) == ("UNKNOWN", "SLURM did not answer squeue in 0.5 s.")
+    client.cancel_job(job.id)
+    assert client.wait(job.id, 40).status == "CANCELED"
+
+
+_PREEMPTED_ONCE = """
+import os, pathlib, signal, sys, time
+mark = pathlib.Path({mark!r} + os.environ.get("NODE_RANK", ""))
+if mark.exists():
+    print("went on", flush=True)
+    sys.exit(0)
+mark.touch()
+def stop(*_):
+    time.sleep({slow} * (os.environ.get("NODE_RANK") == "0"))
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_slurm_warns_before_its_time_is_up_is_requeued_and_goes_on(
+    nodes: int, client: Client, submit: Submit, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openmae.jobs.request._resources", lambda spec, request: (1, nodes))
+    tiny(_PREEMPTED_ONCE.format(mark=str(tmp_path / "mark"), slow=nodes - 1))
+    job = submit()
+    until(lambda: client.get_job_logs(job.id).count("ready") == nodes, "the job's first lines")
+    until(lambda: client.get_job_status(job.id).status == "RUNNING", "the sight of the job")
+    number = client.store.read(job.id)["handle"]["slurm_job"]
+    told = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True, check=True).stdout
+    assert "Requeue=1" in told
+    subprocess.run(["scancel", "--signal=USR1", number], check=True)
+    until(lambda: client.get_job_status(job.id).status == "PENDING", "the requeueing")
+    # SLURM lets two minutes pass before it starts a job again
+    subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now"], check=True)
+    done = client.wait(job.id, 60)
+    assert (done.status, done.exit_code) == ("COMPLETE", 0), (done, client.get_job_logs(job.id))
+    assert client.get_job_logs(job.id).count("went on") == nodes
+    assert "PENDING" in [transition.state for transition in done.transitions[1:]], "it was not requeued"
+
+
+def test_a_canceled_training_is_not_requeued(client: Client, submit: Submit, tiny: Tiny) -> None:
+    tiny(
+        "import sys, time\nprint('ready', flush=True)\n"
+        "try: time.sleep(60)\nexcept KeyboardInterrupt: sys.exit(75)"  # preempted and canceled at once
+    )
+    job = submit()
+    until(lambda: "ready" in client.get_job_logs(job.id), "the job's first line")
     client.cancel_job(job.id)
     assert client.wait(job.id, 40).status == "CANCELED"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +14,13 @@ import torch
 
 from openmae.cli import main
 from openmae.errors import CheckpointError, RunError
+from openmae.storage.encryption import Key
+from openmae.training.background import BackgroundWorker, HostCopy
 from openmae.training.checkpoints import (
     CheckpointFolder,
     list_checkpoints,
     newest_checkpoint,
+    newest_readable,
     read_training_state,
     write_checkpoint,
 )
@@ -47,9 +52,9 @@ def names(folder: Path) -> list[str]:
 
 
 def test_names_link_and_rotation(tmp_path):
-    folder = CheckpointFolder(tmp_path, "vit", keep=2)
-    for epoch in range(1, 4):
-        folder.save(payload(epoch), epoch, 10 * epoch)
+    with CheckpointFolder(tmp_path, "vit", keep=2) as folder:
+        for epoch in range(1, 4):
+            folder.save(payload(epoch), epoch, 10 * epoch)
     assert names(tmp_path) == ["model_epoch_002_step_00020.pth", "model_epoch_003_step_00030.pth", "vit_latest.pth"]
     assert os.readlink(tmp_path / "vit_latest.pth") == "model_epoch_003_step_00030.pth"
     assert number_in(tmp_path / "vit_latest.pth") == 3
@@ -57,9 +62,9 @@ def test_names_link_and_rotation(tmp_path):
 
 
 def test_the_newest_is_by_number_not_by_name(tmp_path):
-    folder = CheckpointFolder(tmp_path, "vit", keep=9)
-    for epoch, step in [(1000, 5), (999, 7), (1000, 100_000), (2, 9)]:
-        folder.save(payload(0), epoch, step)
+    with CheckpointFolder(tmp_path, "vit", keep=9) as folder:
+        for epoch, step in [(1000, 5), (999, 7), (1000, 100_000), (2, 9)]:
+            folder.save(payload(0), epoch, step)
     (tmp_path / "model_epoch_9999_step_x.pth").touch()
     assert [path.stem for path in list_checkpoints(tmp_path)] == [
         "model_epoch_002_step_00009",
@@ -74,25 +79,41 @@ def test_an_empty_or_missing_folder_has_none(tmp_path):
 
 
 def test_rotation_spares_what_was_just_written(tmp_path):
-    """A run that resumed from an older checkpoint writes below the newer ones."""
-    folder = CheckpointFolder(tmp_path, "vit", keep=1)
-    folder.save(payload(5), 5, 50)
-    written = folder.save(payload(3), 3, 30)
+    with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
+        folder.save(payload(5), 5, 50)
+        written = folder.save(payload(3), 3, 30)
     assert written.exists()
     assert number_in(folder.latest) == 3
 
 
 def test_the_best_outlives_rotation(tmp_path):
-    folder = CheckpointFolder(tmp_path, "vit", keep=1)
-    folder.save_best(payload(1), folder.save(payload(1), 1, 1))
-    folder.save(payload(2), 2, 2)
+    with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
+        folder.save(payload(1), 1, 1, best=True)
+        folder.save(payload(2), 2, 2)
     assert number_in(tmp_path / "model_best.pth") == 1
     assert names(tmp_path) == ["model_best.pth", "model_epoch_002_step_00002.pth", "vit_latest.pth"]
 
 
 def test_the_best_without_a_checkpoint_of_its_own(tmp_path):
-    CheckpointFolder(tmp_path, "vit", keep=1).save_best(payload(4), None)
+    with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
+        folder.save_best(payload(4))
     assert number_in(tmp_path / "model_best.pth") == 4
+    assert names(tmp_path) == ["model_best.pth"]
+
+
+def test_a_run_killed_while_it_writes_has_no_best_older_than_its_checkpoint(tmp_path, monkeypatch):
+    """Renaming is what becomes visible; the kill may come between any two."""
+    renamed = []
+    replace = os.replace
+
+    def noting(source, target):
+        renamed.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", noting)
+    with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
+        folder.save(payload(1), 1, 1, best=True)
+    assert renamed == ["model_best.pth", "model_epoch_001_step_00001.pth", "vit_latest.pth"]
 
 
 def test_a_file_system_without_links(tmp_path, monkeypatch):
@@ -101,17 +122,79 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.link", refuse)
     monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
-    folder = CheckpointFolder(tmp_path, "vit", keep=1)
-    folder.save_best(payload(1), folder.save(payload(1), 1, 1))
+    with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
+        folder.save(payload(1), 1, 1, best=True)
     assert [number_in(tmp_path / name) for name in names(tmp_path)] == [1, 1, 1]
+
+
+def test_the_copy_is_of_the_moment_and_its_memory_is_used_again():
+    host = HostCopy()
+    weights = torch.arange(4.0)
+    state = {"model": {"w": weights}, "groups": [{"lr": 1.0, "betas": (0.9, 0.95)}], "progress": {"step": 3}}
+    first = host.take(state)
+    weights.zero_()
+    assert first["model"]["w"].tolist() == [0, 1, 2, 3]
+    assert {k: first[k] for k in ("groups", "progress")} == {k: state[k] for k in ("groups", "progress")}
+    second = host.take(state)
+    assert second["model"]["w"].data_ptr() == first["model"]["w"].data_ptr()
+    other = host.take({"model": {"w": torch.zeros(2, 3, dtype=torch.int64)}})
+    assert torch.equal(other["model"]["w"], torch.zeros(2, 3, dtype=torch.int64)), "the shape had changed"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """Two are never written at once: the second waits for the first."""
+    go, began = threading.Event(), []
+    save = torch.save
+
+    def slow(*arguments):
+        began.append(threading.current_thread().name)
+        assert go.wait(30)
+        save(*arguments)
+
+    monkeypatch.setattr("torch.save", slow)
+    with CheckpointFolder(tmp_path, "vit", keep=2) as folder:
+        folder.save(payload(1), 1, 1)
+        assert names(tmp_path) in ([], [".model_epoch_001_step_00001.pth.tmp"])
+        threading.Timer(0.2, go.set).start()
+        folder.save(payload(2), 2, 2)
+        assert go.is_set(), "the second did not wait for the first"
+        assert "model_epoch_001_step_00001.pth" in names(tmp_path)
+    assert number_in(folder.latest) == 2
+    assert began == ["openmae-checkpoint"] * 2
+
+
+def test_an_error_of_the_thread_is_told_once():
+    worker = BackgroundWorker()
+
+    def fail():
+        raise RunError("no")
+
+    worker.start(fail)
+    with pytest.raises(RunError, match="no"):
+        worker.wait()
+    worker.wait()
+
+
+def test_another_error_is_not_hidden_by_a_write_that_failed(tmp_path, caplog):
+    def write_and_fail():
+        with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
+            folder.save({**payload(1), "weights": torch.zeros(100_000)}, 1, 1)
+            raise KeyboardInterrupt
+
+    with largest_file(100_000), pytest.raises(KeyboardInterrupt):
+        write_and_fail()
+    assert "model_epoch_001_step_00001.pth could not be written (File too large)." in caplog.text
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     folder = CheckpointFolder(tmp_path, "vit", keep=1)
     folder.save({**payload(1), "weights": torch.zeros(1000)}, 1, 1)
+    folder.wait()
     before = names(tmp_path)
-    with largest_file(100_000), pytest.raises(RunError) as caught:
+    with largest_file(100_000):
         folder.save({**payload(2), "weights": torch.zeros(100_000)}, 2, 2)
+        with pytest.raises(RunError) as caught:
+            folder.wait()
     assert caught.value.problem == (
         "The checkpoint model_epoch_002_step_00002.pth could not be written (File too large)."
     )
@@ -128,8 +211,10 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("pathlib.Path.open", refuse)
+    folder = CheckpointFolder(tmp_path, "vit", 1)
+    folder.save(payload(1), 1, 1)
     with pytest.raises(RunError, match=r"model_epoch_001_step_00001\.pth could not be written \(Permission denied\)"):
-        CheckpointFolder(tmp_path, "vit", 1).save(payload(1), 1, 1)
+        folder.wait()
 
 
 def test_what_a_killed_run_left_is_written_over(tmp_path):
@@ -165,7 +250,9 @@ def test_resuming_from_a_truncated_file(tmp_path, lazily):
     path = tmp_path / "model_epoch_001_step_00001.pth"
     write_checkpoint(PAYLOAD, path)
     path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint .* truncated or foreign") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read as a checkpoint .* truncated, damaged or foreign"
+    ) as caught:
         read_training_state(path, lazily=lazily)
     assert "older model_epoch_*.pth" in caught.value.fix
 
@@ -182,3 +269,78 @@ def test_resuming_reads_the_payload(tmp_path):
     state = read_training_state(tmp_path / "a.pth")
     assert torch.equal(state["x"], torch.arange(3))
     assert state["progress"] == {"epoch": 1}
+
+
+def three(folder: Path, key: Key | None = None) -> list[Path]:
+    """Three checkpoints, oldest first."""
+    with CheckpointFolder(folder, "vit", keep=3, key=key) as checkpoints:
+        for number in (1, 2, 3):
+            checkpoints.save({**payload(number), "weights": torch.ones(5000)}, number, number)
+    return list_checkpoints(folder)
+
+
+def damage(path: Path, *, at: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at < 0 else at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut off", "a bit has changed", "empty"])
+@pytest.mark.parametrize("key", [None, Key(b"k")], ids=["plain", "encrypted"])
+def test_the_newest_that_cannot_be_read_is_set_aside(how, key, tmp_path, caplog):
+    one, two, three_ = three(tmp_path, key)
+    for path in (two, three_):
+        if how == "a bit has changed":
+            damage(path)
+        else:
+            path.write_bytes(path.read_bytes()[: 700 if how == "cut off" else 0])
+    with caplog.at_level(logging.WARNING, "openmae"):
+        found = newest_readable(tmp_path, key)
+    assert found is not None
+    assert (found[0], found[1]["number"]) == (one, 1)
+    assert names(tmp_path) == [
+        "model_epoch_001_step_00001.pth",
+        "model_epoch_002_step_00002.pth.unreadable",
+        "model_epoch_003_step_00003.pth.unreadable",
+        "vit_latest.pth",
+    ]
+    told = f"{three_} cannot be read: it is now {three_.name}.unreadable, and {one.name} is used."
+    assert told in caplog.messages
+
+
+def test_where_none_can_be_read_nothing_is_touched(tmp_path):
+    for path in three(tmp_path):
+        damage(path)
+    before = names(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model_epoch_003_step_00003\.pth cannot be read .* truncated, damaged"):
+        newest_readable(tmp_path)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("key", [None, Key(b"another")])
+def test_a_key_that_does_not_fit_sets_nothing_aside(tmp_path, key):
+    three(tmp_path, Key(b"k"))
+    before = names(tmp_path)
+    with pytest.raises(CheckpointError, match=r"encryption_key|there is no key"):
+        newest_readable(tmp_path, key)
+    assert names(tmp_path) == before
+
+
+def test_going_on_from_an_older_one_sets_the_newer_aside(tmp_path, caplog):
+    one, two, three_ = three(tmp_path)
+    folder = CheckpointFolder(tmp_path, "vit", keep=3)
+    folder.go_on_from(3, 3)
+    assert list_checkpoints(tmp_path) == [one, two, three_]
+    with caplog.at_level(logging.WARNING, "openmae"):
+        folder.go_on_from(1, 1)
+    assert list_checkpoints(tmp_path) == [one]
+    assert number_in(folder.latest) == 1
+    assert "The run goes on from epoch 1, step 1: what is newer in" in caplog.text
+    assert f"is set aside as *.superseded ({two.name}, {three_.name})." in caplog.text
+
+
+def test_no_link_points_at_what_was_set_aside(tmp_path):
+    three(tmp_path)
+    folder = CheckpointFolder(tmp_path, "vit", keep=3)
+    folder.go_on_from(0, 1)
+    assert not folder.latest.is_symlink()

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from openmae.errors import Preempted
 from openmae.results.status import read_status
 from openmae.training.checkpoints import newest_checkpoint
-from openmae.training.interrupt import InterruptRelay, InterruptWatch
+from openmae.training.interrupt import PREEMPTION, InterruptRelay, InterruptWatch, PreemptionWatch
 
 EPOCHS = {"train.num_epochs": 12, "train.checkpoint_interval": 12, "dataset.val_data_sources": None}
 
@@ -29,12 +30,41 @@ def test_the_first_asks_the_second_stops(caplog):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("guard", [InterruptWatch, InterruptRelay])
+@pytest.mark.parametrize("number", PREEMPTION)
+def test_a_preemption_may_be_told_several_times(number, caplog):
+    watch = InterruptWatch()
+    with watch:
+        for _ in range(3):
+            signal.raise_signal(number)
+        assert watch.reason is Preempted
+        assert caplog.messages == [f"{number.name}: writing a checkpoint after this step."]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_sigterm_after_ctrl_c_stops_at_once():
+    watch = InterruptWatch()
+    with watch:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(signal.SIGTERM)
+    assert caught.type is KeyboardInterrupt, "who canceled a run does not want it back"
+
+
+def test_before_and_after_training_a_preemption_ends_the_run_once():
+    with PreemptionWatch():
+        with pytest.raises(Preempted):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # while the run ends
+
+
+@pytest.mark.parametrize("guard", [InterruptWatch, PreemptionWatch, InterruptRelay])
 def test_afterwards_all_is_as_before(guard):
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in guard.signals]
     with guard():
-        assert signal.getsignal(signal.SIGINT) != before
-    assert signal.getsignal(signal.SIGINT) == before
+        assert all(signal.getsignal(number) not in before for number in guard.signals)
+    assert [signal.getsignal(number) for number in guard.signals] == before
 
 
 def test_the_relay_passes_it_on(monkeypatch):
@@ -46,9 +76,10 @@ def test_the_relay_passes_it_on(monkeypatch):
     monkeypatch.setattr("os.kill", lambda *what: sent.append(what))
     relay = InterruptRelay()
     with relay:
+        signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGINT)
-    assert relay.asked
-    assert sent == [(12345, signal.SIGINT)]
+    assert relay.reason is Preempted
+    assert sent == [(12345, signal.SIGUSR1), (12345, signal.SIGINT)]
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -93,6 +124,30 @@ def test_ctrl_c_on_a_terminal_and_on_from_there(train, tiny_overrides, assert_sa
     assert_same_run(tmp_path / "whole", folder)
 
 
+@pytest.mark.xdist_group("several processes")
+@pytest.mark.parametrize("number", PREEMPTION)
+def test_a_preemption_writes_a_checkpoint_and_asks_for_a_new_start(
+    number, train, tiny_overrides, assert_same_run, payload_of, tmp_path
+):
+    """SLURM tells every process of the job, the loader's workers too."""
+    folder = tmp_path / "preempted"
+    process = start(tiny_overrides(folder, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
+    wait_for(first_epoch_done(folder), process)
+    told = time.monotonic()
+    os.killpg(process.pid, number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert time.monotonic() - told < 20
+    assert f"{number.name}: writing a checkpoint after this step." in text
+    assert "Preempted: the same command goes on from here." in text
+    assert "Traceback" not in text
+    assert 0 < payload_of(folder)["progress"]["step"] < 60
+    assert read_status(folder / "status.json")[-1]["message"] == "train was preempted"
+    train(folder, EPOCHS)
+    train(tmp_path / "whole", EPOCHS)
+    assert_same_run(tmp_path / "whole", folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["the group", "the parent"])
 def test_ctrl_c_with_two_processes(whom, tiny_overrides, payload_of, tmp_path):
@@ -107,4 +162,16 @@ def test_ctrl_c_with_two_processes(whom, tiny_overrides, payload_of, tmp_path):
     assert process.returncode == 130, text
     assert "Traceback" not in text
     assert text.count("Press Ctrl-C again") == 1
+    assert 0 < payload_of(tmp_path)["progress"]["step"] < 500
+
+
+@pytest.mark.slow
+def test_a_preemption_of_two_processes(tiny_overrides, payload_of, tmp_path):
+    changes = {**EPOCHS, "train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2}
+    process = start(tiny_overrides(tmp_path, {**changes, "train.num_epochs": 100}))
+    wait_for(first_epoch_done(tmp_path), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert "Traceback" not in text
     assert 0 < payload_of(tmp_path)["progress"]["step"] < 500

@@ -169,3 +169,15 @@ def test_moments_of_other_parameters_are_refused():
     optimizer = build_adamw(pretraining_groups(model, 0.1), 1e-3, 0.9, 0.95)
     with pytest.raises(CheckpointError, match="other parameters are trained now than in the checkpoint"):
         load_moments(optimizer, state)
+
+
+def test_moments_of_other_shapes_are_refused():
+    model, other = torch.nn.Linear(3, 4), torch.nn.Linear(4, 3)  # as many parameters
+    before = build_adamw([{"params": [*other.parameters()], "lr_scale": 1.0}], 1e-3, 0.9, 0.95)
+    other(torch.ones(2, 4)).sum().backward()
+    before.step()
+    optimizer = build_adamw([{"params": [*model.parameters()], "lr_scale": 1.0}], 1e-3, 0.9, 0.95)
+    with pytest.raises(CheckpointError, match=r"\(moments of \(3, 4\) for a parameter of \(4, 3\)\)") as caught:
+        load_moments(optimizer, before.state_dict())
+    assert "train.freeze" in caught.value.fix
+    load_moments(before, before.state_dict())

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from openmae.errors import CheckpointError, RunError
 from openmae.results.metrics import read_metrics
+from openmae.training.checkpoints import list_checkpoints
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
 
@@ -357,3 +358,34 @@ def test_fp16_on_a_cpu_is_fp32(train, assert_same_run, caplog, tmp_path):
     assert "train.precision=fp16 needs a GPU: using fp32." in caplog.text
     train(tmp_path / "fp32", {"train.num_epochs": 1})
     assert_same_run(tmp_path / "fp16", tmp_path / "fp32")
+
+
+def test_a_newest_checkpoint_that_cannot_be_read_costs_one_epoch(train, assert_same_run, caplog, tmp_path):
+    train(tmp_path / "whole", {"train.num_epochs": 3})
+    folder = tmp_path / "damaged"
+    train(folder, {"train.num_epochs": 2})
+    one, two = list_checkpoints(folder)
+    two.write_bytes(two.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"train\.resume_training_checkpoint_path: .* truncated, damaged"):
+        train(folder, {"train.resume_training_checkpoint_path": two, "train.num_epochs": 3})
+    assert two.exists(), "what the request names is not set aside"
+    with caplog.at_level(logging.WARNING, "openmae"):
+        train(folder, {"train.num_epochs": 3})
+    assert f"{two} cannot be read: it is now {two.name}.unreadable, and {one.name} is used." in caplog.text
+    assert_same_run(tmp_path / "whole", folder)
+
+
+def test_what_is_newer_than_the_checkpoint_that_a_run_goes_on_from_is_not_taken_up_again(
+    train, at_batch, payload_of, tmp_path
+):
+    train(tmp_path, {"train.num_epochs": 2})
+    one, two = list_checkpoints(tmp_path)
+    again = {"train.resume_training_checkpoint_path": one, "train.num_epochs": 3, "train.optim.lr": 5e-3}
+    at_batch(PretrainTask, 1, crash)
+    with pytest.raises(Crash):
+        train(tmp_path, again)
+    assert list_checkpoints(tmp_path) == [one]
+    assert two.with_name(f"{two.name}.superseded").exists()
+    train(tmp_path, {**again, "train.resume_training_checkpoint_path": None})
+    assert payload_of(tmp_path)["openmae"]["spec"]["train"]["optim"]["lr"] == 5e-3
+    assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.csv") if "train_loss_epoch" in row] == [0, 1, 2]

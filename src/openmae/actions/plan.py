@@ -19,7 +19,7 @@ from openmae.spec.checks import INERT
 from openmae.spec.load import to_dict
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key
-from openmae.training.checkpoints import newest_checkpoint, read_training_state
+from openmae.training.checkpoints import newest_readable, read_training_state
 
 log = logging.getLogger("openmae")
 
@@ -119,11 +119,14 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
 def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlier | None:
     typed = spec.train.resume_training_checkpoint_path
     key = "train.resume_training_checkpoint_path" if typed else "results_dir"
-    checkpoint = Path(typed) if typed else newest_checkpoint(folder)
-    if checkpoint is None:
-        return None
     with blaming(key):
-        state = read_training_state(checkpoint, secret, lazily=True)
+        if typed:
+            found = Path(typed), read_training_state(Path(typed), secret, lazily=True)
+        elif (newest := newest_readable(folder, secret)) is not None:
+            found = newest
+        else:
+            return None
+        checkpoint, state = found
         return Earlier(key, checkpoint, CheckpointInfo.from_dict(state["openmae"]), state["progress"]["epoch"])
 
 

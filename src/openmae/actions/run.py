@@ -18,7 +18,7 @@ from openmae.actions.remote import local_place
 from openmae.data.corrupt import CORRUPT_LIST
 from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader
-from openmae.errors import RunError
+from openmae.errors import Preempted, RunError
 from openmae.results.files import write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.load import to_yaml
@@ -73,8 +73,9 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
             with _disk_space(run.folder):
                 yield run
             place.finish_uploads()
-        except KeyboardInterrupt:
-            _write_failure(run, f"{action} was interrupted", "WARNING")
+        except KeyboardInterrupt as stop:
+            how = "preempted" if isinstance(stop, Preempted) else "interrupted"
+            _write_failure(run, f"{action} was {how}", "WARNING")
             raise
         except BaseException as error:
             _write_failure(run, f"{type(error).__name__}: {error}", "ERROR")

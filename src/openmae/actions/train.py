@@ -31,6 +31,7 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.training.checkpoints import CheckpointFolder, read_training_state
 from openmae.training.devices import build_fabric, launch
 from openmae.training.finetune import FinetuneTask
+from openmae.training.interrupt import PreemptionWatch
 from openmae.training.loggers import Loggers, open_wandb
 from openmae.training.optim import Schedule, build_adamw, finetuning_groups, freeze, pretraining_groups
 from openmae.training.pretrain import PretrainTask
@@ -60,9 +61,9 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
     Raises:
         UserError: the request is wrong; nothing was trained.
         RunError: training failed; the checkpoints written so far are good.
-        KeyboardInterrupt: Ctrl-C; a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C, or as Preempted SIGTERM or SIGUSR1; a checkpoint was written.
     """
-    with running(spec, "train") as this_run:
+    with PreemptionWatch(), running(spec, "train") as this_run:
         spec = this_run.spec
         plan = make_plan(spec, this_run.folder)
         if _nothing_left(plan):
@@ -247,6 +248,8 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
     if not fabric.is_global_zero:
         return Outputs(checkpoints, plan.info.to_dict(), console=Console(force_terminal=False))  # one bar is enough
     begin_results(plan.folder, spec, resumed=state is not None)
+    if state is not None:
+        checkpoints.go_on_from(state["progress"]["epoch"], state["progress"]["step"])
     wandb_run = open_wandb(spec.wandb.model_dump(), plan.folder, dict(plan.info.spec))
     clock = StepClock(fabric.device) if spec.train.profile else None
     loggers = Loggers(plan.folder, state["progress"]["step"] if state else None, wandb_run)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -144,5 +147,19 @@ def _data_loader(
 
 
 def _leave_interrupts_to_the_loop(worker: int) -> None:
-    """A terminal sends Ctrl-C to every process; workers that died of it would fail the update under way."""
+    """A terminal sends Ctrl-C to every process, SLURM what announces a preemption.
+
+    Workers that died of it would fail the update under way. SIGTERM is how the loop itself ends a worker that hangs.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_the_loop, args=(parent.pid,), daemon=True).start()
+
+
+def _end_for_the_loop(loop: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != loop:
+        pass
+    os._exit(0)

@@ -36,7 +36,7 @@ class Job:
         name: the user's, or the action's.
         platform: where it runs.
         message: of the last transition.
-        exit_code: of the action (0, 1, 2, 130; minus the signal that ended it), once it is known.
+        exit_code: of the action (0, 1, 2, 75, 130; minus the signal that ended it), once it is known.
         results_folder: where the action writes.
         notices: what was worth saying when it was submitted.
         transitions: all of them, oldest first.

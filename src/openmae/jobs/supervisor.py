@@ -13,11 +13,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from openmae.errors import Preempted
 from openmae.jobs.job import FINAL, Record, State, move, state_of
 from openmae.jobs.processes import Identity, identify, signal_session
 from openmae.jobs.queue import Queue, this_machine
 from openmae.jobs.store import LOG, RECORD, JobStore
 
+PREEMPTED = Preempted.exit_code
 GRACE = "OPENMAE_JOB_GRACE"  # seconds from Ctrl-C to SIGTERM
 _POLL = 0.1
 # The job begins only when a line arrives, and that is sent when its record says RUNNING: a supervisor killed in between
@@ -59,6 +61,8 @@ def conclude(record: Record, code: int) -> tuple[State, str]:
         return "CANCELED", f"canceled ({how})"
     if code in (130, -signal.SIGINT):
         return "CANCELED", f"interrupted from outside ({how})"
+    if code == PREEMPTED:
+        return "CANCELED", f"preempted: the same request goes on from its checkpoint ({how})"
     meaning = {1: "the run failed", 2: "the request was wrong"}.get(code, "it failed")
     return "ERROR", f"{meaning} ({how})"
 

@@ -6,26 +6,37 @@ the contract's: ``model_epoch_EEE_step_SSSSS.pth``, ``<arch>_latest.pth`` (a lin
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from lightning_fabric.utilities import move_data_to_device
 
 from openmae.errors import CheckpointError, RunError
-from openmae.storage.encryption import Key, created, unlocked
+from openmae.storage.encryption import Key, created, is_encrypted, unlocked
+from openmae.training.background import BackgroundWorker, HostCopy
 
 BEST = "model_best.pth"
+UNREADABLE = ".unreadable"
+SUPERSEDED = ".superseded"
 _NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
+
+log = logging.getLogger("openmae")
 
 
 class CheckpointFolder:
-    """The checkpoints of one run.
+    """The checkpoints of one run, written by a thread while the training goes on, one at a time.
+
+    A context: its end waits for what is being written.
 
     Args:
         folder: where they lie.
@@ -39,46 +50,144 @@ class CheckpointFolder:
         self.latest = folder / f"{arch}_latest.pth"
         self.keep = keep
         self.key = key
+        self._host, self._writer = HostCopy(), BackgroundWorker()
 
-    def save(self, payload: Mapping[str, Any], epoch: int, step: int) -> Path:
-        """Write the checkpoint of ``epoch`` and ``step``, point the link at it, drop the oldest; returns its path.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except RunError as failure:
+            if error is None:
+                raise
+            log.error("%s", failure)
+        finally:
+            self._host = HostCopy()
+
+    def save(self, payload: Mapping[str, Any], epoch: int, step: int, *, best: bool = False) -> Path:
+        """Copy a payload, and begin to write it as the checkpoint of ``epoch`` and ``step``; returns its path.
+
+        When it is written, the link points at it, and the oldest are dropped.
+
+        Args:
+            payload: may change afterwards.
+            epoch, step: finished ones.
+            best: make it ``model_best.pth`` too, first: of a run that is killed in between, the best is never older
+                than what its checkpoint says of it.
 
         Raises:
-            RunError: it could not be written; what was there before is untouched.
+            RunError: the one before could not be written; what was there is untouched.
         """
         path = self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}.pth"
-        write_checkpoint(payload, path, self.key)
-        _point(self.latest, path)
-        for old in list_checkpoints(self.folder)[: -self.keep]:
-            if old != path:  # a run that resumed from an older one leaves newer ones beside it
-                old.unlink()
+        self._begin(payload, path, best)
         return path
 
-    def save_best(self, payload: Mapping[str, Any], newest: Path | None) -> None:
-        """Make ``model_best.pth``: another name for ``newest`` where it was just written, else a file of its own."""
-        best = self.folder / BEST
-        if newest is None:
-            write_checkpoint(payload, best, self.key)
+    def save_best(self, payload: Mapping[str, Any]) -> None:
+        """As :meth:`save`, of a ``model_best.pth`` that is no checkpoint besides."""
+        self._begin(payload, self.folder / BEST, False)
+
+    def wait(self) -> None:
+        """Return when everything is written.
+
+        Raises:
+            RunError: something could not be written; what was there is untouched.
+        """
+        self._writer.wait()
+
+    def go_on_from(self, epoch: int, step: int) -> None:
+        """Set aside what is newer than the place that a run goes on from: the next start would take the newest."""
+        newer = [path for path in list_checkpoints(self.folder) if _place(path) > (epoch, step)]
+        for path in newer:
+            set_aside(path, SUPERSEDED)
+        if newer:
+            log.warning(
+                "The run goes on from epoch %d, step %d: what is newer in %s is set aside as *%s (%s).",
+                epoch, step, self.folder, SUPERSEDED, ", ".join(path.name for path in newer),
+            )  # fmt: skip
+        if self.latest.is_symlink() and not self.latest.exists():
+            left = newest_checkpoint(self.folder)
+            if left is None:
+                self.latest.unlink()
+            else:
+                _point(self.latest, left)
+
+    def _begin(self, payload: Mapping[str, Any], path: Path, best: bool) -> None:
+        self.wait()
+        self._writer.start(partial(self._write, self._host.take(payload), path, best))
+
+    def _write(self, payload: Mapping[str, Any], path: Path, best: bool) -> None:
+        with _replacing(path) as temporary:
+            _dump(payload, temporary, self.key)
+            if best:
+                self._name_best(temporary)
+        if path.name == BEST:
             return
-        with _replacing(best) as temporary:
+        _point(self.latest, path)
+        for old in list_checkpoints(self.folder)[: -self.keep]:
+            if old != path:
+                old.unlink()
+
+    def _name_best(self, written: Path) -> None:
+        with _replacing(self.folder / BEST) as temporary:
             try:
-                os.link(newest, temporary)
+                os.link(written, temporary)
             except OSError:  # a file system without hard links
-                shutil.copyfile(newest, temporary)
+                shutil.copyfile(written, temporary)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The numbered checkpoints of a folder, oldest first by (epoch, step)."""
-    found = [
-        (int(m[1]), int(m[2]), path) for path in folder.glob("model_epoch_*.pth") if (m := _NAME.fullmatch(path.name))
-    ]
-    return [path for _, _, path in sorted(found)]
+    return sorted((path for path in folder.glob("model_epoch_*.pth") if _NAME.fullmatch(path.name)), key=_place)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The numbered checkpoint to resume from, if there is any."""
     found = list_checkpoints(folder)
     return found[-1] if found else None
+
+
+def set_aside(path: Path, ending: str) -> None:
+    """Rename a checkpoint, so that no run takes it up."""
+    path.replace(path.with_name(path.name + ending))
+
+
+def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """The numbered checkpoint to resume from, and its payload, read lazily; None where there is none.
+
+    Newer ones that are damaged are set aside, with a warning. Where none can be read nothing is touched, since the key
+    may be wrong.
+
+    Raises:
+        CheckpointError: there are some, and none can be read; or the newest is encrypted, and there is no key.
+    """
+    first: CheckpointError | None = None
+    damaged: list[Path] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            payload = read_training_state(path, key, lazily=True)
+        except CheckpointError as error:
+            if key is None and is_encrypted(path):
+                raise
+            first = first or error
+            damaged.append(path)
+            continue
+        for bad in damaged:
+            set_aside(bad, UNREADABLE)
+            log.warning("%s cannot be read: it is now %s%s, and %s is used.", bad, bad.name, UNREADABLE, path.name)
+        return path, payload
+    if first is not None:
+        raise first
+    return None
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """The epoch and the step in a checkpoint's name."""
+    found = _NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1]), int(found[2])
 
 
 def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = None) -> None:
@@ -88,16 +197,21 @@ def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = N
         RunError: the disk is full or not writable; nothing is left of the attempt.
     """
     on_cpu = move_data_to_device(dict(payload), torch.device("cpu"))
-    with _replacing(path) as temporary, created(temporary, key) as file:
-        torch.save(on_cpu, file)
+    with _replacing(path) as temporary:
+        _dump(on_cpu, temporary, key)
+
+
+def _dump(payload: Mapping[str, Any], path: Path, key: Key | None) -> None:
+    with created(path, key) as file:
+        torch.save(payload, file)
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write, which then takes the place of ``path`` in one move."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # a killed run left it
     try:
+        temporary.unlink(missing_ok=True)  # a killed run left it
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
@@ -108,7 +222,8 @@ def _replacing(path: Path) -> Iterator[Path]:
             f"Free space in {path.parent}, or lower train.keep_checkpoints.{kept}",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that has turned read-only
+            temporary.unlink(missing_ok=True)
 
 
 def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> dict[str, Any]:
@@ -117,7 +232,8 @@ def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = Fa
     Args:
         path: the file.
         key: opens it where it is encrypted.
-        lazily: for a look at the plain values; tensors stay in a plain file, which must stay where it is.
+        lazily: for a look at the plain values: tensors stay in a plain file, which must stay where it is. As torch
+            compares no checksums, this does.
 
     Raises:
         CheckpointError: missing, truncated, not written by a training run of this package, or encrypted and not
@@ -131,9 +247,11 @@ def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = Fa
     file = unlocked(path, key)
     try:
         payload = torch.load(file or path, map_location="cpu", weights_only=True, mmap=lazily and not file)
+        if lazily and not file:
+            _check_sums(path)
     except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is truncated or foreign.",
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is truncated, damaged or foreign.",
             "Resume from an older model_epoch_*.pth, or use train.pretrained_model_path for foreign weights.",
         ) from error
     if not isinstance(payload, dict) or not {"openmae", "progress", "optimizer"} <= payload.keys():
@@ -142,6 +260,12 @@ def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = Fa
             "Give it as train.pretrained_model_path to start from its weights.",
         )
     return payload
+
+
+def _check_sums(path: Path) -> None:
+    with zipfile.ZipFile(path) as bundle:
+        if damaged := bundle.testzip():
+            raise zipfile.BadZipFile(f"{damaged} has another checksum")
 
 
 def _point(link: Path, target: Path) -> None:

@@ -91,11 +91,11 @@ def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
         try:
             interrupted, result = fabric.launch(call)
         except ProcessException as error:
-            if relay.asked:
-                raise KeyboardInterrupt from None
+            if relay.reason:
+                raise relay.reason from None
             raise _reason(error) from None
     if interrupted:
-        raise KeyboardInterrupt
+        raise relay.reason or KeyboardInterrupt
     return result
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: finish the update, write a checkpoint, then stop; in every process of the run."""
+"""Ctrl-C and preemption: finish the update, write a checkpoint, then stop; in every process of the run."""
 
 from __future__ import annotations
 
@@ -10,60 +10,94 @@ import threading
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+
+from openmae.errors import Preempted
+
+PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # a machine that shuts down; SLURM before the time is up
 
 log = logging.getLogger("openmae")
 
 
 class _InterruptHandler(ABC):
-    """Handles Ctrl-C while entered; the handler before it is put back at the end.
+    """Handles signals while entered; the handlers before it are put back at the end.
 
     Attributes:
-        asked: whether a stop was asked for.
+        reason: what the run is to end with: KeyboardInterrupt after Ctrl-C, Preempted after the others; None while
+            nobody has asked for its end.
     """
 
+    signals: ClassVar[tuple[signal.Signals, ...]] = (signal.SIGINT, *PREEMPTION)
+
     def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
+        self.reason: type[KeyboardInterrupt] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.reason is not None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            self._before = {number: signal.signal(number, self._handle) for number in self.signals}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int) -> None:
+        self.reason = self.reason or (Preempted if number in PREEMPTION else KeyboardInterrupt)
 
     @abstractmethod
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """What Ctrl-C does."""
+        """What a signal does."""
 
 
 class InterruptWatch(_InterruptHandler):
-    """While entered, the first Ctrl-C asks the loop to stop after its update; a second one stops at once."""
+    """While entered, the first signal asks the loop to stop after its update; Ctrl-C after it stops at once.
+
+    SIGTERM after Ctrl-C does as well: who canceled the run has waited long enough. What announces a preemption may come
+    several times, and only SIGKILL, which follows, is meant to cut the checkpoint short.
+    """
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if not self.asked:
+            self._note(number)
+            if number in PREEMPTION:
+                log.warning("%s: writing a checkpoint after this step.", signal.Signals(number).name)
+            else:
+                log.warning("Interrupted: writing a checkpoint after this step. Press Ctrl-C again to stop at once.")
+        elif number == signal.SIGINT or (number == signal.SIGTERM and self.reason is KeyboardInterrupt):
             raise KeyboardInterrupt
-        self.asked = True
-        log.warning("Interrupted: writing a checkpoint after this step. Press Ctrl-C again to stop at once.")
+
+
+class PreemptionWatch(_InterruptHandler):
+    """While entered, a preemption ends what has nothing to save: what comes before and after the training itself."""
+
+    signals: ClassVar[tuple[signal.Signals, ...]] = PREEMPTION
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked:  # told again, it would break into the end of the run
+            self._note(number)
+            raise Preempted
 
 
 class InterruptRelay(_InterruptHandler):
-    """While entered, this process passes Ctrl-C on to its children, and waits for them to end in their own time.
+    """While entered, this process passes signals on to its children, and waits for them to end in their own time.
 
     The children are to call ``join_relay``, so that a terminal does not send them the same Ctrl-C a second time.
     """
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self._note(number)
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 with suppress(ProcessLookupError):  # it has just ended
-                    os.kill(child.pid, signal.SIGINT)
+                    os.kill(child.pid, number)
 
 
 def join_relay() -> None:

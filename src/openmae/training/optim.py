@@ -110,6 +110,7 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
+        _check_shapes(optimizer, state)
         optimizer.load_state_dict(state)
     except ValueError as error:
         raise CheckpointError(
@@ -118,6 +119,16 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
         ) from error
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Torch compares the counts of the parameters alone."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=False):  # the counts are torch's to compare
+        moment = state["state"].get(number, {}).get("exp_avg")
+        if moment is not None and moment.shape != parameter.shape:
+            raise ValueError(f"moments of {tuple(moment.shape)} for a parameter of {tuple(parameter.shape)}")
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> int:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
-from openmae.errors import RunError
+from openmae.errors import Preempted, RunError
 from openmae.results.status import StatusLog
 from openmae.training.checkpoints import CheckpointFolder
 from openmae.training.compiling import compile_errors, compiled
@@ -91,10 +90,10 @@ class Trainer:
         self.progress = Progress(batches_per_epoch=len(train_loader))
         self.pace = PaceMeter()
         self._interrupt = InterruptWatch()
-        self._stop = False  # what all processes know of Ctrl-C
         self._late = reads_late(fabric)  # an update's numbers during the next one
         self._unread: Update | None = None
         self._loss: float | None = None  # of the newest update that was read
+        self._stop: type[KeyboardInterrupt] | None = None  # what all processes know of Ctrl-C and preemption
 
     def resume(self, payload: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's payload; what the spec says of the optimizer stands, its moments are taken up.
@@ -127,10 +126,12 @@ class Trainer:
 
         Raises:
             RunError: the loss or its gradients are not finite ten updates in a row, or a checkpoint cannot be written.
-            KeyboardInterrupt: Ctrl-C; a checkpoint of the last finished update has been written.
+            KeyboardInterrupt: Ctrl-C, or as Preempted a preemption; a checkpoint of the last finished update has been
+                written.
         """
         metrics: dict[str, float] = {}
-        with self._interrupt, compile_errors() if self.settings.compile else nullcontext():
+        errors = compile_errors() if self.settings.compile else nullcontext()
+        with self._interrupt, self.outputs.checkpoints, errors:
             while self.progress.epoch < self.settings.last_epoch:
                 self._train_epoch()
                 metrics = self._finish_epoch()
@@ -178,7 +179,7 @@ class Trainer:
             rate,
             [batch.indices for batch in group],
             losses,
-            stop_asked=self._interrupt.asked,
+            stop=self._interrupt.reason,
             norm=norm,
         )
         if self._late:
@@ -289,8 +290,9 @@ class Trainer:
         if due or self._stop:
             self._save()
         if self._stop:
+            self._on_rank_zero(self.outputs.checkpoints.wait)  # a process that ends may take the others along
             log.warning("A checkpoint of step %d was written; the same command goes on from it.", progress.step)
-            raise KeyboardInterrupt
+            raise self._stop
 
     def _finish_epoch(self) -> dict[str, float]:
         """Validate, log, and keep the epoch's checkpoint; returns the epoch's metrics."""
@@ -306,9 +308,10 @@ class Trainer:
         due = last or self._due("epoch", epoch + 1) or self._due("step", step)
         improved = (due or self.task.monitor != "train_loss") and self._note_best(metrics)
         progress.epoch, progress.batch, progress.loss_sum, progress.loss_count = epoch + 1, 0, 0.0, 0
-        saved = self._save() if due else None
-        if improved:
-            self._save_best(saved)
+        if due:
+            self._save(best=improved)
+        elif improved:
+            self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(self._payload()))
         self._report(epoch, step, metrics | pace)
         return metrics
 
@@ -328,11 +331,12 @@ class Trainer:
         return metrics
 
     def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass batches on; on Ctrl-C keep the epoch's training, which is done, and stop."""
+        """Pass batches on; on Ctrl-C and preemption keep the epoch's training, which is done, and stop."""
         for batch in batches:
-            if self._interrupt.asked and self.fabric.world_size == 1:
+            if self._interrupt.reason and self.fabric.world_size == 1:
                 self._save()
-                raise KeyboardInterrupt
+                self.outputs.checkpoints.wait()
+                raise self._interrupt.reason
             yield batch
 
     def _note_best(self, metrics: Mapping[str, float]) -> bool:
@@ -356,20 +360,18 @@ class Trainer:
             payload["ema_state_dict"] = {f"model.{k}": v for k, v in self.ema.module.state_dict().items()}
         return payload
 
-    def _save(self) -> Path | None:
-        return self._on_rank_zero(
-            lambda: self.outputs.checkpoints.save(self._payload(), self.progress.epoch, self.progress.step)
+    def _save(self, *, best: bool = False) -> None:
+        progress = self.progress
+        self._on_rank_zero(
+            lambda: self.outputs.checkpoints.save(self._payload(), progress.epoch, progress.step, best=best)
         )
 
-    def _save_best(self, newest: Path | None) -> None:
-        self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(self._payload(), newest))
-
-    def _on_rank_zero(self, write: Callable[[], Any]) -> Any:
+    def _on_rank_zero(self, write: Callable[[], Any]) -> None:
         self._mark("other")
-        result = write() if self.fabric.is_global_zero else None
+        if self.fabric.is_global_zero:
+            write()
         self.fabric.barrier()
         self._mark("checkpoints")
-        return result
 
     def _mark(self, phase: str, *, ends_step: bool = False) -> None:
         if self.outputs.clock is not None:

@@ -9,6 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from openmae.errors import Preempted
 from openmae.training.distributed import add_over_ranks
 
 
@@ -36,7 +37,7 @@ class Update:
         rate: the learning rate.
         indices: ``[B]`` of the images of each of its batches, of this process, on the host.
         losses: each batch's share of the loss, of this process, on the device.
-        stop_asked: whether this process was asked to stop.
+        stop: what this process is to end with; None while nobody has asked for its end.
         norm: of the gradients, the same in every process; None where nobody measured it.
 
     Attributes:
@@ -52,7 +53,7 @@ class Update:
         indices: Sequence[Tensor],
         losses: Sequence[Tensor],
         *,
-        stop_asked: bool,
+        stop: type[KeyboardInterrupt] | None,
         norm: Tensor | None,
     ) -> None:
         self.step = step
@@ -61,8 +62,8 @@ class Update:
         self.losses = losses
         loss = torch.stack(list(losses)).sum().double()
         # filled on the device: a tensor made of Python's numbers would be copied there, and the host would wait
-        images, asked = (loss.new_full((), value) for value in (sum(map(len, indices)), float(stop_asked)))
-        sums = add_over_ranks(fabric, torch.stack([loss, images, asked]))
+        counts = (sum(map(len, indices)), float(stop is not None), float(stop is Preempted))
+        sums = add_over_ranks(fabric, torch.stack([loss, *(loss.new_full((), value) for value in counts)]))
         sums[0] /= fabric.world_size
         numbers = torch.cat([sums, (loss.new_zeros(()) if norm is None else norm.double()).view(1)])
         self.bad = numbers.isfinite().all().logical_not().float()
@@ -72,12 +73,13 @@ class Update:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def read(self) -> tuple[float, int, bool, float]:
+    def read(self) -> tuple[float, int, type[KeyboardInterrupt] | None, float]:
         """``(loss, images, stop, norm)``, of all processes together; waits until the device has got there."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, images, asked, norm = self._numbers.tolist()
-        return loss, int(images), asked > 0, norm
+        loss, images, asked, preempted, norm = self._numbers.tolist()
+        stop = (Preempted if preempted else KeyboardInterrupt) if asked else None
+        return loss, int(images), stop, norm
 
     def images_at_fault(self) -> list[int]:
         """The images of those of this process's batches whose loss is not finite."""

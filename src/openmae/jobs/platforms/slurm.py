@@ -19,17 +19,24 @@ from openmae.jobs.job import Record, State, move, state_of
 from openmae.jobs.platforms.base import Observation
 from openmae.jobs.processes import alive
 from openmae.jobs.store import LOG, JobStore, write_durably
-from openmae.jobs.supervisor import conclude, grace_seconds
+from openmae.jobs.supervisor import PREEMPTED, conclude, grace_seconds
 
 SCRIPT, EXIT = "job.sh", "exit_code"
 _NEEDED = ("sbatch", "squeue", "scancel", "sinfo")
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+_WARNING = 60  # seconds before the time is up: training writes a checkpoint
 _PATIENCE = 30.0  # seconds for SLURM to answer
 _FRESH = 1.0  # seconds that an answer is good for: a controller must not be asked at every turn
 
 # Fabric would take SLURM_NTASKS for its own processes, one a GPU; here one process a node starts them.
-_NODE = 'export NODE_RANK="$SLURM_NODEID"; unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE; exec "$@"'
+_NODE = 'export NODE_RANK="$SLURM_NODEID"; unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE; '
+_ALONE = _NODE + 'exec "$@"'
+# srun kills the other nodes as soon as one has ended: a preempted one gives them the time to end as well
+_TOGETHER = _NODE + f'trap : INT TERM USR1; "$@"; code=$?; [ $code = {PREEMPTED} ] && sleep 3; exit $code'
+
+# SLURM requeues by itself what it preempts. What has run out of time asks for it; scontrol ends this script.
+_REQUEUE = f'[ $code = {PREEMPTED} ] && scontrol requeue "$SLURM_JOB_ID" && exit $code'
 
 
 class SlurmPlatform:
@@ -65,6 +72,7 @@ class SlurmPlatform:
             *("--parsable", f"--job-name={_name(job_id)}", f"--nodes={record['nodes']}", "--ntasks-per-node=1"),
             *(f"--output={folder / LOG}", f"--chdir={record['cwd']}", "--open-mode=append", "--export=ALL"),
             *([f"--gpus-per-node={gpus}"] if gpus else []),
+            *(["--requeue", f"--signal=USR1@{_WARNING}"] if _goes_on(record) else []),
         ]
         # secrets go by the environment, which SLURM hands on; not by arguments, not by the script
         number = _ask(["sbatch", *options, str(folder / SCRIPT)], {**os.environ, **environment}).strip()
@@ -150,6 +158,11 @@ def _final(word: str, record: Record) -> State:
     return "COMPLETE" if word == "COMPLETED" else "ERROR"
 
 
+def _goes_on(record: Record) -> bool:
+    """Whether the same command, started again, goes on: a training, and not a search of them, whose jobs do."""
+    return record["action"] == "train" and "automl" not in record["command"]
+
+
 def _name(job_id: str) -> str:
     return f"mae-{job_id}"
 
@@ -165,11 +178,13 @@ def _script(record: Record, folder: Path, gpus: int) -> str:
             f"NUM_GPU_PER_NODE={max(gpus, 1)}",
             "export MASTER_ADDR MASTER_PORT WORLD_SIZE NUM_GPU_PER_NODE",
         ]
-    task = shlex.join(["/bin/sh", "-c", _NODE, "job", *record["command"]])
+    task = shlex.join(["/bin/sh", "-c", _TOGETHER if nodes > 1 else _ALONE, "job", *record["command"]])
     done = shlex.quote(str(folder / EXIT))
     lines += [
+        f"rm -f {done}",  # of a start before this one
         f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 {task}",
         "code=$?",
+        *([_REQUEUE] if _goes_on(record) else []),
         f"echo $code > {done}.tmp && mv {done}.tmp {done}",
         "exit $code",
     ]
