@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: help quickstart test test-slow test-browser bench lint clean
+.PHONY: help quickstart test test-slow test-faults test-browser bench lint clean
 help:
 	@echo 'make quickstart    install, and see in minutes that pretraining helps'
 	@echo 'make test          install, check style, types and layers, run the tests'
 	@echo 'make test-slow     three seeds of the quickstart, and every command of README'
+	@echo 'make test-faults   kill processes, fill disks, stop stores'
 	@echo 'make test-browser  open a report in headless Chromium'
 	@echo 'make bench         measure speed on this machine, into results/bench'
 	@echo 'make lint          style, types and layers alone'
@@ -41,6 +42,9 @@ test: lint
 
 test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow
+
+test-faults: .venv/dev.stamp
+	$(BIN)/python -m pytest -m faults
 
 test-browser: .venv/dev.stamp
 	$(BIN)/python -m pytest -m browser

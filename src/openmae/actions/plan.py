@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from openmae.storage.encryption import Key, resolve_key
 from openmae.training.checkpoints import newest_readable, read_training_state
 
 log = logging.getLogger("openmae")
+
+_IMAGES = "train_images"
 
 #: What may change between the parts of one run without a word: its length, its pace, its place.
 _RHYTHM = frozenset(
@@ -53,6 +56,11 @@ class Plan:
     key: Key | None
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says about the run."""
+        return {**self.info.to_dict(), _IMAGES: _names_of(self.train)}
+
+    @property
     def config(self) -> ModelConfig:
         """Of the model."""
         return self.info.model
@@ -66,6 +74,7 @@ class Earlier:
     checkpoint: Path
     info: CheckpointInfo
     epochs_done: int
+    images: str | None
 
 
 def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
@@ -109,6 +118,11 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     )
     if earlier:
         _check_same_run(earlier, info)
+        if earlier.images not in (None, _names_of(train)):
+            log.warning(
+                "dataset.train_data_sources holds other images than the checkpoint %s was trained with.",
+                earlier.checkpoint,
+            )
         _compare_settings(earlier, info, finished=earlier.epochs_done >= spec.train.num_epochs)
     elif finetune and not spec.train.pretrained_model_path:
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
@@ -127,7 +141,13 @@ def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlie
         else:
             return None
         checkpoint, state = found
-        return Earlier(key, checkpoint, CheckpointInfo.from_dict(state["openmae"]), state["progress"]["epoch"])
+        facts = state["openmae"]
+        return Earlier(key, checkpoint, CheckpointInfo.from_dict(facts), state["progress"]["epoch"], facts.get(_IMAGES))
+
+
+def _names_of(index: ImageIndex) -> str:
+    """Tells the images of a data set from others, by their names."""
+    return hashlib.sha256("\n".join(index.paths).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:

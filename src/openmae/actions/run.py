@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ Rows = Sequence[tuple[str, str]]
 
 SPEC_FILE = "experiment.yaml"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_TURNED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)  # a disk that was writable before
+_LOADER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited unexpectedly)")
 
 log = logging.getLogger("openmae")
 
@@ -70,7 +73,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         run.status.write("STARTED", f"{action} started")
         try:
             place.begin_uploads()
-            with _disk_space(run.folder):
+            with _machine_faults(run.folder):
                 yield run
             place.finish_uploads()
         except KeyboardInterrupt as stop:
@@ -92,15 +95,23 @@ def _write_failure(run: Run, message: str, verbosity: str) -> None:
 
 
 @contextmanager
-def _disk_space(folder: Path) -> Iterator[None]:
+def _machine_faults(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        within = str(error.filename or "").startswith(str(folder))
+        if error.errno not in _FULL and not (within and error.errno in _TURNED):
             raise
         raise RunError(
             f"The results could not be written ({error.strerror}): {error.filename or folder}.",
             "Free space, or set results_dir to a folder on another disk.",
+        ) from error
+    except RuntimeError as error:  # torch raises it wherever the loop is at the moment
+        if not _LOADER.search(str(error)):
+            raise
+        raise RunError(
+            f"A process that loads images was ended from outside: {str(error).splitlines()[0]}",
+            "If memory ran out, lower dataset.num_workers_per_gpu or dataset.batch_size; the same command goes on.",
         ) from error
 
 

@@ -246,14 +246,14 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
     spec = plan.spec
     checkpoints = CheckpointFolder(plan.folder, plan.config.arch, spec.train.keep_checkpoints, plan.key)
     if not fabric.is_global_zero:
-        return Outputs(checkpoints, plan.info.to_dict(), console=Console(force_terminal=False))  # one bar is enough
+        return Outputs(checkpoints, plan.facts, console=Console(force_terminal=False))  # one bar is enough
     begin_results(plan.folder, spec, resumed=state is not None)
     if state is not None:
         checkpoints.go_on_from(state["progress"]["epoch"], state["progress"]["step"])
     wandb_run = open_wandb(spec.wandb.model_dump(), plan.folder, dict(plan.info.spec))
     clock = StepClock(fabric.device) if spec.train.profile else None
     loggers = Loggers(plan.folder, state["progress"]["step"] if state else None, wandb_run)
-    return Outputs(checkpoints, plan.info.to_dict(), loggers, StatusLog(plan.folder, append=True), clock)
+    return Outputs(checkpoints, plan.facts, loggers, StatusLog(plan.folder, append=True), clock)
 
 
 def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown: Breakdown | None) -> None:

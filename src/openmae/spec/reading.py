@@ -14,6 +14,7 @@ import yaml
 from openmae.errors import SpecError
 
 MISSING = "???"
+_DEEPEST, _LARGEST = 50, 100_000  # levels, and values, of a spec: aliases may make a few lines as large as memory
 Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]
 
@@ -47,6 +48,18 @@ class _Loader(yaml.SafeLoader):
     As OmegaConf reads them, 1e-4 is a number; and only plain decimals are integers, so that 007, 12:30
     and 2026-01-31 stay the text they were.
     """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse what is nested so deeply that Python could not follow."""
+        self._depth += 1
+        try:
+            if self._depth > _DEEPEST:
+                raise yaml.YAMLError(f"it is nested deeper than {_DEEPEST} levels")
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -102,10 +115,9 @@ def read_file(path: Path) -> Reading:
         raise SpecError(f"{path} cannot be read: {error.strerror}.", "Check the path and its rights.") from None
     reading = Reading()
     try:
-        node = yaml.compose(text, _Loader)
+        node, tree = _parse(text)
         if node is not None:
-            _note_lines(node, "", reading, [])
-        tree = yaml.load(text, _Loader)
+            _note_lines(node, "", reading)
     except yaml.YAMLError as error:
         raise SpecError(
             f"{path} is not valid YAML: {_yaml_message(error, text)}.",
@@ -120,6 +132,37 @@ def read_file(path: Path) -> Reading:
     return reading
 
 
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """The nodes and the values of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or too deep or too large.
+    """
+    node = yaml.compose(text, _Loader)
+    if node is not None:
+        _measure(node, {}, ())
+    try:
+        return node, yaml.load(text, _Loader)
+    except ValueError as error:  # Python reads no integer of thousands of digits
+        raise yaml.YAMLError("it has a number of too many digits") from error
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: tuple[yaml.Node, ...]) -> tuple[int, int]:
+    """Values and levels below a node, an alias counted wherever it stands."""
+    if node in above:
+        raise yaml.YAMLError(f"line {node.start_mark.line + 1} contains itself")
+    if id(node) not in known:
+        below = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            below = [part for pair in node.value for part in pair]
+        sizes = [_measure(part, known, (*above, node)) for part in below]
+        known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
+        size, depth = known[id(node)]
+        if size > _LARGEST or depth > _DEEPEST:
+            raise yaml.YAMLError(f"it has more than {_LARGEST:,} values, or is nested deeper than {_DEEPEST} levels")
+    return known[id(node)]
+
+
 def read_mapping(source: Mapping[Any, Any]) -> Reading:
     """Take a nested mapping from Python; it is copied."""
     return Reading(tree=_text_keys(source))
@@ -130,11 +173,11 @@ def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
     for item in overrides:
         key, equals, text = item.partition("=")
         key = key.strip()
-        if not equals or not all(key.split(".")):
+        if not equals or not all(key.split(".")) or key.count(".") >= _DEEPEST:
             reading.problems.append(Problem(key or item, f"an override is written key=value, got {item!r}."))
             continue
         try:
-            value = yaml.load(text, _Loader)
+            _, value = _parse(text)
         except yaml.YAMLError as error:
             reading.problems.append(Problem(key, f"{text!r} is not valid YAML: {_yaml_message(error)}."))
             continue
@@ -199,14 +242,11 @@ def drop_unset(tree: Tree) -> Tree:
     }
 
 
-def _note_lines(node: yaml.Node, prefix: str, reading: Reading, above: list[yaml.Node]) -> None:
+def _note_lines(node: yaml.Node, prefix: str, reading: Reading) -> None:
     """Record the line of every key; a key that stands twice in one section is a problem."""
-    if node in above:
-        raise yaml.YAMLError(f"line {node.start_mark.line + 1} contains itself")
-    above = [*above, node]
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _note_lines(item, prefix, reading, above)
+            _note_lines(item, prefix, reading)
     if not isinstance(node, yaml.MappingNode):
         return
     first: dict[str, int] = {}
@@ -218,7 +258,7 @@ def _note_lines(node: yaml.Node, prefix: str, reading: Reading, above: list[yaml
             reading.problems.append(Problem(key, text))
         first.setdefault(name, line)
         reading.origin[key] = f"line {line}"
-        _note_lines(value_node, f"{key}.", reading, above)
+        _note_lines(value_node, f"{key}.", reading)
 
 
 def _yaml_message(error: yaml.YAMLError, text: str = "") -> str:

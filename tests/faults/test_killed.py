@@ -1,0 +1,78 @@
+"""Trainings that are killed, in whole or in part."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+from fault_runs import Server, assert_same_end, last_status, newest, until
+
+from openmae.training.checkpoints import list_checkpoints
+
+KILLS = 30
+EVERY_STEP = {"train.checkpoint_interval_unit": "step", "train.num_epochs": 8}
+
+
+def test_a_run_killed_thirty_times_ends_as_one_that_was_not(server: Server, photos: Path, tmp_path: Path) -> None:
+    """Killed at any moment: while it starts, trains, writes a checkpoint."""
+    server.finish(tmp_path / "whole", photos, EVERY_STEP)
+    draw, kills, folders = random.Random(7), 0, 0
+    while kills < KILLS:
+        folders += 1
+        folder, step = tmp_path / f"killed {folders}", 0
+        while True:
+            training = server.start(folder, photos, EVERY_STEP)
+            if kills < KILLS:
+                _let_it_write(draw.choice((0, 1, 2, 3)), folder, training)
+                time.sleep(draw.uniform(0, 0.5))
+            if kills < KILLS and training.alive():
+                training.kill(signal.SIGKILL)
+            code = training.code()
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, training.text
+            kills += 1
+            if list_checkpoints(folder):
+                now = newest(folder)["progress"]["step"]
+                assert now >= step, "a finished checkpoint was lost"
+                step = now
+        assert_same_end(tmp_path / "whole", folder)
+        assert not list(folder.glob("*.unreadable")), "a killed run left half a checkpoint under its name"
+        assert last_status(folder) == "SUCCESS"
+
+
+def _let_it_write(count: int, folder: Path, training) -> None:
+    """Return when the run has come so many checkpoints further, or has ended."""
+    seen, deadline = set(list_checkpoints(folder)), time.monotonic() + 60
+    fresh: set[Path] = set()
+    while len(fresh) < count and training.alive():
+        fresh |= set(list_checkpoints(folder)) - seen
+        assert time.monotonic() < deadline, training.text
+        time.sleep(0.005)
+
+
+def test_a_killed_loader_ends_the_run_and_it_goes_on(server: Server, photos: Path, tmp_path: Path) -> None:
+    folder, changes = tmp_path / "results", {"dataset.num_workers_per_gpu": 2, "train.num_epochs": 40}
+    training = server.start(folder, photos, changes)
+    until(lambda: list_checkpoints(folder), training, "the first checkpoint")
+    for child in _children(training.pid):
+        os.kill(child, signal.SIGKILL)
+        break
+    assert training.code() == 1, training.text
+    assert "A process that loads images was ended from outside" in training.text
+    assert "dataset.num_workers_per_gpu" in training.text
+    assert "Traceback" not in training.text
+    assert last_status(folder) == "FAILURE"
+    done = newest(folder)["progress"]["epoch"]
+    assert done >= 1
+    short = {**changes, "train.num_epochs": 40, "train.stop_after_epoch": done + 1}
+    server.finish(folder, photos, short)
+    server.finish(tmp_path / "whole", photos, short)
+    assert_same_end(tmp_path / "whole", folder)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -1,0 +1,111 @@
+"""A store that goes away while results are uploaded to it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from fault_runs import PLAIN, Server, until
+from moto.server import ThreadedMotoServer
+
+SECRETS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
+SCALE = 10  # a minute is six seconds
+OUTAGE = 60 / SCALE
+FASTER = {
+    **PLAIN,
+    **{
+        f"openmae.storage.upload:{name}": seconds / SCALE
+        for name, seconds in {
+            "STATUS_SECONDS": 20,
+            "GROWING_SECONDS": 30,
+            "_LOOK_SECONDS": 1,
+            "_RETRY_SECONDS": 15,
+        }.items()
+    },
+}
+
+
+class Store:
+    """An S3 server that can be stopped and started with what it holds."""
+
+    def __init__(self) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+        self.client = boto3.client("s3", endpoint_url=self.url)
+        self.client.create_bucket(Bucket="runs")
+
+    def start(self) -> None:
+        self.server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self.server.start()
+
+    def stop(self) -> None:
+        self.server.stop()
+
+    def names(self) -> set[str]:
+        found = self.client.list_objects_v2(Bucket="runs").get("Contents", [])
+        return {item["Key"].removeprefix("one/") for item in found}
+
+    def last_status(self) -> str:
+        text = self.client.get_object(Bucket="runs", Key="one/status.json")["Body"].read().decode()
+        return json.loads(text.splitlines()[-1])["status"]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    served = Store()
+    yield served
+    served.stop()
+
+
+def _arguments(store: Store, photos: Path, epochs: int) -> dict[str, Any]:
+    return {
+        "results": "s3://runs/one",
+        "source": photos,
+        "changes": {"train.num_epochs": epochs},
+        "patch": FASTER,
+        "environment": {**SECRETS, "AWS_ENDPOINT_URL": store.url},
+    }
+
+
+FINISHED = {"status.json", "metrics.csv", "report.html", "backbone.safetensors", "model_best.pth"}
+
+
+def test_a_store_that_is_gone_for_a_minute_gets_everything(server: Server, photos: Path, store: Store) -> None:
+    training = server.start(**_arguments(store, photos, 25))
+    until(lambda: any(name.startswith("model_epoch") for name in store.names()), training, "the first upload")
+    store.stop()
+    time.sleep(OUTAGE)
+    assert training.alive(), training.text
+    store.start()
+    assert training.code() == 0, training.text
+    assert store.names() >= FINISHED, training.text
+    assert "model_epoch_025_step_00125.pth" in store.names()
+    assert store.last_status() == "SUCCESS"
+
+
+def test_a_store_that_stays_away_fails_the_run_which_goes_on_from_what_is_here(
+    server: Server, photos: Path, store: Store
+) -> None:
+    training = server.start(**_arguments(store, photos, 6))
+    until(lambda: any(name.startswith("model_epoch") for name in store.names()), training, "the first upload")
+    store.stop()
+    code = training.code()
+    store.start()
+    assert code == 1, training.text
+    assert "could not be uploaded to s3://runs/one" in training.text
+    assert "Traceback" not in training.text
+    assert store.last_status() != "SUCCESS"
+    assert server.start(**_arguments(store, photos, 6)).code() == 0
+    assert store.names() >= {*FINISHED, "model_epoch_006_step_00030.pth"}
+    assert store.last_status() in ("SUCCESS", "SKIPPED")
