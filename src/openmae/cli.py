@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import shutil
 import sys
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
-    with notices_on_stderr():
+    with notices_on_stderr(_level(args.command)):
         try:
             args.run(args)
             sys.stdout.flush()
@@ -68,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             print(_unexpected(args.command, error), file=sys.stderr)
             return 1
+
+
+def _level(command: str) -> int:
+    """Of the processes that a launcher or several nodes started, one tells what happens; the others tell of errors."""
+    from openmae.training.world import follows
+
+    return logging.ERROR if command in ("train", "evaluate", "inference") and follows() else logging.INFO
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from openmae.models.mae import MaskedAutoencoder
 from openmae.models.weights import CheckpointInfo
 from openmae.results.pictures import reconstruction_grid, save_confusion_matrix
 from openmae.spec.schema import ExperimentSpec
-from openmae.training.devices import build_fabric, launch
+from openmae.training.devices import build_fabric, check_agreement, launch
 from openmae.training.finetune import predict, score
 from openmae.training.pretrain import PretrainTask, embed, probe
 
@@ -43,7 +43,12 @@ class Request:
         return self.model.info
 
     def loader(self, fabric: Fabric) -> EvaluationLoader:
-        """This process's share of the images, in order."""
+        """This process's share of the images, in order.
+
+        Raises:
+            DataError: the nodes do not see the same images or the same model.
+        """
+        check_agreement(fabric, {"images": self.index.digest, "model": str(self.model.card)})
         dataset = self.spec.dataset
         size, channels = self.info.model.input_size, self.info.model.in_chans
         settings = LoaderSettings(
@@ -101,12 +106,14 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         request = Request(spec, this_run.folder, model, index, spec.batch_size("evaluate"))
         section = spec.evaluate
         fabric = build_fabric("evaluate", section.num_gpus, section.gpu_ids, section.num_nodes)
-        begin_results(this_run.folder, spec)
+        if this_run.leads:
+            begin_results(this_run.folder, spec)
         work = _evaluate_classifier if info.stage == "finetune" else _evaluate_pretrained
         metrics = launch(fabric, work, request)
-        this_run.status.write("RUNNING", f"Evaluated on {len(index)} images", kpi=metrics)
-        title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
-        show_table(title, [(name, f"{value:.4f}") for name, value in metrics.items()])
+        if this_run.leads:
+            this_run.status.write("RUNNING", f"Evaluated on {len(index)} images", kpi=metrics)
+            title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
+            show_table(title, [(name, f"{value:.4f}") for name, value in metrics.items()])
     return metrics
 
 

@@ -55,12 +55,13 @@ def run(spec: ExperimentSpec) -> Path:
         request = Request(spec, this_run.folder, model, index, spec.batch_size("inference"))
         section = spec.inference
         fabric = build_fabric("inference", section.num_gpus, section.gpu_ids, section.num_nodes)
-        begin_results(this_run.folder, spec)
+        if this_run.leads:
+            begin_results(this_run.folder, spec)
         found = launch(fabric, _classify if info.stage == "finetune" else _embed, request)
         path = this_run.folder / (RESULTS if info.stage == "finetune" else EMBEDDINGS)
-        show_table(
-            f"{info.model.arch} ({info.stage}) on {len(index):,} images", [*found.items(), ("written", str(path))]
-        )
+        if this_run.leads:
+            title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
+            show_table(title, [*found.items(), ("written", str(path))])
     return path
 
 

@@ -21,6 +21,7 @@ from openmae.spec.load import to_dict
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.checkpoints import newest_readable, read_training_state
+from openmae.training.elastic import Share, accumulation_for
 
 log = logging.getLogger("openmae")
 
@@ -34,12 +35,16 @@ _RHYTHM = frozenset(
         "dataset.max_corrupt_fraction",
         "dataset.test_data_sources",
         *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "results_dir", "precision")),
+        "train.distributed_strategy",
         *(f"train.checkpoint_{name}" for name in ("interval", "interval_unit")),
         *(f"train.{name}" for name in ("keep_checkpoints", "validation_interval", "allow_partial_weights")),
         *(f"train.{name}" for name in ("stop_after_epoch", "compile", "profile")),
         "train.resume_training_checkpoint_path",
     }
 )
+
+
+_ACCUMULATION = "train.accum_grad_batches"
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
         with blaming("dataset.val_data_sources"):
             check_same_classes(train, val)
     with blaming("dataset.batch_size"):
-        AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, spec.train.num_gpus)
+        processes = spec.train.num_gpus * spec.train.num_nodes
+        AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, processes)
     if not spec.typed("dataset.batch_size"):
         log.warning(
             "dataset.batch_size is %d, the published default: set it to what memory holds, such as 64.",
@@ -104,6 +110,9 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
         seed = earlier.info.spec["train"]["seed"] if earlier else random.SystemRandom().randrange(2**31)
         log.info("train.seed is -1: this run draws %d.", seed)
         spec = spec.replaced({"train.seed": seed})
+    begun: dict[str, int] = {}
+    if earlier:
+        spec, begun = _keep_global_batch(earlier, spec)
     if finetune:
         spec = spec.replaced({"model.num_classes": class_count(spec, train)})
     config = _model_config(spec)
@@ -115,6 +124,7 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
         mean=tuple(augmentation.mean or ()),
         std=tuple(augmentation.std or ()),
         spec=to_dict(spec),
+        begun=begun,
     )
     if earlier:
         _check_same_run(earlier, info)
@@ -150,6 +160,23 @@ def _names_of(index: ImageIndex) -> str:
     return hashlib.sha256("\n".join(index.paths).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
+def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[ExperimentSpec, dict[str, int]]:
+    """On another number of processes, accumulate so that the global batch stays.
+
+    Returns:
+        The spec, and how the run began; nothing where neither processes nor anything else of it has changed since, or
+        where the user changes the accumulation.
+    """
+    last, now = Share.of(earlier.info.spec), Share.of(to_dict(spec))
+    begun = Share(**earlier.info.begun) if earlier.info.begun else last
+    if now.accumulated != begun.accumulated or now.processes == begun.processes == last.processes:
+        return spec, {}
+    accumulated, told = accumulation_for(begun, last, now)
+    if told and earlier.epochs_done < spec.train.num_epochs:
+        log.warning(told)
+    return spec.replaced({_ACCUMULATION: accumulated}), begun.to_dict()
+
+
 def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
     """A run can only go on as what it was."""
     old, new = _identity(earlier.info), _identity(now)
@@ -168,6 +195,8 @@ def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
 def _compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -> None:
     """An unfinished run may go on with other settings, aloud; a finished one is no answer to another request."""
     before, wanted = _settings(earlier.info.spec), _settings(now.spec)
+    if now.begun:
+        wanted[_ACCUMULATION] = before.get(_ACCUMULATION)  # it follows from the processes, and was told of with them
     keys = sorted(key for key in before | wanted if before.get(key) != wanted.get(key))
     if not finished and "train.pretrained_model_path" not in wanted:
         keys = [key for key in keys if key != "train.pretrained_model_path"]  # a resumed run needs it no more

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from openmae.errors import SpecError, blaming
@@ -104,8 +105,12 @@ class Place:
 
 
 @contextmanager
-def local_place(spec: ExperimentSpec, action: str) -> Iterator[Place]:
+def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Iterator[Place]:
     """Fetch the files that ``action`` reads, and give a local folder for its results, with what a resumed run needs.
+
+    Args:
+        leads: False: another process of the run writes the results. This one gets a folder that is nobody else's where
+            they go to a store, with the checkpoint to resume from, and uploads nothing.
 
     Raises:
         UserError: a file cannot be had, or the results cannot be written.
@@ -116,7 +121,11 @@ def local_place(spec: ExperimentSpec, action: str) -> Iterator[Place]:
         paths = {key: str(value_of(spec, key)) for key, field in fields().items() if EXPAND_USER in field.metadata}
         remote = {key: value for key, value in paths.items() if is_remote(value)}
         uploads = ExitStack()
-        if is_remote(target):
+        if is_remote(target) and not leads:
+            place = Place(spec, Path(stack.enter_context(TemporaryDirectory())), redact(target), uploads)
+            with blaming("results_dir"):
+                _bring_newest(target, place.folder, action)
+        elif is_remote(target):
             # job records of a search are of this machine, and hold URLs with their signatures
             stays = ("jobs/*", "probe/*") if action == "automl" else ()
             place = Place(spec, _staged(target, stack), redact(target), uploads, stays)
@@ -155,6 +164,17 @@ def _bring_back(url: str, folder: Path, action: str) -> None:
         numbered = [(int(m[1]), int(m[2]), name) for name in names if (m := _NUMBERED.fullmatch(name))]
         small = [name for name in names if not name.endswith(".pth")]
         return [*small, max(numbered)[2]] if numbered else small
+
+    pull(url, folder, wanted)
+
+
+def _bring_newest(url: str, folder: Path, action: str) -> None:
+    """The checkpoint that a training resumes from."""
+    from openmae.storage.upload import pull
+
+    def wanted(names: Collection[str]) -> Collection[str]:
+        numbered = [(int(m[1]), int(m[2]), name) for name in names if (m := _NUMBERED.fullmatch(name))]
+        return [max(numbered)[2]] if numbered and action == "train" else []
 
     pull(url, folder, wanted)
 

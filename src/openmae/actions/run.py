@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning_fabric import Fabric
 from rich.console import Console
@@ -24,10 +25,12 @@ from openmae.results.files import write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import ExperimentSpec
+from openmae.training.world import World, find_world
 
 Rows = Sequence[tuple[str, str]]
 
 SPEC_FILE = "experiment.yaml"
+DEVICES = ("train", "evaluate", "inference")  # have num_gpus, gpu_ids and num_nodes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TURNED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)  # a disk that was writable before
 _LOADER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited unexpectedly)")
@@ -40,16 +43,30 @@ class Run:
     """A running action.
 
     Attributes:
-        spec: with local paths in place of the URLs of files.
+        spec: with local paths in place of the URLs of files, and the numbers of processes and nodes that act.
         folder: of its results, local.
         status: its log.
+        leads: this process writes the results; False: it leaves that, and the log, to another one of the run.
         skipped: why there was nothing to do; empty where there was.
     """
 
     spec: ExperimentSpec
     folder: Path
     status: StatusLog
+    leads: bool = True
     skipped: str = ""
+
+
+class _NoStatus(StatusLog):
+    """Of a process that leaves the log to another one of its run."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(
+        self, status: str, message: str, *, verbosity: str = "INFO", kpi: Mapping[str, float] | None = None
+    ) -> None:
+        """It is written once."""
 
 
 @contextmanager
@@ -58,7 +75,8 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
 
     Lines of an earlier run are kept, and so are its other files until the action has something to put in their place:
     a request that turns out to be wrong costs nothing. What is remote is fetched first; results that go to a store are
-    written to a local folder, and uploaded from there while the action runs.
+    written to a local folder, and uploaded from there while the action runs. Of the processes that several nodes or a
+    launcher started, the first one alone does so.
 
     Args:
         spec: resolved.
@@ -68,6 +86,11 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         UserError: the folder cannot be written, or what is remote cannot be had.
         RunError: the disk is full, or results could not be uploaded.
     """
+    spec, world = _placed(spec, action)
+    if not world.leads:
+        with local_place(spec, action, leads=False) as place, _disk_space(place.folder):
+            yield Run(place.spec, place.folder, _NoStatus(), leads=False)
+        return
     with local_place(spec, action) as place:
         run = Run(place.spec, place.folder, StatusLog(place.folder, append=True))
         run.status.write("STARTED", f"{action} started")
@@ -78,10 +101,10 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
             place.finish_uploads()
         except KeyboardInterrupt as stop:
             how = "preempted" if isinstance(stop, Preempted) else "interrupted"
-            _write_failure(run, f"{action} was {how}", "WARNING")
+            _write_failure(run.status, f"{action} was {how}", "WARNING")
             raise
         except BaseException as error:
-            _write_failure(run, f"{type(error).__name__}: {error}", "ERROR")
+            _write_failure(run.status, f"{type(error).__name__}: {error}", "ERROR")
             raise
         run.status.write("SKIPPED" if run.skipped else "SUCCESS", run.skipped or f"{action} finished")
     for url in place.uploaded:
@@ -89,9 +112,23 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
     log.info("Results are in %s; open report.html there.", place.shown)
 
 
-def _write_failure(run: Run, message: str, verbosity: str) -> None:
+def _placed(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:
+    """The spec with the numbers of processes and nodes that a launcher decides, and this process's place."""
+    if action not in DEVICES:
+        return spec, World()
+    own, key = getattr(spec, action), f"{action}."
+    counted = spec.typed(f"{key}num_gpus") or (spec.typed(f"{key}gpu_ids") and own.gpu_ids != (0,))
+    nodes = own.num_nodes if spec.typed(f"{key}num_nodes") else None
+    world = find_world(action, own.num_gpus if counted else None, nodes)
+    values: dict[str, Any] = {f"{key}num_nodes": world.nodes}
+    if not counted:
+        values |= {f"{key}num_gpus": world.per_node, f"{key}gpu_ids": tuple(range(world.per_node))}
+    return spec.replaced(values), world
+
+
+def _write_failure(status: StatusLog, message: str, verbosity: str) -> None:
     with suppress(OSError):  # a disk that is full must not hide what happened
-        run.status.write("FAILURE", message, verbosity=verbosity)
+        status.write("FAILURE", message, verbosity=verbosity)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ from openmae.results.pictures import reconstruction_grid
 from openmae.results.status import StatusLog
 from openmae.spec.schema import ExperimentSpec
 from openmae.training.checkpoints import CheckpointFolder, read_training_state
-from openmae.training.devices import build_fabric, launch
+from openmae.training.devices import build_fabric, check_agreement, launch
+from openmae.training.elastic import Share, same_place
 from openmae.training.finetune import FinetuneTask
 from openmae.training.interrupt import PreemptionWatch
 from openmae.training.loggers import Loggers, open_wandb
 from openmae.training.optim import Schedule, build_adamw, finetuning_groups, freeze, pretraining_groups
 from openmae.training.pretrain import PretrainTask
 from openmae.training.recipe import recipe_rows
+from openmae.training.sharding import shard
 from openmae.training.state import LoopSettings
 from openmae.training.stepclock import StepClock
 from openmae.training.trainer import Outputs, Trainer
@@ -72,7 +75,9 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
             log.warning("%s Raise %s to train on, or set another results_dir.", this_run.skipped, more)
             return _last_metrics(plan.folder)
         train = plan.spec.train
-        fabric = build_fabric("train", train.num_gpus, train.gpu_ids, train.num_nodes, train.precision)
+        fabric = build_fabric(
+            "train", train.num_gpus, train.gpu_ids, train.num_nodes, train.precision, train.distributed_strategy
+        )
         return launch(fabric, _work, plan)
 
 
@@ -94,6 +99,7 @@ def _last_metrics(folder: Path) -> dict[str, float]:
 
 def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     """The run of one process."""
+    plan = _agreed(fabric, plan)
     spec, config = plan.spec, plan.config
     torch.manual_seed(spec.train.seed)  # the same start in every process
     torch.backends.cudnn.benchmark = spec.train.cudnn.benchmark
@@ -103,6 +109,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if spec.train.pretrained_model_path and state is None:
         _load_pretrained(model, plan)
     freeze(model, spec.train.freeze)
+    shard(model, config, fabric)
     task = _task(plan, model)
     train_loader, val_loader = _loaders(fabric, plan)
     optim = spec.train.optim
@@ -120,7 +127,8 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if fabric.is_global_zero:
         show_table(f"{spec.train.stage} recipe", rows)
     if state is not None:
-        trainer.resume(state)
+        shares = Share.of(state["openmae"]["spec"]), Share.of(plan.info.spec)
+        trainer.resume({**state, "progress": same_place(state["progress"], *shares, len(train_loader))})
         log.info(
             "Resuming from %s, after epoch %d, step %d.",
             plan.resume,
@@ -137,11 +145,27 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
         if outputs.clock is not None and not isinstance(sys.exception(), Exception):  # Ctrl-C may end a profile
             breakdown = leave_profile(fabric, spec, plan.folder, outputs.clock.read())
     paused = trainer.progress.epoch < spec.train.num_epochs
-    if fabric.is_global_zero and not paused:
+    if not paused:
         _finish(fabric, plan, trainer, rows, breakdown)
-    elif paused:
+    else:
         log.info("Paused after epoch %d of %d, as asked for.", trainer.progress.epoch, spec.train.num_epochs)
     return metrics
+
+
+def _agreed(fabric: Fabric, plan: Plan) -> Plan:
+    """The plan of rank 0, with this process's own files.
+
+    Raises:
+        DataError: the nodes do not see the same images, or do not resume from the same checkpoint.
+    """
+    facts = {
+        "training set": plan.train.digest,
+        "validation set": plan.val.digest if plan.val else "none",
+        "checkpoint to resume from": plan.resume.name if plan.resume else "none",
+    }
+    check_agreement(fabric, facts)
+    info = fabric.broadcast(plan.info)  # train.seed=-1 was drawn on each node
+    return replace(plan, info=info, spec=plan.spec.replaced({"train.seed": info.spec["train"]["seed"]}))
 
 
 def _load_pretrained(model: nn.Module, plan: Plan) -> None:
@@ -257,9 +281,10 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
 
 
 def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown: Breakdown | None) -> None:
-    """What is left after the last epoch: the backbone in timm's names, pictures, the report."""
-    model: nn.Module = trainer.ema.module if trainer.ema is not None else trainer.task.model
-    model.eval()
+    """What is left after the last epoch: the backbone in timm's names, pictures, the report; by rank 0."""
+    model = trainer.evaluated_model()
+    if not fabric.is_global_zero:
+        return
     backbone = model.encoder.backbone if isinstance(model, MaskedAutoencoder) else model
     save_backbone(plan.folder / BACKBONE, backbone.state_dict(), plan.info, plan.key)
     picture = None
@@ -270,5 +295,6 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
             LoaderSettings(batch_size=PICTURES, results=plan.folder, max_corrupt_fraction=1.0),
         )
         picture = plan.folder / "reconstructions" / "last.png"
-        reconstruction_grid(*trainer.task.reconstruct(fabric, loader.first(PICTURES)), picture)
+        assert isinstance(model, MaskedAutoencoder)
+        reconstruction_grid(*trainer.task.reconstruct(fabric, loader.first(PICTURES), model), picture)
     train_report(plan.folder, plan.info, rows, picture, breakdown)

@@ -7,6 +7,7 @@ file has 16 bits.
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
 import math
 import os
@@ -62,6 +63,12 @@ class ImageIndex:
     def place(self) -> str:
         """Where the images are, as messages name it."""
         return str(self.root)
+
+    @property
+    def digest(self) -> str:
+        """Tells two data sets apart by their files' names, order and classes: ``1,281,167 images (3f2a91c0)``."""
+        content = "\n".join((*self.paths, *self.class_names, *map(str, self.labels or ())))
+        return f"{len(self):,} images ({hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:8]})"
 
     def full_name(self, path: str) -> str:
         """Return the name that one of ``paths`` has in lists that hold several data sets."""

@@ -50,6 +50,8 @@ class CheckpointInfo:
         mean, std: of the images, per channel, on the scale of 0 to 1.
         spec: the resolved spec as plain values.
         version: of the OpenMAE that wrote the file.
+        begun: how an update's images were shared out when the run began, where that has changed since; see
+            ``training.elastic``.
     """
 
     stage: Stage
@@ -59,6 +61,7 @@ class CheckpointInfo:
     std: tuple[float, ...] = ()
     spec: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
+    begun: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the ``"openmae"`` entry of a checkpoint."""
@@ -71,6 +74,7 @@ class CheckpointInfo:
             "mean": list(self.mean),
             "std": list(self.std),
             "spec": dict(self.spec),
+            **({"begun": dict(self.begun)} if self.begun else {}),
         }
 
     @classmethod
@@ -95,6 +99,7 @@ class CheckpointInfo:
                 mean=tuple(values["mean"]),
                 std=tuple(values["std"]),
                 spec=values.get("spec", {}),
+                begun=values.get("begun", {}),
                 version=version,
             )
         except (KeyError, TypeError, ValueError) as error:

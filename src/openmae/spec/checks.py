@@ -222,8 +222,13 @@ def _training(spec: ExperimentSpec) -> Iterator[Problem]:
             "Remove one of them.",
             also=("train.optim.lr",),
         )
-    if train.distributed_strategy == "fsdp":
-        yield Problem("train.distributed_strategy", "fsdp is not supported in this version. Use ddp.")
+    if train.distributed_strategy == "fsdp" and train.stage == "finetune" and train.ema_decay:
+        yield Problem(
+            "train.ema_decay",
+            f"averaged weights are whole, but fsdp shares the weights out, got {train.ema_decay:g}. "
+            "Set it to 0, or use train.distributed_strategy=ddp.",
+            also=("train.distributed_strategy", "train.stage"),
+        )
     if train.optim.monitor_name == "val_loss" and not spec.dataset.val_data_sources:
         yield Problem(
             "train.optim.monitor_name",
@@ -241,8 +246,6 @@ def _training(spec: ExperimentSpec) -> Iterator[Problem]:
 
 def _devices(spec: ExperimentSpec, section: str) -> Iterator[Problem]:
     own = getattr(spec, section)
-    if own.num_nodes > 1:
-        yield Problem(f"{section}.num_nodes", f"this version runs on one machine, got {own.num_nodes}. Set it to 1.")
     if len(own.gpu_ids) != own.num_gpus:
         yield Problem(
             f"{section}.gpu_ids",

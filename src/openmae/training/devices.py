@@ -6,19 +6,22 @@ import logging
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
-from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.parallel import ParallelStrategy
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from openmae.errors import OpenMAEError, RunError, SpecError
+from openmae.errors import DataError, OpenMAEError, RunError, SpecError
 from openmae.results.notices import notices_on_stderr
+from openmae.training.distributed import gather_objects
 from openmae.training.interrupt import InterruptRelay, join_relay
+from openmae.training.processes import CarriedError, ReplicatedStrategy, ShardedStrategy, WorldEnvironment
+from openmae.training.world import World, find_world
 
 T = TypeVar("T")
 
@@ -34,58 +37,115 @@ logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 
 def build_fabric(
-    section: str, num_gpus: int, gpu_ids: Sequence[int], num_nodes: int, precision: str = "fp32"
+    section: str,
+    num_gpus: int,
+    gpu_ids: Sequence[int],
+    num_nodes: int,
+    precision: str = "fp32",
+    strategy: Literal["ddp", "fsdp"] = "ddp",
 ) -> Fabric:
     """A Fabric that is not launched yet.
 
     Without a GPU it trains on the CPU, with a notice; several devices are then so many processes over gloo. One Python
-    process spawns the others.
+    process a node starts the others, unless torchrun or SLURM has started all.
 
     Args:
         section: of the spec, for messages: ``train``, ``evaluate`` or ``inference``.
-        num_gpus: devices of this machine to use.
+        num_gpus: devices of a node to use.
         gpu_ids: which of them; used where there are ``num_gpus`` of them.
-        precision: fp32, fp16 or bf16.
+        num_nodes: machines; what joins them is in variables, see ``find_world``.
+        precision: fp32, fp16 or bf16. fsdp is fp16, on a CPU fp32.
+        strategy: ddp (each process has the whole model) or fsdp (they share out its weights).
 
     Raises:
-        SpecError: more machines or GPUs than there are.
+        SpecError: more GPUs than there are, or variables that do not fit the numbers.
     """
-    if num_nodes > 1:
-        raise SpecError(
-            f"{section}.num_nodes: this version runs on one machine, got {num_nodes}.",
-            f"Set {section}.num_nodes=1.",
+    world = find_world(section, num_gpus, num_nodes)
+    sharded, on_gpu = strategy == "fsdp", torch.cuda.is_available()
+    precision = _possible_precision(section, precision, sharded, on_gpu)
+    processes: Any = "auto"
+    if sharded or world.size > 1:
+        processes = ShardedStrategy(world) if sharded else ReplicatedStrategy()
+    if not on_gpu:
+        total = f" with {world.size} processes" if world.size > 1 else ""
+        nodes = f" on {world.nodes} nodes" if world.nodes > 1 else ""
+        log.info("No GPU was found: running on the CPU%s%s.", total, nodes)
+    return Fabric(
+        accelerator="cuda" if on_gpu else "cpu",
+        devices=_gpus(section, num_gpus, gpu_ids, world) if on_gpu else num_gpus,
+        num_nodes=world.nodes,
+        strategy=processes,
+        plugins=[_precision(precision, "cuda" if on_gpu else "cpu"), WorldEnvironment(world)],
+    )
+
+
+def _possible_precision(section: str, precision: str, sharded: bool, on_gpu: bool) -> str:
+    wanted = "fp16" if sharded else precision
+    if wanted != precision and on_gpu:
+        log.warning(
+            "%s.distributed_strategy=fsdp uses fp16: %s.precision=%s does not act.", section, section, precision
         )
-    strategy = DDPStrategy(start_method="spawn") if num_gpus > 1 else "auto"
-    if torch.cuda.is_available():
-        devices = _gpus(section, num_gpus, gpu_ids)
-        return Fabric(accelerator="cuda", devices=devices, strategy=strategy, plugins=_precision(precision, "cuda"))
-    with_processes = f" with {num_gpus} processes" if num_gpus > 1 else ""
-    log.info("No GPU was found: running on the CPU%s.", with_processes)
-    if precision == "fp16":
+    if wanted != "fp16" or on_gpu:
+        return wanted
+    if sharded:
+        log.warning("%s.distributed_strategy=fsdp uses fp16, which needs a GPU: using fp32.", section)
+    else:
         log.warning("%s.precision=fp16 needs a GPU: using fp32.", section)
-        precision = "fp32"
-    return Fabric(accelerator="cpu", devices=num_gpus, strategy=strategy, plugins=_precision(precision, "cpu"))
+    return "fp32"
+
+
+def world_of(fabric: Fabric) -> World:
+    """Who runs with whom."""
+    environment = getattr(fabric.strategy, "cluster_environment", None)
+    return environment.world if isinstance(environment, WorldEnvironment) else World()
+
+
+def check_agreement(fabric: Fabric, facts: Mapping[str, object]) -> None:
+    """Refuse a run whose processes opened different things, each on its own machine.
+
+    Args:
+        facts: what this process sees, by what it is; text, or of a length to be shown.
+
+    Raises:
+        DataError: in every process, and naming the first node that sees something else.
+    """
+    world = world_of(fabric)
+    if world.opened_once:
+        return
+    seen = list(gather_objects(fabric, {name: str(value) for name, value in facts.items()}))
+    for rank, theirs in enumerate(seen):
+        for name, value in theirs.items():
+            if value != (first := seen[0][name]):
+                raise DataError(
+                    f"Node {rank // world.per_node} sees another {name} than node 0: {value} instead of {first}.",
+                    "Put data, checkpoints and results where all nodes see the same files, or give each the same copy.",
+                )
 
 
 def describe_device(fabric: Fabric) -> str:
     """For the recipe: ``1 x NVIDIA H100, bf16``, ``CPU, 2 threads, fp32``."""
     precision = _PRECISION_NAMES[fabric.strategy.precision.precision]
+    nodes, size = world_of(fabric).nodes, fabric.world_size
+    on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
+    shared = ", weights shared out (fsdp)" if isinstance(fabric.strategy, ShardedStrategy) else ""
     if fabric.device.type == "cuda":
-        return f"{fabric.world_size} x {torch.cuda.get_device_name(fabric.device)}, {precision}"
-    processes = f"{fabric.world_size} processes of " if fabric.world_size > 1 else ""
-    return f"CPU, {processes}{torch.get_num_threads()} threads, {precision}"
+        return f"{size} x {torch.cuda.get_device_name(fabric.device)}{on_nodes}, {precision}{shared}"
+    processes = f"{size} processes{on_nodes} of " if size > 1 else ""
+    return f"CPU, {processes}{torch.get_num_threads()} threads, {precision}{shared}"
 
 
 def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
-    """Call ``work(fabric, *arguments)`` in every process of ``fabric``; returns what rank 0 gave.
+    """Call ``work(fabric, *arguments)`` in every process of ``fabric`` on this node; returns what its first one gave.
 
     Raises:
         OpenMAEError: the one that a process raised.
         RunError: a process failed in another way; the text is its own.
         KeyboardInterrupt: Ctrl-C; every process has stopped as ``work`` lets it.
     """
-    if not isinstance(fabric.strategy, DDPStrategy):
+    if not isinstance(fabric.strategy, ParallelStrategy):
         return work(fabric, *arguments)
+    if world_of(fabric).local_rank is not None:
+        return fabric.launch(partial(_work_beside_others, work=work, arguments=arguments))
     call = partial(_work_in_process, work=work, arguments=arguments, level=log.getEffectiveLevel())
     with InterruptRelay() as relay:
         try:
@@ -93,7 +153,7 @@ def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
         except ProcessException as error:
             if relay.reason:
                 raise relay.reason from None
-            raise _reason(error) from None
+            raise _reason(error, world_of(fabric)) from None
     if interrupted:
         raise relay.reason or KeyboardInterrupt
     return result
@@ -107,34 +167,67 @@ def _work_in_process(
     Bound by ``partial``, as Fabric copies the arguments it is given, and cannot copy a frozen dataclass.
     """
     join_relay()
-    # of a depthwise kernel: strides that differ along a side of one element are the same memory
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with notices_on_stderr(level if fabric.is_global_zero else logging.ERROR):
         try:
-            return False, work(fabric, *arguments)
+            return False, _together(fabric, work, arguments)
         except KeyboardInterrupt:
             return True, None
         except OpenMAEError as error:
-            raise _CarriedError(pickle.dumps(error).hex()) from error
+            raise CarriedError.of(error) from error
 
 
-class _CarriedError(Exception):
-    """Carries an error out of a spawned process, of which only a text comes back."""
+def _work_beside_others(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    """This process, which a launcher started as one of several."""
+    try:
+        return _together(fabric, work, arguments)
+    except RuntimeError as error:
+        if isinstance(error, OpenMAEError) or not _LOST.search(str(error)):
+            raise
+        raise _lost_peers(str(error)) from error
 
 
-_CARRIED = re.compile(r"_CarriedError: ([0-9a-f]+)")
+def _together(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    """The work, which is done when all processes have done it: none reports a success that another spoils."""
+    # of a depthwise kernel: strides that differ along a side of one element are the same memory
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # a loss that is a view; nothing is added to it in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    result = work(fabric, *arguments)
+    fabric.barrier()
+    torch.distributed.destroy_process_group()
+    return result
 
 
-def _reason(error: ProcessException) -> OpenMAEError:
+_CARRIED = re.compile(rf"{CarriedError.__name__}: ([0-9a-f]+)")
+
+# what gloo, NCCL and the store say when the other end is gone
+_LOST = re.compile(
+    "Connection closed by peer|Connection reset|Connection refused|Broken pipe|Timed out waiting|Socket Timeout|"
+    "failed to recv|remote process exited|ncclRemoteError|wait timeout|Read error",
+    re.IGNORECASE,
+)
+
+
+def _lost_peers(text: str) -> RunError:
+    return RunError(
+        f"Another process of this run has ended or answers no more ({text.strip().splitlines()[-1][:300]}).",
+        "Its own output says why; the same command on every node goes on from the newest checkpoint.",
+    )
+
+
+def _reason(error: ProcessException, world: World) -> OpenMAEError:
     """The error of this package that ended a process, or a RunError that tells what else did."""
     if found := _CARRIED.search(error.msg):
         return pickle.loads(bytes.fromhex(found[1]))
+    where = f" of node {world.node_rank}" if world.nodes > 1 else ""
     if isinstance(error, ProcessExitedException):
         return RunError(
-            f"Process {error.error_index} was ended from outside ({error.signal_name or error.exit_code}).",
+            f"Process {error.error_index}{where} was ended from outside ({error.signal_name or error.exit_code}).",
             "If memory ran out, lower dataset.batch_size or use fewer processes.",
         )
-    return RunError(f"Process {error.error_index} failed:\n{error.msg.strip()}")
+    if world.nodes > 1 and _LOST.search(error.msg):
+        return _lost_peers(error.msg)
+    return RunError(f"Process {error.error_index}{where} failed:\n{error.msg.strip()}")
 
 
 class _Autocast(MixedPrecision):
@@ -156,12 +249,14 @@ def _precision(name: str, device: Literal["cpu", "cuda"]) -> Precision:
     return _Autocast("16-mixed" if name == "fp16" else "bf16-mixed", device)
 
 
-def _gpus(section: str, num_gpus: int, gpu_ids: Sequence[int]) -> list[int]:
+def _gpus(section: str, num_gpus: int, gpu_ids: Sequence[int], world: World) -> list[int]:
     present = torch.cuda.device_count()
     wanted = list(gpu_ids) if len(gpu_ids) == num_gpus else list(range(num_gpus))
     if missing := [gpu for gpu in wanted if gpu >= present]:
+        bound = " If SLURM gives each task a GPU of its own, let all tasks of a node see all (--gpus-per-node)."
         raise SpecError(
             f"{section}.gpu_ids: this machine has {present} GPU(s), 0 to {present - 1}; there is no GPU {missing[0]}.",
-            f"Set {section}.num_gpus={min(present, num_gpus)} and {section}.gpu_ids to GPUs that exist.",
+            f"Set {section}.num_gpus={min(present, num_gpus)} and {section}.gpu_ids to GPUs that exist."
+            + (bound if world.launcher == "SLURM" else ""),
         )
     return wanted

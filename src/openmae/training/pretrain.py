@@ -58,19 +58,27 @@ class PretrainTask:
         )
 
     @torch.no_grad()
-    def reconstruct(self, fabric: Fabric, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def reconstruct(
+        self, fabric: Fabric, batch: Batch, model: MaskedAutoencoder | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Pictures of a batch under its fixed masks: original, masked, reconstruction, reconstruction in place.
+
+        Args:
+            fabric: gives precision and device.
+            batch: of images.
+            model: a whole copy of the task's own, where processes share that out.
 
         Returns:
             Four uint8 arrays ``[B, H, W, C]``; pixel normalisation is undone, units that a picture leaves out are grey.
         """
+        model = model or self.model
         batch = fabric.to_device(batch)
         images, mask = self.normalise(batch.images), self.mask(batch.indices)
         with fabric.autocast():
-            predicted = self.model(images, mask).predicted_BMP
+            predicted = model(images, mask).predicted_BMP
         original, masked, reconstructed, pasted = (
             self.normalise.undo(picture).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-            for picture in (images, *self.model.paint(images, mask, predicted))
+            for picture in (images, *model.paint(images, mask, predicted))
         )
         return original, masked, reconstructed, pasted
 

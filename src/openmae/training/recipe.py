@@ -8,7 +8,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from openmae.models.build import ModelConfig
-from openmae.training.devices import describe_device
+from openmae.training.devices import describe_device, world_of
 from openmae.training.optim import Schedule
 from openmae.training.state import LoopSettings
 
@@ -55,7 +55,7 @@ def recipe_rows(
         ),
         (
             "batch",
-            f"{global_batch} = {batch_size} images x {fabric.world_size} process(es) x "
+            f"{global_batch} = {batch_size} images x {_processes_text(fabric)} x "
             f"{settings.accum_grad_batches} accumulated",
         ),
         ("epochs", f"{settings.num_epochs} of {schedule.steps_per_epoch} steps"),
@@ -64,6 +64,11 @@ def recipe_rows(
         ("device", describe_device(fabric) + (", compiled" if settings.compile else "")),
     ]
     return rows
+
+
+def _processes_text(fabric: Fabric) -> str:
+    world = world_of(fabric)
+    return f"{world.nodes} nodes x {world.per_node} process(es)" if world.nodes > 1 else f"{world.size} process(es)"
 
 
 def _schedule_text(schedule: Schedule) -> str:

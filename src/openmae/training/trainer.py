@@ -17,7 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
@@ -30,6 +30,7 @@ from openmae.training.interrupt import InterruptWatch
 from openmae.training.loggers import Loggers
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
+from openmae.training.sharding import gathered, in_shards, is_sharded, whole_model
 from openmae.training.state import LoopSettings, Progress, Task
 from openmae.training.stepclock import StepClock
 from openmae.training.updates import Update, reads_late, scaler_of
@@ -102,6 +103,7 @@ class Trainer:
             CheckpointError: other parameters are trained now than then.
         """
         prefix = "model."
+        payload = in_shards(payload, self.task.model, self.optimizer)
         self.task.model.load_state_dict({k.removeprefix(prefix): v for k, v in payload["state_dict"].items()})
         if self.ema is not None:
             averaged = payload.get("ema_state_dict", payload["state_dict"])
@@ -211,7 +213,9 @@ class Trainer:
         limit = self.settings.clip_grad_norm
         if not limit:
             return None
-        return self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        norm = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        assert norm is not None  # as max_norm is given
+        return gathered(norm)
 
     def _settle(self) -> None:
         """Conclude the update whose numbers nobody has read yet; to be called before the next one's optimizer step."""
@@ -323,12 +327,21 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         assert self.val_loader is not None
         self._mark("other")
-        model = self.ema.module if self.ema is not None else self.task.model
-        model.eval()
+        model = self.evaluated_model()
         metrics = self.task.validate(self.fabric, model, self._interruptible(self.val_loader))
         self.task.model.train()
         self._mark("validation")
         return metrics
+
+    def evaluated_model(self) -> nn.Module:
+        """What is measured and kept, in eval mode: the averaged weights where they are averaged.
+
+        Of a model that processes share out, each process gets a whole copy; all of them must call this.
+        """
+        model = self.ema.module if self.ema is not None else self.task.model
+        if is_sharded(model):
+            model = whole_model(model, self.outputs.info, self.fabric.device)
+        return model.eval()
 
     def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass batches on; on Ctrl-C and preemption keep the epoch's training, which is done, and stop."""
@@ -358,13 +371,11 @@ class Trainer:
         }
         if self.ema is not None:
             payload["ema_state_dict"] = {f"model.{k}": v for k, v in self.ema.module.state_dict().items()}
-        return payload
+        return gathered(payload, keep=self.fabric.is_global_zero)
 
     def _save(self, *, best: bool = False) -> None:
-        progress = self.progress
-        self._on_rank_zero(
-            lambda: self.outputs.checkpoints.save(self._payload(), progress.epoch, progress.step, best=best)
-        )
+        progress, payload = self.progress, self._payload()  # by every process: each may have a part of it
+        self._on_rank_zero(lambda: self.outputs.checkpoints.save(payload, progress.epoch, progress.step, best=best))
 
     def _on_rank_zero(self, write: Callable[[], Any]) -> None:
         self._mark("other")

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from openmae.errors import Preempted
 from openmae.training.distributed import add_over_ranks
+from openmae.training.processes import ShardedStrategy
 
 
 def reads_late(fabric: Fabric) -> bool:
     """Whether an update's numbers are read during the next one, so that the host never waits for a GPU.
 
-    On a CPU they are there at once. fp16's are waited for: its scaler decides on a step by rules of its own.
+    On a CPU they are there at once. fp16's are waited for: its scaler decides on a step by rules of its own. So are those
+    of fsdp, whose norm all processes sum.
     """
-    return fabric.device.type == "cuda" and scaler_of(fabric) is None
+    sharded = isinstance(fabric.strategy, ShardedStrategy)
+    return fabric.device.type == "cuda" and scaler_of(fabric) is None and not sharded
 
 
 def scaler_of(fabric: Fabric) -> Any:
