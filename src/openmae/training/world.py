@@ -22,7 +22,8 @@ class World:
         nodes: machines.
         per_node: processes of each.
         node_rank: number of this machine.
-        local_rank: number of this process on its machine; None: it starts the processes of its machine.
+        local_rank: number of this process on its machine; None: it starts the processes of its machine. The only one
+            of a machine is there already.
         address, port: where node 0 is met; port 0 is any free one.
         launcher: what started the processes, for messages; empty where a person or an orchestrator did.
     """
@@ -77,7 +78,7 @@ def find_world(
         _agree(asked, "num_nodes", tasks, f"SLURM started a task on each of {tasks} nodes", f"srun --nodes={num_nodes}")
         address, port = _meeting_place(environment)
         rank = _count(environment, "SLURM_NODEID", 0)
-        return World(tasks, num_gpus or 1, rank, None, address, port, "SLURM")
+        return World(tasks, num_gpus or 1, rank, None if (num_gpus or 1) > 1 else 0, address, port, "SLURM")
     if by_variables or (num_nodes or 1) > 1:
         return _by_variables(asked, environment)
     return World(per_node=num_gpus or 1)
@@ -130,7 +131,7 @@ def _by_variables(asked: _Asked, environment: Mapping[str, str]) -> World:
     if missing := [name for name in PUBLISHED if not environment.get(name)]:
         why = f"{section}.num_nodes is {asked.num_nodes}" if asked.num_nodes else "NODE_RANK and WORLD_SIZE are set"
         raise SpecError(
-            f"{section}.num_nodes: {why}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set.",
+            f"{why}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set.",
             "Set WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT and NUM_GPU_PER_NODE on each node (WORLD_SIZE then "
             "counts nodes), or start the command by torchrun or srun.",
         )
@@ -159,7 +160,7 @@ def _by_variables(asked: _Asked, environment: Mapping[str, str]) -> World:
             f"NODE_RANK must be from 0 to {nodes - 1} for {nodes} nodes, got {rank}.",
             "Number the nodes from 0; each has its own.",
         )
-    return World(nodes, each, rank, None, environment["MASTER_ADDR"], _port(environment))
+    return World(nodes, each, rank, None if each > 1 else 0, environment["MASTER_ADDR"], _port(environment))
 
 
 def _agree(asked: _Asked, name: str, found: int, told: str, other: str) -> None:
