@@ -133,10 +133,16 @@ def test_a_process_that_is_killed_is_told(monkeypatch):
     assert "lower dataset.batch_size" in caught.value.fix
 
 
-def test_one_machine_only():
-    with pytest.raises(SpecError, match=r"evaluate\.num_nodes: this version runs on one machine, got 2") as caught:
-        build_fabric("evaluate", 1, [0], 2)
-    assert caught.value.fix == "Set evaluate.num_nodes=1."
+@several_processes
+def test_the_scaler_of_fp16_minds_shared_out_gradients(work, tmp_path, monkeypatch):
+    """What a GPU runs under fsdp, with the scaler's CPU kind."""
+    monkeypatch.setattr(devices, "_possible_precision", lambda *_: "fp16")
+    launch(build_fabric("train", 2, [0, 1], 1, "fp16", "fsdp"), work.scale_shared_gradients, tmp_path)
+    (norm, moved), (overflowed, kept) = json.loads((tmp_path / "found.json").read_text())
+    assert norm == pytest.approx(0.1 * 2 * 20**0.5, rel=1e-2)  # 20 gradients, of two images each
+    assert moved == pytest.approx(0.1, rel=1e-2)  # AdamW's first step is lr long
+    assert not np.isfinite(overflowed)
+    assert kept == 0
 
 
 @pytest.mark.parametrize(

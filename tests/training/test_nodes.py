@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from openmae.cli import main
 from openmae.results.metrics import read_metrics
 from openmae.results.status import read_status
 from openmae.training.checkpoints import newest_checkpoint
@@ -88,7 +89,6 @@ def _assert_same_losses(folder: Path, one: Path) -> None:
     assert (states[0], states[-1], states.count("STARTED")) == ("STARTED", "SUCCESS", 1)
 
 
-@pytest.mark.slow
 def test_two_nodes_train_as_one_process_with_twice_the_batch(one, tiny_overrides, tmp_path):
     (first, told), (second, quiet) = _on_two_nodes("train", *tiny_overrides(tmp_path / "two", _HALF))
     assert (first, second) == (0, 0), told + quiet
@@ -118,13 +118,14 @@ def test_two_nodes_predict_each_image_once_in_order(train, photos, tiny_override
     common = ["dataset.batch_size=2", "dataset.num_workers_per_gpu=0", "train.stage=finetune"]
     inference = [f"inference.checkpoint={checkpoint}", f"dataset.test_data_sources={photos / 'val'}", *common]
     evaluation = [f"evaluate.checkpoint={checkpoint}", f"dataset.val_data_sources={photos / 'val'}", *common]
-    tables, scores = [], []
-    for name, start in (("one", lambda *a: _run([(_mae(*a), {})])), ("two", _on_two_nodes)):
-        done = start("inference", *inference, f"inference.results_dir={tmp_path / name}")
-        done += start("evaluate", *evaluation, f"evaluate.results_dir={tmp_path / name / 'e'}")
-        assert [code for code, _ in done] == [0] * len(done), done
-        tables.append(list(csv.reader((tmp_path / name / "results.csv").open())))
-        scores += [line["kpi"] for line in read_status(tmp_path / name / "e" / "status.json") if "kpi" in line]
+    assert main(["inference", *inference, f"inference.results_dir={tmp_path / 'one'}"]) == 0
+    assert main(["evaluate", *evaluation, f"evaluate.results_dir={tmp_path / 'one' / 'e'}"]) == 0
+    done = _on_two_nodes("inference", *inference, f"inference.results_dir={tmp_path / 'two'}")
+    done += _on_two_nodes("evaluate", *evaluation, f"evaluate.results_dir={tmp_path / 'two' / 'e'}")
+    assert [code for code, _ in done] == [0] * 4, done
+    places = (tmp_path / "one", tmp_path / "two")
+    tables = [list(csv.reader((place / "results.csv").open())) for place in places]
+    scores = [line["kpi"] for place in places for line in read_status(place / "e" / "status.json") if "kpi" in line]
     assert [row[:2] for row in tables[0]] == [row[:2] for row in tables[1]]
     assert len(tables[1]) == 10
     for mine, theirs in zip(tables[0][1:], tables[1][1:], strict=True):

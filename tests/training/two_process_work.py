@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from torch.distributed.fsdp import fully_shard
 
 from openmae.actions import train as train_action
 from openmae.actions.plan import Plan
@@ -19,6 +20,8 @@ from openmae.training import trainer
 from openmae.training.distributed import gather, gather_objects, sum_over_ranks
 from openmae.training.finetune import predict
 from openmae.training.pretrain import PretrainTask
+from openmae.training.processes import ShardedStrategy
+from openmae.training.sharding import gathered
 
 
 class FirstPixel(torch.nn.Module):
@@ -82,3 +85,24 @@ def train_spoilt(fabric: Fabric, plan: Plan) -> dict[str, float]:
 def fail_otherwise(fabric: Fabric) -> None:
     """A fault of ours."""
     raise ZeroDivisionError("by zero")
+
+
+def scale_shared_gradients(fabric: Fabric, folder: Path) -> None:
+    """fp16's scaler over weights that are shared out: clipping sees true norms, and one infinity skips every part."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    fabric.to_device(model)
+    assert isinstance(fabric.strategy, ShardedStrategy)
+    fully_shard(model, mesh=fabric.strategy.device_mesh["data_parallel"])
+    optimizer: Any
+    wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True))
+    found = []
+    for factor in (0.1, float("inf")):
+        before = gathered(model.weight).clone()
+        fabric.backward(wrapped(torch.ones(2, 4)).sum() * (factor if fabric.global_rank == 0 else 0.1))
+        norm = gathered(fabric.clip_gradients(wrapped, optimizer, max_norm=0.05, error_if_nonfinite=False))
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((float(norm), float((gathered(model.weight) - before).abs().max())))
+    if fabric.global_rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))

@@ -88,7 +88,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
     """
     spec, world = _placed(spec, action)
     if not world.leads:
-        with local_place(spec, action, leads=False) as place, _disk_space(place.folder):
+        with local_place(spec, action, leads=False) as place, _machine_faults(place.folder):
             yield Run(place.spec, place.folder, _NoStatus(), leads=False)
         return
     with local_place(spec, action) as place:

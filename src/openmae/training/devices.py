@@ -29,9 +29,6 @@ log = logging.getLogger("openmae")
 
 _PRECISION_NAMES = {"32-true": "fp32", "16-mixed": "fp16", "bf16-mixed": "bf16"}
 
-# of a machine with SLURM: a job there starts its processes itself
-warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
-
 # it tells of every process that joins
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 

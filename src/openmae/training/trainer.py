@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
-from openmae.errors import Preempted, RunError
+from openmae.errors import RunError
 from openmae.results.status import StatusLog
 from openmae.training.checkpoints import CheckpointFolder
 from openmae.training.compiling import compile_errors, compiled

@@ -17,8 +17,8 @@ from openmae.training.processes import ShardedStrategy
 def reads_late(fabric: Fabric) -> bool:
     """Whether an update's numbers are read during the next one, so that the host never waits for a GPU.
 
-    On a CPU they are there at once. fp16's are waited for: its scaler decides on a step by rules of its own. So are those
-    of fsdp, whose norm all processes sum.
+    On a CPU they are there at once. fp16's are waited for: its scaler decides on a step by rules of its own. So are
+    those of fsdp, whose norm all processes sum.
     """
     sharded = isinstance(fabric.strategy, ShardedStrategy)
     return fabric.device.type == "cuda" and scaler_of(fabric) is None and not sharded

@@ -29,11 +29,13 @@ _WARNING = 60  # seconds before the time is up: training writes a checkpoint
 _PATIENCE = 30.0  # seconds for SLURM to answer
 _FRESH = 1.0  # seconds that an answer is good for: a controller must not be asked at every turn
 
-# Fabric would take SLURM_NTASKS for its own processes, one a GPU; here one process a node starts them.
-_NODE = 'export NODE_RANK="$SLURM_NODEID"; unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE; '
+_NODE = 'export NODE_RANK="$SLURM_NODEID"; '
 _ALONE = _NODE + 'exec "$@"'
 # srun kills the other nodes as soon as one has ended: a preempted one gives them the time to end as well
 _TOGETHER = _NODE + f'trap : INT TERM USR1; "$@"; code=$?; [ $code = {PREEMPTED} ] && sleep 3; exit $code'
+
+# By SLURM's own address of the first node, where this script runs: its name need not be known to the others.
+_FIRST_NODE = r"""scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'"""
 
 # SLURM requeues by itself what it preempts. What has run out of time asks for it; scontrol ends this script.
 _REQUEUE = f'[ $code = {PREEMPTED} ] && scontrol requeue "$SLURM_JOB_ID" && exit $code'
@@ -67,7 +69,7 @@ class SlurmPlatform:
         """See ``Platform``."""
         record, folder = self.store.read(job_id), self.store.folder(job_id)
         gpus = record["gpus"] if "gpu" in _ask(["sinfo", "-h", "-o", "%G"]) else 0
-        write_durably(folder / SCRIPT, _script(record, folder, gpus))
+        write_durably(folder / SCRIPT, _script(record, folder))
         options = [
             *("--parsable", f"--job-name={_name(job_id)}", f"--nodes={record['nodes']}", "--ntasks-per-node=1"),
             *(f"--output={folder / LOG}", f"--chdir={record['cwd']}", "--open-mode=append", "--export=ALL"),
@@ -167,15 +169,15 @@ def _name(job_id: str) -> str:
     return f"mae-{job_id}"
 
 
-def _script(record: Record, folder: Path, gpus: int) -> str:
+def _script(record: Record, folder: Path) -> str:
     nodes = record["nodes"]
     lines = ["#!/bin/sh", "export PYTHONUNBUFFERED=1"]
     if nodes > 1:
         lines += [
-            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            f"MASTER_ADDR=$({_FIRST_NODE})",
             "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
             f"WORLD_SIZE={nodes}",
-            f"NUM_GPU_PER_NODE={max(gpus, 1)}",
+            f"NUM_GPU_PER_NODE={record['processes']}",
             "export MASTER_ADDR MASTER_PORT WORLD_SIZE NUM_GPU_PER_NODE",
         ]
     task = shlex.join(["/bin/sh", "-c", _TOGETHER if nodes > 1 else _ALONE, "job", *record["command"]])
