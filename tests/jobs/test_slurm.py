@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from platform_contract import SLEEP, PlatformContract, Submit, Tiny, until
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs import Client
+from openmae.results.metrics import read_metrics
+
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 reason = slurm_node.missing()
 
@@ -40,17 +45,65 @@ class TestSlurm(PlatformContract):
     )
 
 
-def test_several_nodes_get_their_variables(
-    client: Client, submit: Submit, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("openmae.jobs.request._resources", lambda spec, request: (1, 2))  # the spec's own limit is one
+def test_several_nodes_get_their_variables(client: Client, submit: Submit, tiny: Tiny) -> None:
     tiny(
         "import os; names = ('NODE_RANK', 'WORLD_SIZE', 'NUM_GPU_PER_NODE', 'MASTER_ADDR')\n"
-        "print(*map(os.environ.get, names), int(os.environ['MASTER_PORT']) > 1024, os.environ.get('SLURM_NTASKS'))"
+        "print(*map(os.environ.get, names), int(os.environ['MASTER_PORT']) > 1024)"
     )
-    done = client.wait(submit().id, 40)
+    done = client.wait(submit(num_nodes=2, gpu_count=3).id, 40)
     assert done.status == "COMPLETE", client.get_job_logs(done.id)
-    assert sorted(client.get_job_logs(done.id).splitlines()) == ["0 2 1 n1 True None", "1 2 1 n1 True None"]
+    assert sorted(client.get_job_logs(done.id).splitlines()) == ["0 2 3 127.0.0.1 True", "1 2 3 127.0.0.1 True"]
+
+
+@pytest.mark.slow
+def test_two_nodes_run_one_training(client: Client, submit: Submit, tmp_path: Path) -> None:
+    """The loss is that of one process with twice the batch."""
+    overrides = {
+        **{"model.arch": "vit_tiny_patch16", "model.decoder_depth": 1, "model.decoder_embed_dim": 32},
+        **{"dataset.augmentation.input_size": 32, "dataset.num_workers_per_gpu": 0, "train.num_epochs": 2},
+        "train.optim.lr": 1e-3,
+    }
+    jobs = [
+        submit(num_nodes=nodes, spec_overrides={**overrides, "dataset.batch_size": 4 // nodes}, env_vars=_ONE_THREAD)
+        for nodes in (2, 1)
+    ]
+    losses = []
+    for job in jobs:
+        done = client.wait(job.id, 240)
+        logs = client.get_job_logs(job.id)
+        assert done.status == "COMPLETE", logs
+        assert logs.count("Epoch 2 of 2, step 6") == 1, logs
+        rows = read_metrics(Path(client.store.read(job.id)["results_folder"]) / "metrics.csv")
+        losses.append([row["train_loss"] for row in rows if "train_loss" in row])
+    assert "2 nodes x 1 process(es)" in client.get_job_logs(jobs[0].id)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--nodes=2", "--ntasks-per-node=1"], ["2 1 0 0", "2 1 1 0"]),
+        (["--nodes=1", "--ntasks=2", "--overcommit"], ["1 2 0 0", "1 2 0 1"]),
+        (["--nodes=1", "--ntasks=1"], ["1 1 0 None"]),
+    ],
+    ids=["a task a node", "a task a process", "one task"],
+)
+def test_srun_alone_says_who_is_who(cluster: dict[str, str], options: list[str], expected: list[str]) -> None:
+    code = (
+        "from openmae.training.world import find_world\n"
+        "world = find_world('train', None, None)\n"
+        "print(world.nodes, world.per_node, world.node_rank, world.local_rank)"
+    )
+    done = subprocess.run(
+        ["srun", *options, sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **cluster},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == expected
 
 
 def test_slurms_own_words_ride_in_the_message(client: Client, submit: Submit, tiny: Tiny) -> None:

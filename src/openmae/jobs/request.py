@@ -95,6 +95,7 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
     gpus, nodes = _resources(spec, request)
     if filled.searching:  # here its trainings share what it is given; on a cluster they are jobs of their own
         gpus = gpus * spec.automl.max_concurrent if request.platform == "local" else 0
+        nodes = nodes if request.platform == "local" else 1  # those are its trainings'
     if is_secret(key):
         filled.values["encryption_key"] = SECRET_MARK
     explanation = filled.explanation()
@@ -114,6 +115,7 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
         "notices": _notices(request, parent, is_secret(key), routed),
         "gpus": gpus,
         "nodes": nodes,
+        "processes": getattr(spec, action).num_gpus if action in _DEVICES else 1,
         "image": request.image,
         "env_vars": sorted(request.env_vars),
     }
