@@ -29,7 +29,7 @@ SMALL = {
         ({"gpu_count": True}, "gpu_count: must be an integer >= 0, got True."),
         ({"num_nodes": 0}, "num_nodes: must be an integer >= 1, got 0."),
         ({"num_nodes": 2, "automl_policy": "off"}, "num_nodes: local is one machine, got 2."),
-        ({"num_nodes": 2, "automl_policy": "on"}, "num_nodes: a search runs its trainings on one machine, got 2."),
+        ({"num_nodes": 2, "automl_policy": "on"}, "num_nodes: local is one machine, got 2."),
         ({"env_vars": {"A=B": "x"}}, "env_vars: 'A=B' must be the name of an environment variable"),
         (
             {"env_vars": {"A": 3}},

@@ -67,7 +67,7 @@ def notices(caplog, overrides, action="train"):
             "lr (0.1) and base_lr (0.2) both set the learning rate.",
         ),
         (
-            "train.distributed_strategy=fsdp train.stage=finetune train.ema_decay=.9",
+            "train.distributed_strategy=fsdp train.stage=finetune train.ema_decay=.9 dataset.batch_size=2",
             "averaged weights are whole, but fsdp shares the weights out, got 0.9. Set it to 0, or use train.distri",
         ),
         ("train.optim.monitor_name=val_loss", "val_loss needs validation images"),
