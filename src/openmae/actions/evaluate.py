@@ -48,7 +48,9 @@ class Request:
         Raises:
             DataError: the nodes do not see the same images or the same model.
         """
-        check_agreement(fabric, {"images": self.index.digest, "model": str(self.model.card)})
+        path = self.model.path
+        file = f"{path.name} ({path.stat().st_size:,} bytes)"
+        check_agreement(fabric, lambda: {"set of images": self.index.digest, "model": file})
         dataset = self.spec.dataset
         size, channels = self.info.model.input_size, self.info.model.in_chans
         settings = LoaderSettings(

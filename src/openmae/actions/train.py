@@ -158,12 +158,14 @@ def _agreed(fabric: Fabric, plan: Plan) -> Plan:
     Raises:
         DataError: the nodes do not see the same images, or do not resume from the same checkpoint.
     """
-    facts = {
-        "training set": plan.train.digest,
-        "validation set": plan.val.digest if plan.val else "none",
-        "checkpoint to resume from": plan.resume.name if plan.resume else "none",
-    }
-    check_agreement(fabric, facts)
+    check_agreement(
+        fabric,
+        lambda: {
+            "training set": plan.train.digest,
+            "validation set": plan.val.digest if plan.val else "none",
+            "checkpoint to resume from": plan.resume.name if plan.resume else "none",
+        },
+    )
     info = fabric.broadcast(plan.info)  # train.seed=-1 was drawn on each node
     return replace(plan, info=info, spec=plan.spec.replaced({"train.seed": info.spec["train"]["seed"]}))
 

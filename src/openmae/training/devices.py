@@ -97,11 +97,11 @@ def world_of(fabric: Fabric) -> World:
     return environment.world if isinstance(environment, WorldEnvironment) else World()
 
 
-def check_agreement(fabric: Fabric, facts: Mapping[str, object]) -> None:
+def check_agreement(fabric: Fabric, facts: Callable[[], Mapping[str, str]]) -> None:
     """Refuse a run whose processes opened different things, each on its own machine.
 
     Args:
-        facts: what this process sees, by what it is; text, or of a length to be shown.
+        facts: gives what this process sees, by what it is, short enough to be shown.
 
     Raises:
         DataError: in every process, and naming the first node that sees something else.
@@ -109,7 +109,7 @@ def check_agreement(fabric: Fabric, facts: Mapping[str, object]) -> None:
     world = world_of(fabric)
     if world.opened_once:
         return
-    seen = list(gather_objects(fabric, {name: str(value) for name, value in facts.items()}))
+    seen = list(gather_objects(fabric, facts()))
     for rank, theirs in enumerate(seen):
         for name, value in theirs.items():
             if value != (first := seen[0][name]):
