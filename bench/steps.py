@@ -56,6 +56,11 @@ def normalised(images_BCHW: Tensor) -> Tensor:
 def our_step(model: MaskedAutoencoder, images_BCHW: Tensor, mask_ratio: float, lr: float = LEARNING_RATE) -> Step:
     """OpenMAE's update, of what its trainer calls: uint8 images are normalised and masked within it."""
     optimizer = build_adamw(pretraining_groups(model, _WEIGHT_DECAY), lr, _BETA1, _BETA2)
+    return _updates(our_loss(model, images_BCHW, mask_ratio), optimizer)
+
+
+def our_loss(model: MaskedAutoencoder, images_BCHW: Tensor, mask_ratio: float) -> Callable[[int], Tensor]:
+    """The forward pass of ``our_step``: the loss with an epoch's masks."""
     task = PretrainTask(model.train(), _NORMALISER, mask_ratio=mask_ratio, seed=0, monitor="train_loss")
     samples = torch.arange(len(images_BCHW), device=images_BCHW.device)
     batch = Batch(images_BCHW, torch.full_like(samples, -1), samples, 0, [])
@@ -63,7 +68,7 @@ def our_step(model: MaskedAutoencoder, images_BCHW: Tensor, mask_ratio: float, l
     def loss_of(epoch: int) -> Tensor:
         return task.training_loss(model, batch, epoch)
 
-    return _updates(loss_of, optimizer)
+    return loss_of
 
 
 def reference_step(

@@ -186,8 +186,8 @@ CHECKPOINT_MISTAKES = [
                 "train.resume_training_checkpoint_path: ",
                 (
                     ("none.pth", "there is no file"),
-                    ("cut.pth", "truncated or foreign"),
-                    ("text.pth", "truncated or foreign"),
+                    ("cut.pth", "truncated, damaged or foreign"),
+                    ("text.pth", "truncated, damaged or foreign"),
                     ("timm.pth", "holds no training state"),
                 ),
             ),
@@ -304,10 +304,6 @@ def test_a_run_goes_on_only_as_what_it_was(trained, photos, fill, refused: Refus
     assert "train.stage was pretrain and is finetune." in text
     text = refused("train", [*trained("vit", "pretrain").overrides, "model.mask_ratio=.5", f"results_dir={tmp_path}"])
     assert "model.mask_ratio was 0.75 and is 0.5." in text
-    (folder / "model_epoch_002_step_00004.pth").write_bytes(b"cut")
-    text = refused("train", [*trained("vit", "pretrain").overrides, f"results_dir={tmp_path}"])
-    assert f"results_dir: {folder}/model_epoch_002_step_00004.pth cannot be read as a checkpoint" in text
-    assert "Fix: Resume from an older model_epoch_*.pth" in text
     assert {path: path.read_bytes() for path in before} == before
 
 

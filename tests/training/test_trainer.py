@@ -318,12 +318,24 @@ def test_a_new_batch_size_on_resume_begins_the_epoch_again(train, at_batch, capl
     with pytest.raises(Crash):
         train(tmp_path, changes)
     with caplog.at_level(logging.WARNING, "openmae"):
-        train(tmp_path, {**changes, "dataset.batch_size": 2})
-    assert "(5 batches an epoch, now 10): epoch 2 starts again." in caplog.text
+        train(tmp_path, {**changes, "dataset.batch_size": 3})
+    assert "(5 batches an epoch, now 7): epoch 2 starts again." in caplog.text
     rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.csv") if row["epoch"] == 1 and "lr" in row]
-    assert len(rates) == 10 + 2  # 2 of before the crash
+    assert len(rates) == 7 + 2  # 2 of before the crash
     assert rates[2] == pytest.approx(1e-3)  # the schedule goes by the epoch, not by the count of steps
     assert payload_of(tmp_path)["progress"]["epoch"] == 2
+
+
+def test_a_new_batch_size_goes_on_where_one_of_its_batches_begins(train, at_batch, caplog, tmp_path):
+    changes = {**STEP, "dataset.val_data_sources": None}
+    at_batch(PretrainTask, 8, crash)
+    with pytest.raises(Crash):
+        train(tmp_path, changes)
+    with caplog.at_level(logging.WARNING, "openmae"):
+        train(tmp_path, {**changes, "dataset.batch_size": 2})
+    assert "starts again" not in caplog.text
+    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.csv") if row["epoch"] == 1 and "lr" in row]
+    assert len(rates) == 2 + 6, "2 batches of 4 images are 4 of the 10 of 2"
 
 
 def test_a_run_tells_its_metrics(train, tmp_path):
