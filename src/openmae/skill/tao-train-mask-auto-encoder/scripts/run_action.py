@@ -3,8 +3,8 @@
     python run_action.py ACTION SPEC.yaml
 
 Any Python with openmae installed runs it. SIGTERM and SIGINT let training write a checkpoint first. Exit codes: 0 done,
-1 the run failed, 2 the request was wrong, 130 interrupted, 75 preempted. Where the request was so wrong that the action never began,
-status.json gets its FAILURE line from here, with what was printed.
+1 the run failed, 2 the request was wrong, 130 interrupted, 75 preempted. Where the request was so wrong that the
+action never began, status.json gets its FAILURE line from here, with what was printed.
 """
 
 from __future__ import annotations
