@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from openmae.errors import UserError
+from openmae.jobs.platforms import PLATFORMS
 
 _MODES = ("worker", "dashboard")
 _EPILOG = """\
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser, add_spec_arguments: Any) -> N
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_spec_arguments(parser)
-    parser.add_argument("--platform", choices=("local", "slurm"), default="local", help="where jobs run")
+    parser.add_argument("--platform", choices=PLATFORMS, default="local", help="where jobs run")
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="of the dashboard (default: %(default)s)")
     parser.set_defaults(run=_run)
 

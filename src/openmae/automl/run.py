@@ -71,7 +71,7 @@ def run(spec: ExperimentSpec, platform: str = "local") -> dict[str, float]:
 
     Args:
         spec: as ``load_spec`` gives it for ``automl``.
-        platform: of the jobs that train: ``local`` or ``slurm``.
+        platform: of the jobs that train: ``local``, ``slurm`` or ``ray``.
 
     Returns:
         The best recommendation's metric, and what the final evaluation measured.

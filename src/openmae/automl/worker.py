@@ -67,7 +67,7 @@ class Trainings:
         self._wandb = {key: value for key, value in _WANDB.items() if not spec.typed(key)}
         at_once = spec.automl.max_concurrent
         self._environment = {SLOTS: str(_MANY)}
-        if "OMP_NUM_THREADS" not in os.environ and at_once > 1:
+        if platform == "local" and "OMP_NUM_THREADS" not in os.environ and at_once > 1:
             self._environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
 
     def folder_of(self, name: str) -> Path:

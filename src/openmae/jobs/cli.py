@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from openmae.errors import RunError, SpecError
+from openmae.jobs.platforms import PLATFORMS
 
 if TYPE_CHECKING:
     from openmae.jobs.client import Client
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, actions: Iterable[str]) -> No
     submit.add_argument("-e", "--experiment_spec", metavar="SPEC", help="YAML file; without it, all defaults")
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="option, or shorthand such as num_epochs=3")
     submit.add_argument("--parent", metavar="JOB", help="the job whose model this one takes")
-    submit.add_argument("--platform", choices=("local", "slurm"), default="local", help="default: %(default)s")
+    submit.add_argument("--platform", choices=PLATFORMS, default="local", help="where it runs (default: %(default)s)")
     submit.add_argument("--name", help="for people")
     submit.add_argument("--gpus", type=int, metavar="N", help="GPUs per node")
     submit.add_argument("--nodes", type=int, metavar="N", help="machines")

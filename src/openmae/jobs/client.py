@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -19,16 +19,14 @@ from openmae.jobs import artifacts
 from openmae.jobs.artifacts import Artifact
 from openmae.jobs.failures import FailureAnalysis, analyse
 from openmae.jobs.job import FINAL, STATES, Job, Record, as_job, move, now, state_of
+from openmae.jobs.platforms import PLATFORMS, open_platform
 from openmae.jobs.platforms.base import Observation, Platform
-from openmae.jobs.platforms.local import LocalPlatform
-from openmae.jobs.platforms.slurm import SlurmPlatform
 from openmae.jobs.processes import identify
 from openmae.jobs.request import Request, make_request
 from openmae.jobs.store import LOG, SPEC, JobStore, write_durably
 from openmae.storage.urls import is_remote
 
 ROOT = "OPENMAE_JOBS"
-_PLATFORMS: dict[str, Callable[[JobStore], Platform]] = {"local": LocalPlatform, "slurm": SlurmPlatform}
 _POLL = 0.1
 
 log = logging.getLogger("openmae")
@@ -45,7 +43,8 @@ class Client:
     """Submits, watches and cancels jobs. Any number of clients may share a root; none of them has to stay alive.
 
     Args:
-        platform: where new jobs run, ``local`` or ``slurm``; jobs in the root keep the one that they were made with.
+        platform: where new jobs run, ``local``, ``slurm`` or ``ray``; jobs in the root keep the one that they were
+            made with.
         root: local folder of records, logs and (unless the spec says otherwise) results; None: OPENMAE_JOBS, else a
             folder of this user.
 
@@ -54,8 +53,8 @@ class Client:
     """
 
     def __init__(self, platform: str = "local", root: str | Path | None = None) -> None:
-        if platform not in _PLATFORMS:
-            raise SpecError(f"platform: there is no {platform!r}.", f"Use one of: {', '.join(_PLATFORMS)}.")
+        if platform not in PLATFORMS:
+            raise SpecError(f"platform: there is no {platform!r}.", f"Use one of: {', '.join(PLATFORMS)}.")
         self.platform = platform
         self.store = JobStore(root if root is not None else default_root())
         self._platforms: dict[str, Platform] = {}
@@ -267,7 +266,7 @@ class Client:
 
     def _platform(self, name: str) -> Platform:
         if name not in self._platforms:
-            self._platforms[name] = _PLATFORMS[name](self.store)
+            self._platforms[name] = open_platform(name, self.store)
         return self._platforms[name]
 
     def _record(self, job_id: str) -> Record:

@@ -129,11 +129,12 @@ def _wait(store: JobStore, job_id: str, job: subprocess.Popen[bytes], identity: 
         if changed != seen:
             seen = changed
             if store.read(job_id)["cancel_requested"]:
-                _stop(job, identity)
+                stop(job, identity)
                 return job.wait()
 
 
-def _stop(job: subprocess.Popen[bytes], identity: Identity) -> None:
+def stop(job: subprocess.Popen[bytes], identity: Identity) -> None:
+    """Ctrl-C to a job of this process, then SIGTERM, then SIGKILL, each when the one before had its time."""
     grace = grace_seconds()
     for number, patience in ((signal.SIGINT, grace), (signal.SIGTERM, min(grace, 5.0)), (signal.SIGKILL, 10.0)):
         signal_session(identity, number)

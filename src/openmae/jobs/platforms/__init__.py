@@ -1,1 +1,31 @@
 """Where jobs run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openmae.jobs.platforms.base import Platform
+    from openmae.jobs.store import JobStore
+
+PLATFORMS = ("local", "slurm", "ray")
+
+
+def open_platform(name: str, store: JobStore) -> Platform:
+    """One of ``PLATFORMS``; only that one is imported.
+
+    Raises:
+        SpecError: what it needs is not installed.
+        RunError: it cannot work on this machine.
+    """
+    if name == "ray":
+        from openmae.jobs.platforms.ray import RayPlatform
+
+        return RayPlatform(store)
+    if name == "slurm":
+        from openmae.jobs.platforms.slurm import SlurmPlatform
+
+        return SlurmPlatform(store)
+    from openmae.jobs.platforms.local import LocalPlatform
+
+    return LocalPlatform(store)

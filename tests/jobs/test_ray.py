@@ -1,0 +1,325 @@
+"""Jobs of a Ray that really runs here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray_cluster
+from platform_contract import SLEEP, PlatformContract, Submit, Tiny, until
+from ray.job_submission import JobSubmissionClient
+
+import openmae
+from openmae.errors import RunError, SpecError
+from openmae.jobs import Client
+from openmae.jobs.platforms.ray import RayPlatform
+from openmae.jobs.processes import alive, identify
+from openmae.results.metrics import read_metrics
+
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all of them
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ray_cluster.Cluster]:
+    with ray_cluster.cluster() as one:
+        yield one
+
+
+@pytest.fixture
+def client(cluster: ray_cluster.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    return Client("ray", tmp_path / "jobs")
+
+
+class TestRay(PlatformContract):
+    capacity = ray_cluster.CPUS
+
+
+def test_one_spec_has_the_loss_of_one_process(client: Client, pictures: Path, tmp_path: Path) -> None:
+    """By README's command."""
+    spec = {
+        "model": {"arch": "vit_tiny_patch16", "decoder_depth": 1, "decoder_embed_dim": 32},
+        "dataset": {
+            "train_data_sources": str(pictures / "train"),
+            "batch_size": 4,
+            "num_workers_per_gpu": 0,
+            "augmentation": {"input_size": 32},
+        },
+        "train": {"num_epochs": 2, "optim": {"lr": 1e-3}},
+        "wandb": {"enable": False},
+    }
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec), encoding="utf-8")
+    words = ["jobs", "submit", "train", "-e", "spec.yaml", "--platform", "ray", "--automl", "off", "--wait"]
+    done = subprocess.run(
+        [sys.executable, "-m", "openmae.cli", *words, f"results_dir={tmp_path / 'ray'}"],
+        cwd=tmp_path, env={**os.environ, "OPENMAE_JOBS": str(client.store.root)}, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    openmae.train({**spec, "results_dir": str(tmp_path / "alone")})
+    losses = [
+        [row["train_loss"] for row in read_metrics(tmp_path / where / "train" / "metrics.csv") if "train_loss" in row]
+        for where in ("alone", "ray")
+    ]
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
+    (job,) = client.list_jobs()
+    assert (job.platform, job.status) == ("ray", "COMPLETE")
+    assert any(result.path.endswith("report.html") for result in client.list_results(job.id))
+
+
+@pytest.mark.slow(reason="a search of two trainings, each with a start of torch")
+def test_a_search_is_a_job_whose_trainings_are_jobs(client: Client, submit: Submit, tmp_path: Path) -> None:
+    short = {
+        **{"model.arch": "vit_tiny_patch16", "model.decoder_depth": 1, "model.decoder_embed_dim": 32},
+        **{"dataset.augmentation.input_size": 32, "dataset.num_workers_per_gpu": 0, "dataset.batch_size": 4},
+        **{"train.num_epochs": 1, "automl.max_recommendations": 2, "automl.algorithm": "random"},
+        **{"automl.max_concurrent": 2, "results_dir": str(tmp_path / "results")},
+    }
+    job = submit(automl_policy="auto", spec_overrides=short, env_vars={"WANDB_MODE": "disabled"})
+    done = client.wait(job.id, 400)
+    assert done.status == "COMPLETE", client.get_job_logs(job.id)
+    trainings = Client("ray", tmp_path / "results" / "automl" / "jobs" / "ray").list_jobs()
+    assert {training.platform for training in trainings} == {"ray"}
+    assert [training.status for training in trainings] == ["COMPLETE"] * len(trainings)
+    assert {"000 to epoch 1", "001 to epoch 1"} <= {training.name for training in trainings}
+    assert (tmp_path / "results" / "automl" / "report.html").is_file()
+
+
+def test_GPUs_and_CPUs_are_asked_for_FAKE_GPUS(
+    client: Client, submit: Submit, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    tiny("import os, time; print(repr(os.environ['CUDA_VISIBLE_DEVICES']), os.environ['OMP_NUM_THREADS'], flush=True)")
+    monkeypatch.setenv("OPENMAE_JOB_CPUS", "2")
+    two = submit(gpu_count=2)
+    assert client.wait(two.id, 40).status == "COMPLETE"
+    assert client.get_job_logs(two.id) == "'0,1' 1\n", "two processes share the node's two CPUs"
+    none = submit(gpu_count=0)
+    assert client.wait(none.id, 40).status == "COMPLETE"
+    assert client.get_job_logs(none.id) == "'' 2\n"
+    with pytest.raises(SpecError, match=r"gpu_count: 3 GPUs are asked for, but the largest node of the Ray has 2\."):
+        submit(gpu_count=3)
+    monkeypatch.setattr(RayPlatform, "_largest", lambda self: (2, 0))  # as where there are none
+    without = submit(gpu_count=3)
+    assert client.wait(without.id, 40).status == "COMPLETE"
+    assert client.get_job_logs(without.id) == "'' 1\n"
+    monkeypatch.setenv("OPENMAE_JOB_CPUS", "all")
+    with pytest.raises(SpecError, match=r"OPENMAE_JOB_CPUS must be a number of CPUs, 1 or more, got 'all'"):
+        submit()
+
+
+def test_a_job_that_takes_all_CPUs_runs_alone(
+    client: Client, submit: Submit, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(SLEEP)
+    monkeypatch.setenv("OPENMAE_JOB_CPUS", "64")
+    first = submit()
+    until(lambda: client.get_job_status(first.id).status == "RUNNING", "the start on as many CPUs as there are")
+    monkeypatch.delenv("OPENMAE_JOB_CPUS")
+    waiting = submit()
+    seen = client.get_job_status(waiting.id)
+    assert (seen.status, seen.message) == ("PENDING", f"Ray job mae-{waiting.id}: PENDING")
+    for job in (waiting, first):
+        client.cancel_job(job.id)
+        assert client.wait(job.id, 40).status == "CANCELED"
+
+
+def test_Ray_is_not_told_what_is_secret(
+    client: Client, submit: Submit, tiny: Tiny, cluster: ray_cluster.Cluster
+) -> None:
+    """Its dashboard shows what a job was given, and its logs keep it."""
+    tiny("import os; print(os.environ['TOKEN'][::-1])")
+    job = submit(env_vars={"TOKEN": "s3cr3t-t0ken"})
+    assert client.wait(job.id, 40).status == "COMPLETE"
+    assert client.get_job_logs(job.id) == "nek0t-t3rc3s\n"
+    with urllib.request.urlopen(f"{cluster.address}/api/jobs/mae-{job.id}", timeout=10) as answer:
+        shown = answer.read()
+    assert b"OPENMAE_JOB_KEY" in shown, "that is not where Ray shows a job's variables"
+    logs = [path.read_bytes() for path in cluster.folder.rglob("*") if path.is_file()]
+    assert any(b"OPENMAE_JOB_KEY" in text for text in logs), "that is not where Ray keeps its logs"
+    assert not [text for text in (shown, *logs) if b"s3cr3t-t0ken" in text]
+    assert not list(client.store.folder(job.id).glob("environment*")), (
+        "the key is known, and what it opens is still there"
+    )
+
+
+_PREEMPTED = """
+import signal, sys, time
+def stop(*_):
+    time.sleep(3.5)
+    print("checkpoint", flush=True)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_job_that_Ray_stops_has_the_time_for_its_checkpoint(
+    client: Client, submit: Submit, tiny: Tiny, cluster: ray_cluster.Cluster
+) -> None:
+    """Ray's own patience is 3 s."""
+    tiny(_PREEMPTED)
+    listening = submit()
+    tiny("import time; print('ready', flush=True); time.sleep(60)")
+    other = submit()
+    for job in (listening, other):
+        until(lambda job=job: "ready" in client.get_job_logs(job.id), "the job's first line")
+        JobSubmissionClient(cluster.address).stop_job(f"mae-{job.id}")
+    done = client.wait(listening.id, 40)
+    assert client.get_job_logs(listening.id) == "ready\ncheckpoint\n"
+    assert (done.status, done.exit_code) == ("CANCELED", 75)
+    assert done.message == "preempted: the same request goes on from its checkpoint (exit code 75)"
+    done = client.wait(other.id, 40)
+    assert (done.status, done.message) == ("CANCELED", "interrupted from outside (exit code 130)")
+
+
+def test_a_job_whose_part_of_Ray_dies_leaves_nothing_behind(client: Client, submit: Submit, tiny: Tiny) -> None:
+    tiny("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    job = submit()
+    until(lambda: client.get_job_logs(job.id).endswith("\n"), "the job's line")
+    process = identify(int(client.get_job_logs(job.id)))
+    runners = [
+        path.parent
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if path.exists() and path.read_bytes().split(b"\0")[-2:-1] == [job.id.encode()]
+    ]
+    assert len(runners) == 2, "one in Ray's process group, and one that looks after the job"
+    first = min(runners, key=lambda path: int(path.name))
+    os.kill(int((first / "stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+    until(lambda: not alive(process), "the job's end")
+    done = client.wait(job.id, 40)
+    assert (done.status, done.exit_code) == ("ERROR", None)
+    assert done.message.startswith(f"Ray job mae-{job.id}: FAILED: Job supervisor actor died")
+
+
+def test_a_job_whose_folder_the_node_does_not_see_says_so(
+    client: Client, submit: Submit, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("pass")
+    moved = client.store.root.with_name("elsewhere")
+    ask = RayPlatform._ask
+
+    def hide(self: RayPlatform, question: Any) -> Any:
+        client.store.root.rename(moved)
+        try:
+            answer = ask(self, question)
+            if answer and str(answer).startswith("mae-"):
+                until(lambda: ask(self, lambda ray: ray.get_job_status(answer).is_terminal()), "the job's end")
+            return answer
+        finally:
+            moved.rename(client.store.root)
+
+    monkeypatch.setattr(RayPlatform, "_ask", hide)
+    job = submit()
+    monkeypatch.setattr(RayPlatform, "_ask", ask)
+    done = client.wait(job.id, 40)
+    assert (done.status, done.exit_code) == ("ERROR", 125)
+    assert f"The job could not begin: {client.store.folder(job.id)} cannot be seen on " in done.message
+
+
+def test_a_job_whose_client_died_right_after_the_submission_is_found_by_its_name(
+    client: Client, submit: Submit, tiny: Tiny
+) -> None:
+    tiny(SLEEP)
+    job = submit()
+    with client.store.update(job.id) as record:
+        record["handle"], record["submitter"] = {}, {**record["submitter"], "start": 1}
+    until(lambda: client.get_job_status(job.id).status == "RUNNING", "the sight of the job")
+    client.cancel_job(job.id)
+    assert client.wait(job.id, 40).status == "CANCELED"
+
+
+def test_a_job_that_Ray_does_not_know_is_an_error(
+    client: Client, submit: Submit, tiny: Tiny, cluster: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("pass")
+    record = client.store.read(client.wait(submit().id, 40).id)
+    record |= {"transitions": record["transitions"][:1], "exit_code": None}
+    client.store.create({**record, "id": "a" * 32})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address.replace("127.0.0.1", "localhost"))
+    seen = client.get_job_status("a" * 32)
+    assert seen.status == "UNKNOWN"
+    assert seen.message.startswith(f"it was handed to the Ray at {cluster.address}, and http://localhost:")
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    seen = client.get_job_status("a" * 32)
+    assert (seen.status, seen.message) == (
+        "ERROR",
+        f"Ray does not know mae-{'a' * 32} any more, as after a new start",
+    )
+    client.store.create({**record, "id": "c" * 32, "handle": {}, "submitter": {"pid": 1, "start": 1}})
+    seen = client.get_job_status("c" * 32)
+    assert (seen.status, seen.message) == ("ERROR", "the client died before the job was handed to Ray")
+
+
+def test_a_Ray_that_is_not_there(
+    client: Client, submit: Submit, tiny: Tiny, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(SLEEP)
+    job = submit()
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        with monkeypatch.context() as patch:
+            patch.setenv("RAY_ADDRESS", address)
+            patch.setattr("openmae.jobs.platforms.ray._PATIENCE", 0.5)
+            seen = Client("ray", client.store.root).get_job_status(job.id)
+            assert (seen.status, seen.message) == (
+                "UNKNOWN",
+                f"platform: the Ray at {address} did not answer in 0.5 s.",
+            )
+    with monkeypatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(
+            RunError, match=rf"there is no Ray at {address}\.\n  Fix: `ray start --head` starts a Ray; RAY"
+        ):
+            Client("ray", tmp_path / "others").create_job(
+                "train", spec_overrides={"dataset.train_data_sources": str(pictures / "train")}
+            )
+    client.cancel_job(job.id)
+    assert client.wait(job.id, 40).status == "CANCELED"
+
+
+def test_without_the_package_it_is_refused(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray.job_submission", None)
+    with pytest.raises(SpecError, match=r"platform: ray needs the package ray\.\n  Fix: pip install 'openmae\[ray\]'"):
+        Client("ray", tmp_path / "jobs").create_job(
+            "train", spec_overrides={"dataset.train_data_sources": str(pictures / "train")}
+        )
+
+
+def test_other_commands_do_not_import_it() -> None:
+    code = "import sys; from openmae.jobs import Client; import openmae.cli; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.slow(reason="starts a second Ray")
+def test_a_Ray_that_was_started_anew_has_forgotten_its_jobs(
+    client: Client, submit: Submit, tiny: Tiny, cluster: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("print('done')")
+    done = submit()
+    until((client.store.folder(done.id) / "exit_code").exists, "the first job's end")
+    tiny(SLEEP)
+    lost = submit()
+    until(lambda: client.get_job_status(lost.id).status == "RUNNING", "the second job's start")
+    cluster.stop()
+    seen = Client("ray", client.store.root).get_job_status(lost.id)
+    assert (seen.status, seen.message) == ("UNKNOWN", f"platform: there is no Ray at {cluster.address}.")
+    assert client.get_job_status(done.id).status == "COMPLETE"
+    cluster.start()
+    seen = client.wait(lost.id, 20)
+    assert seen.status == "ERROR"
+    assert seen.message == f"Ray does not know mae-{lost.id} any more, as after a new start"
+    tiny("print('again')")
+    assert client.wait(submit().id, 40).status == "COMPLETE"
