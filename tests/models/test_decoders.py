@@ -44,12 +44,16 @@ def test_convnext_equals_decoding_every_token(randomise, draw_mask, assert_near)
     decoder = ConvNeXtDecoder(LATENT, 16, 2, GRID, TOKEN_VALUES).double()
     randomise(decoder)
     mask = draw_mask(3, 6, 2)
-    latent = torch.randn(3, 2, LATENT).double()
+    latent = torch.randn(3, 2, LATENT).double().requires_grad_(True)
     x = filled(decoder.embed(latent), mask, decoder.mask_token).view(3, *GRID, 16).permute(0, 3, 1, 2)
     expected = decoder.predict(decoder.blocks(x.contiguous()).permute(0, 2, 3, 1).reshape(3, 6, 16))
     actual = decoder(latent, mask)
     assert actual.shape == (3, 4, TOKEN_VALUES)
     assert_near(actual, chosen(expected, mask), 1e-12)
+    wanted, cotangent = [latent, *decoder.parameters()], torch.randn(3, 4, TOKEN_VALUES).double()
+    gradients = torch.autograd.grad(actual, wanted, cotangent)
+    for one, other in zip(gradients, torch.autograd.grad(chosen(expected, mask), wanted, cotangent), strict=True):
+        assert_near(one, other, 1e-10)
 
 
 def test_vits_positions_are_fixed_and_hieras_learned() -> None:

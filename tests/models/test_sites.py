@@ -95,3 +95,18 @@ def test_grn_sums_half_precision_in_float32() -> None:
     expected = grn(x.view(1, 50, 100, 4)).view_as(x)
     actual = sites.global_response_norm(x.half(), grn)  # the sum of squares, 5e7, is beyond fp16
     torch.testing.assert_close(actual.float(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([[4, 1], [0, 3]])], ids=["all", "some"])
+def test_grns_gradients_equal_autograds(rows, randomise, monkeypatch, assert_near) -> None:
+    grn = GlobalResponseNorm(6).double()
+    randomise(grn)
+    x = torch.randn(2, 5, 6).double()
+    x[1, :, 2] = 0  # a channel without energy
+    wanted = [x.requires_grad_(True), grn.weight, grn.bias]
+    actual = sites.global_response_norm(x, grn, rows)
+    expected = plainly(monkeypatch, sites.global_response_norm, x, grn, rows)
+    assert type(actual.grad_fn) is not type(expected.grad_fn), "the same formulation twice"
+    assert_near(actual, expected, 1e-12)
+    for one, other in zip(gradients(actual, wanted), gradients(expected, wanted), strict=True):
+        assert_near(one, other, 1e-12)

@@ -14,8 +14,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from openmae.models.encoders.base import init_linear
-from openmae.models.masking import Mask
+from openmae.models.masking import Mask, take
 from openmae.models.positions import sincos_position_embedding
+from openmae.models.sites import Sites, branch
 from openmae.spec.architectures import DECODER_HEAD_DIM
 
 
@@ -70,7 +71,7 @@ class TransformerDecoder(nn.Module):
         prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         x = torch.cat([prefix, _fill(visible, mask, self.mask_token)], dim=1)
         x = self.blocks(x + self.pos_embed)  # float32 from here on under autocast, as in the official code
-        masked = _take(x[:, self.num_prefix_tokens :], mask.masked_BM)
+        masked = take(x[:, self.num_prefix_tokens :], mask.masked_BM)
         return self.predict(self.norm(masked))
 
 
@@ -103,8 +104,12 @@ class ConvNeXtDecoder(nn.Module):
     def forward(self, latent_BVD: Tensor, mask: Mask) -> Tensor:
         """Predicted values of the masked tokens, ``[B, M, P]``."""
         x_BLE = _fill(self.embed(latent_BVD), mask, self.mask_token)
-        x = self.blocks(x_BLE.transpose(1, 2).reshape(len(x_BLE), -1, *self.grid))
-        return self.predict(_take(x.flatten(2).transpose(1, 2), mask.masked_BM))
+        sites = Sites((len(x_BLE), *self.grid))
+        *others, last = self.blocks
+        for block in others:
+            x_BLE = x_BLE + branch(x_BLE.unflatten(1, self.grid), block, sites)
+        rest_BME = branch(x_BLE.unflatten(1, self.grid), last, sites, mask.masked_BM)
+        return self.predict(take(x_BLE, mask.masked_BM) + rest_BME)
 
 
 Decoder = TransformerDecoder | ConvNeXtDecoder
@@ -115,8 +120,3 @@ def _fill(visible_BVE: Tensor, mask: Mask, token: Tensor) -> Tensor:
     B, V, E = visible_BVE.shape
     filled = token.to(visible_BVE.dtype).expand(B, V + mask.masked_BM.shape[1], E)
     return filled.scatter(1, mask.visible_BV.unsqueeze(-1).expand(-1, -1, E), visible_BVE)
-
-
-def _take(x_BLE: Tensor, index_BK: Tensor) -> Tensor:
-    """The rows of the given tokens, ``[B, K, E]``."""
-    return x_BLE.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BLE.shape[-1]))

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from openmae.models.masking import take
+
 _CHUNK = 16  # images whose weight gradient is computed at once: more leave the caches
 
 
@@ -94,3 +96,39 @@ def depthwise_weight_gradient(images_NCHW: Tensor, grad_NChw: Tensor, padding: i
         total = summed if total is None else total + summed
     assert total is not None  # a batch has images
     return total.unsqueeze(1)
+
+
+class ResponseNorm(Function):
+    """GRN (paper, algorithm 1) with its residual: ``bias + x * gain``, gain = 1 + weight * energy / mean(energy).
+
+    With u the gradient of the gain, summed over the sites, n = energy / mean and w the weight, that of the energy is
+    ``(u w - mean(u w n)) / mean``, and an energy passes ``x / energy`` on to x. Only x is kept for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None) -> Tensor:
+        """GRN of ``x`` [B, S, C] pooled over S; only of the sites ``rows`` [B, K] where given."""
+        energy = x.square().sum(1, keepdim=True).sqrt_()  # several times as fast as the norm over a strided dimension
+        mean = energy.mean(dim=-1, keepdim=True) + eps
+        gain = torch.addcmul(torch.ones_like(bias), weight, energy / mean)
+        taken = x if rows is None else take(x, rows)
+        ctx.save_for_backward(x, taken, rows, weight, energy, mean, gain)
+        return torch.addcmul(bias, taken, gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x``, ``weight`` and ``bias``."""
+        x, taken, rows, weight, energy, mean, gain = ctx.saved_tensors
+        product = g * taken
+        grad_gain = product.sum(1, keepdim=True)
+        share = energy / mean
+        grad_share = grad_gain * weight
+        grad_energy = (grad_share - (grad_share * share).mean(dim=-1, keepdim=True)) / mean
+        slope = torch.where(energy > 0, grad_energy / energy, 0.0)  # as torch's norm at zero
+        passed = torch.mul(g, gain, out=product)
+        if rows is None:
+            grad_x = passed.addcmul_(x, slope)
+        else:
+            grad_x = (x * slope).scatter_add_(1, rows.unsqueeze(-1).expand_as(passed), passed)
+        return grad_x, (grad_gain * share).sum((0, 1)), g.sum((0, 1)), None, None

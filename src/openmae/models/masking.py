@@ -116,3 +116,8 @@ def _splitmix64(x: Tensor) -> Tensor:
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def take(x_BLE: Tensor, index_BK: Tensor) -> Tensor:
+    """The rows of the given tokens, ``[B, K, E]``."""
+    return x_BLE.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BLE.shape[-1]))

@@ -13,7 +13,8 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from openmae.models.kernels import DepthwiseConv, by_hand
+from openmae.models.kernels import DepthwiseConv, ResponseNorm, by_hand
+from openmae.models.masking import take
 
 _WINDOW_SIDE = 4  # from this side on, windows around the visible units cost less than a dense map
 
@@ -86,19 +87,29 @@ class Sites:
         return self.pick(F.conv2d(self.place(x), conv.weight, conv.bias, padding=self.padding, groups=conv.groups))
 
 
-def branch(x: Tensor, block: ConvNeXtBlock, sites: Sites) -> Tensor:
-    """The residual branch of a block over ``[..., C]``; ``[B, S, C]``, so that drop path draws once a sample."""
+def branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tensor | None = None) -> Tensor:
+    """The residual branch of a block over ``[..., C]``; ``[B, S, C]``, so that drop path draws once a sample.
+
+    Args:
+        x: values of the sites.
+        block: a block with GRN and no layer scale.
+        sites: where they lie.
+        rows_BK: the sites whose result is wanted, ``[B, K, C]``; None: all.
+    """
     y = layer_norm(sites.convolve(x, block.conv_dw), block.norm)
     hidden = block.mlp.act(site_linear(y.reshape(sites.shape[0], -1, y.shape[-1]), block.mlp.fc1))
-    return site_linear(global_response_norm(hidden, block.mlp.grn), block.mlp.fc2)
+    return site_linear(global_response_norm(hidden, block.mlp.grn, rows_BK), block.mlp.fc2)
 
 
-def global_response_norm(x_BSC: Tensor, grn: GlobalResponseNorm) -> Tensor:
-    """GRN (paper, algorithm 1) pooled over a sample's visible sites; fp32 sums: half precision overflows."""
+def global_response_norm(x_BSC: Tensor, grn: GlobalResponseNorm, rows_BK: Tensor | None = None) -> Tensor:
+    """GRN (paper, algorithm 1) pooled over a sample's sites; fp32 sums: half precision overflows."""
+    if by_hand(x_BSC):
+        return ResponseNorm.apply(x_BSC, grn.weight, grn.bias, grn.eps, rows_BK)
     wide = torch.promote_types(x_BSC.dtype, torch.float32)
     energy = torch.linalg.vector_norm(x_BSC, dim=1, keepdim=True, dtype=wide)
     scale = energy / (energy.mean(dim=-1, keepdim=True) + grn.eps)
-    return x_BSC + torch.addcmul(grn.bias, grn.weight, x_BSC * scale.to(x_BSC.dtype)).to(x_BSC.dtype)
+    x = x_BSC if rows_BK is None else take(x_BSC, rows_BK)
+    return x + torch.addcmul(grn.bias, grn.weight, x * scale.to(x.dtype)).to(x.dtype)
 
 
 def site_linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
