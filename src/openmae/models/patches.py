@@ -6,7 +6,10 @@ pixels, P = p*p*C values of a unit, ordered (row, column, channel) as in MAE's `
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-6
@@ -47,8 +50,9 @@ def unpatchify(units_BLP: Tensor, size: int, image_size: tuple[int, int]) -> Ten
 
 def normalise_units(units_BKP: Tensor) -> Tensor:
     """Each unit to zero mean and unit variance: MAE's ``norm_pix_loss`` (2111.06377, section 3)."""
-    mean, std = _statistics(units_BKP)
-    return (units_BKP - mean) / std
+    size = units_BKP.shape[-1]
+    unbiased = (size - 1) / size  # MAE divides by size - 1 in the variance, layer_norm by size
+    return F.layer_norm(units_BKP, (size,), eps=NORM_EPS * unbiased) * math.sqrt(unbiased)
 
 
 def denormalise_units(predicted_BKP: Tensor, true_BKP: Tensor) -> Tensor:
