@@ -26,18 +26,27 @@ def chosen(values: Tensor, mask) -> Tensor:
     return torch.stack([row[index] for row, index in zip(values, mask.masked_BM, strict=True)])
 
 
+def assert_same_gradients(actual: Tensor, expected: Tensor, wanted: list[Tensor], assert_near) -> None:
+    cotangent = torch.randn_like(expected)
+    gradients = torch.autograd.grad(actual, wanted, cotangent)
+    for one, other in zip(gradients, torch.autograd.grad(expected, wanted, cotangent), strict=True):
+        assert_near(one, other, 1e-10)
+
+
 @pytest.mark.parametrize(("prefix", "learned"), [(1, False), (0, True)], ids=["vit", "hiera"])
 def test_transformer_equals_decoding_every_token(prefix, learned, randomise, draw_mask, assert_near) -> None:
     decoder = TransformerDecoder(LATENT, 64, 2, GRID, prefix, TOKEN_VALUES, learned_positions=learned).double()
     randomise(decoder)
     mask = draw_mask(3, 6, 2)
-    latent = torch.randn(3, prefix + 2, LATENT).double()
+    latent = torch.randn(3, prefix + 2, LATENT).double().requires_grad_(True)
     x = decoder.embed(latent)
     x = torch.cat([x[:, :prefix], filled(x[:, prefix:], mask, decoder.mask_token)], dim=1) + decoder.pos_embed
     expected = decoder.predict(decoder.norm(decoder.blocks(x)))[:, prefix:]
     actual = decoder(latent, mask)
     assert actual.shape == (3, 4, TOKEN_VALUES)
     assert_near(actual, chosen(expected, mask), 1e-12)
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    assert_same_gradients(actual, chosen(expected, mask), [latent, *trained], assert_near)
 
 
 def test_convnext_equals_decoding_every_token(randomise, draw_mask, assert_near) -> None:
@@ -50,10 +59,7 @@ def test_convnext_equals_decoding_every_token(randomise, draw_mask, assert_near)
     actual = decoder(latent, mask)
     assert actual.shape == (3, 4, TOKEN_VALUES)
     assert_near(actual, chosen(expected, mask), 1e-12)
-    wanted, cotangent = [latent, *decoder.parameters()], torch.randn(3, 4, TOKEN_VALUES).double()
-    gradients = torch.autograd.grad(actual, wanted, cotangent)
-    for one, other in zip(gradients, torch.autograd.grad(chosen(expected, mask), wanted, cotangent), strict=True):
-        assert_near(one, other, 1e-10)
+    assert_same_gradients(actual, chosen(expected, mask), [latent, *decoder.parameters()], assert_near)
 
 
 def test_vits_positions_are_fixed_and_hieras_learned() -> None:

@@ -110,3 +110,16 @@ def test_grns_gradients_equal_autograds(rows, randomise, monkeypatch, assert_nea
     assert_near(actual, expected, 1e-12)
     for one, other in zip(gradients(actual, wanted), gradients(expected, wanted), strict=True):
         assert_near(one, other, 1e-12)
+
+
+def test_a_compiler_sees_one_graph_of_the_plain_formulation(laid_out) -> None:
+    where, x = laid_out
+    conv, targets = depthwise(), []
+
+    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    compiled = torch.compile(where.convolve, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x, conv), where.convolve(x, conv))
+    assert any("conv2d" in target for target in targets)

@@ -7,6 +7,8 @@ of a token's square.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from timm.layers import LayerNorm
 from timm.models.convnext import ConvNeXtBlock
@@ -70,9 +72,11 @@ class TransformerDecoder(nn.Module):
         x = self.embed(latent_BTD)
         prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         x = torch.cat([prefix, _fill(visible, mask, self.mask_token)], dim=1)
-        x = self.blocks(x + self.pos_embed)  # float32 from here on under autocast, as in the official code
+        others, last = self.blocks[:-1], cast(Block, self.blocks[-1])
+        x = others(x + self.pos_embed)  # float32 from here on under autocast, as in the official code
+        x = x + last.attn(last.norm1(x))  # after it no token sees another: the rest is for the masked alone
         masked = take(x[:, self.num_prefix_tokens :], mask.masked_BM)
-        return self.predict(self.norm(masked))
+        return self.predict(self.norm(masked + last.mlp(last.norm2(masked))))
 
 
 class ConvNeXtDecoder(nn.Module):

@@ -22,12 +22,12 @@ _CHUNK = 16  # images whose weight gradient is computed at once: more leave the 
 def by_hand(x: Tensor) -> bool:
     """Whether gradients are wanted where these functions were measured: in full precision on a CPU with oneDNN."""
     return (
-        torch.is_grad_enabled()
+        not torch.compiler.is_compiling()  # first: the compiler cannot follow what comes next
+        and torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
