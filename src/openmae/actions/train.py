@@ -39,9 +39,9 @@ from openmae.training.optim import Schedule, build_adamw, finetuning_groups, fre
 from openmae.training.pretrain import PretrainTask
 from openmae.training.recipe import recipe_rows
 from openmae.training.sharding import shard
-from openmae.training.state import LoopSettings
+from openmae.training.state import LoopSettings, Outputs
 from openmae.training.stepclock import StepClock
-from openmae.training.trainer import Outputs, Trainer
+from openmae.training.trainer import Trainer
 
 PICTURES = 8  # images of a reconstruction grid
 REPORT = "report.html"

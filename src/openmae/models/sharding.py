@@ -11,15 +11,15 @@ from openmae.models.mae import MaskedAutoencoder
 def sharded_units(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
     """The modules whose weights are gathered together, inner ones first; the rest is the whole model's own.
 
-    A unit's weights are gathered when its ``forward`` is called. Blocks are the natural ones. The sparse ConvNeXt V2
-    encoder applies the weights of timm's blocks without calling them, so it is one unit, with the memory of that.
+    A unit's weights are gathered when its ``forward`` is called. Blocks are the natural ones. In pretraining ConvNeXt V2
+    applies the weights of its blocks without calling them, so its encoder and its decoder are a unit each, with the
+    memory of that; a transformer's decoder does so with its last block, whose weights are the whole model's own.
     """
     if not isinstance(model, MaskedAutoencoder):
         return _blocks(model)
-    decoder = _blocks(model.decoder)
     if config.architecture.family == "convnextv2":
-        return [model.encoder, *decoder]
-    return [*_blocks(model.encoder.backbone), *decoder]
+        return [model.encoder, model.decoder]
+    return [*_blocks(model.encoder.backbone), *_blocks(model.decoder)[:-1]]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

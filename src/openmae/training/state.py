@@ -1,15 +1,20 @@
-"""What the training loop is given and where it stands: the face of a task, the length and rhythm, the place."""
+"""What the training loop is given and where it stands: a task, length and rhythm, the outputs, the place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from lightning_fabric import Fabric
+from rich.console import Console
 from torch import Tensor, nn
 
 from openmae.data.dataset import Batch
+from openmae.results.status import StatusLog
+from openmae.training.checkpoints import CheckpointFolder
+from openmae.training.loggers import Loggers
+from openmae.training.stepclock import StepClock
 
 
 class Task(Protocol):
@@ -84,3 +89,15 @@ class Progress:
     loss_count: int = 0
     bad_steps: int = 0
     best: float | None = None
+
+
+@dataclass
+class Outputs:
+    """Where a run writes and measures; ranks other than 0 hold no loggers, no status and no clock."""
+
+    checkpoints: CheckpointFolder
+    info: Mapping[str, Any]
+    loggers: Loggers | None = None
+    status: StatusLog | None = None
+    clock: StepClock | None = None
+    console: Console = field(default_factory=lambda: Console(stderr=True))

@@ -9,48 +9,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from rich.console import Console
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.errors import RunError
-from openmae.results.status import StatusLog
-from openmae.training.checkpoints import CheckpointFolder
 from openmae.training.compiling import compile_errors, compiled
 from openmae.training.distributed import gather_objects
 from openmae.training.interrupt import InterruptWatch
-from openmae.training.loggers import Loggers
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
 from openmae.training.sharding import gathered, in_shards, is_sharded, whole_model
-from openmae.training.state import LoopSettings, Progress, Task
-from openmae.training.stepclock import StepClock
+from openmae.training.state import LoopSettings, Outputs, Progress, Task
 from openmae.training.updates import Update, reads_late, scaler_of
 
 MAX_BAD_STEPS = 10
 _ROWS_PER_EPOCH = 100  # of metrics.csv, at the most
 
 log = logging.getLogger("openmae")
-
-
-@dataclass
-class Outputs:
-    """Where a run writes and measures; ranks other than 0 hold no loggers, no status and no clock."""
-
-    checkpoints: CheckpointFolder
-    info: Mapping[str, Any]
-    loggers: Loggers | None = None
-    status: StatusLog | None = None
-    clock: StepClock | None = None
-    console: Console = field(default_factory=lambda: Console(stderr=True))
 
 
 class Trainer:
@@ -315,7 +298,8 @@ class Trainer:
         if due:
             self._save(best=improved)
         elif improved:
-            self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(self._payload()))
+            payload = self._payload()
+            self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(payload))
         self._report(epoch, step, metrics | pace)
         return metrics
 
@@ -356,12 +340,13 @@ class Trainer:
         value, best = metrics.get(self.task.monitor), self.progress.best
         if value is None or not np.isfinite(value):
             return False
-        improved = best is None or (value < best if self.task.lower_is_better else value > best)
-        if improved:
-            self.progress.best = value
-        return improved
+        if best is not None and not (value < best if self.task.lower_is_better else value > best):
+            return False
+        self.progress.best = value
+        return True
 
     def _payload(self) -> dict[str, Any]:
+        """What a checkpoint holds, for rank 0; to be called by all processes: each may have a part of it."""
         payload: dict[str, Any] = {
             "openmae": dict(self.outputs.info),
             "state_dict": {f"model.{k}": v for k, v in self.task.model.state_dict().items()},
@@ -374,7 +359,7 @@ class Trainer:
         return gathered(payload, keep=self.fabric.is_global_zero)
 
     def _save(self, *, best: bool = False) -> None:
-        progress, payload = self.progress, self._payload()  # by every process: each may have a part of it
+        progress, payload = self.progress, self._payload()
         self._on_rank_zero(lambda: self.outputs.checkpoints.save(payload, progress.epoch, progress.step, best=best))
 
     def _on_rank_zero(self, write: Callable[[], Any]) -> None:
