@@ -83,7 +83,8 @@ class Jobs:
         return job
 
     def get_failure_analysis(self, job_id: str) -> FailureAnalysis:
-        return FailureAnalysis(job_id, "data", self._errors[job_id], (), 1, "log")
+        error = self._errors[job_id]
+        return FailureAnalysis(job_id, "spec" if "not finite" in error else "data", error, (), 1, "log")
 
     def _end(self, job_id: str, state: Any, message: str) -> Job:
         job = self.jobs[job_id]

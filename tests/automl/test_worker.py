@@ -6,6 +6,7 @@ import json
 import socket
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,17 @@ def test_a_job_that_somebody_stopped_is_a_failure(tmp_path: Path) -> None:
     jobs.cancel_job(worker.running[0].job.id)
     worker.run()
     assert worker.study.trials()[0].user_attrs["cause"] == "canceled: somebody else stopped its job"
+
+
+def test_a_job_that_was_preempted_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1), stride=1)
+    while len(jobs.trained) < 3:
+        worker._turn()
+    job = jobs.cancel_job(worker.running[0].job.id)
+    jobs.jobs[job.id] = replace(job, exit_code=75)
+    worker.run()
+    assert _states(worker) == {"COMPLETE": 1}
+    assert [epoch for _, epoch in jobs.trained] == list(range(1, 10)), "an epoch was lost or trained again"
 
 
 def _interrupted(tmp_path: Path, after: int, **settings: Any) -> Jobs:

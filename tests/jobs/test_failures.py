@@ -43,9 +43,10 @@ def _tell(tmp_path: Path, message: str) -> None:
         ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "out of memory"),
         ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "out of memory"),
         ("RuntimeError: DataLoader worker (pid 3) is killed by signal: Bus error.", "out of memory"),
-        ("RunError: The results could not be written (No space left on device): /r.", "infrastructure"),
+        ("RunError: The results could not be written (No space left on device): /finance/nan.", "infrastructure"),
         ("RuntimeError: NCCL error in: unhandled system error", "infrastructure"),
         ("ConnectionRefusedError: [Errno 111] Connection refused", "infrastructure"),
+        ("SLURM does not know job 7 any more, and it left no exit code.", "infrastructure"),
         ("ZeroDivisionError: division by zero", "unknown"),
     ],
 )
@@ -54,6 +55,7 @@ def test_a_failure_that_the_run_told(tmp_path: Path, message: str, category: str
     failure = _analyse(tmp_path, "something else\n")
     assert (failure.category, failure.error, failure.evidence) == (category, message, "status.json")
     assert failure.suggestions
+    assert failure.diverged == ("not finite" in message)
     if "Fix: Check the path." in message:
         assert failure.suggestions[0] == "Check the path.", "the run's own advice comes first"
 

@@ -36,6 +36,8 @@ def test_the_global_batch_is_kept_where_it_can_be(begun, last, now, accumulated,
         ((4, 4, 1), (3, 4, 1), 3, 4),
         ((4, 4, 1), (4, 4, 1), 3, 3),
         ((4, 4, 1), (2, 4, 2), 0, 0),
+        ((4, 4, 1), (2, 4, 2), 10, 20),  # the epoch is trained, and not yet validated
+        ((2, 4, 2), (3, 4, 1), 10, 20),
     ],
 )
 def test_the_place_in_an_epoch_is_a_number_of_images(before, now, batch, expected):

@@ -75,7 +75,8 @@ def test_fsdp_trains_as_one_process_and_one_process_goes_on(one, train, tiny_ove
 
 @several_processes
 def test_fsdp_keeps_the_best_between_two_checkpoints(tiny_overrides, tmp_path):
-    assert main(["train", *tiny_overrides(tmp_path, {**FSDP, "train.checkpoint_interval": 2})]) == 0
+    changes = {"train.checkpoint_interval": 2, "train.optim.monitor_name": "val_loss"}
+    assert main(["train", *tiny_overrides(tmp_path, {**FSDP, **changes})]) == 0
     assert len(list_checkpoints(tmp_path)) == 1, "the first epoch is the best so far, and no checkpoint is due"
     assert (tmp_path / "model_best.pth").is_file()
 

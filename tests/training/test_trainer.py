@@ -387,6 +387,19 @@ def test_a_newest_checkpoint_that_cannot_be_read_costs_one_epoch(train, assert_s
     assert_same_run(tmp_path / "whole", folder)
 
 
+def test_a_run_from_a_named_checkpoint_goes_on_where_it_came_to(train, at_batch, caplog, tmp_path):
+    train(tmp_path / "first", {"train.num_epochs": 1})
+    (named,) = list_checkpoints(tmp_path / "first")
+    request = {**STEP, "train.resume_training_checkpoint_path": named, "train.checkpoint_interval": 1}
+    at_batch(PretrainTask, 4, crash)
+    with pytest.raises(Crash):
+        train(tmp_path / "second", request)
+    reached = list_checkpoints(tmp_path / "second")[-1]
+    with caplog.at_level(logging.INFO, "openmae"):
+        train(tmp_path / "second", request)
+    assert f"Resuming from {reached}, after epoch 1, step 8." in caplog.text, "what it had trained is lost"
+
+
 def test_what_is_newer_than_the_checkpoint_that_a_run_goes_on_from_is_not_taken_up_again(
     train, at_batch, payload_of, tmp_path
 ):

@@ -6,7 +6,8 @@ import hashlib
 import logging
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from openmae.spec.checks import INERT
 from openmae.spec.load import to_dict
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key
-from openmae.training.checkpoints import newest_readable, read_training_state
+from openmae.training.checkpoints import newest_checkpoint, newest_readable, read_training_state
 from openmae.training.elastic import Share, accumulation_for
 
 log = logging.getLogger("openmae")
@@ -144,15 +145,25 @@ def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlie
     typed = spec.train.resume_training_checkpoint_path
     key = "train.resume_training_checkpoint_path" if typed else "results_dir"
     with blaming(key):
-        if typed:
+        found = _gone_on(folder, typed, secret) if typed else newest_readable(folder, secret)
+        if found is None and typed:
             found = Path(typed), read_training_state(Path(typed), secret, lazily=True)
-        elif (newest := newest_readable(folder, secret)) is not None:
-            found = newest
-        else:
+        if found is None:
             return None
         checkpoint, state = found
         facts = state["openmae"]
         return Earlier(key, checkpoint, CheckpointInfo.from_dict(facts), state["progress"]["epoch"], facts.get(_IMAGES))
+
+
+def _gone_on(folder: Path, typed: str, secret: Key | None) -> tuple[Path, dict[str, Any]] | None:
+    """Where an interrupted run that began from the checkpoint ``typed`` has come to; the same command goes on there."""
+    newest = newest_checkpoint(folder)
+    if newest is not None and newest != Path(typed):
+        with suppress(CheckpointError):
+            state = read_training_state(newest, secret, lazily=True)
+            if state["openmae"]["spec"]["train"].get("resume_training_checkpoint_path") == typed:
+                return newest, state
+    return None
 
 
 def _names_of(index: ImageIndex) -> str:
@@ -169,9 +180,10 @@ def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[Experime
     """
     last, now = Share.of(earlier.info.spec), Share.of(to_dict(spec))
     begun = Share(**earlier.info.begun) if earlier.info.begun else last
-    if now.accumulated != begun.accumulated or now.processes == begun.processes == last.processes:
+    same = now.processes == begun.processes == last.processes
+    if same or now.accumulated not in (begun.accumulated, last.accumulated):  # experiment.yaml has that of the last run
         return spec, {}
-    accumulated, told = accumulation_for(begun, last, now)
+    accumulated, told = accumulation_for(begun, last, replace(now, accumulated=begun.accumulated))
     if told and earlier.epochs_done < spec.train.num_epochs:
         log.warning(told)
     return spec.replaced({_ACCUMULATION: accumulated}), begun.to_dict()

@@ -37,6 +37,7 @@ _READS: dict[str, tuple[str, ...]] = {
 }
 _WRITES = {"export": "export.onnx_file", "gen_trt_engine": "gen_trt_engine.trt_engine"}
 _BESIDE = {".onnx": (".data",), ".engine": (".json",), ".plan": (".json",), ".trt": (".json",)}
+_AT_THE_END = ("backbone.safetensors", "report.html")  # of a training
 _NUMBERED = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
 
 log = logging.getLogger("openmae")
@@ -169,12 +170,14 @@ def _bring_back(url: str, folder: Path, action: str) -> None:
 
 
 def _bring_newest(url: str, folder: Path, action: str) -> None:
-    """The checkpoint that a training resumes from."""
+    """The checkpoint that a training resumes from, and what says that there is nothing left to train."""
     from openmae.storage.upload import pull
 
     def wanted(names: Collection[str]) -> Collection[str]:
         numbered = [(int(m[1]), int(m[2]), name) for name in names if (m := _NUMBERED.fullmatch(name))]
-        return [max(numbered)[2]] if numbered and action == "train" else []
+        if not numbered or action != "train":
+            return []
+        return [max(numbered)[2], *(name for name in _AT_THE_END if name in names)]
 
     pull(url, folder, wanted)
 

@@ -20,7 +20,7 @@ from openmae.spec.automl import AutomlSpec
 
 STOPS_EARLY = ("asha", "hyperband", "bohb")
 _RUNGS = 3  # lengths of training
-_JUDGED = 3  # epochs before which none is judged, where it has that many: the warmup says little (docs/benchmarks.md)
+_JUDGED = 3  # epochs, where there are enough, before which none is judged: the warmup says little (docs/benchmarks.md)
 _GAUSSIAN = 50  # recommendations up to which a Gaussian process is fitted: it learns more from few, and costs more
 _QUANTILE = 0.25  # of a population that gives up its weights, and of that which hands them on
 _LIKE = ("model.drop_path_rate", "model.mask_ratio", "model.norm_pix_loss")  # another value, the same weights

@@ -34,6 +34,7 @@ from openmae.spec.reading import write_text
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import cache
 from openmae.storage.urls import is_remote, redact
+from openmae.training.interrupt import PreemptionWatch
 
 BEST_SPEC, BEST_MODEL = "best.yaml", "model_best.pth"
 
@@ -84,7 +85,7 @@ def run(spec: ExperimentSpec, platform: str = "local") -> dict[str, float]:
     from openmae.actions.run import begin_results, running
 
     _check(spec)  # what is wrong in the request is told before anything is fetched or made
-    with _alone(spec), running(spec, "automl") as this_run:
+    with PreemptionWatch(), _alone(spec), running(spec, "automl") as this_run:
         search = open_search(this_run.spec, this_run.folder, platform)
         counts = count_images(this_run.spec)
         begin_results(this_run.folder, this_run.spec, resumed=True)
@@ -115,7 +116,7 @@ def work(spec: ExperimentSpec, platform: str = "local") -> None:
     from openmae.actions.remote import local_place
 
     _check(spec)
-    with local_place(spec, "automl") as place:
+    with PreemptionWatch(), local_place(spec, "automl") as place:
         search = open_search(place.spec, place.folder, platform)
         place.begin_uploads()
         with following(search.study) as progress:

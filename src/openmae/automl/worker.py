@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from openmae.automl.algorithms import Algorithm
 from openmae.automl.storage import STORAGE_ERRORS, reason
 from openmae.automl.study import BEAT, EPOCHS, FOLDER, SECONDS, SOURCES, TRIALS, TRIES, Recommendation, Study
-from openmae.errors import OpenMAEError, RunError
+from openmae.errors import OpenMAEError, Preempted, RunError
 from openmae.jobs.artifacts import list_folder, newest_checkpoint
 from openmae.jobs.client import Client
 from openmae.jobs.job import Job
@@ -256,6 +256,9 @@ class Worker:
             return  # another worker has taken it over
         if running.timed_out:
             self._fail(running.one, f"timeout: it was not done after {limit:g} seconds (automl.timeout)")
+        elif job.status == "CANCELED" and job.exit_code == Preempted.exit_code:
+            log.warning("Recommendation %d was preempted, and goes on.", running.one.number)
+            self._begin(running.one, seconds)
         elif job.status == "CANCELED":
             self._fail(running.one, "canceled: somebody else stopped its job")
         elif job.status == "ERROR":
@@ -271,7 +274,7 @@ class Worker:
         one, study = running.one, self.study
         value = study.objective.value_of(self.trainings.folder_of(one.folder))
         if value is None:
-            self._fail(one, f"spec: it told no finite {study.objective.metric}")
+            self._fail(one, f"spec: it told no finite {study.objective.metric}", shared=study.best() is None)
             return
         self._failures.clear()
         if not study.report(one, value, running.until):
@@ -376,12 +379,11 @@ def this_machine() -> str:
 
 
 def _seconds(job: Job) -> float:
-    """How long a job has run."""
-    times = [datetime.fromisoformat(item.at) for item in job.transitions if item.state != "PENDING"]
-    if not times:
-        return 0.0
-    end = times[-1] if job.finished else datetime.now(tz=times[0].tzinfo)
-    return (end - times[0]).total_seconds()
+    """How long a job has run; the time in a queue, also after a preemption, is none of it."""
+    times = [datetime.fromisoformat(item.at) for item in job.transitions]
+    ends = [*times[1:], datetime.now(tz=UTC)]
+    spans = zip(job.transitions, times, ends, strict=True)
+    return sum((end - begin).total_seconds() for item, begin, end in spans if item.state == "RUNNING")
 
 
 def _job_name(folder: str, until: int | None = None) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from openmae.errors import RunError, SpecError
+from openmae.errors import Preempted, RunError, SpecError
 from openmae.jobs.platforms import PLATFORMS
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _submit(args: argparse.Namespace) -> None:
     _show_job(args, job)
     if args.wait and job.status != "COMPLETE":
         if job.status == "CANCELED":
-            raise KeyboardInterrupt
+            raise Preempted if job.exit_code == Preempted.exit_code else KeyboardInterrupt
         failure = client.get_failure_analysis(job.id)
         raise RunError(
             f"Job {job.id} failed: {_problem(failure.error) if failure else job.message}",

@@ -292,7 +292,7 @@ class Client:
             return None
         try:
             return self._platform(record["platform"]).observe(record)
-        except RunError as error:
+        except (RunError, SpecError) as error:  # also where its platform cannot be used from here
             return Observation("UNKNOWN", error.problem)
 
     def _follow(self, path: Path, tail: int | None) -> Iterator[str]:

@@ -39,7 +39,7 @@ class FailureAnalysis:
     @property
     def diverged(self) -> bool:
         """Whether the loss was not finite: the values are to blame, and not the data or the machine."""
-        return re.search(_DIVERGED, self.error, re.IGNORECASE) is not None
+        return self.category == "spec" and re.search(_DIVERGED, self.error, re.IGNORECASE) is not None
 
 
 class _Rule(NamedTuple):
@@ -48,7 +48,7 @@ class _Rule(NamedTuple):
     suggestion: str
 
 
-_DIVERGED = r"not finite|diverged|NaN"
+_DIVERGED = r"not finite|diverged|\bNaN\b"
 _SMALLER = "Lower dataset.batch_size, and raise train.accum_grad_batches by as much; or use bf16 or fp16."
 _RULES = tuple(
     _Rule(*row)
@@ -61,7 +61,8 @@ _RULES = tuple(
          "results_dir to another disk; the same job goes on from its newest checkpoint."),
         (r"NCCL|gloo|connection (refused|reset|closed)|timed? ?out|could not connect|EndpointConnection|name resolution"
          r"|network is unreachable|CUDA (driver|error)|no CUDA|cuInit|NVML|NODE_FAIL|PREEMPTED|BOOT_FAIL|DEADLINE"
-         r"|supervisor|client died|stale file handle|Input/output error", "infrastructure", "Submit it again; if it "
+         r"|supervisor|client died|does not know .* any more"
+         r"|stale file handle|Input/output error", "infrastructure", "Submit it again; if it "
          "comes back, look at the machine, the network and the driver."),
         (r"\bDataError\b|corrupt|unreadable image|dataset\.\w+_data_sources", "data", "Look at the data source: "
          "`mae dataset check` counts images, classes and broken files."),

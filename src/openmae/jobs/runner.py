@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def main(root: str, job_id: str) -> int:
     folder = Path(root, job_id)
     if not _take_environment(folder):
         return _INTERRUPTED
-    code = _run(JobStore(root), job_id, me)
+    code = _run(JobStore(root), job_id, me, told)
     if code is None:
         return NOT_BEGUN
     if told and code not in (0, PREEMPTED):
@@ -104,8 +104,8 @@ def _take_environment(folder: Path) -> bool:
     return True
 
 
-def _run(store: JobStore, job_id: str, parent: int) -> int | None:
-    """The job's exit code; None where ``parent`` was killed."""
+def _run(store: JobStore, job_id: str, parent: int, told: Sequence[int]) -> int | None:
+    """The job's exit code; None where ``parent`` was killed. What was ``told`` before it began, it is told at once."""
     record = store.read(job_id)
     with Path(store.folder(job_id), LOG).open("ab") as log:
         job = subprocess.Popen(
@@ -117,10 +117,14 @@ def _run(store: JobStore, job_id: str, parent: int) -> int | None:
             start_new_session=True,
         )
     identity = identify(job.pid)
-    code = _wait(store, job_id, job, identity, parent) if identity else job.wait()
-    if identity:
+    if not identity:
+        return job.wait()
+    try:
+        if told:
+            signal_session(identity, signal.SIGTERM)
+        return _wait(store, job_id, job, identity, parent)
+    finally:
         signal_session(identity, signal.SIGKILL)  # what a dead job leaves behind would hold its GPU
-    return code
 
 
 def _wait(store: JobStore, job_id: str, job: subprocess.Popen[bytes], identity: Identity, parent: int) -> int | None:

@@ -62,7 +62,8 @@ def conclude(record: Record, code: int) -> tuple[State, str]:
     if code in (130, -signal.SIGINT):
         return "CANCELED", f"interrupted from outside ({how})"
     if code == PREEMPTED:
-        return "CANCELED", f"preempted: the same request goes on from its checkpoint ({how})"
+        same = f"a request with results_dir={record['results_dir']}"
+        return "CANCELED", f"preempted: {same} goes on from its checkpoint ({how})"
     meaning = {1: "the run failed", 2: "the request was wrong"}.get(code, "it failed")
     return "ERROR", f"{meaning} ({how})"
 

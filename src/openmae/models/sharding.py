@@ -11,8 +11,8 @@ from openmae.models.mae import MaskedAutoencoder
 def sharded_units(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
     """The modules whose weights are gathered together, inner ones first; the rest is the whole model's own.
 
-    A unit's weights are gathered when its ``forward`` is called. Blocks are the natural ones. In pretraining ConvNeXt V2
-    applies the weights of its blocks without calling them, so its encoder and its decoder are a unit each, with the
+    A unit's weights are gathered when its ``forward`` is called. Blocks are the natural ones. In pretraining ConvNeXt
+    V2 applies the weights of its blocks without calling them, so its encoder and its decoder are a unit each, with the
     memory of that; a transformer's decoder does so with its last block, whose weights are the whole model's own.
     """
     if not isinstance(model, MaskedAutoencoder):

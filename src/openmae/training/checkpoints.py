@@ -6,6 +6,7 @@ the contract's: ``model_epoch_EEE_step_SSSSS.pth``, ``<arch>_latest.pth`` (a lin
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -26,6 +27,7 @@ from openmae.storage.encryption import Key, created, is_encrypted, unlocked
 from openmae.training.background import BackgroundWorker, HostCopy
 
 BEST = "model_best.pth"
+_PASSING = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
 UNREADABLE = ".unreadable"
 SUPERSEDED = ".superseded"
 _NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
@@ -151,7 +153,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def set_aside(path: Path, ending: str) -> None:
     """Rename a checkpoint, so that no run takes it up."""
-    path.replace(path.with_name(path.name + ending))
+    with suppress(FileNotFoundError):  # another process of the run was quicker
+        path.replace(path.with_name(path.name + ending))
 
 
 def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[str, Any]] | None:
@@ -249,7 +252,11 @@ def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = Fa
         payload = torch.load(file or path, map_location="cpu", weights_only=True, mmap=lazily and not file)
         if lazily and not file:
             _check_sums(path)
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _PASSING:  # it says nothing of the file
+            raise
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is truncated, damaged or foreign.",
             "Resume from an older model_epoch_*.pth, or use train.pretrained_model_path for foreign weights.",

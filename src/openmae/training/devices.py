@@ -152,23 +152,23 @@ def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
                 raise relay.reason from None
             raise _reason(error, world_of(fabric)) from None
     if interrupted:
-        raise relay.reason or KeyboardInterrupt
+        raise relay.reason or interrupted  # another node's processes may have been told alone
     return result
 
 
 def _work_in_process(
     fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...], level: int
-) -> tuple[bool, T | None]:
-    """One spawned process; returns whether it was interrupted, and its result.
+) -> tuple[type[KeyboardInterrupt] | None, T | None]:
+    """One spawned process; returns what interrupted it, and its result.
 
     Bound by ``partial``, as Fabric copies the arguments it is given, and cannot copy a frozen dataclass.
     """
     join_relay()
     with notices_on_stderr(level if fabric.is_global_zero else logging.ERROR):
         try:
-            return False, _together(fabric, work, arguments)
-        except KeyboardInterrupt:
-            return True, None
+            return None, _together(fabric, work, arguments)
+        except KeyboardInterrupt as stop:
+            return type(stop), None
         except OpenMAEError as error:
             raise CarriedError.of(error) from error
 

@@ -77,6 +77,8 @@ def same_place(progress: Mapping[str, Any], before: Share, now: Share, batches_p
     Where no batch of ``now`` begins there, the progress is left as it is, and the epoch starts again.
     """
     images = progress["batch"] * before.step
+    if progress["batch"] and progress["batch"] == progress["batches_per_epoch"]:  # trained, and not yet validated
+        return {**progress, "batch": batches_per_epoch, "batches_per_epoch": batches_per_epoch}
     if before.step == now.step or images % now.step or images // now.step >= batches_per_epoch:
         return dict(progress)
     return {**progress, "batch": images // now.step, "batches_per_epoch": batches_per_epoch}

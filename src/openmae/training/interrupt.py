@@ -48,6 +48,9 @@ class _InterruptHandler(ABC):
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, _InterruptHandler) and self.reason is Preempted:
+                outer.reason = Preempted  # told again, it must not break into what is left to do
 
     def _note(self, number: int) -> None:
         self.reason = self.reason or (Preempted if number in PREEMPTION else KeyboardInterrupt)

@@ -347,6 +347,7 @@ class Trainer:
 
     def _payload(self) -> dict[str, Any]:
         """What a checkpoint holds, for rank 0; to be called by all processes: each may have a part of it."""
+        self._mark("other")
         payload: dict[str, Any] = {
             "openmae": dict(self.outputs.info),
             "state_dict": {f"model.{k}": v for k, v in self.task.model.state_dict().items()},
@@ -356,7 +357,9 @@ class Trainer:
         }
         if self.ema is not None:
             payload["ema_state_dict"] = {f"model.{k}": v for k, v in self.ema.module.state_dict().items()}
-        return gathered(payload, keep=self.fabric.is_global_zero)
+        whole: dict[str, Any] = gathered(payload, keep=self.fabric.is_global_zero)
+        self._mark("checkpoints")
+        return whole
 
     def _save(self, *, best: bool = False) -> None:
         progress, payload = self.progress, self._payload()

@@ -31,8 +31,11 @@ _FRESH = 1.0  # seconds that an answer is good for: a controller must not be ask
 
 _NODE = 'export NODE_RANK="$SLURM_NODEID"; '
 _ALONE = _NODE + 'exec "$@"'
-# srun kills the other nodes as soon as one has ended: a preempted one gives them the time to end as well
-_TOGETHER = _NODE + f'trap : INT TERM USR1; "$@"; code=$?; [ $code = {PREEMPTED} ] && sleep 3; exit $code'
+# srun ends the other nodes as soon as one has ended: a preempted one gives them the time, and the first to upload
+_TOGETHER = (
+    f'{_NODE}trap : INT TERM USR1; "$@"; code=$?; '
+    f"[ $code = {PREEMPTED} ] && sleep $((SLURM_NODEID ? 60 : 3)); exit $code"
+)
 
 # By SLURM's own address of the first node, where this script runs: its name need not be known to the others.
 _FIRST_NODE = r"""scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'"""
