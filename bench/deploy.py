@@ -30,7 +30,7 @@ QUICK_ARCHES = ("vit_tiny_patch16", "convnextv2_atto")
 BATCHES = (1, 8)
 FP32_TARGETS = {"vit_base_patch16": 1.1, "convnextv2_tiny": 1.5}  # times torch
 INT8_TARGET = 1.5  # times fp32, where the processor has instructions for it
-_TURNS = 9
+_TURNS = 5
 _CALIBRATION = 4  # batches; random images and weights: accuracy is not measured here
 
 

@@ -59,7 +59,6 @@ def test_before_and_after_training_a_preemption_ends_the_run_once():
         signal.raise_signal(signal.SIGTERM)  # while the run ends
 
 
-@pytest.mark.parametrize("guard", [InterruptWatch, PreemptionWatch, InterruptRelay])
 def test_a_preemption_that_was_heard_does_not_break_into_what_is_left():
     with PreemptionWatch():
         with InterruptWatch():
@@ -67,6 +66,7 @@ def test_a_preemption_that_was_heard_does_not_break_into_what_is_left():
         signal.raise_signal(signal.SIGTERM)  # while the checkpoint is uploaded
 
 
+@pytest.mark.parametrize("guard", [InterruptWatch, PreemptionWatch, InterruptRelay])
 def test_afterwards_all_is_as_before(guard):
     before = [signal.getsignal(number) for number in guard.signals]
     with guard():
