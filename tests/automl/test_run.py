@@ -16,8 +16,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from openmae.automl import run as run_module
 from openmae.automl.storage import stored
 from openmae.automl.worker import this_machine
+from openmae.errors import Preempted
 from openmae.jobs import Client
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
@@ -142,6 +144,13 @@ def test_a_request_that_is_wrong_trains_nothing(tmp_path: Path, pictures: Path) 
     assert done.returncode == 2
     assert "automl.parameters: train.seed: it is never searched" in done.stderr
     assert not (tmp_path / "automl").exists()
+
+
+def test_a_preempted_search_says_so(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "open_search", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Preempted):
+        run_module.run(_spec(_command(tmp_path, pictures)))
+    assert read_status(tmp_path / "automl" / "status.json")[-1]["message"] == "automl was preempted"
 
 
 @pytest.mark.slow  # minutes: every job imports torch
