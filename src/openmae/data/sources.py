@@ -262,6 +262,8 @@ def _zip_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as bundle:
         for member in bundle.infolist():
             budget.member()
+            if not member.filename:  # which zipfile itself does not expect
+                raise _refused(archive, "", "has no name")
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind == stat.S_IFLNK:
                 raise _refused(archive, member.filename, "is a link")
