@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import pickle
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from multiprocessing.queues import SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from openmae.results.notices import notices_on_stderr
 from openmae.training.distributed import gather_objects
 from openmae.training.interrupt import InterruptRelay, join_relay
 from openmae.training.processes import CarriedError, ReplicatedStrategy, ShardedStrategy, WorldEnvironment
+from openmae.training.pulse import pulse_of
 from openmae.training.world import World, find_world
 
 T = TypeVar("T")
@@ -143,13 +146,17 @@ def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
         return work(fabric, *arguments)
     if world_of(fabric).local_rank is not None:
         return fabric.launch(partial(_work_beside_others, work=work, arguments=arguments))
-    call = partial(_work_in_process, work=work, arguments=arguments, level=log.getEffectiveLevel())
+    channel = multiprocessing.get_context("spawn").SimpleQueue()
+    level = log.getEffectiveLevel()
+    call = partial(_work_in_process, work=work, arguments=arguments, level=level, channel=channel)
     with InterruptRelay() as relay:
         try:
             interrupted, result = fabric.launch(call)
         except ProcessException as error:
             if relay.reason:
                 raise relay.reason from None
+            if not channel.empty():
+                raise RunError(*channel.get()) from None
             raise _reason(error, world_of(fabric)) from None
     if interrupted:
         raise relay.reason or interrupted  # another node's processes may have been told alone
@@ -157,13 +164,18 @@ def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
 
 
 def _work_in_process(
-    fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...], level: int
+    fabric: Fabric,
+    work: Callable[..., T],
+    arguments: tuple[Any, ...],
+    level: int,
+    channel: SimpleQueue[tuple[str, str]],
 ) -> tuple[type[KeyboardInterrupt] | None, T | None]:
     """One spawned process; returns what interrupted it, and its result.
 
     Bound by ``partial``, as Fabric copies the arguments it is given, and cannot copy a frozen dataclass.
     """
     join_relay()
+    pulse_of(fabric).channel = channel
     with notices_on_stderr(level if fabric.is_global_zero else logging.ERROR):
         try:
             return None, _together(fabric, work, arguments)
@@ -189,8 +201,17 @@ def _together(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # a loss that is a view; nothing is added to it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    result = work(fabric, *arguments)
-    fabric.barrier()
+    pulse = pulse_of(fabric)
+    try:
+        result = work(fabric, *arguments)
+        pulse.passes()
+        fabric.barrier()
+    except RuntimeError as error:
+        if reason := pulse.reason(wait=bool(_LOST.search(str(error)))):
+            raise reason from error
+        raise
+    finally:
+        pulse.end()
     torch.distributed.destroy_process_group()
     return result
 
@@ -200,7 +221,7 @@ _CARRIED = re.compile(rf"{CarriedError.__name__}: ([0-9a-f]+)")
 # what gloo, NCCL and the store say when the other end is gone
 _LOST = re.compile(
     "Connection closed by peer|Connection reset|Connection refused|Broken pipe|Timed out waiting|Socket Timeout|"
-    "failed to recv|remote process exited|ncclRemoteError|wait timeout|Read error",
+    "Application timeout|failed to recv|remote process exited|ncclRemoteError|wait timeout|Read error",
     re.IGNORECASE,
 )
 

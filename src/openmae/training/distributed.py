@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from openmae.errors import DataError
+from openmae.training.pulse import pulse_of
 
 
 def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
@@ -21,6 +22,7 @@ def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
 def add_over_ranks(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
     """``values``, summed over all processes in place; Fabric's own sum would let the host wait for the device."""
     if fabric.world_size > 1:
+        pulse_of(fabric).passes()
         torch.distributed.all_reduce(values)
     return values
 
@@ -41,6 +43,7 @@ def gather_objects(fabric: Fabric, item: Any) -> Iterable[Any]:
     """What each process gave, in the order of the ranks; anything that can be pickled."""
     if fabric.world_size == 1:
         return [item]
+    pulse_of(fabric).passes()
     parts: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(parts, item)
     return parts

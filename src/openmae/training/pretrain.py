@@ -17,6 +17,7 @@ from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import Mask, random_mask
 from openmae.results.probes import knn_accuracy, linear_probe_accuracy
 from openmae.training.distributed import gather, sum_over_ranks
+from openmae.training.pulse import pulse_of
 
 _VALIDATION_EPOCH = -1  # the address of validation's fixed masks
 
@@ -108,7 +109,9 @@ class PretrainTask:
         if (all_labels >= 0).all():
             order = gather(fabric, indices).argsort(kind="stable")  # the probes' halves follow from it
             vectors = gather(fabric, features)[order]
-            metrics |= fabric.broadcast(probe(vectors, all_labels[order]) if fabric.is_global_zero else {})
+            probed = probe(vectors, all_labels[order]) if fabric.is_global_zero else {}
+            pulse_of(fabric).passes()
+            metrics |= fabric.broadcast(probed)
         return metrics
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import pickle
 import socket
 import struct
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -15,18 +17,23 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning_fabric.strategies.launchers.multiprocessing import _GlobalStateSnapshot, _MultiProcessingLauncher
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning_fabric.strategies.parallel import ParallelStrategy
 from torch import nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.multiprocessing.spawn import start_processes
 
 from openmae import __version__
 from openmae.errors import OpenMAEError, RunError, SpecError
+from openmae.training.pulse import Pulse, answer_seconds, seconds_of
 from openmae.training.world import World
 
 PATIENCE_VARIABLE = "OPENMAE_JOIN_SECONDS"
 _PATIENCE = 600.0
+_MARGIN = 60.0  # NCCL aborts a process by its own timeout, and says nothing of who is late
+_GRACE = 5.0  # for the processes of a run in which one has failed
+_RAISED_WITHIN = 10.0
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
 
@@ -96,8 +103,31 @@ class WorldEnvironment(ClusterEnvironment):
         return self.world.node_rank
 
 
+class _Launcher(_MultiProcessingLauncher):
+    """Spawns the processes of this node. When one has failed, the others get seconds to end: one may be stopped."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What process 0 of this node returned."""
+        environment = self._strategy.cluster_environment
+        assert isinstance(environment, WorldEnvironment)
+        os.environ["MASTER_PORT"] = str(environment.main_port)  # chosen before the processes are started
+        returned = multiprocessing.get_context("spawn").SimpleQueue()
+        started = start_processes(
+            self._wrapping_function,
+            args=(function, args, kwargs, returned, _GlobalStateSnapshot.capture()),
+            nprocs=environment.world.per_node,
+            join=False,
+            start_method="spawn",
+        )
+        while not started.join(grace_period=_GRACE):
+            pass
+        return returned.get()
+
+
 class _Joining(ParallelStrategy):
     """A strategy whose processes wait for one another for so long only, and can say who is missing."""
+
+    pulse: Pulse | None = None
 
     def setup_environment(self) -> None:
         environment = self.cluster_environment
@@ -112,30 +142,42 @@ class _Joining(ParallelStrategy):
                 raise
             raise CarriedError.of(error) from error
         super().setup_environment()
+        world = environment.world
+        self.pulse = Pulse(world.node_rank, environment.global_rank(), world.size)
+        holds_store = world.launcher != "torchrun" and environment.global_rank() == 0
+        address = "127.0.0.1" if holds_store else world.address
+        # an exception reaches a main thread that gloo's timeout lets go; on a GPU it waits for the device for ever
+        self.pulse.begin(
+            lambda: TCPStore(address, environment.main_port, is_master=False, timeout=timedelta(seconds=30)),
+            grace=_RAISED_WITHIN if self.root_device.type == "cpu" else 0.0,
+        )
 
 
 class ReplicatedStrategy(_Joining, DDPStrategy):
     """Every process has the whole model. No model here leaves a trained weight without a gradient (tests prove it)."""
 
     def __init__(self) -> None:
-        super().__init__(start_method="spawn")
+        super().__init__(start_method="spawn", timeout=_timeout())
 
     def _configure_launcher(self) -> None:
         environment = self.cluster_environment
-        self._start_method = "popen" if environment and environment.creates_processes_externally else "spawn"
-        super()._configure_launcher()
+        if environment and environment.creates_processes_externally:
+            self._start_method = "popen"
+            super()._configure_launcher()
+        else:
+            self._launcher = _Launcher(self, "spawn")
 
 
 class ShardedStrategy(_Joining, ModelParallelStrategy):
     """The processes share out the weights; ``training.sharding`` does so before Fabric sees the model."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(_as_it_is, data_parallel_size=world.size, tensor_parallel_size=1)
+        super().__init__(_as_it_is, data_parallel_size=world.size, tensor_parallel_size=1, timeout=_timeout())
 
     def _configure_launcher(self) -> None:
         environment = self.cluster_environment
         if environment and not environment.creates_processes_externally:
-            self._launcher = _MultiProcessingLauncher(self, "spawn")
+            self._launcher = _Launcher(self, "spawn")
 
 
 def _as_it_is(model: nn.Module, mesh: Any) -> nn.Module:
@@ -150,7 +192,7 @@ def join(environment: WorldEnvironment, device: torch.device) -> None:
         SpecError: they are of another run: more or fewer processes, or another version.
     """
     world, rank = environment.world, environment.global_rank()
-    patience = _patience()
+    patience = seconds_of(PATIENCE_VARIABLE, _PATIENCE)
     deadline = time.monotonic() + patience
     store = _open_store(environment, rank, deadline)
     shape = f"{world.nodes} node(s) of {world.per_node} process(es), openmae {__version__}"
@@ -179,24 +221,19 @@ def join(environment: WorldEnvironment, device: torch.device) -> None:
         store=PrefixStore("openmae", store),
         rank=rank,
         world_size=world.size,
+        timeout=_timeout(),
         device_id=device if backend == "nccl" else None,
     )
 
 
-def _patience() -> float:
-    text = os.environ.get(PATIENCE_VARIABLE, "") or str(_PATIENCE)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise SpecError(f"{PATIENCE_VARIABLE} must be a number of seconds above 0, got {text!r}.", "Correct it.")
-    return seconds
+def _timeout() -> timedelta:
+    """Of what the processes do together: gloo's is to strike as soon as the judge has, NCCL's later or never."""
+    return timedelta(seconds=answer_seconds() + (_MARGIN if torch.cuda.is_available() else 0.0))
 
 
 def _open_store(environment: WorldEnvironment, rank: int, deadline: float) -> TCPStore:
     world, port = environment.world, environment.main_port
-    wait = timedelta(seconds=30)
+    wait, patience = timedelta(seconds=30), seconds_of(PATIENCE_VARIABLE, _PATIENCE)
     if rank == 0:
         try:
             return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=wait)
@@ -212,7 +249,7 @@ def _open_store(environment: WorldEnvironment, rank: int, deadline: float) -> TC
         except (OSError, torch.distributed.DistNetworkError) as error:
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"Node 0 did not answer at {world.address}:{port} within {_patience():g} s ({_first_line(error)}).",
+                    f"Node 0 did not answer at {world.address}:{port} within {patience:g} s ({_first_line(error)}).",
                     f"See that it runs, that MASTER_ADDR and MASTER_PORT are its own, and that no firewall is between; "
                     f"{PATIENCE_VARIABLE} is how long to wait.",
                 ) from None

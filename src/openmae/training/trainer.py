@@ -26,6 +26,7 @@ from openmae.training.distributed import gather_objects
 from openmae.training.interrupt import InterruptWatch
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
+from openmae.training.pulse import pulse_of
 from openmae.training.sharding import gathered, in_shards, is_sharded, whole_model
 from openmae.training.state import LoopSettings, Outputs, Progress, Task
 from openmae.training.updates import Update, reads_late, scaler_of
@@ -67,6 +68,9 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.outputs = outputs
+        self._pulse = pulse_of(fabric)
+        self._pulse.passes()
+        self._pulse.status = outputs.status
         # the wrapper alone is compiled: what is saved, averaged and validated is the task's own model, by its own names
         module = compiled(task.model, fabric.device) if settings.compile else task.model
         self.model, self.optimizer = fabric.setup(module, optimizer)
@@ -335,6 +339,7 @@ class Trainer:
                 self.outputs.checkpoints.wait()
                 raise self._interrupt.reason
             yield batch
+        self._pulse.passes()
 
     def _note_best(self, metrics: Mapping[str, float]) -> bool:
         value, best = metrics.get(self.task.monitor), self.progress.best
@@ -369,10 +374,13 @@ class Trainer:
         self._mark("other")
         if self.fabric.is_global_zero:
             write()
+        self._pulse.passes()
         self.fabric.barrier()
         self._mark("checkpoints")
 
     def _mark(self, phase: str, *, ends_step: bool = False) -> None:
+        self._pulse.step = self.progress.step
+        self._pulse.passes()
         if self.outputs.clock is not None:
             self.outputs.clock.mark(phase, ends_step=ends_step)
 

@@ -1,0 +1,88 @@
+"""One of several processes that answers no more: it is named, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from fault_runs import Server, Training, last_status, newest, until
+
+from openmae.training.checkpoints import list_checkpoints
+
+PATIENCE = 10
+LONG = {"train.num_gpus": 2, "train.num_epochs": 3000}
+#: For the judgement, and for who has failed to leave: see training/processes.py.
+MORE = 30
+
+
+def _begin(server: Server, photos: Path, folder: Path) -> tuple[Training, list[int]]:
+    training = server.start(folder, photos, LONG, environment={"OPENMAE_ANSWER_SECONDS": str(PATIENCE)})
+    until(lambda: len(list_checkpoints(folder)) > 1, training, "the second checkpoint")
+    return training, [pid for pid in _children(training.pid) if _is_worker(pid)]
+
+
+def _children(pid: int) -> list[int]:
+    """In the order in which they were started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _is_worker(pid: int) -> bool:
+    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def _ends_and_tells(training: Training, pids: list[int], folder: Path, since: float) -> str:
+    assert training.code() == 1, training.text
+    assert time.monotonic() - since < PATIENCE + MORE, "it came too late"
+    assert all(map(_is_gone, pids)), "processes are left running"
+    assert "Traceback" not in training.text
+    assert last_status(folder) == "FAILURE"
+    assert "goes on from the newest checkpoint" in training.text
+    assert newest(folder)["progress"]["step"] > 0
+    return training.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_is_named_and_ended(server: Server, photos: Path, tmp_path: Path, rank: int) -> None:
+    """Process 0 has the store in which the others would look who is late."""
+    folder = tmp_path / "results"
+    training, pids = _begin(server, photos, folder)
+    assert len(pids) == 2, training.text
+    os.kill(pids[rank], signal.SIGSTOP)
+    since, before = time.monotonic(), newest(folder)["progress"]["step"]
+    told = _ends_and_tells(training, pids, folder, since)
+    assert re.search(
+        rf"Process {rank} \(node 0, process id {pids[rank]}\) has not answered for {PATIENCE} s: "
+        r"last heard of at \d\d:\d\d:\d\d UTC, at step \d+\.",
+        told,
+    ), told
+    done = newest(folder)["progress"]
+    assert done["step"] >= before, "a finished checkpoint was lost"
+    if rank:
+        server.finish(folder, photos, {**LONG, "train.stop_after_epoch": done["epoch"] + 1})
+        assert newest(folder)["progress"]["epoch"] == done["epoch"] + 1
+        assert last_status(folder) == "SUCCESS"
+
+
+def test_a_process_whose_read_never_ends_is_named(server: Server, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    training, pids = _begin(server, photos, folder)
+    picture = photos / "cat" / "0.png"
+    os.mkfifo(tmp_path / "nobody_writes")
+    (tmp_path / "nobody_writes").rename(picture)
+    told = _ends_and_tells(training, pids, folder, time.monotonic())
+    assert re.search(
+        rf"Process [01] \(node 0, process id ({'|'.join(map(str, pids))})\) has not answered for {PATIENCE} s: "
+        r"it lives, but stays at step \d+\.",
+        told,
+    ), told
