@@ -194,6 +194,17 @@ def test_a_zip_member_without_a_name(tmp_path: Path) -> None:
         resolve_source(tmp_path / "a.zip", tmp_path / "cache")
 
 
+@pytest.mark.parametrize("header", [b"PK\1\2", b"PK\3\4"], ids=["in the directory", "in its own header"])
+def test_a_zip_name_that_is_no_utf8(header: bytes, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
+        bundle.writestr("\u00e9", b"x")
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[content.index("\u00e9".encode(), content.index(header)) + 1] = 0xE9
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(DataError, match=r"is damaged or cut short after 0 files \(.*invalid continuation byte"):
+        resolve_source(tmp_path / "a.zip", tmp_path / "cache")
+
+
 @fuzz(60)
 @given(changed(ARCHIVES["a.tar"]))
 def test_shards_of_changed_bytes(content: bytes) -> None:

@@ -35,7 +35,8 @@ _METADATA = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE),
     tarfile.SOLARIS_XHDTYPE,
 )
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+# UnicodeError: of names that are not the UTF-8 that they are said to be
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeError)
 
 
 class StrictTarInfo(tarfile.TarInfo):
