@@ -75,7 +75,11 @@ def _level(command: str) -> int:
     """Of the processes that a launcher or several nodes started, one tells what happens; the others tell of errors."""
     from openmae.training.world import follows
 
-    return logging.ERROR if command in ("train", "evaluate", "inference") and follows() else logging.INFO
+    if not follows():
+        return logging.INFO
+    from openmae.spec.schema import DEVICES
+
+    return logging.ERROR if command in DEVICES else logging.INFO
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

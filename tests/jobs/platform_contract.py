@@ -158,3 +158,18 @@ class PlatformContract:
         with pytest.raises(ValueError, match=r"num_nodes"):
             submit(num_nodes=64)
         assert client.list_jobs() == []
+
+
+class ClusterContract(PlatformContract):
+    """Tests of a platform that keeps jobs of its own."""
+
+    def test_a_job_whose_client_died_right_after_the_submission_is_found_by_its_name(
+        self, client: Client, submit: Submit, tiny: Tiny
+    ) -> None:
+        tiny(SLEEP)
+        job = submit()
+        with client.store.update(job.id) as record:
+            record["handle"], record["submitter"] = {}, {**record["submitter"], "start": 1}
+        until(lambda: client.get_job_status(job.id).status == "RUNNING", "the sight of the job")
+        client.cancel_job(job.id)
+        assert client.wait(job.id, 40).status == "CANCELED"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from slurm_node import free_ports
 
 CPUS = GPUS = 2  # the GPUs are FAKE: Ray counts what it is told
 _MARK = "OPENMAE_TESTS_OF_RAY"
@@ -30,7 +31,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._ports = _free_ports(4)
+        self._ports = free_ports(4)
         self._session = -1
         self.address = f"http://127.0.0.1:{self._ports[1]}"
 
@@ -120,14 +121,3 @@ def cluster() -> Iterator[Cluster]:
 
 def _plain() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_", "CUDA_"))}
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -36,7 +36,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     key, munge = folder / "munge.key", folder / "munge.socket"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
-    ports = _free_ports(2 + len(NODES))
+    ports = free_ports(2 + len(NODES))
     config = folder / "slurm.conf"
     config.write_text(_config(folder, munge, ports), encoding="utf-8")
     environment = {"SLURM_CONF": str(config)}
@@ -127,7 +127,8 @@ def _until(ready: object, what: str, folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Of this machine, all at once, so that they differ."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import ray_cluster
-from platform_contract import SLEEP, PlatformContract, Submit, Tiny, until
+from platform_contract import SLEEP, ClusterContract, Submit, Tiny, until
 from ray.job_submission import JobSubmissionClient
 
 import openmae
@@ -40,7 +40,7 @@ def client(cluster: ray_cluster.Cluster, tmp_path: Path, monkeypatch: pytest.Mon
     return Client("ray", tmp_path / "jobs")
 
 
-class TestRay(PlatformContract):
+class TestRay(ClusterContract):
     capacity = ray_cluster.CPUS
 
 
@@ -227,18 +227,6 @@ def test_a_job_whose_folder_the_node_does_not_see_says_so(
     done = client.wait(job.id, 40)
     assert (done.status, done.exit_code) == ("ERROR", 125)
     assert f"The job could not begin: {client.store.folder(job.id)} cannot be seen on " in done.message
-
-
-def test_a_job_whose_client_died_right_after_the_submission_is_found_by_its_name(
-    client: Client, submit: Submit, tiny: Tiny
-) -> None:
-    tiny(SLEEP)
-    job = submit()
-    with client.store.update(job.id) as record:
-        record["handle"], record["submitter"] = {}, {**record["submitter"], "start": 1}
-    until(lambda: client.get_job_status(job.id).status == "RUNNING", "the sight of the job")
-    client.cancel_job(job.id)
-    assert client.wait(job.id, 40).status == "CANCELED"
 
 
 def test_a_job_that_Ray_does_not_know_is_an_error(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import slurm_node
-from platform_contract import SLEEP, PlatformContract, Submit, Tiny, until
+from platform_contract import SLEEP, ClusterContract, PlatformContract, Submit, Tiny, until
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs import Client
@@ -37,7 +37,7 @@ def client(cluster: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return Client("slurm", tmp_path / "jobs")
 
 
-class TestSlurm(PlatformContract):
+class TestSlurm(ClusterContract):
     capacity = len(slurm_node.NODES)
     # SLURM itself takes 10 s from SIGTERM to SIGKILL
     test_a_job_that_does_not_listen_is_killed = pytest.mark.slow(
@@ -128,18 +128,6 @@ def test_without_slurms_commands_it_is_refused(pictures: Path, tmp_path: Path, m
     client = Client("slurm", tmp_path / "jobs")
     with pytest.raises(SpecError, match=r"slurm needs SLURM's commands, but sbatch, squeue, scancel, sinfo is not on"):
         client.create_job("train", spec_overrides={"dataset.train_data_sources": str(pictures / "train")})
-
-
-def test_a_job_whose_client_died_right_after_sbatch_is_found_by_its_name(
-    client: Client, submit: Submit, tiny: Tiny
-) -> None:
-    tiny(SLEEP)
-    job = submit()
-    with client.store.update(job.id) as record:
-        record["handle"], record["submitter"] = {}, {**record["submitter"], "start": 1}
-    until(lambda: client.get_job_status(job.id).status == "RUNNING", "the sight of the job")
-    client.cancel_job(job.id)
-    assert client.wait(job.id, 40).status == "CANCELED"
 
 
 def test_a_job_that_slurm_has_forgotten_is_an_error(client: Client, submit: Submit, tiny: Tiny) -> None:

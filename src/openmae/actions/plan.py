@@ -43,8 +43,6 @@ _RHYTHM = frozenset(
         "train.resume_training_checkpoint_path",
     }
 )
-
-
 _ACCUMULATION = "train.accum_grad_batches"
 
 
@@ -60,11 +58,12 @@ class Plan:
     resume: Path | None
     epochs_done: int
     key: Key | None
+    images: str
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint says about the run."""
-        return {**self.info.to_dict(), _IMAGES: _names_of(self.train)}
+        return {**self.info.to_dict(), _IMAGES: self.images}
 
     @property
     def config(self) -> ModelConfig:
@@ -127,9 +126,10 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
         spec=to_dict(spec),
         begun=begun,
     )
+    images = _names_of(train)
     if earlier:
         _check_same_run(earlier, info)
-        if earlier.images not in (None, _names_of(train)):
+        if earlier.images not in (None, images):
             log.warning(
                 "dataset.train_data_sources holds other images than the checkpoint %s was trained with.",
                 earlier.checkpoint,
@@ -138,7 +138,7 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     elif finetune and not spec.train.pretrained_model_path:
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
     resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
-    return Plan(spec, folder, train, val, info, resume, epochs_done, key)
+    return Plan(spec, folder, train, val, info, resume, epochs_done, key, images)
 
 
 def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlier | None:

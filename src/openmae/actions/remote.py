@@ -162,9 +162,7 @@ def _bring_back(url: str, folder: Path, action: str) -> None:
             return names
         if action != "train":
             return [STATUS] if STATUS in names else []
-        numbered = [(int(m[1]), int(m[2]), name) for name in names if (m := _NUMBERED.fullmatch(name))]
-        small = [name for name in names if not name.endswith(".pth")]
-        return [*small, max(numbered)[2]] if numbered else small
+        return [*(name for name in names if not name.endswith(".pth")), *_newest(names)]
 
     pull(url, folder, wanted)
 
@@ -174,12 +172,16 @@ def _bring_newest(url: str, folder: Path, action: str) -> None:
     from openmae.storage.upload import pull
 
     def wanted(names: Collection[str]) -> Collection[str]:
-        numbered = [(int(m[1]), int(m[2]), name) for name in names if (m := _NUMBERED.fullmatch(name))]
-        if not numbered or action != "train":
-            return []
-        return [max(numbered)[2], *(name for name in _AT_THE_END if name in names)]
+        newest = _newest(names) if action == "train" else []
+        return [*newest, *(name for name in _AT_THE_END if name in names)] if newest else []
 
     pull(url, folder, wanted)
+
+
+def _newest(names: Collection[str]) -> list[str]:
+    """The newest checkpoint, if there is one."""
+    numbered = [(int(m[1]), int(m[2]), name) for name in names if (m := _NUMBERED.fullmatch(name))]
+    return [max(numbered)[2]] if numbered else []
 
 
 def _fetched(key: str, url: str) -> str:

@@ -24,13 +24,12 @@ from openmae.errors import Preempted, RunError
 from openmae.results.files import write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.load import to_yaml
-from openmae.spec.schema import ExperimentSpec
+from openmae.spec.schema import DEVICES, ExperimentSpec
 from openmae.training.world import World, find_world
 
 Rows = Sequence[tuple[str, str]]
 
 SPEC_FILE = "experiment.yaml"
-DEVICES = ("train", "evaluate", "inference")  # have num_gpus, gpu_ids and num_nodes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TURNED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)  # a disk that was writable before
 _LOADER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited unexpectedly)")

@@ -22,11 +22,10 @@ from openmae.spec.checks import SOURCES, value_of
 from openmae.spec.fields import KEY_IN_ENVIRONMENT, KEY_IN_FILE, SECRET_MARK, is_secret
 from openmae.spec.load import load_spec
 from openmae.spec.reading import write_text
-from openmae.spec.schema import ACTIONS, ExperimentSpec
+from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
 from openmae.storage.urls import is_remote, redact
 
 _TURN_OFF = " It tries several values of the learning rate and others; automl_policy='off' trains once."
-_DEVICES = ("train", "evaluate", "inference")  # have num_gpus, gpu_ids and num_nodes
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
         "notices": _notices(request, parent, is_secret(key), routed),
         "gpus": gpus,
         "nodes": nodes,
-        "processes": getattr(spec, action).num_gpus if action in _DEVICES else 1,
+        "processes": getattr(spec, action).num_gpus if action in DEVICES else 1,
         "image": request.image,
         "env_vars": sorted(request.env_vars),
     }
@@ -177,7 +176,7 @@ def _check_arguments(request: Request) -> None:
 
 def _count(filled: Filled, name: str, count: int | None, argument: str) -> None:
     """Put ``gpu_count`` or ``num_nodes`` into the section of the action."""
-    if count is None or filled.action not in _DEVICES:
+    if count is None or filled.action not in DEVICES:
         return
     key = f"{filled.action}.{name}"
     typed = filled.values.get(key)
@@ -190,7 +189,7 @@ def _resources(spec: ExperimentSpec, request: Request) -> tuple[int, int]:
     """GPUs per node and nodes; the platform says which GPUs, so the spec must not."""
     action = request.action
     section = getattr(spec, action)
-    if action not in _DEVICES:
+    if action not in DEVICES:
         if section.gpu_id:
             raise _own_gpus(f"{action}.gpu_id", section.gpu_id)
         on_cpu = action == "export" and section.on_cpu

@@ -13,21 +13,20 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from cryptography.fernet import Fernet
 
 from openmae.errors import OpenMAEError, SpecError
-from openmae.jobs.processes import Identity, identify, signal_session
-from openmae.jobs.store import LOG, RECORD, JobStore, write_durably
-from openmae.jobs.supervisor import PREEMPTED, stop
+from openmae.jobs.evidence import EXIT
+from openmae.jobs.processes import identify, signal_session
+from openmae.jobs.store import LOG, JobStore, write_durably
+from openmae.jobs.supervisor import PREEMPTED, wait
 
-SEALED, EXIT = "environment.sealed", "exit_code"
+SEALED = "environment.sealed"
 KEY, THREADS = "OPENMAE_JOB_KEY", "OMP_NUM_THREADS"
 NOT_BEGUN = 125
 _INTERRUPTED = 130
-_POLL = 0.1
 
 
 def seal(folder: Path, environment: Mapping[str, str]) -> str:
@@ -44,12 +43,6 @@ def withdraw(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def exit_code(folder: Path) -> int | None:
-    """Of a job that has ended, minus a signal's number; None before."""
-    path = folder / EXIT
-    return int(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def main(root: str, job_id: str) -> int:
@@ -122,24 +115,9 @@ def _run(store: JobStore, job_id: str, parent: int, told: Sequence[int]) -> int 
     try:
         if told:
             signal_session(identity, signal.SIGTERM)
-        return _wait(store, job_id, job, identity, parent)
+        return wait(store, job_id, job, identity, lambda: os.getppid() != parent)
     finally:
         signal_session(identity, signal.SIGKILL)  # what a dead job leaves behind would hold its GPU
-
-
-def _wait(store: JobStore, job_id: str, job: subprocess.Popen[bytes], identity: Identity, parent: int) -> int | None:
-    path, seen = store.folder(job_id) / RECORD, 0
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            return job.wait(timeout=_POLL)
-        if os.getppid() != parent:
-            return None
-        changed = path.stat().st_mtime_ns
-        if changed != seen:
-            seen = changed
-            if store.read(job_id)["cancel_requested"]:
-                stop(job, identity)
-                return job.wait()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def _run(store: JobStore, queue: Queue, job_id: str) -> None:
     if started is None:
         return
     job, identity = started
-    code = _wait(store, job_id, job, identity)
+    code = wait(store, job_id, job, identity)
+    assert code is not None  # nothing gives it up
     signal_session(identity, signal.SIGKILL)  # what a dead job leaves behind would hold its GPU
     with store.update(job_id) as record:
         state, message = conclude(record, code)
@@ -120,12 +122,20 @@ def _start(
     return job, identity
 
 
-def _wait(store: JobStore, job_id: str, job: subprocess.Popen[bytes], identity: Identity) -> int:
-    """The exit code; a cancellation is looked for whenever the record changes."""
+def wait(
+    store: JobStore,
+    job_id: str,
+    job: subprocess.Popen[bytes],
+    identity: Identity,
+    given_up: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """The exit code; None as soon as the job is ``given_up``. A cancellation is looked for when the record changes."""
     path, seen = store.folder(job_id) / RECORD, 0
     while True:
         with suppress(subprocess.TimeoutExpired):
             return job.wait(timeout=_POLL)
+        if given_up():
+            return None
         changed = path.stat().st_mtime_ns
         if changed != seen:
             seen = changed

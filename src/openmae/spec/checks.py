@@ -8,7 +8,7 @@ from openmae.spec.architectures import DECODER_HEAD_DIM, visible_units
 from openmae.spec.describe import REQUIRED, fields
 from openmae.spec.fields import EXPAND_USER, SECRET_MARK, is_secret
 from openmae.spec.reading import Problem
-from openmae.spec.schema import ExperimentSpec
+from openmae.spec.schema import DEVICES, ExperimentSpec
 
 _REMOTE = ("s3://", "gs://", "http://", "https://")
 _READ_ONLY = ("http://", "https://")
@@ -75,7 +75,7 @@ def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]
     yield from _augmentation(spec, action)
     if action in (None, "train"):
         yield from _training(spec)
-    for section in ("train", "evaluate", "inference"):
+    for section in DEVICES:
         if action in (None, section):
             yield from _devices(spec, section)
     if _knows_geometry(spec, action):

@@ -26,7 +26,7 @@ from openmae.spec.reading import (
     read_mapping,
     write_text,
 )
-from openmae.spec.schema import ACTIONS, ExperimentSpec
+from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
 
 log = logging.getLogger("openmae")
 
@@ -233,7 +233,7 @@ def _decided(spec: ExperimentSpec) -> Tree:
 def _devices(spec: ExperimentSpec) -> Tree:
     """num_gpus and gpu_ids, the one from the other where only one is typed."""
     values: Tree = {}
-    for section in ("train", "evaluate", "inference"):
+    for section in DEVICES:
         own = getattr(spec, section)
         if not spec.typed(f"{section}.gpu_ids") or own.gpu_ids == (0,):  # [0] is the published default
             values[f"{section}.gpu_ids"] = tuple(range(own.num_gpus))

@@ -32,6 +32,7 @@ from openmae.spec.fields import (
 )
 
 ACTIONS = ("train", "evaluate", "inference", "export", "gen_trt_engine")
+DEVICES = ("train", "evaluate", "inference")  # actions that have num_gpus, gpu_ids and num_nodes
 Stage = Literal["pretrain", "finetune"]
 AnySection = TypeVar("AnySection", bound=Section)
 

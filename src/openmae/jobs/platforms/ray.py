@@ -17,11 +17,11 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from openmae.errors import RunError, SpecError
-from openmae.jobs.evidence import ending
+from openmae.jobs.evidence import exit_code, signal_as_minus, unseen_end
 from openmae.jobs.job import Record, move
 from openmae.jobs.platforms.base import Observation
 from openmae.jobs.processes import alive
-from openmae.jobs.runner import KEY, THREADS, exit_code, seal, withdraw
+from openmae.jobs.runner import KEY, THREADS, seal, withdraw
 from openmae.jobs.store import JobStore
 from openmae.jobs.supervisor import conclude, grace_seconds
 
@@ -123,8 +123,7 @@ class RayPlatform:
         withdraw(folder)
         code = exit_code(folder)
         if code is None and details.driver_exit_code is not None:
-            code = details.driver_exit_code
-            code = 128 - code if code > 128 and code != 130 else code
+            code = signal_as_minus(details.driver_exit_code)
         lines = [line for line in (details.message or "").splitlines() if line.strip()]
         told = f"Ray job {_name(record['id'])}: {details.status.value}"
         if code is not None:
@@ -132,10 +131,9 @@ class RayPlatform:
             return Observation(state, f"{message}; {told}" + (f": {lines[-1]}" if lines and code else ""), code)
         if time.time() < (details.end_time or 0) / 1000 + _LAST_BREATH:
             return None
-        if ending(record) in ("SUCCESS", "SKIPPED"):
-            return Observation("COMPLETE", f"finished; {told}", 0)
-        stopped = record["cancel_requested"] or details.status.value == "STOPPED"
-        return Observation("CANCELED" if stopped else "ERROR", told + (f": {lines[0]}" if lines else ""))
+        canceled = record["cancel_requested"] or details.status.value == "STOPPED"
+        found = Observation(*unseen_end(record, told, canceled=canceled))
+        return found._replace(message=f"{told}: {lines[0]}") if lines and found.state != "COMPLETE" else found
 
     def _forgotten(self, record: Record) -> Observation | None:
         """A job that the Ray of this moment does not know."""
@@ -148,9 +146,7 @@ class RayPlatform:
             return Observation("UNKNOWN", f"it was handed to the Ray at {there}, and {_address()} is asked")
         told = f"Ray does not know {_name(record['id'])} any more, as after a new start"
         withdraw(self.store.folder(record["id"]))
-        if ending(record) in ("SUCCESS", "SKIPPED"):
-            return Observation("COMPLETE", f"finished; {told}", 0)
-        return Observation("CANCELED" if record["cancel_requested"] else "ERROR", told)
+        return Observation(*unseen_end(record, told, canceled=record["cancel_requested"]))
 
     def _details(self, job_id: str) -> Any:
         """What Ray says of a job; None where it knows no such job."""

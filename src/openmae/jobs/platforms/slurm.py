@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from openmae.errors import RunError, SpecError
-from openmae.jobs.evidence import ending
+from openmae.jobs.evidence import EXIT, exit_code, signal_as_minus, unseen_end
 from openmae.jobs.job import Record, State, move, state_of
 from openmae.jobs.platforms.base import Observation
 from openmae.jobs.processes import alive
 from openmae.jobs.store import LOG, JobStore, write_durably
 from openmae.jobs.supervisor import PREEMPTED, conclude, grace_seconds
 
-SCRIPT, EXIT = "job.sh", "exit_code"
+SCRIPT = "job.sh"
 _NEEDED = ("sbatch", "squeue", "scancel", "sinfo")
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
@@ -87,7 +87,8 @@ class SlurmPlatform:
     def observe(self, record: Record) -> Observation | None:
         """See ``Platform``."""
         # by name: a client killed right after sbatch has left no number
-        code = _exit_code(self.store.folder(record["id"]) / EXIT)
+        code = exit_code(self.store.folder(record["id"]))
+        code = None if code is None else signal_as_minus(code)
         if code == 0:
             return Observation("COMPLETE", "finished", 0)
         answer = self._answer(record["id"])
@@ -152,9 +153,7 @@ class SlurmPlatform:
 def _forgotten(record: Record) -> Observation:
     """A job that SLURM answers for no longer has ended, and its script was killed before it could say how."""
     told = f"SLURM does not know job {record['handle']['slurm_job']} any more"
-    if ending(record) in ("SUCCESS", "SKIPPED"):
-        return Observation("COMPLETE", f"finished; {told}", 0)
-    return Observation("CANCELED" if record["cancel_requested"] else "ERROR", told)
+    return Observation(*unseen_end(record, told, canceled=record["cancel_requested"]))
 
 
 def _final(word: str, record: Record) -> State:
@@ -194,13 +193,6 @@ def _script(record: Record, folder: Path) -> str:
         "exit $code",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _exit_code(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    code = int(path.read_text(encoding="utf-8"))
-    return 128 - code if code > 128 and code != 130 else code  # a shell's word for a signal
 
 
 def _ask(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
