@@ -171,6 +171,7 @@ def test_the_best_checkpoint_is_the_metrics(trained):
 def test_pretrained_weights_are_taken_along(trained, family, tmp_path, capsys):
     source = trained(family, "pretrain").folder / "backbone.safetensors"
     overrides = [o for o in trained(family, "finetune").overrides if not o.startswith("results_dir=")]
+    capsys.readouterr()  # the fixtures' own trainings may have printed
     assert main(["train", *overrides, f"results_dir={tmp_path}", f"train.pretrained_model_path={source}"]) == 0
     text = capsys.readouterr().err
     assert "starts from scratch" not in text
