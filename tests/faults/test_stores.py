@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import boto3
 import pytest
@@ -26,6 +27,7 @@ FASTER = {
             "GROWING_SECONDS": 30,
             "_LOOK_SECONDS": 1,
             "_RETRY_SECONDS": 15,
+            "_PATIENCE_SECONDS": 180,
         }.items()
     },
 }
@@ -40,6 +42,7 @@ class Store:
             self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
+        urlopen(f"{self.url}/moto-api/reset", data=b"").close()  # what it holds is the process's, not the server's
         self.client = boto3.client("s3", endpoint_url=self.url)
         self.client.create_bucket(Bucket="runs")
 

@@ -116,6 +116,7 @@ def test_a_destination_that_cannot_be_written(store, folder):
 
 def test_what_could_not_be_uploaded_is_told(store, bucket, folder, monkeypatch, wire, caplog):
     monkeypatch.setattr(upload, "_TRIES", 2)
+    monkeypatch.setattr(upload, "_PATIENCE_SECONDS", 0)
     with Mirror(folder, f"s3://{bucket}/run") as mirror:
         replace(folder / "model.pth", b"x" * 1000)
         wire.cuts, wire.after = 1000, 0
@@ -137,6 +138,42 @@ def test_what_could_not_be_uploaded_is_told(store, bucket, folder, monkeypatch, 
         fail()
     assert "model.pth could not be uploaded" in "\n".join(caplog.messages)
     assert not mirror.complete
+
+
+def test_at_the_end_a_store_that_is_gone_is_waited_for(store, bucket, folder, monkeypatch, wire):
+    monkeypatch.setattr(upload, "_TRIES", 1)
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 4:
+            wire.cuts = 0
+
+    monkeypatch.setattr(upload.time, "sleep", sleep)
+    with Mirror(folder, f"s3://{bucket}/run") as mirror:
+        replace(folder / "model.pth", b"x" * 1000)
+        wire.cuts, wire.after = 1000, 0
+        mirror.finish()
+    assert waited == [0.5, 1.0, 2.0, 4.0]
+    assert mirror.complete
+    assert store.get(bucket, "run/model.pth") == b"x" * 1000
+
+
+def test_what_a_store_that_is_gone_misses_is_named_at_once(store, bucket, folder, monkeypatch, wire):
+    monkeypatch.setattr(upload, "_TRIES", 2)
+    monkeypatch.setattr(upload, "_PATIENCE_SECONDS", 0)
+    waited: list[float] = []
+    monkeypatch.setattr(upload.time, "sleep", waited.append)
+
+    def end() -> None:
+        with Mirror(folder, f"s3://{bucket}/run"):
+            for name in "abcde":
+                replace(folder / name, b"x")
+            wire.cuts, wire.after = 1000, 0
+
+    with pytest.raises(RunError, match=r"^a, b, c and 2 more could not be uploaded"):
+        end()
+    assert len(waited) == 1, "one file's second try shows that nobody answers"
 
 
 def test_ctrl_c_uploads_what_is_complete(store, bucket, folder):

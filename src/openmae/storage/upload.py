@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ STATUS_SECONDS = 20.0  # between two uploads of the status
 GROWING_SECONDS = 30.0  # between two uploads of another file that goes on changing
 _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 15.0
+_PATIENCE_SECONDS = 180.0  # at the end, with a store that answers no more
 _TRIES = 5
 _PART = 8 << 20  # bytes of a part of a large upload
 _PARTS_AT_ONCE = 4
@@ -59,6 +61,7 @@ class Mirror:
         self._record = _Record(local)
         self._sent: dict[str, float] = {}  # when, in this process
         self._failed: dict[str, tuple[float, DataError]] = {}
+        self._answered: float | None = None  # the store, last; None until the end: only then is it waited for
         self.complete = False
         self._stop = threading.Event()
         self._busy = threading.RLock()
@@ -78,9 +81,8 @@ class Mirror:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._halt()
         try:
-            self.finish()
+            self.finish(patiently=error is None)
             self._send_changed([STATUS])
             if STATUS in self._failed:
                 raise self._failure()
@@ -90,13 +92,17 @@ class Mirror:
                 raise
             log.error("%s", failure)
 
-    def finish(self) -> None:
+    def finish(self, *, patiently: bool = True) -> None:
         """Upload all but the status.
+
+        Args:
+            patiently: wait some minutes for a store that answers no more.
 
         Raises:
             RunError: something could not be uploaded; the text names it.
         """
         self._halt()
+        self._answered = time.monotonic() if patiently else None
         with self._busy:
             self._failed.clear()
             self._forget_removed()
@@ -147,15 +153,20 @@ class Mirror:
         return sorted(wanted, key=lambda name: ((self.local / name).is_symlink(), name))
 
     def _send_changed(self, names: Iterable[str]) -> None:
+        gone: DataError | None = None  # the store answers no more: no other file is tried
         for name in names:
             mark = _mark(self.local / name)
             if mark is None or self._record.marks.get(name, {}).get("mark") == mark:
                 continue
             try:
+                if gone is not None:
+                    raise gone
                 self._send(name, tries=_TRIES)
             except DataError as error:
-                if name not in self._failed:
+                if gone is None and name not in self._failed:
                     log.warning("%s was not uploaded, and is tried again: %s", name, error.problem)
+                if _is_passing(error):
+                    gone = error
                 self._failed[name] = (time.monotonic(), error)
 
     def _send(self, name: str, tries: int) -> None:
@@ -165,7 +176,7 @@ class Mirror:
             DataError: that failed.
         """
         path = self.local / name
-        for attempt in range(tries):
+        for attempt in itertools.count():
             if (mark := _mark(path)) is None:
                 return
             try:
@@ -176,10 +187,13 @@ class Mirror:
             except DataError as error:
                 if not path.exists():
                     return  # removed while it was read
-                if attempt + 1 == tries or not is_transient(error.__cause__ or error):
+                waits = self._answered is not None and time.monotonic() < self._answered + _PATIENCE_SECONDS
+                if not _is_passing(error) or (attempt + 1 >= tries and not waits):
                     raise
-                time.sleep(min(0.5 * 2**attempt, 5.0))
+                time.sleep(min(0.5 * 2 ** min(attempt, 10), 5.0))
         self._sent[name] = time.monotonic()
+        if self._answered is not None:
+            self._answered = self._sent[name]
         self._failed.pop(name, None)
 
     def _send_status_if_due(self) -> None:
@@ -296,6 +310,10 @@ class _Record:
         temporary = self._path.with_name(f"{RECORD}.tmp")
         temporary.write_text(json.dumps({"marks": self.marks, "left": self.left}), encoding="utf-8")
         os.replace(temporary, self._path)
+
+
+def _is_passing(error: DataError) -> bool:
+    return is_transient(error.__cause__ or error)
 
 
 def _mark(path: Path) -> list[int] | None:
