@@ -10,7 +10,7 @@ import torch
 from bench.measure import Comparison, Timing
 from torch import nn
 
-from bench import curves, memory, pretrain, references, scaling, steps
+from bench import checkpoints, curves, memory, pretrain, references, scaling, steps
 from openmae.errors import RunError
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import all_visible, random_mask
@@ -183,6 +183,14 @@ def test_scaling_runs(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "scaling-quick.json").read_text())["results"]
     assert [line["arch"] for line in found] == list(scaling.ARCHES)
     assert all(line["values"] == [1, 2] for line in found)
+
+
+def test_checkpoints_runs(tmp_path: Path) -> None:
+    checkpoints.run(quick=True).write(tmp_path, "checkpoints", quick=True)
+    found = json.loads((tmp_path / "checkpoints-quick.json").read_text())["results"]
+    assert list(found["contestants"]) == [checkpoints.NONE, checkpoints.WAITING, checkpoints.BESIDE]
+    assert found["bytes"] > 3 * 4 * 5_000_000, "weights and two moments of each"
+    assert min(found["held"][checkpoints.WAITING]) > 0
 
 
 def test_the_work_of_a_mask_ratio_is_what_is_visible() -> None:
