@@ -60,7 +60,7 @@ def run(quick: bool) -> Report:
         f"{arch}, {side} px, batch {_BATCH}, mask ratio {_MASK_RATIO}, {found.threads} threads; a checkpoint of "
         f"{size / 2**20:.0f} MiB (weights and moments) every {_STEPS[quick]} steps, to the disk; median of "
         f"{_TURNS[quick]} turns.",
-        "The writing also takes of the cores that train here; the loop stands still while it is copied to other memory.",
+        "Writing takes of the cores that train here, too; the loop stands still while weights and moments are copied.",
         f"Load before the start: {found.load}; above 1 others were at work, and the figures are noisy.",
     ]
     data: dict[str, Any] = {**found.to_dict(), "bytes": size, "held": held, "steps": _STEPS[quick]}
