@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from openmae.actions.plan import make_plan
 from openmae.cli import main
-from openmae.errors import DataError, RunError, SpecError
+from openmae.errors import DataError, Preempted, RunError, SpecError
 from openmae.results.metrics import read_metrics
 from openmae.spec.load import load_spec
 from openmae.training import devices
@@ -112,6 +112,17 @@ def test_two_processes_that_read_late_agree_with_two_that_do_not(
     profile = json.loads((tmp_path / "late" / "profile.json").read_text())
     assert (profile["processes"], profile["process"], profile["steps"]) == (2, 0, 7)
     assert profile["advice"][-1].startswith("These are the times of process 0")
+
+
+@several_processes
+def test_a_preemption_in_a_validation_ends_all_processes(work, tiny_overrides, payload_of, photos, tmp_path):
+    changes = {"train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2, "train.num_epochs": 3}
+    changes["dataset.val_data_sources"] = str(photos)
+    spec = load_spec(None, tiny_overrides(tmp_path, changes), action="train")
+    with pytest.raises(Preempted):
+        launch(build_fabric("train", 2, [0, 1], 1), work.train_preempted_in_validation, make_plan(spec, tmp_path))
+    progress = payload_of(tmp_path)["progress"]
+    assert (progress["epoch"], progress["batch"]) == (0, progress["batches_per_epoch"]), "trained, not validated"
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,19 @@ def train_spoilt(fabric: Fabric, plan: Plan) -> dict[str, float]:
         return loss * float("nan") if len(calls) == 3 and fabric.global_rank == 1 else loss
 
     PretrainTask.training_loss = training_loss
+    return train_action._work(fabric, plan)
+
+
+def train_preempted_in_validation(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """A training whose process 1 is told to end as it begins to validate, and stops there; process 0 is not."""
+    original = PretrainTask.validate
+
+    def validate(task: PretrainTask, *arguments: Any) -> dict[str, float]:
+        if fabric.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(task, *arguments)
+
+    PretrainTask.validate = validate
     return train_action._work(fabric, plan)
 
 

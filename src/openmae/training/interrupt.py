@@ -19,6 +19,19 @@ PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # a machine that shuts down; SLUR
 log = logging.getLogger("openmae")
 
 
+Stop = type[KeyboardInterrupt]  # KeyboardInterrupt itself, or Preempted
+
+
+def stop_to_counts(stop: Stop | None) -> tuple[float, float]:
+    """For a sum over processes: 1 where a stop was asked for, and 1 where by a preemption."""
+    return float(stop is not None), float(stop is Preempted)
+
+
+def stop_from_counts(asked: float, preempted: float) -> Stop | None:
+    """What all processes are to end with, of the sums."""
+    return (Preempted if preempted else KeyboardInterrupt) if asked else None
+
+
 class _InterruptHandler(ABC):
     """Handles signals while entered; the handlers before it are put back at the end.
 
@@ -30,7 +43,7 @@ class _InterruptHandler(ABC):
     signals: ClassVar[tuple[signal.Signals, ...]] = (signal.SIGINT, *PREEMPTION)
 
     def __init__(self) -> None:
-        self.reason: type[KeyboardInterrupt] | None = None
+        self.reason: Stop | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     @property

@@ -66,6 +66,10 @@ class LoopSettings:
         """How many epochs are done when the run ends or pauses."""
         return min(self.num_epochs, self.stop_after_epoch or self.num_epochs)
 
+    def checkpoint_is_due(self, unit: str, count: int) -> bool:
+        """Whether a checkpoint belongs after so many epochs or steps."""
+        return self.checkpoint_interval_unit == unit and count % self.checkpoint_interval == 0
+
 
 @dataclass
 class Progress:

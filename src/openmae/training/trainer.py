@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.errors import RunError
 from openmae.training.compiling import compile_errors, compiled
-from openmae.training.distributed import gather_objects
-from openmae.training.interrupt import InterruptWatch
+from openmae.training.distributed import gather_objects, sum_over_ranks
+from openmae.training.interrupt import InterruptWatch, Stop, stop_from_counts, stop_to_counts
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
 from openmae.training.pulse import pulse_of
@@ -81,7 +81,7 @@ class Trainer:
         self._late = reads_late(fabric)  # an update's numbers during the next one
         self._unread: Update | None = None
         self._loss: float | None = None  # of the newest update that was read
-        self._stop: type[KeyboardInterrupt] | None = None  # what all processes know of Ctrl-C and preemption
+        self._stop: Stop | None = None  # what all processes know of Ctrl-C and preemption
 
     def resume(self, payload: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's payload; what the spec says of the optimizer stands, its moments are taken up.
@@ -275,15 +275,20 @@ class Trainer:
         progress.batch += batches
         progress.step += 1
         epoch_done = progress.batch == progress.batches_per_epoch  # its checkpoint comes after its validation
-        due = self._due("step", progress.step) and not epoch_done
+        due = self.settings.checkpoint_is_due("step", progress.step) and not epoch_done
         if due or epoch_done or self._stop:
             self._settle()
         if due or self._stop:
             self._save()
         if self._stop:
-            self._on_rank_zero(self.outputs.checkpoints.wait)  # a process that ends may take the others along
-            log.warning("A checkpoint of step %d was written; the same command goes on from it.", progress.step)
-            raise self._stop
+            self._leave()
+
+    def _leave(self) -> NoReturn:
+        """End the run as it was asked to, when its checkpoint is written."""
+        assert self._stop is not None
+        self._on_rank_zero(self.outputs.checkpoints.wait)  # a process that ends may take the others along
+        log.warning("A checkpoint of step %d was written; the same command goes on from it.", self.progress.step)
+        raise self._stop
 
     def _finish_epoch(self) -> dict[str, float]:
         """Validate, log, and keep the epoch's checkpoint; returns the epoch's metrics."""
@@ -296,7 +301,7 @@ class Trainer:
         # Before the checkpoint: a run killed between the two writes these rows again, and none is lost.
         self._log({"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()}, progress.step)
         epoch, step = progress.epoch, progress.step
-        due = last or self._due("epoch", epoch + 1) or self._due("step", step)
+        due = last or settings.checkpoint_is_due("epoch", epoch + 1) or settings.checkpoint_is_due("step", step)
         improved = (due or self.task.monitor != "train_loss") and self._note_best(metrics)
         progress.epoch, progress.batch, progress.loss_sum, progress.loss_count = epoch + 1, 0, 0.0, 0
         if due:
@@ -306,11 +311,6 @@ class Trainer:
             self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(payload))
         self._report(epoch, step, metrics | pace)
         return metrics
-
-    def _due(self, unit: str, count: int) -> bool:
-        """Whether a checkpoint belongs after so many epochs or steps."""
-        settings = self.settings
-        return settings.checkpoint_interval_unit == unit and count % settings.checkpoint_interval == 0
 
     def _validate(self) -> dict[str, float]:
         assert self.val_loader is not None
@@ -332,14 +332,16 @@ class Trainer:
         return model.eval()
 
     def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass batches on; on Ctrl-C and preemption keep the epoch's training, which is done, and stop."""
+        """Pass batches on; on Ctrl-C and preemption keep the epoch's training, which is done, and stop everywhere."""
         for batch in batches:
-            if self._interrupt.reason and self.fabric.world_size == 1:
-                self._save()
-                self.outputs.checkpoints.wait()
-                raise self._interrupt.reason
+            if self._interrupt.asked:
+                break
             yield batch
         self._pulse.passes()
+        self._stop = stop_from_counts(*sum_over_ranks(self.fabric, [*stop_to_counts(self._interrupt.reason)]))
+        if self._stop:
+            self._save()
+            self._leave()
 
     def _note_best(self, metrics: Mapping[str, float]) -> bool:
         value, best = metrics.get(self.task.monitor), self.progress.best

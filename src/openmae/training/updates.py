@@ -9,8 +9,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from openmae.errors import Preempted
 from openmae.training.distributed import add_over_ranks
+from openmae.training.interrupt import Stop, stop_from_counts, stop_to_counts
 from openmae.training.processes import ShardedStrategy
 
 
@@ -56,7 +56,7 @@ class Update:
         indices: Sequence[Tensor],
         losses: Sequence[Tensor],
         *,
-        stop: type[KeyboardInterrupt] | None,
+        stop: Stop | None,
         norm: Tensor | None,
     ) -> None:
         self.step = step
@@ -65,7 +65,7 @@ class Update:
         self.losses = losses
         loss = torch.stack(list(losses)).sum().double()
         # filled on the device: a tensor made of Python's numbers would be copied there, and the host would wait
-        counts = (sum(map(len, indices)), float(stop is not None), float(stop is Preempted))
+        counts = (sum(map(len, indices)), *stop_to_counts(stop))
         sums = add_over_ranks(fabric, torch.stack([loss, *(loss.new_full((), value) for value in counts)]))
         sums[0] /= fabric.world_size
         numbers = torch.cat([sums, (loss.new_zeros(()) if norm is None else norm.double()).view(1)])
@@ -76,13 +76,12 @@ class Update:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def read(self) -> tuple[float, int, type[KeyboardInterrupt] | None, float]:
+    def read(self) -> tuple[float, int, Stop | None, float]:
         """``(loss, images, stop, norm)``, of all processes together; waits until the device has got there."""
         if self._arrived is not None:
             self._arrived.synchronize()
         loss, images, asked, preempted, norm = self._numbers.tolist()
-        stop = (Preempted if preempted else KeyboardInterrupt) if asked else None
-        return loss, int(images), stop, norm
+        return loss, int(images), stop_from_counts(asked, preempted), norm
 
     def images_at_fault(self) -> list[int]:
         """The images of those of this process's batches whose loss is not finite."""
