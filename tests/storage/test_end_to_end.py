@@ -159,6 +159,33 @@ def test_resume_on_another_machine_and_export_in_a_store(trained, store, bucket,
     assert all(entry.complete and not entry.in_use for entry in cache.entries()), "all is let go, and may be removed"
 
 
+@pytest.mark.parametrize("readable", [True, False], ids=["an older one is there", "none can be read"])
+def test_a_newest_checkpoint_in_a_store_that_cannot_be_read(
+    readable, trained, store, bucket, capfd, monkeypatch, tmp_path
+):
+    below = "results/run1/train/model_epoch_"
+    (first,) = (name for name in store.names(bucket) if name.startswith(below))
+    content = store.get(bucket, first)
+    store.put(bucket, {first.replace("_001_", "_002_"): content[:5000]})
+    if not readable:
+        store.put(bucket, {first: content[:4000]})
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "another"))
+    code = main([*train_arguments(bucket), "train.num_epochs=2"])
+    told = capfd.readouterr().err
+    if readable:
+        assert code == 0, told
+        assert re.search(r"model_epoch_002\S+ cannot be read: it is now \S+\.unreadable, and model_epoch_001", told), (
+            told
+        )
+        assert "after epoch 1" in told
+        left = [name.removeprefix(below) for name in store.names(bucket) if name.startswith(below)]
+        assert left == ["002_step_00002.pth.unreadable", "002_step_00004.pth"]
+    else:
+        assert code == 2, told
+        assert re.search(r"model_epoch_002\S+ cannot be read as a checkpoint", told), told
+        assert checkpoints(store, bucket) == ["001", "002"], "nothing is removed"
+
+
 @pytest.mark.slow  # a minute: a program of its own is interrupted, another killed, a third goes on
 def test_interrupted_and_killed_runs_go_on(store, bucket, tmp_path):
     store.put(bucket, {"data/train/images_train.tar.gz": tar_gz(pictures(count=16))})

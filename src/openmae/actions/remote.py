@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from openmae.errors import SpecError, blaming
+from openmae.errors import CheckpointError, SpecError, blaming
 from openmae.results.files import make_folder
 from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
@@ -125,14 +127,14 @@ def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Ite
         if is_remote(target) and not leads:
             place = Place(spec, Path(stack.enter_context(TemporaryDirectory())), redact(target), uploads)
             with blaming("results_dir"):
-                _bring_newest(target, place.folder, action)
+                _bring_newest(spec, target, place.folder, action)
         elif is_remote(target):
             # job records of a search are of this machine, and hold URLs with their signatures
             stays = ("jobs/*", "probe/*") if action == "automl" else ()
             place = Place(spec, _staged(target, stack), redact(target), uploads, stays)
             place.add_copy("results_dir", target, place.folder)
             with blaming("results_dir"):
-                _bring_back(target, place.folder, action)
+                _bring_back(spec, target, place.folder, action)
         else:
             place = Place(spec, make_folder(Path(target)), target, uploads)
         local = {key: _fetched(key, remote[key]) for key in _READS[action] if key in remote}
@@ -154,34 +156,55 @@ def _staged(url: str, stack: ExitStack) -> Path:
     return make_folder(stack.enter_context(cache.workspace(entry, redact(url))) / name_of(url))
 
 
-def _bring_back(url: str, folder: Path, action: str) -> None:
+def _bring_back(spec: ExperimentSpec, url: str, folder: Path, action: str) -> None:
     from openmae.storage.upload import STATUS, pull
 
-    def wanted(names: Collection[str]) -> Collection[str]:
+    def wanted(names: Collection[str], checkpoints: int = 1) -> Collection[str]:
         if action == "automl":  # the study, and the checkpoints that its trainings go on from
             return names
         if action != "train":
             return [STATUS] if STATUS in names else []
-        return [*(name for name in names if not name.endswith(".pth")), *_newest(names)]
+        return [*(name for name in names if not name.endswith(".pth")), *_newest(names, checkpoints)]
 
-    pull(url, folder, wanted)
+    if action == "train":
+        _until_readable(spec, folder, lambda count: pull(url, folder, partial(wanted, checkpoints=count)))
+    else:
+        pull(url, folder, wanted)
 
 
-def _bring_newest(url: str, folder: Path, action: str) -> None:
+def _bring_newest(spec: ExperimentSpec, url: str, folder: Path, action: str) -> None:
     """The checkpoint that a training resumes from, and what says that there is nothing left to train."""
     from openmae.storage.upload import pull
 
-    def wanted(names: Collection[str]) -> Collection[str]:
-        newest = _newest(names) if action == "train" else []
+    def wanted(names: Collection[str], checkpoints: int) -> Collection[str]:
+        newest = _newest(names, checkpoints)
         return [*newest, *(name for name in _AT_THE_END if name in names)] if newest else []
 
-    pull(url, folder, wanted)
+    if action == "train":
+        _until_readable(spec, folder, lambda count: pull(url, folder, partial(wanted, checkpoints=count)))
 
 
-def _newest(names: Collection[str]) -> list[str]:
-    """The newest checkpoint, if there is one."""
+def _until_readable(spec: ExperimentSpec, folder: Path, bring: Callable[[int], None]) -> None:
+    """Bring the newest checkpoint, and while none can be read an older one: resuming takes the newest that can be."""
+    from openmae.storage.encryption import is_encrypted, resolve_key
+    from openmae.training.checkpoints import list_checkpoints, newest_readable
+
+    key = resolve_key(spec.encryption_key)
+    for count in itertools.count(1):
+        bring(count)
+        here = list_checkpoints(folder)
+        try:
+            newest_readable(folder, key)
+        except CheckpointError:
+            if len(here) == count and (key is not None or not is_encrypted(here[-1])):
+                continue
+        return
+
+
+def _newest(names: Collection[str], count: int) -> list[str]:
+    """The newest checkpoints, so many at the most."""
     numbered = [(int(m[1]), int(m[2]), name) for name in names if (m := _NUMBERED.fullmatch(name))]
-    return [max(numbered)[2]] if numbered else []
+    return [name for _, _, name in sorted(numbered)[-count:]]
 
 
 def _fetched(key: str, url: str) -> str:
