@@ -47,6 +47,7 @@ def train_both(
     mask_ratio: float,
     lr: float,
     updates: int = STEPS,
+    bf16: bool = False,
 ) -> Curves:
     """Train ours and a reference made of it, each with its own optimizer.
 
@@ -56,10 +57,11 @@ def train_both(
         mask_ratio: share of masked units.
         lr: learning rate of all updates.
         updates: how many.
+        bf16: ours; the reference computes in float32.
     """
     images = photographs(4, ours.encoder.grid[0] * ours.encoder.unit)
     theirs = steps.reference_step(reference(ours), steps.normalised(images), mask_ratio, ours.num_units, lr)
-    mine = steps.our_step(ours, images, mask_ratio, lr)
+    mine = steps.our_step(ours, images, mask_ratio, lr, bf16)
     return Curves(*(tuple(float(step()) for _ in range(updates)) for step in (mine, theirs)))
 
 

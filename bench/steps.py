@@ -53,20 +53,37 @@ def normalised(images_BCHW: Tensor) -> Tensor:
     return _NORMALISER(images_BCHW)
 
 
-def our_step(model: MaskedAutoencoder, images_BCHW: Tensor, mask_ratio: float, lr: float = LEARNING_RATE) -> Step:
-    """OpenMAE's update, of what its trainer calls: uint8 images are normalised and masked within it."""
+def our_step(
+    model: MaskedAutoencoder,
+    images_BCHW: Tensor,
+    mask_ratio: float,
+    lr: float = LEARNING_RATE,
+    bf16: bool = False,
+) -> Step:
+    """OpenMAE's update, of what its trainer calls: uint8 images are normalised and masked within it.
+
+    Args:
+        model: it is trained.
+        images_BCHW: uint8.
+        mask_ratio: share of masked units.
+        lr: learning rate.
+        bf16: as ``train.precision=bf16`` computes.
+    """
     optimizer = build_adamw(pretraining_groups(model, _WEIGHT_DECAY), lr, _BETA1, _BETA2)
-    return _updates(our_loss(model, images_BCHW, mask_ratio), optimizer)
+    return _updates(our_loss(model, images_BCHW, mask_ratio, bf16), optimizer)
 
 
-def our_loss(model: MaskedAutoencoder, images_BCHW: Tensor, mask_ratio: float) -> Callable[[int], Tensor]:
+def our_loss(
+    model: MaskedAutoencoder, images_BCHW: Tensor, mask_ratio: float, bf16: bool = False
+) -> Callable[[int], Tensor]:
     """The forward pass of ``our_step``: the loss with an epoch's masks."""
     task = PretrainTask(model.train(), _NORMALISER, mask_ratio=mask_ratio, seed=0, monitor="train_loss")
     samples = torch.arange(len(images_BCHW), device=images_BCHW.device)
     batch = Batch(images_BCHW, torch.full_like(samples, -1), samples, 0, [])
 
     def loss_of(epoch: int) -> Tensor:
-        return task.training_loss(model, batch, epoch)
+        with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=bf16):
+            return task.training_loss(model, batch, epoch)
 
     return loss_of
 

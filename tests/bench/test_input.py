@@ -53,6 +53,16 @@ def test_input_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(tmp_path) not in text
 
 
+def test_packed_photographs_are_smaller_and_give_the_same_batches(tmp_path: Path) -> None:
+    paths = bench_input.write_photographs(tmp_path, (1920, 1080), 4)
+    packed = bench_input._packed(paths)
+    assert len(packed) == 4
+    with packed.picture(0) as picture:
+        assert picture.pixels().shape[:2] == (512, 910)
+    contestants = bench_input._pretraining(paths, quick=True, index=packed)
+    assert {name: call().shape for name, call in contestants.items()} == dict.fromkeys(contestants, (4, 3, 224, 224))
+
+
 def test_a_training_that_fails_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text("dataset: {train_data_sources: nowhere}\n")
     with pytest.raises(RunError, match=r"mae train made no step: (?s:.)*nowhere"):

@@ -183,8 +183,8 @@ def _compute(measured: Breakdown) -> str:
     text = f"{compute:.1f} of {measured.step_ms:.1f} ms of a step are forward and backward, as they should be."
     if not measured.on_gpu:
         return (
-            f"{text} On a CPU a smaller dataset.augmentation.input_size or model.arch makes them shorter; a GPU is far "
-            "faster."
+            f"{text} On a CPU a smaller dataset.augmentation.input_size or model.arch makes them shorter, and for ViT "
+            "and Hiera train.precision=bf16 if the processor has AVX512-BF16 or AMX; a GPU is far faster."
         )
     helps = []
     if measured.keys["train.precision"] == "fp32":
