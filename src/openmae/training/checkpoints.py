@@ -98,8 +98,7 @@ class CheckpointFolder:
         self.wait()
         path = self._path(epoch, step, SHARDS)
         with _explaining(path):
-            for left in self.folder.glob(f".model_epoch_*{SHARDS}.tmp"):  # by a killed run
-                shutil.rmtree(left)
+            self._clear_begun()
             _hidden(path).mkdir()
 
     def save_part(
@@ -141,6 +140,7 @@ class CheckpointFolder:
 
     def go_on_from(self, epoch: int, step: int) -> None:
         """Set aside what is newer than the place that a run goes on from: the next start would take the newest."""
+        self._clear_begun()
         newer = [path for path in list_checkpoints(self.folder) if _place(path) > (epoch, step)]
         for path in newer:
             set_aside(path, SUPERSEDED)
@@ -158,6 +158,11 @@ class CheckpointFolder:
 
     def _path(self, epoch: int, step: int, suffix: str) -> Path:
         return self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}{suffix}"
+
+    def _clear_begun(self) -> None:
+        """Folders of parts that a killed run has left."""
+        for left in self.folder.glob(f".model_epoch_*{SHARDS}.tmp"):
+            shutil.rmtree(left)
 
     def _begin(self, payload: Mapping[str, Any], path: Path, best: bool) -> None:
         self.wait()
