@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from openmae.actions.plan import make_plan
 from openmae.cli import main
 from openmae.errors import CheckpointError, RunError, SpecError
 from openmae.models.weights import read_checkpoint
@@ -25,6 +27,7 @@ from openmae.training.checkpoints import (
     write_checkpoint,
 )
 from openmae.training.cli import consolidate
+from openmae.training.devices import build_fabric, launch
 from openmae.training.parts import Shared, complete, joined, write_part
 
 several_processes = pytest.mark.xdist_group("several processes")  # one such test at a time: they need the cores
@@ -274,6 +277,22 @@ def test_a_run_goes_on_from_the_newest_whole_parts(parts, tiny_overrides, assert
         assert main(["train", *tiny_overrides(folder, PARTS)]) == 0
     assert "model_epoch_001_step_00009.shards.unreadable, and model_epoch_001_step_00006.shards is used" in caplog.text
     assert_same_run(parts, folder)
+
+
+@pytest.mark.slow  # two spawned processes, and the seconds that the other one gets to end
+@several_processes
+def test_a_part_that_cannot_be_written_ends_the_run(tiny_overrides, tmp_path, monkeypatch):
+    """Process 0 has written its own, and waits for the other's: it is not to wait for ever."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # spawned processes import it too
+    work = importlib.import_module("two_process_work")
+    spec = load_spec(None, tiny_overrides(tmp_path, PARTS), action="train")
+    plan = make_plan(spec, tmp_path)
+    with pytest.raises(RunError) as caught:
+        launch(build_fabric("train", 2, [0, 1], 1, "fp32", "fsdp"), work.train_on_a_full_disk, plan)
+    problem = "The checkpoint model_epoch_001_step_00006.shards could not be written (No space left on device)."
+    assert caught.value.problem == problem
+    assert "model_epoch_000_step_00003.shards is intact: the same command resumes from it." in caught.value.fix
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["model_epoch_000_step_00003.shards"]
 
 
 @several_processes

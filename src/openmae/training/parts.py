@@ -12,6 +12,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,17 @@ def joined(tree: Any) -> Any:
 
 
 def write_part(rows: Mapping[Place, tuple[int, Tensor]], folder: Path, rank: int, ranks: int, key: Key | None) -> None:
-    """Write a process's part; it has its name when it is on the disk."""
+    """Write a process's part; it has its name when it is on the disk. Where that fails nothing is left of it."""
     path = _part(folder, rank, ranks)
     temporary = path.with_name(f".{path.name}.tmp")
-    with created(temporary, key) as file:
-        torch.save({"rows": dict(rows)}, file)
-    temporary.replace(path)
+    try:
+        with created(temporary, key) as file:
+            torch.save({"rows": dict(rows)}, file)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):  # a file system that has turned read-only
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def complete(folder: Path, final: Path, index: Mapping[str, Any], ranks: int, key: Key | None, patience: float) -> None:
