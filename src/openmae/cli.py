@@ -26,6 +26,7 @@ from openmae.results.notices import notices_on_stderr
 from openmae.serving.settings import Settings
 from openmae.skill.cli import add_arguments as add_skill_arguments
 from openmae.storage.cli import add_arguments as add_cache_arguments
+from openmae.training.cli import add_arguments as add_checkpoint_arguments
 
 _ACTIONS = {
     "train": "pretrain or fine-tune a backbone",
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_spec_arguments,
     )
     add_jobs_arguments(commands.add_parser("jobs", help="run actions as jobs that feed one another"), _ACTIONS)
+    add_checkpoint_arguments(commands.add_parser("checkpoint", help="join a checkpoint that fsdp wrote in parts"))
     add_cache_arguments(commands.add_parser("cache", help="what is downloaded and extracted: list or clear it"))
     add_skill_arguments(commands.add_parser("skill", help="the folder that coding agents and other runners use"))
     _add_spec_commands(commands.add_parser("spec", help="check a spec, print a template or all options"))

@@ -66,6 +66,24 @@ def test_a_folder_is_listed_without_unfinished_files(tmp_path: Path) -> None:
     assert list_folder(str(tmp_path)) == []
 
 
+def test_a_checkpoint_in_parts_is_one_that_training_alone_takes(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "model_epoch_001_step_00003.pth", tmp_path / "model_epoch_001_step_00006.shards"
+    whole.write_bytes(b"12345")
+    for folder in (parts, tmp_path / ".model_epoch_002_step_00009.shards.tmp"):
+        folder.mkdir()
+        for name in ("index.pth", "part_0000_of_0001.pth"):
+            (folder / name).write_bytes(b"12345")
+    found = list_folder(str(tmp_path))
+    assert [(item.path, item.kind, item.size) for item in found] == [
+        (str(whole), "checkpoint", 5),
+        (str(parts), "parts", 10),
+    ]
+    assert newest_checkpoint(found) == found[1]
+    assert choose_model(found, ("checkpoint",), (), "the parent")[0] == found[0]
+    remove(found)
+    assert list_folder(str(tmp_path)) == []
+
+
 @given(st.lists(_numbered | _noise, unique=True), st.booleans())
 def test_best_else_newest_by_epoch_then_step(names: list[str], best: bool) -> None:
     files = [artifact(f"/r/{name}", modified=float(age)) for age, name in enumerate(names)]

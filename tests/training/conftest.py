@@ -103,6 +103,12 @@ def assert_same_run(payload_of: Callable[[Path], dict[str, Any]]) -> Callable[[P
     return check
 
 
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Any, Any, str], None]:
+    """``assert_same(a, b, where)``: two trees of tensors and plain values are the same, to the last bit."""
+    return _assert_same
+
+
 def _assert_same(a: Any, b: Any, where: str) -> None:
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from openmae.actions.plan import Plan
 from openmae.data.dataset import Batch
 from openmae.data.normalise import Normaliser
 from openmae.errors import DataError
-from openmae.training import trainer
+from openmae.training import checkpoints, trainer
 from openmae.training.distributed import gather, gather_objects, sum_over_ranks
 from openmae.training.finetune import predict
 from openmae.training.pretrain import PretrainTask
@@ -94,6 +95,20 @@ def train_preempted_in_validation(fabric: Fabric, plan: Plan) -> dict[str, float
         return original(task, *arguments)
 
     PretrainTask.validate = validate
+    return train_action._work(fabric, plan)
+
+
+def train_on_a_full_disk(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """A training; the disk of rank 1 has room for its part of one checkpoint."""
+    original, calls = checkpoints.write_part, []
+
+    def write_part(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1 and fabric.global_rank == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(*arguments)
+
+    checkpoints.write_part = write_part
     return train_action._work(fabric, plan)
 
 

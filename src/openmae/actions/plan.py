@@ -36,7 +36,7 @@ _RHYTHM = frozenset(
         "dataset.max_corrupt_fraction",
         "dataset.test_data_sources",
         *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "results_dir", "precision")),
-        "train.distributed_strategy",
+        *("train.distributed_strategy", "train.sharded_checkpoints"),
         *(f"train.checkpoint_{name}" for name in ("interval", "interval_unit")),
         *(f"train.{name}" for name in ("keep_checkpoints", "validation_interval", "allow_partial_weights")),
         *(f"train.{name}" for name in ("stop_after_epoch", "compile", "profile")),

@@ -205,6 +205,7 @@ def _loop_settings(plan: Plan, fabric: Fabric) -> LoopSettings:
         seed=train.seed,
         stop_after_epoch=train.stop_after_epoch,
         compile=train.compile,
+        sharded_checkpoints=train.sharded_checkpoints,
     )
 
 

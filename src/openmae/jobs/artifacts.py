@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +17,7 @@ from openmae.storage.urls import is_remote, join, redact
 
 Kind = Literal[
     "checkpoint", "onnx", "engine", "weights", "spec", "status", "metrics", "report", "picture", "predictions",
-    "events", "other",
+    "events", "parts", "other",
 ]  # fmt: skip
 _NAMES: dict[str, Kind] = {"status.json": "status", "experiment.yaml": "spec", "corrupt_files.txt": "report"}
 _SUFFIXES: dict[str, Kind] = {
@@ -28,6 +30,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".png": "picture",
     ".parquet": "predictions",
     ".npy": "predictions",
+    ".shards": "parts",  # of a checkpoint: a folder, which training alone reads
 }
 _NUMBERED = re.compile(r".*epoch_(\d+)_step_(\d+)\.\w+")
 _SHOWN = 12  # files that an error lists
@@ -35,7 +38,7 @@ _SHOWN = 12  # files that an error lists
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of a results folder.
+    """A file of a results folder, or a local checkpoint in parts.
 
     Attributes:
         path: local path or URL.
@@ -127,14 +130,17 @@ def remove(items: Iterable[Artifact]) -> None:
             ask(item.path, open_filesystem(item.path)._rm_file(item.path))
             continue
         try:
-            Path(item.path).unlink(missing_ok=True)
+            if item.kind == "parts":
+                shutil.rmtree(item.path)
+            else:
+                Path(item.path).unlink(missing_ok=True)
         except OSError as error:
             raise DataError(f"{item.path} cannot be deleted: {error.strerror}.", "Check its rights.") from error
 
 
 def newest_checkpoint(items: Iterable[Artifact]) -> Artifact | None:
-    """The numbered checkpoint with the highest epoch, then step: what training goes on from."""
-    numbered = [item for item in items if item.kind == "checkpoint" and item.epoch is not None]
+    """The numbered checkpoint with the highest epoch, then step, whole or in parts: what training goes on from."""
+    numbered = [item for item in items if item.kind in ("checkpoint", "parts") and item.epoch is not None]
     return max(numbered, key=_order, default=None)
 
 
@@ -190,7 +196,14 @@ def _order(item: Artifact) -> tuple[int, int, float, str]:
 
 
 def _list_local(folder: Path) -> Iterable[Artifact]:
-    for parent, _, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
+        parts = [item for name in folders if (item := artifact(os.path.join(parent, name))).kind == "parts"]
+        whole = [item.name for item in parts if item.epoch is not None and not item.name.startswith(".")]
+        folders[:] = [name for name in folders if name not in whole and not name.endswith(".shards.tmp")]
+        for path in (Path(parent, name) for name in whole):
+            with suppress(FileNotFoundError):  # a training drops its oldest
+                size = sum(part.stat().st_size for part in path.iterdir())
+                yield artifact(str(path), size, path.stat().st_mtime)
         for name in names:
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():

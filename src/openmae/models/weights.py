@@ -269,6 +269,11 @@ def _check_file(path: Path) -> None:
             f"No checkpoint at {path}.", "Check the path; relative paths start at the working folder."
         )
     if path.is_dir():
+        if path.suffix == ".shards":
+            raise CheckpointError(
+                f"{path} is a checkpoint in parts, which training alone reads.",
+                f"Join it: mae checkpoint consolidate {path}",
+            )
         inside = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
         fix = f"Name one of its files: {', '.join(inside[:3])}." if inside else "Name a file; it holds no checkpoint."
         raise CheckpointError(f"{path} is a folder, not a checkpoint.", fix)

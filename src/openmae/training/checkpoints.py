@@ -2,6 +2,7 @@
 
 A checkpoint is a plain dict of tensors and plain values that ``torch.load(weights_only=True)`` reads. Its names are
 the contract's: ``model_epoch_EEE_step_SSSSS.pth``, ``<arch>_latest.pth`` (a link to the newest), ``model_best.pth``.
+Under fsdp it may be a folder of parts (``parts.py``), ``model_epoch_EEE_step_SSSSS.shards``, to which no link points.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -23,14 +23,16 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 
 from openmae.errors import CheckpointError, RunError
-from openmae.storage.encryption import Key, created, is_encrypted, unlocked
+from openmae.storage.encryption import Key, created, is_encrypted
 from openmae.training.background import BackgroundWorker, HostCopy
+from openmae.training.parts import INDEX, SHARDS, complete, load_file, own_part, read_parts, write_part
+from openmae.training.pulse import answer_seconds
 
 BEST = "model_best.pth"
-_PASSING = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
+_PASSING = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
 UNREADABLE = ".unreadable"
 SUPERSEDED = ".superseded"
-_NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
+_NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.(pth|shards)")
 
 log = logging.getLogger("openmae")
 
@@ -83,9 +85,46 @@ class CheckpointFolder:
         Raises:
             RunError: the one before could not be written; what was there is untouched.
         """
-        path = self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}.pth"
+        path = self._path(epoch, step, ".pth")
         self._begin(payload, path, best)
         return path
+
+    def make_room(self, epoch: int, step: int) -> None:
+        """Make the folder that the parts of a checkpoint are written into; by process 0, before all of them begin.
+
+        Raises:
+            RunError: it cannot be made, or the checkpoint before could not be written.
+        """
+        self.wait()
+        path = self._path(epoch, step, SHARDS)
+        with _explaining(path):
+            self._clear_begun()
+            _hidden(path).mkdir()
+
+    def save_part(
+        self, payload: Mapping[str, Any], best: Mapping[str, Any], epoch: int, step: int, ranks: tuple[int, int]
+    ) -> None:
+        """As :meth:`save`, by all processes: each writes its part, and process 0 waits for them and counts them.
+
+        Args:
+            payload: as the processes share it out.
+            best: of process 0, a whole payload for ``model_best.pth``; empty: this is not the best.
+            ranks: number of this process, and of all.
+
+        Raises:
+            RunError: the one before could not be written, or this process does not see the folder of process 0.
+        """
+        self.wait()
+        path = self._path(epoch, step, SHARDS)
+        if not _hidden(path).is_dir():
+            raise RunError(
+                f"Process {ranks[0]} does not see the folder in {self.folder} that process 0 has made for {path.name}.",
+                "Put results_dir on a file system that all nodes share, or set train.sharded_checkpoints=false.",
+            )
+        index, rows = own_part(payload)
+        mine = {"index": {}, "best": {}} if ranks[0] else {"index": index, "best": best}
+        copy = self._host.take({**mine, "rows": rows})
+        self._writer.start(partial(self._write_part, copy, path, *ranks))
 
     def save_best(self, payload: Mapping[str, Any]) -> None:
         """As :meth:`save`, of a ``model_best.pth`` that is no checkpoint besides."""
@@ -101,6 +140,7 @@ class CheckpointFolder:
 
     def go_on_from(self, epoch: int, step: int) -> None:
         """Set aside what is newer than the place that a run goes on from: the next start would take the newest."""
+        self._clear_begun()
         newer = [path for path in list_checkpoints(self.folder) if _place(path) > (epoch, step)]
         for path in newer:
             set_aside(path, SUPERSEDED)
@@ -110,11 +150,19 @@ class CheckpointFolder:
                 epoch, step, self.folder, SUPERSEDED, ", ".join(path.name for path in newer),
             )  # fmt: skip
         if self.latest.is_symlink() and not self.latest.exists():
-            left = newest_checkpoint(self.folder)
-            if left is None:
-                self.latest.unlink()
+            left = [path for path in list_checkpoints(self.folder) if path.is_file()]
+            if left:
+                _point(self.latest, left[-1])
             else:
-                _point(self.latest, left)
+                self.latest.unlink()
+
+    def _path(self, epoch: int, step: int, suffix: str) -> Path:
+        return self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}{suffix}"
+
+    def _clear_begun(self) -> None:
+        """Folders of parts that a killed run has left."""
+        for left in self.folder.glob(f".model_epoch_*{SHARDS}.tmp"):
+            shutil.rmtree(left)
 
     def _begin(self, payload: Mapping[str, Any], path: Path, best: bool) -> None:
         self.wait()
@@ -128,8 +176,27 @@ class CheckpointFolder:
         if path.name == BEST:
             return
         _point(self.latest, path)
+        self._drop_oldest(path)
+
+    def _write_part(self, copy: Mapping[str, Any], path: Path, rank: int, ranks: int) -> None:
+        with _explaining(path):
+            if copy["best"]:
+                with _replacing(self.folder / BEST) as temporary:
+                    _dump(copy["best"], temporary, self.key)
+            write_part(copy["rows"], _hidden(path), rank, ranks, self.key)
+            if rank:
+                return
+            complete(_hidden(path), path, copy["index"], ranks, self.key, answer_seconds())
+            self.latest.unlink(missing_ok=True)  # it would point at an older one
+        self._drop_oldest(path)
+
+    def _drop_oldest(self, written: Path) -> None:
         for old in list_checkpoints(self.folder)[: -self.keep]:
-            if old != path:
+            if old == written:
+                continue
+            if old.is_dir():
+                shutil.rmtree(old.replace(_hidden(old)))  # half of a folder is not to be found under its name
+            else:
                 old.unlink()
 
     def _name_best(self, written: Path) -> None:
@@ -141,8 +208,9 @@ class CheckpointFolder:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The numbered checkpoints of a folder, oldest first by (epoch, step)."""
-    return sorted((path for path in folder.glob("model_epoch_*.pth") if _NAME.fullmatch(path.name)), key=_place)
+    """The numbered checkpoints of a folder, oldest first by (epoch, step); a whole one stands after its parts."""
+    found = (path for path in folder.glob("model_epoch_*") if _NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: (_place(path), path.suffix != SHARDS))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -153,8 +221,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def set_aside(path: Path, ending: str) -> None:
     """Rename a checkpoint, so that no run takes it up."""
+    aside = path.with_name(path.name + ending)
+    if aside.is_dir():  # a file takes the place of another, a folder does not
+        shutil.rmtree(aside, ignore_errors=True)
     with suppress(FileNotFoundError):  # another process of the run was quicker
-        path.replace(path.with_name(path.name + ending))
+        path.replace(aside)
 
 
 def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[str, Any]] | None:
@@ -172,7 +243,8 @@ def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[st
         try:
             payload = read_training_state(path, key, lazily=True)
         except CheckpointError as error:
-            if key is None and is_encrypted(path):
+            file = path / INDEX if path.is_dir() else path
+            if key is None and file.exists() and is_encrypted(file):
                 raise
             first = first or error
             damaged.append(path)
@@ -212,11 +284,27 @@ def _dump(payload: Mapping[str, Any], path: Path, key: Key | None) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write, which then takes the place of ``path`` in one move."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _hidden(path)
     try:
-        temporary.unlink(missing_ok=True)  # a killed run left it
-        yield temporary
-        os.replace(temporary, path)
+        with _explaining(path):
+            temporary.unlink(missing_ok=True)  # a killed run left it
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # a file system that has turned read-only
+            temporary.unlink(missing_ok=True)
+
+
+def _hidden(path: Path) -> Path:
+    """What it is called while it is written."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Tell why a checkpoint could not be written, and what is left."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         before = newest_checkpoint(path.parent)
         kept = f" {before.name} is intact: the same command resumes from it." if before else ""
@@ -224,16 +312,13 @@ def _replacing(path: Path) -> Iterator[Path]:
             f"The checkpoint {path.name} could not be written ({_reason(error)}).",
             f"Free space in {path.parent}, or lower train.keep_checkpoints.{kept}",
         ) from error
-    finally:
-        with suppress(OSError):  # a file system that has turned read-only
-            temporary.unlink(missing_ok=True)
 
 
 def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> dict[str, Any]:
     """The whole payload of a checkpoint that this package wrote.
 
     Args:
-        path: the file.
+        path: the file, or the folder of parts, whose shared tensors are ``Shared``.
         key: opens it where it is encrypted.
         lazily: for a look at the plain values: tensors stay in a plain file, which must stay where it is. As torch
             compares no checksums, this does.
@@ -242,17 +327,16 @@ def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = Fa
         CheckpointError: missing, truncated, not written by a training run of this package, or encrypted and not
             to be opened with this key.
     """
-    if not path.is_file():
+    in_parts = path.suffix == SHARDS and path.is_dir()
+    if not in_parts and not path.is_file():
         raise CheckpointError(
             f"there is no file {str(path)!r}.",
             "Name a model_epoch_*.pth, or leave the key empty to resume from the newest in results_dir.",
         )
-    file = unlocked(path, key)
+    payload: Any
     try:
-        payload = torch.load(file or path, map_location="cpu", weights_only=True, mmap=lazily and not file)
-        if lazily and not file:
-            _check_sums(path)
-    except MemoryError:
+        payload = read_parts(path, key, check=lazily) if in_parts else load_file(path, key, mmap=lazily, check=lazily)
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _PASSING:  # it says nothing of the file
@@ -267,12 +351,6 @@ def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = Fa
             "Give it as train.pretrained_model_path to start from its weights.",
         )
     return payload
-
-
-def _check_sums(path: Path) -> None:
-    with zipfile.ZipFile(path) as bundle:
-        if damaged := bundle.testzip():
-            raise zipfile.BadZipFile(f"{damaged} has another checksum")
 
 
 def _point(link: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from openmae.results.status import StatusLog
 from openmae.training.checkpoints import CheckpointFolder
 from openmae.training.loggers import Loggers
 from openmae.training.stepclock import StepClock
+
+log = logging.getLogger("openmae")
 
 
 class Task(Protocol):
@@ -47,6 +50,7 @@ class LoopSettings:
         clip_grad_norm, ema_decay: 0 is off.
         checkpoint_interval_unit: ``epoch`` or ``step`` (an update of the weights).
         stop_after_epoch: pause there; the schedule is that of ``num_epochs`` all the same.
+        sharded_checkpoints: in parts, where the weights are shared out; the last one is whole.
     """
 
     num_epochs: int
@@ -60,6 +64,7 @@ class LoopSettings:
     seed: int = 1234
     stop_after_epoch: int | None = None
     compile: bool = False
+    sharded_checkpoints: bool = False
 
     @property
     def last_epoch(self) -> int:
@@ -105,3 +110,17 @@ class Outputs:
     status: StatusLog | None = None
     clock: StepClock | None = None
     console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Metrics for the loggers, if there are any."""
+        if self.loggers is not None and values:
+            self.loggers.write(step, epoch, values)
+
+    def report(self, epoch: int, epochs: int, step: int, metrics: Mapping[str, float]) -> None:
+        """The end of an epoch, for people: in the status and on the terminal."""
+        if self.status is None:
+            return
+        message = f"Epoch {epoch + 1} of {epochs}, step {step}"
+        self.status.write("RUNNING", message, kpi=metrics)
+        shown = {k: f"{v:.0f}" if k == "images_per_s" else f"{v:.4f}" for k, v in metrics.items()}
+        log.info("%s: %s", message, "  ".join(f"{k} {v}" for k, v in shown.items()))

@@ -240,7 +240,9 @@ class Trainer:
         self.progress.loss_sum += loss
         self.progress.loss_count += 1
         if update.step % max(1, self.schedule.steps_per_epoch // _ROWS_PER_EPOCH) == 0:
-            self._log({"train_loss": loss, "lr": update.rate, **self.pace.lap()}, update.step)
+            self.outputs.log(
+                update.step, self.progress.epoch, {"train_loss": loss, "lr": update.rate} | self.pace.lap()
+            )
 
     def _skip(self, step: int, fault: str, images: Sequence[int]) -> None:
         """Leave the weights as they are, and name the images; too often in a row ends the run.
@@ -299,17 +301,17 @@ class Trainer:
         if self.val_loader is not None and ((progress.epoch + 1) % settings.validation_interval == 0 or last):
             metrics |= self._validate()
         # Before the checkpoint: a run killed between the two writes these rows again, and none is lost.
-        self._log({"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()}, progress.step)
         epoch, step = progress.epoch, progress.step
+        self.outputs.log(step, epoch, {"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()})
         due = last or settings.checkpoint_is_due("epoch", epoch + 1) or settings.checkpoint_is_due("step", step)
         improved = (due or self.task.monitor != "train_loss") and self._note_best(metrics)
         progress.epoch, progress.batch, progress.loss_sum, progress.loss_count = epoch + 1, 0, 0.0, 0
         if due:
-            self._save(best=improved)
+            self._save(best=improved, last=last)
         elif improved:
-            payload = self._payload()
+            payload = self._whole_payload()
             self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(payload))
-        self._report(epoch, step, metrics | pace)
+        self.outputs.report(epoch, settings.num_epochs, step, metrics | pace)
         return metrics
 
     def _validate(self) -> dict[str, float]:
@@ -353,8 +355,7 @@ class Trainer:
         return True
 
     def _payload(self) -> dict[str, Any]:
-        """What a checkpoint holds, for rank 0; to be called by all processes: each may have a part of it."""
-        self._mark("other")
+        """What a checkpoint holds; each process may have a part of its tensors."""
         payload: dict[str, Any] = {
             "openmae": dict(self.outputs.info),
             "state_dict": {f"model.{k}": v for k, v in self.task.model.state_dict().items()},
@@ -364,18 +365,32 @@ class Trainer:
         }
         if self.ema is not None:
             payload["ema_state_dict"] = {f"model.{k}": v for k, v in self.ema.module.state_dict().items()}
-        whole: dict[str, Any] = gathered(payload, keep=self.fabric.is_global_zero)
+        return payload
+
+    def _whole_payload(self) -> dict[str, Any]:
+        """For rank 0; to be called by all processes."""
+        self._mark("other")
+        whole: dict[str, Any] = gathered(self._payload(), keep=self.fabric.is_global_zero)
         self._mark("checkpoints")
         return whole
 
-    def _save(self, *, best: bool = False) -> None:
-        progress, payload = self.progress, self._payload()
-        self._on_rank_zero(lambda: self.outputs.checkpoints.save(payload, progress.epoch, progress.step, best=best))
+    def _save(self, *, best: bool = False, last: bool = False) -> None:
+        """A checkpoint of here; the last one is whole, so that whatever takes a model finds one."""
+        place, checkpoints = (self.progress.epoch, self.progress.step), self.outputs.checkpoints
+        if last or not (self.settings.sharded_checkpoints and is_sharded(self.task.model)):
+            payload = self._whole_payload()
+            self._on_rank_zero(lambda: checkpoints.save(payload, *place, best=best))
+            return
+        payload = self._whole_payload() if best else {}
+        self._on_rank_zero(lambda: checkpoints.make_room(*place))
+        checkpoints.save_part(self._payload(), payload, *place, (self.fabric.global_rank, self.fabric.world_size))
 
     def _on_rank_zero(self, write: Callable[[], Any]) -> None:
         self._mark("other")
         if self.fabric.is_global_zero:
             write()
+        else:
+            self.outputs.checkpoints.wait()  # for a part of its own: what went wrong is to end the run
         self._pulse.passes()
         self.fabric.barrier()
         self._mark("checkpoints")
@@ -385,15 +400,3 @@ class Trainer:
         self._pulse.passes()
         if self.outputs.clock is not None:
             self.outputs.clock.mark(phase, ends_step=ends_step)
-
-    def _log(self, values: Mapping[str, float], step: int) -> None:
-        if self.outputs.loggers is not None and values:
-            self.outputs.loggers.write(step, self.progress.epoch, values)
-
-    def _report(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
-        if self.outputs.status is None:
-            return
-        message = f"Epoch {epoch + 1} of {self.settings.num_epochs}, step {step}"
-        self.outputs.status.write("RUNNING", message, kpi=metrics)
-        shown = {k: f"{v:.0f}" if k == "images_per_s" else f"{v:.4f}" for k, v in metrics.items()}
-        log.info("%s: %s", message, "  ".join(f"{k} {v}" for k, v in shown.items()))
