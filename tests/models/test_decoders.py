@@ -77,3 +77,29 @@ def test_depth_and_width_act() -> None:
     assert decoder.predict.in_features == 96
     assert decoder.blocks[0].attn.num_heads == 3
     assert len(ConvNeXtDecoder(LATENT, 96, 3, GRID, TOKEN_VALUES).blocks) == 3
+
+
+@pytest.mark.parametrize(("prefix", "learned"), [(1, False), (0, True)], ids=["vit", "hiera"])
+def test_a_transformer_leaves_out_what_is_neither_visible_nor_predicted(
+    prefix, learned, randomise, draw_mask, assert_near
+) -> None:
+    decoder = TransformerDecoder(LATENT, 64, 2, GRID, prefix, TOKEN_VALUES, learned_positions=learned).double()
+    randomise(decoder)
+    whole = draw_mask(3, 6, 2)
+    mask = whole._replace(masked_BM=whole.masked_BM[:, 1:3])
+    latent = torch.randn(3, prefix + 2, LATENT).double()
+    x = decoder.embed(latent)
+    x = torch.cat([x[:, :prefix], filled(x[:, prefix:], mask, decoder.mask_token)], dim=1) + decoder.pos_embed
+    for sample, row in enumerate(x):
+        seen, predicted = mask.visible_BV[sample] + prefix, mask.masked_BM[sample] + prefix
+        kept = torch.cat([torch.arange(prefix), predicted, seen])
+        expected = decoder.predict(decoder.norm(decoder.blocks(row[kept][None])))[0, prefix : prefix + 2]
+        assert_near(decoder(latent, mask)[sample], expected, 1e-12)
+
+
+def test_convnext_predicts_some_of_the_masked_as_it_predicts_all(randomise, draw_mask, assert_near) -> None:
+    decoder = ConvNeXtDecoder(LATENT, 16, 2, GRID, TOKEN_VALUES).double()
+    randomise(decoder)
+    mask, latent = draw_mask(3, 6, 2), torch.randn(3, 2, LATENT).double()
+    some = mask._replace(masked_BM=mask.masked_BM[:, 1:3])
+    assert_near(decoder(latent, some), decoder(latent, mask)[:, 1:3], 1e-12)

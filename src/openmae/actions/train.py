@@ -225,7 +225,14 @@ def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
             monitor=monitor,
         )
     assert isinstance(model, MaskedAutoencoder)
-    return PretrainTask(model, normalise, mask_ratio=plan.config.mask_ratio, seed=spec.train.seed, monitor=monitor)
+    return PretrainTask(
+        model,
+        normalise,
+        mask_ratio=plan.config.mask_ratio,
+        seed=spec.train.seed,
+        monitor=monitor,
+        targets=spec.model.decoder_targets,
+    )
 
 
 def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoader | None]:

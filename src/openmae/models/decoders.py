@@ -71,12 +71,25 @@ class TransformerDecoder(nn.Module):
         """Predicted values of the masked tokens, ``[B, M, P]``."""
         x = self.embed(latent_BTD)
         prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        x = torch.cat([prefix, _fill(visible, mask, self.mask_token)], dim=1)
+        num_tokens = self.pos_embed.shape[1] - self.num_prefix_tokens
+        x = torch.cat([prefix, _fill(visible, mask, self.mask_token, num_tokens)], dim=1)
+        x = x + self.pos_embed  # float32 from here on under autocast, as in the official code
+        mask, x = self._without_what_is_left_out(mask, x)
         others, last = self.blocks[:-1], cast(Block, self.blocks[-1])
-        x = others(x + self.pos_embed)  # float32 from here on under autocast, as in the official code
+        x = others(x)
         x = x + last.attn(last.norm1(x))  # after it no token sees another: the rest is for the masked alone
         masked = take(x[:, self.num_prefix_tokens :], mask.masked_BM)
         return self.predict(self.norm(masked + last.mlp(last.norm2(masked))))
+
+    def _without_what_is_left_out(self, mask: Mask, x_BTE: Tensor) -> tuple[Mask, Tensor]:
+        """Only the tokens that are visible or predicted, in this order, and where they are then."""
+        (B, V), M = mask.visible_BV.shape, mask.masked_BM.shape[1]
+        if self.num_prefix_tokens + V + M == x_BTE.shape[1]:
+            return mask, x_BTE
+        prefix, tokens = x_BTE[:, : self.num_prefix_tokens], x_BTE[:, self.num_prefix_tokens :]
+        kept = take(tokens, torch.cat(mask, dim=1))
+        place = torch.arange(V + M, device=x_BTE.device).expand(B, -1)
+        return Mask(place[:, :V], place[:, V:]), torch.cat([prefix, kept], dim=1)
 
 
 class ConvNeXtDecoder(nn.Module):
@@ -107,7 +120,7 @@ class ConvNeXtDecoder(nn.Module):
 
     def forward(self, latent_BVD: Tensor, mask: Mask) -> Tensor:
         """Predicted values of the masked tokens, ``[B, M, P]``."""
-        x_BLE = _fill(self.embed(latent_BVD), mask, self.mask_token)
+        x_BLE = _fill(self.embed(latent_BVD), mask, self.mask_token, self.grid[0] * self.grid[1])
         sites = Sites((len(x_BLE), *self.grid))
         *others, last = self.blocks
         for block in others:
@@ -119,8 +132,8 @@ class ConvNeXtDecoder(nn.Module):
 Decoder = TransformerDecoder | ConvNeXtDecoder
 
 
-def _fill(visible_BVE: Tensor, mask: Mask, token: Tensor) -> Tensor:
+def _fill(visible_BVE: Tensor, mask: Mask, token: Tensor, num_tokens: int) -> Tensor:
     """All tokens in order: the visible ones' vectors, and the mask token elsewhere; ``[B, L, E]``."""
-    B, V, E = visible_BVE.shape
-    filled = token.to(visible_BVE.dtype).expand(B, V + mask.masked_BM.shape[1], E)
+    B, _, E = visible_BVE.shape
+    filled = token.to(visible_BVE.dtype).expand(B, num_tokens, E)
     return filled.scatter(1, mask.visible_BV.unsqueeze(-1).expand(-1, -1, E), visible_BVE)

@@ -32,7 +32,10 @@ INERT: dict[str, tuple[str, ...]] = {
         "train.ema_decay",
         *(f"{_AUGMENT}{name}" for name in _FINETUNE_AUGMENTATION),
     ),
-    "finetune": ("model.mask_ratio", "model.norm_pix_loss", "model.decoder_depth", "model.decoder_embed_dim"),
+    "finetune": (
+        *("model.mask_ratio", "model.norm_pix_loss"),
+        *(f"model.decoder_{name}" for name in ("depth", "embed_dim", "targets")),
+    ),
 }
 
 _INPUT_OF_ENGINE = tuple(f"gen_trt_engine.input_{name}" for name in ("channel", "height", "width"))
