@@ -171,6 +171,7 @@ def test_a_share_of_the_masked_is_predicted(targets: float, count: int) -> None:
     whole, some = random_mask(samples, **address), random_mask(samples, **address, targets=targets)
     assert torch.equal(some.visible_BV, whole.visible_BV), "the encoder's task is the same"
     assert some.masked_BM.shape == (200, count)
+    assert targets < 1 or torch.equal(some.masked_BM, whole.masked_BM)
     for chosen, masked in zip(some.masked_BM.tolist(), whole.masked_BM.tolist(), strict=True):
         assert chosen == sorted(chosen)
         assert set(chosen) <= set(masked)

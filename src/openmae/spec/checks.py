@@ -34,7 +34,7 @@ INERT: dict[str, tuple[str, ...]] = {
     ),
     "finetune": (
         *("model.mask_ratio", "model.norm_pix_loss"),
-        *(f"model.decoder_{name}" for name in ("depth", "embed_dim", "targets")),
+        *(f"model.decoder_{name}" for name in ("depth", "embed_dim", "attention", "targets")),
     ),
 }
 
@@ -186,6 +186,14 @@ def _model(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
             f"only ViT has a patch size to choose, and {row.name} is not one, got {model.patch_size}. "
             "Remove it, or choose a vit_ architecture.",
             also=("model.arch",),
+        )
+    cross = spec.train.stage == "pretrain" and model.decoder_attention == "cross"
+    if cross and row.family == "convnextv2" and _is_known(spec, action, "model.arch"):
+        yield Problem(
+            "model.decoder_attention",
+            f"cross needs a decoder with attention, and that of {row.name} is a convolution over the whole grid, got "
+            "cross. Remove it, or choose a vit_ or hiera_ architecture.",
+            also=("model.arch", "train.stage"),
         )
     width = model.decoder_embed_dim
     if spec.train.stage == "pretrain" and row.family != "convnextv2" and width and width % DECODER_HEAD_DIM:
