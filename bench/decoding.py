@@ -11,7 +11,7 @@ import torch
 
 from openmae.spec.architectures import get_architecture
 
-from . import steps
+from . import plan, steps
 from .measure import Comparison, compare
 from .pretrain import BATCH, SIDE, told
 from .report import Report
@@ -56,21 +56,33 @@ def run(quick: bool) -> Report:
         print(f"{arch} ...", file=sys.stderr, flush=True)
         decoders = decoders_of(arch)
         found = measure(arch, decoders, batch, side, quick)
-        rows += [
-            (arch, one.attention, f"{one.targets:g}", told(found.timings[str(one)]), f"{found.ratio(str(one)):.2f}")
-            for one in decoders
-        ]
-        data.append({"arch": arch, "side": side, "batch": batch, **found.to_dict()})
+        work = {str(one): operations(arch, one, side) for one in decoders}
+        for one in decoders:
+            name, own = str(one), f"{work[str(one)] / work[found.reference]:.2f}"
+            rows.append(
+                (arch, one.attention, f"{one.targets:g}", told(found.timings[name]), f"{found.ratio(name):.2f}", own)
+            )
+        data.append({"arch": arch, "side": side, "batch": batch, "operations": work, **found.to_dict()})
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     notes = [
         f"{where}, float32, batch {batch}, {side}x{side} px, the papers' mask ratios, depths and widths of decoders; "
         "contestants take turns in one process, warm-up excluded; median of the turns, the slowest and the fastest.",
         "The ratio is to the paper's decoder (self, 1). It is no gain by itself: a step learns from less. What that "
         "costs in accuracy is measured by `python -m bench decoding_cost`.",
+        "Operations: of the products and convolutions of a forward pass (torch's FlopCounterMode), as a share of those "
+        "with the paper's decoder. ConvNeXt V2's convolutions need the whole grid, so fewer targets save it little.",
         f"Load before the first call: {data[0]['load']}; above 1 others were at work, and the figures are noisy.",
     ]
-    columns = ("model", "decoder_attention", "decoder_targets", "images/s", "ratio")
+    columns = ("model", "decoder_attention", "decoder_targets", "images/s", "ratio", "operations")
     return Report("A pretraining step whose decoder does less", columns, rows, data, notes)
+
+
+def operations(arch: str, decoder: Decoder, side: int) -> float:
+    """Of a forward pass, an image."""
+    mask_ratio = get_architecture(arch).mask_ratio
+    return plan.forward_operations(
+        steps.build(arch, side, mask_ratio, decoder.attention), side, mask_ratio, decoder.targets
+    )
 
 
 def measure(arch: str, decoders: Sequence[Decoder], batch: int, side: int, quick: bool) -> Comparison:

@@ -28,6 +28,18 @@ def test_decoding_runs(tmp_path: Path) -> None:
     assert "| convnextv2_atto  | self" in text
 
 
+def test_less_is_computed_where_less_is_decoded() -> None:
+    """By hand, of 8 blocks over 17 tokens, or 11, and of 3 queries over 5: projections and MLP, attention's products."""
+    whole, part, cross = (decoding.operations("vit_tiny_patch16", one, 64) for one in (SELF, PART, CROSS))
+    width, latent = 512, 192
+    dropped = 8 * (17 * (24 * width**2 + 4 * 17 * width) - 11 * (24 * width**2 + 4 * 11 * width))
+    assert whole - part == pytest.approx(dropped, rel=0.05)
+    reading = 8 * (3 * 20 * width**2 + 5 * 4 * latent * width + 3 * 4 * 5 * width)
+    encoder = 12 * 5 * (24 * latent**2 + 4 * 5 * latent)
+    assert cross == pytest.approx(encoder + reading, rel=0.05)
+    assert cross < part < whole
+
+
 def test_a_step_predicts_what_the_decoder_is_to() -> None:
     model = steps.build("vit_tiny_patch16", 64, 0.75, "cross")
     predicted: list[int] = []
