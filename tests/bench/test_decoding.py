@@ -29,7 +29,7 @@ def test_decoding_runs(tmp_path: Path) -> None:
 
 
 def test_less_is_computed_where_less_is_decoded() -> None:
-    """By hand, of 8 blocks over 17 tokens, or 11, and of 3 queries over 5: projections and MLP, attention's products."""
+    """By hand, of 8 blocks over 17 tokens or 11, and of 3 queries over 5: projections, MLP, attention's products."""
     whole, part, cross = (decoding.operations("vit_tiny_patch16", one, 64) for one in (SELF, PART, CROSS))
     width, latent = 512, 192
     dropped = 8 * (17 * (24 * width**2 + 4 * 17 * width) - 11 * (24 * width**2 + 4 * 11 * width))

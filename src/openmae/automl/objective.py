@@ -22,7 +22,7 @@ MISLEADS = (
 )
 _CHANGES_THE_TASK = (
     *(f"model.{name}" for name in ("mask_ratio", "norm_pix_loss", "arch")),
-    *(f"model.decoder_{name}" for name in ("depth", "embed_dim", "attention", "targets")),
+    *(f"model.decoder_{name}" for name in ("depth", "embed_dim", "targets")),
     "dataset.augmentation.min_scale",
 )
 
