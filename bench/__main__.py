@@ -18,12 +18,15 @@ BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
     "startup": "seconds until commands answer, and until the first step of a training",
     "scaling": "how the time of a step grows with batch, resolution, visible units and depth",
     "checkpoints": "what writing checkpoints beside the training costs its steps",
+    "decoding": "a pretraining step with fewer targets and with cross-attention, beside the paper's decoder",
+    "decoding_cost": "what these cost in accuracy on the quickstart's digits",
     "plan": "what a large pretraining needs: operations, memory, hours at stated rates of GPUs",
     "deploy": "images/s of ONNX Runtime fp32 and int8 beside torch, on the CPU",
     "serve": "latency and requests/s of `mae serve` at 1 and 8 clients",
     "automl": "what 20 recommendations find, and the epochs they take, by algorithm",
 }
-ONLY_BY_NAME = {"automl", "checkpoints", "plan"}  # an hour and more; minutes; measures nothing
+# they take minutes to an hour; plan measures nothing
+ONLY_BY_NAME = {"automl", "checkpoints", "decoding", "decoding_cost", "plan"}
 RESULTS = Path("results/bench")
 
 

@@ -61,7 +61,7 @@ def train_both(
     """
     images = photographs(4, ours.encoder.grid[0] * ours.encoder.unit)
     theirs = steps.reference_step(reference(ours), steps.normalised(images), mask_ratio, ours.num_units, lr)
-    mine = steps.our_step(ours, images, mask_ratio, lr, bf16)
+    mine = steps.our_step(ours, images, mask_ratio, lr, bf16=bf16)
     return Curves(*(tuple(float(step()) for _ in range(updates)) for step in (mine, theirs)))
 
 

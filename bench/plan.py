@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from openmae.models.mae import MaskedAutoencoder
 from openmae.spec.architectures import get_architecture
 
 from . import steps
@@ -77,11 +78,16 @@ def count(arch: str, side: int) -> Work:
     """Count a step of images of ``side`` x ``side`` pixels, as the trainer makes it."""
     mask_ratio = get_architecture(arch).mask_ratio
     model = steps.build(arch, side, mask_ratio)
-    loss_of = steps.our_loss(model, steps.random_images(_BATCH, side), mask_ratio)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Work(arch, mask_ratio, parameters, _PASSES * forward_operations(model, side, mask_ratio))
+
+
+def forward_operations(model: MaskedAutoencoder, side: int, mask_ratio: float, targets: float = 1.0) -> float:
+    """Floating-point operations an image of a forward pass: products and convolutions."""
+    loss_of = steps.our_loss(model, steps.random_images(_BATCH, side), mask_ratio, targets=targets)
     with FlopCounterMode(display=False) as counter:
         loss_of(0)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Work(arch, mask_ratio, parameters, _PASSES * counter.get_total_flops() / _BATCH)
+    return counter.get_total_flops() / _BATCH
 
 
 def _row(work: Work) -> tuple[str, ...]:

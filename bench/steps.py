@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def build(arch: str, side: int, mask_ratio: float) -> MaskedAutoencoder:
-    """OpenMAE's autoencoder with the paper's decoder and random weights, for images of ``side`` x ``side`` pixels."""
+def build(arch: str, side: int, mask_ratio: float, attention: Literal["self", "cross"] = "self") -> MaskedAutoencoder:
+    """OpenMAE's autoencoder with the paper's decoder and random weights, for images of ``side`` x ``side`` pixels.
+
+    ``attention`` "cross" replaces the paper's decoder by CrossMAE's of the same depth and width.
+    """
     torch.manual_seed(0)
     row = get_architecture(arch)
     config = ModelConfig(
@@ -38,6 +42,7 @@ def build(arch: str, side: int, mask_ratio: float) -> MaskedAutoencoder:
         mask_ratio=mask_ratio,
         decoder_depth=row.decoder_depth,
         decoder_embed_dim=row.decoder_embed_dim,
+        decoder_attention=attention,
     )
     return build_autoencoder(config).to(device())
 
@@ -58,7 +63,9 @@ def our_step(
     images_BCHW: Tensor,
     mask_ratio: float,
     lr: float = LEARNING_RATE,
+    *,
     bf16: bool = False,
+    targets: float = 1.0,
 ) -> Step:
     """OpenMAE's update, of what its trainer calls: uint8 images are normalised and masked within it.
 
@@ -68,16 +75,19 @@ def our_step(
         mask_ratio: share of masked units.
         lr: learning rate.
         bf16: as ``train.precision=bf16`` computes.
+        targets: ``model.decoder_targets``.
     """
     optimizer = build_adamw(pretraining_groups(model, _WEIGHT_DECAY), lr, _BETA1, _BETA2)
-    return _updates(our_loss(model, images_BCHW, mask_ratio, bf16), optimizer)
+    return _updates(our_loss(model, images_BCHW, mask_ratio, bf16=bf16, targets=targets), optimizer)
 
 
 def our_loss(
-    model: MaskedAutoencoder, images_BCHW: Tensor, mask_ratio: float, bf16: bool = False
+    model: MaskedAutoencoder, images_BCHW: Tensor, mask_ratio: float, *, bf16: bool = False, targets: float = 1.0
 ) -> Callable[[int], Tensor]:
     """The forward pass of ``our_step``: the loss with an epoch's masks."""
-    task = PretrainTask(model.train(), _NORMALISER, mask_ratio=mask_ratio, seed=0, monitor="train_loss")
+    task = PretrainTask(
+        model.train(), _NORMALISER, mask_ratio=mask_ratio, seed=0, monitor="train_loss", targets=targets
+    )
     samples = torch.arange(len(images_BCHW), device=images_BCHW.device)
     batch = Batch(images_BCHW, torch.full_like(samples, -1), samples, 0, [])
 

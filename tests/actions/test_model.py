@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 
 from openmae.actions.model import open_model, resolve_model
+from openmae.cli import main
 from openmae.errors import SpecError
 from openmae.models.mae import MaskedAutoencoder
+from openmae.results.metrics import read_metrics
+from openmae.results.status import read_status
 from openmae.spec.load import load_spec
+
+from .conftest import train_arguments
 
 pytestmark = pytest.mark.xdist_group("actions")
 
@@ -49,6 +54,32 @@ def test_a_decoder_is_asked_of_a_pretrained_model_only(trained):
     open_model(spec_for(trained("vit", "finetune").checkpoint, "model.decoder_depth=4"), "evaluate")
     with pytest.raises(SpecError, match=r"model.decoder_depth is 4, but evaluate.checkpoint .* holds .*=1"):
         open_model(spec_for(trained("vit", "pretrain").checkpoint, "model.decoder_depth=4"), "evaluate")
+
+
+def test_a_decoder_with_cross_attention_is_one_everywhere(photos, tmp_path, capsys):
+    """Trained, gone on with, validated, its pictures drawn; and refused as another one."""
+    changes = [f"results_dir={tmp_path}", "model.decoder_attention=cross", "model.decoder_targets=0.5"]
+    command = ["train", *train_arguments(photos, "vit", "pretrain"), "dataset.augmentation.input_size=64", *changes]
+    assert main([*command, "train.num_epochs=2", "train.stop_after_epoch=1"]) == 0
+    out = " ".join("".join(capsys.readouterr()).split())
+    assert "a training step predicts 0.5 of them" in out
+    assert "1 x 32, cross-attention" in out
+    assert main([*command, "train.num_epochs=2", "model.decoder_attention=self"]) == 2
+    assert "model.decoder_attention was cross and is self." in capsys.readouterr().err
+    assert main([*command, "train.num_epochs=2"]) == 0
+    folder = tmp_path / "train"
+    trained_loss = read_metrics(folder / "metrics.csv")[-1]["val_loss"]
+    (checkpoint,) = folder.glob("model_epoch_002*.pth")
+    looked_at = [f"results_dir={tmp_path}", "dataset.num_workers_per_gpu=0", "wandb.enable=false"]
+    sources = [f"dataset.val_data_sources={photos.val}", f"dataset.test_data_sources={photos.val}"]
+    assert main(["evaluate", f"evaluate.checkpoint={checkpoint}", *looked_at, *sources]) == 0
+    found = read_status(tmp_path / "evaluate" / "status.json")[1]["kpi"]
+    assert found["val_loss"] == pytest.approx(trained_loss, rel=1e-5)
+    assert main(["inference", f"inference.checkpoint={checkpoint}", *looked_at, *sources]) == 0
+    assert list((tmp_path / "inference" / "reconstructions").iterdir())
+    asked = "model.decoder_attention is self, but evaluate.checkpoint .* holds model.decoder_attention=cross"
+    with pytest.raises(SpecError, match=asked):
+        open_model(spec_for(checkpoint, "model.decoder_attention=self"), "evaluate")
 
 
 def test_one_option_needs_no_others_beside_it(trained):

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from openmae.models.decoders import ConvNeXtDecoder, TransformerDecoder
+from openmae.models.decoders import ConvNeXtDecoder, CrossAttentionDecoder, TransformerDecoder
 from openmae.models.positions import sincos_position_embedding
 
 GRID = (2, 3)
@@ -62,11 +65,64 @@ def test_convnext_equals_decoding_every_token(randomise, draw_mask, assert_near)
     assert_same_gradients(actual, chosen(expected, mask), [latent, *decoder.parameters()], assert_near)
 
 
-def test_vits_positions_are_fixed_and_hieras_learned() -> None:
-    fixed = TransformerDecoder(LATENT, 64, 1, GRID, 1, TOKEN_VALUES, learned_positions=False)
+def normed(x: Tensor, norm: torch.nn.Module) -> Tensor:
+    centred = x - x.mean()
+    return centred / (centred.square().mean() + 1e-6).sqrt() * norm.weight + norm.bias
+
+
+def decoded_one_by_one(decoder: CrossAttentionDecoder, latent: Tensor, token: int) -> Tensor:
+    """The prediction of one token of one image, head by head, from its latent ``[T, D]``."""
+    x = decoder.mask_token.flatten() + decoder.pos_embed[0, decoder.num_prefix_tokens + token]
+    for block in decoder.cross_blocks:
+        query = block.query.weight @ normed(x, block.norm1) + block.query.bias
+        keys, values = (latent @ block.key_value.weight.T + block.key_value.bias).split(len(x), dim=-1)
+        heads = []
+        for start in range(0, len(x), 32):
+            own = slice(start, start + 32)
+            weights = (keys[:, own] @ query[own] / math.sqrt(32)).exp()
+            heads.append(weights @ values[:, own] / weights.sum())
+        x = x + block.project.weight @ torch.cat(heads) + block.project.bias
+        hidden = F.gelu(block.mlp.fc1.weight @ normed(x, block.norm2) + block.mlp.fc1.bias)
+        x = x + block.mlp.fc2.weight @ hidden + block.mlp.fc2.bias
+    return decoder.predict.weight @ normed(x, decoder.norm) + decoder.predict.bias
+
+
+@pytest.mark.parametrize(("prefix", "learned"), [(1, False), (0, True)], ids=["vit", "hiera"])
+def test_cross_attention_equals_decoding_token_by_token(prefix, learned, randomise, draw_mask, assert_near) -> None:
+    decoder = CrossAttentionDecoder(LATENT, 64, 2, GRID, prefix, TOKEN_VALUES, learned_positions=learned).double()
+    randomise(decoder)
+    mask = draw_mask(3, 6, 2)
+    latent = torch.randn(3, prefix + 2, LATENT).double().requires_grad_(True)
+    expected = torch.stack(
+        [
+            torch.stack([decoded_one_by_one(decoder, one, token) for token in tokens])
+            for one, tokens in zip(latent, mask.masked_BM.tolist(), strict=True)
+        ]
+    )
+    actual = decoder(latent, mask)
+    assert actual.shape == (3, 4, TOKEN_VALUES)
+    assert_near(actual, expected, 1e-12)
+    trained = [p for p in decoder.parameters() if p.requires_grad]
+    assert_same_gradients(actual, expected, [latent, *trained], assert_near)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_cross_attention_a_prediction_does_not_depend_on_the_others(seed, randomise, draw_mask, assert_near):
+    decoder = CrossAttentionDecoder(LATENT, 64, 3, GRID, 1, TOKEN_VALUES, learned_positions=False)
+    randomise(decoder, seed)
+    mask, latent = draw_mask(3, 6, 2, seed), torch.randn(3, 3, LATENT)
+    whole = decoder(latent, mask)
+    for chosen_ones in ([0], [3], [1, 2], [2, 0, 3]):
+        some = mask._replace(masked_BM=mask.masked_BM[:, chosen_ones])
+        assert_near(decoder(latent, some), whole[:, chosen_ones], 1e-5)
+
+
+@pytest.mark.parametrize("kind", [TransformerDecoder, CrossAttentionDecoder])
+def test_vits_positions_are_fixed_and_hieras_learned(kind) -> None:
+    fixed = kind(LATENT, 64, 1, GRID, 1, TOKEN_VALUES, learned_positions=False)
     assert not fixed.pos_embed.requires_grad
     assert torch.equal(fixed.pos_embed, sincos_position_embedding(64, GRID, 1))
-    learned = TransformerDecoder(LATENT, 64, 1, GRID, 0, TOKEN_VALUES, learned_positions=True)
+    learned = kind(LATENT, 64, 1, GRID, 0, TOKEN_VALUES, learned_positions=True)
     assert learned.pos_embed.requires_grad
     assert learned.pos_embed.std().item() == pytest.approx(0.02, rel=0.2)
 
@@ -77,3 +133,32 @@ def test_depth_and_width_act() -> None:
     assert decoder.predict.in_features == 96
     assert decoder.blocks[0].attn.num_heads == 3
     assert len(ConvNeXtDecoder(LATENT, 96, 3, GRID, TOKEN_VALUES).blocks) == 3
+    cross = CrossAttentionDecoder(LATENT, 96, 3, GRID, 1, TOKEN_VALUES, learned_positions=False)
+    assert len(cross.cross_blocks) == 3
+    assert cross.predict.in_features == 96
+
+
+@pytest.mark.parametrize(("prefix", "learned"), [(1, False), (0, True)], ids=["vit", "hiera"])
+def test_a_transformer_leaves_out_what_is_neither_visible_nor_predicted(
+    prefix, learned, randomise, draw_mask, assert_near
+) -> None:
+    decoder = TransformerDecoder(LATENT, 64, 2, GRID, prefix, TOKEN_VALUES, learned_positions=learned).double()
+    randomise(decoder)
+    whole = draw_mask(3, 6, 2)
+    mask = whole._replace(masked_BM=whole.masked_BM[:, 1:3])
+    latent = torch.randn(3, prefix + 2, LATENT).double()
+    x = decoder.embed(latent)
+    x = torch.cat([x[:, :prefix], filled(x[:, prefix:], mask, decoder.mask_token)], dim=1) + decoder.pos_embed
+    for sample, row in enumerate(x):
+        seen, predicted = mask.visible_BV[sample] + prefix, mask.masked_BM[sample] + prefix
+        kept = torch.cat([torch.arange(prefix), predicted, seen])
+        expected = decoder.predict(decoder.norm(decoder.blocks(row[kept][None])))[0, prefix : prefix + 2]
+        assert_near(decoder(latent, mask)[sample], expected, 1e-12)
+
+
+def test_convnext_predicts_some_of_the_masked_as_it_predicts_all(randomise, draw_mask, assert_near) -> None:
+    decoder = ConvNeXtDecoder(LATENT, 16, 2, GRID, TOKEN_VALUES).double()
+    randomise(decoder)
+    mask, latent = draw_mask(3, 6, 2), torch.randn(3, 2, LATENT).double()
+    some = mask._replace(masked_BM=mask.masked_BM[:, 1:3])
+    assert_near(decoder(latent, some), decoder(latent, mask)[:, 1:3], 1e-12)

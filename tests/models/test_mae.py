@@ -14,12 +14,15 @@ from openmae.models.patches import normalise_units, patchify
 
 SIZE = (64, 96)
 ARCHS = ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"]
+CROSS = [("vit_tiny_patch16", "cross"), ("hiera_tiny_224", "cross")]
 
 
-@pytest.fixture(params=ARCHS)
+@pytest.fixture(params=[*((arch, "self") for arch in ARCHS), *CROSS], ids="-".join)
 def model(request) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    return build_autoencoder(ModelConfig(request.param, SIZE, decoder_depth=1, decoder_embed_dim=64))
+    arch, attention = request.param
+    config = ModelConfig(arch, SIZE, decoder_depth=1, decoder_embed_dim=64, decoder_attention=attention)
+    return build_autoencoder(config)
 
 
 @pytest.fixture
@@ -190,3 +193,57 @@ def test_bfloat16_autocast_trains_and_keeps_the_loss_in_float32(model, mask) -> 
     for name, parameter in model.named_parameters():
         if name in gradients and parameter.ndim > 1:
             assert torch.cosine_similarity(gradients[name].flatten(), parameter.grad.flatten(), dim=0) > 0.95, name
+
+
+# A part of the masked units is predicted
+
+
+def some_of(mask: Mask) -> Mask:
+    return mask._replace(masked_BM=mask.masked_BM[:, 1:3])
+
+
+def test_predicting_some_units_is_the_full_path_at_these_units(model, mask, randomise, assert_near) -> None:
+    """Of all decoders but the one with self-attention, whose tokens see which others are there."""
+    if isinstance(model.decoder, TransformerDecoder):
+        pytest.skip("its own test is the next one")
+    model, images = model.double(), torch.randn(2, 3, *SIZE).double()
+    randomise(model)
+    result, whole, count = model(images, some_of(mask)), model(images, mask), model.encoder.split**2
+    assert result.predicted_BMP.shape[1] == 2 * count
+    here = slice(count, 3 * count)  # split units keep their order
+    assert_near(result.predicted_BMP, whole.predicted_BMP[:, here], 1e-6)
+    tokens = split_units(mask, model.encoder.grid, model.encoder.split)
+    errors = (whole.predicted_BMP - model.targets(images, tokens)).square().mean(dim=-1)
+    assert_near(result.loss, errors[:, here].mean(), 1e-6)
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224"])
+def test_self_attention_over_visible_and_predicted_units_alone(arch, randomise, draw_mask, assert_near) -> None:
+    model = build_autoencoder(ModelConfig(arch, SIZE, decoder_depth=2, decoder_embed_dim=64)).double()
+    randomise(model)
+    images, units = torch.randn(2, 3, *SIZE).double(), model.num_units
+    mask = some_of(draw_mask(2, units, units // 3))
+    encoder, decoder = model.encoder, model.decoder
+    side, columns = encoder.split, encoder.grid[1]
+    latent = decoder.embed(encoder(images, mask.visible_BV))
+    prefix, positions = encoder.num_prefix_tokens, decoder.pos_embed[0]
+    predicted, truths = [], []
+    for sample in range(2):
+        places = [
+            [
+                (unit // columns * side + row) * columns * side + unit % columns * side + column
+                for unit in part[sample].tolist()
+                for row in range(side)
+                for column in range(side)
+            ]
+            for part in mask
+        ]
+        seen, hidden = (positions[[prefix + place for place in part]] for part in places)
+        kept = [latent[sample, :prefix] + positions[:prefix], latent[sample, prefix:] + seen]
+        kept.append(decoder.mask_token[0] + hidden)
+        out = decoder.predict(decoder.norm(decoder.blocks(torch.cat(kept)[None])))[0]
+        predicted.append(out[-len(hidden) :])
+        truths.append(normalise_units(patchify(images.float(), encoder.token_size))[sample, places[1]])
+    result = model(images, mask)
+    assert_near(result.predicted_BMP, torch.stack(predicted).float(), 1e-6)
+    assert_near(result.loss, (torch.stack(predicted) - torch.stack(truths)).square().mean().float(), 1e-5)

@@ -162,3 +162,18 @@ def test_a_ratio_that_leaves_nothing_to_see_or_to_predict_is_refused(units: int,
     assert "dataset.augmentation.input_size" in error.value.fix
     with pytest.raises(SpecError):
         draw([0], units=units, ratio=ratio)
+
+
+@pytest.mark.parametrize(("targets", "count"), [(1.0, 9), (0.5, 4), (0.01, 1)])
+def test_a_share_of_the_masked_is_predicted(targets: float, count: int) -> None:
+    samples = torch.arange(200)
+    address = {"seed": 0, "epoch": 1, "num_units": 12, "mask_ratio": 0.75}
+    whole, some = random_mask(samples, **address), random_mask(samples, **address, targets=targets)
+    assert torch.equal(some.visible_BV, whole.visible_BV), "the encoder's task is the same"
+    assert some.masked_BM.shape == (200, count)
+    assert targets < 1 or torch.equal(some.masked_BM, whole.masked_BM)
+    for chosen, masked in zip(some.masked_BM.tolist(), whole.masked_BM.tolist(), strict=True):
+        assert chosen == sorted(chosen)
+        assert set(chosen) <= set(masked)
+    often = torch.bincount(some.masked_BM.flatten(), minlength=12).float()
+    assert often.min() > 0.5 * often.mean(), "some units are hardly ever predicted"

@@ -28,6 +28,7 @@ CONFIGS = {
     "hiera": ModelConfig("hiera_tiny_224", input_size=(32, 64), decoder_depth=1, decoder_embed_dim=32),
     "convnextv2": ModelConfig("convnextv2_atto", input_size=(32, 64), decoder_depth=1, decoder_embed_dim=32),
 }
+CROSS = {family: replace(CONFIGS[family], decoder_attention="cross") for family in ("vit", "hiera")}
 SMALL = CONFIGS["vit"]
 INFO = CheckpointInfo("pretrain", SMALL, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), spec={"model": {}})
 
@@ -163,6 +164,51 @@ def test_importing_openmae_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         openmae.nothing  # noqa: B018
+
+
+# Decoders with cross-attention
+
+
+@pytest.mark.parametrize("family", CROSS)
+def test_a_checkpoint_with_cross_attention_comes_back_whole_and_fits_another_size(
+    family: str, tmp_path: Path, randomise: Callable[..., None], built: Callable[..., Any]
+) -> None:
+    source = built(build_autoencoder, CROSS[family])
+    randomise(source)
+    checkpoint = read_checkpoint(write(tmp_path / "cross.pth", source, replace(INFO, model=CROSS[family])))
+    assert checkpoint.info is not None
+    assert checkpoint.info.model == CROSS[family]
+    model = build_autoencoder(checkpoint.info.model)
+    load_into(model, checkpoint, part="everything")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters(), strict=True))
+    larger = build_autoencoder(replace(CROSS[family], input_size=(64, 64)))
+    assert load_into(larger, checkpoint, part="everything").resized == ("pos_embed", "decoder.pos_embed")
+
+
+def test_a_checkpoint_of_before_cross_attention_is_one_with_self_attention(
+    tmp_path: Path, pretrained: dict[str, MaskedAutoencoder]
+) -> None:
+    values = INFO.to_dict()
+    assert values["model"].pop("decoder_attention") == "self"
+    content = {"openmae": values, "state_dict": {f"model.{n}": v for n, v in pretrained["vit"].state_dict().items()}}
+    torch.save(content, tmp_path / "old.pth")
+    assert read_checkpoint(tmp_path / "old.pth").info == INFO
+
+
+@pytest.mark.parametrize(("old", "new"), [("self", "cross"), ("cross", "self")])
+def test_blocks_of_another_attention_start_afresh_and_are_told(
+    old: str, new: str, tmp_path: Path, randomise: Callable[..., None], built: Callable[..., Any]
+) -> None:
+    configs = {"self": SMALL, "cross": CROSS["vit"]}
+    fresh = {"cross": "decoder.cross_blocks", "self": "decoder.blocks, decoder.embed"}
+    source, model = (built(build_autoencoder, configs[name]) for name in (old, new))
+    randomise(source)
+    checkpoint = read_checkpoint(write(tmp_path / "f.pth", source, replace(INFO, model=configs[old])))
+    report = load_into(model, checkpoint, part="backbone")
+    assert str(report) == (f"loaded 100 % of vit_tiny_patch16's backbone from the OpenMAE layout (fresh: {fresh[new]})")
+    assert torch.equal(model.decoder.predict.weight, source.decoder.predict.weight)
+    with pytest.raises(CheckpointError, match="all must match"):
+        load_into(model, checkpoint, part="everything")
 
 
 # Other sizes, channels and heads

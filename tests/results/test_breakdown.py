@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,22 @@ def test_computation():
     (_, line) = advice(breakdown({"forward": 100.0}, gpu=False))
     assert "On a CPU a smaller dataset.augmentation.input_size or model.arch" in line
     assert "bf16" not in line
+    assert "decoder" not in line, "a classifier and ConvNeXt V2 gain little by it"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_decoder_that_does_less_is_an_advice_until_it_is_taken(gpu):
+    measured = breakdown({"forward": 100.0}, gpu=gpu)
+    said = "A decoder that does less is faster and learns from less: "
+    for attention, targets, advised in (
+        ("self", 1.0, "model.decoder_attention=cross or a lower model.decoder_targets."),
+        ("cross", 1.0, "a lower model.decoder_targets."),
+        ("self", 0.5, "model.decoder_attention=cross."),
+        ("cross", 0.5, None),
+    ):
+        keys = {**measured.keys, "model.decoder_attention": attention, "model.decoder_targets": targets}
+        (_, line) = advice(replace(measured, keys=keys))
+        assert line.endswith(said + advised) if advised else said not in line
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,25 @@ def test_a_plain_spec_gives_no_notice(caplog):
     assert load_spec(None, ["dataset.augmentation.max_scale=2"]).dataset.augmentation.max_scale == 1
 
 
+def test_cross_attention_needs_a_decoder_with_attention() -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(None, ["model.arch=convnextv2_atto", "model.decoder_attention=cross"])
+    assert str(caught.value).endswith(
+        "model.decoder_attention (override): cross needs a decoder with attention, and that of convnextv2_atto is a "
+        "convolution over the whole grid, got cross. Remove it, or choose a vit_ or hiera_ architecture."
+    )
+    for arch in ("vit_tiny_patch16", "hiera_tiny_224"):
+        load_spec(None, [f"model.arch={arch}", "model.decoder_attention=cross"])
+    said = ["inference.checkpoint=a.pth", "dataset.test_data_sources=x", "model.decoder_attention=cross"]
+    load_spec(None, said, action="inference")  # the checkpoint says of which architecture
+
+
+@pytest.mark.parametrize("value", [0, -0.5, 1.5])
+def test_the_share_of_targets_is_a_share(value: float) -> None:
+    with pytest.raises(SpecError, match=r"model\.decoder_targets .*must be a number > 0 and <= 1, got"):
+        load_spec(None, [f"model.decoder_targets={value}"])
+
+
 def test_width_of_a_transformer_decoder() -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(None, ["model.arch=vit_tiny_patch16", "model.decoder_embed_dim=100"])

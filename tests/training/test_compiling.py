@@ -11,6 +11,7 @@ import torch
 from openmae.errors import RunError
 from openmae.training import compiling
 
+CROSS = {"train.num_epochs": 1, "model.decoder_attention": "cross", "model.decoder_targets": 0.5}
 FINETUNE = {
     "train.stage": "finetune",
     "model.decoder_depth": None,
@@ -28,7 +29,7 @@ def backend(monkeypatch):
     return lambda x: monkeypatch.setattr(compiling.torch, "compile", partial(torch.compile, backend=x))
 
 
-@pytest.mark.parametrize("changes", [{"train.num_epochs": 1}, FINETUNE], ids=["pretrain", "finetune"])
+@pytest.mark.parametrize("changes", [{"train.num_epochs": 1}, CROSS, FINETUNE], ids=["pretrain", "cross", "finetune"])
 def test_a_compiled_run_is_the_run(changes, backend, train, payload_of, assert_same_run, caplog, tmp_path):
     graphs = []
 

@@ -17,12 +17,15 @@ from openmae.training.pretrain import PretrainTask, embed, probe
 ARCHS = {"vit_tiny_patch16": 32, "hiera_tiny_224": 64, "convnextv2_atto": 64}
 
 
-def task_of(arch: str = "vit_tiny_patch16", drop_path: float = 0.0) -> PretrainTask:
+def task_of(
+    arch: str = "vit_tiny_patch16", drop_path: float = 0.0, attention: str = "self", targets: float = 1.0
+) -> PretrainTask:
     torch.manual_seed(0)
     size = ARCHS[arch]
-    config = ModelConfig(arch, (size, size), decoder_depth=1, decoder_embed_dim=32, drop_path_rate=drop_path)
+    decoder = {"decoder_depth": 1, "decoder_embed_dim": 32, "decoder_attention": attention}
+    model = build_autoencoder(ModelConfig(arch, (size, size), drop_path_rate=drop_path, **decoder))
     normalise = Normaliser((0.5,) * 3, (0.25,) * 3)
-    return PretrainTask(build_autoencoder(config), normalise, mask_ratio=0.5, seed=1, monitor="val_loss")
+    return PretrainTask(model, normalise, mask_ratio=0.5, seed=1, monitor="val_loss", targets=targets)
 
 
 def batches(size: int, sizes: list[int], labelled: bool = True) -> list[Batch]:
@@ -41,10 +44,14 @@ def fabric():
     return build_fabric("train", 1, [0], 1)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_every_trained_parameter_gets_a_gradient(arch):
+KINDS = [*((arch, "self") for arch in ARCHS), ("vit_tiny_patch16", "cross"), ("hiera_tiny_224", "cross")]
+
+
+@pytest.mark.parametrize("targets", [1.0, 0.5])
+@pytest.mark.parametrize(("arch", "attention"), KINDS)
+def test_every_trained_parameter_gets_a_gradient(arch, attention, targets):
     """Several processes wait for all of them; ``find_unused_parameters`` would cost every step."""
-    task = task_of(arch, drop_path=0.2)
+    task = task_of(arch, drop_path=0.2, attention=attention, targets=targets)
     (batch,) = batches(ARCHS[arch], [2])
     task.training_loss(task.model.train(), batch, 0).backward()
     assert [n for n, p in task.model.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -59,6 +66,28 @@ def test_masks_are_addressed_by_seed_epoch_and_image():
     assert torch.equal(task.mask(indices).visible_BV, task.mask(indices).visible_BV)
     task.seed = 2
     assert not torch.equal(task.mask(indices, 3).visible_BV, first.visible_BV)
+
+
+@pytest.mark.parametrize(("arch", "attention"), KINDS)
+def test_a_training_step_predicts_a_share_and_validation_all(fabric, arch, attention):
+    whole, part = (task_of(arch, attention=attention, targets=targets) for targets in (1.0, 0.5))
+    (batch,) = batches(ARCHS[arch], [3])
+    predicted: list[int] = []
+    part.model.register_forward_hook(lambda module, inputs, output: predicted.append(output.predicted_BMP.shape[1]))
+    part.training_loss(part.model, batch, 0)
+    both = [task.validate(fabric, task.model.eval(), [batch]) for task in (whole, part)]
+    part.reconstruct(fabric, batch)
+    masked = (part.model.num_units - part.model.num_units // 2) * part.model.encoder.split**2
+    assert predicted == [masked // 2, masked, masked], "a step, validation, pictures"
+    assert both[0] == both[1], "the loss of validation can be compared"
+
+
+def test_what_is_predicted_of_the_masked_is_chosen_anew_each_epoch():
+    task = task_of("hiera_tiny_224", targets=0.5)
+    indices = torch.arange(64)
+    first, again, other = (task.mask(indices, epoch, task.targets) for epoch in (3, 3, 4))
+    assert torch.equal(first.masked_BM, again.masked_BM)
+    assert not torch.equal(first.masked_BM, other.masked_BM)
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "convnextv2_atto"])

@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from openmae.data.normalise import Normaliser
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
+from openmae.spec.schema import AugmentationSpec
 from openmae.training.devices import build_fabric
+from openmae.training.finetune import FinetuneTask
 from openmae.training.optim import Schedule, finetuning_groups, freeze, pretraining_groups
+from openmae.training.pretrain import PretrainTask
 from openmae.training.recipe import _rates_text, recipe_rows
 from openmae.training.state import LoopSettings
 
@@ -21,8 +25,16 @@ def fabric():
     return build_fabric("train", 1, [0], 1)
 
 
-def rows(fabric, config, groups, model, schedule=COSINE, images=(1234, 56)):
-    return dict(recipe_rows(fabric, model, config, groups, schedule, SETTINGS, images, 8))
+def rows(fabric, config, groups, model, schedule=COSINE, images=(1234, 56), targets=1.0):
+    normalise = Normaliser((0.5,) * 3, (0.25,) * 3)
+    if config.num_classes:
+        augmentation = AugmentationSpec(mixup=0, cutmix=0)
+        task = FinetuneTask(
+            model, normalise, augmentation=augmentation, num_classes=config.num_classes, monitor="ACC_all"
+        )
+    else:
+        task = PretrainTask(model, normalise, mask_ratio=config.mask_ratio, seed=0, monitor="val_loss", targets=targets)
+    return dict(recipe_rows(fabric, task, config, groups, schedule, SETTINGS, images, 8))
 
 
 def classifier(layer_decay: float, multiplier: float = 1.0, arch: str = "vit_tiny_patch16", **changes):
@@ -47,6 +59,14 @@ def test_pretraining(fabric):
         "learning rate": "0.001",
         "device": f"CPU, {torch.get_num_threads()} threads, fp32",
     }
+
+
+def test_a_decoder_that_does_less_is_told(fabric):
+    config = replace(CONFIG, decoder_attention="cross")
+    model = build_autoencoder(config)
+    found = rows(fabric, config, pretraining_groups(model, 0.05), model, targets=0.25)
+    assert found["masked"] == "0.75 of 8 units of 16 px; a training step predicts 0.25 of them"
+    assert found["decoder"] == "1 x 32, cross-attention"
 
 
 def test_finetuning_shows_the_rate_of_each_layer_group(fabric):

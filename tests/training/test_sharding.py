@@ -120,11 +120,14 @@ def test_every_trained_weight_gets_a_gradient(arch, stage):
 
 
 @pytest.mark.parametrize("arch", SIZES)
-@pytest.mark.parametrize("classes", [0, 3])
-def test_what_is_sharded_is_called(arch, classes):
+@pytest.mark.parametrize(("classes", "attention"), [(0, "self"), (0, "cross"), (3, "self")])
+def test_what_is_sharded_is_called(arch, classes, attention):
     """Weights of a unit are gathered at its forward: a unit that is never called would compute with parts."""
     size = (SIZES[arch], SIZES[arch])
-    config = ModelConfig(arch, size, decoder_depth=2, decoder_embed_dim=32, mask_ratio=0.5, num_classes=classes)
+    decoder = {"decoder_depth": 2, "decoder_embed_dim": 32, "decoder_attention": attention}
+    config = ModelConfig(arch, size, **decoder, mask_ratio=0.5, num_classes=classes)
+    if attention == "cross" and config.architecture.family == "convnextv2":
+        pytest.skip("it has no such decoder")
     model = build_classifier(config) if classes else build_autoencoder(config)
     units, called = sharded_units(model, config), []
     assert len(units) >= 2

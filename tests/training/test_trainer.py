@@ -112,8 +112,11 @@ def test_ctrl_c_in_a_validation_keeps_the_epoch(task, train, assert_same_run, pa
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
-def test_a_run_that_pauses_equals_one_that_does_not(train, assert_same_run, payload_of, tmp_path):
-    changes = FINETUNE
+CROSS = {"model.decoder_attention": "cross", "model.decoder_targets": 0.5}
+
+
+@pytest.mark.parametrize("changes", [FINETUNE, CROSS], ids=["finetune", "cross"])
+def test_a_run_that_pauses_equals_one_that_does_not(changes, train, assert_same_run, payload_of, tmp_path):
     train(tmp_path / "whole", changes)
     train(tmp_path / "paused", {**changes, "train.stop_after_epoch": 1})
     assert payload_of(tmp_path / "paused")["progress"]["epoch"] == 1, "it was to pause after the first epoch"

@@ -33,7 +33,8 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.checkpoints import BEST
 
-_MODEL_KEYS = ("arch", "in_chans", "patch_size", "global_pool", "decoder_depth", "decoder_embed_dim", "norm_pix_loss")
+_DECODER = ("decoder_depth", "decoder_embed_dim", "decoder_attention")
+_MODEL_KEYS = ("arch", "in_chans", "patch_size", "global_pool", *_DECODER, "norm_pix_loss")
 _SIZE = "dataset.augmentation.input_size"
 
 log = logging.getLogger("openmae")

@@ -260,6 +260,7 @@ def _model_config(spec: ExperimentSpec) -> ModelConfig:
         norm_pix_loss=model.norm_pix_loss,
         decoder_depth=resolved(model.decoder_depth),
         decoder_embed_dim=resolved(model.decoder_embed_dim),
+        decoder_attention=model.decoder_attention,
         global_pool=model.global_pool,
         num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,
     )

@@ -23,6 +23,7 @@ _KEYS = (
     *(f"train.{name}" for name in ("accum_grad_batches", "precision", "compile", "num_gpus", "ema_decay")),
     *(f"train.{name}" for name in ("validation_interval", "checkpoint_interval", "checkpoint_interval_unit")),
 )
+_DECODER = ("model.decoder_attention", "model.decoder_targets")  # what makes a transformer's decoder faster
 
 log = logging.getLogger("openmae")
 
@@ -53,6 +54,7 @@ def leave_profile(fabric: Fabric, spec: ExperimentSpec, folder: Path, measured: 
 
 def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Breakdown:
     finetune = spec.train.stage == "finetune"
+    keys = _KEYS if finetune or spec.model.architecture.family == "convnextv2" else (*_KEYS, *_DECODER)
     phases = {}
     for name in (*STEP_PHASES, *PAUSES):
         seconds, times = measured.seconds[name], measured.per_step.get(name)
@@ -69,5 +71,5 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
         on_gpu=fabric.device.type == "cuda",
         processes=fabric.world_size,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        keys={key: value_of(spec, key) for key in _KEYS} | ({} if finetune else {"train.ema_decay": 0.0}),
+        keys={key: value_of(spec, key) for key in keys} | ({} if finetune else {"train.ema_decay": 0.0}),
     )

@@ -121,7 +121,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     groups = _groups(plan, model)
     optimizer = build_adamw(groups, settings.lr, optim.momentum, resolved(optim.beta2))
     images = (len(plan.train), len(plan.val) if plan.val else 0)
-    rows = recipe_rows(fabric, model, config, groups, schedule, settings, images, spec.dataset.batch_size)
+    rows = recipe_rows(fabric, task, config, groups, schedule, settings, images, spec.dataset.batch_size)
     outputs = _outputs(fabric, plan, state)
     trainer = Trainer(fabric, task, optimizer, schedule, settings, train_loader, val_loader, outputs)
     if fabric.is_global_zero:
@@ -226,7 +226,14 @@ def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
             monitor=monitor,
         )
     assert isinstance(model, MaskedAutoencoder)
-    return PretrainTask(model, normalise, mask_ratio=plan.config.mask_ratio, seed=spec.train.seed, monitor=monitor)
+    return PretrainTask(
+        model,
+        normalise,
+        mask_ratio=plan.config.mask_ratio,
+        seed=spec.train.seed,
+        monitor=monitor,
+        targets=spec.model.decoder_targets,
+    )
 
 
 def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoader | None]:

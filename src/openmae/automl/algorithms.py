@@ -23,7 +23,8 @@ _RUNGS = 3  # lengths of training
 _JUDGED = 3  # epochs, where there are enough, before which none is judged: the warmup says little (docs/benchmarks.md)
 _GAUSSIAN = 50  # recommendations up to which a Gaussian process is fitted: it learns more from few, and costs more
 _QUANTILE = 0.25  # of a population that gives up its weights, and of that which hands them on
-_LIKE = ("model.drop_path_rate", "model.mask_ratio", "model.norm_pix_loss")  # another value, the same weights
+_LIKE = tuple(f"model.{name}" for name in ("decoder_targets", "drop_path_rate", "mask_ratio", "norm_pix_loss"))
+# another value, the same weights
 _PERTURB = (0.8, 1.25)
 _RESAMPLE = 0.25  # chance that a population's option is drawn anew instead
 

@@ -20,8 +20,11 @@ MISLEADS = (
     "and blurs less, so its loss is lower whether or not the features are better. Across mask ratios, decoders or "
     "norm_pix_loss, use validation images with classes and automl.metric=knn_acc."
 )
-_CHANGES_THE_TASK = ("model.mask_ratio", "model.norm_pix_loss", "model.decoder_depth", "model.decoder_embed_dim",
-                     "model.arch", "dataset.augmentation.min_scale")  # fmt: skip
+_CHANGES_THE_TASK = (
+    *(f"model.{name}" for name in ("mask_ratio", "norm_pix_loss", "arch")),
+    *(f"model.decoder_{name}" for name in ("depth", "embed_dim", "targets")),
+    "dataset.augmentation.min_scale",
+)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from torch import nn
 
-from openmae.models.decoders import ConvNeXtDecoder, Decoder, TransformerDecoder
+from openmae.models.decoders import ConvNeXtDecoder, CrossAttentionDecoder, Decoder, TransformerDecoder
 from openmae.models.encoders import ConvNeXtV2Encoder, HieraEncoder, MaskedEncoder, ViTEncoder
 from openmae.models.mae import MaskedAutoencoder
 from openmae.spec.architectures import Architecture, Family, get_architecture
@@ -28,6 +28,8 @@ class ModelConfig:
         patch_size: side of a ViT's patch in pixels; None keeps the architecture's own.
         drop_path_rate: stochastic depth.
         mask_ratio, norm_pix_loss, decoder_depth, decoder_embed_dim: of pretraining.
+        decoder_attention: whether the masked tokens see all tokens (self) or the visible ones alone (cross; not for
+            ConvNeXt V2).
         global_pool: a ViT classifier pools the patch tokens (True) or reads the class token (False).
         num_classes: of the classifier; 0 for pretraining.
     """
@@ -41,6 +43,7 @@ class ModelConfig:
     norm_pix_loss: bool = True
     decoder_depth: int = 8
     decoder_embed_dim: int = 512
+    decoder_attention: Literal["self", "cross"] = "self"
     global_pool: bool = True
     num_classes: int = 0
 
@@ -127,7 +130,8 @@ def _build_decoder(config: ModelConfig, encoder: MaskedEncoder) -> Decoder:
     token_values = encoder.token_size**2 * config.in_chans
     if config.architecture.family == "convnextv2":
         return ConvNeXtDecoder(encoder.dim, width, depth, encoder.token_grid, token_values)
-    return TransformerDecoder(
+    kind = CrossAttentionDecoder if config.decoder_attention == "cross" else TransformerDecoder
+    return kind(
         encoder.dim,
         width,
         depth,

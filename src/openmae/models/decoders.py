@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from timm.layers import LayerNorm
+import torch.nn.functional as F
+from timm.layers import LayerNorm, Mlp
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -57,26 +58,98 @@ class TransformerDecoder(nn.Module):
         )
         self.norm = LayerNorm(dim)
         self.predict = nn.Linear(dim, token_values)
-        self._init_weights(learned_positions)
-
-    def _init_weights(self, learned_positions: bool) -> None:
-        nn.init.normal_(self.mask_token, std=0.02)
-        if learned_positions:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module)
+        _init_weights(self)
 
     def forward(self, latent_BTD: Tensor, mask: Mask) -> Tensor:
         """Predicted values of the masked tokens, ``[B, M, P]``."""
         x = self.embed(latent_BTD)
         prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        x = torch.cat([prefix, _fill(visible, mask, self.mask_token)], dim=1)
+        num_tokens = self.pos_embed.shape[1] - self.num_prefix_tokens
+        x = torch.cat([prefix, _fill(visible, mask, self.mask_token, num_tokens)], dim=1)
+        x = x + self.pos_embed  # float32 from here on under autocast, as in the official code
+        mask, x = self._without_what_is_left_out(mask, x)
         others, last = self.blocks[:-1], cast(Block, self.blocks[-1])
-        x = others(x + self.pos_embed)  # float32 from here on under autocast, as in the official code
+        x = others(x)
         x = x + last.attn(last.norm1(x))  # after it no token sees another: the rest is for the masked alone
         masked = take(x[:, self.num_prefix_tokens :], mask.masked_BM)
         return self.predict(self.norm(masked + last.mlp(last.norm2(masked))))
+
+    def _without_what_is_left_out(self, mask: Mask, x_BTE: Tensor) -> tuple[Mask, Tensor]:
+        """Only the tokens that are visible or predicted, in this order, and where they are then."""
+        (B, V), M = mask.visible_BV.shape, mask.masked_BM.shape[1]
+        if self.num_prefix_tokens + V + M == x_BTE.shape[1]:
+            return mask, x_BTE
+        prefix, tokens = x_BTE[:, : self.num_prefix_tokens], x_BTE[:, self.num_prefix_tokens :]
+        kept = take(tokens, torch.cat(mask, dim=1))
+        place = torch.arange(V + M, device=x_BTE.device).expand(B, -1)
+        return Mask(place[:, :V], place[:, V:]), torch.cat([prefix, kept], dim=1)
+
+
+class CrossAttentionDecoder(nn.Module):
+    """CrossMAE's decoder (Fu et al. 2024, arXiv:2401.14391): masked tokens read the visible ones, and not each other.
+
+    So a token's prediction does not depend on which others are predicted. As in the authors' code, keys and values come
+    from the encoder's normed latent, whose positions the encoder has put in. Their weighting of several encoder
+    layers for each block (inter-block attention) is not here: all blocks read the last layer.
+
+    Args:
+        latent_dim, dim, depth, grid, num_prefix_tokens, token_values, learned_positions: as of ``TransformerDecoder``.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        dim: int,
+        depth: int,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+        token_values: int,
+        learned_positions: bool,
+    ) -> None:
+        super().__init__()
+        assert dim % DECODER_HEAD_DIM == 0, dim  # the spec checks it
+        self.num_prefix_tokens = num_prefix_tokens
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        positions = sincos_position_embedding(dim, grid, num_prefix_tokens)  # the self-attention decoder's, to load it
+        self.pos_embed = nn.Parameter(positions, requires_grad=learned_positions)
+        # not "blocks": norms and MLPs of a self-attention decoder would load into them, by their names
+        self.cross_blocks = nn.ModuleList(CrossAttentionBlock(latent_dim, dim) for _ in range(depth))
+        self.norm = LayerNorm(dim)
+        self.predict = nn.Linear(dim, token_values)
+        _init_weights(self)
+
+    def forward(self, latent_BTD: Tensor, mask: Mask) -> Tensor:
+        """Predicted values of the masked tokens, ``[B, M, P]``."""
+        x = self.mask_token + self.pos_embed[0, self.num_prefix_tokens :][mask.masked_BM]
+        for block in self.cross_blocks:
+            x = block(x, latent_BTD)
+        return self.predict(self.norm(x))
+
+
+class CrossAttentionBlock(nn.Module):
+    """A transformer block whose queries are the masked tokens, and whose keys and values the latent.
+
+    Args:
+        latent_dim: D.
+        dim: E, a multiple of 32 (the width of a head).
+    """
+
+    def __init__(self, latent_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(latent_dim, 2 * dim)
+        self.project = nn.Linear(dim, dim)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x_BME: Tensor, latent_BTD: Tensor) -> Tensor:
+        """``x_BME`` after attention and MLP."""
+        keys_BTE, values_BTE = self.key_value(latent_BTD).chunk(2, dim=-1)
+        query, keys, values = map(_split_heads, (self.query(self.norm1(x_BME)), keys_BTE, values_BTE))
+        read = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+        x_BME = x_BME + self.project(read)
+        return x_BME + self.mlp(self.norm2(x_BME))
 
 
 class ConvNeXtDecoder(nn.Module):
@@ -107,7 +180,7 @@ class ConvNeXtDecoder(nn.Module):
 
     def forward(self, latent_BVD: Tensor, mask: Mask) -> Tensor:
         """Predicted values of the masked tokens, ``[B, M, P]``."""
-        x_BLE = _fill(self.embed(latent_BVD), mask, self.mask_token)
+        x_BLE = _fill(self.embed(latent_BVD), mask, self.mask_token, self.grid[0] * self.grid[1])
         sites = Sites((len(x_BLE), *self.grid))
         *others, last = self.blocks
         for block in others:
@@ -116,11 +189,26 @@ class ConvNeXtDecoder(nn.Module):
         return self.predict(take(x_BLE, mask.masked_BM) + rest_BME)
 
 
-Decoder = TransformerDecoder | ConvNeXtDecoder
+Decoder = TransformerDecoder | CrossAttentionDecoder | ConvNeXtDecoder
 
 
-def _fill(visible_BVE: Tensor, mask: Mask, token: Tensor) -> Tensor:
+def _init_weights(decoder: TransformerDecoder | CrossAttentionDecoder) -> None:
+    """The paper's start."""
+    nn.init.normal_(decoder.mask_token, std=0.02)
+    if decoder.pos_embed.requires_grad:
+        nn.init.trunc_normal_(decoder.pos_embed, std=0.02)
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            init_linear(module)
+
+
+def _split_heads(x_BLE: Tensor) -> Tensor:
+    """``[B, heads, L, width of a head]``."""
+    return x_BLE.unflatten(-1, (-1, DECODER_HEAD_DIM)).transpose(1, 2)
+
+
+def _fill(visible_BVE: Tensor, mask: Mask, token: Tensor, num_tokens: int) -> Tensor:
     """All tokens in order: the visible ones' vectors, and the mask token elsewhere; ``[B, L, E]``."""
-    B, V, E = visible_BVE.shape
-    filled = token.to(visible_BVE.dtype).expand(B, V + mask.masked_BM.shape[1], E)
+    B, _, E = visible_BVE.shape
+    filled = token.to(visible_BVE.dtype).expand(B, num_tokens, E)
     return filled.scatter(1, mask.visible_BV.unsqueeze(-1).expand(-1, -1, E), visible_BVE)

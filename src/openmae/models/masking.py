@@ -1,8 +1,8 @@
 """Which mask units are visible: the one place that fixes polarity, counts and seeding.
 
-Shapes: B batch, L mask units of an image, V visible units, M masked units (L = V + M).
-A unit is either *visible* (the encoder sees it) or *masked* (the decoder predicts it); nothing else in the
-package holds a boolean mask, so its polarity cannot flip.
+Shapes: B batch, L mask units of an image, V visible units, M masked units (L = V + M, or more where a training step
+leaves some of the masked ones out). A unit is either *visible* (the encoder sees it) or *masked* (the decoder predicts
+it); nothing else in the package holds a boolean mask, so its polarity cannot flip.
 """
 
 from __future__ import annotations
@@ -51,10 +51,15 @@ def count_visible(num_units: int, mask_ratio: float) -> int:
     )
 
 
-def mask_from_noise(noise_BL: Tensor, num_visible: int) -> Mask:
-    """The ``num_visible`` units with the smallest noise are visible (MAE's per-sample shuffling)."""
+def mask_from_noise(noise_BL: Tensor, num_visible: int, targets: float = 1.0) -> Mask:
+    """The ``num_visible`` units with the smallest noise are visible (MAE's per-sample shuffling).
+
+    Of the others the share ``targets`` with the largest noise is predicted, one at least.
+    """
     order_BL = noise_BL.argsort(dim=1, stable=True)
-    return Mask(order_BL[:, :num_visible].sort(dim=1).values, order_BL[:, num_visible:].sort(dim=1).values)
+    hidden = order_BL.shape[1] - num_visible
+    first = order_BL.shape[1] - max(1, round(targets * hidden)) if hidden else num_visible
+    return Mask(order_BL[:, :num_visible].sort(dim=1).values, order_BL[:, first:].sort(dim=1).values)
 
 
 def split_units(mask: Mask, grid: tuple[int, int], split: int) -> Mask:
@@ -81,18 +86,21 @@ def split_units(mask: Mask, grid: tuple[int, int], split: int) -> Mask:
     return Mask(tokens_of(mask.visible_BV), tokens_of(mask.masked_BM))
 
 
-def random_mask(sample_B: Tensor, *, seed: int, epoch: int, num_units: int, mask_ratio: float) -> Mask:
+def random_mask(
+    sample_B: Tensor, *, seed: int, epoch: int, num_units: int, mask_ratio: float, targets: float = 1.0
+) -> Mask:
     """Mask addressed by (seed, epoch, sample): the same on every device, batch size, worker and rank.
 
     Args:
         sample_B: int64 index of each sample in its data set.
         seed, epoch: the rest of the address; validation keeps ``epoch`` fixed, and with it its masks.
         num_units: L.
-        mask_ratio: share of masked units.
+        mask_ratio: share of units that are not visible.
+        targets: share of those that are predicted; the rest is in neither part of the mask.
     """
     unit_L = torch.arange(num_units, device=sample_B.device)
     key_B1 = _splitmix64(_splitmix64(sample_B + _scramble(seed)) + _scramble(epoch)).unsqueeze(1)
-    return mask_from_noise(_splitmix64(key_B1 + unit_L * _GAMMA), count_visible(num_units, mask_ratio))
+    return mask_from_noise(_splitmix64(key_B1 + unit_L * _GAMMA), count_visible(num_units, mask_ratio), targets)
 
 
 def all_visible(batch: int, num_units: int, device: torch.device | str = "cpu") -> Mask:

@@ -15,7 +15,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from openmae.models.build import ModelConfig
-from openmae.models.decoders import TransformerDecoder
+from openmae.models.decoders import ConvNeXtDecoder
 from openmae.models.layouts import NamedWeights, State, family_of
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.positions import resize_position_embedding
@@ -196,7 +196,7 @@ def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _Grid]:
     elif isinstance(backbone, timm.models.Hiera):
         rows, columns = backbone.tokens_spatial_shape
         grids[name] = grid((rows, columns), backbone.mask_unit_size[0], 0)
-    if isinstance(model, MaskedAutoencoder) and isinstance(model.decoder, TransformerDecoder):
+    if isinstance(model, MaskedAutoencoder) and not isinstance(model.decoder, ConvNeXtDecoder):
         encoder = model.encoder
         grids["decoder.pos_embed"] = grid(encoder.token_grid, encoder.split, encoder.num_prefix_tokens)
     return grids

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from openmae.models.build import ModelConfig
+from openmae.models.decoders import CrossAttentionDecoder
 from openmae.models.mae import MaskedAutoencoder
 
 
@@ -13,13 +14,15 @@ def sharded_units(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
 
     A unit's weights are gathered when its ``forward`` is called. Blocks are the natural ones. In pretraining ConvNeXt
     V2 applies the weights of its blocks without calling them, so its encoder and its decoder are a unit each, with the
-    memory of that; a transformer's decoder does so with its last block, whose weights are the whole model's own.
+    memory of that; a decoder with self-attention does so with its last block, whose weights are the whole model's own.
     """
     if not isinstance(model, MaskedAutoencoder):
         return _blocks(model)
     if config.architecture.family == "convnextv2":
         return [model.encoder, model.decoder]
-    return [*_blocks(model.encoder.backbone), *_blocks(model.decoder)[:-1]]
+    decoder = model.decoder
+    called = decoder.cross_blocks if isinstance(decoder, CrossAttentionDecoder) else _blocks(decoder)[:-1]
+    return [*_blocks(model.encoder.backbone), *called]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -181,17 +181,20 @@ def _loop(measured: Breakdown) -> str:
 def _compute(measured: Breakdown) -> str:
     compute = sum(measured.phases[name].mean_ms or 0.0 for name in ("forward", "backward"))
     text = f"{compute:.1f} of {measured.step_ms:.1f} ms of a step are forward and backward, as they should be."
+    decoder = ["model.decoder_attention=cross"] if measured.keys.get("model.decoder_attention") == "self" else []
+    decoder += ["a lower model.decoder_targets"] if measured.keys.get("model.decoder_targets") == 1 else []
+    less = f" A decoder that does less is faster and learns from less: {' or '.join(decoder)}." if decoder else ""
     if not measured.on_gpu:
         return (
             f"{text} On a CPU a smaller dataset.augmentation.input_size or model.arch makes them shorter, and for ViT "
-            "and Hiera train.precision=bf16 if the processor has AVX512-BF16 or AMX; a GPU is far faster."
+            f"and Hiera train.precision=bf16 if the processor has AVX512-BF16 or AMX; a GPU is far faster.{less}"
         )
     helps = []
     if measured.keys["train.precision"] == "fp32":
         helps.append("train.precision=bf16")
     if not measured.keys["train.compile"]:
         helps.append("train.compile=true")
-    return f"{text} What would help: {', '.join([*helps, 'a higher train.num_gpus'])}."
+    return f"{text} What would help: {', '.join([*helps, 'a higher train.num_gpus'])}.{less}"
 
 
 def table_rows(measured: Breakdown) -> Iterator[tuple[str, float | None, float | None, float | None, float]]:

@@ -32,7 +32,10 @@ INERT: dict[str, tuple[str, ...]] = {
         "train.ema_decay",
         *(f"{_AUGMENT}{name}" for name in _FINETUNE_AUGMENTATION),
     ),
-    "finetune": ("model.mask_ratio", "model.norm_pix_loss", "model.decoder_depth", "model.decoder_embed_dim"),
+    "finetune": (
+        *("model.mask_ratio", "model.norm_pix_loss"),
+        *(f"model.decoder_{name}" for name in ("depth", "embed_dim", "attention", "targets")),
+    ),
 }
 
 _INPUT_OF_ENGINE = tuple(f"gen_trt_engine.input_{name}" for name in ("channel", "height", "width"))
@@ -187,6 +190,14 @@ def _model(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
             f"only ViT has a patch size to choose, and {row.name} is not one, got {model.patch_size}. "
             "Remove it, or choose a vit_ architecture.",
             also=("model.arch",),
+        )
+    cross = spec.train.stage == "pretrain" and model.decoder_attention == "cross"
+    if cross and row.family == "convnextv2" and _is_known(spec, action, "model.arch"):
+        yield Problem(
+            "model.decoder_attention",
+            f"cross needs a decoder with attention, and that of {row.name} is a convolution over the whole grid, got "
+            "cross. Remove it, or choose a vit_ or hiera_ architecture.",
+            also=("model.arch", "train.stage"),
         )
     width = model.decoder_embed_dim
     if spec.train.stage == "pretrain" and row.family != "convnextv2" and width and width % DECODER_HEAD_DIM:

@@ -60,6 +60,20 @@ class ModelSpec(Section):
         None, "decoder blocks; unset: 8 ViT and Hiera, 1 ConvNeXt V2", ge=1, search=Search(1, 8)
     )
     decoder_embed_dim: int | None = option(None, "decoder width; unset: 512", ge=1, search=Search(128, 512, step=64))
+    decoder_attention: Literal["self", "cross"] = option(
+        "self",
+        "what masked tokens see in the decoder: all tokens (self), or the visible ones alone (cross, as in CrossMAE: "
+        "faster; ViT and Hiera; ours)",
+        automl=False,
+    )
+    decoder_targets: float = option(
+        1.0,
+        "share of the masked units that a training step predicts, chosen anew each time; validation predicts all. Less "
+        "is faster and learns from less (ours)",
+        gt=0,
+        le=1,
+        search=Search(0.25, 1.0),
+    )
     drop_path_rate: float | None = option(
         None,
         "stochastic depth; unset: the paper's in pretraining, 0.1 in fine-tuning",

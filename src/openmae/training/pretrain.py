@@ -35,27 +35,41 @@ class PretrainTask:
         mask_ratio: share of masked units.
         seed: of the masks.
         monitor: metric that picks the best checkpoint.
+        targets: share of the masked units that a training step predicts; validation predicts all.
     """
 
     lower_is_better = True
 
     def __init__(
-        self, model: MaskedAutoencoder, normalise: Normaliser, *, mask_ratio: float, seed: int, monitor: str
+        self,
+        model: MaskedAutoencoder,
+        normalise: Normaliser,
+        *,
+        mask_ratio: float,
+        seed: int,
+        monitor: str,
+        targets: float = 1.0,
     ) -> None:
         self.model = model
         self.normalise = normalise
         self.mask_ratio = mask_ratio
         self.seed = seed
         self.monitor = monitor
+        self.targets = targets
 
     def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
         """Loss of a batch; each image's mask is addressed by (seed, epoch, its index)."""
-        return model(self.normalise(batch.images), self.mask(batch.indices, epoch)).loss
+        return model(self.normalise(batch.images), self.mask(batch.indices, epoch, self.targets)).loss
 
-    def mask(self, indices: Tensor, epoch: int = _VALIDATION_EPOCH) -> Mask:
+    def mask(self, indices: Tensor, epoch: int = _VALIDATION_EPOCH, targets: float = 1.0) -> Mask:
         """The masks of the images ``indices`` in an epoch; without an epoch, validation's fixed ones."""
         return random_mask(
-            indices, seed=self.seed, epoch=epoch, num_units=self.model.num_units, mask_ratio=self.mask_ratio
+            indices,
+            seed=self.seed,
+            epoch=epoch,
+            num_units=self.model.num_units,
+            mask_ratio=self.mask_ratio,
+            targets=targets,
         )
 
     @torch.no_grad()

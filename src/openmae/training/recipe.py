@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_fabric import Fabric
-from torch import nn
 
 from openmae.models.build import ModelConfig
 from openmae.training.devices import describe_device, world_of
+from openmae.training.finetune import FinetuneTask
 from openmae.training.optim import Schedule
+from openmae.training.pretrain import PretrainTask
 from openmae.training.state import LoopSettings
 
 _MOST_LAYERS = 16  # shown one by one; more are shown by their first and last ones
@@ -19,7 +20,7 @@ Rows = list[tuple[str, str]]
 
 def recipe_rows(
     fabric: Fabric,
-    model: nn.Module,
+    task: PretrainTask | FinetuneTask,
     config: ModelConfig,
     groups: Sequence[dict],
     schedule: Schedule,
@@ -36,18 +37,21 @@ def recipe_rows(
     """
     height, width = config.input_size
     units = (height // config.unit) * (width // config.unit)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in task.model.parameters())
     global_batch = batch_size * fabric.world_size * settings.accum_grad_batches
     rows = [
         ("architecture", f"{config.arch}, {height} x {width} px, {config.in_chans} channels"),
         ("parameters", f"{total / 1e6:.2f} M, {trained / 1e6:.2f} M of them trained"),
     ]
-    if config.num_classes:
+    if isinstance(task, FinetuneTask):
         rows.append(("classes", f"{config.num_classes}"))
     else:
-        what = f"{config.mask_ratio:g} of {units} units of {config.unit} px"
-        rows += [("masked", what), ("decoder", f"{config.decoder_depth} x {config.decoder_embed_dim}")]
+        masked = f"{config.mask_ratio:g} of {units} units of {config.unit} px"
+        decoder = f"{config.decoder_depth} x {config.decoder_embed_dim}"
+        share = f"; a training step predicts {task.targets:g} of them" if task.targets != 1 else ""
+        cross = ", cross-attention" if config.decoder_attention == "cross" else ""
+        rows += [("masked", masked + share), ("decoder", decoder + cross)]
     rows += [
         (
             "images",
