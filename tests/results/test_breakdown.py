@@ -68,6 +68,8 @@ def test_computation():
     assert line.endswith("What would help: a higher train.num_gpus.")
     (_, line) = advice(breakdown({"forward": 100.0}, gpu=False))
     assert "On a CPU a smaller dataset.augmentation.input_size or model.arch" in line
+    assert "train.precision=bf16 for ViT and Hiera if the processor has AVX512-BF16 or AMX" in line
+    (_, line) = advice(breakdown({"forward": 100.0}, precision="bf16", gpu=False))
     assert "bf16" not in line
     assert "decoder" not in line, "a classifier and ConvNeXt V2 gain little by it"
 

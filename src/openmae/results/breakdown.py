@@ -185,9 +185,11 @@ def _compute(measured: Breakdown) -> str:
     decoder += ["a lower model.decoder_targets"] if measured.keys.get("model.decoder_targets") == 1 else []
     less = f" A decoder that does less is faster and learns from less: {' or '.join(decoder)}." if decoder else ""
     if not measured.on_gpu:
+        fp32 = measured.keys["train.precision"] == "fp32"
+        half = ", and train.precision=bf16 for ViT and Hiera if the processor has AVX512-BF16 or AMX" if fp32 else ""
         return (
-            f"{text} On a CPU a smaller dataset.augmentation.input_size or model.arch makes them shorter, and for ViT "
-            f"and Hiera train.precision=bf16 if the processor has AVX512-BF16 or AMX; a GPU is far faster.{less}"
+            f"{text} On a CPU a smaller dataset.augmentation.input_size or model.arch makes them shorter{half}; a GPU is "
+            f"far faster.{less}"
         )
     helps = []
     if measured.keys["train.precision"] == "fp32":
