@@ -103,7 +103,8 @@ def test_curves_are_compared_step_by_step() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_hundred_steps_learn_what_the_reference_learns(arch, side, make, precision) -> None:
     mask_ratio, bf16 = SMALL[arch], precision == "bf16"
-    lr = 3e-5 if arch.startswith("hiera") else 3e-4  # above, four images make Hiera's curve double every rounding
+    # at a higher rate, with four images, the curve doubles every rounding: Hiera's in float32 too
+    lr = 3e-5 if arch.startswith("hiera") or bf16 else 3e-4
     found = curves.train_both(steps.build(arch, side, mask_ratio), make, mask_ratio, lr=lr, bf16=bf16)
     assert len(found.ours) == 100
     assert found.learned > 0.3, "a loss that does not fall proves nothing"

@@ -188,8 +188,8 @@ def _compute(measured: Breakdown) -> str:
         fp32 = measured.keys["train.precision"] == "fp32"
         half = ", and train.precision=bf16 for ViT and Hiera if the processor has AVX512-BF16 or AMX" if fp32 else ""
         return (
-            f"{text} On a CPU a smaller dataset.augmentation.input_size or model.arch makes them shorter{half}; a GPU is "
-            f"far faster.{less}"
+            f"{text} On a CPU a smaller dataset.augmentation.input_size or model.arch makes them shorter{half}; "
+            f"a GPU is far faster.{less}"
         )
     helps = []
     if measured.keys["train.precision"] == "fp32":
