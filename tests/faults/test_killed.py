@@ -6,11 +6,12 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from fault_runs import Server, assert_same_end, last_status, newest, until
 
-from openmae.training.checkpoints import list_checkpoints
+from openmae.training.checkpoints import list_checkpoints, read_training_state
 
 KILLS = 30
 EVERY_STEP = {"train.checkpoint_interval_unit": "step", "train.num_epochs": 8}
@@ -42,6 +43,29 @@ def test_a_run_killed_thirty_times_ends_as_one_that_was_not(server: Server, phot
         assert_same_end(tmp_path / "whole", folder)
         assert not list(folder.glob("*.unreadable")), "a killed run left half a checkpoint under its name"
         assert last_status(folder) == "SUCCESS"
+
+
+def test_two_processes_killed_while_they_write_parts(server: Server, photos: Path, tmp_path: Path) -> None:
+    """Under fsdp, each checkpoint a folder of two parts."""
+    changes = {**EVERY_STEP, "train.num_gpus": 2, "train.num_epochs": 4, "dataset.batch_size": 2}
+    changes |= {"train.distributed_strategy": "fsdp", "train.sharded_checkpoints": True}
+    server.finish(tmp_path / "whole", photos, changes)
+    draw, folder, step = random.Random(3), tmp_path / "killed", 0
+    for _ in range(2):
+        training = server.start(folder, photos, changes)
+        _let_it_write(draw.choice((1, 2, 3)), folder, training)
+        time.sleep(draw.uniform(0, 0.05))
+        for pid in (*_children(training.pid), training.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert training.code() == -signal.SIGKILL, training.text
+        now = read_training_state(list_checkpoints(folder)[-1], lazily=True)["progress"]["step"]
+        assert now > step, "a finished checkpoint was lost"
+        step = now
+    server.finish(folder, photos, changes)
+    assert_same_end(tmp_path / "whole", folder)
+    assert not list(folder.glob("*.unreadable")), "a killed run left half a checkpoint under its name"
+    assert not list(folder.glob(".*.tmp")), "what a killed run had begun is left"
 
 
 def _let_it_write(count: int, folder: Path, training) -> None:
