@@ -108,7 +108,7 @@ def test_a_hundred_steps_learn_what_the_reference_learns(arch, side, make, preci
     found = curves.train_both(steps.build(arch, side, mask_ratio), make, mask_ratio, lr=lr, bf16=bf16)
     assert len(found.ours) == 100
     assert found.learned > 0.3, "a loss that does not fall proves nothing"
-    assert found.difference < (2e-2 if bf16 else 1e-3)
+    assert found.difference < (5e-2 if bf16 else 1e-3)
 
 
 @pytest.mark.slow(reason="trains a pair of models for 100 steps, a minute")
