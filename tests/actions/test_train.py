@@ -16,6 +16,7 @@ from safetensors import safe_open
 import openmae
 from openmae.actions import plan
 from openmae.cli import main
+from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
 from openmae.models.weights import CheckpointInfo
 from openmae.results.metrics import read_metrics
@@ -256,6 +257,17 @@ def test_another_request_is_not_answered_by_an_old_result(trained, refused):
         assert "holds a finished run with other settings" in text
         assert "Set another results_dir for this run." in text
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in run.folder.glob("*.pth"))
+
+
+def test_an_option_that_is_newer_than_the_run_had_its_default():
+    now = {"model": {"decoder_targets": 1.0, "decoder_attention": "self"}}
+    for finished, spec in ((True, {}), (False, {}), (True, {"train": {"gpu_ids": [0], "clip_grad_norm": 0.0}})):
+        infos = [CheckpointInfo("pretrain", ModelConfig("vit_tiny_patch16"), spec=each) for each in (spec, now)]
+        earlier = plan.Earlier("results_dir", Path("runs/train/model.pth"), infos[0], 1, None)
+        plan._compare_settings(earlier, infos[1], finished=finished)
+    other = CheckpointInfo("pretrain", ModelConfig("vit_tiny_patch16"), spec={"model": {"decoder_targets": 0.5}})
+    with pytest.raises(CheckpointError, match=r"model\.decoder_targets was 1\.0 and is 0\.5\."):
+        plan._compare_settings(earlier, other, finished=True)
 
 
 def test_an_unfinished_run_goes_on_with_other_settings_aloud(caplog):

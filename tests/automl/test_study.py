@@ -220,6 +220,18 @@ def test_other_settings_are_another_search(tmp_path: Path) -> None:
     assert "another results_dir" in caught.value.fix
 
 
+def test_an_option_that_is_newer_than_the_search_had_its_default(tmp_path: Path) -> None:
+    study = open_study(make_spec(tmp_path)).study
+    _next(open_study(make_spec(tmp_path)))
+    facts = dict(study.user_attrs["facts"])
+    assert facts.pop("model.decoder_targets") == 1
+    study.set_user_attr("facts", facts)
+    open_study(make_spec(tmp_path))
+    study.set_user_attr("facts", facts)
+    with pytest.raises(SpecError, match=r"model\.decoder_targets was unset and is 0\.5\."):
+        open_study(make_spec(tmp_path, model={"decoder_targets": 0.5}))
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -206,7 +206,8 @@ def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
 
 def _compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -> None:
     """An unfinished run may go on with other settings, aloud; a finished one is no answer to another request."""
-    before, wanted = _settings(earlier.info.spec), _settings(now.spec)
+    # an option that is newer than the run had its default then
+    before, wanted = _defaults() | _settings(earlier.info.spec), _defaults() | _settings(now.spec)
     if now.begun:
         wanted[_ACCUMULATION] = before.get(_ACCUMULATION)  # it follows from the processes, and was told of with them
     keys = sorted(key for key in before | wanted if before.get(key) != wanted.get(key))
@@ -221,6 +222,10 @@ def _compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) 
             "Set another results_dir for this run.",
         )
     log.warning("The run in %s goes on with other settings: %s.", earlier.checkpoint.parent, changed)
+
+
+def _defaults() -> dict[str, Any]:
+    return _settings(ExperimentSpec().model_dump(mode="json", exclude_none=True))
 
 
 def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,6 +115,8 @@ class Study:
         if known:
             study = optuna.load_study(**options)
             before = study.user_attrs.get("facts", facts)
+            # an option that is newer than the search had its default then
+            before = {key: value for key, value in facts.items() if _is_default(key, value)} | before
             if before != facts and study.get_trials(deepcopy=False):
                 raise _another(folder, _changes(before, facts))
             if before != facts:  # nothing of it was begun
@@ -355,9 +357,15 @@ def _at(tree: Any, key: str) -> Any:
     return tree
 
 
+def _is_default(key: str, value: Any) -> bool:
+    known = fields()
+    return key in known and value == json.loads(json.dumps(known[key].default, default=str))
+
+
 def _name(spec: ExperimentSpec, facts: Mapping[str, Any]) -> str:
     """Of the study: in a shared database it must tell searches apart, and be the same for all workers of one."""
     if not spec.automl.storage:
         return "automl"
-    text = json.dumps([spec.results_dir, facts], sort_keys=True)
+    told = {key: value for key, value in facts.items() if not _is_default(key, value)}
+    text = json.dumps([spec.results_dir, told], sort_keys=True)
     return f"openmae-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
