@@ -163,6 +163,7 @@ def test_resume_on_another_machine_and_export_in_a_store(trained, store, bucket,
 def test_a_newest_checkpoint_in_a_store_that_cannot_be_read(
     readable, trained, store, bucket, capfd, monkeypatch, tmp_path
 ):
+    """Nor is what was set aside brought to the next machine."""
     below = "results/run1/train/model_epoch_"
     (first,) = (name for name in store.names(bucket) if name.startswith(below))
     content = store.get(bucket, first)
@@ -180,6 +181,9 @@ def test_a_newest_checkpoint_in_a_store_that_cannot_be_read(
         assert "after epoch 1" in told
         left = [name.removeprefix(below) for name in store.names(bucket) if name.startswith(below)]
         assert left == ["002_step_00002.pth.unreadable", "002_step_00004.pth"]
+        monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "a third"))
+        assert main([*train_arguments(bucket), "train.num_epochs=2"]) == 0
+        assert not list((tmp_path / "a third").rglob("*.unreadable"))
     else:
         assert code == 2, told
         assert re.search(r"model_epoch_002\S+ cannot be read as a checkpoint", told), told

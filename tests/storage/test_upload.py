@@ -176,6 +176,43 @@ def test_what_a_store_that_is_gone_misses_is_named_at_once(store, bucket, folder
     assert len(waited) == 1, "one file's second try shows that nobody answers"
 
 
+def test_one_file_that_fails_keeps_no_other_back(store, bucket, folder, monkeypatch):
+    monkeypatch.setattr(upload, "_TRIES", 1)
+    monkeypatch.setattr(upload, "_PATIENCE_SECONDS", 0)
+    send = S3FileSystem._put_file
+
+    async def put(self, local, there, **options):
+        if there.endswith("/b"):
+            raise TimeoutError("a slow line")
+        return await send(self, local, there, **options)
+
+    monkeypatch.setattr(S3FileSystem, "_put_file", put)
+
+    def end() -> None:
+        with Mirror(folder, f"s3://{bucket}/run"):
+            for name in "abc":
+                replace(folder / name, b"x")
+
+    with pytest.raises(RunError, match=r"^b could not be uploaded"):
+        end()
+    assert {"run/a", "run/c"} <= set(store.names(bucket))
+
+
+def test_what_is_set_aside_takes_no_older_one_along(store, bucket, folder, tmp_path):
+    url, names = f"s3://{bucket}/run", [f"model_epoch_00{n}.pth" for n in (1, 2, 3)]
+    with Mirror(folder, url):
+        for name in names:
+            replace(folder / name, name.encode())
+    other = tmp_path / "other"
+    other.mkdir()
+    pull(url, other, lambda there: [max(name for name in there if name in names)])
+    (other / names[2]).rename(other / f"{names[2]}.unreadable")
+    with Mirror(other, url):
+        pass
+    kept = {name.removeprefix("run/") for name in store.names(bucket)}
+    assert kept == {"status.json", names[0], names[1], f"{names[2]}.unreadable"}
+
+
 def test_ctrl_c_uploads_what_is_complete(store, bucket, folder):
     def interrupted() -> None:
         with Mirror(folder, f"s3://{bucket}/run"):

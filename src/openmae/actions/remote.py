@@ -21,6 +21,7 @@ from openmae.spec.describe import fields
 from openmae.spec.fields import EXPAND_USER
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import cache
+from openmae.storage.encryption import Key, resolve_key
 from openmae.storage.urls import is_remote, name_of, parent_of, redact
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ _WRITES = {"export": "export.onnx_file", "gen_trt_engine": "gen_trt_engine.trt_e
 _BESIDE = {".onnx": (".data",), ".engine": (".json",), ".plan": (".json",), ".trt": (".json",)}
 _AT_THE_END = ("backbone.safetensors", "report.html")  # of a training
 _NUMBERED = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
+_MODEL = re.compile(r"\.pth(\.|$)")  # those set aside too
+
+_Bring = Callable[[str, Path, Callable[[Collection[str]], list[str]]], None]
 
 log = logging.getLogger("openmae")
 
@@ -124,17 +128,19 @@ def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Ite
         paths = {key: str(value_of(spec, key)) for key, field in fields().items() if EXPAND_USER in field.metadata}
         remote = {key: value for key, value in paths.items() if is_remote(value)}
         uploads = ExitStack()
+        secret = resolve_key(spec.encryption_key) if is_remote(target) and action == "train" else None
+        bring = partial(_bring_readable, key=secret, one=bool(spec.train.resume_training_checkpoint_path))
         if is_remote(target) and not leads:
             place = Place(spec, Path(stack.enter_context(TemporaryDirectory())), redact(target), uploads)
             with blaming("results_dir"):
-                _bring_newest(spec, target, place.folder, action)
+                _bring_newest(target, place.folder, action, bring)
         elif is_remote(target):
             # job records of a search are of this machine, and hold URLs with their signatures
             stays = ("jobs/*", "probe/*") if action == "automl" else ()
             place = Place(spec, _staged(target, stack), redact(target), uploads, stays)
             place.add_copy("results_dir", target, place.folder)
             with blaming("results_dir"):
-                _bring_back(spec, target, place.folder, action)
+                _bring_back(target, place.folder, action, bring)
         else:
             place = Place(spec, make_folder(Path(target)), target, uploads)
         local = {key: _fetched(key, remote[key]) for key in _READS[action] if key in remote}
@@ -156,55 +162,60 @@ def _staged(url: str, stack: ExitStack) -> Path:
     return make_folder(stack.enter_context(cache.workspace(entry, redact(url))) / name_of(url))
 
 
-def _bring_back(spec: ExperimentSpec, url: str, folder: Path, action: str) -> None:
+def _bring_back(url: str, folder: Path, action: str, bring: _Bring) -> None:
     from openmae.storage.upload import STATUS, pull
 
-    def wanted(names: Collection[str], checkpoints: int = 1) -> Collection[str]:
-        if action == "automl":  # the study, and the checkpoints that its trainings go on from
-            return names
-        if action != "train":
-            return [STATUS] if STATUS in names else []
-        return [*(name for name in names if not name.endswith(".pth")), *_newest(names, checkpoints)]
-
     if action == "train":
-        _until_readable(spec, folder, lambda count: pull(url, folder, partial(wanted, checkpoints=count)))
+        bring(url, folder, lambda names: [name for name in names if not _MODEL.search(name)])
+    elif action == "automl":  # the study, and the checkpoints that its trainings go on from
+        pull(url, folder, lambda names: names)
     else:
-        pull(url, folder, wanted)
+        pull(url, folder, lambda names: [STATUS] if STATUS in names else [])
 
 
-def _bring_newest(spec: ExperimentSpec, url: str, folder: Path, action: str) -> None:
+def _bring_newest(url: str, folder: Path, action: str, bring: _Bring) -> None:
     """The checkpoint that a training resumes from, and what says that there is nothing left to train."""
-    from openmae.storage.upload import pull
-
-    def wanted(names: Collection[str], checkpoints: int) -> Collection[str]:
-        newest = _newest(names, checkpoints)
-        return [*newest, *(name for name in _AT_THE_END if name in names)] if newest else []
-
     if action == "train":
-        _until_readable(spec, folder, lambda count: pull(url, folder, partial(wanted, checkpoints=count)))
+        bring(url, folder, lambda names: [name for name in _AT_THE_END if name in names and _newest(names)])
 
 
-def _until_readable(spec: ExperimentSpec, folder: Path, bring: Callable[[int], None]) -> None:
-    """Bring the newest checkpoint, and while none can be read an older one: resuming takes the newest that can be."""
-    from openmae.storage.encryption import is_encrypted, resolve_key
+def _bring_readable(
+    url: str, folder: Path, besides: Callable[[Collection[str]], list[str]], *, key: Key | None, one: bool
+) -> None:
+    """Bring the newest checkpoint and, while none can be read, an older one: resuming takes the newest that can be.
+
+    Args:
+        besides: names that are needed as well.
+        key: opens checkpoints.
+        one: the newest alone, as the user has named what to resume from.
+    """
+    from openmae.storage.encryption import is_encrypted
+    from openmae.storage.upload import pull
     from openmae.training.checkpoints import list_checkpoints, newest_readable
 
-    key = resolve_key(spec.encryption_key)
+    there: list[str] = []
+
+    def wanted(names: Collection[str], count: int) -> Collection[str]:
+        there[:] = _newest(names)
+        return [*besides(names), *there[-count:]]
+
     for count in itertools.count(1):
-        bring(count)
-        here = list_checkpoints(folder)
+        pull(url, folder, partial(wanted, count=count))
+        if one or count >= len(there):
+            return
         try:
             newest_readable(folder, key)
+            return
         except CheckpointError:
-            if len(here) == count and (key is not None or not is_encrypted(here[-1])):
-                continue
-        return
+            # a wrong key looks like damage: it is not to fetch all of them
+            if is_encrypted(list_checkpoints(folder)[-1]) and (key is None or count > 1):
+                return
 
 
-def _newest(names: Collection[str], count: int) -> list[str]:
-    """The newest checkpoints, so many at the most."""
-    numbered = [(int(m[1]), int(m[2]), name) for name in names if (m := _NUMBERED.fullmatch(name))]
-    return [name for _, _, name in sorted(numbered)[-count:]]
+def _newest(names: Collection[str]) -> list[str]:
+    """The checkpoints, the newest last."""
+    found = ((int(match[1]), int(match[2]), name) for name in names if (match := _NUMBERED.fullmatch(name)))
+    return [name for *_, name in sorted(found)]
 
 
 def _fetched(key: str, url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import logging
@@ -165,7 +166,7 @@ class Mirror:
             except DataError as error:
                 if gone is None and name not in self._failed:
                     log.warning("%s was not uploaded, and is tried again: %s", name, error.problem)
-                if _is_passing(error):
+                if gone is None and _is_passing(error) and not self._answers():
                     gone = error
                 self._failed[name] = (time.monotonic(), error)
 
@@ -196,6 +197,14 @@ class Mirror:
             self._answered = self._sent[name]
         self._failed.pop(name, None)
 
+    def _answers(self) -> bool:
+        """Whether the store does, or it is but one file that fails."""
+        try:
+            ask(self.url, self._filesystem._info(self._there(STATUS)))
+        except DataError as error:
+            return not _is_passing(error)
+        return True
+
     def _send_status_if_due(self) -> None:
         """Called while a large file is on its way."""
         mark = _mark(self.local / STATUS)
@@ -219,7 +228,8 @@ class Mirror:
     def _forget_removed(self) -> None:
         """Remove there what was removed here, and what is older of its series: a resumed run has not seen that."""
         for name in [name for name in self._record.marks if not (self.local / name).exists()]:
-            older = [other for other in self._record.left if _is_older(other, name)]
+            set_aside = any(self.local.glob(f"{glob.escape(name)}.*"))  # renamed, not rotated away
+            older = [other for other in self._record.left if _is_older(other, name) and not set_aside]
             for gone in (name, *older):
                 try:
                     ask(self.url, self._filesystem._rm_file(self._there(gone)))
