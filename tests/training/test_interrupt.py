@@ -16,6 +16,7 @@ from openmae.errors import Preempted
 from openmae.results.status import read_status
 from openmae.training.checkpoints import newest_checkpoint
 from openmae.training.interrupt import PREEMPTION, InterruptRelay, InterruptWatch, PreemptionWatch
+from openmae.training.pulse import Pulse
 
 EPOCHS = {"train.num_epochs": 12, "train.checkpoint_interval": 12, "dataset.val_data_sources": None}
 
@@ -28,6 +29,20 @@ def test_the_first_asks_the_second_stops(caplog):
         assert "writing a checkpoint after this step. Press Ctrl-C again to stop at once." in caplog.text
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_batches_end_when_a_process_is_asked_to():
+    watch, pulse = InterruptWatch(), Pulse()
+    assert list(watch.until_asked(range(3), pulse)) == [0, 1, 2]
+    pulse.someone_leaves = True
+    assert list(watch.until_asked(range(3), pulse)) == [], "another one was asked"
+    pulse.someone_leaves = False
+    with watch:
+        batches = watch.until_asked(range(3), pulse)
+        assert next(batches) == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert list(batches) == []
+    assert pulse.leaves, "the others are to know"
 
 
 @pytest.mark.parametrize("number", PREEMPTION)

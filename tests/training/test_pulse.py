@@ -73,6 +73,17 @@ def test_one_that_is_stopped_is_named_with_when_and_where(begin):
     assert _verdict(waiting).endswith(" UTC, at step 3.")
 
 
+def test_who_is_asked_to_leave_is_heard_by_all(begin):
+    store = HashStore()
+    one, other = begin(0, store), begin(1, store)
+    assert not other.someone_leaves
+    one.leaves = True
+    deadline = time.monotonic() + 20
+    while not (one.someone_leaves and other.someone_leaves):
+        assert time.monotonic() < deadline, "nobody heard"
+        time.sleep(0.01)
+
+
 def test_one_that_never_told_anything_is_named(begin):
     assert _verdict(begin(0, HashStore())) == "Process 1 has not answered for 1 s: it was never heard of."
 

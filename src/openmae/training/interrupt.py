@@ -8,13 +8,17 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from openmae.errors import Preempted
+from openmae.training.pulse import Pulse
 
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # a machine that shuts down; SLURM before the time is up
+
+T = TypeVar("T")
 
 log = logging.getLogger("openmae")
 
@@ -89,6 +93,14 @@ class InterruptWatch(_InterruptHandler):
                 log.warning("Interrupted: writing a checkpoint after this step. Press Ctrl-C again to stop at once.")
         elif number == signal.SIGINT or (number == signal.SIGTERM and self.reason is KeyboardInterrupt):
             raise KeyboardInterrupt
+
+    def until_asked(self, batches: Iterable[T], pulse: Pulse) -> Iterator[T]:
+        """Pass batches on until a stop is asked for, of this process or, as ``pulse`` tells, of another one."""
+        for batch in batches:
+            pulse.leaves = self.asked
+            if self.asked or pulse.someone_leaves:
+                return
+            yield batch
 
 
 class PreemptionWatch(_InterruptHandler):

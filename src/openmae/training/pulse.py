@@ -84,6 +84,8 @@ class Pulse:
 
     Attributes:
         step: updates of the weights.
+        leaves: this process was asked to end.
+        someone_leaves: some process was; known within a second.
         verdict: what the run ends with, once a process has been found to hang.
         channel: to the parent, for a verdict that the main thread does not raise; None: there is no such parent.
         status: where such a verdict is told if there is no parent.
@@ -91,6 +93,7 @@ class Pulse:
 
     def __init__(self, node: int = 0, rank: int = 0, size: int = 1) -> None:
         self.step = 0
+        self.leaves = self.someone_leaves = False
         self.verdict: RunError | None = None
         self.channel: SimpleQueue[tuple[str, str]] | None = None
         self.status: StatusLog | None = None
@@ -144,6 +147,9 @@ class Pulse:
                 now = time.strftime("%H:%M:%S UTC", time.gmtime())
                 sign = Sign(self._node, os.getpid(), self._beats, self._passed, self.step, now)
                 store.set(_key(self._rank), json.dumps(sign))
+                if self.leaves:
+                    store.set(_key("leaves"), "")
+                self.someone_leaves = self.leaves or store.check([_key("leaves")])
                 self._listen(store, range(self._size) if self._must_know_all() else (0,))
                 self._talked = time.monotonic()
                 if self._ended.wait(self._beat):
@@ -229,5 +235,6 @@ def pulse_of(fabric: Fabric) -> Pulse:
     return getattr(fabric.strategy, "pulse", None) or Pulse()
 
 
-def _key(rank: int) -> str:
-    return f"openmae/pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+def _key(name: int | str) -> str:
+    """Of a process's number, or of what all of them share."""
+    return f"openmae/pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"

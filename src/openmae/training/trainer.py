@@ -335,10 +335,7 @@ class Trainer:
 
     def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass batches on; on Ctrl-C and preemption keep the epoch's training, which is done, and stop everywhere."""
-        for batch in batches:
-            if self._interrupt.asked:
-                break
-            yield batch
+        yield from self._interrupt.until_asked(batches, self._pulse)
         self._pulse.passes()
         self._stop = stop_from_counts(*sum_over_ranks(self.fabric, [*stop_to_counts(self._interrupt.reason)]))
         if self._stop:
