@@ -7,9 +7,10 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from openmae.errors import OpenMAEError
+
+from .report import RESULTS
 
 BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
     "pretrain": "images/s of a pretraining step beside dense ConvNeXt V2, transformers and timm",
@@ -27,7 +28,6 @@ BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
 }
 # they take minutes to an hour; plan measures nothing
 ONLY_BY_NAME = {"automl", "checkpoints", "decoding", "decoding_cost", "plan"}
-RESULTS = Path("results/bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,9 +35,9 @@ from openmae.results.files import write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.load import load_spec
 
-from .report import Report
+from .report import RESULTS, Report
 
-FOLDER = Path("results/bench/automl")
+FOLDER = RESULTS / "automl"
 SEEDS = (0, 1, 2, 3, 4)
 METRIC = "ACC_all"
 POINTS, SHARE = 2.0, 1 / 3  # targets: bayesian over the spec's own values; epochs of asha over those of random

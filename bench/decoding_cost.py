@@ -26,9 +26,9 @@ from openmae.results.files import write_atomically
 from openmae.spec.load import load_spec
 
 from .decoding import DECODERS, Decoder
-from .report import Report
+from .report import RESULTS, Report
 
-FOLDER = Path("results/bench/decoding_cost")
+FOLDER = RESULTS / "decoding_cost"
 PRETRAIN, FINETUNE = "pretrain", "finetune"
 _SHOWN = {"knn_acc": PRETRAIN, "probe_acc": PRETRAIN, "ACC_all": FINETUNE}  # metric -> the training that has it
 
@@ -94,8 +94,11 @@ class Table:
         facts = {"torch": torch.__version__, "spec": _digest(tree, self.folder), "threads": torch.get_num_threads()}
         kept = self.values.get(name)
         if kept is None or kept["facts"] != facts:
-            if kept is not None:
-                shutil.rmtree(self._place(decoder, seed), ignore_errors=True)  # of other facts
+            if kept is not None:  # of other facts, as is the other stage's
+                shutil.rmtree(self._place(decoder, seed), ignore_errors=True)
+                self.values = {
+                    key: value for key, value in self.values.items() if not key.startswith(f"{decoder} seed {seed} ")
+                }
             self._make_sure_of(decoder, seed, stage)
             start = time.perf_counter()
             found = dict(self._train(tree))
@@ -173,7 +176,8 @@ def report(table: Table, plan: Plan) -> Report:
         f"digit; accuracies on the {quickstart.HELD_OUT} digits held out, in per cent; kNN and linear probe of the "
         f"frozen features on halves of these. Seeds {', '.join(map(str, plan.seeds))}: mean (smallest to largest).",
         "Cost: points of the fine-tuned accuracy above that of the same seed with the first decoder; below 0 is worse. "
-        "Validation predicts all masked units, whatever a training step does.",
+        "Validation predicts all masked units, whatever a training step does: val_loss of self with fewer targets is "
+        "that of a decoder among more mask tokens than it was trained with.",
         f"{torch.get_num_threads()} threads.",
     ]
     columns = ("decoder_attention", "decoder_targets", "kNN", "linear probe", "fine-tuned", "cost", "val_loss")

@@ -32,7 +32,7 @@ class Race:
         targets: by mask ratio, how many times as fast as any of the references; None: no target.
         references: by name, from our model to the reference and whether its AdamW is fused.
         turns: of each contestant.
-        bf16: whether OpenMAE runs in bfloat16 as well.
+        bf16: whether all run in bfloat16 as well.
         side: of the images, in pixels.
         batch: images of a step.
     """
@@ -114,7 +114,10 @@ def measure(race: Race, quick: bool) -> Comparison:
     for name, (make, fused) in race.references.items():
         check = references.DenseConvNeXtV2(ours, exact=True) if name == DENSE else make(ours)
         references.check_same_start(ours, check, seen[:_CHECKED], ratio)
-        contestants[name] = steps.reference_step(make(ours), seen, ratio, ours.num_units, fused=fused)
+        for precision in _precisions(race):
+            model, bf16 = make(ours), precision == BF16
+            step = steps.reference_step(model, seen, ratio, ours.num_units, fused=fused, bf16=bf16)
+            contestants[_theirs(name, precision)] = step
     del ours, check
     for ratio, precision in _entries(race):
         model = steps.build(race.arch, race.side, ratio)
@@ -124,12 +127,12 @@ def measure(race: Race, quick: bool) -> Comparison:
 
 
 def judge(race: Race, found: Comparison) -> list[dict[str, Any]]:
-    """Of every reference, mask ratio and precision: how many times as fast OpenMAE is; whether that was the target."""
+    """How many times as fast as each reference OpenMAE is in the same precision; in float32: was that the target."""
     verdicts = []
     for mask_ratio, precision in _entries(race):
-        target = race.targets[mask_ratio]
+        target = race.targets[mask_ratio] if precision == FP32 else None
         for name in race.references:
-            ratio = found.ratio(_ours(mask_ratio, precision), name)
+            ratio = found.ratio(_ours(mask_ratio, precision), _theirs(name, precision))
             met = None if target is None else ratio >= target
             entry = {"mask_ratio": mask_ratio, "precision": precision, "reference": name}
             verdicts.append({**entry, "ratio": ratio, "target": target, "met": met})
@@ -144,7 +147,15 @@ def told(timing: Timing) -> str:
 
 def _entries(race: Race) -> list[tuple[float, str]]:
     """The mask ratios and precisions that OpenMAE runs at."""
-    return [(ratio, name) for ratio in race.targets for name in ((FP32, BF16) if race.bf16 else (FP32,))]
+    return [(ratio, precision) for ratio in race.targets for precision in _precisions(race)]
+
+
+def _precisions(race: Race) -> tuple[str, ...]:
+    return (FP32, BF16) if race.bf16 else (FP32,)
+
+
+def _theirs(name: str, precision: str) -> str:
+    return name if precision == FP32 else f"{name} {precision}"
 
 
 def _ours(mask_ratio: float, precision: str) -> str:
@@ -158,7 +169,7 @@ def _row(race: Race, found: Comparison, verdict: dict[str, Any]) -> tuple[str, .
         f"{verdict['mask_ratio']:g}",
         verdict["precision"],
         verdict["reference"],
-        told(found.timings[verdict["reference"]]),
+        told(found.timings[_theirs(verdict["reference"], verdict["precision"])]),
         told(found.timings[_ours(verdict["mask_ratio"], verdict["precision"])]),
         f"{verdict['ratio']:.2f}",
         "" if target is None else f"{target:g}x: {'met' if verdict['met'] else 'MISSED'}",
@@ -171,10 +182,10 @@ def _notes(data: list[dict[str, Any]]) -> list[str]:
     return [
         f"{where}, batch {size['batch']}, {size['side']}x{size['side']} px, the papers' decoders; contestants "
         "take turns in one process, warm-up excluded; median of the turns, the slowest and the fastest.",
-        "References compute in float32, OpenMAE in float32 or, where that is told, as train.precision=bf16 does: "
-        "weights, gradients and update in float32, products in bfloat16.",
+        "bf16: as train.precision=bf16 computes, products in bfloat16, weights, gradients and update in float32; the "
+        "reference under the same autocast.",
         "OpenMAE's step is its trainer's: uint8 images are normalised and masked within it. References get normalised "
-        "images. All have the same weights and masks, and predict the same pixels.",
+        "images. All have the same weights and, at the first mask ratio, the same masks; a loss is of the same pixels.",
         f"'{DENSE}': the official FCMAE without its sparse engine (what NVIDIA TAO runs): NCHW, masked after the stem, "
         "AdamW not fused; its time does not depend on the mask ratio. "
         f"'{PLAIN}': timm's own blocks, all tokens predicted, AdamW not fused. '{TRANSFORMERS}': "

@@ -15,6 +15,7 @@ from typing import Any
 
 from openmae.results.files import write_atomically
 
+RESULTS = Path("results/bench")
 _PACKAGES = ("openmae", "torch", "timm", "onnxruntime", "numpy")
 _FLAGS = frozenset(  # that decide how fast products of matrices are
     {"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "avx_vnni", "avx512_vnni", "amx_int8"}

@@ -61,6 +61,9 @@ def test_packed_photographs_are_smaller_and_give_the_same_batches(tmp_path: Path
         assert picture.pixels().shape[:2] == (512, 910)
     contestants = bench_input._pretraining(paths, quick=True, index=packed)
     assert {name: call().shape for name, call in contestants.items()} == dict.fromkeys(contestants, (4, 3, 224, 224))
+    (again, *_) = bench_input._as_files(packed, tmp_path / "small")
+    with Image.open(again) as image:
+        assert image.size == (910, 512)
 
 
 def test_a_training_that_fails_is_an_error(tmp_path: Path) -> None:

@@ -130,6 +130,23 @@ def test_targets_are_judged_against_every_reference() -> None:
     assert pretrain._row(race, found, verdicts["plain"])[-2:] == ("1.20", "1.3x: MISSED")
 
 
+def test_bfloat16_is_compared_with_bfloat16_and_not_judged() -> None:
+    race = pretrain.Race("vit_base_patch16", {0.75: 1.3}, {"plain": pretrain._VIT["plain"]}, turns=1, bf16=True)
+    rates = {"plain": 2.0, "plain bf16": 3.0, "OpenMAE 0.75 fp32": 3.0, "OpenMAE 0.75 bf16": 6.0}
+    found = Comparison({name: Timing((1 / rate,), 1) for name, rate in rates.items()}, "plain", 1, None)
+    single, half = pretrain.judge(race, found)
+    assert (single["ratio"], single["met"]) == (pytest.approx(1.5), True)
+    assert (half["ratio"], half["target"], half["met"]) == (pytest.approx(2.0), None, None)
+    assert pretrain._row(race, found, half)[2:] == (
+        "bf16",
+        "plain",
+        "3.00 (3.00 to 3.00)",
+        "6.00 (6.00 to 6.00)",
+        "2.00",
+        "",
+    )
+
+
 def test_the_targets_at_a_ratio_of_point_6_are_60_per_cent() -> None:
     targets = {race.arch: race.targets for race in pretrain.RACES}
     assert targets["convnextv2_atto"] == {0.75: 4.0, 0.6: 2.4}
