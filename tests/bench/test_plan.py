@@ -9,15 +9,19 @@ from bench import plan
 
 def test_the_operations_of_a_vit_are_those_of_its_products() -> None:
     """By hand: 12 blocks of width 192 over the visible tokens, the decoder's 8 of width 512 over all of them."""
-    work = plan.count("vit_tiny_patch16", 64)
-    visible, tokens = 4 + 1, 16 + 1
+    work = plan.count("vit_tiny_patch16", 224)
+    visible, masked, tokens = 49, 147, 196 + 1
 
-    def blocks(depth: int, width: int, length: int) -> float:
-        return depth * length * (24 * width**2 + 4 * length * width)  # projections and MLP; attention's two products
+    def attention(width: int, length: int) -> float:
+        return length * (8 * width**2 + 4 * length * width)  # projections; the two products
 
-    forward = blocks(12, 192, visible) + blocks(7, 512, tokens)
-    assert work.operations / 3 == pytest.approx(forward + blocks(1, 512, tokens), rel=0.12)
-    assert work.operations / 3 > forward
+    def mlp(width: int, length: int) -> float:
+        return length * 16 * width**2
+
+    encoder = 12 * (attention(192, visible + 1) + mlp(192, visible + 1)) + 2 * visible * 768 * 192
+    decoder = 8 * attention(512, tokens) + 7 * mlp(512, tokens) + mlp(512, masked)
+    ends = 2 * (visible + 1) * 192 * 512 + 2 * masked * 512 * 768
+    assert work.operations / 3 == pytest.approx(encoder + decoder + ends, rel=0.01)
     assert work.parameters > 5.4e6
 
 
