@@ -7,7 +7,9 @@ import signal
 
 import pytest
 
+from openmae.actions.profiling import acting_monitor, acting_precision
 from openmae.cli import main
+from openmae.spec.load import load_spec
 from openmae.training.pretrain import PretrainTask
 
 pytestmark = pytest.mark.xdist_group("actions")
@@ -33,6 +35,7 @@ def test_a_profiled_run_says_what_its_time_goes_to(command, tmp_path, capsys):
         assert profile["phases"][name]["seconds"] > 0, name
     assert sum(phase["share"] for phase in profile["phases"].values()) == pytest.approx(1)
     assert profile["keys"]["model.decoder_attention"] == "self", "which could make its decoder faster"
+    assert profile["keys"]["train.optim.monitor_name"] == "train_loss"
     assert "bounds this run" in profile["advice"][0]
     assert " ".join(profile["advice"][0].split()) in " ".join(text.split())
     html = (tmp_path / "train" / "report.html").read_text()
@@ -40,6 +43,35 @@ def test_a_profiled_run_says_what_its_time_goes_to(command, tmp_path, capsys):
     assert "95th percentile" in html
     assert profile["advice"][0] in html
     assert html.count("<img") == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_gpu", "precision"),
+    [
+        (["train.precision=bf16"], True, "bf16"),
+        (["train.precision=fp16"], True, "fp16"),
+        (["train.precision=fp16"], False, "fp32"),
+        (["train.distributed_strategy=fsdp"], True, "fp16"),
+        (["train.distributed_strategy=fsdp", "train.precision=bf16"], False, "fp32"),
+    ],
+)
+def test_the_precision_that_is_told_is_the_one_that_acts(overrides, on_gpu, precision):
+    assert acting_precision(load_spec(None, overrides), on_gpu) == precision
+
+
+@pytest.mark.parametrize(
+    ("overrides", "monitor"),
+    [
+        ([], "train_loss"),
+        (["dataset.val_data_sources=x", "train.optim.monitor_name=val_loss"], "val_loss"),
+        (["dataset.val_data_sources=x"], "train_loss"),
+        (["dataset.val_data_sources=x", "train.stage=finetune"], "ACC_all"),
+        (["dataset.val_data_sources=x", "train.stage=finetune", "train.optim.monitor_name=train_loss"], "train_loss"),
+        (["train.stage=finetune"], "train_loss"),
+    ],
+)
+def test_the_monitor_that_is_told_is_the_one_that_acts(overrides, monitor):
+    assert acting_monitor(load_spec(None, ["dataset.batch_size=2", *overrides])) == monitor
 
 
 def test_a_run_that_was_cut_leaves_its_profile_too_and_goes_on_without(command, monkeypatch, tmp_path, capsys):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from openmae.automl.algorithms import Algorithm
 from openmae.automl.space import Space, budget, make_space
 from openmae.errors import SpecError
+from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
@@ -286,6 +287,106 @@ def test_a_range_is_cut_by_the_option_that_bounds_it() -> None:
     key = "dataset.augmentation.min_scale"
     problem = _refused("dataset.augmentation.max_scale=0.5", parameters=[key], ranges={key: [0.2, 0.9]})
     assert problem.startswith(f"automl.ranges.{key}: must stay <= dataset.augmentation.max_scale, which is 0.5, got")
+
+
+def _draws(spec: ExperimentSpec, count: int = 40) -> list[dict[str, Any]]:
+    """Random draws; each of them is a training that the spec admits, or this raises."""
+    space, study = make_space(spec), optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found = [space.draw(study.ask()) for _ in range(count)]
+    typed = {key: value_of(spec, key) for key in fields() if spec.typed(key) and not key.startswith("automl.")}
+    for params in found:
+        load_spec(None, [f"{key}={value}" for key, value in {**typed, **params}.items()], action="train")
+    return found
+
+
+WIDTH, RATIO, ARCH = "model.decoder_embed_dim", "model.mask_ratio", "model.arch"
+VIT_OR_CONVNEXT = {ARCH: ["vit_tiny_patch16", "convnextv2_atto"]}
+
+
+@pytest.mark.parametrize(
+    ("own", "range_", "searched"),
+    [
+        (None, None, "128 to 512, in steps of 64"),
+        (96, None, "96 to 512, in steps of 32"),
+        (32, None, "32 to 512, in steps of 32"),
+        (160, None, "128 to 512, in steps of 32"),
+        (None, [96, 512], "96 to 512, in steps of 32"),
+        (None, [100, 500], "128 to 480, in steps of 32"),
+        (None, [64, 256], "64 to 256, in steps of 64"),
+    ],
+)
+def test_every_width_of_a_decoder_holds_whole_heads(own: int | None, range_: list[int] | None, searched: str) -> None:
+    typed = [f"{WIDTH}={own}"] if own else []
+    spec = _spec("model.arch=vit_tiny_patch16", *typed, parameters=[WIDTH], ranges={WIDTH: range_} if range_ else {})
+    (item,) = make_space(spec).parameters
+    assert item.range_words == searched
+    assert item.own == own or own is None, "the spec's own value is the first to be tried"
+    drawn = {params[WIDTH] for params in _draws(spec)}
+    assert len(drawn) > 3
+    assert all(width % 32 == 0 for width in drawn)
+
+
+def test_a_range_without_a_whole_head_leaves_nothing() -> None:
+    problem = _refused("model.arch=vit_tiny_patch16", parameters=[WIDTH], ranges={WIDTH: [100, 120]})
+    assert problem.startswith(f"automl.ranges.{WIDTH}: [128, 96] in steps of 32 leaves nothing to search.")
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("model.decoder_attention=cross", "model.decoder_attention: cross needs a decoder with attention"),
+        ("model.patch_size=8", "model.patch_size: only ViT has a patch size to choose"),
+    ],
+)
+def test_an_architecture_that_the_rest_of_the_spec_does_not_fit(override: str, why: str) -> None:
+    typed = ("model.arch=vit_tiny_patch16", override)
+    problem = _refused(*typed, parameters=[ARCH], ranges=VIT_OR_CONVNEXT)
+    assert problem.startswith(f"automl.ranges.{ARCH}: convnextv2_atto would be refused: {why}")
+    assert "\n" not in problem
+    _draws(_spec(*typed, parameters=[ARCH], ranges={ARCH: ["vit_tiny_patch16", "vit_small_patch16"]}))
+
+
+def test_what_an_architecture_decides_is_decided_anew_for_each() -> None:
+    """The mask ratio of 0.75 is ViT's, and hides too much of ConvNeXt's four units only where it is typed as 0.8."""
+    typed = ("model.arch=vit_tiny_patch16", "dataset.augmentation.input_size=64")
+    _draws(_spec(*typed, parameters=[ARCH], ranges=VIT_OR_CONVNEXT))
+    problem = _refused(*typed, f"{RATIO}=0.8", parameters=[ARCH], ranges=VIT_OR_CONVNEXT)
+    assert "convnextv2_atto would be refused: model.mask_ratio: must leave some mask units visible" in problem
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "searched"),
+    [
+        (["convnextv2_atto"], 64, "0.4 to 0.75"),
+        (["vit_tiny_patch16", "convnextv2_atto"], 64, "0.4 to 0.75"),
+        (["vit_tiny_patch16", "vit_small_patch16"], 64, "0.4 to 0.9"),
+        (["vit_tiny_patch16"], 32, "0.4 to 0.75"),
+        (["convnextv2_atto"], [32, 64], ""),
+    ],
+)
+def test_every_mask_ratio_leaves_something_visible(arch: list[str], size: Any, searched: str) -> None:
+    several = len(arch) > 1
+    overrides = (f"{ARCH}={arch[0]}", f"dataset.augmentation.input_size={size}", f"{RATIO}=0.5")
+    more = {"parameters": [RATIO, *([ARCH] if several else [])], "ranges": {ARCH: arch} if several else {}}
+    if not searched:
+        assert f"automl.ranges.{RATIO}: [0.5, 0.5] leaves nothing to search" in _refused(*overrides, **more)
+        return
+    spec = _spec(*overrides, **more)
+    assert _ranges(make_space(spec))[RATIO] == searched
+    _draws(spec)
+
+
+def test_a_range_of_ones_own_that_the_spec_refuses_is_refused_at_once() -> None:
+    typed = ("model.arch=convnextv2_atto", "dataset.augmentation.input_size=64")
+    problem = _refused(*typed, parameters=[RATIO], ranges={RATIO: [0.5, 0.8]})
+    assert "automl.ranges: a draw would be refused: model.mask_ratio: must leave some mask units visible" in problem
+    assert "0.8 leaves 0 of 4 visible" in problem
+    widths = {WIDTH: [100, 128, 256]}
+    problem = _refused("model.arch=vit_tiny_patch16", parameters=[WIDTH], ranges=widths)
+    assert "must be a multiple of 32, a head's width, got 100. Use 96." in problem
+    rates = [OPTIM + "lr", OPTIM + "base_lr"]
+    problem = _refused(parameters=rates, ranges={OPTIM + "base_lr": [1e-4, 1e-2]})
+    assert "both set the learning rate" in problem
 
 
 def test_nothing_left_to_search() -> None:

@@ -20,7 +20,10 @@ KEYS = {
     "train.precision": "fp32",
     "train.compile": False,
     "train.num_gpus": 1,
+    "train.num_nodes": 1,
     "train.ema_decay": 0.0,
+    "train.distributed_strategy": "ddp",
+    "train.optim.monitor_name": "train_loss",
     "train.validation_interval": 3,
     "train.checkpoint_interval": 5,
     "train.checkpoint_interval_unit": "step",
@@ -28,7 +31,14 @@ KEYS = {
 
 
 def breakdown(
-    milliseconds: dict[str, float], *, gpu: bool = True, processes: int = 1, cores: int = 16, **keys: Any
+    milliseconds: dict[str, float],
+    *,
+    gpu: bool = True,
+    family: str = "vit",
+    processes: int = 1,
+    nodes: int = 1,
+    cores: int = 16,
+    **keys: Any,
 ) -> Breakdown:
     """Of 100 steps; validation and checkpoints too are given per step."""
     base = {"data wait": 0.0, "host to device": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0, "other": 0.0}
@@ -36,7 +46,8 @@ def breakdown(
     phases |= {name: Phase(milliseconds.get(name, 0.0) / 10) for name in ("validation", "checkpoints")}
     typed = {key: keys.pop(key.rpartition(".")[2], value) for key, value in KEYS.items()}
     assert not keys
-    return Breakdown(phases, 100, 3, "1 x FAKE", gpu, processes, cores, typed)
+    per_node, gpus = processes // nodes, 8 if gpu else 0
+    return Breakdown(phases, 100, 3, "1 x FAKE", gpu, family, processes, per_node, cores, gpus, typed)
 
 
 def test_waiting_for_data():
@@ -53,6 +64,8 @@ def test_waiting_for_data():
     assert "It has 4 cores here, too few for the 5 workers it would take: store the images smaller" in small
     (_, shared, _) = advice(breakdown({"data wait": 60.0, "forward": 40.0}, cores=8, processes=2))
     assert "It has 4 cores here" in shared
+    (_, apart, _) = advice(breakdown({"data wait": 60.0, "forward": 40.0}, cores=8, processes=2, nodes=2))
+    assert "Raise it to about 5" in apart, "each node has cores of its own"
     (_, never) = advice(breakdown({"data wait": 100.0}))
     assert "too few for the 64 workers" in never
 
@@ -68,10 +81,45 @@ def test_computation():
     assert line.endswith("What would help: a higher train.num_gpus.")
     (_, line) = advice(breakdown({"forward": 100.0}, gpu=False))
     assert "On a CPU a smaller dataset.augmentation.input_size or model.arch" in line
-    assert "train.precision=bf16 for ViT and Hiera if the processor has AVX512-BF16 or AMX" in line
+    assert "train.precision=bf16 if the processor has AVX512-BF16 or AMX" in line
+    (_, line) = advice(breakdown({"forward": 100.0}, gpu=False, family="convnextv2"))
+    assert "bf16" not in line, "its convolutions gain nothing by it on a CPU"
     (_, line) = advice(breakdown({"forward": 100.0}, precision="bf16", gpu=False))
     assert "bf16" not in line
     assert "decoder" not in line, "a classifier and ConvNeXt V2 gain little by it"
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_fsdp_is_not_advised_a_precision_that_does_not_act(gpu):
+    (_, line) = advice(breakdown({"forward": 100.0}, gpu=gpu, distributed_strategy="fsdp"))
+    assert "train.precision" not in line
+
+
+def test_where_every_gpu_works_more_nodes_are_advised():
+    for processes, nodes, key in ((7, 1, "num_gpus"), (8, 1, "num_nodes"), (8, 2, "num_gpus"), (16, 2, "num_nodes")):
+        (_, line, _) = advice(breakdown({"forward": 100.0}, processes=processes, nodes=nodes))
+        assert line.endswith(f"a higher train.{key}."), f"{processes} processes on {nodes} nodes of 8 GPUs"
+
+
+def test_the_best_models_that_validation_picks_are_written_at_its_interval():
+    times = {"checkpoints": 50.0, "forward": 50.0}
+    (_, line) = advice(breakdown(times, monitor_name="val_loss"))
+    assert line.endswith(
+        "raise train.checkpoint_interval (5, in steps), and train.validation_interval (3): each better val_loss is "
+        "written too."
+    )
+    (_, line) = advice(breakdown(times))
+    assert line.endswith("raise train.checkpoint_interval (5, in steps).")
+
+
+def test_what_the_loop_does_once_an_epoch_calls_for_no_larger_batch():
+    measured = breakdown({"other": 50.0, "forward": 50.0})
+    phases = {**measured.phases, "other": Phase(5.0, 50.0, 2.0, 40.0)}
+    (_, line) = advice(replace(measured, phases=phases))
+    assert line == (
+        "The loop itself takes 50.0 of 100.0 ms in the mean, but 2.0 in the median: it is what happens once an epoch. "
+        "A larger dataset.batch_size would not shorten it; longer epochs have less of it."
+    )
 
 
 @pytest.mark.parametrize("gpu", [True, False])

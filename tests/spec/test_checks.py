@@ -240,6 +240,15 @@ def test_what_an_action_does_not_use_does_not_stop_it():
     load_spec(None, overrides, "evaluate")
 
 
+@pytest.mark.parametrize(("action", "spoken_of"), [("evaluate", True), ("inference", True), ("train", False)])
+def test_what_only_a_training_step_does_is_told_of_where_nothing_is_trained(caplog, action, spoken_of):
+    given = [f"dataset.{name}_data_sources=photos" for name in ("train", "val", "test")]
+    given += ["evaluate.checkpoint=m.pth", "inference.checkpoint=m.pth"]
+    said = f"model.decoder_targets does not act on `mae {action}`: it is a share of what a training step predicts."
+    assert (said in notices(caplog, [*given, "model.decoder_targets=0.5"], action)) == spoken_of
+    assert not notices(caplog, given, action)
+
+
 def test_a_trained_model_brings_its_geometry_along():
     overrides = ["dataset.val_data_sources=photos", "evaluate.checkpoint=m.pth"]
     overrides += ["dataset.augmentation.input_size=72"]

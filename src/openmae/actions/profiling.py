@@ -7,20 +7,22 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from lightning_fabric import Fabric
 
 from openmae.actions.run import show_table
 from openmae.results.breakdown import Breakdown, Phase, advice, write_breakdown
 from openmae.spec.checks import value_of
 from openmae.spec.schema import ExperimentSpec
-from openmae.training.devices import describe_device
+from openmae.training.devices import describe_device, world_of
 from openmae.training.stepclock import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
 
 PROFILE = "profile.json"
 _KEYS = (
     "dataset.batch_size",
     "dataset.num_workers_per_gpu",
-    *(f"train.{name}" for name in ("accum_grad_batches", "precision", "compile", "num_gpus", "ema_decay")),
+    *(f"train.{name}" for name in ("accum_grad_batches", "precision", "compile", "num_gpus", "num_nodes")),
+    *("train.ema_decay", "train.distributed_strategy"),
     *(f"train.{name}" for name in ("validation_interval", "checkpoint_interval", "checkpoint_interval_unit")),
 )
 _DECODER = ("model.decoder_attention", "model.decoder_targets")  # what makes a transformer's decoder faster
@@ -53,8 +55,10 @@ def leave_profile(fabric: Fabric, spec: ExperimentSpec, folder: Path, measured: 
 
 
 def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Breakdown:
-    finetune = spec.train.stage == "finetune"
-    keys = _KEYS if finetune or spec.model.architecture.family == "convnextv2" else (*_KEYS, *_DECODER)
+    finetune, family = spec.train.stage == "finetune", spec.model.architecture.family
+    on_gpu = fabric.device.type == "cuda"
+    keys = _KEYS if finetune or family == "convnextv2" else (*_KEYS, *_DECODER)
+    acting = {"train.precision": acting_precision(spec, on_gpu), "train.optim.monitor_name": acting_monitor(spec)}
     phases = {}
     for name in (*STEP_PHASES, *PAUSES):
         seconds, times = measured.seconds[name], measured.per_step.get(name)
@@ -68,8 +72,26 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
         steps=measured.steps,
         warmup=WARMUP_STEPS,
         device=describe_device(fabric),
-        on_gpu=fabric.device.type == "cuda",
+        on_gpu=on_gpu,
+        family=family,
         processes=fabric.world_size,
+        per_node=world_of(fabric).per_node,
+        gpus=torch.cuda.device_count() if on_gpu else 0,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        keys={key: value_of(spec, key) for key in keys} | ({} if finetune else {"train.ema_decay": 0.0}),
+        keys={key: value_of(spec, key) for key in keys} | acting | ({} if finetune else {"train.ema_decay": 0.0}),
     )
+
+
+def acting_precision(spec: ExperimentSpec, on_gpu: bool) -> str:
+    """The precision that acts: fsdp is fp16, and without a GPU fp16 is fp32."""
+    wanted = "fp16" if spec.train.distributed_strategy == "fsdp" else spec.train.precision
+    return "fp32" if wanted == "fp16" and not on_gpu else wanted
+
+
+def acting_monitor(spec: ExperimentSpec) -> str:
+    """The monitor that acts: train_loss without validation, else as asked for; a classifier's default is ACC_all."""
+    if not spec.dataset.val_data_sources:
+        return "train_loss"
+    if spec.train.stage == "finetune" and not spec.typed("train.optim.monitor_name"):
+        return "ACC_all"
+    return spec.train.optim.monitor_name

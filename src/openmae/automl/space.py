@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from openmae.errors import SpecError
+from openmae.spec.architectures import ARCHITECTURES
 from openmae.spec.checks import INERT, inert_keys, value_of
-from openmae.spec.describe import choices, fields
+from openmae.spec.describe import choices, fields, why_illegal
 from openmae.spec.fields import Search
-from openmae.spec.load import ALIASES
+from openmae.spec.load import ALIASES, find_refusals
 from openmae.spec.schema import ExperimentSpec
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def make_space(spec: ExperimentSpec) -> Space:
             else:
                 left_out[key] = parameter
     problems += _crossing(found, spec)
+    problems += [] if problems else _refused(spec, found)
     if problems:
         raise SpecError("\n".join(dict.fromkeys(problems)), "`mae spec keys` lists all options and their bounds.")
     if not found:
@@ -234,12 +235,13 @@ def _meets(value: Any, wanted: tuple[str, ...]) -> bool:
 
 def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wanted: list[str]) -> Parameter | str:
     """The option as it is searched, or what is wrong."""
-    extra, own = _extra(key), _value(spec, key)
+    extra = _extra(key)
+    own: Any = value_of(spec, key)
     search: Search = extra["search"] or Search()
     need = _parsed(extra["needs"]) if extra["needs"] else None
     needs = need if need is not None and need[0] in wanted else None
     known = choices(fields()[key]) or (("True", "False") if fields()[key].annotation is bool else ())
-    if given is not None and (problem := _illegal(key, given)):
+    if given is not None and (problem := why_illegal(key, given)):
         return f"automl.ranges.{key}: {problem}"
     numbers = given is not None and len(given) == 2 and all(_is_number(value) for value in given)
     if known or (given is not None and not numbers):
@@ -253,11 +255,14 @@ def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wa
             low, high = min(low, own), max(high, own)
         low, high = _bounded(spec, key, low, high, integer, wanted)
         own = min(max(own, low), high) if _is_number(own) else None
+    step = search.step
+    if step:
+        low, high, step = _on_grid(step, low, high, own)
     if low >= high:
-        what = f"[{low:g}, {high:g}] leaves nothing to search"
+        steps = f" in steps of {step:g}" if step else ""
+        what = f"[{low:g}, {high:g}]{steps} leaves nothing to search"
         return f"automl.ranges.{key}: {what}. The first number must be the lower one, and the epochs leave it room."
     log = search.log and low > 0
-    step = search.step if search.step and not (low - (search.low or 0)) % search.step else None
     own = own if _is_number(own) and low <= own <= high and not (step and (own - low) % step) else None
     return Parameter(key, low, high, log=log, step=step, integer=integer, own=own, needs=needs)
 
@@ -273,22 +278,6 @@ def _choice(
         return f"automl.ranges.{key}: names a choice twice: {', '.join(map(str, values))}."
     weights = tuple(search.weights.get(str(value), 1.0) for value in values) if search.weights else ()
     return Parameter(key, choices=values, weights=weights, own=own if own in values else None, needs=needs)
-
-
-def _illegal(key: str, values: tuple[Any, ...]) -> str:
-    field = fields()[key]
-    declared: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    adapter = TypeAdapter(declared)
-    for value in values:
-        try:
-            adapter.validate_python(value)
-        except ValidationError as error:
-            return f"{value!r} is not a legal value of {key}: {error.errors()[0]['msg'].lower()}."
-    return ""
-
-
-def _value(spec: ExperimentSpec, key: str) -> Any:
-    return value_of(spec, key)
 
 
 def _is_number(value: Any) -> bool:
@@ -307,12 +296,31 @@ def _bounded(
     for sign, other in _conditions(key):
         if other in wanted:
             continue
-        limit = budget(spec) if other == _SHARES_OF_BUDGET else _value(spec, other)
+        limit: Any = budget(spec) if other == _SHARES_OF_BUDGET else value_of(spec, other)
         if not _is_number(limit):
             continue
         room = 1 if integer and sign in ("<", ">") else 0
         low, high = (low, min(high, limit - room)) if sign[0] == "<" else (max(low, limit + room), high)
+    if key == "model.mask_ratio":
+        units = _fewest_units(spec, wanted)
+        low, high = max(low, 1 / units), min(high, (units - 1) / units)
     return low, high
+
+
+def _fewest_units(spec: ExperimentSpec, wanted: list[str]) -> int:
+    """Mask units of an image, of the architecture that has fewest."""
+    height, width = spec.dataset.augmentation.size
+    given = spec.automl.ranges.get("model.arch", ()) if "model.arch" in wanted else ()
+    names = [name for name in given if name in ARCHITECTURES] or [spec.model.arch]
+    sides = [spec.model.patch_size or ARCHITECTURES[name].mask_unit for name in names]
+    return min(max(1, (height // side) * (width // side)) for side in sides)
+
+
+def _on_grid(step: float, low: float, high: float, own: Any) -> tuple[float, float, float]:
+    """Bounds on multiples of a step, or of half of it where they or the spec's own value are none: half is a head."""
+    if any(_is_number(value) and value % step for value in (low, high, own)):
+        step /= 2
+    return math.ceil(low / step) * step, high // step * step, step
 
 
 def _conditions(key: str) -> Iterator[tuple[str, str]]:
@@ -342,11 +350,26 @@ def _crossing(found: Mapping[str, Parameter], spec: ExperimentSpec) -> Iterator[
                     f"automl.ranges.{key}: must stay below the {budget(spec)} epochs of a training, got "
                     f"{parameter.range_words}. Lower it, or raise automl.max_epochs."
                 )
-            elif bound is None and other != _SHARES_OF_BUDGET and not _keeps(parameter, sign, _value(spec, other)):
+            elif bound is None and other != _SHARES_OF_BUDGET and not _keeps(parameter, sign, value_of(spec, other)):
                 yield (
-                    f"automl.ranges.{key}: must stay {sign} {other}, which is {_value(spec, other)}, got "
+                    f"automl.ranges.{key}: must stay {sign} {other}, which is {value_of(spec, other)}, got "
                     f"{parameter.range_words}. Narrow it, or change {other}."
                 )
+
+
+def _refused(spec: ExperimentSpec, found: Mapping[str, Parameter]) -> Iterator[str]:
+    """What the spec's rules say against draws: with each architecture, the ends of all ranges, and each choice."""
+    arch, ordered = found.get("model.arch"), [item for item in _ordered(found) if item.key != "model.arch"]
+    low, high = ({item.key: (item.choices or item.bounds)[end] for item in ordered} for end in (0, -1))
+    samples = [low, high, *({**low, item.key: value} for item in ordered for value in item.choices)]
+    for name in arch.choices if arch else (spec.model.arch,):
+        who = f"automl.ranges.model.arch: {name}" if arch else "automl.ranges: a draw"
+        for values in samples:
+            drawn: dict[str, Any] = {"model.arch": name}
+            for item in ordered:
+                if item.acts(drawn):
+                    drawn[item.key] = values[item.key]
+            yield from (f"{who} would be refused: {problem}" for problem in find_refusals(spec, drawn))
 
 
 def _keeps(parameter: Parameter, sign: str, limit: Any) -> bool:

@@ -32,6 +32,7 @@ _NOTABLE = {
     "other": 0.1,
 }
 _MANY_WORKERS = 64
+_FAR_BELOW = 0.5  # of a mean: a median below it means that few steps take most of the time
 _ROW, _TOP, _LEFT, _WIDTH, _WORDS = 0.32, 0.8, 1.35, 4.0, 1.9  # of the picture, in inches
 
 
@@ -54,8 +55,11 @@ class Breakdown:
         steps, warmup: updates measured, and left out before them.
         device: for people, such as ``1 x NVIDIA H100, bf16``.
         on_gpu: whether it is one.
+        family: of the architecture: vit, hiera or convnextv2.
         processes: of the run; one of them was measured.
-        cores: that this machine has for all of them.
+        per_node: processes of this machine.
+        cores: that this machine has for all of those.
+        gpus: that it has.
         keys: the options that the advice is about, as they act.
     """
 
@@ -64,8 +68,11 @@ class Breakdown:
     warmup: int
     device: str
     on_gpu: bool
+    family: str
     processes: int
+    per_node: int
     cores: int
+    gpus: int
     keys: Mapping[str, Any]
 
     @property
@@ -126,7 +133,7 @@ def _wait(measured: Breakdown) -> str:
     # a worker makes a batch in ``workers * step``, as they are what the step waits for; none: the step makes it itself
     loading, rest = (workers * step if workers else wait), max(step - wait, 1e-9)
     needed = max(workers + 1, math.ceil(min(loading / rest, _MANY_WORKERS)))
-    own = measured.cores // measured.processes
+    own = measured.cores // measured.per_node
     smaller = (
         "store the images smaller, not far above dataset.augmentation.input_size, and pack them (`mae dataset pack`) "
         "where they lie on a network disk or in a store"
@@ -167,11 +174,22 @@ def _validation(measured: Breakdown) -> str:
 def _checkpoints(measured: Breakdown) -> str:
     interval, unit = (measured.keys[f"train.checkpoint_interval{end}"] for end in ("", "_unit"))
     share = measured.share("checkpoints")
-    return f"Checkpoints take {share:.0%} of the time: raise train.checkpoint_interval ({interval}, in {unit}s)."
+    text = f"Checkpoints take {share:.0%} of the time: raise train.checkpoint_interval ({interval}, in {unit}s)"
+    monitor, validation = measured.keys["train.optim.monitor_name"], measured.keys["train.validation_interval"]
+    if monitor == "train_loss":
+        return f"{text}."
+    return f"{text}, and train.validation_interval ({validation}): each better {monitor} is written too."
 
 
 def _loop(measured: Breakdown) -> str:
-    loop = measured.phases["other"].mean_ms or 0.0
+    phase = measured.phases["other"]
+    loop, median = phase.mean_ms or 0.0, phase.median_ms or 0.0
+    if median < _FAR_BELOW * loop:
+        return (
+            f"The loop itself takes {loop:.1f} of {measured.step_ms:.1f} ms in the mean, but {median:.1f} in the "
+            "median: it is what happens once an epoch. A larger dataset.batch_size would not shorten it; longer epochs "
+            "have less of it."
+        )
     return (
         f"The loop itself (logging, drawing) takes {loop:.1f} of {measured.step_ms:.1f} ms: such short steps call for "
         f"a larger dataset.batch_size ({measured.keys['dataset.batch_size']})."
@@ -184,19 +202,22 @@ def _compute(measured: Breakdown) -> str:
     decoder = ["model.decoder_attention=cross"] if measured.keys.get("model.decoder_attention") == "self" else []
     decoder += ["a lower model.decoder_targets"] if measured.keys.get("model.decoder_targets") == 1 else []
     less = f" A decoder that does less is faster and learns from less: {' or '.join(decoder)}." if decoder else ""
+    # fsdp has a precision of its own, whatever the key says
+    fp32 = measured.keys["train.precision"] == "fp32" and measured.keys["train.distributed_strategy"] != "fsdp"
     if not measured.on_gpu:
-        fp32 = measured.keys["train.precision"] == "fp32"
-        half = ", and train.precision=bf16 for ViT and Hiera if the processor has AVX512-BF16 or AMX" if fp32 else ""
+        gains = fp32 and measured.family != "convnextv2"
+        half = ", and train.precision=bf16 if the processor has AVX512-BF16 or AMX" if gains else ""
         return (
             f"{text} On a CPU a smaller dataset.augmentation.input_size or model.arch makes them shorter{half}; "
             f"a GPU is far faster.{less}"
         )
     helps = []
-    if measured.keys["train.precision"] == "fp32":
+    if fp32:
         helps.append("train.precision=bf16")
     if not measured.keys["train.compile"]:
         helps.append("train.compile=true")
-    return f"{text} What would help: {', '.join([*helps, 'a higher train.num_gpus'])}.{less}"
+    helps.append(f"a higher train.{'num_gpus' if measured.per_node < measured.gpus else 'num_nodes'}")
+    return f"{text} What would help: {', '.join(helps)}.{less}"
 
 
 def table_rows(measured: Breakdown) -> Iterator[tuple[str, float | None, float | None, float | None, float]]:

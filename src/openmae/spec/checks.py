@@ -101,6 +101,8 @@ def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
             "encryption_key holds the key itself, which others may read in the file, the shell's history or the list "
             "of processes. Use env:NAME or file:PATH."
         )
+    if action not in (None, "train") and spec.typed("model.decoder_targets"):
+        yield f"model.decoder_targets does not act on `mae {action}`: it is a share of what a training step predicts."
     if action == "export" and spec.export.quantize != "int8" and spec.typed("export.calibration.images"):
         yield f"export.calibration does not act: export.quantize is {spec.export.quantize}."
     given = [key for key in _INPUT_OF_ENGINE if spec.typed(key)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from openmae.errors import UserError
@@ -72,6 +73,19 @@ def bounds_words(field: FieldInfo) -> str:
     for name, sign in _SIGNS:
         found += [f"{sign} {getattr(m, name):g}" for m in field.metadata if getattr(m, name, None) is not None]
     return " and ".join(found)
+
+
+def why_illegal(key: str, values: Iterable[Any]) -> str:
+    """What the declaration of an option says against the first of these values that it refuses; empty: nothing."""
+    field = fields()[key]
+    declared: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    adapter = TypeAdapter(declared)
+    for value in values:
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            return f"{value!r} is not a legal value of {key}: {error.errors()[0]['msg'].lower()}."
+    return ""
 
 
 def keys_table(action: str | None = None) -> list[KeyRow]:
