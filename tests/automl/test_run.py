@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -19,7 +20,7 @@ from optuna.trial import TrialState
 from openmae.automl import run as run_module
 from openmae.automl.storage import stored
 from openmae.automl.worker import this_machine
-from openmae.errors import Preempted
+from openmae.errors import Preempted, RunError
 from openmae.jobs import Client
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
@@ -98,6 +99,21 @@ def test_a_search_from_its_review_to_the_training_of_its_best_spec(tmp_path: Pat
     trained = read_status(tmp_path / "best" / "train" / "status.json")
     again = [entry["kpi"]["train_loss"] for entry in trained if "kpi" in entry][-1]
     assert again == best.value, "the best spec does not train what the search trained"
+
+
+def test_the_best_of_a_search_is_a_whole_checkpoint(tmp_path: Path) -> None:
+    trial = tmp_path / "trials" / "000"
+    (trial / "model_epoch_001_step_00006.shards").mkdir(parents=True)
+    search: Any = SimpleNamespace(
+        folder=tmp_path,
+        trainings=SimpleNamespace(folder_of=lambda name: tmp_path / "trials" / name),
+        objective=SimpleNamespace(of_best_epoch=False),
+    )
+    with pytest.raises(RunError, match="The best recommendation's checkpoint is not in"):
+        run_module._copy_best(search, "000")
+    (trial / "model_epoch_001_step_00004.pth").write_bytes(b"whole")
+    run_module._copy_best(search, "000")
+    assert (tmp_path / "model_best.pth").read_bytes() == b"whole"
 
 
 def test_killed_in_the_middle_and_begun_again(tmp_path: Path, pictures: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import importlib
 import logging
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,10 @@ from openmae.storage.encryption import Key, is_encrypted
 from openmae.training.checkpoints import (
     CheckpointFolder,
     list_checkpoints,
+    newest_checkpoint,
     newest_readable,
     read_training_state,
+    set_aside,
     write_checkpoint,
 )
 from openmae.training.cli import consolidate
@@ -142,7 +147,7 @@ def test_a_run_killed_before_the_index_leaves_the_one_before(tmp_path):
     write_checkpoint(PAYLOAD, tmp_path / "model_epoch_000_step_00002.pth")
     hidden = unfinished(tmp_path, 2)
     (hidden / "part_0001_of_0002.pth").unlink()
-    with pytest.raises(RunError, match=r"process 1 has not written its part within 0\.1 s"):
+    with pytest.raises(RunError, match=r"process 1 has written nothing of its part for 0\.1 s"):
         complete(hidden, tmp_path / "model_epoch_001_step_00004.shards", index(), 2, None, patience=0.1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["model_epoch_000_step_00002.pth"]
     CheckpointFolder(tmp_path, "vit", keep=2).go_on_from(0, 2)
@@ -169,6 +174,88 @@ def test_damaged_parts_are_set_aside_for_the_one_before(caplog, tmp_path, harm):
     assert found[0].name == "model_epoch_000_step_00002.pth"
     assert f"{path} cannot be read: it is now {path.name}.unreadable" in caplog.text
     assert not path.exists()
+    assert (tmp_path / f"{path.name}.unreadable" / "earlier").exists(), "what was set aside before is gone"
+    assert (tmp_path / f"{path.name}.unreadable.2").is_dir()
+
+
+def test_two_processes_that_set_one_checkpoint_aside_delete_nothing(tmp_path):
+    path = finished(tmp_path, 1)
+    aside = [set_aside(path, ".unreadable") for _ in range(2)]
+    assert aside == [tmp_path / f"{path.name}.unreadable"] * 2
+    assert sorted(os.listdir(aside[0])) == ["index.pth", "part_0000_of_0001.pth"]
+
+
+class Killed(BaseException):
+    """What nothing cleans up after."""
+
+
+@pytest.mark.parametrize("begin", [newest_readable, newest_checkpoint])
+def test_a_run_killed_while_it_replaces_a_checkpoint_keeps_one(assert_same, tmp_path, monkeypatch, begin):
+    path, replace = finished(tmp_path, 2), os.replace
+
+    def killed(source, target):
+        if Path(target) == path:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(Killed):
+            finished(tmp_path, 2)
+    assert begin(tmp_path) is not None, "neither of the two is found"
+    CheckpointFolder(tmp_path, "vit", keep=1).make_room(2, 8)
+    assert sorted(os.listdir(tmp_path)) == [".model_epoch_002_step_00008.shards.tmp", path.name]
+    assert_same(joined(read_training_state(path)), PAYLOAD, "payload")
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path, replace = finished(tmp_path, 2), os.replace
+
+    def busy(source, target):
+        if str(source).endswith(".tmp") and Path(target) == path:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", busy)
+    with pytest.raises(OSError, match="busy"):
+        complete(unfinished(tmp_path, 2), path, index(), 2, None, patience=1.0)
+    assert newest_readable(tmp_path)[0] == path
+
+
+def test_what_cannot_be_deleted_ends_no_training(tmp_path, monkeypatch, caplog):
+    """As on NFS, while another process has a file of it open."""
+
+    def busy(folder, *_arguments):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
+        for step in (1, 2, 3):
+            folder.make_room(0, step)
+            folder.save_part(PAYLOAD, {}, 0, step, (0, 1))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["model_epoch_000_step_00003.shards"]
+    old = tmp_path / ".model_epoch_000_step_00001.shards.tmp"
+    assert f"{old} cannot be deleted (Directory not empty): it only takes room." in caplog.text
+    with pytest.raises(RunError, match=r"cannot be deleted \(index.pth, part_0000_of_0001.pth\)") as caught:
+        folder.make_room(0, 1)
+    assert caught.value.fix == "Delete that folder: the parts of two runs must not mix."
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells which files are open")
+def test_a_run_that_goes_on_lets_the_files_go(tmp_path):
+    path = finished(tmp_path, 2)
+    gc.disable()
+    try:
+        _, payload = newest_readable(tmp_path)
+        plain = {key: payload[key] for key in ("openmae", "progress")}
+        assert "part_0001_of_0002.pth" in Path("/proc/self/maps").read_text()
+        index_of = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("index.pth")]
+        del payload
+        assert path.name not in Path("/proc/self/maps").read_text(), "the parts stay open"
+    finally:
+        gc.enable()
+    assert not index_of, "the run keeps plain values of the index, and its file with them"
+    assert plain == {key: PAYLOAD[key] for key in plain}
 
 
 def test_both_kinds_are_counted_and_the_link_never_points_at_an_older_one(tmp_path):
@@ -211,6 +298,103 @@ def test_processes_wait_for_the_slowest_and_see_one_folder(tmp_path, monkeypatch
     with pytest.raises(RunError, match=r"Process 1 does not see the folder.*that process 0 has made") as caught:
         elsewhere.save_part(PAYLOAD, {}, 0, 2, (1, 2))
     assert "on a file system that all nodes share" in caught.value.fix
+
+
+def test_process_0_hears_at_once_that_a_part_cannot_be_written(tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("OPENMAE_ANSWER_SECONDS", "20")
+    first, second = (CheckpointFolder(tmp_path, "vit", keep=2) for _ in range(2))
+    first.make_room(0, 1)
+    first.save_part(PAYLOAD, {}, 0, 1, (0, 3))
+    deadline = time.monotonic() + 20
+    while not list(tmp_path.glob(".*/part_0000_of_0003.pth")):
+        assert time.monotonic() < deadline, "process 0 has not written its part"
+        time.sleep(0.01)
+    monkeypatch.setattr("openmae.training.parts.created", full)
+    second.save_part(PAYLOAD, {}, 0, 1, (1, 3))
+    with pytest.raises(RunError, match=r"step_00001\.shards could not be written \(No space left on device\)"):
+        second.wait()
+    with pytest.raises(RunError) as caught:
+        first.wait()
+    problem = "The checkpoint model_epoch_000_step_00001.shards could not be written "
+    assert caught.value.problem == problem + "(process 1: No space left on device)."
+    assert os.listdir(tmp_path) == [], "what was begun takes room"
+
+
+def test_a_process_that_comes_late_to_what_was_given_up_tells_nothing_of_its_own(tmp_path, monkeypatch, caplog):
+    late = CheckpointFolder(tmp_path, "vit", keep=2)
+    late.make_room(0, 1)
+
+    def given_up(*arguments):
+        shutil.rmtree(tmp_path / ".model_epoch_000_step_00001.shards.tmp")
+        write_part(*arguments)
+
+    monkeypatch.setattr("openmae.training.checkpoints.write_part", given_up)
+    late.save_part(PAYLOAD, {}, 0, 1, (1, 2))
+    late.wait()
+    assert "Process 1: model_epoch_000_step_00001.shards was given up before its part was written." in caplog.text
+
+
+def test_a_part_that_grows_is_waited_for(tmp_path):
+    hidden, final = unfinished(tmp_path, 2), tmp_path / "model_epoch_001_step_00004.shards"
+    part, growing = hidden / "part_0001_of_0002.pth", hidden / ".part_0001_of_0002.pth.tmp"
+    content = part.read_bytes()
+    part.unlink()
+
+    def write():
+        for size in range(10, 21):
+            growing.write_bytes(content[: len(content) * size // 20])
+            time.sleep(0.15)
+        growing.replace(part)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    complete(hidden, final, index(), 2, None, patience=1.0)  # it takes 1.65 s
+    writer.join()
+    assert newest_readable(tmp_path)[0] == final
+
+
+def test_the_memory_of_the_best_is_let_go(tmp_path):
+    best = {**PAYLOAD, "state_dict": {"model.a": torch.zeros(1000)}}
+    with CheckpointFolder(tmp_path, "vit", keep=3) as folder:
+        kept = []
+        for step in (1, 2, 3):
+            folder.make_room(0, step)
+            folder.save_part(PAYLOAD, best if step == 2 else {}, 0, step, (0, 1))
+            kept.append(sum(tensor.nbytes for tensor in folder._host._kept.values()))
+    assert kept[1] > 4000
+    assert kept[2] == kept[0], "a checkpoint that is not the best keeps the copy of one that was"
+
+
+def test_where_consolidate_finds_no_room(tmp_path, capsys, monkeypatch):
+    path = finished(tmp_path, 2)
+    command = ["checkpoint", "consolidate", str(path), "-o"]
+    assert main([*command, "s3://bucket/a.pth"]) == 2
+    assert "-o must be a path on this machine, not s3://bucket/a.pth." in capsys.readouterr().err
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "elsewhere" / "a.pth"
+    with monkeypatch.context() as patch:
+        patch.setattr("openmae.training.checkpoints.created", full)
+        assert main([*command, str(out)]) == 1
+    told = capsys.readouterr().err
+    assert "The checkpoint a.pth could not be written (No space left on device)." in told
+    assert f"Fix: Free space in {out.parent}, or name a place with room with -o.\n" in told
+    assert os.listdir(out.parent) == []
+
+    def small(*_arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore")
+
+    monkeypatch.setattr(Shared, "whole", small)
+    assert main([*command, str(out)]) == 1
+    told = capsys.readouterr().err
+    assert f"{path} could not be joined: DefaultCPUAllocator: can't allocate memory" in told
+    assert "GiB of memory: join it on a machine that has that." in told
+    assert "Traceback" not in told
 
 
 def test_what_needs_a_whole_checkpoint_says_how_to_get_one(tmp_path):
@@ -289,10 +473,12 @@ def test_a_part_that_cannot_be_written_ends_the_run(tiny_overrides, tmp_path, mo
     plan = make_plan(spec, tmp_path)
     with pytest.raises(RunError) as caught:
         launch(build_fabric("train", 2, [0, 1], 1, "fp32", "fsdp"), work.train_on_a_full_disk, plan)
-    problem = "The checkpoint model_epoch_001_step_00006.shards could not be written (No space left on device)."
+    who = "" if "process 1" not in caught.value.problem else "process 1: "  # whichever of the two ended first
+    problem = f"The checkpoint model_epoch_001_step_00006.shards could not be written ({who}No space left on device)."
     assert caught.value.problem == problem
     assert "model_epoch_000_step_00003.shards is intact: the same command resumes from it." in caught.value.fix
     assert [path.name for path in list_checkpoints(tmp_path)] == ["model_epoch_000_step_00003.shards"]
+    assert not list(tmp_path.glob(".*.tmp")), "the other part still takes room"
 
 
 @several_processes

@@ -19,7 +19,7 @@ from openmae.actions.plan import Plan
 from openmae.data.dataset import Batch
 from openmae.data.normalise import Normaliser
 from openmae.errors import DataError
-from openmae.training import checkpoints, trainer
+from openmae.training import parts, trainer
 from openmae.training.distributed import gather, gather_objects, sum_over_ranks
 from openmae.training.finetune import predict
 from openmae.training.pretrain import PretrainTask
@@ -100,15 +100,15 @@ def train_preempted_in_validation(fabric: Fabric, plan: Plan) -> dict[str, float
 
 def train_on_a_full_disk(fabric: Fabric, plan: Plan) -> dict[str, float]:
     """A training; the disk of rank 1 has room for its part of one checkpoint."""
-    original, calls = checkpoints.write_part, []
+    original, calls = parts.created, []
 
-    def write_part(*arguments: Any) -> None:
+    def created(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) > 1 and fabric.global_rank == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(*arguments)
+        return original(*arguments)
 
-    checkpoints.write_part = write_part
+    parts.created = created
     return train_action._work(fabric, plan)
 
 

@@ -259,7 +259,8 @@ def _copy_best(search: Search, name: str) -> None:
     source = search.trainings.folder_of(name)
     model = source / "model_best.pth"
     if not search.objective.of_best_epoch or not model.is_file():
-        newest = newest_checkpoint(list_folder(str(source)))
+        whole = [item for item in list_folder(str(source)) if item.kind == "checkpoint"]
+        newest = newest_checkpoint(whole)
         model = Path(newest.path) if newest else model
     if not model.is_file():
         raise RunError(

@@ -27,6 +27,7 @@ from openmae.jobs.client import Client
 from openmae.jobs.job import Job
 from openmae.jobs.processes import identify
 from openmae.jobs.queue import SLOTS
+from openmae.results.files import delete_folder
 from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
 from openmae.spec.schema import ExperimentSpec
@@ -137,7 +138,9 @@ class Trainings:
     def delete_models(self, name: str) -> None:
         """Delete the checkpoints of a training that cannot win; its status, metrics and spec stay."""
         for path in self.folder_of(name).glob("*"):
-            if path.suffix in _MODELS:
+            if path.is_dir() and ".shards" in path.suffixes:  # in parts: also half of one, or what was set aside
+                delete_folder(path)
+            elif path.suffix in _MODELS:
                 path.unlink(missing_ok=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openmae.errors import CheckpointError, DataError
+from openmae.results.files import delete_folder
 from openmae.storage.urls import is_remote, join, redact
 
 Kind = Literal[
@@ -30,8 +30,8 @@ _SUFFIXES: dict[str, Kind] = {
     ".png": "picture",
     ".parquet": "predictions",
     ".npy": "predictions",
-    ".shards": "parts",  # of a checkpoint: a folder, which training alone reads
 }
+_IN_PARTS = re.compile(r"model_epoch_\d+_step_\d+\.shards(\..+)?")  # also what training has set aside
 _NUMBERED = re.compile(r".*epoch_(\d+)_step_(\d+)\.\w+")
 _SHOWN = 12  # files that an error lists
 
@@ -79,6 +79,8 @@ def artifact(path: str, size: int = 0, modified: float = 0.0, link: bool = False
     kind = _NAMES.get(name) or _SUFFIXES.get(os.path.splitext(name)[1].lower(), "other")
     if name == "results.csv":
         kind = "predictions"
+    if _IN_PARTS.fullmatch(name):
+        kind = "parts"
     if name.startswith("events.out.tfevents"):
         kind = "events"
     numbers = _NUMBERED.fullmatch(name)
@@ -131,7 +133,7 @@ def remove(items: Iterable[Artifact]) -> None:
             continue
         try:
             if item.kind == "parts":
-                shutil.rmtree(item.path)
+                delete_folder(Path(item.path))
             else:
                 Path(item.path).unlink(missing_ok=True)
         except OSError as error:
@@ -174,13 +176,19 @@ def choose_model(
     if latest:
         return max(latest, key=lambda item: (item.modified, item.path)), "the newest that the parent has"
     words = " or ".join(sorted({"checkpoint": "checkpoint (.pth)"}.get(kind, f".{kind} file") for kind in kinds))
-    raise CheckpointError(f"parent_job_id: {where} holds no {words} to take. {_held(items)}", _fix(fitting))
+    raise CheckpointError(
+        f"parent_job_id: {where} holds no {words} to take. {_held(items)}", _fix(items, fitting, kinds)
+    )
 
 
-def _fix(fitting: Sequence[Artifact]) -> str:
+def _fix(items: Sequence[Artifact], fitting: Sequence[Artifact], kinds: Collection[str]) -> str:
     if fitting:
         return f"Name the one to take in the spec, such as {redact(fitting[0].path)}."
-    return "Wait for the parent to finish, or look at its log with `mae jobs logs`."
+    wait = "Wait for the parent to finish, or look at its log with `mae jobs logs`."
+    newest = newest_checkpoint(item for item in items if item.kind == "parts")
+    if newest is None or "checkpoint" not in kinds:
+        return wait
+    return f"{wait} A whole one is made of its parts by `mae checkpoint consolidate {newest.path}`."
 
 
 def _held(items: Sequence[Artifact]) -> str:
@@ -197,10 +205,9 @@ def _order(item: Artifact) -> tuple[int, int, float, str]:
 
 def _list_local(folder: Path) -> Iterable[Artifact]:
     for parent, folders, names in os.walk(folder):
-        parts = [item for name in folders if (item := artifact(os.path.join(parent, name))).kind == "parts"]
-        whole = [item.name for item in parts if item.epoch is not None and not item.name.startswith(".")]
-        folders[:] = [name for name in folders if name not in whole and not name.endswith(".shards.tmp")]
-        for path in (Path(parent, name) for name in whole):
+        parts = [name for name in folders if artifact(name.removeprefix(".")).kind == "parts"]
+        folders[:] = [name for name in folders if name not in parts]
+        for path in (Path(parent, name) for name in parts if not name.startswith(".")):
             with suppress(FileNotFoundError):  # a training drops its oldest
                 size = sum(part.stat().st_size for part in path.iterdir())
                 yield artifact(str(path), size, path.stat().st_mtime)

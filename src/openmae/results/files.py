@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from openmae.errors import UserError
+
+_TRIES = 20  # to delete what another process deletes too
 
 
 def make_folder(folder: Path, key: str = "results_dir") -> Path:
@@ -29,6 +32,20 @@ def make_folder(folder: Path, key: str = "results_dir") -> Path:
             f"Set {key} to a place that you may write to.",
         )
     return folder
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder and what is in it; one that is gone, or that another process deletes too, is no error.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        if not folder.exists():
+            return
+    shutil.rmtree(folder)
 
 
 def complete_lines(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Copies what a checkpoint is made of into host memory, which is used again for the next one.
+    """Copies what a checkpoint is made of into host memory, which is used again for the same part of the next one.
 
-    New memory would cost several times what copying into it does.
+    New memory would cost several times what copying into it does. What the next one lacks is let go: only some have a
+    best with them.
     """
 
     def __init__(self) -> None:
@@ -21,6 +22,8 @@ class HostCopy:
 
     def take(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """A copy, which holds until the next one is taken."""
+        places = set(_tensor_places(payload, ()))
+        self._kept = {place: tensor for place, tensor in self._kept.items() if place in places}
         copy = self._copied(payload, ())
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()  # the copies were only asked for
@@ -40,6 +43,17 @@ class HostCopy:
         if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
             kept = self._kept[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return kept.copy_(value, non_blocking=True)
+
+
+def _tensor_places(value: Any, place: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, Tensor):
+        yield place
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensor_places(item, (*place, key))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _tensor_places(item, (*place, number))
 
 
 class BackgroundWorker:

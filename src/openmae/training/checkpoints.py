@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +26,19 @@ from lightning_fabric.utilities import move_data_to_device
 from openmae.errors import CheckpointError, RunError
 from openmae.storage.encryption import Key, created, is_encrypted
 from openmae.training.background import BackgroundWorker, HostCopy
-from openmae.training.parts import INDEX, SHARDS, complete, load_file, own_part, read_parts, write_part
+from openmae.training.parts import (
+    INDEX,
+    SHARDS,
+    clear_begun,
+    complete,
+    discard,
+    load_file,
+    own_part,
+    put_back,
+    read_parts,
+    reason,
+    write_part,
+)
 from openmae.training.pulse import answer_seconds
 
 BEST = "model_best.pth"
@@ -98,8 +111,14 @@ class CheckpointFolder:
         self.wait()
         path = self._path(epoch, step, SHARDS)
         with _explaining(path):
-            self._clear_begun()
-            _hidden(path).mkdir()
+            put_back(self.folder)
+            clear_begun(self.folder)
+            _hidden(path).mkdir(exist_ok=True)
+        if left := [file.name for file in _hidden(path).iterdir() if not file.name.startswith(".")]:
+            raise RunError(
+                f"{_hidden(path)} of a run that was killed cannot be deleted ({', '.join(sorted(left))}).",
+                "Delete that folder: the parts of two runs must not mix.",
+            )
 
     def save_part(
         self, payload: Mapping[str, Any], best: Mapping[str, Any], epoch: int, step: int, ranks: tuple[int, int]
@@ -140,7 +159,8 @@ class CheckpointFolder:
 
     def go_on_from(self, epoch: int, step: int) -> None:
         """Set aside what is newer than the place that a run goes on from: the next start would take the newest."""
-        self._clear_begun()
+        put_back(self.folder)
+        clear_begun(self.folder)
         newer = [path for path in list_checkpoints(self.folder) if _place(path) > (epoch, step)]
         for path in newer:
             set_aside(path, SUPERSEDED)
@@ -159,11 +179,6 @@ class CheckpointFolder:
     def _path(self, epoch: int, step: int, suffix: str) -> Path:
         return self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}{suffix}"
 
-    def _clear_begun(self) -> None:
-        """Folders of parts that a killed run has left."""
-        for left in self.folder.glob(f".model_epoch_*{SHARDS}.tmp"):
-            shutil.rmtree(left)
-
     def _begin(self, payload: Mapping[str, Any], path: Path, best: bool) -> None:
         self.wait()
         self._writer.start(partial(self._write, self._host.take(payload), path, best))
@@ -179,25 +194,34 @@ class CheckpointFolder:
         self._drop_oldest(path)
 
     def _write_part(self, copy: Mapping[str, Any], path: Path, rank: int, ranks: int) -> None:
-        with _explaining(path):
-            if copy["best"]:
-                with _replacing(self.folder / BEST) as temporary:
-                    _dump(copy["best"], temporary, self.key)
-            write_part(copy["rows"], _hidden(path), rank, ranks, self.key)
-            if rank:
+        hidden = _hidden(path)
+        try:
+            with _explaining(path):
+                if copy["best"]:
+                    with _replacing(self.folder / BEST) as temporary:
+                        _dump(copy["best"], temporary, self.key)
+                write_part(copy["rows"], hidden, rank, ranks, self.key)
+                if rank:
+                    return
+                complete(hidden, path, copy["index"], ranks, self.key, answer_seconds())
+                self.latest.unlink(missing_ok=True)  # it would point at an older one
+        except Exception as error:
+            if rank == 0:
+                discard(hidden)
+            elif isinstance(error.__cause__, FileNotFoundError) and not hidden.exists():  # process 0 tells why
+                log.warning("Process %d: %s was given up before its part was written.", rank, path.name)
                 return
-            complete(_hidden(path), path, copy["index"], ranks, self.key, answer_seconds())
-            self.latest.unlink(missing_ok=True)  # it would point at an older one
+            raise
         self._drop_oldest(path)
 
     def _drop_oldest(self, written: Path) -> None:
         for old in list_checkpoints(self.folder)[: -self.keep]:
             if old == written:
                 continue
-            if old.is_dir():
-                shutil.rmtree(old.replace(_hidden(old)))  # half of a folder is not to be found under its name
-            else:
-                old.unlink()
+            try:  # half of a folder is not to be found under its name
+                discard(old.replace(_hidden(old)) if old.is_dir() else old)
+            except OSError as error:
+                log.warning("%s cannot be dropped (%s): it only takes room.", old, reason(error))
 
     def _name_best(self, written: Path) -> None:
         with _replacing(self.folder / BEST) as temporary:
@@ -215,17 +239,24 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The numbered checkpoint to resume from, if there is any."""
+    put_back(folder)
     found = list_checkpoints(folder)
     return found[-1] if found else None
 
 
-def set_aside(path: Path, ending: str) -> None:
-    """Rename a checkpoint, so that no run takes it up."""
+def set_aside(path: Path, ending: str) -> Path:
+    """Rename a checkpoint, so that no run takes it up; returns where it is."""
     aside = path.with_name(path.name + ending)
-    if aside.is_dir():  # a file takes the place of another, a folder does not
-        shutil.rmtree(aside, ignore_errors=True)
-    with suppress(FileNotFoundError):  # another process of the run was quicker
-        path.replace(aside)
+    for number in count(2):
+        try:
+            return path.replace(aside)
+        except FileNotFoundError:  # another process of the run was quicker
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise  # a file takes the place of another, a folder does not
+        aside = path.with_name(f"{path.name}{ending}.{number}")
+    return aside
 
 
 def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[str, Any]] | None:
@@ -237,6 +268,7 @@ def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[st
     Raises:
         CheckpointError: there are some, and none can be read; or the newest is encrypted, and there is no key.
     """
+    put_back(folder)
     first: CheckpointError | None = None
     damaged: list[Path] = []
     for path in reversed(list_checkpoints(folder)):
@@ -250,8 +282,8 @@ def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[st
             damaged.append(path)
             continue
         for bad in damaged:
-            set_aside(bad, UNREADABLE)
-            log.warning("%s cannot be read: it is now %s%s, and %s is used.", bad, bad.name, UNREADABLE, path.name)
+            aside = set_aside(bad, UNREADABLE)
+            log.warning("%s cannot be read: it is now %s, and %s is used.", bad, aside.name, path.name)
         return path, payload
     if first is not None:
         raise first
@@ -306,10 +338,10 @@ def _explaining(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        before = newest_checkpoint(path.parent)
-        kept = f" {before.name} is intact: the same command resumes from it." if before else ""
+        left = list_checkpoints(path.parent)
+        kept = f" {left[-1].name} is intact: the same command resumes from it." if left else ""
         raise RunError(
-            f"The checkpoint {path.name} could not be written ({_reason(error)}).",
+            f"The checkpoint {path.name} could not be written ({reason(error)}).",
             f"Free space in {path.parent}, or lower train.keep_checkpoints.{kept}",
         ) from error
 
@@ -359,12 +391,3 @@ def _point(link: Path, target: Path) -> None:
             temporary.symlink_to(target.name)
         except OSError:  # a file system without links
             shutil.copyfile(target, temporary)
-
-
-def _reason(error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).partition("\n")[0] or type(error).__name__

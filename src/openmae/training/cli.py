@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from openmae.errors import CheckpointError, SpecError
+from openmae.errors import CheckpointError, RunError, SpecError
+from openmae.storage.urls import is_remote, redact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = command.add_argument
     add("folder", type=Path, metavar="FOLDER", help="model_epoch_EEE_step_SSSSS.shards")
-    add("-o", "--output", type=Path, metavar="OUT", help="default: the same name with .pth, beside it")
+    add("-o", "--output", metavar="OUT", help="default: the same name with .pth, beside it")
     add("--encryption-key", default="", metavar="KEY", help="of encrypted parts: env:NAME or file:PATH")
     command.set_defaults(run=_consolidate)
 
 
 def _consolidate(args: argparse.Namespace) -> None:
-    print(consolidate(args.folder, args.output, args.encryption_key))
+    if args.output and is_remote(args.output):
+        raise SpecError(
+            f"-o must be a path on this machine, not {redact(args.output)}.", "Write it here, and copy it to the store."
+        )
+    print(consolidate(args.folder, Path(args.output) if args.output else None, args.encryption_key))
 
 
 def consolidate(folder: Path, out: Path | None = None, encryption_key: str = "") -> Path:
@@ -38,7 +43,7 @@ def consolidate(folder: Path, out: Path | None = None, encryption_key: str = "")
     Raises:
         SpecError: ``out`` exists, or is in a folder that cannot be written.
         CheckpointError: it is no such folder, or damaged.
-        RunError: the disk is full.
+        RunError: the disk or the memory is full.
     """
     from openmae.results.files import make_folder
     from openmae.storage.encryption import resolve_key
@@ -54,6 +59,17 @@ def consolidate(folder: Path, out: Path | None = None, encryption_key: str = "")
     if out.exists():
         raise SpecError(f"{out} exists, and is not replaced unasked.", "Give another name with -o, or remove it.")
     key = resolve_key(encryption_key)
-    payload = read_training_state(folder, key, lazily=True)
-    write_checkpoint(joined(payload), make_folder(out.parent, "-o") / out.name, key)
+    make_folder(out.parent, "-o")
+    try:
+        payload = joined(read_training_state(folder, key, lazily=True))
+    except (MemoryError, RuntimeError) as error:  # torch's own name for want of memory is the latter
+        size = sum(file.stat().st_size for file in folder.iterdir()) / 2**30
+        raise RunError(
+            f"{folder} could not be joined: {str(error).partition(chr(10))[0] or 'no memory is left'}.",
+            f"The whole takes {size:.2g} GiB of memory: join it on a machine that has that.",
+        ) from error
+    try:
+        write_checkpoint(payload, out, key)
+    except RunError as error:
+        raise RunError(error.problem, f"Free space in {out.parent}, or name a place with room with -o.") from error
     return out

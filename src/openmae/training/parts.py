@@ -7,8 +7,8 @@ its first. Both are plain dicts that ``torch.load(weights_only=True)`` reads, as
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from openmae.errors import RunError
+from openmae.results.files import delete_folder
 from openmae.storage.encryption import Key, created, unlocked
 
 SHARDS = ".shards"
 INDEX = "index.pth"
+_FAILED = ".failed"  # in place of a part, with the reason
+_REPLACED = ".replaced"
 _MARK = "openmae.shared"  # no key of a payload
 _LOOK_SECONDS = 0.05
 
 Place = tuple[str | int, ...]
+
+log = logging.getLogger("openmae")
 
 
 class Shared:
@@ -108,16 +113,18 @@ def joined(tree: Any) -> Any:
 
 
 def write_part(rows: Mapping[Place, tuple[int, Tensor]], folder: Path, rank: int, ranks: int, key: Key | None) -> None:
-    """Write a process's part; it has its name when it is on the disk. Where that fails nothing is left of it."""
+    """Write a process's part; it has its name when it is on the disk. Where that fails, the reason takes its place."""
     path = _part(folder, rank, ranks)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _begun(path)
     try:
         with created(temporary, key) as file:
             torch.save({"rows": dict(rows)}, file)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # a file system that has turned read-only
             temporary.unlink(missing_ok=True)
+            temporary.write_text(reason(error), encoding="utf-8")
+            temporary.replace(path.with_suffix(_FAILED))
         raise
 
 
@@ -126,25 +133,67 @@ def complete(folder: Path, final: Path, index: Mapping[str, Any], ranks: int, ke
 
     Args:
         folder: with the parts.
-        patience: seconds.
+        patience: seconds that a part may stay as long as it is.
 
     Raises:
         RunError: a part does not come.
+        RuntimeError: a process could not write its part.
     """
-    deadline = time.monotonic() + patience
     for rank in range(ranks):
-        while not _part(folder, rank, ranks).exists():
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"{final.name} is not complete: process {rank} has not written its part within {patience:g} s.",
-                    "Look at that process's messages and at its disk; OPENMAE_ANSWER_SECONDS sets the time.",
-                )
-            time.sleep(_LOOK_SECONDS)
+        _await_part(folder, final, rank, ranks, patience)
     with created(folder / INDEX, key) as file:
         torch.save({"parts": ranks, "payload": dict(index)}, file)
-    if final.exists():  # of a run that was cut twice at one place; a folder does not take the place of another
-        shutil.rmtree(final)
-    os.replace(folder, final)
+    if not final.exists():
+        os.replace(folder, final)
+        return
+    # Of a run that was cut twice at one place. A folder does not take the place of another; whenever this is killed,
+    # one of the two is whole, and found: `put_back`.
+    replaced = final.with_name(f".{final.name}{_REPLACED}")
+    delete_folder(replaced)
+    os.replace(final, replaced)
+    try:
+        os.replace(folder, final)
+    except OSError:
+        os.replace(replaced, final)
+        raise
+    discard(replaced)
+
+
+def put_back(folder: Path) -> None:
+    """Give the checkpoints of a folder their names again that a killed run was about to replace."""
+    for replaced in folder.glob(f".*{SHARDS}{_REPLACED}"):
+        final = replaced.with_name(replaced.name[1 : -len(_REPLACED)])
+        if not final.exists():
+            with suppress(FileNotFoundError):  # another process of the run was quicker
+                os.replace(replaced, final)
+
+
+def clear_begun(folder: Path) -> None:
+    """Delete the folders of parts that killed runs have left; call `put_back` before."""
+    for ending in (".tmp", _REPLACED):
+        for left in folder.glob(f".model_epoch_*{SHARDS}{ending}"):
+            discard(left)
+
+
+def discard(path: Path) -> None:
+    """Delete a file or a folder that nobody needs; where it cannot be, that is told, and ends no training."""
+    try:
+        if path.is_dir():
+            delete_folder(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be deleted (%s): it only takes room.", path, reason(error))
+
+
+def reason(error: BaseException) -> str:
+    """What the system says of a failure, which torch reports in words of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def read_parts(folder: Path, key: Key | None, *, check: bool) -> dict[str, Any]:
@@ -154,20 +203,10 @@ def read_parts(folder: Path, key: Key | None, *, check: bool) -> dict[str, Any]:
         CheckpointError: it is encrypted, and not to be opened with this key.
         Exception: many kinds of them, where something is missing or damaged.
     """
-    index = load_file(folder / INDEX, key, mmap=True, check=check)
+    index = load_file(folder / INDEX, key, mmap=False, check=check)  # a run keeps the plain values of it
     ranks = index["parts"]
     found = [load_file(_part(folder, rank, ranks), key, mmap=True, check=check)["rows"] for rank in range(ranks)]
-
-    def read(value: Any, place: Place) -> Any:
-        if isinstance(value, Mapping):
-            if value.keys() == {_MARK}:
-                return Shared(value[_MARK], [part[place] for part in found])
-            return {name: read(item, (*place, name)) for name, item in value.items()}
-        if isinstance(value, list):
-            return [read(item, (*place, number)) for number, item in enumerate(value)]
-        return value
-
-    return dict(read(index["payload"], ()))
+    return dict(_with_shared(index["payload"], (), found))
 
 
 def load_file(path: Path, key: Key | None, *, mmap: bool, check: bool) -> Any:
@@ -186,5 +225,37 @@ def load_file(path: Path, key: Key | None, *, mmap: bool, check: bool) -> Any:
     return content
 
 
+def _with_shared(value: Any, place: Place, found: Sequence[Mapping[Place, tuple[int, Tensor]]]) -> Any:
+    # No closure: one that calls itself is a cycle, which would keep the parts open until the garbage is collected.
+    if isinstance(value, Mapping):
+        if value.keys() == {_MARK}:
+            return Shared(value[_MARK], [part[place] for part in found])
+        return {name: _with_shared(item, (*place, name), found) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_shared(item, (*place, number), found) for number, item in enumerate(value)]
+    return value
+
+
+def _await_part(folder: Path, final: Path, rank: int, ranks: int, patience: float) -> None:
+    path, size, grown = _part(folder, rank, ranks), -1, time.monotonic()
+    while not path.exists():
+        for failed in folder.glob(f"part_*{_FAILED}"):
+            number = int(failed.name.split("_")[1])
+            raise RuntimeError(f"process {number}: {failed.read_text(encoding='utf-8')}")
+        with suppress(FileNotFoundError):  # not begun, or finished in between
+            if (now := _begun(path).stat().st_size) != size:
+                size, grown = now, time.monotonic()
+        if time.monotonic() - grown > patience:
+            raise RunError(
+                f"{final.name} is not complete: process {rank} has written nothing of its part for {patience:g} s.",
+                "Look at that process's messages and at its disk; OPENMAE_ANSWER_SECONDS sets the time.",
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
 def _part(folder: Path, rank: int, ranks: int) -> Path:
     return folder / f"part_{rank:04d}_of_{ranks:04d}.pth"
+
+
+def _begun(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
