@@ -18,7 +18,6 @@ from .report import Report
 
 OURS = "OpenMAE"
 DENSE, PLAIN, TRANSFORMERS = "dense, masked once", "plain", "transformers"
-FP32, BF16 = "fp32", "bf16"
 BATCH, SIDE = 8, 224
 _CHECKED = 2  # images in the check that two models are the same
 
@@ -32,7 +31,6 @@ class Race:
         targets: by mask ratio, how many times as fast as any of the references; None: no target.
         references: by name, from our model to the reference and whether its AdamW is fused.
         turns: of each contestant.
-        bf16: whether all run in bfloat16 as well.
         side: of the images, in pixels.
         batch: images of a step.
     """
@@ -41,7 +39,6 @@ class Race:
     targets: Mapping[float, float | None]
     references: Mapping[str, tuple[Callable[[MaskedAutoencoder], nn.Module], bool]]
     turns: int
-    bf16: bool = False
     side: int = SIDE
     batch: int = BATCH
 
@@ -61,13 +58,13 @@ RACES = (
     _convnext("nano", 4.5, 5),
     _convnext("tiny", 5.5, 5),
     _convnext("base", 5.0, 3),
-    Race("vit_base_patch16", {0.75: 1.3}, _VIT, 3, bf16=True),
-    Race("hiera_tiny_224", {0.6: 1.3}, _HIERA, 3, bf16=True),
-    Race("hiera_base_224", {0.6: 1.3}, _HIERA, 3, bf16=True),
+    Race("vit_base_patch16", {0.75: 1.3}, _VIT, 3),
+    Race("hiera_tiny_224", {0.6: 1.3}, _HIERA, 3),
+    Race("hiera_base_224", {0.6: 1.3}, _HIERA, 3),
 )
 QUICK_RACES = (
     Race("convnextv2_atto", {0.75: None, 0.6: None}, _CONVNEXT, 2, side=64, batch=2),
-    Race("vit_tiny_patch16", {0.75: None}, _VIT, 2, bf16=True, side=64, batch=2),
+    Race("vit_tiny_patch16", {0.75: None}, _VIT, 2, side=64, batch=2),
     Race("hiera_tiny_224", {0.6: None}, _HIERA, 2, side=64, batch=2),
 )
 
@@ -87,16 +84,7 @@ def run(quick: bool) -> Report:
         data.append(
             {"arch": race.arch, "side": race.side, "batch": race.batch, "verdicts": verdicts, **found.to_dict()}
         )
-    columns = (
-        "model",
-        "mask ratio",
-        "precision",
-        "reference",
-        "reference [images/s]",
-        "OpenMAE [images/s]",
-        "ratio",
-        "target",
-    )
+    columns = ("model", "mask ratio", "reference", "reference [images/s]", "OpenMAE [images/s]", "ratio", "target")
     return Report("A pretraining step", columns, rows, data, _notes(data))
 
 
@@ -114,28 +102,22 @@ def measure(race: Race, quick: bool) -> Comparison:
     for name, (make, fused) in race.references.items():
         check = references.DenseConvNeXtV2(ours, exact=True) if name == DENSE else make(ours)
         references.check_same_start(ours, check, seen[:_CHECKED], ratio)
-        for precision in _precisions(race):
-            model, bf16 = make(ours), precision == BF16
-            step = steps.reference_step(model, seen, ratio, ours.num_units, fused=fused, bf16=bf16)
-            contestants[_theirs(name, precision)] = step
+        contestants[name] = steps.reference_step(make(ours), seen, ratio, ours.num_units, fused=fused)
     del ours, check
-    for ratio, precision in _entries(race):
-        model = steps.build(race.arch, race.side, ratio)
-        contestants[_ours(ratio, precision)] = steps.our_step(model, images, ratio, bf16=precision == BF16)
+    for ratio in race.targets:
+        contestants[_ours(ratio)] = steps.our_step(steps.build(race.arch, race.side, ratio), images, ratio)
     seconds = 0.0 if quick else 0.2
     return compare(contestants, items=race.batch, turns=race.turns, warm_up=1, turn_seconds=seconds)
 
 
 def judge(race: Race, found: Comparison) -> list[dict[str, Any]]:
-    """How many times as fast as each reference OpenMAE is in the same precision; in float32: was that the target."""
+    """For every reference and mask ratio: how many times as fast OpenMAE is, and whether that was the target."""
     verdicts = []
-    for mask_ratio, precision in _entries(race):
-        target = race.targets[mask_ratio] if precision == FP32 else None
+    for mask_ratio, target in race.targets.items():
         for name in race.references:
-            ratio = found.ratio(_ours(mask_ratio, precision), _theirs(name, precision))
+            ratio = found.ratio(_ours(mask_ratio), name)
             met = None if target is None else ratio >= target
-            entry = {"mask_ratio": mask_ratio, "precision": precision, "reference": name}
-            verdicts.append({**entry, "ratio": ratio, "target": target, "met": met})
+            verdicts.append({"mask_ratio": mask_ratio, "reference": name, "ratio": ratio, "target": target, "met": met})
     return verdicts
 
 
@@ -145,21 +127,8 @@ def told(timing: Timing) -> str:
     return f"{timing.rate:.{digits}f} ({timing.slowest:.{digits}f} to {timing.fastest:.{digits}f})"
 
 
-def _entries(race: Race) -> list[tuple[float, str]]:
-    """The mask ratios and precisions that OpenMAE runs at."""
-    return [(ratio, precision) for ratio in race.targets for precision in _precisions(race)]
-
-
-def _precisions(race: Race) -> tuple[str, ...]:
-    return (FP32, BF16) if race.bf16 else (FP32,)
-
-
-def _theirs(name: str, precision: str) -> str:
-    return name if precision == FP32 else f"{name} {precision}"
-
-
-def _ours(mask_ratio: float, precision: str) -> str:
-    return f"{OURS} {mask_ratio:g} {precision}"
+def _ours(mask_ratio: float) -> str:
+    return f"{OURS} {mask_ratio:g}"
 
 
 def _row(race: Race, found: Comparison, verdict: dict[str, Any]) -> tuple[str, ...]:
@@ -167,10 +136,9 @@ def _row(race: Race, found: Comparison, verdict: dict[str, Any]) -> tuple[str, .
     return (
         race.arch,
         f"{verdict['mask_ratio']:g}",
-        verdict["precision"],
         verdict["reference"],
-        told(found.timings[_theirs(verdict["reference"], verdict["precision"])]),
-        told(found.timings[_ours(verdict["mask_ratio"], verdict["precision"])]),
+        told(found.timings[verdict["reference"]]),
+        told(found.timings[_ours(verdict["mask_ratio"])]),
         f"{verdict['ratio']:.2f}",
         "" if target is None else f"{target:g}x: {'met' if verdict['met'] else 'MISSED'}",
     )
@@ -180,10 +148,8 @@ def _notes(data: list[dict[str, Any]]) -> list[str]:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     size = data[-1]
     return [
-        f"{where}, batch {size['batch']}, {size['side']}x{size['side']} px, the papers' decoders; contestants "
+        f"{where}, float32, batch {size['batch']}, {size['side']}x{size['side']} px, the papers' decoders; contestants "
         "take turns in one process, warm-up excluded; median of the turns, the slowest and the fastest.",
-        "bf16: as train.precision=bf16 computes, products in bfloat16, weights, gradients and update in float32; the "
-        "reference under the same autocast.",
         "OpenMAE's step is its trainer's: uint8 images are normalised and masked within it. References get normalised "
         "images. All have the same weights and, at the first mask ratio, the same masks; a loss is of the same pixels.",
         f"'{DENSE}': the official FCMAE without its sparse engine (what NVIDIA TAO runs): NCHW, masked after the stem, "

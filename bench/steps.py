@@ -105,7 +105,6 @@ def reference_step(
     num_units: int,
     lr: float = LEARNING_RATE,
     fused: bool = False,
-    bf16: bool = False,
 ) -> Step:
     """A reference's update from images that are normalised already; the masks are those of ``our_step``.
 
@@ -116,7 +115,6 @@ def reference_step(
         num_units: of an image.
         lr: learning rate.
         fused: the optimizer.
-        bf16: products in bfloat16, as in ``our_step``.
     """
     model.train()
     optimizer = torch.optim.AdamW(pretraining_groups(model, _WEIGHT_DECAY), lr=lr, betas=(_BETA1, _BETA2), fused=fused)
@@ -124,8 +122,7 @@ def reference_step(
 
     def loss_of(epoch: int) -> Tensor:
         mask = random_mask(samples, seed=0, epoch=epoch, num_units=num_units, mask_ratio=mask_ratio)
-        with torch.autocast(images_BCHW.device.type, torch.bfloat16, enabled=bf16):
-            return model(images_BCHW, mask)
+        return model(images_BCHW, mask)
 
     return _updates(loss_of, optimizer)
 
