@@ -248,10 +248,12 @@ def test_a_run_that_goes_on_lets_the_files_go(tmp_path):
     try:
         _, payload = newest_readable(tmp_path)
         plain = {key: payload[key] for key in ("openmae", "progress")}
-        assert "part_0001_of_0002.pth" in Path("/proc/self/maps").read_text()
-        index_of = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("index.pth")]
+        assert str(path / "part_0001_of_0002.pth") in Path("/proc/self/maps").read_text()
+        index_of = [
+            line for line in Path("/proc/self/maps").read_text().splitlines() if str(path / "index.pth") in line
+        ]
         del payload
-        assert path.name not in Path("/proc/self/maps").read_text(), "the parts stay open"
+        assert str(path) not in Path("/proc/self/maps").read_text(), "the parts stay open"
     finally:
         gc.enable()
     assert not index_of, "the run keeps plain values of the index, and its file with them"

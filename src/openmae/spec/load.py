@@ -78,13 +78,13 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
 
 
 def find_refusals(spec: ExperimentSpec, values: Mapping[str, Any]) -> list[str]:
-    """Why ``load_spec`` would refuse a training of a spec that it gave, with other values of some of its keys."""
-    spec = spec.model_copy()
+    """Why ``load_spec`` would refuse a training of a spec with other values of some keys, besides faults of its own."""
+    spec, own = spec.model_copy(), find_problems(spec, "train")
     open_keys = {key: None for key in _decided(spec) if not spec.typed(key)}
     changed = spec.replaced({**open_keys, **values})
     changed = changed.replaced({k: value for k, value in _decided(changed).items() if value_of(changed, k) is None})
     changed._typed = frozenset(key for key in fields() if spec.typed(key)) | values.keys()
-    return [f"{problem.key}: {problem.text}" for problem in find_problems(changed, "train")]
+    return [f"{problem.key}: {problem.text}" for problem in find_problems(changed, "train") if problem not in own]
 
 
 def to_dict(spec: ExperimentSpec) -> Tree:
