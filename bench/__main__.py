@@ -26,8 +26,8 @@ BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
     "serve": "latency and requests/s of `mae serve` at 1 and 8 clients",
     "automl": "what 20 recommendations find, and the epochs they take, by algorithm",
 }
-# they take minutes to an hour; plan measures nothing
-ONLY_BY_NAME = {"automl", "checkpoints", "decoding", "decoding_cost", "plan"}
+# no part of pretraining's speed, or an hour long; plan measures nothing
+ONLY_BY_NAME = {"automl", "checkpoints", "decoding", "decoding_cost", "deploy", "plan", "serve"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,8 +55,8 @@ def _convnext(size: str, target: float, turns: int) -> Race:
 
 RACES = (
     _convnext("atto", 4.0, 5),
-    _convnext("nano", 4.5, 5),
-    _convnext("tiny", 5.5, 5),
+    _convnext("nano", 4.5, 3),
+    _convnext("tiny", 5.5, 3),
     _convnext("base", 5.0, 3),
     Race("vit_base_patch16", {0.75: 1.3}, _VIT, 3),
     Race("hiera_tiny_224", {0.6: 1.3}, _HIERA, 3),
