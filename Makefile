@@ -44,7 +44,7 @@ test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow
 
 test-faults: .venv/dev.stamp
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m faults tests/faults
 
 test-browser: .venv/dev.stamp
 	$(BIN)/python -m pytest -m browser

@@ -27,7 +27,7 @@ FASTER = {
             "GROWING_SECONDS": 30,
             "_LOOK_SECONDS": 1,
             "_RETRY_SECONDS": 15,
-            "_PATIENCE_SECONDS": 180,
+            "_PATIENCE_SECONDS": 90,
         }.items()
     },
 }
