@@ -13,7 +13,7 @@ from fault_runs import Server, Training, last_status, newest, until
 
 from openmae.training.checkpoints import list_checkpoints
 
-PATIENCE = 10
+PATIENCE = 8
 LONG = {"train.num_gpus": 2, "train.num_epochs": 3000}
 #: For the judgement, and for who has failed to leave: see training/processes.py.
 MORE = 30
