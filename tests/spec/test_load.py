@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmae.errors import SpecError
-from openmae.spec.load import load_spec, to_dict, to_yaml
+from openmae.spec.load import find_refusals, load_spec, to_dict, to_yaml
 
 TRAIN = ["dataset.train_data_sources=photos"]
 FINETUNE = [*TRAIN, "train.stage=finetune", "dataset.batch_size=8"]
@@ -300,3 +300,12 @@ def test_a_spec_can_be_loaded_again_with_other_overrides():
     assert again.typed("model.arch")
     assert not again.typed("model.num_classes")
     assert not again.typed("model.mask_ratio")
+
+
+def test_refusals_of_other_values_leave_out_the_specs_own_faults():
+    """Wherever these stand among the others."""
+    spec = load_spec(None, ["model.arch=convnextv2_atto", "dataset.train_data_sources=photos"], "train")
+    spec = spec.replaced({"train.optim.monitor_name": "val_loss"})
+    assert find_refusals(spec, {}) == []
+    (refusal,) = find_refusals(spec, {"model.patch_size": 8})
+    assert refusal.startswith("model.patch_size: ")

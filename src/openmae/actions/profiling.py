@@ -14,6 +14,7 @@ from openmae.actions.run import show_table
 from openmae.results.breakdown import Breakdown, Phase, advice, write_breakdown
 from openmae.spec.checks import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.training import devices
 from openmae.training.devices import describe_device, world_of
 from openmae.training.stepclock import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
 
@@ -83,9 +84,8 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
 
 
 def acting_precision(spec: ExperimentSpec, on_gpu: bool) -> str:
-    """The precision that acts: fsdp is fp16, and without a GPU fp16 is fp32."""
-    wanted = "fp16" if spec.train.distributed_strategy == "fsdp" else spec.train.precision
-    return "fp32" if wanted == "fp16" and not on_gpu else wanted
+    """The precision that acts in a training of this spec."""
+    return devices.acting_precision(spec.train.precision, spec.train.distributed_strategy == "fsdp", on_gpu)
 
 
 def acting_monitor(spec: ExperimentSpec) -> str:

@@ -79,7 +79,8 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
 
 def find_refusals(spec: ExperimentSpec, values: Mapping[str, Any]) -> list[str]:
     """Why ``load_spec`` would refuse a training of a spec with other values of some keys, besides faults of its own."""
-    spec, own = spec.model_copy(), find_problems(spec, "train")
+    own = list(find_problems(spec, "train"))
+    spec = spec.model_copy()
     open_keys = {key: None for key in _decided(spec) if not spec.typed(key)}
     changed = spec.replaced({**open_keys, **values})
     changed = changed.replaced({k: value for k, value in _decided(changed).items() if value_of(changed, k) is None})

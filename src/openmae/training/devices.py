@@ -79,19 +79,23 @@ def build_fabric(
     )
 
 
-def _possible_precision(section: str, precision: str, sharded: bool, on_gpu: bool) -> str:
+def acting_precision(precision: str, sharded: bool, on_gpu: bool) -> str:
+    """The precision that acts: fsdp is fp16, and without a GPU fp16 is fp32."""
     wanted = "fp16" if sharded else precision
-    if wanted != precision and on_gpu:
+    return "fp32" if wanted == "fp16" and not on_gpu else wanted
+
+
+def _possible_precision(section: str, precision: str, sharded: bool, on_gpu: bool) -> str:
+    possible = acting_precision(precision, sharded, on_gpu)
+    if sharded and precision != "fp16" and on_gpu:
         log.warning(
             "%s.distributed_strategy=fsdp uses fp16: %s.precision=%s does not act.", section, section, precision
         )
-    if wanted != "fp16" or on_gpu:
-        return wanted
-    if sharded:
+    if not on_gpu and sharded:
         log.warning("%s.distributed_strategy=fsdp uses fp16, which needs a GPU: using fp32.", section)
-    else:
+    elif possible != precision and not on_gpu:
         log.warning("%s.precision=fp16 needs a GPU: using fp32.", section)
-    return "fp32"
+    return possible
 
 
 def world_of(fabric: Fabric) -> World:
