@@ -81,7 +81,7 @@ def run(quick: bool) -> Report:
                     found[f"{ONLY_OURS_PACKED} to {PACKED} px"] = _race(TORCHVISION, packed, _batch(quick), quick)
                     packed = _pretraining(_as_files(index, Path(folder) / "small"), quick, index)
                     found[f"{BOTH_PACKED} to {PACKED} px"] = _race(TORCHVISION, packed, _batch(quick), quick)
-            epoch = (2 if quick else 8) * _batch(quick)
+            epoch = (2 if quick else 5) * _batch(quick)
             contestants = _loaders(Path(folder), [paths[n % len(paths)] for n in range(epoch)], _batch(quick))
             found[f"pretraining, loader with {WORKERS} workers"] = _race(TORCHVISION, contestants, epoch, quick)
         for what, comparison in found.items():

@@ -80,6 +80,7 @@ def peak(number: int, contestant: str, mask_ratio: float, quick: bool) -> dict[s
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // _AT_ONCE)),
+        "MALLOC_MMAP_THRESHOLD_": str(_MIB),  # or what glibc keeps of freed blocks differs by a fifth from run to run
         "PYTHONPATH": os.pathsep.join(paths),
     }
     command += ["--quick"] if quick else []
@@ -184,7 +185,8 @@ def _notes() -> list[str]:
     return [
         f"The most that a process had {what} during {_UPDATES} updates, without what it had before the model was built "
         "(interpreter, libraries, a batch of images); in brackets with it. Weights, gradients, moments and activations "
-        "are in both. Models, batches and references are those of the pretraining step.",
+        "are in both. Models, batches and references are those of the pretraining step. Freed blocks of 1 MiB and more "
+        "are given back at once, so that what a step holds is counted, and not what the C library keeps.",
     ]
 
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing.queues import SimpleQueue
 from typing import Any, Literal, TypeVar
@@ -20,6 +21,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from openmae.errors import DataError, OpenMAEError, RunError, SpecError
 from openmae.results.notices import notices_on_stderr
+from openmae.training.allocator import kept_memory
 from openmae.training.distributed import gather_objects
 from openmae.training.interrupt import InterruptRelay, join_relay
 from openmae.training.processes import CarriedError, ReplicatedStrategy, ShardedStrategy, WorldEnvironment
@@ -147,7 +149,7 @@ def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
         KeyboardInterrupt: Ctrl-C; every process has stopped as ``work`` lets it.
     """
     if not isinstance(fabric.strategy, ParallelStrategy):
-        return work(fabric, *arguments)
+        return _here(fabric, work, arguments)
     if world_of(fabric).local_rank is not None:
         return fabric.launch(partial(_work_beside_others, work=work, arguments=arguments))
     channel = multiprocessing.get_context("spawn").SimpleQueue()
@@ -199,6 +201,11 @@ def _work_beside_others(fabric: Fabric, work: Callable[..., T], arguments: tuple
         raise _lost_peers(str(error)) from error
 
 
+def _here(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    with kept_memory() if fabric.device.type == "cpu" else nullcontext():
+        return work(fabric, *arguments)
+
+
 def _together(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
     """The work, which is done when all processes have done it: none reports a success that another spoils."""
     # of a depthwise kernel: strides that differ along a side of one element are the same memory
@@ -207,7 +214,7 @@ def _together(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     pulse = pulse_of(fabric)
     try:
-        result = work(fabric, *arguments)
+        result = _here(fabric, work, arguments)
         pulse.passes()
         fabric.barrier()
     except RuntimeError as error:
