@@ -21,7 +21,7 @@ from .report import RESULTS, Report
 
 NONE, WAITING, BESIDE = "no checkpoint", "written while the training waits", "written beside it"
 _BATCH, _MASK_RATIO = 8, 0.75
-_STEPS = {False: 10, True: 2}  # from one checkpoint to the next, by quick
+_STEPS = {False: 5, True: 2}  # from one checkpoint to the next, by quick
 _TURNS = {False: 3, True: 1}
 
 
