@@ -89,10 +89,10 @@ def test_loose_images_have_no_labels(tmp_path: Path, make_images: MakeImages) ->
 
 
 def test_no_images(tmp_path: Path) -> None:
-    (tmp_path / "a.gif").touch()
+    (tmp_path / "a.svg").touch()
     with pytest.raises(DataError, match="holds no images") as caught:
         index_images(tmp_path, None)
-    assert "(bmp jpeg jpg png tif tiff webp)" in caught.value.problem
+    assert " bmp gif " in caught.value.problem
 
 
 def test_labels_table(tmp_path: Path, make_images: MakeImages, caplog: pytest.LogCaptureFixture) -> None:
@@ -266,7 +266,7 @@ def test_an_upload_is_read_as_a_file_is(tmp_path: Path, kind: str) -> None:
     np.testing.assert_array_equal(pixels, decode(tmp_path / "a"))
 
 
-@pytest.mark.parametrize("kind", ["EPS", "GIF"])
+@pytest.mark.parametrize("kind", ["EPS", "PPM"])
 def test_an_upload_of_another_format_is_not_tried(kind: str) -> None:
     buffer = io.BytesIO()
     halves().save(buffer, kind)

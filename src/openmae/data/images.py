@@ -22,12 +22,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
+from openmae.data.formats import IMAGE_SUFFIXES, READ_FORMATS
 from openmae.errors import DataError
 
 log = logging.getLogger("openmae")
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # Pillow's names of them
 LABELS_FILE = "labels.csv"
 _LAYOUTS = f"Make one folder per class (cat/1.jpg, dog/2.jpg), or a {LABELS_FILE} with columns path,label."
 
@@ -124,7 +123,9 @@ def find_images(folder: Path) -> list[str]:
         folders[:] = sorted(name for name in folders if _visible(name))
         below = Path(where).relative_to(folder).as_posix()
         prefix = "" if below == "." else f"{below}/"
-        found += [prefix + name for name in files if _visible(name) and os.path.splitext(name)[1].lower() in EXTENSIONS]
+        found += [
+            prefix + name for name in files if _visible(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        ]
     return sorted(found)
 
 
@@ -146,7 +147,7 @@ def index_images(folder: Path, labelled: bool | None) -> ImageIndex:
     root = _unwrapped(folder)
     paths = find_images(root)
     if not paths:
-        kinds = " ".join(sorted(extension[1:] for extension in EXTENSIONS))
+        kinds = " ".join(sorted(extension[1:] for extension in IMAGE_SUFFIXES))
         raise DataError(
             f"The folder {folder} holds no images ({kinds}).", "Put images into it, or name another folder."
         )
@@ -283,7 +284,7 @@ class Picture:
     Args:
         path: of the file, or the name of ``upload``.
         upload: an open file that somebody sent, to be read in place of ``path``; it is the picture's from then on.
-            Only the formats of ``EXTENSIONS`` are tried on it, for other decoders run programs (EPS) or are old.
+            Only ``READ_FORMATS`` are tried on it, for other decoders run programs (EPS) or are old.
 
     Raises:
         CorruptImage: on opening or decoding, whatever ails the file.
@@ -292,7 +293,7 @@ class Picture:
     def __init__(self, path: Path, upload: BinaryIO | None = None) -> None:
         self.path = path
         with _whatever_ails(path):
-            self._image: Image.Image = Image.open(path) if upload is None else Image.open(upload, formats=_FORMATS)
+            self._image: Image.Image = Image.open(upload or path, formats=READ_FORMATS)
         self.format, self.mode = self._image.format or "", self._image.mode
         self.transparent = self._image.has_transparency_data
         self._orientation = _orientation(self._image)

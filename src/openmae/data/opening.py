@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from openmae.data.formats import IMAGE_SUFFIXES
 from openmae.data.images import ImageIndex, find_images, index_images, label_by_folder
 from openmae.data.patterns import expand_braces, is_shards
 from openmae.data.shards import MEMBER, Ahead, ShardedIndex
@@ -177,7 +178,8 @@ def _index_beside(shard: Shard) -> TarIndex | None:
 def _cached_indexes(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:
     """One cache entry for all shards of a source."""
     stamps = "".join(f"{redact(shard.place)}\0{shard.stamp}\0" for shard in shards)
-    key = hashlib.sha256(f"{FORMAT}\0{stamps}".encode("utf-8", "surrogateescape")).hexdigest()[:20]
+    kinds = " ".join(sorted(IMAGE_SUFFIXES))  # another installation may take more files for images
+    key = hashlib.sha256(f"{FORMAT}\0{kinds}\0{stamps}".encode("utf-8", "surrogateescape")).hexdigest()[:20]
     entry = cache.root() / cache.SOURCES / f"shards-{key}"
 
     def build(folder: Path) -> None:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from openmae.data.images import EXTENSIONS
+from openmae.data.formats import IMAGE_SUFFIXES
 from openmae.data.sources import StrictTarInfo
 from openmae.errors import DataError
 from openmae.storage.urls import is_remote, redact
@@ -141,7 +141,7 @@ def fits(index: TarIndex, shard: Shard) -> bool:
 def scan_tar(shard: Shard) -> TarIndex:
     """Index a shard by one pass over its headers.
 
-    Images are the members with an extension of ``EXTENSIONS``. The label of ``a/b.c.jpg`` is in ``a/b.c.cls`` or
+    Images are the members with an extension of ``IMAGE_SUFFIXES``. The label of ``a/b.c.jpg`` is in ``a/b.c.cls`` or
     ``a/b.c.json`` (key "label"), or else, as WebDataset counts a key up to the first dot, in ``a/b.cls`` or
     ``a/b.json``; .cls wins. Hidden members and ``__MACOSX`` are passed over.
 
@@ -186,7 +186,7 @@ def _scan(shard: str, stream: BinaryIO) -> TarIndex:
                     f"{shard}: member {member.name!r} is a link or a sparse file.",
                     "Pack it again, with plain files only (tar --hard-dereference --dereference).",
                 )
-            if member.isfile() and extension.lower() in EXTENSIONS:
+            if member.isfile() and extension.lower() in IMAGE_SUFFIXES:
                 images.append(member)
             elif member.isfile() and extension.lower() in (".cls", ".json"):
                 label = _label_in(shard, tar, member)

@@ -1,0 +1,139 @@
+"""Which images are read: one table for folders, archives, shards, packing and serving.
+
+A file is recognised by its first bytes and never by its name, so that the same bytes are the same image everywhere. The
+suffix only decides which files of a folder or an archive are taken for images. Decoders that run other programs (EPS)
+and formats without a signature (TGA) are left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from PIL import features
+
+SIGNATURE_BYTES = 256  # of the start of a file, enough to recognise it
+_HEIF = "pip install 'openmae[heif]'"
+_NEWER_PILLOW = "pip install --upgrade pillow"
+
+
+class _Format(NamedTuple):
+    """One accepted format.
+
+    Attributes:
+        title: name in messages.
+        suffixes: of files that are taken for images of this format.
+        module: of ``PIL.features`` that decodes it; empty: every Pillow does.
+    """
+
+    title: str
+    suffixes: tuple[str, ...]
+    module: str = ""
+
+
+_FORMATS: Mapping[str, _Format] = {  # by Pillow's name
+    "JPEG": _Format("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")),
+    "PNG": _Format("PNG", (".png", ".apng")),
+    "BMP": _Format("BMP", (".bmp",)),
+    "TIFF": _Format("TIFF", (".tif", ".tiff")),
+    "WEBP": _Format("WebP", (".webp",), "webp"),
+    "GIF": _Format("GIF", (".gif",)),
+    "AVIF": _Format("AVIF", (".avif",), "avif"),
+    "JPEG2000": _Format("JPEG 2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "jpg_2000"),
+    "HEIF": _Format("HEIC", (".heic", ".heif", ".hif")),  # by pillow-heif, the extra "heif"
+}
+
+_RAW = ".cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .orf .rw2 .raf .pef .srw .x3f .3fr .iiq .erf .kdc .mrw"
+_DRAWN = ".svg .svgz .eps .wmf .emf"
+_OTHERS = (
+    ".tga .psd .psb .xcf .ico .icns .cur .ppm .pgm .pbm .pnm .pfm .pcx .dds .exr .hdr .jxl .jxr .wdp .dcm .nii .fits "
+    ".sgi .ras .xbm .xpm .qoi .bpg .flif .djvu"
+)
+
+_SIGNATURES = (  # a signature, and Pillow's name of the format
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"BM", "BMP"),
+    *((start, "TIFF") for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"II\0*", b"MM*\0")),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+)
+_AVIF_BRANDS = {b"avif", b"avis"}
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+_OTHER_CONTENT = (  # what files named as images are found to hold
+    (b"%!PS", "a PostScript (EPS) file"),
+    (b"%PDF", "a PDF file"),
+    (b"8BPS", "a Photoshop file"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"<svg", "an SVG drawing"),
+    (b"<!DOCTYPE", "a web page"),
+    (b"<!doctype", "a web page"),
+    (b"<html", "a web page"),
+    (b"<?xml", "an XML file"),
+    (b"version https://git-lfs", "a Git LFS pointer (git lfs pull fetches the file)"),
+    (b"\0\0\1\0", "an icon (ICO)"),
+    (b"\xff\x0a", "a JPEG XL file"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL file"),
+    *((b"P%d" % number, "a Netpbm file (PBM, PGM, PPM)") for number in range(1, 8)),
+)
+
+
+def _lacking(name: str) -> str:
+    """Return the command that makes a format readable; empty where it is."""
+    if name == "HEIF":
+        return "" if importlib.util.find_spec("pillow_heif") is not None else _HEIF
+    module = _FORMATS[name].module
+    supported = not module or (module in features.modules and features.check_module(module))
+    return "" if supported else _NEWER_PILLOW
+
+
+_LACKING: Mapping[str, str] = {name: _lacking(name) for name in _FORMATS}
+
+READ_FORMATS: tuple[str, ...] = tuple(name for name, command in _LACKING.items() if not command)
+"""Pillow's names of the formats that this installation reads."""
+
+FORMAT_TITLES: tuple[str, ...] = tuple(_FORMATS[name].title for name in READ_FORMATS)
+"""The same as messages and help texts name them."""
+
+IMAGE_SUFFIXES: frozenset[str] = frozenset(suffix for name in READ_FORMATS for suffix in _FORMATS[name].suffixes)
+"""Lower-case suffixes of the files that are taken for images."""
+
+KNOWN_UNREAD_SUFFIXES: Mapping[str, str] = {
+    **dict.fromkeys(_RAW.split(), "develop them to JPEG, PNG or TIFF"),
+    **dict.fromkeys(_DRAWN.split(), "render them to PNG"),
+    **dict.fromkeys(_OTHERS.split(), "convert them to JPEG, PNG or TIFF"),
+    **{suffix: command for name, command in _LACKING.items() if command for suffix in _FORMATS[name].suffixes},
+}
+"""Lower-case suffixes of images that are not read, and what to do: a command, or ``convert them to ...``."""
+
+
+def recognise(start: bytes) -> str | None:
+    """Return Pillow's name of the format of a file that begins with ``start``; None for what is not in the table.
+
+    The format may be one that this installation does not read; see ``READ_FORMATS``.
+    """
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WEBP"
+    if start[4:8] == b"ftyp":
+        box = start[8 : int.from_bytes(start[:4], "big")]
+        brands = {box[:4], *(box[place : place + 4] for place in range(8, len(box), 4))}
+        return "AVIF" if brands & _AVIF_BRANDS else "HEIF" if brands & _HEIF_BRANDS else None
+    return next((name for signature, name in _SIGNATURES if start.startswith(signature)), None)
+
+
+def why_not_read(start: bytes) -> str:
+    """Say why a file that begins with ``start`` is not read, where ``recognise`` gives nothing in ``READ_FORMATS``."""
+    if not start:
+        return "the file is empty (0 bytes)"
+    name = recognise(start)
+    if name is not None:
+        return f"its content is {_FORMATS[name].title}; to read it: {_LACKING[name]}"
+    if not start.strip(b"\0"):
+        return "the file holds zeros instead of an image"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    other = next((f"{name}, not " for signature, name in _OTHER_CONTENT if text.startswith(signature)), "not ")
+    return f"its content is {other}an image that can be read ({', '.join(FORMAT_TITLES)})"
