@@ -9,7 +9,8 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch.utils.data import Dataset
 
-from openmae.data.images import CorruptImage, ImageIndex
+from openmae.data.decode import CorruptImage
+from openmae.data.images import ImageIndex
 from openmae.data.transforms import Transform, rng_at
 from openmae.errors import DataError
 

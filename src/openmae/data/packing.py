@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from openmae.data.corrupt import CORRUPT_LIST
-from openmae.data.images import CorruptImage, ImageIndex, Picture
+from openmae.data.decode import CorruptImage, Picture
+from openmae.data.images import ImageIndex
 from openmae.data.tar_index import BLOCK, TarIndex, index_file
 from openmae.errors import DataError, RunError, UserError
 from openmae.results.files import make_folder, write_atomically
@@ -172,7 +173,7 @@ def _stored(index: ImageIndex, number: int, packing: Packing) -> Stored | Corrup
     extension = os.path.splitext(index.paths[number])[1].lower()
     try:
         content = index.read(number)
-        with Picture(index.file(number), io.BytesIO(content)) as picture:
+        with Picture(index.file(number), io.BytesIO(content), index.max_pixels) as picture:
             if packing.size is not None and min(picture.size) > packing.size:
                 return _scaled_down(picture, packing.size, packing.quality)
             picture.pixels(at_least=(1, 1))  # a JPEG is read to its end, but not transformed

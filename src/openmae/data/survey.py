@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from openmae.data.images import CorruptImage, ImageIndex, Picture
+from openmae.data.decode import CorruptImage, Picture
+from openmae.data.images import ImageIndex
 from openmae.data.shards import ShardedIndex
 
 _AHEAD = 16  # images that wait to be counted
@@ -118,7 +119,7 @@ def _all_facts(index: ImageIndex) -> Iterator[tuple[int, _Facts | CorruptImage]]
 def _facts(index: ImageIndex, number: int) -> _Facts | CorruptImage:
     try:
         content = index.read(number)
-        with Picture(index.file(number), io.BytesIO(content)) as picture:
+        with Picture(index.file(number), io.BytesIO(content), index.max_pixels) as picture:
             picture.pixels(at_least=(1, 1))  # a JPEG is read to its end, but not transformed
             kind = f"{picture.format} {picture.mode}"
             return _Facts(hashlib.sha256(content).digest()[:16], len(content), picture.size, kind)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openmae.data.images import CorruptImage, Picture
+from openmae.data.decode import CorruptImage, Picture
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
 from openmae.engines.card import ModelCard
