@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table as RichTable
 
 from openmae.data.corrupt import CORRUPT_LIST
+from openmae.data.decode import MAX_MEGAPIXELS
 from openmae.data.opening import open_index
 from openmae.data.packing import Packed, Packing, pack
 from openmae.data.survey import Survey, survey
@@ -30,7 +32,14 @@ log = logging.getLogger("openmae")
 
 
 def pack_source(
-    source: str, out: Path, size: int | None = None, *, shard_mb: int = 256, quality: int = 95, overwrite: bool = False
+    source: str,
+    out: Path,
+    size: int | None = None,
+    *,
+    shard_mb: int = 256,
+    quality: int = 95,
+    overwrite: bool = False,
+    max_megapixels: int = MAX_MEGAPIXELS,
 ) -> Packed:
     """Pack a source into shards and print how to name them; see ``packing.pack``.
 
@@ -40,7 +49,7 @@ def pack_source(
     """
     if is_remote(str(out)) or ":/" in str(out):
         raise UserError(f"OUT must be a local folder, not {out}.", "Pack into a local folder and copy that.")
-    index = open_index(source, None)
+    index = replace(open_index(source, None), max_pixels=max_megapixels * 1_000_000)
     with _progress("Packing", len(index)) as advance:
         packed = pack(index, out, Packing(size, shard_mb * 1_000_000, quality), overwrite=overwrite, advance=advance)
     total = sum(shard.stat().st_size for shard in packed.shards)
@@ -52,13 +61,13 @@ def pack_source(
     return packed
 
 
-def check_source(source: str, folder: Path) -> Survey:
+def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS) -> Survey:
     """Look at every image of a source; print a table, write a picture and ``report.html`` to ``folder``.
 
     Raises:
         UserError: the source cannot be used, or nothing can be written to ``folder``.
     """
-    index = open_index(source, None)
+    index = replace(open_index(source, None), max_pixels=max_megapixels * 1_000_000)
     make_folder(folder)
     with _progress("Checking", len(index)) as advance:
         found = survey(index, advance)

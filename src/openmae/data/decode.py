@@ -25,6 +25,7 @@ from openmae.data.tiff import count_pages, deep_pixels, depth_of
 from openmae.inputs import open_regular
 
 MAX_MEGAPIXELS = 179  # Pillow's own limit
+MAX_KEY = "dataset.max_megapixels"
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upright image
 Size = tuple[int, int]  # height, width
@@ -54,7 +55,7 @@ class TooManyPixels(CorruptImage):
     """An image with more pixels than are allowed: ``got`` says how many it has."""
 
     def __init__(self, path: Path, got: str, max_pixels: int) -> None:
-        limit = f"dataset.max_megapixels={max_pixels / 1e6:g}"
+        limit = f"{MAX_KEY}={max_pixels / 1e6:g}"
         super().__init__(path, f"it has {got} pixels, more than {limit} allows")
         self.args = (path, got, max_pixels)
         self.got = got
