@@ -26,6 +26,7 @@ from openmae.results.report import Cell, Numbers, Picture, Section, Table, write
 from openmae.storage.urls import is_remote
 
 DUPLICATES_LIST = "duplicate_files.txt"
+REMARKS_LIST = "remarks.txt"
 _LISTED = 100  # rows of a table in the report; the lists beside it have all
 
 log = logging.getLogger("openmae")
@@ -74,6 +75,7 @@ def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS
     for name, lines in (
         (CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in found.corrupt]),
         (DUPLICATES_LIST, ["\t".join(group) for group in found.duplicates]),
+        (REMARKS_LIST, ["\t".join(row) for row in _remark_rows(found)]),
     ):
         (folder / name).unlink(missing_ok=True)
         if lines:
@@ -126,6 +128,10 @@ def summary(found: Survey) -> list[tuple[str, str]]:
             ("format", ", ".join(f"{kind} {count:,}" for kind, count in found.formats.most_common(4))),
         ]
     rows.append(("corrupt", f"{len(found.corrupt):,} ({len(found.corrupt) / found.images:.2%})"))
+    for kind, title in (("pages", "several pages"), ("warning", "warned of by Pillow")):
+        if several := [f"{remark.path} ({remark.text})" for remark in found.remarks if remark.kind == kind]:
+            only = ", of which only the first is read" if kind == "pages" else ""
+            rows.append((title, f"{len(several):,}{only}, such as {several[0]}"))
     rows.append(("duplicate", f"{found.redundant:,} ({_count(len(found.duplicates), 'group')} of the same content)"))
     if found.contradictions:
         rows.append(("contradictory", f"{_count(found.contradictions, 'group')} of duplicates have several labels"))
@@ -164,10 +170,16 @@ def _sections(found: Survey, rows: Sequence[tuple[str, str]], picture: Path) -> 
     for title, columns, cells, name in (
         ("Corrupt files", ("file", "reason"), [list(row) for row in found.corrupt], CORRUPT_LIST),
         ("Duplicates", ("kept", "the same"), [[g[0], ", ".join(g[1:4])] for g in found.duplicates], DUPLICATES_LIST),
+        ("Remarks", ("file", "remark"), _remark_rows(found), REMARKS_LIST),
     ):
         if cells:
             sections.append(Table(title, columns, cells[:_LISTED], f"{len(cells):,} in all; {name} lists them."))
     return sections
+
+
+def _remark_rows(found: Survey) -> list[list[str]]:
+    said = {"pages": "{}, of which only the first is read", "warning": "Pillow warns: {}"}
+    return [[remark.path, said[remark.kind].format(remark.text)] for remark in found.remarks]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, Picture, TooManyPixels
 from openmae.data.normalise import Normaliser
+from openmae.data.remarks import remarks_on
 from openmae.data.transforms import EvalTransform
 from openmae.engines.card import ModelCard
 from openmae.errors import DataError
@@ -68,6 +69,8 @@ def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels:
         try:
             with Picture(Path(path), max_pixels=round(max_megapixels * 1_000_000)) as picture:
                 images.append(transform(picture))
+                for remark in remarks_on(picture, str(path)):
+                    remark.log(str(path))
         except TooManyPixels as error:
             raise DataError(
                 f"{path} has {error.got} pixels, more than max_megapixels={max_megapixels:g} allows.",
