@@ -62,7 +62,7 @@ DATA_MISTAKES = [
     (
         "train",
         (*SIZED, "dataset.train_data_sources={made}/texts"),
-        ("holds no images (bmp jpeg", "name another folder"),
+        ("holds no images (", "but 1 .txt (such as notes.txt)", "name another folder"),
     ),
     (
         "train",
@@ -79,8 +79,11 @@ DATA_MISTAKES = [
     ),
     (
         "train",
-        (*CLASSES, "dataset.val_data_sources={photos.two_classes}"),
-        ("dataset.val_data_sources: The classes", "differ: 1 only in the training set", "(green)"),
+        (*CLASSES, "dataset.val_data_sources={made}/unknown"),
+        (
+            "dataset.val_data_sources has 1 class(es) that dataset.train_data_sources does not have: mauve",
+            "Rename or remove them; the classes of dataset.train_data_sources are: blue, green, red.",
+        ),
     ),
     (
         "train",
@@ -101,7 +104,7 @@ DATA_MISTAKES = [
     (
         "evaluate",
         (*EVALUATE, f"evaluate.{FINE}", "dataset.val_data_sources={made}/unknown"),
-        ("1 class(es) that the checkpoint was not trained on: mauve", "classes are: blue, green, red"),
+        ("1 class(es) that the checkpoint does not have: mauve", "classes of the checkpoint are: blue, green, red"),
     ),
     ("inference", (*INFER, f"inference.{FINE}", "dataset.test_data_sources={made}/none"), ("There is no file",)),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +13,8 @@ import yaml
 import openmae
 from openmae.actions.evaluate import match_classes
 from openmae.cli import main
-from openmae.data.images import index_images
+from openmae.data.images import ImageIndex
+from openmae.data.index import index_images
 from openmae.errors import DataError
 from openmae.results.metrics import read_metrics
 from openmae.results.status import read_status
@@ -121,14 +123,21 @@ def test_a_part_of_the_classes_keeps_their_numbers(trained, photos, tmp_path):
     assert [line["status"] for line in read_status(tmp_path / "evaluate" / "status.json")].count("SUCCESS") == 2
 
 
-def test_classes_are_matched_by_name(photos):
+def test_classes_are_matched_by_name(photos, caplog):
     index = index_images(photos.two_classes, True)
     assert index.labels == (0, 1)
     matched = match_classes(index, ("blue", "green", "red"))
     assert matched.labels == (0, 2)
     assert matched.class_names == ("blue", "green", "red")
-    with pytest.raises(DataError, match=r"1 class.* not trained on: red"):
+    assert "no images of 1 of the 3 classes of the checkpoint: green" in caplog.text
+    with pytest.raises(DataError, match=r"has 1 class.* that the checkpoint does not have: red"):
         match_classes(replace(index), ("blue", "green"))
+    assert match_classes(replace(index, labels=(1, -1)), ("blue", "green", "red")).labels == (2, -1)
+
+
+def test_classes_are_matched_whatever_the_unicode_form_of_their_names():
+    index = ImageIndex(Path(), ("a.png", "b.png"), (0, 1), ("caf\u00e9", "x"))
+    assert match_classes(index, ("x", "cafe\u0301")).labels == (1, 0)
 
 
 def test_an_archive_is_a_source(trained, photos, tmp_path):

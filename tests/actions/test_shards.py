@@ -7,7 +7,7 @@ import torch
 
 import openmae
 from openmae.cli import main
-from openmae.data.images import index_images
+from openmae.data.index import index_images
 from openmae.data.packing import Packing, pack
 from openmae.results.metrics import read_metrics
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.data.images import ImageIndex, index_images
+from openmae.data.images import ImageIndex
+from openmae.data.index import index_images
 
 MakeImages = Callable[[Path, Sequence[str]], Path]
 

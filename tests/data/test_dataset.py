@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import pickle
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmae.data.dataset import AddressedSampler, EvalSampler, ImageDataset, check_same_classes
+from openmae.data.dataset import AddressedSampler, EvalSampler, ImageDataset
 from openmae.data.images import ImageIndex
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
 from openmae.errors import DataError
@@ -106,18 +105,3 @@ def test_pickles(index: ImageIndex) -> None:
     dataset = ImageDataset(index, AUGMENT)
     image = pickle.loads(pickle.dumps(dataset))[1, 2]["image"]
     assert torch.equal(image, dataset[1, 2]["image"])
-
-
-# -------------------------------------------------------------------------------------------- classes
-
-
-def test_same_classes() -> None:
-    def index_of(name: str, *classes: str) -> ImageIndex:
-        return ImageIndex(Path(name), ("a.png",), (0,), classes)
-
-    check_same_classes(index_of("t", "cat", "dog"), index_of("v", "cat", "dog"))
-    with pytest.raises(DataError) as caught:
-        check_same_classes(index_of("t", "cat", "cow", "dog"), index_of("v", "Cat", "dog"))
-    assert "2 only in the training set t (cat, cow); 1 only in the validation set v (Cat)" in str(caught.value)
-    with pytest.raises(DataError, match=r"26 only in the validation set v \(a, b, c, d, e, ...\)"):
-        check_same_classes(index_of("t", "1"), index_of("v", "1", *"abcdefghijklmnopqrstuvwxyz"))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from openmae.cli import main
-from openmae.data.images import index_images
+from openmae.data.index import index_images
 from openmae.data.opening import open_index
 from openmae.data.packing import Packing, pack
 from openmae.errors import DataError, UserError
@@ -161,7 +161,10 @@ def test_braces_that_the_shell_expanded_are_noticed(capsys: Any) -> None:
 # ---------------------------------------------------------------------------------------------- check
 
 
-def test_check_tells_what_a_source_holds(photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_check_tells_what_a_source_holds(
+    photos: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     (photos / "cat" / "3.png").write_bytes(b"broken")
     same = (photos / "cat" / "0.png").read_bytes()
     (photos / "cat" / "again.png").write_bytes(same)
@@ -171,14 +174,14 @@ def test_check_tells_what_a_source_holds(photos: Path, tmp_path: Path, capsys: A
     rows = dict(re.findall(r"│ (\S[\w ]*?) +│ (.*?) +│", capsys.readouterr().out))
     assert rows == {
         "images": "17",
-        "classes": "2, of 8 to 9 (median 8) images",
+        "classes": "2, of 8 to 9 (median 8) images; taken from the folders cat, dog",
         "width": "10 to 48 (median 48) pixels",
         "height": "30 to 40 (median 40) pixels",
         "file size": rows["file size"],
         "format": "PNG RGB 15, JPEG L 1",
         "corrupt": "1 (5.88%)",
         "duplicate": "2 (1 group of the same content)",
-        "contradictory": "1 group of duplicates have several labels",
+        "contradictory": "1 group of duplicates lie in several class folders",
     }
     results = tmp_path / "results"
     assert (results / "corrupt_files.txt").read_text().startswith(f"{photos}/cat/3.png\tits content is not an image")
@@ -200,7 +203,7 @@ def test_check_of_shards(photos: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["dataset", "check", str(tmp_path / "out"), "--results_dir", str(tmp_path / "results")]) == 0
     out = capsys.readouterr().out
     assert len(packed.shards) == 5
-    for text in ("6, of 1 to 3 (median", "other files in shards │ 1 ", "3, of 1 to 7", "1 (1 group of the same"):
+    for text in ("6, of 1 to 3 (median", "1, which are not read: 1 .npy", "3, of 1 to 7", "1 (1 group of the same"):
         assert text in out, f"{text} is not in\n{out}"
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +20,9 @@ from PIL import Image
 from openmae.data import shards as shards_module
 from openmae.data.dataset import AddressedSampler, Batch
 from openmae.data.decode import CorruptImage
-from openmae.data.images import ImageIndex, index_images
+from openmae.data.folder import Skipped
+from openmae.data.images import ImageIndex
+from openmae.data.index import index_images
 from openmae.data.loaders import LoaderSettings, TrainingLoader, evaluation_loader, training_loader
 from openmae.data.opening import open_index
 from openmae.data.packing import Packing, pack
@@ -212,7 +216,7 @@ def test_classes_are_numbered_over_all_shards(tmp_path: Path) -> None:
     write_tar(tmp_path / "s-1.tar", {"1.png": png(), "1.cls": b"cat", "2.png": png(), "2.cls": b"dog", "x.npy": b"."})
     found = open_index(str(tmp_path / "s-{0..1}.tar"), None)
     assert (found.class_names, found.labels) == (("cat", "dog"), (1, 0, 1))
-    assert found.others == 1  # type: ignore[attr-defined]
+    assert found.skipped == (Skipped(".npy", 1, "s-1.tar!x.npy"),)
 
 
 def test_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -226,8 +230,9 @@ def test_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(DataError, match=r"1 of 2 images in .* have no label, such as 1.png"):
         open_index(pattern, True)
     with caplog.at_level(logging.WARNING, logger="openmae"):
-        assert open_index(pattern, None).labels is None
-    assert "all labels are left aside" in caplog.text
+        assert open_index(pattern, None).labels == (-1, 0)
+    assert "1 of 2 images in" in caplog.text
+    assert "have no label, such as 1.png. kNN and probe accuracy leave them out." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -237,14 +242,61 @@ def test_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         ("1.cls", b"a\nb", "'1.cls' is not a label"),
         ("1.cls", b"\xff", "'1.cls' is not a label"),
         ("1.json", b"{", "'1.json' is not a JSON object with an integer or a text"),
-        ("1.json", b'{"label": [1]}', "'1.json' is not a JSON object with an integer or a text"),
+        ("1.json", b"[" * 100_000, "'1.json' is not a JSON object with an integer or a text"),
+        ("1.json", b'{"caption": "cut', "'1.json' is not a JSON object with an integer or a text"),
+        (
+            "1.json",
+            b'{"label": ["a", "b"]}',
+            "'1.json' has a list of 2 as its \"label\", and an image is trained on one",
+        ),
         ("1.json", b'{"label": true}', "'1.json' is not a JSON object with an integer or a text"),
     ],
 )
-def test_labels_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, text: str) -> None:
-    write_tar(tmp_path / "s-0.tar", {"1.png": png(), name: content})
-    with pytest.raises(DataError, match=text):
-        open_index(str(tmp_path / "s-{0..0}.tar"), None)
+def test_a_label_that_cannot_be_read_matters_to_who_needs_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes, text: str
+) -> None:
+    write_tar(tmp_path / "s-0.tar", {"1.png": png(), name: content, "2.png": png(), "2.cls": b"7"})
+    pattern = str(tmp_path / "s-{0..0}.tar")
+    assert open_index(pattern, False).labels is None
+    assert caplog.text.count("WARNING") == 0
+    found = open_index(pattern, None)
+    assert (found.class_names, found.labels) == (("7",), (-1, 0))
+    assert f"1 of 2 images in {pattern} have a label that cannot be read: in s-0.tar, member {text}" in caplog.text
+    with pytest.raises(DataError) as caught:
+        open_index(pattern, True)
+    assert f"in s-0.tar, member {text}" in caught.value.problem
+    assert caught.value.fix == "Write these labels again, one for each image, as .cls."
+
+
+def test_a_broken_json_beside_a_label_does_not_matter(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s-0.tar", {"1.png": png(), "1.json": b"{", "1.cls": b"7"})
+    assert open_index(str(tmp_path / "s-{0..0}.tar"), True).class_names == ("7",)
+
+
+def test_images_of_one_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {"1.input.png": png(1), "1.target.png": png(2), "1.cls": b"a", "2.0.png": png(3), "2.0.cls": b"b"}
+    write_tar(tmp_path / "s-0.tar", members)
+    assert open_index(str(tmp_path / "s-{0..0}.tar"), True).labels == (0, 0, 1)
+    assert "2 images share a sample with another one" in caplog.text
+
+
+def test_members_apart_from_their_labels(tmp_path: Path) -> None:
+    images = {f"{number}.png": png(number) for number in range(3)}
+    write_tar(tmp_path / "s-0.tar", images | {f"{number}.cls": b"%d" % (number % 2) for number in range(3)})
+    assert open_index(str(tmp_path / "s-{0..0}.tar"), True).labels == (0, 1, 0)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"caf\xe9.png"), "new\nline.png"]
+    write_tar(tmp_path / os.fsdecode(b"s\xe9-0.tar"), {names[0]: png(1), names[1]: png(2)})
+    found = open_index(f"{tmp_path}/s\udce9-{{0..0}}.tar", None)
+    assert [found.read(number) for number in range(2)] == [png(1), png(2)]
+    assert [found.key(number) for number in range(2)] == names
+    assert found.full_name(found.paths[0]) == f"{tmp_path}/s\\xe9-0.tar!caf\\xe9.png"
+    assert found.holds(found.full_name(found.paths[0]))
+    packed = open_index(sharded(found, tmp_path / "out"), None)
+    assert [packed.read(number) for number in range(2)] == [png(1), png(2)]
+    assert [packed.key(number) for number in range(2)] == names
 
 
 # --------------------------------------------------------------------------------------- bad shards
@@ -299,6 +351,67 @@ def test_patterns_that_are_refused(tmp_path: Path, pattern: str, text: str) -> N
 def test_a_folder_of_shards_is_a_source(index: ImageIndex, tmp_path: Path) -> None:
     sharded(index, tmp_path / "out")
     assert open_index(str(tmp_path / "out"), True).labels == index.labels
+
+
+def test_shards_beside_a_picture_are_read(index: ImageIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sharded(index, tmp_path / "out")
+    shutil.copy(index.file(0), tmp_path / "out" / "preview.png")
+    (tmp_path / "out" / "notes.txt").touch()
+    found = open_index(str(tmp_path / "out"), True)
+    assert found.labels == index.labels
+    assert found.skipped == (Skipped(".txt", 1, "notes.txt"),)
+    assert f"{tmp_path}/out holds shards and also 1 image: the shards are read, the images are not (preview.png)" in (
+        caplog.text
+    )
+
+
+def test_an_archive_beside_its_images_is_not_read(
+    index: ImageIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(index.root, tmp_path / "both" / "images")
+    with tarfile.open(tmp_path / "both" / "images.tar", "w") as tar:
+        tar.add(index.root, "images")
+    found = open_index(str(tmp_path / "both"), False)
+    assert len(found) == len(index)
+    assert found.paths[0] == "images/cat/0.png"
+    assert "holds images and also 1 tar file (images.tar): the images are read, the tar files are not." in caplog.text
+
+
+def test_results_beside_shards_are_not_read(index: ImageIndex, tmp_path: Path) -> None:
+    sharded(index, tmp_path / "out")
+    (tmp_path / "out" / "results" / "train").mkdir(parents=True)
+    shutil.copy(index.file(0), tmp_path / "out" / "results" / "train" / "curves.png")
+    (tmp_path / "out" / "results" / "train" / "status.json").write_text('{"date": "", "time": "", "status": ""}\n')
+    assert open_index(str(tmp_path / "out"), True).results == ("results/train",)
+
+
+def test_tar_files_joined_into_one_are_read_to_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parts = [write_tar(tmp_path / f"{name}.tar", {f"{name}/1.png": png(ord(name))}) for name in "abc"]
+    joined = tmp_path / "set" / "s-0.tar"
+    joined.parent.mkdir()
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    found = open_index(str(joined.parent), None)
+    assert found.class_names == ("a", "b", "c")
+    assert [found.read(number) for number in range(3)] == [png(ord(name)) for name in "abc"]
+    assert "that is not read" not in caplog.text
+    joined.write_bytes(joined.read_bytes() + b"garbage")
+    assert len(open_index(str(joined.parent), None)) == 3
+    assert f"{joined}: after the end of the tar file there is something that is not read." in caplog.text
+    cut = joined.read_bytes()[: parts[0].stat().st_size + 700]
+    joined.write_bytes(cut)
+    with pytest.raises(DataError, match="is damaged or cut short"):
+        open_index(str(joined.parent), None)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar(tmp_path / "s-0.tar", {"1.png": png(), "1.cls": b"x"})
+    monkeypatch.setenv("OPENMAE_CACHE", "/proc/openmae")
+    found = open_index(str(tmp_path / "s-{0..0}.tar"), True)
+    assert (found.class_names, found.read(0)) == (("x",), png())
+    assert "cannot be kept in /proc/openmae (No such file or directory): it is kept in memory" in caplog.text
+    assert "set OPENMAE_CACHE to a folder that can be written" in caplog.text
 
 
 def test_an_index_is_made_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.data.images import index_images
+from openmae.data.index import index_images
 from openmae.data.loaders import LoaderSettings, training_loader
 from openmae.data.opening import open_index
 from openmae.data.packing import Packing, pack

@@ -13,6 +13,7 @@ from openmae.actions.reports import classifier_report, pretrained_report
 from openmae.actions.run import begin_results, running, show_table, watched
 from openmae.actions.sources import match_classes, open_images
 from openmae.data.images import ImageIndex
+from openmae.data.index import unread_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
@@ -132,7 +133,8 @@ def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
         if task is not None:
             picture = request.folder / "reconstructions" / "validation.png"
             reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
-        pretrained_report(request.folder, request.info, len(request.index), metrics, picture)
+        unread = unread_table([request.index])
+        pretrained_report(request.folder, request.info, len(request.index), metrics, picture, unread)
     return metrics
 
 
@@ -145,5 +147,5 @@ def _evaluate_classifier(fabric: Fabric, request: Request) -> dict[str, float]:
         confusion = np.zeros((len(names), len(names)), dtype=np.int64)
         np.add.at(confusion, (predictions.labels, predictions.classes[:, 0]), 1)
         picture = save_confusion_matrix(confusion, names, request.folder / "confusion_matrix.png")
-        classifier_report(request.folder, request.info, metrics, confusion, picture)
+        classifier_report(request.folder, request.info, metrics, confusion, picture, unread_table([request.index]))
     return metrics

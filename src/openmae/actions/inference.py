@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from openmae.actions.reports import embedding_report, inference_report
 from openmae.actions.run import begin_results, running, show_table, watched
 from openmae.actions.sources import open_images
 from openmae.data.dataset import Batch
+from openmae.data.index import unread_table
 from openmae.results.files import replacing, write_atomically
+from openmae.results.names import printable_name, spreadsheet_cell
 from openmae.results.pictures import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
 from openmae.training.devices import build_fabric, launch
@@ -34,8 +37,9 @@ def run(spec: ExperimentSpec) -> Path:
     """Run a model of either stage over the test images: a checkpoint, an ONNX file or a TensorRT engine.
 
     finetune: ``results.csv`` with a row an image (path, class, probability, and the next four classes) and a contact
-    sheet. pretrain: ``embeddings.parquet`` (path, vector; nothing masked, so the same at every call), and from a
-    checkpoint pictures of reconstructions. An image that cannot be read has no row; ``corrupt_files.txt`` names it.
+    sheet; cells are written by ``spreadsheet_cell``. pretrain: ``embeddings.parquet`` (path, vector; nothing masked, so
+    the same at every call), and from a checkpoint pictures of reconstructions. Paths are written by ``printable_name``.
+    An image that cannot be read has no row; ``corrupt_files.txt`` names it.
 
     Args:
         spec: as ``load_spec`` gives it for ``inference``.
@@ -74,13 +78,22 @@ def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
     counts = Counter(names[label] for label in predictions.classes[:, 0])
     if fabric.is_global_zero:
         rows = _result_rows(predictions, request)
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        write_atomically(request.folder / RESULTS, text.getvalue())
+        write_atomically(request.folder / RESULTS, _as_csv(rows))
         sheet = _draw_sheet(predictions, request, loader.first(_SHEET))
-        inference_report(request.folder, request.info, rows, sheet)
+        inference_report(request.folder, request.info, rows, sheet, unread_table([request.index]))
     seen = {name: f"{count:,} images" for name, count in counts.most_common(_CLASSES)}
     return seen if len(counts) <= _CLASSES else {**seen, "...": f"{len(counts) - _CLASSES} more classes"}
+
+
+def _as_csv(rows: Sequence[Sequence[str]]) -> str:
+    """The table as CSV, of which a spreadsheet takes no cell for a formula, whatever it takes for a separator."""
+    text = io.StringIO()
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in rows:
+        writer = quoted if any(sign in cell for cell in row for sign in ";|") else plain
+        writer.writerow(map(spreadsheet_cell, row))
+    return text.getvalue()
 
 
 def _draw_sheet(predictions: Predictions, request: Request, batch: Batch) -> Path:
@@ -102,7 +115,7 @@ def _result_rows(predictions: Predictions, request: Request) -> list[list[str]]:
     rows = [header]
     for index, best, shares in zip(predictions.indices, predictions.classes, predictions.probabilities, strict=True):
         cells = [cell for label, share in zip(best, shares, strict=True) for cell in (names[label], f"{share:.6f}")]
-        rows.append([request.index.paths[index], *cells])
+        rows.append([printable_name(request.index.paths[index]), *cells])
     return rows
 
 
@@ -111,12 +124,14 @@ def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
     task, loader = request.pretrain_task(fabric), request.loader(fabric)
     indices, vectors, _ = embed(fabric, request.model.outputs(fabric.device), watched(fabric, loader))
     if fabric.is_global_zero:
-        _write_embeddings(request.folder / EMBEDDINGS, [request.index.paths[index] for index in indices], vectors)
+        _write_embeddings(
+            request.folder / EMBEDDINGS, [printable_name(request.index.paths[index]) for index in indices], vectors
+        )
         picture = None
         if task is not None:
             picture = request.folder / "reconstructions" / "test.png"
             reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
-        embedding_report(request.folder, request.info, vectors.shape, picture)
+        embedding_report(request.folder, request.info, vectors.shape, picture, unread_table([request.index]))
     return {"embeddings": f"{len(vectors):,} of {vectors.shape[1]:,} numbers each"}
 
 

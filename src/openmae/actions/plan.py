@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from openmae.actions.sources import class_count, open_images
-from openmae.data.dataset import AddressedSampler, check_same_classes
+from openmae.actions.sources import class_count, match_classes, open_images
+from openmae.data.dataset import AddressedSampler
 from openmae.data.images import ImageIndex
 from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig
@@ -99,8 +99,7 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
         labelled = finetune or None
         val = open_images(data.val_data_sources, "dataset.val_data_sources", labelled=labelled, largest=largest)
     if finetune and val is not None:
-        with blaming("dataset.val_data_sources"):
-            check_same_classes(train, val)
+        val = match_classes(val, train.class_names, "dataset.train_data_sources")
     with blaming("dataset.batch_size"):
         processes = spec.train.num_gpus * spec.train.num_nodes
         AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, processes)

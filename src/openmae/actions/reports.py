@@ -72,8 +72,9 @@ def train_report(
     recipe: Sequence[tuple[str, str]],
     picture: Path | None,
     breakdown: Breakdown | None = None,
+    unread: Sequence[Section] = (),
 ) -> Path:
-    """After training: last and best numbers, curves, reconstructions, what the time went to, recipe, spec."""
+    """After training: numbers, curves, reconstructions, what the time went to, recipe, files not read, spec."""
     rows = read_metrics(folder / "metrics.csv")
     last = {name: row[name] for row in rows for name in _LABELS if name in row}
     sections: list[Section] = [_numbers("At the end", last)] if last else []
@@ -85,7 +86,7 @@ def train_report(
     if breakdown is not None:
         sections += _breakdown_sections(folder, breakdown)
     sections.append(Table("Recipe", ("", ""), list(recipe)))
-    return _write(folder, "train", info, sections)
+    return _write(folder, "train", info, [*sections, *unread])
 
 
 def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
@@ -104,7 +105,12 @@ def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
 
 
 def pretrained_report(
-    folder: Path, info: CheckpointInfo, images: int, metrics: Mapping[str, float], picture: Path | None
+    folder: Path,
+    info: CheckpointInfo,
+    images: int,
+    metrics: Mapping[str, float],
+    picture: Path | None,
+    unread: Sequence[Section] = (),
 ) -> Path:
     """After evaluating a pretrained checkpoint: loss, probes where there were classes, reconstructions."""
     sections: list[Section] = [_numbers(f"{images:,} images", metrics)]
@@ -112,10 +118,16 @@ def pretrained_report(
         sections.append(Text("", _PROBES))
     if picture is not None:
         sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
-    return _write(folder, "evaluate", info, sections)
+    return _write(folder, "evaluate", info, [*sections, *unread])
 
 
-def embedding_report(folder: Path, info: CheckpointInfo, shape: tuple[int, ...], picture: Path | None) -> Path:
+def embedding_report(
+    folder: Path,
+    info: CheckpointInfo,
+    shape: tuple[int, ...],
+    picture: Path | None,
+    unread: Sequence[Section] = (),
+) -> Path:
     """After embedding: how many vectors, how to read them, reconstructions."""
     images, dimensions = shape
     sections: list[Section] = [
@@ -124,11 +136,16 @@ def embedding_report(folder: Path, info: CheckpointInfo, shape: tuple[int, ...],
     ]
     if picture is not None:
         sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
-    return _write(folder, "inference", info, sections)
+    return _write(folder, "inference", info, [*sections, *unread])
 
 
 def classifier_report(
-    folder: Path, info: CheckpointInfo, metrics: Mapping[str, float], confusion: np.ndarray, picture: Path
+    folder: Path,
+    info: CheckpointInfo,
+    metrics: Mapping[str, float],
+    confusion: np.ndarray,
+    picture: Path,
+    unread: Sequence[Section] = (),
 ) -> Path:
     """After evaluating a fine-tuned checkpoint: accuracies, confusion matrix, a row a class."""
     sections: list[Section] = [
@@ -136,7 +153,7 @@ def classifier_report(
         Picture("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
         class_table(confusion, info.class_names),
     ]
-    return _write(folder, "evaluate", info, sections)
+    return _write(folder, "evaluate", info, [*sections, *unread])
 
 
 def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
@@ -152,7 +169,13 @@ def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
     return Table("Classes", ("class", "images", "precision", "recall", "F1"), rows, caption="The weakest first.")
 
 
-def inference_report(folder: Path, info: CheckpointInfo, rows: Sequence[Sequence[str]], sheet: Path) -> Path:
+def inference_report(
+    folder: Path,
+    info: CheckpointInfo,
+    rows: Sequence[Sequence[str]],
+    sheet: Path,
+    unread: Sequence[Section] = (),
+) -> Path:
     """After classifying: some of the images, how often each class was seen, and the first rows of results.csv."""
     _, *found = rows
     counts = Counter(row[1] for row in found)
@@ -171,7 +194,7 @@ def inference_report(folder: Path, info: CheckpointInfo, rows: Sequence[Sequence
             caption=f"The first {min(_MOST_ROWS, len(found))} of {len(found):,} rows.",
         ),
     ]
-    return _write(folder, "inference", info, sections)
+    return _write(folder, "inference", info, [*sections, *unread])
 
 
 def export_report(

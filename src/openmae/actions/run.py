@@ -171,7 +171,7 @@ def show_table(title: str, rows: Rows) -> None:
     table.add_column(overflow="fold")
     for label, value in rows:
         table.add_row(label, value)
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     console.print(f"\n{title}", style="bold")
     console.print(table)
     console.print()

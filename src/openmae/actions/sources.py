@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from unicodedata import normalize
 
 from openmae.data.decode import MAX_MEGAPIXELS
 from openmae.data.images import ImageIndex
@@ -55,20 +56,31 @@ def class_count(spec: ExperimentSpec, index: ImageIndex) -> int:
     return found
 
 
-def match_classes(index: ImageIndex, class_names: tuple[str, ...]) -> ImageIndex:
-    """Number the images' classes as the checkpoint does.
+def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: str = "the checkpoint") -> ImageIndex:
+    """Number the images' classes as in training; log which of those classes have no image.
+
+    Args:
+        index: the validation set.
+        class_names: of training, in order.
+        trained_on: what they are the classes of.
 
     Raises:
-        DataError: a class that the checkpoint does not know.
+        DataError: a class that training does not know.
     """
-    if unknown := [name for name in index.class_names if name not in class_names]:
+    number_of = {normalize("NFC", name): number for number, name in enumerate(class_names)}
+    if unknown := [name for name in index.class_names if normalize("NFC", name) not in number_of]:
         raise DataError(
-            f"dataset.val_data_sources has {len(unknown)} class(es) that the checkpoint was not trained on: "
+            f"dataset.val_data_sources has {len(unknown)} class(es) that {trained_on} does not have: "
             f"{shorten(tuple(unknown))}.",
-            f"Rename or remove them; the checkpoint's classes are: {shorten(class_names)}.",
+            f"Rename or remove them; the classes of {trained_on} are: {shorten(class_names)}.",
         )
-    number = [class_names.index(name) for name in index.class_names]
-    labels = tuple(number[label] for label in index.labels or ())
+    number = [number_of[normalize("NFC", name)] for name in index.class_names]
+    if missing := tuple(name for place, name in enumerate(class_names) if place not in number):
+        log.warning(
+            "dataset.val_data_sources has no images of %d of the %d classes of %s: %s. Accuracy is that of the others.",
+            *(len(missing), len(class_names), trained_on, shorten(missing)),
+        )
+    labels = tuple(number[label] if label >= 0 else -1 for label in index.labels or ())
     return replace(index, labels=labels, class_names=class_names)
 
 

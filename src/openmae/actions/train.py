@@ -17,6 +17,7 @@ from openmae.actions.plan import Plan, make_plan, resolved
 from openmae.actions.profiling import leave_profile
 from openmae.actions.reports import train_report
 from openmae.actions.run import Rows, begin_results, running, show_table
+from openmae.data.index import unread_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform, Transform
@@ -307,4 +308,5 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
         picture = plan.folder / "reconstructions" / "last.png"
         assert isinstance(model, MaskedAutoencoder)
         reconstruction_grid(*trainer.task.reconstruct(fabric, loader.first(PICTURES), model), picture)
-    train_report(plan.folder, plan.info, rows, picture, breakdown)
+    unread = unread_table(index for index in (plan.train, plan.val) if index is not None)
+    train_report(plan.folder, plan.info, rows, picture, breakdown, unread)

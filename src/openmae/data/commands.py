@@ -16,12 +16,15 @@ from rich.table import Table as RichTable
 
 from openmae.data.corrupt import CORRUPT_LIST
 from openmae.data.decode import MAX_MEGAPIXELS
+from openmae.data.folder import counted, describe_skipped, first_names
+from openmae.data.index import unread_table
 from openmae.data.opening import open_index
 from openmae.data.packing import Packed, Packing, pack
 from openmae.data.survey import Survey, survey
 from openmae.errors import UserError
 from openmae.results.dataset import save_dataset_picture
 from openmae.results.files import make_folder, write_atomically
+from openmae.results.names import printable_name
 from openmae.results.report import Cell, Numbers, Picture, Section, Table, write_report
 from openmae.storage.urls import is_remote
 
@@ -55,10 +58,10 @@ def pack_source(
         packed = pack(index, out, Packing(size, shard_mb * 1_000_000, quality), overwrite=overwrite, advance=advance)
     total = sum(shard.stat().st_size for shard in packed.shards)
     labels = f"{len(index.class_names)} classes" if index.labels is not None else "no labels"
-    print(f"{packed.images:,} images ({labels}) in {_count(len(packed.shards), 'shard')}, {total / 1e6:,.1f} MB:")
-    print(f"  dataset.train_data_sources={shlex.quote(packed.pattern)}")
+    print(f"{packed.images:,} images ({labels}) in {counted(len(packed.shards), 'shard')}, {total / 1e6:,.1f} MB:")
+    print(f"  dataset.train_data_sources={shlex.quote(printable_name(packed.pattern))}")
     if packed.corrupt:
-        log.warning("Left out %s, listed in %s", _count(len(packed.corrupt), "corrupt file"), out / CORRUPT_LIST)
+        log.warning("Left out %s, listed in %s", counted(len(packed.corrupt), "corrupt file"), out / CORRUPT_LIST)
     return packed
 
 
@@ -84,7 +87,7 @@ def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS
     table = RichTable("", "", title=found.place, title_justify="left", show_header=False)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False, emoji=False, highlight=False).print(table)
     picture = save_dataset_picture(
         folder / "dataset.png",
         name=found.place,
@@ -93,7 +96,7 @@ def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS
         sizes=np.stack([found.widths, found.heights], axis=1),
         file_sizes=found.file_sizes,
     )
-    write_report(folder, "Data set", _sections(found, rows, picture), subtitle=found.place)
+    write_report(folder, "Data set", _sections(found, rows, picture, unread_table([index])), subtitle=found.place)
     log.info("Results are in %s; open report.html there.", folder)
     return found
 
@@ -113,11 +116,19 @@ def summary(found: Survey) -> list[tuple[str, str]]:
     rows = [("images", f"{found.images:,}")]
     if found.shard_counts:
         rows.append(("shards", f"{len(found.shard_counts):,}, of {_spread(list(found.shard_counts.values()))} images"))
-    if found.others:
-        rows.append(("other files in shards", f"{found.others:,}"))
+    if found.skipped:
+        count = sum(kind.count for kind in found.skipped)
+        rows.append(("skipped", f"{count:,}, which are not read: {describe_skipped(found.skipped)}"))
+    if found.results:
+        rows.append(("results of OpenMAE", f"not read: {first_names(found.results)}"))
     if found.class_counts:
         counts = list(found.class_counts.values())
-        rows.append(("classes", f"{len(counts):,}, of {_spread(counts)} images"))
+        by = f"; taken from {found.labelled_by}"
+        if found.labelled_by == "folders":
+            by = f"; taken from the folders {first_names(list(found.class_counts))}"
+        rows.append(("classes", f"{len(counts):,}, of {_spread(counts)} images{by}"))
+        if found.unlabelled:
+            rows.append(("without a label", f"{found.unlabelled:,}"))
     else:
         rows.append(("classes", "no labels"))
     if len(found.widths):
@@ -132,9 +143,10 @@ def summary(found: Survey) -> list[tuple[str, str]]:
         if several := [f"{remark.path} ({remark.text})" for remark in found.remarks if remark.kind == kind]:
             only = ", of which only the first is read" if kind == "pages" else ""
             rows.append((title, f"{len(several):,}{only}, such as {several[0]}"))
-    rows.append(("duplicate", f"{found.redundant:,} ({_count(len(found.duplicates), 'group')} of the same content)"))
+    rows.append(("duplicate", f"{found.redundant:,} ({counted(len(found.duplicates), 'group')} of the same content)"))
     if found.contradictions:
-        rows.append(("contradictory", f"{_count(found.contradictions, 'group')} of duplicates have several labels"))
+        how = "lie in several class folders" if found.labelled_by == "folders" else "have several labels"
+        rows.append(("contradictory", f"{counted(found.contradictions, 'group')} of duplicates {how}"))
     return rows
 
 
@@ -143,11 +155,9 @@ def _spread(values: Sequence[float] | np.ndarray) -> str:
     return least if least == most else f"{least} to {most} (median {middle})"
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' if count != 1 else ''}"
-
-
-def _sections(found: Survey, rows: Sequence[tuple[str, str]], picture: Path) -> list[Section]:
+def _sections(
+    found: Survey, rows: Sequence[tuple[str, str]], picture: Path, unread: Sequence[Section]
+) -> list[Section]:
     numbers = {
         "images": f"{found.images:,}",
         **({"classes": f"{len(found.class_counts):,}"} if found.class_counts else {}),
@@ -167,6 +177,7 @@ def _sections(found: Survey, rows: Sequence[tuple[str, str]], picture: Path) -> 
         else:
             classes = classes[:_LISTED] + classes[-_LISTED:]
         sections.append(Table("Classes", ("class", "images"), classes, caption))
+    sections += unread
     for title, columns, cells, name in (
         ("Corrupt files", ("file", "reason"), [list(row) for row in found.corrupt], CORRUPT_LIST),
         ("Duplicates", ("kept", "the same"), [[g[0], ", ".join(g[1:4])] for g in found.duplicates], DUPLICATES_LIST),

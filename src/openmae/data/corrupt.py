@@ -10,6 +10,7 @@ from pathlib import Path
 from openmae.data.decode import MAX_KEY
 from openmae.data.images import ImageIndex
 from openmae.errors import DataError
+from openmae.results.names import encodable
 
 log = logging.getLogger("openmae")
 
@@ -23,7 +24,7 @@ class CorruptFiles:
 
     Args:
         index: the data set.
-        folder: the results folder; ``corrupt_files.txt`` is written there (path, tab, reason).
+        folder: the results folder; ``corrupt_files.txt`` is written there (printable path, tab, reason).
         max_fraction: the largest bearable share of the data set.
     """
 
@@ -44,12 +45,12 @@ class CorruptFiles:
         Raises:
             DataError: more than ``max_fraction`` of the data set is corrupt, or all of it.
         """
-        news = {self._index.full_name(path): reason for path, reason in corrupt}
+        news = {self._index.full_name(path): encodable(reason) for path, reason in corrupt}
         if news.keys() <= self._known:
             return
         self._list.parent.mkdir(parents=True, exist_ok=True)
-        text = self._list.read_text(encoding="utf-8") if self._list.exists() else ""
-        listed = dict(line.split("\t", 1) for line in text.splitlines() if "\t" in line)
+        text = self._list.read_text(encoding="utf-8", errors="replace") if self._list.exists() else ""
+        listed = dict(line.split("\t", 1) for line in text.split("\n") if "\t" in line)
         fresh = {path: reason for path, reason in news.items() if path not in listed}
         # No lock: one small append is atomic, and a file that two ranks list at once still counts once.
         with self._list.open("a", encoding="utf-8") as stream:

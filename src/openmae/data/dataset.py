@@ -195,23 +195,3 @@ class EvalSampler:
             if self._index is not None:
                 self._index.prepare(now, mine[(batch + 1) * self.batch_size :])
             yield [(0, index) for index in now]
-
-
-def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
-    """Raise a DataError unless both sets have the same class names."""
-    missing = sorted(set(train.class_names) - set(val.class_names))
-    unknown = sorted(set(val.class_names) - set(train.class_names))
-    if not missing and not unknown:
-        return
-    parts = [
-        f"{len(names)} only in {where} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-        for names, where in (
-            (missing, f"the training set {train.place}"),
-            (unknown, f"the validation set {val.place}"),
-        )
-        if names
-    ]
-    raise DataError(
-        f"The classes of the training and the validation set differ: {'; '.join(parts)}.",
-        "Give both sets the same classes, spelled the same way.",
-    )

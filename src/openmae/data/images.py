@@ -1,33 +1,23 @@
-"""What images a folder holds, and what they are labelled."""
+"""Indexed images."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, Picture, in_words
-from openmae.data.formats import IMAGE_SUFFIXES
-from openmae.errors import DataError
+from openmae.data.folder import Skipped
 from openmae.inputs import open_regular
-
-log = logging.getLogger("openmae")
-
-LABELS_FILE = "labels.csv"
-_LAYOUTS = f"Make one folder per class (cat/1.jpg, dog/2.jpg), or a {LABELS_FILE} with columns path,label."
+from openmae.results.names import printable_name
 
 Numbers = Sequence[int] | npt.NDArray[np.int64]
-
-
-# ---------------------------------------------------------------------------------------------- index
 
 
 @dataclass(frozen=True)
@@ -37,9 +27,12 @@ class ImageIndex:
     Attributes:
         root: the folder.
         paths: posix paths relative to ``root``, sorted.
-        labels: the class number of each path, or None where there are no labels.
+        labels: the class number of each path, -1 where it has none, or None where there are no labels.
         class_names: names by class number; empty without labels.
         max_pixels: width x height of the largest image that is decoded.
+        labelled_by: what the labels were taken from, such as "folders"; empty without labels.
+        skipped: files of the source that are not read, by kind.
+        results: folders and pictures in the source that are not read, since OpenMAE has written them.
     """
 
     root: Path
@@ -47,6 +40,9 @@ class ImageIndex:
     labels: tuple[int, ...] | None = None
     class_names: tuple[str, ...] = ()
     max_pixels: int = MAX_MEGAPIXELS * 1_000_000
+    labelled_by: str = field(default="", compare=False)
+    skipped: tuple[Skipped, ...] = field(default=(), compare=False)
+    results: tuple[str, ...] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,7 +50,12 @@ class ImageIndex:
     @property
     def place(self) -> str:
         """Where the images are, as messages name it."""
-        return str(self.root)
+        return printable_name(str(self.root))
+
+    @property
+    def unlabelled(self) -> list[int]:
+        """The numbers of images without a label where others have one."""
+        return [number for number, label in enumerate(self.labels or ()) if label < 0]
 
     @property
     def digest(self) -> str:
@@ -63,12 +64,12 @@ class ImageIndex:
         return f"{len(self):,} images ({hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:8]})"
 
     def full_name(self, path: str) -> str:
-        """Return the name that one of ``paths`` has in lists that hold several data sets."""
-        return str(self.root / path)
+        """Return the name, printable, that one of ``paths`` has in lists that hold several data sets."""
+        return printable_name(str(self.root / path))
 
     def holds(self, full_name: str) -> bool:
         """Say whether ``full_name`` may be of this data set."""
-        return full_name.startswith(f"{self.root}{os.sep}")
+        return full_name.startswith(f"{self.place}{os.sep}")
 
     def file(self, number: int) -> Path:
         """Return the full path of image ``number``."""
@@ -101,157 +102,3 @@ class ImageIndex:
 
     def prepare(self, now: Numbers, soon: Numbers) -> None:
         """Make images ``now`` ready to be read, and begin to do so for ``soon``; files of a folder always are."""
-
-
-def find_images(folder: Path) -> list[str]:
-    """Return the relative posix paths of all images below ``folder``, sorted.
-
-    Hidden entries and ``__MACOSX`` are passed over; links to folders are followed, each folder once.
-    """
-    found: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for where, folders, files in os.walk(folder, followlinks=True):
-        facts = os.stat(where)
-        if (facts.st_dev, facts.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((facts.st_dev, facts.st_ino))
-        folders[:] = sorted(name for name in folders if _visible(name))
-        below = Path(where).relative_to(folder).as_posix()
-        prefix = "" if below == "." else f"{below}/"
-        found += [
-            prefix + name for name in files if _visible(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
-    return sorted(found)
-
-
-def index_images(folder: Path, labelled: bool | None) -> ImageIndex:
-    """Index the images below ``folder``.
-
-    Labels come from ``labels.csv`` (columns path,label) or else from class folders: the first folder of
-    each path names the class. Class numbers follow the sorted names (by value where a labels.csv has
-    integers only). One wrapping folder, as archives often have, is stepped into.
-
-    Args:
-        folder: a local folder (see ``resolve_source``).
-        labelled: True demands labels, False ignores them, None takes them when there are any: a
-            labels.csv, or two or more class folders that hold all the images.
-
-    Raises:
-        DataError: no images, no labels where they are demanded, or a labels.csv that does not fit.
-    """
-    root = _unwrapped(folder)
-    paths = find_images(root)
-    if not paths:
-        kinds = " ".join(sorted(extension[1:] for extension in IMAGE_SUFFIXES))
-        raise DataError(
-            f"The folder {folder} holds no images ({kinds}).", "Put images into it, or name another folder."
-        )
-    if labelled is False:
-        return ImageIndex(root, tuple(paths))
-    if (root / LABELS_FILE).is_file():
-        return _read_labels(root, paths)
-    labels, names = label_by_folder(paths, labelled, str(root), (f"no {LABELS_FILE}", _LAYOUTS))
-    return ImageIndex(root, tuple(paths), labels, names)
-
-
-def label_by_folder(
-    paths: Sequence[str], labelled: bool | None, place: str, otherwise: tuple[str, str]
-) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """Return the class number of each path, after its first folder, and the names of the classes, sorted.
-
-    Args:
-        paths: posix, relative.
-        labelled: True demands labels, None takes them where two or more folders hold all the images.
-        place: where the images are, for the error's text.
-        otherwise: what else would have labelled them and is not there, and what to do.
-
-    Raises:
-        DataError: no labels where they are demanded.
-    """
-    loose = [path for path in paths if "/" not in path]
-    names = sorted({path.split("/", 1)[0] for path in paths if "/" in path})
-    if loose or (labelled is None and len(names) < 2):
-        if labelled is None:
-            return None, ()
-        what = f"{len(loose)} of {len(paths)} images lie outside of class folders, such as {loose[0]}"
-        raise DataError(f"The images in {place} have no labels: {what}; {otherwise[0]}.", otherwise[1])
-    number = {name: i for i, name in enumerate(names)}
-    return tuple(number[path.split("/", 1)[0]] for path in paths), tuple(names)
-
-
-def _visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def _unwrapped(folder: Path) -> Path:
-    """Step into a lone folder, unless it is itself a class folder (one without folders or labels)."""
-    while True:
-        entries = [entry for entry in folder.iterdir() if _visible(entry.name)]
-        if len(entries) != 1 or not entries[0].is_dir():
-            return folder
-        inner = [entry for entry in entries[0].iterdir() if _visible(entry.name)]
-        if not any(entry.is_dir() or entry.name == LABELS_FILE for entry in inner):
-            return folder
-        folder = entries[0]
-
-
-def _read_labels(root: Path, found: Sequence[str]) -> ImageIndex:
-    table = root / LABELS_FILE
-    rows = _label_rows(table)
-    known = set(found)
-    missing = [path for path in rows if path not in known and not (root / path).is_file()]
-    if missing:
-        raise DataError(
-            f"{table} names {len(missing)} of {len(rows)} files that do not exist: {', '.join(missing[:3])}.",
-            "Paths are relative to the folder of the table. Correct them or drop those rows.",
-        )
-    if len(known - rows.keys()):
-        log.warning("%s: %d images are not in the table and are left out.", table, len(known - rows.keys()))
-    values = set(rows.values())
-    numeric = all(value.isdecimal() for value in values)
-    names = sorted(values, key=lambda value: (int(value) if numeric else 0, value))
-    number = {name: i for i, name in enumerate(names)}
-    paths = tuple(sorted(rows))
-    return ImageIndex(root, paths, tuple(number[rows[path]] for path in paths), tuple(names))
-
-
-def _label_rows(table: Path) -> dict[str, str]:
-    """Return label by relative path."""
-    rows: dict[str, str] = {}
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, skipinitialspace=True)
-            if not {"path", "label"} <= set(reader.fieldnames or ()):
-                raise DataError(
-                    f"{table} must begin with a line that names the columns path and label; "
-                    f"found: {', '.join(reader.fieldnames or ()) or 'nothing'}.",
-                    "Write path,label as its first line.",
-                )
-            for row in reader:
-                path, label = (row["path"] or "").strip(), (row["label"] or "").strip()
-                _check_row(table, reader.line_num, path, label)
-                path = PurePosixPath(path).as_posix()
-                if rows.setdefault(path, label) != label:
-                    raise DataError(
-                        f"{table}, line {reader.line_num}: {path} is labelled {label!r} here and {rows[path]!r} above.",
-                        "Keep one row for each file.",
-                    )
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} is not a UTF-8 table: {error}.", "Save it as CSV in UTF-8.") from error
-    if not rows:
-        raise DataError(f"{table} has no rows.", "Add one line path,label for each image.")
-    return rows
-
-
-def _check_row(table: Path, line: int, path: str, label: str) -> None:
-    if not path or not label:
-        raise DataError(
-            f"{table}, line {line}: path {path!r} and label {label!r} must not be empty.",
-            "Fill the row or drop it.",
-        )
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise DataError(
-            f"{table}, line {line}: {path} is not below the folder of the table.",
-            "Write paths relative to the folder of the table.",
-        )

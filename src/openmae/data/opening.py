@@ -7,17 +7,21 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from openmae.data.folder import Listing, Skipped, Tally, counted, first_names, list_entries, list_folder
 from openmae.data.formats import IMAGE_SUFFIXES
-from openmae.data.images import ImageIndex, find_images, index_images, label_by_folder
+from openmae.data.images import ImageIndex
+from openmae.data.index import class_order, index_images, label_by_folder, report_skipped, warn_of_odd_classes
 from openmae.data.patterns import expand_braces, is_shards
 from openmae.data.shards import MEMBER, Ahead, ShardedIndex
 from openmae.data.sources import resolve_source
-from openmae.data.tar_index import FORMAT, Shard, TarIndex, class_order, fits, index_file, scan_tar
+from openmae.data.tar_index import FORMAT, Shard, TarIndex, fits, index_file, scan_tar
 from openmae.errors import DataError
+from openmae.results.names import printable_name
 from openmae.storage import cache
 from openmae.storage.urls import checked, is_remote, join, parent_of, redact
 
@@ -28,7 +32,7 @@ _INDEXES = "indexes.jsonl"
 
 
 def open_index(source: str, labelled: bool | None) -> ImageIndex:
-    """Index the images of a folder, an archive, a pattern of shards or a folder that holds nothing but shards.
+    """Index the images of a folder, an archive, a pattern of shards or a folder of shards; log what is not read of it.
 
     Args:
         source: as a spec names it.
@@ -38,19 +42,59 @@ def open_index(source: str, labelled: bool | None) -> ImageIndex:
         DataError: the source cannot be used.
     """
     text = os.fspath(source).strip()
+    shown = printable_name(redact(text))
     if is_shards(text):
-        return index_shards(expand_braces(text), labelled, redact(text))
-    folder = Path(resolve_source(text))
-    tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
-    if tars and not find_images(folder):
-        return index_shards([str(path) for path in tars], labelled, redact(text))
-    try:
+        index: ImageIndex = index_shards(expand_braces(text), labelled, shown)
+    else:
+        folder = Path(resolve_source(text))
+        try:
+            index = _open_folder(folder, labelled, shown)
+        except DataError as error:
+            if os.path.isdir(os.path.expanduser(text)):
+                raise
+            # not where it lies in the cache, but the name that the user knows
+            raise DataError(error.problem.replace(str(folder), shown), error.fix) from error
+    report_skipped(index, shown)
+    return index
+
+
+def _open_folder(folder: Path, labelled: bool | None, shown: str) -> ImageIndex:
+    tars = sorted(entry.path for entry in list_entries(folder) if entry.name.endswith(".tar") and entry.is_file())
+    if not tars:
         return index_images(folder, labelled)
-    except DataError as error:
-        if os.path.isdir(os.path.expanduser(text)):
-            raise
-        # not where it lies in the cache, but the name that the user knows
-        raise DataError(error.problem.replace(str(folder), redact(text)), error.fix) from error
+    listing = list_folder(folder)
+    if not _shards_prevail(folder, tars, listing):
+        log.warning(
+            "%s holds images and also %s (%s): the images are read, the tar files are not. To read these as shards, "
+            "put them into a folder of their own.",
+            *(shown, counted(len(tars), "tar file"), first_names([os.path.basename(tar) for tar in tars])),
+        )
+        return index_images(folder, labelled)
+    if listing.images:
+        log.warning(
+            "%s holds shards and also %s: the shards are read, the images are not (%s). To read the images, name "
+            "their folder, or move the shards elsewhere.",
+            *(shown, counted(len(listing.images), "image"), first_names(listing.images)),
+        )
+    index = index_shards(tars, labelled, shown)
+    beside = tuple(kind for kind in listing.skipped if kind.kind != ".tar")
+    return replace(index, skipped=(*index.skipped, *beside), results=listing.results)
+
+
+def _shards_prevail(folder: Path, tars: Sequence[str], listing: Listing) -> bool:
+    """Say whether the shards are the data, since they are more than twice as large as the images beside them.
+
+    An archive that was extracted and left beside its images has about their size: it does not prevail.
+    """
+    least = sum(map(os.path.getsize, tars)) / 2
+    for path in listing.images:
+        try:
+            least -= os.path.getsize(folder / path)
+        except OSError:  # it will count as corrupt
+            continue
+        if least <= 0:
+            return False
+    return True
 
 
 def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> ShardedIndex:
@@ -61,7 +105,7 @@ def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> 
 
     Args:
         places: local paths or URLs, in order.
-        labelled: True demands labels, False ignores them, None takes them when every image has one.
+        labelled: True demands a label for every image, False ignores labels, None takes those that there are.
         pattern: what the user wrote, for messages.
 
     Raises:
@@ -73,7 +117,7 @@ def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> 
     indexes = _indexes_of(shards, pattern)
     sizes = [len(index.names) for index in indexes]
     members = [name.removeprefix("./") for index in indexes for name in index.names]
-    numbers, classes = _labels(indexes, members, labelled, pattern)
+    numbers, classes, labelled_by = _labels(shards, indexes, members, labelled, pattern)
     remote = any(shard.remote for shard in shards)
     return ShardedIndex(
         root=Path() if remote else Path(places[0]).parent,
@@ -84,12 +128,13 @@ def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> 
         ),
         labels=numbers,
         class_names=classes,
+        labelled_by=labelled_by,
+        skipped=_skipped(shards, indexes),
         pattern=pattern,
         shards=shards,
         shard_of=np.repeat(np.arange(len(shards), dtype=np.int32), sizes),
         offsets=np.concatenate([np.array(index.offsets, np.int64) for index in indexes]),
         sizes=np.concatenate([np.array(index.sizes, np.int64) for index in indexes]),
-        others=sum(index.others for index in indexes),
         ahead=Ahead() if remote else None,
     )
 
@@ -192,11 +237,14 @@ def _cached_indexes(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:
     with cache.holding():
         try:
             cache.obtain(entry, f"{pattern} (index)", build)
-        except OSError as error:
-            raise DataError(
-                f"The index of {pattern} could not be stored in {cache.root()}: {error.strerror or error}.",
-                f"Make room and see to its permissions, or set {cache.CACHE_VARIABLE} to another folder.",
-            ) from error
+        except OSError as error:  # of the cache: what cannot be read of a shard is a DataError
+            log.warning(
+                "The index of %s cannot be kept in %s (%s): it is kept in memory, and made again by the next run. To "
+                "avoid that, set %s to a folder that can be written.",
+                *(pattern, printable_name(str(cache.root())), error.strerror or error, cache.CACHE_VARIABLE),
+            )
+            with ThreadPoolExecutor(_LOOKUPS) as pool:
+                return list(pool.map(_new_index, shards))
         lines = (entry / _INDEXES).read_text(encoding="utf-8").splitlines()
     indexes = [TarIndex.from_json(line, shard.bytes) for line, shard in zip(lines, shards, strict=True)]
     return [index for index in indexes if index is not None]
@@ -216,37 +264,67 @@ def _new_index(shard: Shard) -> TarIndex:
     return scan_tar(shard)
 
 
+def _skipped(shards: Sequence[Shard], indexes: Sequence[TarIndex]) -> tuple[Skipped, ...]:
+    """What the shards hold besides images and labels."""
+    tally = Tally()
+    for shard, index in zip(shards, indexes, strict=True):
+        for kind, (count, example) in index.skipped.items():
+            tally.add(kind, f"{shard.name}{MEMBER}{example}", count)
+        if index.others and not index.skipped:  # an index of an older OpenMAE
+            tally.add("other", shard.name, index.others)
+    return tally.skipped()
+
+
 def _labels(
-    indexes: Sequence[TarIndex], members: Sequence[str], labelled: bool | None, pattern: str
-) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """Class numbers of all images and the names of the classes; None and () without labels."""
+    shards: Sequence[Shard], indexes: Sequence[TarIndex], members: Sequence[str], labelled: bool | None, pattern: str
+) -> tuple[tuple[int, ...] | None, tuple[str, ...], str]:
+    """Class numbers of all images, the names of the classes, and what they are taken from; without labels nothing."""
     if labelled is False:
-        return None, ()
+        return None, (), ""
+    if shared := sum(index.shared for index in indexes):
+        log.warning(
+            "%s: %s a sample with another one, as 1.a.jpg and 1.b.jpg do: each is an image of its own, with the "
+            "sample's label.",
+            *(pattern, counted(shared, "image", "shares", "share")),
+        )
+    if faults := sum(index.faults for index in indexes):
+        shard, index = next((shard, index) for shard, index in zip(shards, indexes, strict=True) if index.faults)
+        text = f"{faults:,} of {len(members):,} images in {pattern} have a label that cannot be read: in {shard.name}, "
+        if labelled:
+            raise DataError(f"{text}{index.fault}.", "Write these labels again, one for each image, as .cls.")
+        log.warning("%s%s. They have no label.", text, index.fault)
     lists = {tuple(index.classes) for index in indexes if index.classes}
     if not lists:
         fix = "Give every image a .cls or .json (mae dataset pack does), or a class folder in its name (cat/1.jpg)."
-        return label_by_folder(_unwrapped(members), labelled, pattern, ("no .cls or .json", fix))
-    classes = list(lists.pop()) if len(lists) == 1 else class_order({name for names in lists for name in names})
+        wrapper, names = _unwrapped(members)
+        place = f"{pattern}{MEMBER}{wrapper}" if wrapper else pattern
+        numbers, classes = label_by_folder(names, labelled, place, ("no .cls or .json", fix))
+        return numbers, classes, "folders" if classes else ""
+    classes = tuple(lists.pop()) if len(lists) == 1 else tuple(class_order({name for names in lists for name in names}))
+    warn_of_odd_classes(classes, pattern)
     number = {name: i for i, name in enumerate(classes)}
-    numbers: list[int] = []
+    labels: list[int] = []
     for index in indexes:
         own = [number[name] for name in index.classes]
-        numbers += [own[label] if label >= 0 else -1 for label in index.labels]
-    if unlabelled := numbers.count(-1):
-        example = members[numbers.index(-1)]
-        text = f"{unlabelled:,} of {len(numbers):,} images in {pattern} have no label, such as {example}"
+        labels += [own[label] if label >= 0 else -1 for label in index.labels]
+    if unlabelled := labels.count(-1):
+        example = printable_name(members[labels.index(-1)])
+        text = f"{unlabelled:,} of {len(labels):,} images in {pattern} have no label, such as {example}"
         if labelled:
             raise DataError(f"{text}.", "Write a .cls beside each, or leave them out.")
-        log.warning("%s: all labels are left aside.", text)
-        return None, ()
-    return tuple(numbers), tuple(classes)
+        log.warning("%s. kNN and probe accuracy leave them out.", text)
+    if unlabelled == len(labels):
+        return None, (), ""
+    return tuple(labels), classes, ".cls and .json"
 
 
-def _unwrapped(members: Sequence[str]) -> Sequence[str]:
-    """Names without the folders that wrap all of them, but with the class folder of a set of one class."""
+def _unwrapped(members: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The folders that wrap all members, and the names without them; a lone class folder does not wrap."""
+    wrapper = ""
     while True:
         first, _, rest = members[0].partition("/")
-        wrapper = f"{first}/"
-        if "/" not in rest or not all(name.startswith(wrapper) and name.count("/") > 1 for name in members):
-            return members
-        members = [name[len(wrapper) :] for name in members]
+        prefix = f"{first}/"
+        if "/" not in rest or not all(name.startswith(prefix) and name.count("/") > 1 for name in members):
+            return wrapper, members
+        wrapper += prefix
+        members = [name[len(prefix) :] for name in members]

@@ -33,6 +33,7 @@ import numpy.typing as npt
 from openmae.data.decode import CorruptImage, Picture
 from openmae.data.images import ImageIndex, Numbers
 from openmae.data.tar_index import Shard, read_member
+from openmae.results.names import printable_name
 from openmae.storage.urls import redact
 
 WINDOW = 8  # remote shards whose images are shuffled together
@@ -50,7 +51,6 @@ class ShardedIndex(ImageIndex):
         shards: the tar files.
         shard_of: int32 [N], which shard each image is in.
         offsets, sizes: int64 [N], where its bytes are.
-        others: members that are neither an image nor a label.
     """
 
     pattern: str = ""
@@ -58,7 +58,6 @@ class ShardedIndex(ImageIndex):
     shard_of: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     offsets: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     sizes: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    others: int = 0
     ahead: Ahead | None = None
 
     @property
@@ -67,13 +66,13 @@ class ShardedIndex(ImageIndex):
 
     def full_name(self, path: str) -> str:
         shard, _, member = path.partition(MEMBER)
-        return f"{self._shard_names()[shard]}{MEMBER}{member}"
+        return f"{self._shard_names()[shard]}{MEMBER}{printable_name(member)}"
 
     def holds(self, full_name: str) -> bool:
         return any(full_name.startswith(f"{name}{MEMBER}") for name in self._shard_names().values())
 
     def _shard_names(self) -> dict[str, str]:
-        return {shard.name: redact(shard.place) for shard in self.shards}
+        return {shard.name: printable_name(redact(shard.place)) for shard in self.shards}
 
     def file(self, number: int) -> Path:
         """Return the name of image ``number``, which is no file of its own."""
@@ -87,7 +86,7 @@ class ShardedIndex(ImageIndex):
         offset, size = int(self.offsets[number]), int(self.sizes[number])
         content = read_member(shard, offset, size)
         if content is None:
-            raise CorruptImage(self.file(number), f"{shard.name} has changed since it was indexed")
+            raise CorruptImage(self.file(number), f"{printable_name(shard.name)} has changed since it was indexed")
         return content
 
     def key(self, number: int) -> str:

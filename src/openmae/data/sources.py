@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
 import logging
+import lzma
 import os
 import shutil
 import stat
@@ -13,9 +15,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Self, cast
 
 from openmae.errors import DataError
+from openmae.results.names import printable_name
 from openmae.storage import cache
 from openmae.storage.urls import is_remote, redact
 
@@ -36,7 +39,12 @@ _METADATA = (
     tarfile.SOLARIS_XHDTYPE,
 )
 # UnicodeError: of names that are not the UTF-8 that they are said to be
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, UnicodeError)
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
+    *(EOFError, NotImplementedError, UnicodeError),
+)
+_ZIP_METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}
+_OTHER_ZIP_METHODS = {9: "Deflate64", 93: "Zstandard", 95: "XZ", 98: "PPMd"}
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -55,6 +63,46 @@ class StrictTarInfo(tarfile.TarInfo):
         if self.type in _METADATA and self.size > _LARGEST_HEADER:  # it would be read into memory
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
         return super()._proc_member(archive)  # type: ignore[misc]
+
+
+def tar_parts(
+    first: tarfile.TarFile, place: str, take: Callable[[int], None] = lambda count: None
+) -> Iterator[tarfile.TarFile]:
+    """Yield a tar file and those that are written after it in the same stream, as ``cat a.tar b.tar`` does.
+
+    Each one must be read to its end before the next is asked for.
+
+    Args:
+        first: at the start of the stream.
+        place: of the stream, for a warning about what follows and is no tar file.
+        take: counts the bytes that are looked through.
+    """
+    part, stream = first, cast("IO[bytes]", first.fileobj)
+    try:
+        while True:
+            yield part
+            start = _next_header(stream, place, take)
+            if start is None:
+                return
+            stream.seek(start)
+            part = tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictTarInfo)  # noqa: SIM115
+    finally:
+        first.close()
+
+
+def _next_header(stream: IO[bytes], place: str, take: Callable[[int], None]) -> int | None:
+    """Where the next tar file begins, after the end mark of the one before; None where there is none."""
+    try:
+        while block := stream.read(tarfile.BLOCKSIZE):
+            take(len(block))
+            if block.strip(b"\0"):
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+                return stream.tell() - len(block)
+    except (tarfile.HeaderError, gzip.BadGzipFile) as error:  # type: ignore[attr-defined]
+        if isinstance(error, gzip.BadGzipFile) and "CRC" in str(error):
+            raise
+        log.warning("%s: after the end of the tar file there is something that is not read.", place)
+    return None
 
 
 # A regular file of an archive: its name, and how to open it.
@@ -83,17 +131,27 @@ def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None
     if "://" in text:
         scheme = text.partition("://")[0]
         raise DataError(f"{redact(text)}: {scheme}:// cannot be read.", "Use s3://, gs://, https:// or a local path.")
-    path = Path(text).expanduser().resolve()
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise DataError(f"The folder {path} is empty.", "Put images into it, or name another folder.")
-        return path
-    if not path.is_file():
-        raise DataError(f"There is no file or folder {path}.", _hint_for_missing(path))
-    facts = path.stat()
-    key = hashlib.sha256(f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:16]
+    try:
+        path = Path(text).expanduser().resolve()
+        if path.is_dir():
+            if not any(path.iterdir()):
+                raise DataError(f"The folder {path} is empty.", "Put images into it, or name another folder.")
+            return path
+        if not path.is_file():
+            raise DataError(f"There is no file or folder {path}.", _hint_for_missing(path))
+        facts = path.stat()
+        path.open("rb").close()
+    except (OSError, ValueError, RuntimeError) as error:  # no right to read it, a NUL in it, no such user's home
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{printable_name(text)} cannot be read ({getattr(error, 'strerror', None) or error}).",
+            "Give yourself the right to read it (chmod -R u+rX), or name another source.",
+        ) from error
+    content = f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}".encode("utf-8", "surrogateescape")
+    key = hashlib.sha256(content).hexdigest()[:16]
     entry = (cache_dir or cache.root() / cache.SOURCES) / f"{path.name.split('.')[0]}-{key}"
-    return _obtained(entry, str(path), facts.st_size, lambda part: _fill(path, part))
+    return _obtained(entry, printable_name(str(path)), facts.st_size, lambda part: _fill(path, part))
 
 
 def _remote(url: str) -> Path:
@@ -245,7 +303,8 @@ def _is_tar(archive: Path) -> bool:
 
 
 def _tar_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
-    with tarfile.open(archive, tarinfo=StrictTarInfo) as tar:
+    first = tarfile.open(archive, tarinfo=StrictTarInfo)  # noqa: SIM115  (tar_parts closes it)
+    for tar in tar_parts(first, str(archive), budget.take):
         for member in tar:
             budget.member()
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
@@ -254,7 +313,7 @@ def _tar_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
             if member.isdir():
                 _safe_parts(member.name, archive)
             elif member.isfile():
-                yield member.name, lambda member=member: tar.extractfile(member)  # type: ignore[misc]
+                yield member.name, lambda tar=tar, member=member: tar.extractfile(member)  # type: ignore[misc]
             else:
                 raise _refused(archive, member.name, "is a device or another special file")
 
@@ -274,6 +333,13 @@ def _zip_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
                 raise DataError(
                     f"{archive}: member {member.filename!r} is encrypted.",
                     "Pack the images without a password.",
+                )
+            if member.compress_type not in _ZIP_METHODS:
+                method = _OTHER_ZIP_METHODS.get(member.compress_type, f"method {member.compress_type}")
+                raise DataError(
+                    f"{archive}: member {member.filename!r} is compressed by {method}, which cannot be read here "
+                    f"(only {', '.join(_ZIP_METHODS.values())}).",
+                    "Extract it with another program (unzip, 7z) and name the folder, or pack it as .tar.",
                 )
             if member.is_dir():
                 _safe_parts(member.filename, archive)

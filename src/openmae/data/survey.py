@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from openmae.data.decode import CorruptImage, Picture
+from openmae.data.folder import Skipped
 from openmae.data.images import ImageIndex
 from openmae.data.remarks import Remark, remarks_on
 from openmae.data.shards import ShardedIndex
+from openmae.results.names import printable_name
 
 _AHEAD = 16  # images that wait to be counted
 
@@ -37,8 +39,11 @@ class Survey:
         remarks: on readable images, by name.
         duplicates: groups of readable images with the same bytes, by name.
         contradictions: groups of ``duplicates`` with different labels.
+        labelled_by: what the labels were taken from, as ``ImageIndex.labelled_by``.
+        unlabelled: images without a label where others have one.
         shard_counts: images by shard; empty for a folder.
-        others: members of shards that are neither an image nor a label.
+        skipped: files that are not read, by kind.
+        results: folders and pictures that are not read, since OpenMAE has written them.
     """
 
     place: str
@@ -52,8 +57,11 @@ class Survey:
     remarks: list[Remark] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     contradictions: int = 0
+    labelled_by: str = ""
+    unlabelled: int = 0
     shard_counts: dict[str, int] = field(default_factory=dict)
-    others: int = 0
+    skipped: tuple[Skipped, ...] = ()
+    results: tuple[str, ...] = ()
 
     @property
     def redundant(self) -> int:
@@ -76,7 +84,7 @@ def survey(index: ImageIndex, advance: Callable[[], object] = lambda: None) -> S
         index: the data set.
         advance: called after each image.
     """
-    found = Survey(index.place, len(index))
+    found = Survey(index.place, len(index), skipped=index.skipped, results=index.results)
     groups: defaultdict[bytes, list[int]] = defaultdict(list)
     sizes: list[tuple[int, int]] = []
     lengths: list[int] = []
@@ -96,14 +104,15 @@ def survey(index: ImageIndex, advance: Callable[[], object] = lambda: None) -> S
     found.duplicates = [[index.full_name(index.paths[number]) for number in group] for group in same]
     if index.labels is not None:
         labels = index.labels
-        counts = np.bincount(labels, minlength=len(index.class_names))
+        known = [label for label in labels if label >= 0]
+        counts = np.bincount(known, minlength=len(index.class_names))
         found.class_counts = dict(zip(index.class_names, counts.tolist(), strict=True))
-        found.contradictions = sum(len({labels[number] for number in group}) > 1 for group in same)
+        found.contradictions = sum(len({labels[number] for number in group} - {-1}) > 1 for group in same)
+        found.labelled_by, found.unlabelled = index.labelled_by, len(labels) - len(known)
     if isinstance(index, ShardedIndex):
-        names = [shard.name for shard in index.shards]
+        names = [printable_name(shard.name) for shard in index.shards]
         counts = np.bincount(index.shard_of, minlength=len(names))
         found.shard_counts = dict(zip(names, counts.tolist(), strict=True))
-        found.others = index.others
     return found
 
 

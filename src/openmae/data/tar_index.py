@@ -10,16 +10,19 @@ import json
 import os
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from openmae.data.formats import IMAGE_SUFFIXES
-from openmae.data.sources import StrictTarInfo
+from openmae.data.folder import Tally, is_image, is_visible
+from openmae.data.index import class_order
+from openmae.data.sources import StrictTarInfo, tar_parts
 from openmae.errors import DataError
+from openmae.results.names import printable_name
 from openmae.storage.urls import is_remote, redact
 
 FORMAT = "openmae-shard-1"
@@ -98,6 +101,10 @@ class TarIndex:
         classes: names of classes; those of the whole data set where ``mae dataset pack`` wrote the shard, else those
             that the shard's .cls and .json members name.
         others: members that are neither an image nor a label.
+        skipped: these by kind: how many, and one of them.
+        faults: images whose .cls or .json cannot be read, and that have no other label.
+        fault: what is wrong with the first one.
+        shared: images that have the label of their sample together with other images.
     """
 
     bytes: int
@@ -107,10 +114,18 @@ class TarIndex:
     labels: list[int]
     classes: list[str]
     others: int = 0
+    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    faults: int = 0
+    fault: str = ""
+    shared: int = 0
 
     def to_json(self) -> str:
         """One line; the same index gives the same text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":")) + "\n"
+        content = asdict(self)
+        for name in ("skipped", "faults", "fault", "shared"):  # an older OpenMAE reads an index without them
+            if not content[name]:
+                del content[name]
+        return json.dumps({"format": FORMAT, **content}, separators=(",", ":")) + "\n"
 
     @classmethod
     def from_json(cls, text: str, bytes: int) -> TarIndex | None:
@@ -119,8 +134,9 @@ class TarIndex:
             content = json.loads(text)
             if content.pop("format") != FORMAT or content["bytes"] != bytes:
                 return None
-            index = cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            skipped = {str(kind): (int(n), str(example)) for kind, (n, example) in content.pop("skipped", {}).items()}
+            index = cls(**content, skipped=skipped)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None  # one pass over the shard makes a new one
         columns = (index.names, index.offsets, index.sizes, index.labels)
         return index if len({len(column) for column in columns}) == 1 else None
@@ -141,20 +157,26 @@ def fits(index: TarIndex, shard: Shard) -> bool:
 def scan_tar(shard: Shard) -> TarIndex:
     """Index a shard by one pass over its headers.
 
-    Images are the members with an extension of ``IMAGE_SUFFIXES``. The label of ``a/b.c.jpg`` is in ``a/b.c.cls`` or
+    Images are the members with a suffix of ``IMAGE_SUFFIXES``. The label of ``a/b.c.jpg`` is in ``a/b.c.cls`` or
     ``a/b.c.json`` (key "label"), or else, as WebDataset counts a key up to the first dot, in ``a/b.cls`` or
-    ``a/b.json``; .cls wins. Hidden members and ``__MACOSX`` are passed over.
+    ``a/b.json``; .cls wins. A label that cannot be read is noted: not every run needs it. Hidden members and
+    ``__MACOSX`` are passed over. Several tar files written one after the other into one are read to the last.
 
     Raises:
-        DataError: not a plain tar file, cut short, without images, or with links or a label that cannot be read.
+        DataError: not a plain tar file, cut short, without images, or with links; or it cannot be read.
     """
-    place = redact(shard.place)
-    with shard.local(quiet=False) as path, path.open("rb") as stream:
-        try:
-            return _scan(place, stream)
-        except tarfile.TarError as error:
-            stream.seek(0)
-            raise _no_tar(place, stream.read(4), error) from error
+    place = printable_name(redact(shard.place))
+    try:
+        with shard.local(quiet=False) as path, path.open("rb") as stream:
+            try:
+                return _scan(place, stream)
+            except tarfile.TarError as error:
+                stream.seek(0)
+                raise _no_tar(place, stream.read(4), error) from error
+    except OSError as error:
+        raise DataError(
+            f"The shard {place} cannot be read ({error.strerror or error}).", "See to its permissions and its disk."
+        ) from error
 
 
 def _no_tar(shard: str, start: bytes, error: tarfile.TarError) -> DataError:
@@ -173,79 +195,121 @@ def _no_tar(shard: str, start: bytes, error: tarfile.TarError) -> DataError:
 
 def _scan(shard: str, stream: BinaryIO) -> TarIndex:
     images: list[tarfile.TarInfo] = []
-    classes_of: dict[str, str] = {}
-    others = 0
-    with tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictTarInfo) as tar:
+    labels = _Labels()
+    tally = Tally()
+    for tar in tar_parts(tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictTarInfo), shard):  # noqa: SIM115
         for member in tar:
-            stem, extension = os.path.splitext(member.name)
-            parts = member.name.split("/")
-            if member.isdir() or any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in parts):
+            if member.isdir() or not all(part == "." or is_visible(part) for part in member.name.split("/")):
                 continue
             if member.islnk() or member.issym() or member.issparse():
                 raise DataError(
                     f"{shard}: member {member.name!r} is a link or a sparse file.",
                     "Pack it again, with plain files only (tar --hard-dereference --dereference).",
                 )
-            if member.isfile() and extension.lower() in IMAGE_SUFFIXES:
+            if member.isfile() and is_image(member.name):
                 images.append(member)
-            elif member.isfile() and extension.lower() in (".cls", ".json"):
-                label = _label_in(shard, tar, member)
-                if label is not None and (extension.lower() == ".cls" or stem not in classes_of):
-                    classes_of[stem] = label
-                others += label is None
-            else:
-                others += 1
+            elif not (member.isfile() and labels.take(tar, member)):
+                tally.add_file(member.name)
+    skipped = tally.counts()
+    others = sum(count for count, _ in skipped.values())
     if not images:
         raise DataError(
             f"The shard {shard} holds no images ({others} other files).", "Leave it out, or write or copy it again."
         )
-    classes = class_order(set(classes_of.values()))
+    names = [labels.of(image.name) for image in images]
+    faults = [
+        fault for image, name in zip(images, names, strict=True) if not name and (fault := labels.fault(image.name))
+    ]
+    classes = class_order(labels.classes())
     number = {name: i for i, name in enumerate(classes)}
-    labels = [_label_of(image.name, classes_of) for image in images]
     return TarIndex(
         bytes=os.fstat(stream.fileno()).st_size,
         names=[image.name for image in images],
         offsets=[image.offset_data for image in images],
         sizes=[image.size for image in images],
-        labels=[-1 if label is None else number[label] for label in labels],
+        labels=[-1 if name is None else number[name] for name in names],
         classes=classes,
         others=others,
+        skipped=skipped,
+        faults=len(faults),
+        fault=faults[0] if faults else "",
+        shared=labels.shared(image.name for image in images),
     )
 
 
-def class_order(names: set[str]) -> list[str]:
-    """Sort class names; by value where all are integers."""
-    numeric = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
+class _Labels:
+    """The .cls and .json members of a shard, by the name of their sample."""
+
+    def __init__(self) -> None:
+        self._class_of: dict[str, str] = {}
+        self._fault_of: dict[str, str] = {}
+
+    def take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+        """Read a member; False where it is none that could be a label."""
+        stem, suffix = os.path.splitext(member.name)
+        if suffix.lower() not in (".cls", ".json"):
+            return False
+        stream = tar.extractfile(member)
+        content = stream.read(_LABEL_BYTES + 1) if stream is not None else b""
+        try:
+            label = _label_in(content, suffix.lower())
+        except (ValueError, RecursionError) as error:
+            why = f"{error}" if type(error) is ValueError else _NO_LABEL[suffix.lower()]
+            self._fault_of.setdefault(stem, f"member {member.name!r} {why}")
+            return True
+        if label is not None and (suffix.lower() == ".cls" or stem not in self._class_of):
+            self._class_of[stem] = label
+        return label is not None
+
+    def classes(self) -> set[str]:
+        """Return the names of all classes."""
+        return set(self._class_of.values())
+
+    def of(self, image: str) -> str | None:
+        """Return the class of an image."""
+        return next((self._class_of[key] for key in _keys(image) if key in self._class_of), None)
+
+    def shared(self, images: Iterable[str]) -> int:
+        """Return how many images have one label together with others, by a key that ends at the first dot."""
+        keys = ((exact, key) for exact, key in map(_keys, images) if exact not in self._class_of)
+        counts = Counter(key for _, key in keys if key in self._class_of)
+        return sum(count for count in counts.values() if count > 1)
+
+    def fault(self, image: str) -> str | None:
+        """Return what is wrong with the label of an image."""
+        return next((self._fault_of[key] for key in _keys(image) if key in self._fault_of), None)
 
 
-def _label_of(image: str, classes_of: dict[str, str]) -> str | None:
+def _keys(image: str) -> tuple[str, str]:
+    """The names that the label of an image may have, without the suffix."""
     folder, slash, name = image.rpartition("/")
-    exact = os.path.splitext(image)[0]
-    return classes_of.get(exact, classes_of.get(f"{folder}{slash}{name.split('.', 1)[0]}"))
+    return os.path.splitext(image)[0], f"{folder}{slash}{name.split('.', 1)[0]}"
 
 
-def _label_in(shard: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
-    """The class that a .cls or .json member names; None for a .json without "label"."""
-    stream = tar.extractfile(member)
-    content = stream.read(_LABEL_BYTES + 1) if stream is not None else b""
-    why = "is not a label: an integer or a line of text"
-    try:
-        text = content.decode("utf-8").strip()
-        if member.name.lower().endswith(".json"):
-            why = 'is not a JSON object with an integer or a text as its "label"'
-            label = json.loads(text)
-            label = label.get("label") if isinstance(label, dict) else None
-            if label is None:
-                return None
-            if isinstance(label, bool) or not isinstance(label, int | str):
-                raise ValueError(why)
-            text = str(label).strip()
-        if not text or "\n" in text or len(content) > _LABEL_BYTES:
-            raise ValueError(why)
-    except ValueError as error:
-        raise DataError(f"{shard}: member {member.name!r} {why}.", "Write its label again, or leave it out.") from error
-    return text
+_NO_LABEL = {
+    ".cls": "is not a label: an integer or a line of text",
+    ".json": 'is not a JSON object with an integer or a text as its "label"',
+}
+
+
+def _label_in(content: bytes, suffix: str) -> str | None:
+    """The class that a .cls or .json member names; None for a .json without "label"; ValueError for no label."""
+    if len(content) > _LABEL_BYTES:
+        raise ValueError(_NO_LABEL[suffix])
+    text = content.decode("utf-8").strip()
+    if suffix == ".json":
+        label = json.loads(text)
+        label = label.get("label") if isinstance(label, dict) else None
+        if label is None:
+            return None
+        if isinstance(label, list):
+            raise ValueError(f'has a list of {len(label)} as its "label", and an image is trained on one label')
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise ValueError(_NO_LABEL[suffix])
+        text = str(label).strip()
+    if not text or "\n" in text:
+        raise ValueError(_NO_LABEL[suffix])
+    return printable_name(text)
 
 
 # ----------------------------------------------------------------------------------------------- read

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from openmae.errors import UserError
+from openmae.results.names import encodable
 
 _TRIES = 20  # to delete what another process deletes too
 
@@ -80,7 +81,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write ``text`` to ``path``, whole or not at all, and return the path."""
+    """Write ``text`` to ``path``, whole or not at all, and return the path; a name in it need not be UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(encodable(text), encoding="utf-8", newline="")
     return path

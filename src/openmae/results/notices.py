@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from openmae.results.names import encodable
+
 _MARKS = {logging.WARNING: "Notice: ", logging.ERROR: "Error: "}
 
 
@@ -36,4 +38,4 @@ class _OnStderr(logging.StreamHandler[TextIO]):
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _MARKS.get(record.levelno, "") + super().format(record)
+        return _MARKS.get(record.levelno, "") + encodable(super().format(record))

@@ -99,7 +99,7 @@ class PretrainTask:
 
     @torch.no_grad()
     def validate(self, fabric: Fabric, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        """``val_loss`` under fixed masks; ``knn_acc`` and ``probe_acc`` besides when the images have classes.
+        """``val_loss`` under fixed masks; also ``knn_acc`` and ``probe_acc`` of the images that have a class.
 
         Args:
             fabric: gives precision and processes.
@@ -112,15 +112,16 @@ class PretrainTask:
             images = self.normalise(batch.images)
             with fabric.autocast():
                 loss_sum += model(images, self.mask(batch.indices)).loss.item() * len(images)
-                if (batch.labels >= 0).all():
-                    features.append(model.encoder.embed(images).float().cpu().numpy())
-            labels.append(batch.labels.cpu().numpy())
-            indices.append(batch.indices.cpu().numpy())
+                known = batch.labels >= 0
+                if known.any():
+                    features.append(model.encoder.embed(images)[known].float().cpu().numpy())
+            labels.append(batch.labels[known].cpu().numpy())
+            indices.append(batch.indices[known].cpu().numpy())
             count += len(images)
         all_labels = gather(fabric, labels)
         loss_sum, total = sum_over_ranks(fabric, [loss_sum, count])
         metrics = {"val_loss": loss_sum / total}
-        if (all_labels >= 0).all():
+        if len(all_labels):
             order = gather(fabric, indices).argsort(kind="stable")  # the probes' halves follow from it
             vectors = gather(fabric, features)[order]
             probed = probe(vectors, all_labels[order]) if fabric.is_global_zero else {}
