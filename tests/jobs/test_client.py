@@ -13,6 +13,7 @@ from platform_contract import SLEEP, Submit, Tiny, until
 
 from openmae.errors import DataError, RunError, SpecError
 from openmae.jobs import Client, Job
+from openmae.jobs.request import Request, make_request
 
 SMALL = {
     **{"arch": "vit_tiny_patch16", "image_size": 32, "batch_size": 4, "num_epochs": 1, "stage": "finetune"},
@@ -38,7 +39,6 @@ SMALL = {
         ({"specs": "spec.yaml"}, "specs: must be a mapping, got str."),
         ({"spec_overrides": ["a=b"]}, "spec_overrides: must be a mapping, got list."),
         ({"parent_job_id": "0123"}, "There is no job '0123' in"),
-        ({"gpu_count": 2, "specs": {"train": {"num_gpus": 1}}}, "gpu_count: is 2, but train.num_gpus is 1."),
         (
             {"specs": {"train": {"num_epoch": 1}}},
             "train.num_epoch: there is no such key. Did you mean train.num_epochs",
@@ -57,6 +57,40 @@ def test_a_wrong_request_starts_nothing(client: Client, pictures: Path, argument
         client.create_job(**full)
     assert text in str(caught.value)
     assert list(client.store.root.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("action", "section", "counts", "expected", "notice"),
+    [
+        (
+            "train",
+            {"num_gpus": 1, "num_nodes": 1, "gpu_ids": [0]},
+            (2, 2),
+            {"num_gpus": 2, "num_nodes": 2, "gpu_ids": [0, 1]},
+            "train.num_gpus=1, train.gpu_ids=[0], train.num_nodes=1",
+        ),
+        ("train", {"gpu_ids": [2, 3]}, (1, None), {"num_gpus": 1, "gpu_ids": [0]}, "train.gpu_ids=[2, 3]"),
+        ("train", {"num_gpus": 2}, (2, None), {"num_gpus": 2}, ""),
+        ("train", {"num_gpus": 4}, (0, None), {"num_gpus": 4}, ""),
+        ("inference", {"num_gpus": 4}, (2, 1), {"num_gpus": 2, "num_nodes": 1}, "inference.num_gpus=4"),
+        ("export", {"gpu_id": 3}, (1, None), {"gpu_id": 0}, "export.gpu_id=3"),
+    ],
+)
+def test_the_counts_of_a_job_replace_those_that_a_template_types(
+    pictures: Path, action: str, section: dict[str, Any], counts: tuple[Any, Any], expected: Any, notice: str
+) -> None:
+    specs = {
+        "dataset": {f"{name}_data_sources": str(pictures / "train") for name in ("train", "val", "test")},
+        action: section | ({} if action == "train" else {"checkpoint": "model.pth"}),
+    }
+    if action == "export":
+        del specs["dataset"]
+    request = Request(action, specs, None, "off" if action == "train" else None, None, *counts, {}, None, "slurm")
+    prepared = make_request(request, None, "/results")
+    found = prepared.facts["spec"][action]
+    assert {key: found[key] for key in expected} == expected
+    told = [item for item in prepared.facts["notices"] if item.startswith("gpu_count and num_nodes")]
+    assert told == ([f"gpu_count and num_nodes of the job replace {notice} of the spec."] if notice else [])
 
 
 def test_data_sources_are_checked_before_anything_starts(client: Client) -> None:

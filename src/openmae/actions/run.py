@@ -23,9 +23,10 @@ from openmae.data.loaders import EvaluationLoader
 from openmae.errors import Preempted, RunError
 from openmae.results.files import write_atomically
 from openmae.results.status import StatusLog
+from openmae.spec.checks import value_of
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import DEVICES, ExperimentSpec
-from openmae.training.world import World, find_world
+from openmae.training.world import World, find_world, gpus_per_node
 
 Rows = Sequence[tuple[str, str]]
 
@@ -120,9 +121,20 @@ def _placed(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:
     nodes = own.num_nodes if spec.typed(f"{key}num_nodes") else None
     world = find_world(action, own.num_gpus if counted else None, nodes)
     values: dict[str, Any] = {f"{key}num_nodes": world.nodes}
-    if not counted:
+    if world.per_node != own.num_gpus or gpus_per_node():  # else the user may choose among a node's GPUs
         values |= {f"{key}num_gpus": world.per_node, f"{key}gpu_ids": tuple(range(world.per_node))}
+    replaced = [f"{name}={_plain(value_of(spec, name))}" for name in values if value_of(spec, name) != values[name]]
+    replaced = [item for item in replaced if spec.typed(item.partition("=")[0])]
+    if replaced and world.leads:
+        log.warning(
+            "%s set %d process(es) on each of %d node(s). This replaces %s of the spec.",
+            world.launcher or "WORLD_SIZE and NUM_GPU_PER_NODE", world.per_node, world.nodes, ", ".join(replaced),
+        )  # fmt: skip
     return spec.replaced(values), world
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _write_failure(status: StatusLog, message: str, verbosity: str) -> None:

@@ -79,8 +79,7 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
     filled = merge(action, request.specs, request.spec_overrides)
     filled.searching = routed.where == "automl"
     own = not filled.typed("results_dir") and not filled.typed(f"{action}.results_dir")
-    _count(filled, "num_gpus", request.gpu_count or None, "gpu_count")
-    _count(filled, "num_nodes", request.num_nodes, "num_nodes")
+    replaced = _count(filled, request)
     fill(filled, _parent(parent), own_results)
     environment = dict(request.env_vars)
     key = str(filled.values.get("encryption_key") or "")
@@ -111,7 +110,7 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
         "outputs": _outputs(spec, action),
         "spec": nested({name: _shown(value) for name, value in filled.values.items()}),
         "explanation": explanation,
-        "notices": _notices(request, parent, is_secret(key), routed),
+        "notices": _notices(request, parent, is_secret(key), routed) + _replaced(replaced),
         "gpus": gpus,
         "nodes": nodes,
         "processes": getattr(spec, action).num_gpus if action in DEVICES else 1,
@@ -174,15 +173,27 @@ def _check_arguments(request: Request) -> None:
             )
 
 
-def _count(filled: Filled, name: str, count: int | None, argument: str) -> None:
-    """Put ``gpu_count`` or ``num_nodes`` into the section of the action."""
-    if count is None or filled.action not in DEVICES:
-        return
-    key = f"{filled.action}.{name}"
-    typed = filled.values.get(key)
-    if typed is not None and str(typed) != str(count):
-        raise SpecError(f"{argument}: is {count}, but {key} is {typed}.", "Give one of them, or the same in both.")
-    filled.put(key, count, argument, f"the argument {argument}")
+def _count(filled: Filled, request: Request) -> list[str]:
+    """Put ``gpu_count`` and ``num_nodes`` into the section of the action; return what they replace there."""
+    action, replaced = filled.action, []
+    given = {"num_gpus": ("gpu_count", request.gpu_count or None), "num_nodes": ("num_nodes", request.num_nodes)}
+    if action not in DEVICES:
+        if request.gpu_count and filled.values.get(f"{action}.gpu_id") not in (None, 0):
+            replaced.append(f"{action}.gpu_id={filled.values[f'{action}.gpu_id']}")
+            filled.put(f"{action}.gpu_id", 0, "gpu_count", "the platform says which GPU")
+        return replaced
+    for name, (argument, count) in given.items():
+        if count is None:
+            continue
+        key = f"{action}.{name}"
+        if filled.typed(key) and str(filled.values[key]) != str(count):
+            replaced.append(f"{key}={filled.values[key]}")
+        filled.put(key, count, argument, f"the argument {argument}")
+        ids, wanted = f"{action}.gpu_ids", list(range(count))
+        if name == "num_gpus" and filled.typed(ids) and filled.values[ids] not in (wanted, tuple(wanted)):
+            replaced.append(f"{ids}={filled.values[ids]}")
+            filled.put(ids, wanted, argument, f"the argument {argument}: the platform says which GPUs")
+    return replaced
 
 
 def _resources(spec: ExperimentSpec, request: Request) -> tuple[int, int]:
@@ -233,6 +244,10 @@ def _outputs(spec: ExperimentSpec, action: str) -> list[str]:
 
 def _shown(value: Any) -> Any:
     return redact(value) if isinstance(value, str) and is_remote(value) else value
+
+
+def _replaced(values: list[str]) -> list[str]:
+    return [f"gpu_count and num_nodes of the job replace {', '.join(values)} of the spec."] if values else []
 
 
 def _notices(request: Request, parent: Record | None, literal_key: bool, routed: Route) -> list[str]:
