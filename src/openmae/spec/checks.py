@@ -66,6 +66,7 @@ def inert_keys(spec: ExperimentSpec) -> list[str]:
         keys += _unused_mixing(spec)
     if spec.train.distributed_strategy != "fsdp":
         keys.append("train.sharded_checkpoints")
+    keys += [key for key in fields() if ".checkpointer." in key or ".cal_" in key]
     return [*keys, *(key for key, needed in _NEEDS.items() if not value_of(spec, needed))]
 
 

@@ -74,7 +74,7 @@ def type_words(field: FieldInfo) -> str:
 def bounds_words(field: FieldInfo) -> str:
     """The bounds of an option, such as "> 0 and <= 1", or its choices; empty where there are none."""
     if choices(field):
-        return ", ".join(choices(field))
+        return ", ".join(filter(None, choices(field)))
     found = []
     for name, sign in _SIGNS:
         found += [f"{sign} {getattr(m, name):g}" for m in field.metadata if getattr(m, name, None) is not None]
@@ -216,6 +216,8 @@ def _in_template(key: str, action: str) -> bool:
     """An action's own section and, for all but train, only what reading a model and data may need."""
     section, name = key.split(".")[0], key.split(".")[-1]
     if key in ("encryption_key", "model_name", "dataset.segment", "train.mask_ratio", "train.norm_pix_loss"):
+        return False
+    if ".checkpointer." in key or ".cal_" in key:  # other names of options that stand there
         return False
     if name.endswith("_data_sources"):
         used = {"train": ("train", "val"), "evaluate": ("val",), "inference": ("test",), "export": ("val",)}
