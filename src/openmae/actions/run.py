@@ -64,7 +64,13 @@ class _NoStatus(StatusLog):
         pass
 
     def write(
-        self, status: str, message: str, *, verbosity: str = "INFO", kpi: Mapping[str, float] | None = None
+        self,
+        status: str,
+        message: str,
+        *,
+        verbosity: str = "INFO",
+        kpi: Mapping[str, float] | None = None,
+        progress: Mapping[str, int | str] | None = None,
     ) -> None:
         """It is written once."""
 
