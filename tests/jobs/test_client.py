@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from platform_contract import SLEEP, Submit, Tiny, until
 
-from openmae.errors import DataError, RunError, SpecError
+from openmae.errors import CheckpointError, DataError, RunError, SpecError
 from openmae.jobs import Client, Job
+from openmae.jobs.artifacts import DELETED
 from openmae.jobs.request import Request, make_request
 
 SMALL = {
@@ -116,6 +117,45 @@ def test_a_training_is_a_search_unless_automl_is_off(client: Client, submit: Sub
     assert [command[-2:] == ["--platform", "local"] for command in commands] == [True, False], commands
     with pytest.raises(SpecError, match=r"automl.max_recommendations.*got 0"):
         submit(automl_policy="auto", specs={"automl": {"max_recommendations": 0}})
+
+
+def test_a_training_of_a_search_is_a_parent_like_any_other(
+    client: Client, submit: Submit, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is in the search's folder; one that was pruned says so."""
+    monkeypatch.setattr(
+        "openmae.jobs.client.command_of", lambda action, spec: [sys.executable, "-c", "pass", action, "-e", str(spec)]
+    )
+    search = submit(automl_policy="auto")
+    trainings = Client("local", Path(search.results_folder) / "jobs" / "this-machine")
+    overrides = {"dataset.train_data_sources": str(pictures / "train"), "model.arch": "vit_tiny_patch16"}
+    kept, pruned = (
+        trainings.create_job(
+            "train",
+            spec_overrides={**overrides, "train.results_dir": f"{search.results_folder}/trials/{number}"},
+            automl_policy="off",
+        )
+        for number in range(2)
+    )
+    for job, name in ((kept, "model_best.pth"), (pruned, DELETED)):
+        Path(job.results_folder).mkdir(parents=True)
+        Path(job.results_folder, name).write_text("Recommendation 1 of the search was pruned after epoch 3 of 9.\n")
+    export = {"export.onnx_file": str(client.store.root / "m.onnx")}
+    child = client.create_job("export", spec_overrides=export, parent_job_id=kept.id[:13])
+    assert child.parent_job_id == kept.id
+    explained = {item["key"]: item["value"] for item in client.explain_job(child.id)}
+    assert explained["export.checkpoint"] == f"{kept.results_folder}/model_best.pth"
+    with pytest.raises(CheckpointError) as caught:
+        client.create_job("export", spec_overrides=export, parent_job_id=pruned.id)
+    assert "holds no checkpoint to take. Recommendation 1 of the search was pruned after epoch 3 of 9." in str(
+        caught.value
+    )
+    assert "Give the search itself as the parent" in str(caught.value)
+    assert "Wait for the parent" not in str(caught.value)
+    with pytest.raises(SpecError, match="There is no job 'abcdef'"):
+        client.create_job("export", spec_overrides=export, parent_job_id="abcdef")
+    for owner, job in ((client, search), (trainings, kept), (trainings, pruned), (client, child)):
+        owner.wait(job.id, 20)
 
 
 def test_arguments_without_effect_are_noticed(

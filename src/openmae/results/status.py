@@ -1,9 +1,9 @@
 """``status.json``: what a run is doing, as JSON lines that other programs follow.
 
 One object a line: ``date`` (m/d/yyyy), ``time`` (h:m:s), ``status``, ``verbosity``, ``message``, and ``kpi`` (a flat
-object of finite numbers) where there are numbers. The line of an epoch also has ``epoch`` and ``max_epoch`` (counted from
-0), ``step``, ``max_step``, ``time_per_epoch``, ``time_per_step`` and ``eta`` (as ``0:01:23.456789``). The layout is that of
-TAO's status logger, so that programs that follow a TAO job can follow this one.
+object of finite numbers) where there are numbers. The line of an epoch also has ``epoch`` and ``max_epoch`` (from 0),
+``step``, ``max_step``, ``time_per_epoch``, ``time_per_step`` and ``eta`` (as ``0:01:23.456789``). The layout is that
+of TAO's status logger, so that programs that follow a TAO job can follow this one.
 """
 
 from __future__ import annotations
