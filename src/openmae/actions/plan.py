@@ -195,8 +195,6 @@ def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
     """A run can only go on as what it was."""
     old, new = _identity(earlier.info), _identity(now)
     keys = [key for key in new if old.get(key, new[key]) != new[key]]
-    if "train.stage" in keys:
-        keys = ["train.stage"]  # the rest follows from it
     if keys:
         changed = "; ".join(f"{key} was {old[key]} and is {new[key]}" for key in keys)
         raise CheckpointError(
