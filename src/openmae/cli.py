@@ -237,9 +237,14 @@ def _run_serve(args: argparse.Namespace) -> None:
 
 
 def _run_check(args: argparse.Namespace) -> None:
+    from openmae.data.presence import missing_files, missing_sources
     from openmae.spec.load import load_spec, to_yaml
 
-    print(to_yaml(load_spec(args.experiment_spec, args.overrides, action=args.action)), end="")
+    spec, action = load_spec(args.experiment_spec, args.overrides, action=args.action), args.action
+    data_of = "train" if action == "automl" else action
+    for key, text in {**missing_sources(spec, data_of), **missing_files(spec, action)}.items():
+        logging.getLogger("openmae").warning("%s: %s on this machine.", key, text)
+    print(to_yaml(spec), end="")
 
 
 def _run_template(args: argparse.Namespace) -> None:

@@ -99,6 +99,11 @@ def test_data_sources_are_checked_before_anything_starts(client: Client) -> None
         client.create_job("train")
     with pytest.raises(DataError, match=r"dataset.train_data_sources: there is nothing at '/no/images_train.tar.gz'"):
         client.create_job("train", spec_overrides={"dataset.train_data_sources": "/no/images_train.tar.gz"})
+    both = {"dataset.train_data_sources": "/no/train", "dataset.val_data_sources": "/no/val"}
+    with pytest.raises(
+        DataError, match=r"nothing at '/no/train'\.\ndataset.val_data_sources: there is nothing at '/no/val'"
+    ):
+        client.create_job("train", spec_overrides=both)
     assert client.list_jobs() == []
 
 

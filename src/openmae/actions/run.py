@@ -20,7 +20,8 @@ from openmae.actions.remote import local_place
 from openmae.data.corrupt import CORRUPT_LIST
 from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader
-from openmae.errors import Preempted, RunError
+from openmae.data.presence import missing_files, missing_sources
+from openmae.errors import DataError, Preempted, RunError
 from openmae.results.files import write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.checks import value_of
@@ -92,6 +93,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         UserError: the folder cannot be written, or what is remote cannot be had.
         RunError: the disk is full, or results could not be uploaded.
     """
+    _refuse_missing(spec, action)
     spec, world = _placed(spec, action)
     if not world.leads:
         with local_place(spec, action, leads=False) as place, _machine_faults(place.folder):
@@ -116,6 +118,13 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
     for url in place.uploaded:
         log.info("Uploaded to %s.", url)
     log.info("Results are in %s; open report.html there.", place.shown)
+
+
+def _refuse_missing(spec: ExperimentSpec, action: str) -> None:
+    """Name all paths that do not exist at once; a single one is explained by whatever opens it."""
+    missing = {**missing_sources(spec, "train" if action == "automl" else action), **missing_files(spec, action)}
+    if len(missing) > 1:
+        raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the paths.")
 
 
 def _placed(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from openmae.data.presence import missing_files, missing_sources
 from openmae.errors import DataError, SpecError, blaming
 from openmae.jobs.job import Record, state_of
 from openmae.jobs.parameters import (
@@ -110,7 +111,11 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
         "outputs": _outputs(spec, action),
         "spec": nested({name: _shown(value) for name, value in filled.values.items()}),
         "explanation": explanation,
-        "notices": _notices(request, parent, is_secret(key), routed) + _replaced(replaced),
+        "notices": [
+            *_notices(request, parent, is_secret(key), routed),
+            *_replaced(replaced),
+            *(f"{name}: {text} yet." for name, text in missing_files(spec, action).items()),
+        ],
         "gpus": gpus,
         "nodes": nodes,
         "processes": getattr(spec, action).num_gpus if action in DEVICES else 1,
@@ -121,22 +126,21 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
 
 
 def check_sources(spec: ExperimentSpec, action: str) -> None:
-    """Refuse a data source that is not there.
+    """Refuse data sources that are not there.
 
     Raises:
-        DataError: it does not exist, or its store cannot be reached.
+        DataError: one does not exist, or its store cannot be reached; the text names all of them.
     """
+    missing = missing_sources(spec, action)
+    if missing:
+        raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the path.")
     for name in SOURCES.get(action, ()):
         source = str(value_of(spec, f"dataset.{name}"))
-        if not source or "{" in source:  # a pattern of shards
-            continue
-        with blaming(f"dataset.{name}"):
-            if is_remote(source):
-                from openmae.storage.objects import require
+        if is_remote(source) and "{" not in source:  # else a pattern of shards
+            from openmae.storage.objects import require
 
+            with blaming(f"dataset.{name}"):
                 require(source)
-            elif not os.path.exists(source):
-                raise DataError(f"there is nothing at {source!r}.", "Check the path.")
 
 
 def check_key(text: str, env_vars: Mapping[str, str]) -> None:
