@@ -163,6 +163,32 @@ def test_a_training_of_a_search_is_a_parent_like_any_other(
         owner.wait(job.id, 20)
 
 
+@pytest.mark.parametrize(
+    ("automl", "words"),
+    [
+        ({}, "It is a search of 20 trainings of 10 epochs (bayesian, 1 at a time), which takes about 20 times as long"),
+        (
+            {"max_recommendations": 9, "max_concurrent": 2, "max_epochs": 5},
+            "It is a search of 9 trainings of 5 epochs (bayesian, 2 at a time), which takes about 5 times as long as",
+        ),
+        ({"algorithm": "ASHA"}, "20 trainings of 10 epochs (asha, 1 at a time), which takes at most 20 times as long"),
+        ({"algorithm": "grid"}, "a search of up to 20 trainings of 10 epochs (grid, 1 at a time), which takes at most"),
+    ],
+)
+def test_a_search_says_before_it_starts_what_it_is_and_how_to_train_once(
+    client: Client, submit: Submit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, automl, words
+) -> None:
+    def refuse(job_id: str, environment: Any) -> None:
+        assert words in caplog.text, "it is told after the start"
+        raise RunError("no platform")
+
+    monkeypatch.setattr(client._platform("local"), "submit", refuse)
+    with caplog.at_level(logging.WARNING, "openmae"), pytest.raises(RunError, match="no platform"):
+        submit(automl_policy=None, specs={"automl": automl})
+    assert words in caplog.text
+    assert 'submit with --automl off (mae jobs submit) or automl_policy="off" (Python).' in caplog.text
+
+
 def test_arguments_without_effect_are_noticed(
     client: Client, submit: Submit, tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -170,7 +196,9 @@ def test_arguments_without_effect_are_noticed(
     with caplog.at_level(logging.WARNING, "openmae"):
         job = submit(image="nvcr.io/x", automl_policy="on")
     assert "image nvcr.io/x does not act" in caplog.text
-    assert "It goes to AutoML: automl_policy is on." in caplog.text
+    assert (
+        "It goes to AutoML: automl_policy is on. It is a search of 20 trainings of 10 epochs (bayesian, " in caplog.text
+    )
     assert len(job.notices) == 2
     assert submit(automl_policy="off").notices == ()
     for one in client.list_jobs():

@@ -106,6 +106,8 @@ class Client:
         prepared = make_request(request, parent, str(self.store.folder(job_id) / "results"))
         platform = self._platform(self.platform)
         platform.check(prepared.gpus, prepared.nodes)
+        for notice in prepared.facts["notices"]:
+            log.warning("%s", notice)
         folder = self.store.folder(job_id)
         command = command_of(prepared.facts["command"], folder / SPEC)
         if prepared.facts["command"] == "automl":
@@ -118,8 +120,6 @@ class Client:
             with self.store.update(job_id) as record:
                 move(record, "ERROR", f"could not be started: {error.problem}")
             raise
-        for notice in prepared.facts["notices"]:
-            log.warning("%s", notice)
         return as_job(self.store.read(job_id))
 
     def get_job_status(self, job_id: str) -> Job:

@@ -26,7 +26,7 @@ from openmae.spec.reading import write_text
 from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
 from openmae.storage.urls import is_remote, redact
 
-_TURN_OFF = " It tries several values of the learning rate and others; automl_policy='off' trains once."
+_STOPS_EARLY = ("asha", "hyperband", "bohb")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
         "spec": nested({name: _shown(value) for name, value in filled.values.items()}),
         "explanation": explanation,
         "notices": [
-            *_notices(request, parent, is_secret(key), routed),
+            *_notices(request, parent, is_secret(key), routed, spec),
             *_replaced(replaced),
             *(f"{name}: {text} yet." for name, text in missing_files(spec, action).items()),
         ],
@@ -254,14 +254,34 @@ def _replaced(values: list[str]) -> list[str]:
     return [f"gpu_count and num_nodes of the job replace {', '.join(values)} of the spec."] if values else []
 
 
-def _notices(request: Request, parent: Record | None, literal_key: bool, routed: Route) -> list[str]:
+def _search_words(spec: ExperimentSpec) -> str:
+    """How many trainings a search is, how long that takes, and how to train once instead."""
+    automl = spec.automl
+    count, epochs, at_once = (
+        automl.max_recommendations,
+        automl.max_epochs or spec.train.num_epochs,
+        automl.max_concurrent,
+    )
+    times = -(-count // at_once)
+    limit = "at most" if automl.algorithm in (*_STOPS_EARLY, "grid") else "about"
+    return (
+        f"It is a search of {'up to ' if automl.algorithm == 'grid' else ''}{count} trainings of {epochs} epochs "
+        f"({automl.algorithm}, {at_once} at a time), which takes {limit} {times} times as long as one; its log tells "
+        "the expected time before the first one. To train once, submit with --automl off (mae jobs submit) or "
+        'automl_policy="off" (Python).'
+    )
+
+
+def _notices(
+    request: Request, parent: Record | None, literal_key: bool, routed: Route, spec: ExperimentSpec
+) -> list[str]:
     notices = []
     if literal_key:
         notices.append("encryption_key is kept nowhere: children need it again. env:NAME or file:PATH is handed on.")
     if request.image:
         notices.append(f"image {request.image} does not act: jobs run in this Python environment.")
     if request.action == "train" and routed.policy == "auto":
-        notices.append(routed.reason + (_TURN_OFF if routed.where == "automl" else ""))
+        notices.append(f"{routed.reason} {_search_words(spec)}" if routed.where == "automl" else routed.reason)
     elif request.action != "train" and request.automl_policy is not None:
         notices.append(f"automl_policy does not act on {request.action}.")
     if parent is not None and state_of(parent) != "COMPLETE":
