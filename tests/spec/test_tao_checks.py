@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from openmae.errors import SpecError
@@ -106,3 +108,44 @@ def test_what_cannot_be_monitored_is_refused(overrides, text):
 def test_what_has_no_effect_is_said(overrides, notice, caplog):
     checked(*overrides)
     assert notice in caplog.text
+
+
+IGNORED = {
+    "model": {"drop_path_rate": 0.3, "decoder_depth": 1, "decoder_embed_dim": 256, "arch": "vit_base_patch16"},
+    "dataset": {"train_data_sources": "x", "batch_size": 2, "augmentation": {"hflip": 0.1}},
+    "train": {"optim": {"backbone_multiplier": 0.1, "layer_decay": 0.65, "momentum": 0.9, "warmup_epochs": 3}},
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["train.stage=finetune"],
+            "model.drop_path_rate=0.3 (default 0.1), train.optim.backbone_multiplier=0.1 (default 1.0), "
+            "train.optim.layer_decay=0.65 (default 0.75), train.optim.warmup_epochs=3 (default 1)",
+        ),
+        (
+            ["train.optim.lr_scheduler=cosine"],
+            "model.drop_path_rate=0.3 (default 0.0), model.decoder_depth=1 (default 8), "
+            "model.decoder_embed_dim=256 (default 512), dataset.augmentation.hflip=0.1 (default 0.5)",
+        ),
+        (["model.arch=convnextv2_tiny", "model.drop_path_rate=0.1"], "model.decoder_embed_dim=256 (default 512), "),
+    ],
+)
+def test_what_tao_ignores_and_acts_here_is_said_of_a_file(overrides, expected, tmp_path, caplog):
+    path = tmp_path / "spec.yaml"
+    path.write_text(json.dumps(IGNORED))
+    load_spec(path, overrides, action="train")
+    assert f"TAO ignores these options of the spec file, and OpenMAE applies them: {expected}" in caplog.text
+    assert "momentum" not in caplog.text, "it is the default"
+
+
+def test_it_is_not_said_of_overrides_of_a_mapping_or_of_another_action(tmp_path, caplog):
+    load_spec(IGNORED, action="train")
+    path = tmp_path / "spec.yaml"
+    path.write_text(json.dumps(IGNORED))
+    load_spec(path, ["export.checkpoint=a", "export.onnx_file=b"], action="export")
+    load_spec(path, action="automl")
+    load_spec(None, ["dataset.train_data_sources=x", "train.optim.momentum=0.8"], action="train")
+    assert "TAO ignores" not in caplog.text

@@ -28,7 +28,7 @@ from openmae.spec.reading import (
     write_text,
 )
 from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
-from openmae.spec.tao_checks import find_tao_notices, find_tao_problems
+from openmae.spec.tao_checks import find_tao_notices, find_tao_problems, ignored_by_tao
 
 log = logging.getLogger("openmae")
 
@@ -75,6 +75,10 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
         raise _spec_error(problems, reading.origin, name)
     for notice in chain(find_notices(spec, action), find_tao_notices(spec, action)):
         log.warning(notice)
+    if action == "train" and not searching:
+        from_file = [key for key, place in reading.origin.items() if place.startswith("line")]
+        for notice in ignored_by_tao(spec, from_file, _decided(spec)):
+            log.warning(notice)
     if action == "train" and not searching and any(spec.typed(key) for key in fields() if key.startswith("automl.")):
         log.warning("The automl section does not act in a plain training: `mae automl` searches.")
     return _clamp(spec)

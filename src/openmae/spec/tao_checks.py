@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
@@ -16,6 +16,22 @@ _NAMES = {
     f"{_CALIBRATION}cal_image_dir": f"{_CALIBRATION}images",
     f"{_CALIBRATION}cal_batches": f"{_CALIBRATION}count",
     f"{_CALIBRATION}cal_batch_size": f"{_CALIBRATION}batch",
+}
+
+
+#: Options that TAO's MAE accepts and ignores, by the stages in which they act here.
+_IGNORED = {
+    "model.drop_path_rate": ("pretrain", "finetune"),
+    "model.decoder_depth": ("pretrain",),
+    "model.decoder_embed_dim": ("pretrain",),
+    "model.global_pool": ("finetune",),
+    "train.optim.momentum": ("pretrain", "finetune"),
+    "train.optim.backbone_multiplier": ("finetune",),
+    "train.optim.layer_decay": ("finetune",),
+    "train.optim.warmup_epochs": ("pretrain", "finetune"),
+    "train.optim.monitor_name": ("pretrain", "finetune"),
+    "train.pretrained_model_path": ("pretrain",),
+    **{f"dataset.augmentation.{name}": ("pretrain",) for name in ("interpolation", "min_ratio", "max_ratio", "hflip")},
 }
 
 
@@ -35,6 +51,27 @@ def find_tao_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
         yield from _checkpointer_notices(spec)
     if action == "gen_trt_engine" and spec.gen_trt_engine.tensorrt.calibration.cal_cache_file:
         yield f"{_CALIBRATION}cal_cache_file has no effect: the ranges are part of the engine, and no cache is written."
+
+
+def ignored_by_tao(spec: ExperimentSpec, from_file: Collection[str], defaults: Mapping[str, object]) -> Iterator[str]:
+    """Yield which values of a training's spec file change the result here, but not in TAO.
+
+    Args:
+        spec: resolved.
+        from_file: the keys that the file sets.
+        defaults: of the keys whose default depends on others.
+    """
+    found = []
+    for key, stages in _IGNORED.items():
+        value, default = value_of(spec, key), defaults.get(key, fields()[key].default)
+        acts = key != "train.optim.warmup_epochs" or spec.train.optim.lr_scheduler == "MultiStep"
+        if key in from_file and spec.train.stage in stages and acts and value != default:
+            found.append(f"{key}={value}" + (f" (default {default})" if default != "" else ""))
+    if found:
+        yield (
+            f"TAO ignores these options of the spec file, and OpenMAE applies them: {', '.join(found)}. Remove one to "
+            "have its default."
+        )
 
 
 def _checkpointer(spec: ExperimentSpec) -> Iterator[Problem]:
