@@ -212,3 +212,54 @@ def test_serve_gets_its_arguments(monkeypatch):
 def test_wrong_limits_of_serve(capsys):
     assert main(["serve", "-m", "model.pth", "--max-batch", "0"]) == 2
     assert capsys.readouterr().err == "--max-batch must be 1 or more, got 0.\n  Fix: Leave it out for 8.\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "instead"),
+    [
+        (["train", "-r", "out", "-k", "geheim", "-g", "2"], "results_dir=VALUE encryption_key=VALUE train.num_gpus=V"),
+        (["train", "--gpus=2"], "here train.num_gpus=2)"),
+        (["train", "--key=geheim"], "here encryption_key=VALUE)"),
+        (["train", "--results_dir=out"], "here results_dir=out)"),
+        (["train", "--train.num-epochs", "3"], "here train.num_epochs=VALUE)"),
+        (["train", "--config-name", "spec"], "here -e SPEC)"),
+        (["evaluate", "-g", "2"], "here evaluate.num_gpus=VALUE)"),
+        (["export", "--gpus", "2"], "here export.gpu_id=VALUE)"),
+        (["automl", "--lr", "3"], "here train.optim.lr=VALUE)"),
+        (["jobs", "submit", "inference", "-k", "geheim"], "here encryption_key=VALUE)"),
+    ],
+)
+def test_an_option_that_is_a_key_is_named_by_it(argv, instead, capsys):
+    assert main(argv) == 2
+    text = capsys.readouterr().err
+    assert f"options of a spec are written key=value, {instead.removeprefix('here ')}" in text.replace("here ", "")
+    assert "geheim" not in text
+
+
+@pytest.mark.parametrize("option", ["-e", "--experiment_spec_file", "--experiment_spec"])
+@pytest.mark.parametrize("override", ["train.num_epochs=2", "+train.num_epochs=2", "++train.num_epochs=2"])
+def test_the_ways_in_which_tao_names_a_spec_and_overrides(option, override, action, tmp_path):
+    received = action("train")
+    path = tmp_path / "spec.yaml"
+    path.write_text("dataset: {train_data_sources: photos}\ntrain: {num_epochs: 1}\n")
+    assert main(["train", option, str(path), override]) == 0
+    assert received[0].train.num_epochs == 2
+
+
+@pytest.mark.parametrize("override", ["~train.num_epochs", "~train.num_epochs=3"])
+def test_deleting_a_key_says_to_drop_it(override, capsys):
+    assert main(["train", "dataset.train_data_sources=photos", override]) == 2
+    assert f"train.num_epochs: {override!r} deletes a key in Hydra. Drop the key instead" in capsys.readouterr().err
+
+
+def test_a_spec_file_without_its_option_gets_a_hint(capsys):
+    assert main(["train", "spec.yaml"]) == 2
+    assert "A spec file is given as -e spec.yaml." in capsys.readouterr().err
+
+
+def test_a_secret_after_a_plus_is_hidden(action, monkeypatch):
+    action("train")
+    argv = ["train", "dataset.train_data_sources=photos", "++encryption_key=geheim"]
+    monkeypatch.setattr(sys, "argv", ["mae", *argv])
+    assert main(argv) == 0
+    assert sys.argv[-1] == "++encryption_key=***"

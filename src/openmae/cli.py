@@ -21,6 +21,7 @@ from openmae import __version__
 from openmae.automl.cli import add_arguments as add_automl_arguments
 from openmae.data.cli import add_dataset_commands, expanded_braces
 from openmae.errors import OpenMAEError, Preempted
+from openmae.jobs.cli import SPEC_OPTION
 from openmae.jobs.cli import add_arguments as add_jobs_arguments
 from openmae.results.notices import notices_on_stderr
 from openmae.serving.settings import Settings
@@ -88,7 +89,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     # argparse gives overrides that follow an option back as unknown: `mae train a=1 -e spec.yaml b=2`
     if rest and (not hasattr(args, "overrides") or any(item.startswith("-") for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)} (options of a spec are written key=value)")
+        parser.error(_unrecognized(args, rest))
     if rest:
         args.overrides = [*args.overrides, *rest]
     if mistake := expanded_braces(getattr(args, "overrides", ())):
@@ -182,8 +183,28 @@ def _add_spec_commands(parser: argparse.ArgumentParser) -> None:
     keys.set_defaults(run=_run_keys)
 
 
+def _unrecognized(args: argparse.Namespace, rest: Sequence[str]) -> str:
+    """Name the options that no command has, without their values, and the keys of a spec that they may mean."""
+    options = [item.partition("=")[0] for item in rest if item.startswith("-")]
+    text = f"unrecognized arguments: {' '.join(options or rest)} (options of a spec are written key=value"
+    if not hasattr(args, "overrides"):
+        return f"{text})"
+    from openmae.spec.describe import key_of_option
+
+    instead = [key_of_option(item, _spec_section(args)) for item in rest if item.startswith("-")]
+    return f"{text}, here {' '.join(filter(None, instead))})" if any(instead) else f"{text})"
+
+
+def _spec_section(args: argparse.Namespace) -> str:
+    """The section of a spec that the command reads first."""
+    action = getattr(args, "action", None) or args.command
+    return action if action in _ACTIONS else "train"
+
+
 def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="YAML file; without it, all defaults")
+    parser.add_argument(
+        *SPEC_OPTION, dest="experiment_spec", metavar="SPEC", help="YAML file; without it, all defaults"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="option that replaces the file's")
 
 
@@ -201,7 +222,7 @@ def _hide_secrets() -> None:
     from openmae.spec.fields import SECRET_MARK, is_secret
 
     for place, (name, equals, value) in enumerate(item.partition("=") for item in sys.argv):
-        if name == "encryption_key" and is_secret(value):
+        if name.lstrip("+") == "encryption_key" and is_secret(value):
             sys.argv[place] = name + equals + SECRET_MARK
 
 
@@ -216,9 +237,14 @@ def _run_serve(args: argparse.Namespace) -> None:
 
 
 def _run_check(args: argparse.Namespace) -> None:
+    from openmae.data.presence import missing_files, missing_sources
     from openmae.spec.load import load_spec, to_yaml
 
-    print(to_yaml(load_spec(args.experiment_spec, args.overrides, action=args.action)), end="")
+    spec, action = load_spec(args.experiment_spec, args.overrides, action=args.action), args.action
+    data_of = "train" if action == "automl" else action
+    for key, text in {**missing_sources(spec, data_of), **missing_files(spec, action)}.items():
+        logging.getLogger("openmae").warning("%s: %s on this machine.", key, text)
+    print(to_yaml(spec), end="")
 
 
 def _run_template(args: argparse.Namespace) -> None:

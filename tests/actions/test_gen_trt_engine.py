@@ -16,12 +16,13 @@ import pytest
 from onnx import TensorProto, helper
 
 from openmae.actions import gen_trt_engine
+from openmae.actions.calibration import calibration_batches
 from openmae.cli import main
 from openmae.engines.card import ModelCard, file_sha256
 from openmae.engines.tensorrt.backend import choose_backend
 from openmae.engines.tensorrt.build import Built
 from openmae.engines.tensorrt.runtime import read_engine_card
-from openmae.errors import RunError
+from openmae.errors import RunError, SpecError
 from openmae.models.build import ModelConfig
 from openmae.spec.load import load_spec
 
@@ -113,6 +114,24 @@ def test_int8_is_calibrated_with_images(request_for, tmp_path, photos):
     calibration = {"tensorrt.calibration.images": photos.plain, "tensorrt.calibration.count": 5}
     assert main(["gen_trt_engine", *request_for(**tensorrt(data_type="int8"), **calibration)]) == 0
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["engine"]["data_type"] == "int8"
+
+
+def test_int8_is_calibrated_by_the_names_of_tao(request_for, tmp_path, photos, caplog):
+    """Six batches of two, shared by two folders; the cache is said to have no effect."""
+    names = {"cal_image_dir": [str(photos.plain)] * 2, "cal_batch_size": 2, "cal_batches": 6, "cal_cache_file": "c.bin"}
+    calibration = {f"tensorrt.calibration.{name}": value for name, value in names.items()}
+    request = request_for(**tensorrt(data_type="INT8"), **calibration)
+    assert main(["gen_trt_engine", *request]) == 0
+    assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["engine"]["data_type"] == "int8"
+    assert "calibration.cal_cache_file has no effect: the ranges are part of the engine" in caplog.text
+    spec = load_spec(None, request, action="gen_trt_engine")
+    settings = spec.gen_trt_engine.tensorrt.calibration
+    assert (settings.sources, settings.total, settings.batch_size) == ((str(photos.plain),) * 2, 12, 2)
+    batches = list(calibration_batches(settings, "calibration", CARD, tmp_path))
+    assert [len(batch) for batch in batches] == [2] * 6
+    again = request_for(**tensorrt(data_type="int8"), **calibration, **{"tensorrt.calibration.images": "x"})
+    with pytest.raises(SpecError, match=r"calibration\.cal_image_dir .* means the same as .*images\. Remove one"):
+        load_spec(None, again, action="gen_trt_engine")
 
 
 def test_int8_needs_images(request_for, tmp_path, refused):

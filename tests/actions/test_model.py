@@ -98,3 +98,40 @@ def test_the_backbone_alone_cannot_reconstruct(trained, photos, refused, tmp_pat
     )
     assert f"inference.checkpoint: {backbone} holds the backbone alone, and inference reconstructs besides." in text
     assert f"Give the checkpoint beside it, such as {run.folder / 'model_best.pth'}." in text
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_all_that_does_not_fit_a_checkpoint_is_reported_together(trained, stage):
+    run = trained("vit", stage)
+    other = "finetune" if stage == "pretrain" else "pretrain"
+    said = [f"train.stage={other}", "model.arch=vit_small_patch16", "model.in_chans=1", "model.num_classes=7"]
+    with pytest.raises(SpecError) as caught:
+        open_model(spec_for(run.checkpoint, *said, "dataset.augmentation.input_size=40"), "evaluate")
+    text = str(caught.value)
+    for part in (
+        f"train.stage is {other}, but evaluate.checkpoint ({run.checkpoint}) holds train.stage={stage}.",
+        "model.arch is vit_small_patch16, but",
+        "model.in_chans is 1, but",
+        "dataset.augmentation.input_size: ",
+        "Fix: Remove train.stage, model.arch, model.in_chans",
+    ):
+        assert part in text
+    assert ("model.num_classes is 7, but" in text) == (stage == "finetune")
+
+
+def test_an_export_reports_all_that_does_not_fit(trained, refused, tmp_path):
+    run = trained("vit", "finetune")
+    text = refused(
+        "export",
+        [
+            *(
+                "model.arch=vit_small_patch16",
+                "model.num_classes=7",
+                "export.input_channel=1",
+                "export.input_height=40",
+            ),
+            *(f"export.checkpoint={run.checkpoint}", f"export.onnx_file={tmp_path / 'm.onnx'}"),
+        ],
+    )
+    for part in ("model.arch is", "model.num_classes is 7", "export.input_channel is 1", "export.input_height, input_"):
+        assert part in text

@@ -81,3 +81,42 @@ def test_a_table_has_its_title_on_one_line(capsys):
     show_table("a title that is wider than the [table] below it", [("a", "1"), ("bc", "2 [x]")])
     lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["", "a title that is wider than the [table] below it", "a   1", "bc  2 [x]", ""]
+
+
+@pytest.mark.parametrize(
+    ("typed", "variables", "expected", "notice"),
+    [
+        (
+            ["train.num_gpus=1", "train.num_nodes=1", "train.gpu_ids=[0]"],
+            {"WORLD_SIZE": "1", "NUM_GPU_PER_NODE": "2"},
+            (2, (0, 1), 1),
+            "WORLD_SIZE and NUM_GPU_PER_NODE set 2 process(es) on each of 1 node(s). This replaces train.num_gpus=1, "
+            "train.gpu_ids=[0] of the spec.",
+        ),
+        (
+            ["train.num_gpus=1", "train.num_nodes=1", "train.gpu_ids=[0]"],
+            {"WORLD_SIZE": "2", "NUM_GPU_PER_NODE": "1", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            (1, (0,), 2),
+            "set 1 process(es) on each of 2 node(s). This replaces train.num_nodes=1 of the spec.",
+        ),
+        (
+            ["train.gpu_ids=[3]"],
+            {"WORLD_SIZE": "1", "NUM_GPU_PER_NODE": "1"},
+            (1, (0,), 1),
+            "This replaces train.gpu_ids=[3] of the spec.",
+        ),
+        (["train.gpu_ids=[3]"], {}, (1, (3,), 1), ""),
+        ([], {"WORLD_SIZE": "1", "NUM_GPU_PER_NODE": "2"}, (2, (0, 1), 1), ""),
+    ],
+)
+def test_the_orchestrator_replaces_numbers_of_the_spec(
+    typed, variables, expected, notice, tmp_path, monkeypatch, caplog
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with running(load_spec(None, [f"results_dir={tmp_path}", *typed]), "train") as run:
+        pass
+    train = run.spec.train
+    assert (train.num_gpus, train.gpu_ids, train.num_nodes) == expected
+    assert notice in caplog.text
+    assert bool(notice) == ("This replaces" in caplog.text)

@@ -19,6 +19,7 @@ from openmae.automl import study as study_module
 from openmae.automl import worker as module
 from openmae.automl.worker import Worker
 from openmae.errors import RunError, SpecError
+from openmae.jobs.artifacts import DELETED
 
 
 def _folder(tmp_path: Path, name: str) -> Path:
@@ -102,6 +103,13 @@ def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: 
     assert 0 < _states(worker)["PRUNED"] < 9
     best = worker.study.best()
     assert best is not None
+    told = {path.parent.name: path.read_text() for path in (tmp_path / "automl" / "trials").glob(f"*/{DELETED}")}
+    assert set(told) == {trial.user_attrs["folder"] for trial in worker.study.trials()} - {best.user_attrs["folder"]}
+    for trial in worker.study.trials():
+        if trial.state == TrialState.PRUNED:
+            number = trial.user_attrs["recommendation"]
+            why = f"Recommendation {number} of the search was pruned after epoch 3 of 9, as others were better, so its"
+            assert told[trial.user_attrs["folder"]].startswith(why)
     assert _models(tmp_path) == [best.user_attrs["folder"]]
     stops = [overrides.get("train.stop_after_epoch") for name, overrides in jobs.started if name.startswith("000")]
     assert stops == [3, None]

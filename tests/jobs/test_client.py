@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from platform_contract import SLEEP, Submit, Tiny, until
 
-from openmae.errors import DataError, RunError, SpecError
+from openmae.errors import CheckpointError, DataError, RunError, SpecError
 from openmae.jobs import Client, Job
+from openmae.jobs.artifacts import DELETED
+from openmae.jobs.request import Request, make_request
 
 SMALL = {
     **{"arch": "vit_tiny_patch16", "image_size": 32, "batch_size": 4, "num_epochs": 1, "stage": "finetune"},
@@ -38,7 +40,6 @@ SMALL = {
         ({"specs": "spec.yaml"}, "specs: must be a mapping, got str."),
         ({"spec_overrides": ["a=b"]}, "spec_overrides: must be a mapping, got list."),
         ({"parent_job_id": "0123"}, "There is no job '0123' in"),
-        ({"gpu_count": 2, "specs": {"train": {"num_gpus": 1}}}, "gpu_count: is 2, but train.num_gpus is 1."),
         (
             {"specs": {"train": {"num_epoch": 1}}},
             "train.num_epoch: there is no such key. Did you mean train.num_epochs",
@@ -59,11 +60,50 @@ def test_a_wrong_request_starts_nothing(client: Client, pictures: Path, argument
     assert list(client.store.root.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("action", "section", "counts", "expected", "notice"),
+    [
+        (
+            "train",
+            {"num_gpus": 1, "num_nodes": 1, "gpu_ids": [0]},
+            (2, 2),
+            {"num_gpus": 2, "num_nodes": 2, "gpu_ids": [0, 1]},
+            "train.num_gpus=1, train.gpu_ids=[0], train.num_nodes=1",
+        ),
+        ("train", {"gpu_ids": [2, 3]}, (1, None), {"num_gpus": 1, "gpu_ids": [0]}, "train.gpu_ids=[2, 3]"),
+        ("train", {"num_gpus": 2}, (2, None), {"num_gpus": 2}, ""),
+        ("train", {"num_gpus": 4}, (0, None), {"num_gpus": 4}, ""),
+        ("inference", {"num_gpus": 4}, (2, 1), {"num_gpus": 2, "num_nodes": 1}, "inference.num_gpus=4"),
+        ("export", {"gpu_id": 3}, (1, None), {"gpu_id": 0}, "export.gpu_id=3"),
+    ],
+)
+def test_the_counts_of_a_job_replace_those_that_a_template_types(
+    pictures: Path, action: str, section: dict[str, Any], counts: tuple[Any, Any], expected: Any, notice: str
+) -> None:
+    specs = {
+        "dataset": {f"{name}_data_sources": str(pictures / "train") for name in ("train", "val", "test")},
+        action: section | ({} if action == "train" else {"checkpoint": "model.pth"}),
+    }
+    if action == "export":
+        del specs["dataset"]
+    request = Request(action, specs, None, "off" if action == "train" else None, None, *counts, {}, None, "slurm")
+    prepared = make_request(request, None, "/results")
+    found = prepared.facts["spec"][action]
+    assert {key: found[key] for key in expected} == expected
+    told = [item for item in prepared.facts["notices"] if item.startswith("gpu_count and num_nodes")]
+    assert told == ([f"gpu_count and num_nodes of the job replace {notice} of the spec."] if notice else [])
+
+
 def test_data_sources_are_checked_before_anything_starts(client: Client) -> None:
     with pytest.raises(SpecError, match=r"dataset\.train_data_sources: `mae train` needs it, but it is not set"):
         client.create_job("train")
     with pytest.raises(DataError, match=r"dataset.train_data_sources: there is nothing at '/no/images_train.tar.gz'"):
         client.create_job("train", spec_overrides={"dataset.train_data_sources": "/no/images_train.tar.gz"})
+    both = {"dataset.train_data_sources": "/no/train", "dataset.val_data_sources": "/no/val"}
+    with pytest.raises(
+        DataError, match=r"nothing at '/no/train'\.\ndataset.val_data_sources: there is nothing at '/no/val'"
+    ):
+        client.create_job("train", spec_overrides=both)
     assert client.list_jobs() == []
 
 
@@ -84,6 +124,71 @@ def test_a_training_is_a_search_unless_automl_is_off(client: Client, submit: Sub
         submit(automl_policy="auto", specs={"automl": {"max_recommendations": 0}})
 
 
+def test_a_training_of_a_search_is_a_parent_like_any_other(
+    client: Client, submit: Submit, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is in the search's folder; one that was pruned says so."""
+    monkeypatch.setattr(
+        "openmae.jobs.client.command_of", lambda action, spec: [sys.executable, "-c", "pass", action, "-e", str(spec)]
+    )
+    search = submit(automl_policy="auto")
+    trainings = Client("local", Path(search.results_folder) / "jobs" / "this-machine")
+    overrides = {"dataset.train_data_sources": str(pictures / "train"), "model.arch": "vit_tiny_patch16"}
+    kept, pruned = (
+        trainings.create_job(
+            "train",
+            spec_overrides={**overrides, "train.results_dir": f"{search.results_folder}/trials/{number}"},
+            automl_policy="off",
+        )
+        for number in range(2)
+    )
+    for job, name in ((kept, "model_best.pth"), (pruned, DELETED)):
+        Path(job.results_folder).mkdir(parents=True)
+        Path(job.results_folder, name).write_text("Recommendation 1 of the search was pruned after epoch 3 of 9.\n")
+    export = {"export.onnx_file": str(client.store.root / "m.onnx")}
+    child = client.create_job("export", spec_overrides=export, parent_job_id=kept.id[:13])
+    assert child.parent_job_id == kept.id
+    explained = {item["key"]: item["value"] for item in client.explain_job(child.id)}
+    assert explained["export.checkpoint"] == f"{kept.results_folder}/model_best.pth"
+    with pytest.raises(CheckpointError) as caught:
+        client.create_job("export", spec_overrides=export, parent_job_id=pruned.id)
+    assert "holds no checkpoint to take. Recommendation 1 of the search was pruned after epoch 3 of 9." in str(
+        caught.value
+    )
+    assert "Give the search itself as the parent" in str(caught.value)
+    assert "Wait for the parent" not in str(caught.value)
+    with pytest.raises(SpecError, match="There is no job 'abcdef'"):
+        client.create_job("export", spec_overrides=export, parent_job_id="abcdef")
+    for owner, job in ((client, search), (trainings, kept), (trainings, pruned), (client, child)):
+        owner.wait(job.id, 20)
+
+
+@pytest.mark.parametrize(
+    ("automl", "words"),
+    [
+        ({}, "It is a search of 20 trainings of 10 epochs (bayesian, 1 at a time), which takes about 20 times as long"),
+        (
+            {"max_recommendations": 9, "max_concurrent": 2, "max_epochs": 5},
+            "It is a search of 9 trainings of 5 epochs (bayesian, 2 at a time), which takes about 5 times as long as",
+        ),
+        ({"algorithm": "ASHA"}, "20 trainings of 10 epochs (asha, 1 at a time), which takes at most 20 times as long"),
+        ({"algorithm": "grid"}, "a search of up to 20 trainings of 10 epochs (grid, 1 at a time), which takes at most"),
+    ],
+)
+def test_a_search_says_before_it_starts_what_it_is_and_how_to_train_once(
+    client: Client, submit: Submit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, automl, words
+) -> None:
+    def refuse(job_id: str, environment: Any) -> None:
+        assert words in caplog.text, "it is told after the start"
+        raise RunError("no platform")
+
+    monkeypatch.setattr(client._platform("local"), "submit", refuse)
+    with caplog.at_level(logging.WARNING, "openmae"), pytest.raises(RunError, match="no platform"):
+        submit(automl_policy=None, specs={"automl": automl})
+    assert words in caplog.text
+    assert 'submit with --automl off (mae jobs submit) or automl_policy="off" (Python).' in caplog.text
+
+
 def test_arguments_without_effect_are_noticed(
     client: Client, submit: Submit, tiny: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -91,7 +196,9 @@ def test_arguments_without_effect_are_noticed(
     with caplog.at_level(logging.WARNING, "openmae"):
         job = submit(image="nvcr.io/x", automl_policy="on")
     assert "image nvcr.io/x does not act" in caplog.text
-    assert "It goes to AutoML: automl_policy is on." in caplog.text
+    assert (
+        "It goes to AutoML: automl_policy is on. It is a search of 20 trainings of 10 epochs (bayesian, " in caplog.text
+    )
     assert len(job.notices) == 2
     assert submit(automl_policy="off").notices == ()
     for one in client.list_jobs():

@@ -6,7 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmae.errors import SpecError
+from openmae.spec.checks import value_of
+from openmae.spec.describe import choices, fields
 from openmae.spec.load import find_refusals, load_spec, to_dict, to_yaml
+from openmae.spec.schema import ExperimentSpec
 
 TRAIN = ["dataset.train_data_sources=photos"]
 FINETUNE = [*TRAIN, "train.stage=finetune", "dataset.batch_size=8"]
@@ -309,3 +312,17 @@ def test_refusals_of_other_values_leave_out_the_specs_own_faults():
     assert find_refusals(spec, {}) == []
     (refusal,) = find_refusals(spec, {"model.patch_size": 8})
     assert refusal.startswith("model.patch_size: ")
+
+
+@pytest.mark.parametrize("change", [str.upper, str.lower, str.title], ids=["upper", "lower", "title"])
+def test_choices_are_taken_in_any_case(change):
+    found = 0
+    for key, field in fields().items():
+        for choice in choices(field):
+            if choice and not choice.isdecimal():
+                tree = change(choice)
+                for name in reversed(key.split(".")):
+                    tree = {name: tree}
+                assert value_of(ExperimentSpec.model_validate(tree), key) == choice, key
+                found += 1
+    assert found > 40

@@ -80,3 +80,21 @@ def test_the_bar_shows_loss_rate_pace_and_wait():
 
 def test_no_terminal_no_bar():
     assert drawn(terminal=False).strip() == ""
+
+
+def test_the_progress_fields_are_those_of_tao_s_callback(monkeypatch):
+    """Epoch 3 of 5 of two steps a second each, and half a second of validation."""
+    clock = iter([0.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr("openmae.training.progress.time.perf_counter", lambda: next(clock))
+    pace = PaceMeter()
+    for _ in range(2):
+        pace.count(16)
+    assert pace.timing(2, 5, 6, 2) == {
+        "epoch": 2,
+        "max_epoch": 4,
+        "step": 6,
+        "max_step": 10,
+        "time_per_epoch": "0:00:02.500000",
+        "time_per_step": "0:00:01",
+        "eta": "0:00:05",
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 from typing import Any
 
@@ -348,6 +349,10 @@ def test_a_run_tells_its_metrics(train, tmp_path):
     assert [line["status"] for line in lines] == ["STARTED", "RUNNING", "RUNNING", "SUCCESS"]
     assert set(lines[1]["kpi"]) == {*metrics, "images_per_s", "data_wait"}
     assert lines[2]["message"] == "Epoch 2 of 2, step 10"
+    counts = [[line[name] for name in ("epoch", "max_epoch", "step", "max_step")] for line in lines[1:3]]
+    assert counts == [[0, 1, 5, 10], [1, 1, 10, 10]]
+    assert all(re.fullmatch(r"0:00:\d\d(\.\d{6})?", lines[1][name]) for name in ("time_per_epoch", "time_per_step"))
+    assert (lines[1]["eta"], lines[2]["eta"]) == (lines[1]["time_per_epoch"], "0:00:00")
     epochs = [row for row in read_metrics(tmp_path / "metrics.csv") if "train_loss_epoch" in row]
     assert [(row["epoch"], row["step"]) for row in epochs] == [(0, 5), (1, 10)]
     assert epochs[1]["val_loss"] == metrics["val_loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,17 @@ def calibration_batches(
     Raises:
         DataError: the source cannot be used; at the call, not at the first batch.
     """
-    index = open_images(settings.images, f"{key}.images", labelled=False, largest=largest)
-    chosen = np.linspace(0, len(index) - 1, min(settings.count, len(index))).round().astype(int)
-    index = index.subset(chosen)
-    size = settings.batch if card.batch_size == -1 else card.batch_size
-    loader = evaluation_loader(index, eval_transform(card), LoaderSettings(size, folder, _MAX_CORRUPT))
-    return _inputs(loader, card)
+    sources = settings.sources
+    name = "images" if sources == (settings.images,) else "cal_image_dir"
+    size = settings.batch_size if card.batch_size == -1 else card.batch_size
+    loaders = []
+    for number, source in enumerate(sources):
+        index = open_images(source, f"{key}.{name}", labelled=False, largest=largest)
+        count = min(-(-(settings.total - number) // len(sources)), len(index))  # an equal share of each
+        if count > 0:
+            index = index.subset(np.linspace(0, len(index) - 1, count).round().astype(int))
+            loaders.append(evaluation_loader(index, eval_transform(card), LoaderSettings(size, folder, _MAX_CORRUPT)))
+    return chain.from_iterable(_inputs(loader, card) for loader in loaders)
 
 
 def _inputs(loader: EvaluationLoader, card: ModelCard) -> Iterator[np.ndarray]:

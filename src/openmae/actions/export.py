@@ -103,7 +103,6 @@ def _prepare(spec: ExperimentSpec, folder: Path) -> _Job:
     _device(spec)
     with blaming("export.checkpoint"):
         checkpoint, info = read_own(spec.export.checkpoint, key)
-    check_request(spec, "export.checkpoint", Path(spec.export.checkpoint), info)
     card = _card(spec, info)
     _tell(spec, info, card)
     with blaming("export.checkpoint"):
@@ -180,16 +179,22 @@ def _device(spec: ExperimentSpec) -> torch.device:
 
 def _card(spec: ExperimentSpec, info: CheckpointInfo) -> ModelCard:
     """What the checkpoint holds, as the spec wants it."""
-    export, path = spec.export, Path(spec.export.checkpoint)
+    export, path, wrong = spec.export, Path(spec.export.checkpoint), []
     if export.input_channel not in (None, info.model.in_chans):
-        raise SpecError(
-            f"export.input_channel is {export.input_channel}, but {path} takes {info.model.in_chans} channel(s).",
-            "Remove export.input_channel: the checkpoint knows its own.",
+        wrong.append(
+            SpecError(
+                f"export.input_channel is {export.input_channel}, but {path} takes {info.model.in_chans} channel(s).",
+                "Remove export.input_channel: the checkpoint knows its own.",
+            )
         )
     height, width = info.model.input_size
     config = replace(info.model, input_size=(export.input_height or height, export.input_width or width))
-    with blaming("export.input_height, input_width"):
-        check_size(config)
+    try:
+        with blaming("export.input_height, input_width"):
+            check_size(config)
+    except SpecError as error:
+        wrong.append(error)
+    check_request(spec, "export.checkpoint", path, info, wrong)
     return replace(
         card_of(replace(info, model=config), path),
         preprocessing=export.include_preprocessing,

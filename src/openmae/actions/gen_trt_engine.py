@@ -162,7 +162,7 @@ def _calibration(spec: ExperimentSpec, source: Source, results: Path) -> Iterabl
             "not known, so it cannot be calibrated.",
             f"Quantise it with the program that wrote it, or set {_TENSORRT}.data_type to fp16.",
         )
-    if not calibration.images:
+    if not calibration.sources:
         raise SpecError(
             f"{_TENSORRT}.data_type is int8, but there are no images to calibrate with: {_CALIBRATION}.images is not "
             "set.",
@@ -184,7 +184,7 @@ def _without_effect(
         yield f"{_SECTION}.gpu_id does not act: the engine is built ahead of time, without a GPU."
     if options.layers_precision and not cast:
         yield f"{_TENSORRT}.layers_precision does not act: every node has the precision that the ONNX file gives it."
-    if options.calibration.images and "int8" not in cast:
+    if options.calibration.sources and "int8" not in cast:
         why = "the ONNX file is int8 already" if source.precision == "int8" else f"the engine is {precisions[0]}"
         yield f"{_CALIBRATION} does not act: {why}."
     if section.batch_size not in (-1, options.opt_batch_size) and spec.typed(f"{_TENSORRT}.opt_batch_size"):

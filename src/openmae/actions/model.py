@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -101,14 +101,17 @@ def open_model(spec: ExperimentSpec, action: Literal["evaluate", "inference"]) -
 def _open_exported(spec: ExperimentSpec, key: str, path: Path, secret: Key | None) -> TrainedModel:
     with blaming(key):
         card = read_exported_card(path, secret)
-    check_request(spec, key, path, card.info)
-    size = spec.dataset.augmentation.size
+    size, more = spec.dataset.augmentation.size, []
     if spec.typed(_SIZE) and size != card.model.input_size:
         (height, width), (own_height, own_width) = size, card.model.input_size
-        raise SpecError(
-            f"{_SIZE} is {height}x{width}, but {path} takes images of {own_height}x{own_width}.",
-            f"Remove {_SIZE}, or export the checkpoint with export.input_height={height} export.input_width={width}.",
+        more.append(
+            SpecError(
+                f"{_SIZE} is {height}x{width}, but {path} takes images of {own_height}x{own_width}.",
+                f"Remove {_SIZE}, or export the checkpoint with export.input_height={height} "
+                f"export.input_width={width}.",
+            )
         )
+    check_request(spec, key, path, card.info, more)
     if spec.typed("model.mask_ratio"):
         log.warning("model.mask_ratio does not act: an exported model masks nothing.")
     return TrainedModel(path, card, card.info, None, secret)
@@ -122,17 +125,21 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
                 f"{path} holds the backbone alone, and {key.split('.')[0]} reconstructs besides.",
                 f"Give the checkpoint beside it, such as {checkpoint.path.with_name(BEST)}.",
             )
-    check_request(spec, key, path, info)
     config = info.model
     if spec.typed(_SIZE):
         config = replace(config, input_size=spec.dataset.augmentation.size)
     if spec.model.mask_ratio is not None and spec.typed("model.mask_ratio"):
         config = replace(config, mask_ratio=spec.model.mask_ratio)
-    if info.stage == "pretrain":
-        _check_geometry(config)
-    else:
-        with blaming(_SIZE):
-            check_size(config)
+    more = []
+    try:
+        if info.stage == "pretrain":
+            _check_geometry(config)
+        else:
+            with blaming(_SIZE):
+                check_size(config)
+    except SpecError as error:
+        more.append(error)
+    check_request(spec, key, path, info, more)
     info = replace(info, model=config)
     card = card_of(info, path)
     with blaming(key):
@@ -165,8 +172,21 @@ def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
     return spec.replaced(values)
 
 
-def check_request(spec: ExperimentSpec, named_by: str, path: Path, info: CheckpointInfo) -> None:
-    """What was typed must be what the file holds."""
+def check_request(
+    spec: ExperimentSpec, named_by: str, path: Path, info: CheckpointInfo, more: Sequence[SpecError] = ()
+) -> None:
+    """Compare what was typed with what the file holds.
+
+    Args:
+        spec: the request.
+        named_by: key that names the file.
+        path: of the file.
+        info: what it holds.
+        more: what else is wrong with the request.
+
+    Raises:
+        SpecError: with all that does not fit.
+    """
     said: dict[str, tuple[Any, Any]] = {"train.stage": (spec.train.stage, info.stage)}
     for name in _MODEL_KEYS:
         if f"model.{name}" not in INERT[info.stage]:
@@ -176,12 +196,18 @@ def check_request(spec: ExperimentSpec, named_by: str, path: Path, info: Checkpo
         said["model.num_classes"] = (spec.model.num_classes, info.model.num_classes)
     for name in ("mean", "std"):
         said[f"dataset.augmentation.{name}"] = (getattr(spec.dataset.augmentation, name), getattr(info, name))
-    for key, (asked, held) in said.items():
-        if spec.typed(key) and asked is not None and asked != held:
-            raise SpecError(
-                f"{key} is {asked}, but {named_by} ({path}) holds {key}={held}.",
-                f"Remove {key} (the checkpoint knows its own), or give a checkpoint with {key}={asked}.",
-            )
+    wrong = {key: values for key, values in said.items() if spec.typed(key) and None is not values[0] != values[1]}
+    problems = [
+        f"{key} is {asked}, but {named_by} ({path}) holds {key}={held}." for key, (asked, held) in wrong.items()
+    ]
+    fixes = []
+    if wrong:
+        asked = " and ".join(f"{key}={value}" for key, (value, _) in wrong.items())
+        fixes.append(f"Remove {', '.join(wrong)} (the checkpoint knows its own), or give a checkpoint with {asked}.")
+    problems += [error.problem for error in more]
+    fixes += [error.fix for error in more]
+    if problems:
+        raise SpecError("\n".join(problems), " ".join(fixes))
 
 
 def _look_up(tree: Mapping[str, Any], key: str) -> Any:

@@ -18,6 +18,7 @@ from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig
 from openmae.models.weights import CheckpointInfo
 from openmae.spec.checks import INERT
+from openmae.spec.describe import fields
 from openmae.spec.load import to_dict
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key
@@ -38,6 +39,7 @@ _RHYTHM = frozenset(
         "dataset.test_data_sources",
         *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "results_dir", "precision")),
         *("train.distributed_strategy", "train.sharded_checkpoints"),
+        *(key for key in fields() if key.startswith("train.checkpointer.")),
         *(f"train.checkpoint_{name}" for name in ("interval", "interval_unit")),
         *(f"train.{name}" for name in ("keep_checkpoints", "validation_interval", "allow_partial_weights")),
         *(f"train.{name}" for name in ("stop_after_epoch", "compile", "profile")),
@@ -195,8 +197,6 @@ def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
     """A run can only go on as what it was."""
     old, new = _identity(earlier.info), _identity(now)
     keys = [key for key in new if old.get(key, new[key]) != new[key]]
-    if "train.stage" in keys:
-        keys = ["train.stage"]  # the rest follows from it
     if keys:
         changed = "; ".join(f"{key} was {old[key]} and is {new[key]}" for key in keys)
         raise CheckpointError(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from openmae.errors import CheckpointError, SpecError, blaming
 from openmae.results.files import make_folder
-from openmae.spec.checks import value_of
+from openmae.spec.checks import READS, value_of
 from openmae.spec.describe import fields
 from openmae.spec.fields import EXPAND_USER
 from openmae.spec.schema import ExperimentSpec
@@ -29,15 +29,6 @@ if TYPE_CHECKING:
 
 EXCLUDES_VARIABLE = "OPENMAE_UPLOAD_EXCLUDES"
 
-#: The files that an action reads, besides images.
-_READS: dict[str, tuple[str, ...]] = {
-    "train": ("train.pretrained_model_path", "train.resume_training_checkpoint_path"),
-    "automl": ("train.pretrained_model_path",),
-    "evaluate": ("evaluate.checkpoint", "evaluate.trt_engine"),
-    "inference": ("inference.checkpoint", "inference.trt_engine"),
-    "export": ("export.checkpoint",),
-    "gen_trt_engine": ("gen_trt_engine.onnx_file",),
-}
 _WRITES = {"export": "export.onnx_file", "gen_trt_engine": "gen_trt_engine.trt_engine"}
 _BESIDE = {".onnx": (".data",), ".engine": (".json",), ".plan": (".json",), ".trt": (".json",)}
 _AT_THE_END = ("backbone.safetensors", "report.html")  # of a training
@@ -143,7 +134,7 @@ def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Ite
                 _bring_back(target, place.folder, action, bring)
         else:
             place = Place(spec, make_folder(Path(target)), target, uploads)
-        local = {key: _fetched(key, remote[key]) for key in _READS[action] if key in remote}
+        local = {key: _fetched(key, remote[key]) for key in READS[action] if key in remote}
         if (key := _WRITES.get(action, "")) in remote:
             local[key] = _to_write(spec, key, remote[key], target, place, stack)
         if remote:

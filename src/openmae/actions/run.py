@@ -20,12 +20,14 @@ from openmae.actions.remote import local_place
 from openmae.data.corrupt import CORRUPT_LIST
 from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader
-from openmae.errors import Preempted, RunError
+from openmae.data.presence import missing_files, missing_sources
+from openmae.errors import DataError, Preempted, RunError
 from openmae.results.files import write_atomically
 from openmae.results.status import StatusLog
+from openmae.spec.checks import value_of
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import DEVICES, ExperimentSpec
-from openmae.training.world import World, find_world
+from openmae.training.world import World, find_world, gpus_per_node
 
 Rows = Sequence[tuple[str, str]]
 
@@ -63,7 +65,13 @@ class _NoStatus(StatusLog):
         pass
 
     def write(
-        self, status: str, message: str, *, verbosity: str = "INFO", kpi: Mapping[str, float] | None = None
+        self,
+        status: str,
+        message: str,
+        *,
+        verbosity: str = "INFO",
+        kpi: Mapping[str, float] | None = None,
+        progress: Mapping[str, int | str] | None = None,
     ) -> None:
         """It is written once."""
 
@@ -85,6 +93,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         UserError: the folder cannot be written, or what is remote cannot be had.
         RunError: the disk is full, or results could not be uploaded.
     """
+    _refuse_missing(spec, action)
     spec, world = _placed(spec, action)
     if not world.leads:
         with local_place(spec, action, leads=False) as place, _machine_faults(place.folder):
@@ -111,6 +120,13 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
     log.info("Results are in %s; open report.html there.", place.shown)
 
 
+def _refuse_missing(spec: ExperimentSpec, action: str) -> None:
+    """Name all paths that do not exist at once; a single one is explained by whatever opens it."""
+    missing = {**missing_sources(spec, "train" if action == "automl" else action), **missing_files(spec, action)}
+    if len(missing) > 1:
+        raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the paths.")
+
+
 def _placed(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:
     """The spec with the numbers of processes and nodes that a launcher decides, and this process's place."""
     if action not in DEVICES:
@@ -120,9 +136,20 @@ def _placed(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:
     nodes = own.num_nodes if spec.typed(f"{key}num_nodes") else None
     world = find_world(action, own.num_gpus if counted else None, nodes)
     values: dict[str, Any] = {f"{key}num_nodes": world.nodes}
-    if not counted:
+    if world.per_node != own.num_gpus or gpus_per_node():  # else the user may choose among a node's GPUs
         values |= {f"{key}num_gpus": world.per_node, f"{key}gpu_ids": tuple(range(world.per_node))}
+    replaced = [f"{name}={_plain(value_of(spec, name))}" for name in values if value_of(spec, name) != values[name]]
+    replaced = [item for item in replaced if spec.typed(item.partition("=")[0])]
+    if replaced and world.leads:
+        log.warning(
+            "%s set %d process(es) on each of %d node(s). This replaces %s of the spec.",
+            world.launcher or "WORLD_SIZE and NUM_GPU_PER_NODE", world.per_node, world.nodes, ", ".join(replaced),
+        )  # fmt: skip
     return spec.replaced(values), world
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _write_failure(status: StatusLog, message: str, verbosity: str) -> None:

@@ -136,6 +136,16 @@ class Study:
         """How many recommendations have been made."""
         return len(self.trials())
 
+    def why_deleted(self, trial: FrozenTrial) -> str:
+        """Why no job can take a model of a recommendation that has ended."""
+        how = "was trained to its end, but another one is better"
+        if trial.state == TrialState.PRUNED:
+            done = f"after epoch {trial.user_attrs.get(EPOCHS)} of {self.algorithm.epochs}"
+            how = f"was pruned {done}, as others were better"
+        if trial.state == TrialState.FAIL:
+            how = f"failed ({trial.user_attrs.get(CAUSE)})"
+        return f"Recommendation {trial.user_attrs[NUMBER]} of the search {how}, so its checkpoints were deleted."
+
     def unfinished(self) -> list[FrozenTrial]:
         """Those that have not ended, whoever is at them."""
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))

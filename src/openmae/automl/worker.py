@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +22,8 @@ from openmae.automl.algorithms import Algorithm
 from openmae.automl.storage import STORAGE_ERRORS, reason
 from openmae.automl.study import BEAT, EPOCHS, FOLDER, SECONDS, SOURCES, TRIALS, TRIES, Recommendation, Study
 from openmae.errors import OpenMAEError, Preempted, RunError
-from openmae.jobs.artifacts import list_folder, newest_checkpoint
-from openmae.jobs.client import Client
+from openmae.jobs.artifacts import DELETED, list_folder, newest_checkpoint
+from openmae.jobs.client import TRAININGS, Client
 from openmae.jobs.job import Job
 from openmae.jobs.processes import identify
 from openmae.jobs.queue import SLOTS
@@ -32,7 +32,6 @@ from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
 from openmae.spec.schema import ExperimentSpec
 
-JOBS = "jobs"
 EQUAL_FAILURES = 3  # in a row, with one cause, that end a search: the next would fail as well
 _POLL = 0.5  # seconds
 _MODELS = (".pth", ".safetensors")
@@ -61,7 +60,7 @@ class Trainings:
         self.folder = folder
         self.algorithm = algorithm
         # machines that share the folder must not take one another's processes for dead ones
-        self.client = Client(platform, root=folder / JOBS / (this_machine() if platform == "local" else platform))
+        self.client = Client(platform, root=folder / TRAININGS / (this_machine() if platform == "local" else platform))
         left_out = ("automl.", "wandb.run_id")  # one run of Weights & Biases cannot be all of them
         typed = {key: value_of(spec, key) for key in fields() if spec.typed(key) and not key.startswith(left_out)}
         self._specs = {**typed, "results_dir": str(folder)}
@@ -135,13 +134,16 @@ class Trainings:
         """The jobs that train a recommendation now."""
         return [job for job in self.client.list_jobs() if job.name.startswith(_job_name(name)) and not job.finished]
 
-    def delete_models(self, name: str) -> None:
-        """Delete the checkpoints of a training that cannot win; its status, metrics and spec stay."""
+    def delete_models(self, name: str, why: str = "") -> None:
+        """Delete the checkpoints of a training that cannot win, and note why; its status, metrics and spec stay."""
         for path in self.folder_of(name).glob("*"):
             if path.is_dir() and ".shards" in path.suffixes:  # in parts: also half of one, or what was set aside
                 delete_folder(path)
             elif path.suffix in _MODELS:
                 path.unlink(missing_ok=True)
+        if why:
+            with suppress(OSError):  # the disk may be full, or the folder was never made
+                (self.folder_of(name) / DELETED).write_text(f"{why}\n", encoding="utf-8")
 
 
 @dataclass
@@ -313,7 +315,7 @@ class Worker:
             raise RunError(
                 f"{EQUAL_FAILURES} recommendations in a row failed for the same reason: {cause}",
                 "Mend the cause; the same command goes on with the recommendations that are left. The whole log: "
-                f"{self.trainings.folder / JOBS}.",
+                f"{self.trainings.folder / TRAININGS}.",
             )
 
     def _end(self, one: Recommendation, state: TrialState, value: float | None = None, cause: str = "") -> None:
@@ -333,7 +335,7 @@ class Worker:
             if not trial.state.is_finished() or needed:
                 continue
             if best is None or trial.number != best.number:
-                self.trainings.delete_models(trial.user_attrs[FOLDER])
+                self.trainings.delete_models(trial.user_attrs[FOLDER], self.study.why_deleted(trial))
             for name in trial.user_attrs[SOURCES]:
                 if algorithm.generations == 1:  # else they are another one's, and judged with it
                     self.trainings.delete_models(name)

@@ -19,6 +19,7 @@ Kind = Literal[
     "checkpoint", "onnx", "engine", "weights", "spec", "status", "metrics", "report", "picture", "predictions",
     "events", "parts", "other",
 ]  # fmt: skip
+DELETED = "checkpoints_deleted.txt"  # in the folder of a training whose checkpoints a search deleted: why
 _NAMES: dict[str, Kind] = {"status.json": "status", "experiment.yaml": "spec", "corrupt_files.txt": "report"}
 _SUFFIXES: dict[str, Kind] = {
     ".pth": "checkpoint",
@@ -175,6 +176,13 @@ def choose_model(
     latest = [item for item in fitting if item.latest or item.kind != "checkpoint"]
     if latest:
         return max(latest, key=lambda item: (item.modified, item.path)), "the newest that the parent has"
+    deleted = [read_text(item.path) for item in items if item.name == DELETED and "checkpoint" in kinds]
+    if deleted and deleted[0]:
+        raise CheckpointError(
+            f"parent_job_id: {where} holds no checkpoint to take. {deleted[0].strip()}",
+            "Give the search itself as the parent, which has the best model, or another of its trainings, or search "
+            "again with automl.keep_all=true.",
+        )
     words = " or ".join(sorted({"checkpoint": "checkpoint (.pth)"}.get(kind, f".{kind} file") for kind in kinds))
     raise CheckpointError(
         f"parent_job_id: {where} holds no {words} to take. {_held(items)}", _fix(items, fitting, kinds)

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from openmae.jobs.client import Client
     from openmae.jobs.job import Job
 
+SPEC_OPTION = (
+    "-e",
+    "--experiment_spec_file",
+    "--experiment_spec",
+)  # the long forms are TAO's and the older one of OpenMAE
 _STYLES = {"COMPLETE": "green", "ERROR": "red", "RUNNING": "cyan", "CANCELED": "yellow", "UNKNOWN": "magenta"}
 
 
@@ -25,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser, actions: Iterable[str]) -> No
     commands = parser.add_subparsers(dest="jobs_command", metavar="COMMAND", required=True)
     submit = _command(commands, "submit", "check an action, then run or queue it as a job", _submit)
     submit.add_argument("action", choices=tuple(actions), metavar="ACTION", help=", ".join(actions))
-    submit.add_argument("-e", "--experiment_spec", metavar="SPEC", help="YAML file; without it, all defaults")
+    submit.add_argument(
+        *SPEC_OPTION, dest="experiment_spec", metavar="SPEC", help="YAML file; without it, all defaults"
+    )
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="option, or shorthand such as num_epochs=3")
     submit.add_argument("--parent", metavar="JOB", help="the job whose model this one takes")
     submit.add_argument("--platform", choices=PLATFORMS, default="local", help="where it runs (default: %(default)s)")

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -27,6 +28,7 @@ from openmae.jobs.store import LOG, SPEC, JobStore, write_durably
 from openmae.storage.urls import is_remote
 
 ROOT = "OPENMAE_JOBS"
+TRAININGS = "jobs"  # in the results folder of a search: the roots of its trainings, one a machine
 _POLL = 0.1
 
 log = logging.getLogger("openmae")
@@ -79,7 +81,7 @@ class Client:
             specs: nested sections, as a spec file has them.
             spec_overrides: dotted keys, nested sections or shorthands (num_epochs, batch_size, ...); they win over
                 ``specs``.
-            parent_job_id: a train, export or gen_trt_engine job, whose model this one takes.
+            parent_job_id: a train, export or gen_trt_engine job, or a training of a search, whose model this one takes.
             automl_policy: auto (or on): a training becomes a search for the best values (`mae automl`); off: it trains
                 once; None: auto. Acts on train alone.
             image: of a container; noted, since no platform of this version runs containers.
@@ -99,11 +101,13 @@ class Client:
             action, specs, spec_overrides, automl_policy, image, gpu_count, num_nodes, dict(env_vars or {}), name,
             self.platform,
         )  # fmt: skip
-        parent = self._record(parent_job_id) if parent_job_id else None
+        parent = self._parent(parent_job_id) if parent_job_id else None
         job_id = str(uuid.uuid4())
         prepared = make_request(request, parent, str(self.store.folder(job_id) / "results"))
         platform = self._platform(self.platform)
         platform.check(prepared.gpus, prepared.nodes)
+        for notice in prepared.facts["notices"]:
+            log.warning("%s", notice)
         folder = self.store.folder(job_id)
         command = command_of(prepared.facts["command"], folder / SPEC)
         if prepared.facts["command"] == "automl":
@@ -116,8 +120,6 @@ class Client:
             with self.store.update(job_id) as record:
                 move(record, "ERROR", f"could not be started: {error.problem}")
             raise
-        for notice in prepared.facts["notices"]:
-            log.warning("%s", notice)
         return as_job(self.store.read(job_id))
 
     def get_job_status(self, job_id: str) -> Job:
@@ -268,6 +270,18 @@ class Client:
         if name not in self._platforms:
             self._platforms[name] = open_platform(name, self.store)
         return self._platforms[name]
+
+    def _parent(self, job_id: str) -> Record:
+        """The record of a job of this root, or of a training that a search of this root has started."""
+        try:
+            return self._record(job_id)
+        except SpecError:
+            searches = [record for record in self.store.records() if "automl" in record["command"]]
+            for folder in (Path(record["results_folder"]) / TRAININGS for record in searches):
+                for root in sorted(folder.glob("*/")):
+                    with suppress(SpecError):
+                        return Client(self.platform, root)._record(job_id)
+            raise
 
     def _record(self, job_id: str) -> Record:
         record_id = self.store.find(job_id)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from openmae.data.presence import missing_files, missing_sources
 from openmae.errors import DataError, SpecError, blaming
 from openmae.jobs.job import Record, state_of
 from openmae.jobs.parameters import (
@@ -25,7 +26,7 @@ from openmae.spec.reading import write_text
 from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
 from openmae.storage.urls import is_remote, redact
 
-_TURN_OFF = " It tries several values of the learning rate and others; automl_policy='off' trains once."
+_STOPS_EARLY = ("asha", "hyperband", "bohb")
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,7 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
     filled = merge(action, request.specs, request.spec_overrides)
     filled.searching = routed.where == "automl"
     own = not filled.typed("results_dir") and not filled.typed(f"{action}.results_dir")
-    _count(filled, "num_gpus", request.gpu_count or None, "gpu_count")
-    _count(filled, "num_nodes", request.num_nodes, "num_nodes")
+    replaced = _count(filled, request)
     fill(filled, _parent(parent), own_results)
     environment = dict(request.env_vars)
     key = str(filled.values.get("encryption_key") or "")
@@ -111,7 +111,11 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
         "outputs": _outputs(spec, action),
         "spec": nested({name: _shown(value) for name, value in filled.values.items()}),
         "explanation": explanation,
-        "notices": _notices(request, parent, is_secret(key), routed),
+        "notices": [
+            *_notices(request, parent, is_secret(key), routed, spec),
+            *_replaced(replaced),
+            *(f"{name}: {text} yet." for name, text in missing_files(spec, action).items()),
+        ],
         "gpus": gpus,
         "nodes": nodes,
         "processes": getattr(spec, action).num_gpus if action in DEVICES else 1,
@@ -122,22 +126,21 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
 
 
 def check_sources(spec: ExperimentSpec, action: str) -> None:
-    """Refuse a data source that is not there.
+    """Refuse data sources that are not there.
 
     Raises:
-        DataError: it does not exist, or its store cannot be reached.
+        DataError: one does not exist, or its store cannot be reached; the text names all of them.
     """
+    missing = missing_sources(spec, action)
+    if missing:
+        raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the path.")
     for name in SOURCES.get(action, ()):
         source = str(value_of(spec, f"dataset.{name}"))
-        if not source or "{" in source:  # a pattern of shards
-            continue
-        with blaming(f"dataset.{name}"):
-            if is_remote(source):
-                from openmae.storage.objects import require
+        if is_remote(source) and "{" not in source:  # else a pattern of shards
+            from openmae.storage.objects import require
 
+            with blaming(f"dataset.{name}"):
                 require(source)
-            elif not os.path.exists(source):
-                raise DataError(f"there is nothing at {source!r}.", "Check the path.")
 
 
 def check_key(text: str, env_vars: Mapping[str, str]) -> None:
@@ -174,15 +177,27 @@ def _check_arguments(request: Request) -> None:
             )
 
 
-def _count(filled: Filled, name: str, count: int | None, argument: str) -> None:
-    """Put ``gpu_count`` or ``num_nodes`` into the section of the action."""
-    if count is None or filled.action not in DEVICES:
-        return
-    key = f"{filled.action}.{name}"
-    typed = filled.values.get(key)
-    if typed is not None and str(typed) != str(count):
-        raise SpecError(f"{argument}: is {count}, but {key} is {typed}.", "Give one of them, or the same in both.")
-    filled.put(key, count, argument, f"the argument {argument}")
+def _count(filled: Filled, request: Request) -> list[str]:
+    """Put ``gpu_count`` and ``num_nodes`` into the section of the action; return what they replace there."""
+    action, replaced = filled.action, []
+    given = {"num_gpus": ("gpu_count", request.gpu_count or None), "num_nodes": ("num_nodes", request.num_nodes)}
+    if action not in DEVICES:
+        if request.gpu_count and filled.values.get(f"{action}.gpu_id") not in (None, 0):
+            replaced.append(f"{action}.gpu_id={filled.values[f'{action}.gpu_id']}")
+            filled.put(f"{action}.gpu_id", 0, "gpu_count", "the platform says which GPU")
+        return replaced
+    for name, (argument, count) in given.items():
+        if count is None:
+            continue
+        key = f"{action}.{name}"
+        if filled.typed(key) and str(filled.values[key]) != str(count):
+            replaced.append(f"{key}={filled.values[key]}")
+        filled.put(key, count, argument, f"the argument {argument}")
+        ids, wanted = f"{action}.gpu_ids", list(range(count))
+        if name == "num_gpus" and filled.typed(ids) and filled.values[ids] not in (wanted, tuple(wanted)):
+            replaced.append(f"{ids}={filled.values[ids]}")
+            filled.put(ids, wanted, argument, f"the argument {argument}: the platform says which GPUs")
+    return replaced
 
 
 def _resources(spec: ExperimentSpec, request: Request) -> tuple[int, int]:
@@ -235,14 +250,38 @@ def _shown(value: Any) -> Any:
     return redact(value) if isinstance(value, str) and is_remote(value) else value
 
 
-def _notices(request: Request, parent: Record | None, literal_key: bool, routed: Route) -> list[str]:
+def _replaced(values: list[str]) -> list[str]:
+    return [f"gpu_count and num_nodes of the job replace {', '.join(values)} of the spec."] if values else []
+
+
+def _search_words(spec: ExperimentSpec) -> str:
+    """How many trainings a search is, how long that takes, and how to train once instead."""
+    automl = spec.automl
+    count, epochs, at_once = (
+        automl.max_recommendations,
+        automl.max_epochs or spec.train.num_epochs,
+        automl.max_concurrent,
+    )
+    times = -(-count // at_once)
+    limit = "at most" if automl.algorithm in (*_STOPS_EARLY, "grid") else "about"
+    return (
+        f"It is a search of {'up to ' if automl.algorithm == 'grid' else ''}{count} trainings of {epochs} epochs "
+        f"({automl.algorithm}, {at_once} at a time), which takes {limit} {times} times as long as one; its log tells "
+        "the expected time before the first one. To train once, submit with --automl off (mae jobs submit) or "
+        'automl_policy="off" (Python).'
+    )
+
+
+def _notices(
+    request: Request, parent: Record | None, literal_key: bool, routed: Route, spec: ExperimentSpec
+) -> list[str]:
     notices = []
     if literal_key:
         notices.append("encryption_key is kept nowhere: children need it again. env:NAME or file:PATH is handed on.")
     if request.image:
         notices.append(f"image {request.image} does not act: jobs run in this Python environment.")
     if request.action == "train" and routed.policy == "auto":
-        notices.append(routed.reason + (_TURN_OFF if routed.where == "automl" else ""))
+        notices.append(f"{routed.reason} {_search_words(spec)}" if routed.where == "automl" else routed.reason)
     elif request.action != "train" and request.automl_policy is not None:
         notices.append(f"automl_policy does not act on {request.action}.")
     if parent is not None and state_of(parent) != "COMPLETE":

@@ -1,8 +1,9 @@
 """``status.json``: what a run is doing, as JSON lines that other programs follow.
 
-One object a line: ``date`` (m/d/yyyy), ``time`` (h:m:s), ``status``, ``verbosity``, ``message``, and
-``kpi`` (a flat object of finite numbers) where there are numbers. The layout is TAO Core's, so that
-runners which watch a TAO job watch ours unchanged.
+One object a line: ``date`` (m/d/yyyy), ``time`` (h:m:s), ``status``, ``verbosity``, ``message``, and ``kpi`` (a flat
+object of finite numbers) where there are numbers. The line of an epoch also has ``epoch`` and ``max_epoch`` (from 0),
+``step``, ``max_step``, ``time_per_epoch``, ``time_per_step`` and ``eta`` (as ``0:01:23.456789``). The layout is that
+of TAO's status logger, so that programs that follow a TAO job can follow this one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,13 @@ class StatusLog:
             self.path.write_text("", encoding="utf-8")
 
     def write(
-        self, status: str, message: str, *, verbosity: str = "INFO", kpi: Mapping[str, float] | None = None
+        self,
+        status: str,
+        message: str,
+        *,
+        verbosity: str = "INFO",
+        kpi: Mapping[str, float] | None = None,
+        progress: Mapping[str, int | str] | None = None,
     ) -> None:
         """Append one line.
 
@@ -54,6 +61,7 @@ class StatusLog:
             verbosity: one of ``VERBOSITIES``.
             kpi: metric name -> value. JSON has no NaN or infinity: such values are left out and the
                 message names them.
+            progress: fields of the line itself, such as ``epoch`` and ``eta``.
 
         Raises:
             ValueError: an unknown status or verbosity.
@@ -73,6 +81,7 @@ class StatusLog:
             "status": status,
             "verbosity": verbosity,
             "message": message,
+            **(progress or {}),
         }
         if finite:
             entry["kpi"] = finite

@@ -54,6 +54,16 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "export": ("val_data_sources",),
 }
 
+#: The files that an action reads, apart from images.
+READS: dict[str, tuple[str, ...]] = {
+    "train": ("train.pretrained_model_path", "train.resume_training_checkpoint_path"),
+    "automl": ("train.pretrained_model_path",),
+    "evaluate": ("evaluate.checkpoint", "evaluate.trt_engine"),
+    "inference": ("inference.checkpoint", "inference.trt_engine"),
+    "export": ("export.checkpoint",),
+    "gen_trt_engine": ("gen_trt_engine.onnx_file",),
+}
+
 
 def inert_keys(spec: ExperimentSpec) -> list[str]:
     """Options that do not act in this spec's stage, or because another option replaces them."""
@@ -66,6 +76,7 @@ def inert_keys(spec: ExperimentSpec) -> list[str]:
         keys += _unused_mixing(spec)
     if spec.train.distributed_strategy != "fsdp":
         keys.append("train.sharded_checkpoints")
+    keys += [key for key in fields() if ".checkpointer." in key or ".cal_" in key]
     return [*keys, *(key for key, needed in _NEEDS.items() if not value_of(spec, needed))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 from openmae.spec.fields import BatchOrAuto, EngineType, LocalPath, Section, Texts, option
@@ -13,6 +14,45 @@ class CalibrationSpec(Section):
     images: LocalPath = option("", "folder or archive of images like those that the model will see")
     count: int = option(256, "how many of them to use, spread evenly over the set", ge=1)
     batch: int = option(8, "images per batch while calibrating", ge=1)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the images are."""
+        return (self.images,) if self.images else ()
+
+    @property
+    def total(self) -> int:
+        """How many images to use."""
+        return self.count
+
+    @property
+    def batch_size(self) -> int:
+        """Images per batch."""
+        return self.batch
+
+
+class EngineCalibrationSpec(CalibrationSpec):
+    """``gen_trt_engine.tensorrt.calibration``: the same, and TAO's names for it."""
+
+    cal_image_dir: Texts = option((), "TAO's name of images: one folder or several", automl=False)
+    cal_cache_file: str = option("", "accepted; the ranges are part of the engine, and no cache is written")
+    cal_batch_size: int | None = option(None, "TAO's name of batch", ge=1)
+    cal_batches: int | None = option(None, "TAO's name of count, in batches of cal_batch_size (unset: 1) images", ge=1)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the images are."""
+        return tuple(map(os.path.expanduser, self.cal_image_dir)) or super().sources
+
+    @property
+    def total(self) -> int:
+        """How many images to use."""
+        return self.count if self.cal_batches is None else self.cal_batches * (self.cal_batch_size or 1)
+
+    @property
+    def batch_size(self) -> int:
+        """Images per batch."""
+        return self.batch if self.cal_batch_size is None else self.cal_batch_size
 
 
 class ExportSpec(Section):
@@ -49,7 +89,7 @@ class TensorRTSpec(Section):
     layers_precision: tuple[str, ...] = option(
         (), "nodes that keep another precision, as name:fp32, where * stands for any characters", automl=False
     )
-    calibration: CalibrationSpec = option(CalibrationSpec(), "images to calibrate int8 with")
+    calibration: EngineCalibrationSpec = option(EngineCalibrationSpec(), "images to calibrate int8 with")
 
 
 class GenTrtEngineSpec(Section):

@@ -28,6 +28,12 @@ REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
     "gen_trt_engine": (("gen_trt_engine.onnx_file",), ("gen_trt_engine.trt_engine",)),
 }
 
+#: Options of TAO's older entrypoints, and the names of the keys that they set.
+_OPTIONS_OF_TAO = {
+    **{"r": "results_dir", "k": "encryption_key", "key": "encryption_key"},
+    **{"g": "num_gpus", "gpus": "num_gpus", "gpu_index": "gpu_ids"},
+}
+
 
 class KeyRow(NamedTuple):
     """One option, in words."""
@@ -68,7 +74,7 @@ def type_words(field: FieldInfo) -> str:
 def bounds_words(field: FieldInfo) -> str:
     """The bounds of an option, such as "> 0 and <= 1", or its choices; empty where there are none."""
     if choices(field):
-        return ", ".join(choices(field))
+        return ", ".join(filter(None, choices(field)))
     found = []
     for name, sign in _SIGNS:
         found += [f"{sign} {getattr(m, name):g}" for m in field.metadata if getattr(m, name, None) is not None]
@@ -86,6 +92,26 @@ def why_illegal(key: str, values: Iterable[Any]) -> str:
         except ValidationError as error:
             return f"{value!r} is not a legal value of {key}: {error.errors()[0]['msg'].lower()}."
     return ""
+
+
+def key_of_option(option: str, section: str) -> str:
+    """Return what to write instead of a command-line option such as ``-g`` or ``--num_epochs=3``; empty: unknown.
+
+    Args:
+        option: as typed, with its dashes.
+        section: the action's, which goes before others that have a key of that name.
+    """
+    name, _, value = option.lstrip("-").partition("=")
+    if name in ("config-path", "config-name"):
+        return "-e SPEC"
+    name = name.replace("-", "_")
+    name = _OPTIONS_OF_TAO.get(name, name)
+    keys = [key for key in fields() if name in (key, key.rpartition(".")[2])]
+    if name == "num_gpus" and f"{section}.num_gpus" not in keys:
+        keys = [f"{section}.gpu_id"]
+    keys.sort(key=lambda key: (key != name, not key.startswith(f"{section}."), not key.startswith("train.")))
+    shown = "VALUE" if not value or "encryption_key" in keys else value
+    return f"{keys[0]}={shown}" if keys else ""
 
 
 def keys_table(action: str | None = None) -> list[KeyRow]:
@@ -190,6 +216,8 @@ def _in_template(key: str, action: str) -> bool:
     """An action's own section and, for all but train, only what reading a model and data may need."""
     section, name = key.split(".")[0], key.split(".")[-1]
     if key in ("encryption_key", "model_name", "dataset.segment", "train.mask_ratio", "train.norm_pix_loss"):
+        return False
+    if ".checkpointer." in key or ".cal_" in key:  # other names of options that stand there
         return False
     if name.endswith("_data_sources"):
         used = {"train": ("train", "val"), "evaluate": ("val",), "inference": ("test",), "export": ("val",)}

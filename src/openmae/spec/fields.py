@@ -162,6 +162,15 @@ def _admits(annotation: Any, kind: type) -> bool:
     return annotation is kind or any(_admits(part, kind) for part in get_args(annotation))
 
 
+def _choice_as_declared(value: str, annotation: Any) -> str:
+    """``value``, or the choice of a ``Literal`` that differs from it in case only."""
+    if get_origin(annotation) is Literal:
+        return next((c for c in get_args(annotation) if isinstance(c, str) and c.lower() == value.lower()), value)
+    for part in get_args(annotation):
+        value = _choice_as_declared(value, part)
+    return value
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused, no NaN or infinity."""
 
@@ -170,8 +179,10 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_surprising_casts(cls, value: Any, info: Any) -> Any:
-        """Keep ``true`` from meaning 1; let a path or a run named by an integer be text."""
+        """Keep ``true`` from meaning 1; let a path or a run named by an integer be text, and a choice have any case."""
         annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, str):
+            value = _choice_as_declared(value, annotation)
         if _admits(annotation, str):
             if isinstance(value, os.PathLike):
                 return os.fspath(value)

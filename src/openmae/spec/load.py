@@ -6,6 +6,7 @@ import difflib
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from openmae.spec.reading import (
     write_text,
 )
 from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
+from openmae.spec.tao_checks import find_tao_notices, find_tao_problems, ignored_by_tao
 
 log = logging.getLogger("openmae")
 
@@ -65,13 +67,18 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
         key for key in fields() if _has(reading.tree, key) and (typed is None or key in typed or key in reading.origin)
     )
     unset = {key: value for key, value in _decided(spec).items() if value_of(spec, key) is None}
-    spec = spec.replaced({**unset, **_devices(spec)})
+    spec = _with_checkpointer(spec.replaced({**unset, **_devices(spec)}))
     broken = {problem.key for problem in problems}
-    problems += [p for p in find_problems(spec, action) if not _touches(p, broken)]
+    found = chain(find_problems(spec, action), find_tao_problems(spec, action))
+    problems += [problem for problem in found if not _touches(problem, broken)]
     if problems:
         raise _spec_error(problems, reading.origin, name)
-    for notice in find_notices(spec, action):
+    for notice in chain(find_notices(spec, action), find_tao_notices(spec, action)):
         log.warning(notice)
+    if action == "train" and not searching:
+        from_file = [key for key, place in reading.origin.items() if place.startswith("line")]
+        for notice in ignored_by_tao(spec, from_file, _decided(spec)):
+            log.warning(notice)
     if action == "train" and not searching and any(spec.typed(key) for key in fields() if key.startswith("automl.")):
         log.warning("The automl section does not act in a plain training: `mae automl` searches.")
     return _clamp(spec)
@@ -99,8 +106,9 @@ def to_dict(spec: ExperimentSpec) -> Tree:
     for key, field in fields().items():
         if key in silent or value_of(spec, key) == field.default == "":
             _pop(tree, key.split("."))
-    if not tree["automl"]:
-        del tree["automl"]
+    for parent, name in ((tree, "automl"), (tree["train"], "checkpointer")):
+        if not parent[name]:
+            del parent[name]
     if is_secret(spec.encryption_key):
         tree["encryption_key"] = SECRET_MARK
     for key, text in spec.shown.items():
@@ -251,6 +259,23 @@ def _devices(spec: ExperimentSpec) -> Tree:
         elif not spec.typed(f"{section}.num_gpus"):
             values[f"{section}.num_gpus"] = len(own.gpu_ids)
     return values
+
+
+def _with_checkpointer(spec: ExperimentSpec) -> ExperimentSpec:
+    """The spec with what ``train.checkpointer`` asks for in the options that act."""
+    checkpointer, monitor, keep = spec.train.checkpointer, "train.optim.monitor_name", "train.keep_checkpoints"
+    typed = {key for key in fields() if spec.typed(key)}
+    if checkpointer.enable_topk and checkpointer.replace_periodic and keep not in typed:
+        spec, typed = spec.replaced({keep: 1}), typed | {keep}
+    if metric := checkpointer.metric:
+        if monitor in typed and spec.train.optim.monitor_name != metric:
+            log.warning("train.checkpointer.monitor=%s replaces %s=%s.", metric, monitor, value_of(spec, monitor))
+        if metric == "ACC_all":  # what a fine-tuning takes where nothing is typed
+            typed -= {monitor}
+        else:
+            spec, typed = spec.replaced({monitor: metric}), typed | {monitor}
+    spec._typed = frozenset(typed)
+    return spec
 
 
 def _clamp(spec: ExperimentSpec) -> ExperimentSpec:

@@ -169,12 +169,23 @@ def read_mapping(source: Mapping[Any, Any]) -> Reading:
 
 
 def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
-    """Merge ``a.b=c`` into what was read; ``c`` is YAML, and nothing after ``=`` unsets the key."""
+    """Merge ``a.b=c`` into what was read; ``c`` is YAML, and nothing after ``=`` unsets the key.
+
+    Hydra's ``+a.b=c`` and ``++a.b=c`` mean the same: whether a key exists is checked for all of them.
+    """
     for item in overrides:
         key, equals, text = item.partition("=")
-        key = key.strip()
+        key = re.sub(r"^\+{1,2}", "", key.strip())
+        if key.startswith("~"):
+            key = key.lstrip("~")
+            text = f"{item!r} deletes a key in Hydra. Drop the key instead: leave it out of the spec"
+            reading.problems.append(
+                Problem(key or item, f"{text}, or unset it with {key or 'key'}= (nothing after =).")
+            )
+            continue
         if not equals or not all(key.split(".")) or key.count(".") >= _DEEPEST:
-            reading.problems.append(Problem(key or item, f"an override is written key=value, got {item!r}."))
+            hint = f" A spec file is given as -e {item}." if item.endswith((".yaml", ".yml")) else ""
+            reading.problems.append(Problem(key or item, f"an override is written key=value, got {item!r}.{hint}"))
             continue
         try:
             _, value = _parse(text)

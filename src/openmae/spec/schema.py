@@ -30,6 +30,7 @@ from openmae.spec.fields import (
     SharePair,
     option,
 )
+from openmae.spec.tao import CheckpointerSpec
 
 ACTIONS = ("train", "evaluate", "inference", "export", "gen_trt_engine")
 DEVICES = ("train", "evaluate", "inference")  # actions that have num_gpus, gpu_ids and num_nodes
@@ -283,6 +284,7 @@ class TrainSpec(Section):
     norm_pix_loss: bool | None = option(None, "the same as model.norm_pix_loss")
     cudnn: CudnnSpec = option(CudnnSpec(), "cuDNN's settings")
     optim: OptimSpec = option(OptimSpec(), "optimizer and schedule")
+    checkpointer: CheckpointerSpec = option(CheckpointerSpec(), "TAO's settings of the best checkpoint")
 
 
 class EvaluateSpec(Section):

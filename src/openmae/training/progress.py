@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -21,9 +22,10 @@ class PaceMeter:
 
     def restart(self) -> None:
         """Begin an epoch: forget what was measured."""
-        self._waited, self._images = 0.0, 0
+        self._waited, self._images, self._steps = 0.0, 0, 0
         self._start = self._mark()
         self._lap = self._start
+        self._last = self._start[0]  # when the newest step ended
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """Pass the batches on, and measure the wait for each."""
@@ -40,6 +42,8 @@ class PaceMeter:
     def count(self, images: int) -> None:
         """Note that ``images`` more (of all ranks) went through a step."""
         self._images += images
+        self._steps += 1
+        self._last = time.perf_counter()
 
     def read(self) -> dict[str, float]:
         """``images_per_s``, and ``data_wait`` as a share of the time, since the epoch began."""
@@ -50,6 +54,27 @@ class PaceMeter:
         pace = self._since(self._lap)
         self._lap = self._mark()
         return pace
+
+    def timing(self, epoch: int, epochs: int, step: int, steps_per_epoch: int) -> dict[str, int | str]:
+        """Return the progress fields of TAO's status log, for an epoch that ends now with its validation.
+
+        Args:
+            epoch: counted from 0, as TAO does there; so is ``max_epoch``.
+            epochs: of the run.
+            step: updates of the weights so far.
+            steps_per_epoch: updates of an epoch.
+
+        Returns:
+            Counts, and durations as ``H:MM:SS.ffffff``; ``eta`` is the time that the other epochs will take.
+        """
+        per_epoch = time.perf_counter() - self._start[0]
+        durations = {
+            "time_per_epoch": per_epoch,
+            "time_per_step": (self._last - self._start[0]) / max(self._steps, 1),
+            "eta": (epochs - 1 - epoch) * per_epoch,
+        }
+        counts = {"epoch": epoch, "max_epoch": epochs - 1, "step": step, "max_step": epochs * steps_per_epoch}
+        return {**counts, **{name: str(timedelta(seconds=seconds)) for name, seconds in durations.items()}}
 
     def _mark(self) -> tuple[float, float, int]:
         return time.perf_counter(), self._waited, self._images

@@ -116,11 +116,13 @@ class Outputs:
         if self.loggers is not None and values:
             self.loggers.write(step, epoch, values)
 
-    def report(self, epoch: int, epochs: int, step: int, metrics: Mapping[str, float]) -> None:
-        """The end of an epoch, for people: in the status and on the terminal."""
+    def report(
+        self, epoch: int, epochs: int, step: int, metrics: Mapping[str, float], timing: Mapping[str, int | str]
+    ) -> None:
+        """Report the end of an epoch in the status log, with the fields of ``timing``, and on the terminal."""
         if self.status is None:
             return
         message = f"Epoch {epoch + 1} of {epochs}, step {step}"
-        self.status.write("RUNNING", message, kpi=metrics)
+        self.status.write("RUNNING", message, kpi=metrics, progress=timing)
         shown = {k: f"{v:.0f}" if k == "images_per_s" else f"{v:.4f}" for k, v in metrics.items()}
         log.info("%s: %s", message, "  ".join(f"{k} {v}" for k, v in shown.items()))

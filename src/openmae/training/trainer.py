@@ -311,7 +311,8 @@ class Trainer:
         elif improved:
             payload = self._whole_payload()
             self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(payload))
-        self.outputs.report(epoch, settings.num_epochs, step, metrics | pace)
+        timing = self.pace.timing(epoch, settings.num_epochs, step, self.schedule.steps_per_epoch)
+        self.outputs.report(epoch, settings.num_epochs, step, metrics | pace, timing)
         return metrics
 
     def _validate(self) -> dict[str, float]:

@@ -10,6 +10,14 @@ from dataclasses import dataclass
 from openmae.errors import SpecError
 
 PUBLISHED = ("WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+GPUS_PER_NODE = "NUM_GPU_PER_NODE"
+LAUNCHERS = (
+    *PUBLISHED,
+    GPUS_PER_NODE,
+    "RANK",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+)  # what a run on one machine is without
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _PORTS = range(1, 65536)
 
@@ -55,33 +63,44 @@ class World:
 def find_world(
     section: str, num_gpus: int | None, num_nodes: int | None, environment: Mapping[str, str] = os.environ
 ) -> World:
-    """Read what torchrun, SLURM or the published variables say, and check it against the spec.
+    """Read what torchrun, SLURM or the published variables say; it replaces the numbers of the spec.
 
     Args:
         section: of the spec, for messages: ``train``, ``evaluate`` or ``inference``.
-        num_gpus: processes of a node; None: not typed, so that the launcher's number holds.
-        num_nodes: machines; None likewise.
+        num_gpus: processes per node of the spec; None: not typed.
+        num_nodes: machines of the spec; None: not typed.
         environment: the process's variables.
 
     Raises:
-        SpecError: a variable is missing or wrong, or contradicts the spec.
+        SpecError: a variable is missing or wrong.
     """
-    asked = _Asked(section, num_gpus, num_nodes)
     if all(environment.get(name) for name in _TORCHRUN):
-        return _under_torchrun(asked, environment)
+        return _under_torchrun(section, environment)
     tasks = _count(environment, "SLURM_STEP_NUM_TASKS", 1) if environment.get("SLURM_STEP_NUM_TASKS") else 1
     each = _tasks_per_node(environment, tasks) if tasks > 1 else 1
     if each > 1:
-        return _one_task_a_process(asked, environment, tasks // each, each)
-    by_variables = environment.get("NODE_RANK") and environment.get("WORLD_SIZE", "1") != "1"
-    if tasks > 1 and not by_variables:
-        _agree(asked, "num_nodes", tasks, f"SLURM started a task on each of {tasks} nodes", f"srun --nodes={num_nodes}")
+        return _one_task_a_process(environment, tasks // each, each)
+    total = environment.get("WORLD_SIZE", "")
+    per_node = gpus_per_node(environment) or num_gpus or 1
+    by_variables = total not in ("", "1") and bool(environment.get("NODE_RANK") or environment.get(GPUS_PER_NODE))
+    if tasks > 1 and not (by_variables and environment.get("NODE_RANK")):
         address, port = _meeting_place(environment)
         rank = _count(environment, "SLURM_NODEID", 0)
-        return World(tasks, num_gpus or 1, rank, None if (num_gpus or 1) > 1 else 0, address, port, "SLURM")
-    if by_variables or (num_nodes or 1) > 1:
-        return _by_variables(asked, environment)
-    return World(per_node=num_gpus or 1)
+        return World(tasks, per_node, rank, None if per_node > 1 else 0, address, port, "SLURM")
+    if by_variables or ((num_nodes or 1) > 1 and total != "1"):
+        return _by_variables(_Asked(section, num_gpus, num_nodes), environment)
+    return World(per_node=per_node)
+
+
+def gpus_per_node(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Return the processes per node that ``NUM_GPU_PER_NODE`` asks for; None where it is not set.
+
+    Raises:
+        SpecError: it is not a number.
+    """
+    if not environment.get(GPUS_PER_NODE):
+        return None
+    return max(_count(environment, GPUS_PER_NODE, 0), 1)  # 0: one process, on the CPU
 
 
 def follows(environment: Mapping[str, str] = os.environ) -> bool:
@@ -100,26 +119,19 @@ class _Asked:
     num_nodes: int | None
 
 
-def _under_torchrun(asked: _Asked, environment: Mapping[str, str]) -> World:
+def _under_torchrun(section: str, environment: Mapping[str, str]) -> World:
     total, each = (_count(environment, name, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     rank, local = (_count(environment, name, 0) for name in ("RANK", "LOCAL_RANK"))
     if total % each or rank % each != local:
         raise SpecError(
-            f"{asked.section}.num_gpus: torchrun started {total} processes, but not {each} on every node.",
+            f"{section}.num_gpus: torchrun started {total} processes, but not {each} on every node.",
             "Start equally many on each node, by the same --nproc-per-node.",
         )
-    nodes = total // each
-    fix = f"torchrun --nproc-per-node={asked.num_gpus}"
-    _agree(asked, "num_gpus", each, f"torchrun started {each} process(es) a node", fix)
-    _agree(asked, "num_nodes", nodes, f"torchrun runs on {nodes} node(s)", f"torchrun --nnodes={asked.num_nodes}")
     address, port = environment.get("MASTER_ADDR", "127.0.0.1"), _port(environment)
-    return World(nodes, each, rank // each, local, address, port, "torchrun")
+    return World(total // each, each, rank // each, local, address, port, "torchrun")
 
 
-def _one_task_a_process(asked: _Asked, environment: Mapping[str, str], nodes: int, each: int) -> World:
-    fix = f"srun --ntasks-per-node={asked.num_gpus} (or 1: one process then starts the others)"
-    _agree(asked, "num_gpus", each, f"SLURM started {each} tasks a node", fix)
-    _agree(asked, "num_nodes", nodes, f"SLURM started tasks on {nodes} node(s)", f"srun --nodes={asked.num_nodes}")
+def _one_task_a_process(environment: Mapping[str, str], nodes: int, each: int) -> World:
     address, port = _meeting_place(environment)
     node, local = (_count(environment, name, 0) for name in ("SLURM_NODEID", "SLURM_LOCALID"))
     return World(nodes, each, node, local, address if nodes > 1 else "127.0.0.1", port, "SLURM")
@@ -127,34 +139,23 @@ def _one_task_a_process(asked: _Asked, environment: Mapping[str, str], nodes: in
 
 def _by_variables(asked: _Asked, environment: Mapping[str, str]) -> World:
     """``WORLD_SIZE`` counts nodes where ``NUM_GPU_PER_NODE`` is set, else processes."""
-    section = asked.section
     if missing := [name for name in PUBLISHED if not environment.get(name)]:
-        why = f"{section}.num_nodes is {asked.num_nodes}" if asked.num_nodes else "NODE_RANK and WORLD_SIZE are set"
+        why = "NODE_RANK and WORLD_SIZE are set" if environment.get("NODE_RANK") else "WORLD_SIZE is more than 1"
+        if (asked.num_nodes or 1) > 1:
+            why = f"{asked.section}.num_nodes is {asked.num_nodes}"
         raise SpecError(
             f"{why}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set.",
             "Set WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT and NUM_GPU_PER_NODE on each node (WORLD_SIZE then "
             "counts nodes), or start the command by torchrun or srun.",
         )
     total, rank = _count(environment, "WORLD_SIZE", 1), _count(environment, "NODE_RANK", 0)
-    counts_nodes = bool(environment.get("NUM_GPU_PER_NODE"))
-    if counts_nodes:
-        each = _count(environment, "NUM_GPU_PER_NODE", 1)
-        _agree(asked, "num_gpus", each, f"NUM_GPU_PER_NODE is {each}", f"NUM_GPU_PER_NODE={asked.num_gpus}")
-        nodes = total
-    else:
+    each = gpus_per_node(environment)
+    nodes = total
+    if each is None:
         each = asked.num_gpus or 1
         nodes = total // each
-    if nodes * (1 if counts_nodes else each) != total or asked.num_nodes not in (None, nodes):
-        wanted = (asked.num_nodes or 1) * (1 if counts_nodes else each)
-        unit = "nodes" if counts_nodes else "processes"
-        because = f"as NUM_GPU_PER_NODE is {'set' if counts_nodes else 'not set'}"
-        typed = f"{section}.num_nodes={asked.num_nodes}" if asked.num_nodes else f"{section}.num_gpus={each}"
-        mend = "" if counts_nodes else f" If it is meant to count nodes, set NUM_GPU_PER_NODE={each}."
-        raise SpecError(
-            f"WORLD_SIZE is {total} and counts {unit}, {because}, which does not fit {typed} with {each} process(es) "
-            "a node.",
-            (f"Set WORLD_SIZE={wanted} or change {typed.partition('=')[0]}." if asked.num_nodes else "") + mend,
-        )
+        if total % each or (each > 1 and asked.num_nodes == total):
+            raise _unclear(asked, total, each)
     if rank >= nodes:
         raise SpecError(
             f"NODE_RANK must be from 0 to {nodes - 1} for {nodes} nodes, got {rank}.",
@@ -163,12 +164,15 @@ def _by_variables(asked: _Asked, environment: Mapping[str, str]) -> World:
     return World(nodes, each, rank, None if each > 1 else 0, environment["MASTER_ADDR"], _port(environment))
 
 
-def _agree(asked: _Asked, name: str, found: int, told: str, other: str) -> None:
-    """The spec and the launcher must say the same where both say something."""
-    typed = getattr(asked, name)
-    if typed not in (None, found):
-        key = f"{asked.section}.{name}"
-        raise SpecError(f"{key} is {typed}, but {told}.", f"Remove {key}, set it to {found}, or use {other}.")
+def _unclear(asked: _Asked, total: int, each: int) -> SpecError:
+    """``WORLD_SIZE`` without ``NUM_GPU_PER_NODE`` that looks like a count of nodes."""
+    key = f"{asked.section}.num_gpus"
+    nodes = asked.num_nodes if asked.num_nodes and asked.num_nodes > 1 else total
+    return SpecError(
+        f"WORLD_SIZE is {total} and counts processes, as NUM_GPU_PER_NODE is not set, which does not fit {key}={each}.",
+        f"Set NUM_GPU_PER_NODE={each} if it is meant to count nodes. Else set WORLD_SIZE={nodes * each} for {nodes} "
+        f"nodes, or change {key}.",
+    )
 
 
 def _meeting_place(environment: Mapping[str, str]) -> tuple[str, int]:

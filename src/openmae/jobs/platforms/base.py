@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from openmae.jobs.job import Record, State
+from openmae.training.world import LAUNCHERS
 
 
 class Observation(NamedTuple):
@@ -14,6 +16,11 @@ class Observation(NamedTuple):
     state: State
     message: str
     exit_code: int | None = None
+
+
+def inherited_environment() -> dict[str, str]:
+    """Return this process's variables, without those of the launcher that started it: a job is a run of its own."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
 
 
 class Platform(Protocol):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from openmae.errors import RunError, SpecError
 from openmae.jobs.evidence import ending
 from openmae.jobs.job import Record, move, state_of
-from openmae.jobs.platforms.base import Observation
+from openmae.jobs.platforms.base import Observation, inherited_environment
 from openmae.jobs.processes import alive, signal_session, stop_session
 from openmae.jobs.queue import this_machine
 from openmae.jobs.store import LOG, JobStore
@@ -54,7 +54,7 @@ class LocalPlatform:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **environment},
+                env={**inherited_environment(), **environment},
                 start_new_session=True,
             )
         # a client that lives long must not gather zombies

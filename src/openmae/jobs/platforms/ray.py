@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from openmae.errors import RunError, SpecError
 from openmae.jobs.evidence import exit_code, signal_as_minus, unseen_end
 from openmae.jobs.job import Record, move
-from openmae.jobs.platforms.base import Observation
+from openmae.jobs.platforms.base import Observation, inherited_environment
 from openmae.jobs.processes import alive
 from openmae.jobs.runner import KEY, THREADS, seal, withdraw
 from openmae.jobs.store import JobStore
@@ -75,7 +75,7 @@ class RayPlatform:
         own = {THREADS: str(max(1, cpus // record["processes"]))} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
         if "automl" in record["command"]:  # no load: its trainings are jobs of their own
             cpus, own = 0, {"CUDA_VISIBLE_DEVICES": ""}
-        given = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_NODE)}
+        given = {name: value for name, value in inherited_environment().items() if not name.startswith(_OF_THE_NODE)}
         key = seal(folder, own | given | dict(environment))
         command = [sys.executable, "-m", "openmae.jobs.runner", str(self.store.root), job_id]
         try:

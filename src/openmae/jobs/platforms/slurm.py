@@ -5,7 +5,6 @@ Partition, account and time limit are SLURM's own variables (SBATCH_PARTITION, S
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from openmae.errors import RunError, SpecError
 from openmae.jobs.evidence import EXIT, exit_code, signal_as_minus, unseen_end
 from openmae.jobs.job import Record, State, move, state_of
-from openmae.jobs.platforms.base import Observation
+from openmae.jobs.platforms.base import Observation, inherited_environment
 from openmae.jobs.processes import alive
 from openmae.jobs.store import LOG, JobStore, write_durably
 from openmae.jobs.supervisor import PREEMPTED, conclude, grace_seconds
@@ -80,7 +79,7 @@ class SlurmPlatform:
             *(["--requeue", f"--signal=USR1@{_WARNING}"] if _goes_on(record) else []),
         ]
         # secrets go by the environment, which SLURM hands on; not by arguments, not by the script
-        number = _ask(["sbatch", *options, str(folder / SCRIPT)], {**os.environ, **environment}).strip()
+        number = _ask(["sbatch", *options, str(folder / SCRIPT)], {**inherited_environment(), **environment}).strip()
         with self.store.update(job_id) as record:
             record["handle"]["slurm_job"] = number.partition(";")[0]
 

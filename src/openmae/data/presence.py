@@ -1,0 +1,57 @@
+"""Which files and folders that an action will read are not there, as far as this machine can see."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from openmae.data.patterns import expand_braces, is_shards
+from openmae.errors import DataError
+from openmae.spec.checks import READS, SOURCES, value_of
+from openmae.spec.fields import KEY_IN_FILE
+from openmae.spec.schema import ExperimentSpec
+
+_SCHEME = re.compile(r"[a-z][a-z0-9]+:")  # of a URL, or of what is no path
+
+
+def missing_sources(spec: ExperimentSpec, action: str) -> dict[str, str]:
+    """Return what is wrong with each local data source of an action that does not exist, by key."""
+    return _missing({f"dataset.{name}": _texts(spec, f"dataset.{name}") for name in SOURCES.get(action, ())})
+
+
+def missing_files(spec: ExperimentSpec, action: str) -> dict[str, str]:
+    """Return the same for checkpoints, exported models, calibration images and a key file."""
+    paths = {key: _texts(spec, key) for key in READS.get(action, ())}
+    if action == "gen_trt_engine" and spec.gen_trt_engine.tensorrt.data_type == "int8":
+        calibration = spec.gen_trt_engine.tensorrt.calibration
+        name = "cal_image_dir" if calibration.cal_image_dir else "images"
+        paths[f"gen_trt_engine.tensorrt.calibration.{name}"] = calibration.sources
+    if action == "export" and spec.export.quantize == "int8":
+        paths["export.calibration.images"] = spec.export.calibration.sources
+    if spec.encryption_key.startswith(KEY_IN_FILE):
+        paths["encryption_key"] = (spec.encryption_key.removeprefix(KEY_IN_FILE),)
+    return _missing(paths)
+
+
+def _texts(spec: ExperimentSpec, key: str) -> tuple[str, ...]:
+    return (str(value_of(spec, key)),)
+
+
+def _missing(paths: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    found = {}
+    for key, values in paths.items():
+        gone = [path for value in values if value for path in _places(value) if not os.path.exists(path)]
+        if gone:
+            more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+            found[key] = f"there is nothing at {gone[0]!r}{more}"
+    return found
+
+
+def _places(value: str) -> list[str]:
+    if _SCHEME.match(value):
+        return []
+    try:
+        places = expand_braces(value) if is_shards(value) else [value]
+    except DataError:  # opening it says what is wrong
+        return []
+    return [os.path.expanduser(place) for place in places if not _SCHEME.match(place)]

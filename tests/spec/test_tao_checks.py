@@ -1,0 +1,151 @@
+"""Specs that were written for TAO: what their sections do here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from openmae.errors import SpecError
+from openmae.spec.load import load_spec, to_dict
+
+TOPK = "train.checkpointer.enable_topk=true"
+LABELLED = ("train.stage=finetune", "dataset.val_data_sources=val", "dataset.batch_size=2")
+
+
+def checked(*overrides: str):
+    return load_spec(None, ["dataset.train_data_sources=photos", *overrides], action="train")
+
+
+#: The section as nvidia-tao-core 7.3 writes it into every template.
+PUBLISHED = {
+    "enable_topk": False,
+    "replace_periodic": False,
+    "monitor": None,
+    "mode": None,
+    "save_top_k": 1,
+    "filename": "model_best_{epoch:03d}",
+    "dirpath": None,
+    "auto_insert_metric_name": False,
+}
+
+
+def test_the_published_section_loads_without_a_word(caplog):
+    spec = load_spec({"train": {"checkpointer": PUBLISHED}, "dataset": {"train_data_sources": "x"}}, action="train")
+    assert spec.train.keep_checkpoints == 3
+    assert "checkpointer" not in caplog.text
+    assert "checkpointer" in to_dict(spec)["train"]
+    assert "checkpointer" not in to_dict(checked())["train"], "in our own specs it is noise"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "monitor", "typed"),
+    [
+        ((TOPK, "train.checkpointer.monitor=val_loss", *LABELLED), "val_loss", True),
+        ((TOPK, "train.checkpointer.monitor=train_loss", "train.checkpointer.mode=MIN"), "train_loss", True),
+        (
+            (TOPK, "train.checkpointer.monitor=acc", "train.optim.monitor_name=train_loss", *LABELLED),
+            "train_loss",
+            False,
+        ),
+        ((TOPK, "train.checkpointer.monitor=ACC_all", "train.checkpointer.mode=max", *LABELLED), "train_loss", False),
+        (("train.checkpointer.monitor=val_loss", *LABELLED), "train_loss", False),
+    ],
+)
+def test_the_monitored_metric(overrides, monitor, typed):
+    """Untyped, a fine-tuning with labelled validation images takes ACC_all."""
+    spec = checked(*overrides)
+    assert spec.train.optim.monitor_name == monitor
+    assert spec.typed("train.optim.monitor_name") == typed
+    assert load_spec(to_dict(spec)).train.optim.monitor_name == monitor
+
+
+def test_replacing_periodic_checkpoints_keeps_one():
+    assert checked(TOPK, "train.checkpointer.replace_periodic=true").train.keep_checkpoints == 1
+    typed = checked(TOPK, "train.checkpointer.replace_periodic=true", "train.keep_checkpoints=5")
+    assert typed.train.keep_checkpoints == 5
+    assert checked("train.checkpointer.replace_periodic=true").train.keep_checkpoints == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ("monitor=acc",),
+            "train.checkpointer.monitor (override): acc is measured when fine-tuning, on dataset.val_da",
+        ),
+        (
+            ("monitor=train_loss", "mode=max"),
+            "mode (override): train_loss is best at its minimum, got max. Set min, or",
+        ),
+        (("monitor=mAP",), "monitor (override): must be one of train_loss, val_loss, ACC_all, acc, got 'mAP'."),
+        (("monitor=val_loss",), "train.optim.monitor_name: val_loss needs validation images"),
+        (("save_top_k=0",), "save_top_k (override): must be an integer >= 1, got 0."),
+        (("period=3",), "train.checkpointer.period (override): there is no such key."),
+    ],
+)
+def test_what_cannot_be_monitored_is_refused(overrides, text):
+    with pytest.raises(SpecError) as caught:
+        checked(TOPK, *(f"train.checkpointer.{item}" for item in overrides))
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notice"),
+    [
+        ((TOPK, "train.checkpointer.save_top_k=3"), "train.checkpointer.save_top_k has no effect: the best checkpoint"),
+        (
+            (TOPK, "train.checkpointer.filename=a", "train.checkpointer.dirpath=b"),
+            "filename and train.checkpointer.dir",
+        ),
+        (("train.checkpointer.monitor=train_loss",), "monitor, mode and replace_periodic need enable_topk=true."),
+        (
+            (TOPK, "train.checkpointer.monitor=val_loss", "train.optim.monitor_name=train_loss", *LABELLED),
+            "train.checkpointer.monitor=val_loss replaces train.optim.monitor_name=train_loss.",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_said(overrides, notice, caplog):
+    checked(*overrides)
+    assert notice in caplog.text
+
+
+IGNORED = {
+    "model": {"drop_path_rate": 0.3, "decoder_depth": 1, "decoder_embed_dim": 256, "arch": "vit_base_patch16"},
+    "dataset": {"train_data_sources": "x", "batch_size": 2, "augmentation": {"hflip": 0.1}},
+    "train": {"optim": {"backbone_multiplier": 0.1, "layer_decay": 0.65, "momentum": 0.9, "warmup_epochs": 3}},
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["train.stage=finetune"],
+            "model.drop_path_rate=0.3 (default 0.1), train.optim.backbone_multiplier=0.1 (default 1.0), "
+            "train.optim.layer_decay=0.65 (default 0.75), train.optim.warmup_epochs=3 (default 1)",
+        ),
+        (
+            ["train.optim.lr_scheduler=cosine"],
+            "model.drop_path_rate=0.3 (default 0.0), model.decoder_depth=1 (default 8), "
+            "model.decoder_embed_dim=256 (default 512), dataset.augmentation.hflip=0.1 (default 0.5)",
+        ),
+        (["model.arch=convnextv2_tiny", "model.drop_path_rate=0.1"], "model.decoder_embed_dim=256 (default 512), "),
+    ],
+)
+def test_what_tao_ignores_and_acts_here_is_said_of_a_file(overrides, expected, tmp_path, caplog):
+    path = tmp_path / "spec.yaml"
+    path.write_text(json.dumps(IGNORED))
+    load_spec(path, overrides, action="train")
+    assert f"TAO ignores these options of the spec file, and OpenMAE applies them: {expected}" in caplog.text
+    assert "momentum" not in caplog.text, "it is the default"
+
+
+def test_it_is_not_said_of_overrides_of_a_mapping_or_of_another_action(tmp_path, caplog):
+    load_spec(IGNORED, action="train")
+    path = tmp_path / "spec.yaml"
+    path.write_text(json.dumps(IGNORED))
+    load_spec(path, ["export.checkpoint=a", "export.onnx_file=b"], action="export")
+    load_spec(path, action="automl")
+    load_spec(None, ["dataset.train_data_sources=x", "train.optim.momentum=0.8"], action="train")
+    assert "TAO ignores" not in caplog.text
