@@ -120,6 +120,18 @@ def read_text(path: str) -> str | None:
     return bytes(data).decode("utf-8", errors="replace")
 
 
+def modified(path: str) -> float:
+    """When a file was last written, in seconds since 1970; 0 where that is not known."""
+    if not is_remote(path):
+        try:
+            return os.stat(path).st_mtime
+        except OSError:
+            return 0.0
+    from openmae.storage.remote import ask, open_filesystem
+
+    return _time_of(ask(path, open_filesystem(path)._info(path)))
+
+
 def remove(items: Iterable[Artifact]) -> None:
     """Delete files.
 

@@ -155,8 +155,14 @@ def _logs(args: argparse.Namespace) -> None:
         for line in client.get_job_logs(args.job, args.tail, follow=True):
             print(line, flush=True)
         return
-    text = client.get_job_logs(args.job, args.tail)
-    print(json.dumps({"log": text}) if args.json else text, end="\n" if args.json else "")
+    if args.json:
+        print(json.dumps({"log": client.get_job_logs(args.job, args.tail)}))
+        return
+    from openmae.jobs.logs import read_log
+    from openmae.jobs.store import LOG
+
+    for piece in read_log(client.store.folder(client.get_job_status(args.job).id) / LOG, args.tail):
+        print(piece, end="")
 
 
 def _cancel(args: argparse.Namespace) -> None:
@@ -231,7 +237,8 @@ def _print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> 
     for head in heads or ("", ""):
         table.add_column(head, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        # a path may hold bytes that are no UTF-8, which no terminal can print
+        table.add_row(*(cell.encode(errors="replace").decode() if isinstance(cell, str) else cell for cell in row))
     # a pipe has no width: nothing is wrapped there, so that a line stays a row
     console = Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 400)
     console.print(table)

@@ -8,28 +8,32 @@ import socket
 import sys
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from openmae.errors import RunError, SpecError
+from openmae.errors import OpenMAEError, RunError, SpecError
 from openmae.jobs import artifacts
 from openmae.jobs.artifacts import Artifact
 from openmae.jobs.failures import FailureAnalysis, analyse
 from openmae.jobs.job import FINAL, STATES, Job, Record, as_job, move, now, state_of
+from openmae.jobs.logs import follow_log, read_log
 from openmae.jobs.platforms import PLATFORMS, open_platform
 from openmae.jobs.platforms.base import Observation, Platform
 from openmae.jobs.processes import identify
+from openmae.jobs.queue import orphans
 from openmae.jobs.request import Request, make_request
 from openmae.jobs.store import LOG, SPEC, JobStore, write_durably
+from openmae.results.files import disk_error
 from openmae.storage.urls import is_remote
 
 ROOT = "OPENMAE_JOBS"
 TRAININGS = "jobs"  # in the results folder of a search: the roots of its trainings, one a machine
 _POLL = 0.1
+_WRITERS = 16
 
 log = logging.getLogger("openmae")
 
@@ -113,11 +117,11 @@ class Client:
         if prepared.facts["command"] == "automl":
             command += ["--platform", self.platform]
         self.store.create(_new_record(job_id, self.platform, prepared.facts, command))
-        write_durably(folder / SPEC, prepared.spec_text)
         try:
+            write_durably(folder / SPEC, prepared.spec_text)
             platform.submit(job_id, prepared.environment)
         except RunError as error:
-            with self.store.update(job_id) as record:
+            with suppress(RunError), self.store.update(job_id) as record:  # RunError: the disk is full
                 move(record, "ERROR", f"could not be started: {error.problem}")
             raise
         return as_job(self.store.read(job_id))
@@ -138,7 +142,16 @@ class Client:
         """
         if status is not None and status not in STATES:
             raise SpecError(f"status: there is no state {status!r}.", f"Use one of: {', '.join(STATES)}.")
-        jobs = [self._shown(record["id"], record) for record in self.store.records()]
+        for job_id, pids in orphans(self.store):
+            log.warning(
+                "The folder of job %s was deleted while it ran. Its supervisor ends its processes: %s. If they stay, "
+                "end them with `kill PID`.",
+                *(job_id, ", ".join(map(str, pids))),
+            )
+        records = self.store.records()
+        seen = [self._look(record) for record in records]
+        with ThreadPoolExecutor(_WRITERS) as pool:  # a disk writes many small files at once as fast as one
+            jobs = list(pool.map(self._noted, records, seen))
         return [job for job in jobs if status in (None, job.status) and action in (None, job.action)]
 
     @overload
@@ -156,15 +169,10 @@ class Client:
         Raises:
             SpecError: there is no such job, or ``tail`` is negative.
         """
-        if tail is not None and tail < 0:
-            raise SpecError(f"tail: must be 0 or more lines, got {tail}.", "Leave it out for the whole log.")
         path = self.store.folder(self._record(job_id)["id"]) / LOG
         if follow:
-            return self._follow(path, tail)
-        if not path.is_file():
-            return ""
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return "".join(file if tail is None else deque(file, tail))
+            return follow_log(path, tail, lambda: self._shown(path.parent.name).finished)
+        return "".join(read_log(path, tail))
 
     def cancel_job(self, job_id: str) -> Job:
         """Ask a job to stop: training writes a checkpoint; what does not stop in time is killed. One that has ended
@@ -175,12 +183,16 @@ class Client:
 
         Raises:
             SpecError: there is no such job.
+            RunError: its record cannot be read, or its platform cannot be reached.
         """
         job = self.get_job_status(job_id)
         if job.finished:
             return job
-        with self.store.update(job.id) as record:
-            record["cancel_requested"] = record["cancel_requested"] or now()
+        try:
+            with self.store.update(job.id) as record:
+                record["cancel_requested"] = record["cancel_requested"] or now()
+        except RunError as error:  # a full disk, or a lock that is not given back, must not keep a job running
+            log.warning("The cancellation of job %s could not be recorded; it is stopped anyway. %s", job.id, error)
         self._platform(job.platform).cancel(job.id)
         return self._shown(job.id)
 
@@ -288,13 +300,16 @@ class Client:
         self._shown(record_id)  # notes what has happened
         return self.store.read(record_id)
 
-    def _shown(self, job_id: str, record: Record | None = None) -> Job:
-        """The job after a look at what runs. A change of state is noted; a platform's news within a state, and that a
-        job cannot be seen now, are shown only."""
-        record = record or self.store.read(job_id)
-        seen = self._look(record)
+    def _shown(self, job_id: str) -> Job:
+        """The job after a look at what runs."""
+        record = self.store.read(job_id)
+        return self._noted(record, self._look(record))
+
+    def _noted(self, record: Record, seen: Observation | None) -> Job:
+        """The job after what was ``seen`` of it. A change of state is noted where the disk can be written; a platform's
+        news within a state, and that a job cannot be seen now, are shown only."""
         if seen is not None and seen.state not in ("UNKNOWN", state_of(record)):
-            with self.store.update(job_id) as record:
+            with suppress(RunError), self.store.update(record["id"]) as record:
                 seen = self._look(record)  # its supervisor may have had the last word meanwhile
                 if seen is not None and seen.state not in ("UNKNOWN", state_of(record)):
                     move(record, seen.state, seen.message, seen.exit_code)
@@ -306,29 +321,10 @@ class Client:
             return None
         try:
             return self._platform(record["platform"]).observe(record)
-        except (RunError, SpecError) as error:  # also where its platform cannot be used from here
+        except OpenMAEError as error:  # also where its platform cannot be used from here
             return Observation("UNKNOWN", error.problem)
-
-    def _follow(self, path: Path, tail: int | None) -> Iterator[str]:
-        job_id, start = path.parent.name, 0
-        if tail is not None and path.is_file():
-            text = path.read_bytes()
-            start = len(text) - len(b"".join(text.splitlines(keepends=True)[-tail:] if tail else []))
-        rest = b""
-        while True:
-            ended = self._shown(job_id).finished  # asked before reading, so that nothing is missed
-            if path.is_file():
-                with path.open("rb") as file:
-                    file.seek(start)
-                    new = file.read()
-                start += len(new)
-                *lines, rest = (rest + new).split(b"\n")
-                yield from (line.decode("utf-8", errors="replace") for line in lines)
-            if ended:
-                if rest:
-                    yield rest.decode("utf-8", errors="replace")
-                return
-            time.sleep(_POLL)
+        except OSError as error:
+            return Observation("UNKNOWN", disk_error(error, self.store.folder(record["id"]), verb="read").problem)
 
 
 def command_of(action: str, spec: Path) -> list[str]:

@@ -27,6 +27,24 @@ def alive(identity: Mapping[str, Any] | None) -> bool:
     return identity is not None and identify(identity["pid"]) == dict(identity)
 
 
+def stopped(identity: Mapping[str, Any] | None) -> bool:
+    """Whether this very process is stopped, as by SIGSTOP."""
+    if identity is None or not alive(identity):
+        return False
+    fields = _stat(identity["pid"])
+    return fields is not None and fields[_STATE] in "Tt"
+
+
+def living_sessions() -> set[int]:
+    """The numbers of all sessions that have a living process, in one look at them all."""
+    found = set()
+    for entry in os.listdir("/proc"):
+        fields = _stat(int(entry)) if entry.isdecimal() else None
+        if fields and fields[_STATE] not in "ZX":
+            found.add(int(fields[_SESSION]))
+    return found
+
+
 def session_of(identity: Mapping[str, Any]) -> list[int]:
     """The living processes of the session that a process leads or led.
 
@@ -65,6 +83,7 @@ def stop_session(identity: Mapping[str, Any], grace: float) -> None:
     """
     for number, patience in ((signal.SIGINT, grace), (signal.SIGTERM, min(grace, 5.0)), (signal.SIGKILL, 10.0)):
         signal_session(identity, number)
+        signal_session(identity, signal.SIGCONT)  # a stopped process hears nothing else
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             if not session_of(identity):

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openmae.errors import SpecError
-from openmae.jobs.processes import Identity, alive, session_of
-from openmae.jobs.store import locked, write_durably
+from openmae.errors import OpenMAEError, SpecError
+from openmae.jobs.job import check_identity, moment
+from openmae.jobs.processes import Identity, alive, session_of, stopped
+from openmae.jobs.store import RECORD, JobStore, locked, read_json, write_durably
+from openmae.results.files import writing
 
 SLOTS = "OPENMAE_JOB_SLOTS"
+FOLDER = ".queue"
+
+log = logging.getLogger("openmae")
 
 
 @dataclass(frozen=True)
@@ -64,30 +71,33 @@ class Queue:
     """The turn-taking of one root: an entry a waiting or running job, in files.
 
     Args:
-        root: of the store.
+        store: of the jobs' records.
         machine: to share.
     """
 
-    def __init__(self, root: Path, machine: Machine) -> None:
-        self.folder = root / ".queue"
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+    def __init__(self, store: JobStore, machine: Machine) -> None:
+        self.folder = store.root / FOLDER
         self.machine = machine
+        self._store = store
 
     def enter(self, job_id: str, created_at: str, gpus: int, supervisor: Identity) -> None:
         """Stand in line."""
         entry = {"id": job_id, "created_at": created_at, "gpus": gpus, "supervisor": supervisor}
-        with locked(self.folder / ".lock"):
+        with self._locked():
             self._write(entry | {"claim": None, "process": None})
 
     def claim(self, job_id: str) -> list[str] | None:
         """Take what the job needs where it is its turn; the GPUs (none: a slot), or None: it has to wait.
 
-        The oldest waiting job goes first, even where a younger one would find room.
+        The oldest waiting job goes first, even where a younger one would find room. One whose supervisor is stopped
+        (SIGSTOP) is left out until it continues.
         """
-        with locked(self.folder / ".lock"):
+        with self._locked():
             entries = [entry for entry in self._entries() if self._holds(entry)]
-            waiting = [entry for entry in entries if entry["claim"] is None]
+            waiting = [entry for entry in entries if entry["claim"] is None and not stopped(entry["supervisor"])]
             if not waiting or waiting[0]["id"] != job_id:
+                if not any(entry["id"] == job_id for entry in entries):
+                    self._rebuild(job_id)  # somebody removed it
                 return None
             mine = waiting[0]
             running = [entry for entry in entries if entry["claim"] is not None]
@@ -107,17 +117,26 @@ class Queue:
 
     def started(self, job_id: str, process: Identity) -> None:
         """Note the process, which keeps the claim even if its supervisor dies."""
-        with locked(self.folder / ".lock"):
-            entry = json.loads(self._path(job_id).read_text(encoding="utf-8"))
-            self._write(entry | {"process": process})
+        with self._locked():
+            entry = self._entry(job_id)
+            if entry is not None:
+                self._write(entry | {"process": process})
 
     def leave(self, job_id: str) -> None:
         """Give back what the job had."""
-        self._path(job_id).unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only now; an entry without living processes counts for nothing
+            self._path(job_id).unlink(missing_ok=True)
 
     def needs_gpus(self, gpus: int) -> bool:
         """Whether a job takes GPUs here; without any, jobs take slots."""
         return bool(self.machine.gpus) and gpus > 0
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with writing(self.folder):
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+        with locked(self.folder / ".lock"):
+            yield
 
     def _holds(self, entry: dict[str, Any]) -> bool:
         process = entry["process"]
@@ -127,14 +146,76 @@ class Queue:
         return False
 
     def _entries(self) -> list[dict[str, Any]]:
-        found = []
-        for path in self.folder.glob("*.json"):
-            with suppress(FileNotFoundError):  # it has just left
-                found.append(json.loads(path.read_text(encoding="utf-8")))
-        return sorted(found, key=lambda entry: (entry["created_at"], entry["id"]))
+        found = [entry for path in self.folder.glob("*.json") if (entry := self._entry(path.stem)) is not None]
+        return sorted(found, key=lambda entry: (moment(entry["created_at"]), entry["id"]))
+
+    def _entry(self, job_id: str) -> dict[str, Any] | None:
+        """An entry; a damaged one is made anew from the job's record, so that other jobs are not affected."""
+        try:
+            return _checked(read_json(self._path(job_id)), job_id)
+        except FileNotFoundError:  # it has just left
+            return None
+        except (ValueError, OSError) as error:
+            entry = self._rebuild(job_id)
+            path, aside = self._path(job_id), self._path(job_id).with_suffix(".broken")
+            if entry is None:
+                with suppress(OSError):
+                    os.replace(path, aside)
+            done = f"renamed to {aside.name}" if entry is None else "made anew from the job's record"
+            log.warning("The entry %s of the queue cannot be read (%s): it was %s.", path, error, done)
+            return entry
+
+    def _rebuild(self, job_id: str) -> dict[str, Any] | None:
+        """An entry from a job's record; which GPUs a running one has is not in there, so it holds them all."""
+        try:
+            record = self._store.read(job_id)
+        except OpenMAEError:
+            return None
+        handle = record["handle"]
+        if "supervisor" not in handle:
+            return None
+        process = handle.get("process")
+        claim = None if process is None else list(self.machine.gpus) if self.needs_gpus(record["gpus"]) else []
+        entry = {"id": job_id, "created_at": record["created_at"], "gpus": record["gpus"], "process": process}
+        entry |= {"supervisor": handle["supervisor"], "claim": claim}
+        self._write(entry)
+        return entry
 
     def _path(self, job_id: str) -> Path:
         return self.folder / f"{job_id}.json"
 
     def _write(self, entry: dict[str, Any]) -> None:
         write_durably(self._path(entry["id"]), json.dumps(entry))
+
+
+def orphans(store: JobStore) -> list[tuple[str, list[int]]]:
+    """Jobs whose folder was deleted while they ran, each with its living processes."""
+    found = []
+    for path in sorted((store.root / FOLDER).glob("*.json")):
+        if os.path.lexists(store.folder(path.stem) / RECORD):
+            continue
+        with suppress(ValueError, OSError):
+            process = _checked(read_json(path), path.stem)["process"]
+            if process and (pids := session_of(process)):
+                found.append((path.stem, pids))
+    return found
+
+
+def _checked(entry: Any, job_id: str) -> dict[str, Any]:
+    """Return an entry of the queue that has all its parts.
+
+    Raises:
+        ValueError: it has not; the text says which.
+    """
+    if not isinstance(entry, dict) or entry.get("id") != job_id:
+        raise ValueError(f"it is no entry of job {job_id}")
+    gpus, claim = entry.get("gpus"), entry.get("claim")
+    if not isinstance(gpus, int) or not isinstance(claim, list | None):
+        raise ValueError("gpus or claim is of a wrong type")
+    if not isinstance(entry.get("created_at"), str):
+        raise ValueError("created_at is no text")
+    moment(entry["created_at"])
+    check_identity("supervisor", entry.get("supervisor"))
+    if entry.setdefault("process", None) is not None:
+        check_identity("process", entry["process"])
+    return entry

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from openmae.errors import Preempted
+from openmae.errors import OpenMAEError, Preempted, RunError, SpecError
 from openmae.jobs.job import FINAL, Record, State, move, state_of
 from openmae.jobs.processes import Identity, identify, signal_session
 from openmae.jobs.queue import Queue, this_machine
@@ -36,13 +36,15 @@ def main(root: str, job_id: str) -> None:
     assert me is not None
     with store.update(job_id) as record:
         record["handle"]["supervisor"] = me
-    queue = Queue(store.root, this_machine())
-    queue.enter(job_id, record["created_at"], record["gpus"], me)
+    store.keep_reserve(job_id)
+    queue = Queue(store, this_machine())
     try:
+        queue.enter(job_id, record["created_at"], record["gpus"], me)
         _run(store, queue, job_id)
     except BaseException as error:
-        with store.update(job_id) as record:
-            move(record, "ERROR", f"the supervisor failed: {type(error).__name__}: {error}")
+        text = error.problem if isinstance(error, OpenMAEError) else f"{type(error).__name__}: {error}"
+        with suppress(OpenMAEError), store.update(job_id) as record:
+            move(record, "ERROR", f"the supervisor failed: {text}")
         raise
     finally:
         queue.leave(job_id)
@@ -80,10 +82,17 @@ def _run(store: JobStore, queue: Queue, job_id: str) -> None:
     if started is None:
         return
     job, identity = started
-    code = wait(store, job_id, job, identity)
+    try:
+        queue.started(job_id, identity)
+        _open_gate(job)
+        code = wait(store, job_id, job, identity)
+    except BaseException:
+        stop(job, identity)  # nobody would look after it
+        raise
+    finally:
+        signal_session(identity, signal.SIGKILL)  # what a dead job leaves behind would hold its GPU
     assert code is not None  # nothing gives it up
-    signal_session(identity, signal.SIGKILL)  # what a dead job leaves behind would hold its GPU
-    with store.update(job_id) as record:
+    with suppress(SpecError), store.update(job_id) as record:  # SpecError: its folder was deleted
         state, message = conclude(record, code)
         move(record, state, message, code)
 
@@ -112,14 +121,16 @@ def _start(
         record["handle"]["process"] = identity
         place = f"on GPU {', '.join(claim)}" if claim else "without a GPU"
         move(record, "RUNNING", f"process {job.pid} {place}")
-    queue.started(job_id, identity)
+    return job, identity
+
+
+def _open_gate(job: subprocess.Popen[bytes]) -> None:
     assert job.stdin is not None
     with suppress(BrokenPipeError):  # it was killed meanwhile; its exit code says so
         job.stdin.write(b"go\n")
         job.stdin.flush()
     with suppress(BrokenPipeError):
         job.stdin.close()
-    return job, identity
 
 
 def wait(
@@ -129,19 +140,29 @@ def wait(
     identity: Identity,
     given_up: Callable[[], bool] = lambda: False,
 ) -> int | None:
-    """The exit code; None as soon as the job is ``given_up``. A cancellation is looked for when the record changes."""
+    """The exit code; None as soon as the job is ``given_up``. A cancellation is looked for when the record changes.
+
+    A job whose record was deleted is stopped as well: nobody could see or cancel it any more.
+    """
     path, seen = store.folder(job_id) / RECORD, 0
     while True:
         with suppress(subprocess.TimeoutExpired):
             return job.wait(timeout=_POLL)
         if given_up():
             return None
-        changed = path.stat().st_mtime_ns
-        if changed != seen:
-            seen = changed
-            if store.read(job_id)["cancel_requested"]:
-                stop(job, identity)
-                return job.wait()
+        try:
+            changed = path.stat().st_mtime_ns
+            if changed == seen:
+                continue
+            canceled = store.read(job_id)["cancel_requested"] is not None
+        except (FileNotFoundError, NotADirectoryError, SpecError):
+            canceled = True
+        except (OSError, RunError):  # a disk that does not answer, or a record damaged from outside: the job can go on
+            continue
+        seen = changed
+        if canceled:
+            stop(job, identity)
+            return job.wait()
 
 
 def stop(job: subprocess.Popen[bytes], identity: Identity) -> None:
@@ -149,6 +170,7 @@ def stop(job: subprocess.Popen[bytes], identity: Identity) -> None:
     grace = grace_seconds()
     for number, patience in ((signal.SIGINT, grace), (signal.SIGTERM, min(grace, 5.0)), (signal.SIGKILL, 10.0)):
         signal_session(identity, number)
+        signal_session(identity, signal.SIGCONT)  # a stopped process hears nothing else
         try:
             job.wait(timeout=patience)
             return

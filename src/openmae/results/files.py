@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from openmae.errors import UserError
+from openmae.errors import RunError, UserError
 from openmae.results.names import encodable
 
 _TRIES = 20  # to delete what another process deletes too
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_FAULTY = frozenset({errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT})
+UNWRITTEN = FULL | _UNWRITABLE | _FAULTY  # errors of a disk, and no faults of a program
 
 
 def make_folder(folder: Path, key: str = "results_dir") -> Path:
@@ -20,9 +25,14 @@ def make_folder(folder: Path, key: str = "results_dir") -> Path:
     Args:
         folder: to be written to.
         key: that named it, for the message.
+
+    Raises:
+        UserError: it cannot be made, or nothing may be written to it.
+        RunError: its disk is full or faulty.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder, UNWRITTEN - _UNWRITABLE):
+            folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK | os.X_OK)
         reason = "permission denied"
     except OSError as error:
@@ -59,6 +69,70 @@ def drop_torn_line(path: Path) -> None:
     """Cut a last line that a killed process left half-written, so that the next one starts clean."""
     with path.open("rb+") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], errors: Collection[int] = UNWRITTEN, what: str = "") -> Iterator[None]:
+    """Turn an error of the disk that holds ``path`` into a ``RunError`` with the reason, the path and the fix.
+
+    Args:
+        path: of the file or folder that the block writes; an error that names a path of its own replaces it.
+        errors: numbers of the errors to turn; others pass.
+        what: the subject of the message; empty: the path.
+
+    Raises:
+        RunError: the disk is full, read-only or faulty, or the user may not write there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in errors:
+            raise
+        raise disk_error(error, path, what) from error
+
+
+def disk_error(error: OSError, path: str | os.PathLike[str], what: str = "", verb: str = "written") -> RunError:
+    """Describe an error of the disk that holds ``path``; see ``writing``."""
+    named = next((name for name in (error.filename2, error.filename) if isinstance(name, str | bytes)), path)
+    if os.path.dirname(os.fsdecode(named)) == os.path.dirname(os.fsdecode(path)):
+        named = path  # and not the temporary file beside it
+    place = os.fsdecode(named).encode(errors="replace").decode()  # it may hold bytes that are no UTF-8
+    reason = error.strerror or str(error)
+    tail = f" could not be {verb} ({reason})"
+    problem = f"{what}{tail}: {place}." if what else f"{place}{tail}."
+    folder = _existing_folder(place)
+    if error.errno == errno.ENOSPC and _is_out_of_inodes(folder):
+        fix = (
+            f"The file system of {folder} has no inodes left: delete files there, large or small, or use another disk."
+        )
+    elif error.errno == errno.EDQUOT:
+        fix = f"Free space in {folder}, have the quota raised, or use a folder on another disk."
+    elif error.errno == errno.EFBIG:
+        fix = "Raise the limit on the size of a file (`ulimit -f`), or use another file system."
+    elif error.errno == errno.ENOSPC:
+        fix = f"Free space in {folder}, or use a folder on another disk."
+    elif error.errno == errno.EROFS:
+        fix = f"{folder} is on a read-only file system: mount it with write access, or use a folder on another disk."
+    elif error.errno in _UNWRITABLE:
+        fix = f"Give your user write permission on {folder}, or use another folder."
+    else:
+        fix = f"Check the disk or the file server of {folder} (`dmesg` shows errors of the disk), or use another one."
+    return RunError(problem, fix)
+
+
+def _existing_folder(path: str) -> str:
+    folder = os.path.abspath(path)
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _is_out_of_inodes(folder: str) -> bool:
+    try:
+        facts = os.statvfs(folder)
+    except OSError:
+        return False
+    return facts.f_files > 0 and facts.f_favail == 0 and facts.f_bavail > 0
 
 
 @contextmanager

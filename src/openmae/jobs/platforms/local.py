@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -10,17 +11,24 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs.evidence import ending
-from openmae.jobs.job import Record, move, state_of
+from openmae.jobs.job import Record, moment, move, state_of
 from openmae.jobs.platforms.base import Observation, inherited_environment
-from openmae.jobs.processes import alive, signal_session, stop_session
+from openmae.jobs.processes import alive, living_sessions, signal_session, stop_session, stopped
 from openmae.jobs.queue import this_machine
 from openmae.jobs.store import LOG, JobStore
 from openmae.jobs.supervisor import grace_seconds
+from openmae.results.files import writing
 
 _PATIENCE = 60.0  # seconds until a supervisor has to have shown itself
+_LAST_SIGNALS = 30.0  # seconds after the grace: SIGTERM and SIGKILL have had their time
+_FRESH = 1.0  # seconds that a look at all processes is good for
+
+log = logging.getLogger("openmae")
 
 
 class LocalPlatform:
@@ -34,6 +42,7 @@ class LocalPlatform:
                 "platform: local jobs need Linux's /proc to tell processes apart.", "Run the action itself: mae train."
             )
         self.store = store
+        self._sessions: tuple[float, set[int]] = (-_FRESH, set())
 
     def check(self, gpus: int, nodes: int) -> None:
         """See ``Platform``."""
@@ -48,7 +57,7 @@ class LocalPlatform:
 
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
         """See ``Platform``."""
-        with (self.store.folder(job_id) / LOG).open("ab") as log:
+        with writing(self.store.folder(job_id) / LOG), (self.store.folder(job_id) / LOG).open("ab") as log:
             supervisor = subprocess.Popen(
                 [sys.executable, "-m", "openmae.jobs.supervisor", str(self.store.root), job_id],
                 stdin=subprocess.DEVNULL,
@@ -74,7 +83,7 @@ class LocalPlatform:
             return Observation("UNKNOWN", f"its processes are on {record['host']}, which this machine cannot see")
         handle = record["handle"]
         if alive(handle.get("supervisor")):
-            return None
+            return self._overdue(record)
         if "supervisor" not in handle:
             if alive(record["submitter"]):
                 return None
@@ -83,7 +92,8 @@ class LocalPlatform:
             return Observation("ERROR", "its supervisor was killed before the job was started")
         if alive(handle["process"]):
             return None
-        signal_session(handle["process"], signal.SIGKILL)  # its workers
+        if handle["process"]["pid"] in self._living_sessions():
+            signal_session(handle["process"], signal.SIGKILL)  # its workers
         if ending(record) in ("SUCCESS", "SKIPPED"):
             return Observation("COMPLETE", "finished; its supervisor had been killed", 0)
         if record["cancel_requested"]:
@@ -92,10 +102,51 @@ class LocalPlatform:
 
     def cancel(self, job_id: str) -> None:
         """See ``Platform``."""
-        with self.store.update(job_id) as record:
-            if state_of(record) == "PENDING":
-                move(record, "CANCELED", "canceled before it started")
-                return
+        record = self.store.read(job_id)
+        if record["host"] != socket.gethostname():
+            return
+        supervisor = record["handle"].get("supervisor")
+        if stopped(supervisor):
+            os.kill(supervisor["pid"], signal.SIGCONT)
+            log.warning(
+                "The supervisor of job %s (process %d) was stopped, as by SIGSTOP or Ctrl-Z. It was continued, so that "
+                "it can end the job.",
+                *(job_id, supervisor["pid"]),
+            )
+        try:
+            with self.store.update(job_id) as record:
+                if state_of(record) == "PENDING":
+                    move(record, "CANCELED", "canceled before it started")
+                    return
+        except RunError:  # the client has told why
+            record = self.store.read(job_id)
         handle = record["handle"]
-        if not alive(handle.get("supervisor")) and "process" in handle and record["host"] == socket.gethostname():
+        unheard = record["cancel_requested"] is None or not alive(supervisor)
+        if unheard and "process" in handle:
             stop_session(handle["process"], grace_seconds())
+        elif unheard and alive(supervisor):
+            os.kill(supervisor["pid"], signal.SIGTERM)  # nothing but a supervisor that waits for the job's turn
+
+    def _overdue(self, record: Record) -> Observation | None:
+        """End a canceled job in place of a supervisor that has not done so long after the last signal was due."""
+        if record["cancel_requested"] is None or state_of(record) != "RUNNING":
+            return None
+        patience = grace_seconds() + _LAST_SIGNALS
+        if (datetime.now(UTC) - moment(record["cancel_requested"])).total_seconds() < patience:
+            return None
+        handle = record["handle"]
+        with suppress(ProcessLookupError):
+            os.kill(handle["supervisor"]["pid"], signal.SIGKILL)
+        if "process" in handle:
+            signal_session(handle["process"], signal.SIGKILL)
+        return Observation(
+            "CANCELED", f"killed: its supervisor did not respond within {patience:g} s of the cancellation"
+        )
+
+    def _living_sessions(self) -> set[int]:
+        """As of a second ago at most: a look at all processes for each of a thousand dead jobs would take long."""
+        when, found = self._sessions
+        if time.monotonic() - when > _FRESH:
+            found = living_sessions()
+            self._sessions = (time.monotonic(), found)
+        return found

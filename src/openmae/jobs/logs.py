@@ -1,0 +1,98 @@
+"""A job's log in pieces: one of any size takes a few megabytes of memory."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from openmae.errors import SpecError
+from openmae.results.files import disk_error
+
+_BLOCK = 1 << 20  # bytes that are read at once; a longer line comes in pieces
+_POLL = 0.1
+
+
+def read_log(path: Path, tail: int | None = None) -> Iterator[str]:
+    """Give a log, or its last lines, in pieces of any length; nothing where there is none.
+
+    Raises:
+        SpecError: ``tail`` is negative.
+        RunError: it cannot be read.
+    """
+    _check(tail)
+    return _pieces(path, tail)
+
+
+def _check(tail: int | None) -> None:
+    if tail is not None and tail < 0:
+        raise SpecError(f"tail: must be 0 or more lines, got {tail}.", "Leave it out for the whole log.")
+
+
+def _pieces(path: Path, tail: int | None) -> Iterator[str]:
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            file.seek(_begin(file, tail))
+            while data := file.read(_BLOCK):
+                yield decode(data)
+            yield decode(b"", True)
+    except OSError as error:
+        raise disk_error(error, path, verb="read") from error
+
+
+def follow_log(path: Path, tail: int | None, ended: Callable[[], bool]) -> Iterator[str]:
+    """Give the lines of a log, without their ends, as they are written, until the job has ``ended``.
+
+    Raises:
+        SpecError: ``tail`` is negative.
+    """
+    _check(tail)
+    return _lines(path, tail, ended)
+
+
+def _lines(path: Path, tail: int | None, ended: Callable[[], bool]) -> Iterator[str]:
+    start, rest = None, b""
+    while True:
+        over = ended()  # asked before reading, so that nothing is missed
+        if path.is_file():
+            with path.open("rb") as file:
+                file.seek(_begin(file, tail) if start is None else start)
+                while data := file.read(_BLOCK):
+                    *lines, rest = (rest + data).split(b"\n")
+                    yield from (line.decode("utf-8", errors="replace") for line in lines)
+                    if len(rest) > _BLOCK:
+                        yield rest.decode("utf-8", errors="replace")
+                        rest = b""
+                start = file.tell()
+        if over:
+            if rest:
+                yield rest.decode("utf-8", errors="replace")
+            return
+        time.sleep(_POLL)
+
+
+def _begin(file: BinaryIO, tail: int | None) -> int:
+    """Where the last ``tail`` lines begin, found from the end."""
+    if tail is None:
+        return 0
+    end = place = file.seek(0, os.SEEK_END)
+    missing = tail
+    while place > 0 and tail:
+        size = min(_BLOCK, place)
+        place -= size
+        file.seek(place)
+        block = file.read(size)
+        cut = len(block)
+        if place + cut == end and block.endswith(b"\n"):
+            cut -= 1  # the end of the last line begins none
+        while (cut := block.rfind(b"\n", 0, cut)) >= 0:
+            missing -= 1
+            if not missing:
+                return place + cut + 1
+    return 0 if tail else end
