@@ -134,10 +134,12 @@ def gen_trt_engine(spec: str | Path | Mapping[str, Any] | ExperimentSpec, overri
 
 
 def _run(action: str, spec: Any, overrides: Sequence[str]) -> Any:
+    from openmae.results.streams import guarded
     from openmae.spec.load import load_spec
 
-    checked = load_spec(spec, overrides, action=action)
-    return importlib.import_module(f"openmae.actions.{action}").run(checked)
+    with guarded("stderr"):
+        checked = load_spec(spec, overrides, action=action)
+        return importlib.import_module(f"openmae.actions.{action}").run(checked)
 
 
 def __getattr__(name: str) -> Any:

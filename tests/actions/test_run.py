@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,3 +84,15 @@ def test_a_table_has_its_title_on_one_line(capsys):
     show_table("a title that is wider than the [table] below it", [("a", "1"), ("bc", "2 [x]")])
     lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["", "a title that is wider than the [table] below it", "a   1", "bc  2 [x]", ""]
+
+
+@pytest.mark.parametrize(
+    "streams", ["2>&1 >/dev/null | true", ">&- 2>&-", ">/dev/full 2>/dev/full"], ids=["pipe", "closed", "full"]
+)
+def test_a_training_outlives_those_who_read_its_output(trained, tmp_path, streams):
+    words = [sys.executable, "-m", "openmae.cli", "train", *trained("vit", "pretrain").overrides]
+    command = " ".join(map(shlex.quote, [*words, f"results_dir={tmp_path}"]))
+    script = f"set -o pipefail; {command} {streams}"
+    subprocess.run(["bash", "-c", script], check=True)
+    assert (tmp_path / "train" / "model_epoch_001_step_00002.pth").is_file()
+    assert read_status(tmp_path / "train" / "status.json")[-1]["status"] == "SUCCESS"
