@@ -21,6 +21,7 @@ from openmae.automl.cli import add_arguments as add_automl_arguments
 from openmae.data.cli import add_dataset_commands, expanded_braces
 from openmae.errors import OpenMAEError, Preempted
 from openmae.jobs.cli import add_arguments as add_jobs_arguments
+from openmae.main_guard import end_if_rerun
 from openmae.results.notices import notices_on_stderr
 from openmae.results.streams import OutputLostError, guarded, open_standard_streams
 from openmae.serving.settings import Settings
@@ -47,6 +48,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mae`` with ``argv`` (default: the command line) and return its exit code."""
+    end_if_rerun()
     open_standard_streams()
     try:
         with guarded("stdout", needed=True):
