@@ -179,10 +179,32 @@ def test_spec_keys_is_a_table(capsys, monkeypatch):
     assert not any(line.startswith("inference.") for line in lines)
 
 
-def test_a_reader_that_goes_away_is_no_fault():
-    command = f"{sys.executable} -m openmae.cli spec keys | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+def shell(script: str) -> subprocess.CompletedProcess[str]:
+    """Run ``mae`` in a shell; ``$MAE`` is the command."""
+    mae = f"{sys.executable} -m openmae.cli"
+    return subprocess.run(["bash", "-c", script.replace("$MAE", mae)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["spec keys", "jobs list --root {root}", "--help"])
+def test_a_reader_that_goes_away_is_no_fault(command, tmp_path):
+    done = shell(f"set -o pipefail; $MAE {command.format(root=tmp_path)} | head -c1 >/dev/null")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["spec template train", "jobs list --root {root}"])
+def test_a_closed_stdout_is_no_fault(command, tmp_path):
+    done = shell(f"$MAE {command.format(root=tmp_path)} >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_result_that_does_not_fit_on_the_disk_is_an_error():
+    done = shell("$MAE spec template train > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "stdout cannot be written (No space left on device).\n"
+        "  Fix: Free space on the disk, or redirect the output to another one.\n"
+    )
 
 
 def test_quickstart_gets_its_arguments(monkeypatch, tmp_path):

@@ -134,10 +134,19 @@ def gen_trt_engine(spec: str | Path | Mapping[str, Any] | ExperimentSpec, overri
 
 
 def _run(action: str, spec: Any, overrides: Sequence[str]) -> Any:
+    from openmae.errors import UserError
+    from openmae.main_guard import end_if_rerun
+    from openmae.results.streams import guarded
     from openmae.spec.load import load_spec
 
-    checked = load_spec(spec, overrides, action=action)
-    return importlib.import_module(f"openmae.actions.{action}").run(checked)
+    end_if_rerun()
+    with guarded("stderr"):
+        try:
+            checked = load_spec(spec, overrides, action=action)
+            return importlib.import_module(f"openmae.actions.{action}").run(checked)
+        except UserError as error:
+            # the reason is in the call, not in the many frames below it
+            raise error.with_traceback(None) from error.__cause__
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -23,7 +22,9 @@ from openmae.data.cli import add_dataset_commands, expanded_braces
 from openmae.errors import OpenMAEError, Preempted
 from openmae.jobs.cli import SPEC_OPTION
 from openmae.jobs.cli import add_arguments as add_jobs_arguments
+from openmae.main_guard import end_if_rerun
 from openmae.results.notices import notices_on_stderr
+from openmae.results.streams import OutputLostError, guarded, open_standard_streams
 from openmae.serving.settings import Settings
 from openmae.skill.cli import add_arguments as add_skill_arguments
 from openmae.storage.cli import add_arguments as add_cache_arguments
@@ -36,6 +37,7 @@ _ACTIONS = {
     "export": "write a trained model as ONNX",
     "gen_trt_engine": "build a TensorRT engine from ONNX",
 }
+_WORK = {*_ACTIONS, "quickstart", "serve", "automl"}  # what they print only accompanies what they do
 _EXAMPLES = """\
 examples:
   mae quickstart
@@ -47,30 +49,41 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mae`` with ``argv`` (default: the command line) and return its exit code."""
+    end_if_rerun()
+    open_standard_streams()
     try:
-        args = _parse(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    with notices_on_stderr(_level(args.command)):
-        try:
-            args.run(args)
-            sys.stdout.flush()
+        with guarded("stdout", needed=True):
+            try:
+                args = _parse(argv)
+            except SystemExit as stop:
+                return int(stop.code or 0)
+        with notices_on_stderr(_level(args.command)), guarded("stdout", needed=args.command not in _WORK):
+            return _run(args)
+    except OutputLostError as lost:
+        if lost.reader_left:  # as in `mae spec keys | head`: it has what it wanted
             return 0
-        except OpenMAEError as error:
-            print(error, file=sys.stderr)
-            return error.exit_code
-        except Preempted as stop:
-            print("Preempted: the same command goes on from here.", file=sys.stderr)
-            return stop.exit_code
-        except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
-            return 130
-        except BrokenPipeError:  # the reader of our output went away, as in `mae spec keys | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        except Exception as error:
-            print(_unexpected(args.command, error), file=sys.stderr)
-            return 1
+        print(f"{lost}\n  Fix: Free space on the disk, or redirect the output to another one.", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        args.run(args)
+        return 0
+    except OpenMAEError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except Preempted as stop:
+        print("Preempted: the same command goes on from here.", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except OutputLostError:
+        raise
+    except Exception as error:
+        print(_unexpected(args.command, error), file=sys.stderr)
+        return 1
 
 
 def _level(command: str) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,3 +123,15 @@ def test_the_orchestrator_replaces_numbers_of_the_spec(
     assert (train.num_gpus, train.gpu_ids, train.num_nodes) == expected
     assert notice in caplog.text
     assert bool(notice) == ("This replaces" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    "streams", ["2>&1 >/dev/null | true", ">&- 2>&-", ">/dev/full 2>/dev/full"], ids=["pipe", "closed", "full"]
+)
+def test_a_training_outlives_those_who_read_its_output(trained, tmp_path, streams):
+    words = [sys.executable, "-m", "openmae.cli", "train", *trained("vit", "pretrain").overrides]
+    command = " ".join(map(shlex.quote, [*words, f"results_dir={tmp_path}"]))
+    script = f"set -o pipefail; {command} {streams}"
+    subprocess.run(["bash", "-c", script], check=True)
+    assert (tmp_path / "train" / "model_epoch_001_step_00002.pth").is_file()
+    assert read_status(tmp_path / "train" / "status.json")[-1]["status"] == "SUCCESS"

@@ -19,6 +19,7 @@ from openmae.data.dataset import AddressedSampler, Batch, EvalSampler, ImageData
 from openmae.data.images import ImageIndex
 from openmae.data.remarks import Remarks
 from openmae.data.transforms import Transform
+from openmae.main_guard import watch_for_reruns
 
 
 class TrainingLoader:
@@ -49,7 +50,7 @@ class TrainingLoader:
         if batches_done >= len(self):
             return
         self._sampler.set_position(epoch, batches_done)
-        for batch in self._loader:
+        for batch in _batches(self._loader):
             self._corrupt.record(batch.corrupt)
             self._remarks.record(batch.remarks)
             yield batch
@@ -80,7 +81,7 @@ class EvaluationLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        for batch in _batches(self._loader):
             self._corrupt.record(batch.corrupt)
             self._remarks.record(batch.remarks)
             if len(batch.images):
@@ -153,6 +154,19 @@ def _data_loader(
         # global generator.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _batches(loader: DataLoader[Sample]) -> Iterator[Batch]:
+    """What the loader gives. Workers that are not forked import the user's script before they load anything."""
+    if not loader.num_workers or multiprocessing.get_start_method() == "fork":
+        yield from loader
+        return
+    with watch_for_reruns(f"dataset.num_workers_per_gpu={loader.num_workers}"):
+        batches = iter(loader)
+        first = next(batches, None)
+    if first is not None:
+        yield first
+        yield from batches
 
 
 def _leave_interrupts_to_the_loop(worker: int) -> None:

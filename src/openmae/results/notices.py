@@ -9,20 +9,22 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from openmae.results.names import encodable
+from openmae.results.streams import guarded
 
 _MARKS = {logging.WARNING: "Notice: ", logging.ERROR: "Error: "}
 
 
 @contextmanager
 def notices_on_stderr(level: int = logging.INFO) -> Iterator[None]:
-    """Show the messages of ``level`` and above for as long as the block runs."""
+    """Show the messages of ``level`` and above for as long as the block runs; drop them where stderr is closed."""
     logger, handler = logging.getLogger("openmae"), _OnStderr()
     handler.setFormatter(_Formatter())
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(level)
     try:
-        yield
+        with guarded("stderr"):
+            yield
     finally:
         logger.setLevel(before)
         logger.removeHandler(handler)

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from lightning_fabric.strategies.parallel import ParallelStrategy
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from openmae.errors import DataError, OpenMAEError, RunError, SpecError
+from openmae.main_guard import watch_for_reruns
 from openmae.results.notices import notices_on_stderr
 from openmae.training.allocator import kept_memory
 from openmae.training.distributed import gather_objects
@@ -60,13 +62,15 @@ def build_fabric(
         strategy: ddp (each process has the whole model) or fsdp (they share out its weights).
 
     Raises:
-        SpecError: more GPUs than there are, or variables that do not fit the numbers.
+        SpecError: more GPUs than there are, variables that do not fit the numbers, or a notebook that would have to
+            start processes.
     """
     world = find_world(section, num_gpus, num_nodes)
     sharded, on_gpu = strategy == "fsdp", torch.cuda.is_available()
     precision = _possible_precision(section, precision, sharded, on_gpu)
     processes: Any = "auto"
     if sharded or world.size > 1:
+        _check_not_interactive(section, world)
         processes = ShardedStrategy(world) if sharded else ReplicatedStrategy()
     if not on_gpu:
         total = f" with {world.size} processes" if world.size > 1 else ""
@@ -98,6 +102,18 @@ def _possible_precision(section: str, precision: str, sharded: bool, on_gpu: boo
     elif possible != precision and not on_gpu:
         log.warning("%s.precision=fp16 needs a GPU: using fp32.", section)
     return possible
+
+
+def _check_not_interactive(section: str, world: World) -> None:
+    """Lightning refuses this too, but names strategies that no key can choose."""
+    if world.local_rank is None and (hasattr(sys, "ps1") or sys.flags.interactive):
+        key = "num_gpus" if world.per_node > 1 else "distributed_strategy"
+        value = "1" if world.per_node > 1 else "ddp"
+        raise SpecError(
+            f"{section}.{key}: several processes cannot be started from a notebook or an interactive session.",
+            f"Set {section}.{key}={value}, or put the options into a file and run `mae {section} -e spec.yaml` in a "
+            f"terminal (`!mae {section} -e spec.yaml` in a notebook).",
+        )
 
 
 def world_of(fabric: Fabric) -> World:
@@ -155,7 +171,7 @@ def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
     channel = multiprocessing.get_context("spawn").SimpleQueue()
     level = log.getEffectiveLevel()
     call = partial(_work_in_process, work=work, arguments=arguments, level=level, channel=channel)
-    with InterruptRelay() as relay:
+    with watch_for_reruns(f"num_gpus={world_of(fabric).per_node}"), InterruptRelay() as relay:
         try:
             interrupted, result = fabric.launch(call)
         except ProcessException as error:
@@ -250,8 +266,14 @@ def _reason(error: ProcessException, world: World) -> OpenMAEError:
         return pickle.loads(bytes.fromhex(found[1]))
     where = f" of node {world.node_rank}" if world.nodes > 1 else ""
     if isinstance(error, ProcessExitedException):
+        if error.signal_name is None:
+            return RunError(
+                f"Process {error.error_index}{where} ended with exit code {error.exit_code} before it began to work.",
+                "Its output above says why. Every process imports the main script: if the error is in a line of it, "
+                'put that line below `if __name__ == "__main__":`.',
+            )
         return RunError(
-            f"Process {error.error_index}{where} was ended from outside ({error.signal_name or error.exit_code}).",
+            f"Process {error.error_index}{where} was ended from outside ({error.signal_name}).",
             "If memory ran out, lower dataset.batch_size or use fewer processes.",
         )
     if world.nodes > 1 and _LOST.search(error.msg):

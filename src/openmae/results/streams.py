@@ -1,0 +1,105 @@
+"""Standard streams that nobody reads any more: a closed pipe, a closed descriptor, a full disk behind a redirection."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TextIO
+
+Name = Literal["stdout", "stderr"]
+
+
+class OutputLostError(Exception):
+    """Stdout cannot be written. Not an ``OSError``, so that libraries do not mistake it for one of their own."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(f"stdout cannot be written ({cause.strerror}).")
+        self.reader_left = isinstance(cause, BrokenPipeError)
+
+
+@contextmanager
+def guarded(name: Name, *, needed: bool = False) -> Iterator[None]:
+    """Keep a standard stream that cannot be written from ending the block with an ``OSError`` or a ``SystemExit``.
+
+    Args:
+        name: attribute of ``sys``.
+        needed: the stream carries the result. Raise ``OutputLostError`` when it cannot be written. Otherwise the text
+            is dropped and the work continues: a training run is worth more than its progress messages.
+    """
+    before = getattr(sys, name)
+    if before is None:  # closed, and not opened again by `open_standard_streams`
+        yield
+        return
+    stream = _Guarded(before, needed)
+    setattr(sys, name, stream)
+    try:
+        yield
+        stream.flush()
+    finally:
+        if getattr(sys, name) is stream:
+            setattr(sys, name, before)
+        _settle(before)
+
+
+def open_standard_streams() -> None:
+    """Open the null device in place of each standard stream that the caller closed (``>&-``).
+
+    Otherwise the next file that is opened, such as a checkpoint, gets the descriptor and with it all that is printed.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(opened, True)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the rest of the process
+
+
+class _Guarded:
+    """A text stream whose failures are dropped, or raised as ``OutputLostError``."""
+
+    def __init__(self, stream: TextIO, needed: bool) -> None:
+        self._stream, self._needed = stream, needed
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._fail(error)
+            return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if self._needed:
+            raise OutputLostError(error) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _settle(stream: TextIO) -> None:
+    """Discard what cannot be written: Python would try again at its end, and exit with code 120."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError):
+            descriptor = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(descriptor, stream.fileno())
+            os.close(descriptor)
+            stream.flush()
