@@ -129,13 +129,13 @@ def normalised(batch: Batch) -> Tensor:
 
 
 def our_transform(finetuning: bool) -> Transform:
-    """OpenMAE's, with its own defaults; fine-tuning with the papers' augmentation."""
-    crop = PretrainTransform((SIDE, SIDE), scale=_SCALE)
+    """OpenMAE's, bilinear as all contestants; fine-tuning with the papers' augmentation."""
+    crop = PretrainTransform((SIDE, SIDE), scale=_SCALE, interpolation="bilinear")
     return FinetuneTransform(crop, _MEAN, _STD, auto_aug=_POLICY, re_prob=_ERASING) if finetuning else crop
 
 
 def torchvision_transform() -> Callable[[Image.Image], Tensor]:
-    """MAE's published pretraining transform; bilinear, as ours is by default."""
+    """MAE's published pretraining transform, but bilinear."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(SIDE, scale=_SCALE),

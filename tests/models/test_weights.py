@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,12 +201,15 @@ def test_blocks_of_another_attention_start_afresh_and_are_told(
     old: str, new: str, tmp_path: Path, randomise: Callable[..., None], built: Callable[..., Any]
 ) -> None:
     configs = {"self": SMALL, "cross": CROSS["vit"]}
-    fresh = {"cross": "decoder.cross_blocks", "self": "decoder.blocks, decoder.embed"}
+    parts = {"cross": "decoder.cross_blocks", "self": "decoder.blocks, decoder.embed"}
     source, model = (built(build_autoencoder, configs[name]) for name in (old, new))
     randomise(source)
     checkpoint = read_checkpoint(write(tmp_path / "f.pth", source, replace(INFO, model=configs[old])))
     report = load_into(model, checkpoint, part="backbone")
-    assert str(report) == (f"loaded 100 % of vit_tiny_patch16's backbone from the OpenMAE layout (fresh: {fresh[new]})")
+    assert str(report) == (
+        "loaded 100 % of vit_tiny_patch16's backbone from the OpenMAE layout "
+        f"(fresh: {parts[new]}; not used: {parts[old]})"
+    )
     assert torch.equal(model.decoder.predict.weight, source.decoder.predict.weight)
     with pytest.raises(CheckpointError, match="all must match"):
         load_into(model, checkpoint, part="everything")
@@ -274,15 +278,20 @@ def test_another_patch_size_is_resampled(files: dict[str, Path], built: Callable
 
 
 @pytest.mark.parametrize(
-    ("family", "fresh"), [("vit", "fc_norm, head"), ("hiera", "head.fc"), ("convnextv2", "head.fc")]
+    ("family", "said"),
+    [
+        ("vit", "fresh: fc_norm, head; not used: decoder, norm"),
+        ("hiera", "fresh: head.fc; not used: decoder, encoder"),
+        ("convnextv2", "fresh: head.fc; not used: decoder"),
+    ],
 )
 def test_a_classifier_from_a_pretrained_file_says_what_is_fresh(
-    family: str, fresh: str, files: dict[str, Path], built: Callable[..., Any]
+    family: str, said: str, files: dict[str, Path], built: Callable[..., Any]
 ) -> None:
     model = built(build_classifier, replace(CONFIGS[family], num_classes=5))
     report = load_into(model, read_checkpoint(files[family]), part="backbone")
     arch = CONFIGS[family].arch
-    assert str(report) == f"loaded 100 % of {arch}'s backbone from the OpenMAE layout (fresh: {fresh})"
+    assert str(report) == f"loaded 100 % of {arch}'s backbone from the OpenMAE layout ({said})"
 
 
 @pytest.mark.parametrize(("classes", "kept"), [(3, True), (4, False)])
@@ -342,11 +351,38 @@ def test_a_part_of_the_weights_is_an_error_unless_allowed(
     assert torch.equal(target.get_parameter(weight), source.get_parameter(weight))
 
 
-def test_weights_that_the_model_lacks_are_an_error(tmp_path: Path, built: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"init_values": 1.0}, "24 tensors .*LayerScale.*: blocks.0.ls1.gamma \\[192\\], .* and 21 more"),
+        ({"reg_tokens": 4}, "a tensor .*register tokens.*: reg_token \\[1, 4, 192\\]"),
+        ({"qk_norm": True}, "48 tensors .*normed queries and keys.*: blocks.0.attn.q_norm.weight"),
+        ({"pre_norm": True}, "2 tensors .*another norm.*: norm_pre.weight"),
+    ],
+    ids=str,
+)
+def test_weights_of_another_function_are_refused_even_when_partial_weights_are_allowed(
+    options: dict[str, Any], said: str, tmp_path: Path, built: Callable[..., Any]
+) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, **options)
+    torch.save(source.state_dict(), tmp_path / "f.pth")
     model = built(build_classifier, replace(SMALL, num_classes=2))
-    torch.save(model.state_dict() | {"blocks.0.ls1.gamma": torch.ones(192)}, tmp_path / "f.pth")
-    with pytest.raises(CheckpointError, match=r"100 % of .*Not in the model: blocks.0.ls1.gamma \[192\]"):
-        load_into(model, read_checkpoint(tmp_path / "f.pth"), part="backbone")
+    before = model.state_dict()["blocks.0.attn.qkv.weight"].clone()
+    for allowed in (False, True):
+        with pytest.raises(CheckpointError, match=said) as caught:
+            load_into(model, read_checkpoint(tmp_path / "f.pth"), part="backbone", allow_partial=allowed)
+        assert "100 %" not in str(caught.value)
+    assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], before)
+    with pytest.raises(CheckpointError, match=r"fit no architecture|another function"):
+        load_backbone(tmp_path / "f.pth")
+
+
+def test_blocks_that_the_model_lacks_are_never_called_all_of_it(tmp_path: Path, built: Callable[..., Any]) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=14)
+    torch.save(source.state_dict(), tmp_path / "f.pth")
+    model = built(build_classifier, replace(SMALL, num_classes=2))
+    report = load_into(model, read_checkpoint(tmp_path / "f.pth"), part="backbone", allow_partial=True)
+    assert re.search(r"loaded 8\d(\.\d)? % .*not used: blocks.12, blocks.13, norm\)$", str(report))
 
 
 @pytest.mark.parametrize(("family", "other"), [("vit", "hiera"), ("convnextv2", "vit")])

@@ -36,14 +36,18 @@ class Harmless:
 @pytest.mark.parametrize("writer", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o, protocol=2))])
 def test_a_pickle_that_runs_code_is_refused_unrun(writer: Callable[..., Any], tmp_path: Path) -> None:
     writer({"state_dict": {}, "extra": Malicious(tmp_path / "made")}, tmp_path / "f.pth")
-    with pytest.raises(CheckpointError, match=r"holds \S*mkdir besides weights; it was not loaded|is no PyTorch"):
+    with pytest.raises(
+        CheckpointError, match=r"holds \S*mkdir in addition to weights; it was not loaded|is no PyTorch"
+    ):
         read_checkpoint(tmp_path / "f.pth")
     assert not (tmp_path / "made").exists()
 
 
 def test_a_pickled_class_is_named(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "config": Harmless()}, tmp_path / "f.pth")
-    with pytest.raises(CheckpointError, match=r"holds \S*Harmless besides weights.*\n  Fix: If you trust its source"):
+    with pytest.raises(
+        CheckpointError, match=r"holds \S*Harmless in addition to weights.*\n  Fix: If you trust its source"
+    ):
         read_checkpoint(tmp_path / "f.pth")
 
 

@@ -62,7 +62,7 @@ class Request:
             rank=fabric.global_rank,
             world_size=fabric.world_size,
         )
-        transform = EvalTransform(size, channels, dataset.augmentation.interpolation)
+        transform = EvalTransform(size, channels, dataset.augmentation.interpolation, self.model.card.crop_pct)
         return evaluation_loader(self.index, transform, settings)
 
     def pretrain_task(self, fabric: Fabric) -> PretrainTask | None:

@@ -213,8 +213,8 @@ def _compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) 
     if now.begun:
         wanted[_ACCUMULATION] = before.get(_ACCUMULATION)  # it follows from the processes, and was told of with them
     keys = sorted(key for key in before | wanted if before.get(key) != wanted.get(key))
-    if not finished and "train.pretrained_model_path" not in wanted:
-        keys = [key for key in keys if key != "train.pretrained_model_path"]  # a resumed run needs it no more
+    if not finished and "train.pretrained_model_path" not in wanted:  # a resumed run needs it no more
+        keys = [key for key in keys if key not in ("train.pretrained_model_path", "train.pretrained_weights_key")]
     if not keys:
         return
     changed = "; ".join(f"{key} was {before.get(key, 'unset')} and is {wanted.get(key, 'unset')}" for key in keys)

@@ -24,7 +24,8 @@ from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTr
 from openmae.errors import CheckpointError, blaming
 from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.weights import BACKBONE, load_into, read_checkpoint, save_backbone
+from openmae.models.shapes import patch_size_of
+from openmae.models.weights import BACKBONE, Checkpoint, load_into, read_checkpoint, save_backbone
 from openmae.results.breakdown import Breakdown
 from openmae.results.metrics import read_metrics
 from openmae.results.pictures import reconstruction_grid
@@ -173,15 +174,28 @@ def _agreed(fabric: Fabric, plan: Plan) -> Plan:
 
 def _load_pretrained(model: nn.Module, plan: Plan) -> None:
     with blaming("train.pretrained_model_path"):
-        checkpoint = read_checkpoint(plan.spec.train.pretrained_model_path, plan.key)
+        train = plan.spec.train
+        checkpoint = read_checkpoint(train.pretrained_model_path, plan.key, train.pretrained_weights_key)
         info = checkpoint.info
         if info is not None and info.model.arch != plan.config.arch:
             raise CheckpointError(
                 f"{checkpoint.path} holds {info.model.arch}, but model.arch is {plan.config.arch}.",
                 f"Set model.arch={info.model.arch}, or give a checkpoint of {plan.config.arch}.",
             )
-        report = load_into(model, checkpoint, part="backbone", allow_partial=plan.spec.train.allow_partial_weights)
+        _check_patches(checkpoint, plan)
+        report = load_into(model, checkpoint, part="backbone", allow_partial=train.allow_partial_weights)
     log.info("Weights: %s", report)
+
+
+def _check_patches(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Resample the patch embedding only for a user who has chosen the size of the patches."""
+    held, unit = patch_size_of(checkpoint.weights), plan.config.unit
+    if held in (None, unit) or plan.config.architecture.family != "vit" or plan.spec.typed("model.patch_size"):
+        return
+    raise CheckpointError(
+        f"{checkpoint.path} has patches of {held} pixels, and {plan.config.arch} has {unit}.",
+        f"Set model.patch_size={held} to keep those of the file, or model.patch_size={unit} to resample them.",
+    )
 
 
 def _groups(plan: Plan, model: nn.Module) -> list[dict]:

@@ -30,7 +30,7 @@ Interpolation = Literal["bilinear", "bicubic", "random"]
 ImagePolicy = Callable[[Image.Image], Image.Image]
 
 _STREAMS = {"augment": 0, "shuffle": 1}
-CROP_PCT = 0.875  # the share of the short side that evaluation keeps
+_CROP_PCT, _CROPPED_UP_TO = 224 / 256, 224  # px: MAE's util/datasets.py
 _ERASE_AREA = (0.02, 1 / 3)
 _ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 _LUMA = (0.299, 0.587, 0.114)
@@ -78,7 +78,7 @@ class PretrainTransform:
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
-    interpolation: Interpolation = "bilinear"
+    interpolation: Interpolation = "bicubic"
 
     def __call__(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
@@ -158,21 +158,33 @@ class FinetuneTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize so that 87.5 % of the short side is kept, and crop the centre; the same for every action.
+    """Resize, and crop the centre; the same for every action.
 
     The usual resize-then-crop, done as one crop-and-resize of the centre with the output's aspect ratio.
+
+    Args:
+        size: (height, width) of the output.
+        in_chans: 1, 3 or 4.
+        interpolation: random means bicubic.
+        kept: share of the image's sides that the crop keeps; None for the one that :func:`crop_pct` gives.
     """
 
     size: Size
     in_chans: int = 3
-    interpolation: Interpolation = "bilinear"
+    interpolation: Interpolation = "bicubic"
+    kept: float | None = None
 
     def __call__(self, picture: Picture, rng: np.random.Generator | None = None) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file. Nothing is random."""
-        box = centre_box(picture.size, self.size)
+        box = centre_box(picture.size, self.size, self.kept)
         mode: Literal["bilinear", "bicubic"] = "bilinear" if self.interpolation == "bilinear" else "bicubic"
         # Twice finer than needed: a box rounds to whole pixels of the scaled-down JPEG.
         return _cut(picture, self.in_chans, box, self.size, mode, finer=2)
+
+
+def crop_pct(size: Size) -> float:
+    """Return the share of the sides that evaluation keeps: 87.5 % up to 224 px, all of them above, as MAE's code."""
+    return _CROP_PCT if max(size) <= _CROPPED_UP_TO else 1.0
 
 
 def random_box(size: Size, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> Box:
@@ -194,10 +206,10 @@ def random_box(size: Size, scale: tuple[float, float], ratio: tuple[float, float
     return _centred(size, min(width, round(height * aspect)), min(height, round(width / aspect)))
 
 
-def centre_box(size: Size, out: Size) -> Box:
-    """Return the centre of an image of ``size`` that evaluation at ``out`` looks at."""
+def centre_box(size: Size, out: Size, kept: float | None = None) -> Box:
+    """Return the centre of an image of ``size`` that evaluation at ``out`` looks at; ``kept`` as in EvalTransform."""
     height, width = size
-    unit = min(height / out[0], width / out[1]) * CROP_PCT
+    unit = min(height / out[0], width / out[1]) * (crop_pct(out) if kept is None else kept)
     return _centred(size, min(width, round(out[1] * unit)), min(height, round(out[0] * unit)))
 
 

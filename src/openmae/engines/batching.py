@@ -46,7 +46,7 @@ def as_input(images_BCHW: Tensor, card: ModelCard) -> Tensor:
 
 def eval_transform(card: ModelCard) -> EvalTransform:
     """From a file to pixels of the card's size, as evaluation sees them."""
-    return EvalTransform(card.model.input_size, card.model.in_chans, card.interpolation)
+    return EvalTransform(card.model.input_size, card.model.in_chans, card.interpolation, card.crop_pct)
 
 
 def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openmae import __version__
-from openmae.data.transforms import CROP_PCT
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
 from openmae.models.weights import CheckpointInfo, Stage
@@ -47,8 +46,8 @@ class ModelCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    crop_pct: float = CROP_PCT
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    crop_pct: float = 0.875
     preprocessing: bool = False
     batch_size: int = -1
     precision: Precision = "fp32"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openmae.data.normalise import Normaliser
+from openmae.data.transforms import crop_pct
 from openmae.engines.batching import as_input, run_split
 from openmae.engines.card import INPUT, ModelCard, file_sha256
 from openmae.engines.module import DeployedModel, build_deployed
@@ -132,7 +133,6 @@ def open_predictor(
 
 def card_of(info: CheckpointInfo, path: Path) -> ModelCard:
     """The card of a checkpoint's model as it was trained."""
-    interpolation = info.spec.get("dataset", {}).get("augmentation", {}).get("interpolation", "bilinear")
     model = info.model if info.stage == "finetune" else replace(info.model, num_classes=0)
     return ModelCard(
         stage=info.stage,
@@ -140,7 +140,8 @@ def card_of(info: CheckpointInfo, path: Path) -> ModelCard:
         mean=info.mean,
         std=info.std,
         class_names=info.class_names,
-        interpolation="bilinear" if interpolation == "bilinear" else "bicubic",  # as EvalTransform reads it
+        interpolation=info.interpolation,
+        crop_pct=crop_pct(model.input_size),
         checkpoint_sha256=file_sha256(path),
         version=info.version,
     )

@@ -15,6 +15,8 @@ from openmae.models.mae import MaskedAutoencoder
 from openmae.spec.architectures import Architecture, Family, get_architecture
 
 _HIERA_Q_POOL = 2  # pooling steps in pretraining; see encoders/hiera.py
+_LARGEST = 2**24  # of any count in a model's description
+_HEAD_STD = 2e-5  # of a fresh classifier: MAE's and ConvNeXt V2's main_finetune.py, Hiera's .02 * head_init_scale
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class ModelConfig:
         decoder_attention: whether the masked tokens see all tokens (self) or the visible ones alone (cross; not for
             ConvNeXt V2).
         global_pool: a ViT classifier pools the patch tokens (True) or reads the class token (False).
+        final_norm: a ViT classifier normalises before its head; False for one that NVIDIA TAO has fine-tuned.
         num_classes: of the classifier; 0 for pretraining.
     """
 
@@ -45,6 +48,7 @@ class ModelConfig:
     decoder_embed_dim: int = 512
     decoder_attention: Literal["self", "cross"] = "self"
     global_pool: bool = True
+    final_norm: bool = True
     num_classes: int = 0
 
     @property
@@ -59,13 +63,36 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (a list for the input size), for a checkpoint."""
-        return asdict(self) | {"input_size": list(self.input_size)}
+        values = asdict(self) | {"input_size": list(self.input_size)}
+        if self.final_norm:
+            del values["final_norm"]  # of nearly all models; versions before it read their checkpoints
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a model.
+        """
         height, width = values["input_size"]
-        return cls(**{**values, "input_size": (height, width)})
+        config = cls(**{**values, "input_size": (height, width)})
+        get_architecture(config.arch)
+        counts = {
+            "input_size": (height, width),
+            "in_chans": (config.in_chans,),
+            "patch_size": (config.patch_size or 1,),
+            "decoder_depth": (config.decoder_depth,),
+            "decoder_embed_dim": (config.decoder_embed_dim,),
+            "num_classes": (config.num_classes + 1,),
+        }
+        for name, numbers in counts.items():
+            if not all(type(number) is int and 1 <= number <= _LARGEST for number in numbers):
+                raise ValueError(f"{name} is {values.get(name)!r}")
+        for name in ("drop_path_rate", "mask_ratio"):
+            if not 0 <= getattr(config, name) <= 1:
+                raise ValueError(f"{name} is {values.get(name)!r}")
+        return config
 
 
 def build_autoencoder(config: ModelConfig) -> MaskedAutoencoder:
@@ -90,15 +117,21 @@ def build_encoder(config: ModelConfig) -> MaskedEncoder:
 def build_classifier(config: ModelConfig) -> nn.Module:
     """A timm model with a classifier of ``config.num_classes`` outputs, for fine-tuning.
 
-    A ViT that pools patch tokens normalises after pooling (``fc_norm``), as the paper's fine-tuning does.
+    A ViT that pools patch tokens normalises after pooling (``fc_norm``), as the paper's fine-tuning does. The head
+    starts as in the official code: a normal of std 2e-5, and no bias; Hiera's bias is 2e-5 too.
     """
-    if config.architecture.family != "vit":
-        return _create(config, num_classes=config.num_classes)
-    pool = "avg" if config.global_pool else "token"
-    model = _create(config, num_classes=config.num_classes, global_pool=pool)
+    options: dict[str, Any] = {}
+    if config.architecture.family == "vit":
+        options["global_pool"] = "avg" if config.global_pool else "token"
+        if not config.final_norm:
+            options["final_norm"] = False
+    model: Any = _create(config, num_classes=config.num_classes, **options)
     if config.num_classes:
-        nn.init.trunc_normal_(model.get_parameter("head.weight"), std=2e-5)
-    return model
+        head = model.get_classifier()
+        nn.init.trunc_normal_(head.weight, std=_HEAD_STD)
+        nn.init.constant_(head.bias, _HEAD_STD if config.architecture.family == "hiera" else 0.0)
+    classifier: nn.Module = model
+    return classifier
 
 
 def build_feature_extractor(config: ModelConfig) -> nn.Module:
@@ -108,7 +141,7 @@ def build_feature_extractor(config: ModelConfig) -> nn.Module:
     pretrained with) and ConvNeXt V2: timm's pooled features after ``head.norm``.
     """
     options: dict[Family, dict[str, Any]] = {
-        "vit": {"global_pool": "avg", "fc_norm": False},
+        "vit": {"global_pool": "avg", "fc_norm": False, "final_norm": config.final_norm},
         "hiera": {"q_pool": _HIERA_Q_POOL},
         "convnextv2": {},
     }

@@ -2,7 +2,8 @@
 
 Each layout is a table of renamings, applied in order, and at most one function that reshapes values. Sources:
 facebookresearch/mae (models_mae.py), facebookresearch/ConvNeXt-V2 (models/fcmae.py, utils.py),
-facebookresearch/hiera (hiera_mae.py), NVIDIA TAO's MAE (the same names behind ``model.``).
+facebookresearch/hiera (hiera_mae.py), NVIDIA TAO's MAE (the same names behind ``model.``). What wraps the weights:
+``wrappers.py``; transformers' names: ``huggingface.py``.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from openmae.errors import CheckpointError
+from openmae.models.huggingface import from_transformers, is_transformers
+from openmae.models.wrappers import State, unwrap
 from openmae.spec.architectures import Family
 
-State = dict[str, Tensor]
 _Rules = tuple[tuple[str, str], ...]
 
 
@@ -31,16 +33,16 @@ class NamedWeights:
         family: of the backbone.
         backbone: by timm's names; the classifier, where there is one, included.
         rest: fusion heads and decoder by our names (``encoder.fusion.*``, ``decoder.*``), if any.
+        note: which of several models in the file was taken, and what was left; empty where there is no choice.
     """
 
     layout: str
     family: Family
     backbone: State
     rest: State
+    note: str = ""
 
 
-_WRAPPERS = ("state_dict", "model_state", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 _OURS = "encoder.backbone."
 _STEMS = ("stem", "downsample_layers.0", "encoder.downsample_layers.0")
 
@@ -77,25 +79,29 @@ _CONVNEXT: _Rules = (
 )
 
 
-def recognise(raw: Mapping[str, Any]) -> NamedWeights:
+def recognise(raw: Mapping[str, Any], wanted: str = "") -> NamedWeights:
     """Find out whose layout a loaded checkpoint follows, and bring it to the names that OpenMAE uses.
 
     Args:
         raw: the mapping that the file holds: a state dict, or one wrapped in a dict of other things.
+        wanted: the entry or prefix to take, where the file has several models.
 
     Raises:
         CheckpointError: no layout fits; the text shows the first names.
     """
-    state, wrapper = _unwrap(raw)
-    state, prefixes = _strip(state)
+    wrapped = unwrap(raw, wanted)
+    state, note = wrapped.state, str(wrapped) if wrapped.others or wrapped.left else ""
     if any(name.startswith(_OURS) for name in state):
-        return _ours(state)
-    layout, family, rules, reshape = _layout(state, wrapper)
-    if "model." in prefixes:
+        return replace(_ours(state), note=note)
+    if is_transformers(state):
+        layout, family, renamed = from_transformers(state, _reorder_predictions)
+    else:
+        layout, family, rules, reshape = _layout(state, wrapped.entry)
+        renamed = {_rename(name, rules): reshape(name, value, state) for name, value in state.items()}
+    if "model." in wrapped.prefix:
         layout += " (behind 'model.', as TAO's)"
-    renamed = {_rename(name, rules): reshape(name, value, state) for name, value in state.items()}
     backbone, rest = _split(renamed)
-    return NamedWeights(layout, family, backbone, rest)
+    return NamedWeights(layout, family, backbone, rest, note)
 
 
 def family_of(backbone: Mapping[str, Tensor]) -> Family | None:
@@ -131,32 +137,6 @@ def _layout(state: State, wrapper: str) -> tuple[str, Family, _Rules, Callable[[
         "Use a checkpoint of OpenMAE, timm, TAO's MAE, or the official MAE, ConvNeXt V2 or Hiera repository, "
         "for one of the architectures of model.arch.",
     )
-
-
-def _unwrap(raw: Mapping[str, Any]) -> tuple[State, str]:
-    """The tensors of a checkpoint, and the key that they lay under ('' for none)."""
-    wrapper = ""
-    for key in _WRAPPERS:
-        if isinstance(raw.get(key), Mapping):
-            raw, wrapper = raw[key], key
-            break
-    state = {str(name): value for name, value in raw.items() if isinstance(value, Tensor)}
-    if not state:
-        keys = ", ".join(str(key) for key in list(raw)[:5]) or "none"
-        raise CheckpointError(
-            f"The file holds no weights; its first keys: {keys}.",
-            f"Save a state dict, bare or under one of the keys {', '.join(_WRAPPERS)}.",
-        )
-    return state, wrapper
-
-
-def _strip(state: State) -> tuple[State, set[str]]:
-    """Names without the prefixes that every one of them carries, and the prefixes."""
-    stripped = set()
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-        stripped.add(prefix)
-    return state, stripped
 
 
 def _ours(state: State) -> NamedWeights:
@@ -211,5 +191,8 @@ def _reshape_hiera(name: str, value: Tensor, state: State) -> Tensor:
     """Predictions ordered (channel, row, column) in Hiera's code, (row, column, channel) in ours."""
     if not name.startswith("decoder_pred."):
         return value
-    channels = state["patch_embed.proj.weight"].shape[1]
+    return _reorder_predictions(value, state["patch_embed.proj.weight"].shape[1])
+
+
+def _reorder_predictions(value: Tensor, channels: int) -> Tensor:
     return value.unflatten(0, (channels, -1)).transpose(0, 1).flatten(0, 1)

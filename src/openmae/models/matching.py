@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from openmae.models.build import ModelConfig
 from openmae.models.decoders import ConvNeXtDecoder
-from openmae.models.layouts import NamedWeights, State, family_of
+from openmae.models.layouts import NamedWeights, family_of
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.positions import resize_position_embedding
+from openmae.models.wrappers import State
 from openmae.spec.architectures import ARCHITECTURES
 
 REQUIRED_PERCENT = 95
@@ -26,6 +28,17 @@ _CLASSIFIER = frozenset({"head.weight", "head.bias", "head.fc.weight", "head.fc.
 _FINAL_NORMS = ("norm.", "fc_norm.", "head.norm.")
 _FIRST_CONVOLUTIONS = ("patch_embed.proj.weight", "stem.0.weight")
 _SHOWN = 3
+OTHER_ARCHITECTURES = "Use weights of this architecture: DINOv2, DeiT III, EVA and CLIP, for example, have another one."
+_FOREIGN_PARTS = (
+    (r"\.(ls[12]\.gamma|gamma(_[12])?)$", "LayerScale"),
+    (r"\breg_tokens?$|register_tokens", "register tokens"),
+    (r"\b[qk]_norm\.", "normed queries and keys"),
+    (r"rope|rotary|\bfreqs", "rotary positions"),
+    (r"rel_pos|relative_position", "relative positions"),
+    (r"\bdist_token$|head_dist", "a distillation token"),
+    (r"\bnorm_pre\.|norm_post\.", "another norm"),
+    (r"\bmlp\.(w12|w3|fc1_g|fc1_x|norm)\b", "a gated MLP"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +56,11 @@ class LoadReport:
         matched, total: values that were found, and that count.
         missing: names that count and were not found, with the model's shape, and the file's where it differs.
         unexpected: names that the model lacks, with shapes.
+        foreign: those of them that belong to parts that the model has: it would be another function without them.
+        unexpected_values: how many values they have.
         resized: names that were resampled to the model's grid, channels or patch size.
         fresh: modules that keep their fresh start.
+        unused: parts of the file that the model does not have, such as a decoder.
     """
 
     arch: str
@@ -55,13 +71,16 @@ class LoadReport:
     total: int
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    foreign: tuple[str, ...]
+    unexpected_values: int
     resized: tuple[str, ...]
     fresh: tuple[str, ...]
+    unused: tuple[str, ...]
 
     @property
     def percent(self) -> float:
-        """Share of the values that matched, 0 to 100."""
-        return 100 * self.matched / self.total
+        """Share of the values that matched, of the model's and of the file's that the model lacks; 0 to 100."""
+        return 100 * self.matched / (self.total + self.unexpected_values)
 
     @property
     def sufficient(self) -> bool:
@@ -71,12 +90,12 @@ class LoadReport:
 
     @property
     def partial(self) -> bool:
-        """Whether there is anything in it that the model may take."""
-        return self.same_family and self.matched > 0
+        """Whether there is anything in it that the model may take, and the rest of it does not matter."""
+        return self.same_family and self.matched > 0 and not self.foreign
 
     def __str__(self) -> str:
         part = "weights" if self.everything else "backbone"
-        notes = {"resized": self.resized, "fresh": self.fresh}
+        notes = {"resized": self.resized, "fresh": self.fresh, "not used": self.unused}
         said = "; ".join(f"{what}: {', '.join(names)}" for what, names in notes.items() if names)
         line = f"loaded {_floor(self.percent)} % of {self.arch}'s {part} from the {self.layout} layout"
         return f"{line} ({said})" if said else line
@@ -107,6 +126,7 @@ def match(
         if name in found and (value := _fit(name, found[name], target[name], grids.get(name))) is not None
     }
     counted = [name for name in target if everything or _counts(name, prefix, found, fitted)]
+    unexpected = [name for name in found if name not in target and (everything or _is_trunk(name, prefix))]
     report = LoadReport(
         arch=_arch_of(model),
         layout=weights.layout,
@@ -115,17 +135,16 @@ def match(
         matched=sum(target[name].numel() for name in counted if name in fitted),
         total=sum(target[name].numel() for name in counted),
         missing=tuple(_describe(name, target[name], found) for name in counted if name not in fitted),
-        unexpected=tuple(
-            f"{name} {list(value.shape)}"
-            for name, value in found.items()
-            if name not in target and (everything or _is_trunk(name, prefix))
-        ),
+        unexpected=tuple(f"{name} {list(found[name].shape)}" for name in unexpected),
+        foreign=tuple(n for n in unexpected if _is_trunk(n, prefix) and not _is_another_block(n, target)),
+        unexpected_values=sum(found[name].numel() for name in unexpected),
         resized=tuple(
             name.removeprefix(prefix).removesuffix(".weight")
             for name, value in fitted.items()
             if _is_resized(name, value, found[name], grids)
         ),
-        fresh=tuple(module.removeprefix(prefix) for module in _fresh_modules(target, fitted)),
+        fresh=tuple(module.removeprefix(prefix) for module in _outer_modules(target, fitted)),
+        unused=_unused_parts(weights, target, fitted, prefix),
     )
     return report, fitted
 
@@ -139,6 +158,8 @@ def complain(report: LoadReport, weights: NamedWeights, source: ModelConfig | No
             f"of which {report.arch} can use nothing: another family.",
             f"Set model.arch={likely}." if likely else "Use a checkpoint of this architecture.",
         )
+    if report.foreign:
+        return _complain_of_foreign(report, path)
     part = "weights" if report.everything else "backbone"
     required = "all" if report.everything else f"{REQUIRED_PERCENT} %"
     problem = (
@@ -161,11 +182,36 @@ def complain(report: LoadReport, weights: NamedWeights, source: ModelConfig | No
     return problem, f"{fix[0].upper()}{fix[1:]}."
 
 
+def _complain_of_foreign(report: LoadReport, path: Path) -> tuple[str, str]:
+    """A model of the same names, but of another function: without these tensors its outputs would mean nothing."""
+    kinds = foreign_parts(report.foreign)
+    named = f" ({', '.join(kinds)})" if kinds else ""
+    shown = [text for text in report.unexpected if text.split(" ")[0] in report.foreign][:_SHOWN]
+    more = f" and {len(report.foreign) - len(shown)} more" if len(report.foreign) > len(shown) else ""
+    count = "a tensor" if len(report.foreign) == 1 else f"{len(report.foreign)} tensors"
+    return (
+        f"{path} holds {count} that {report.arch} has no place for{named}: {', '.join(shown)}{more}. Without them it "
+        f"would be another function than the one that was trained ({report.layout} layout).",
+        OTHER_ARCHITECTURES,
+    )
+
+
+def foreign_parts(names: Iterable[str]) -> list[str]:
+    """What the tensors' names say about parts that no architecture of the table has."""
+    names = list(names)
+    return [said for pattern, said in _FOREIGN_PARTS if any(re.search(pattern, name) for name in names)]
+
+
 def likely_arch(weights: NamedWeights) -> str | None:
     """The architecture whose blocks have just these names and sizes; None where no row of the table fits."""
     sizes = _block_sizes(weights.backbone)
     rows = (row for row in ARCHITECTURES.values() if row.family == weights.family)
     return next((row.name for row in rows if _timm_block_sizes(row.timm_name) == sizes), None)
+
+
+def has_blocks_of(weights: NamedWeights, arch: str) -> bool:
+    """Whether the blocks have the names and sizes of an architecture of the table."""
+    return _block_sizes(weights.backbone) == _timm_block_sizes(ARCHITECTURES[arch].timm_name)
 
 
 @dataclass(frozen=True)
@@ -248,14 +294,30 @@ def _is_resized(name: str, value: Tensor, before: Tensor, grids: Mapping[str, _G
     return value is not before and (name in grids or name.endswith(_FIRST_CONVOLUTIONS))
 
 
-def _fresh_modules(target: State, fitted: State) -> list[str]:
-    """The outermost modules of the target that hold no fitted name."""
+def _outer_modules(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """The outermost modules of the names that ``others`` lack, and that hold none of ``others``."""
     modules: dict[str, None] = {}
-    for name in target.keys() - fitted.keys():
+    for name in names:
+        if name in others:
+            continue
         parts = name.split(".")
         outer = (".".join(parts[:n]) for n in range(1, len(parts)))
-        modules[next((m for m in outer if not any(key.startswith(f"{m}.") for key in fitted)), name)] = None
+        modules[next((m for m in outer if not any(key.startswith(f"{m}.") for key in others)), name)] = None
     return sorted(modules)
+
+
+def _unused_parts(weights: NamedWeights, target: State, fitted: State, prefix: str) -> tuple[str, ...]:
+    """Modules of the file that the model does not have."""
+    names = [*weights.backbone, *weights.rest]
+    places = {name: name if name in weights.rest else prefix + name for name in names}
+    left = [name for name in names if places[name] not in target]
+    return tuple(_outer_modules(left, {name for name in names if places[name] in fitted}))
+
+
+def _is_another_block(name: str, target: State) -> bool:
+    """Whether a name belongs to a block or stage that the model does not have at all."""
+    block = re.match(r"(.*\b(?:blocks|stages)\.\d+\.)", name)
+    return block is not None and not any(other.startswith(block[1]) for other in target)
 
 
 def _describe(name: str, target: Tensor, found: State) -> str:

@@ -8,35 +8,36 @@ names, and the same plain values as JSON in its header. Other people's layouts: 
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
 import math
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from openmae import __version__
 from openmae.errors import CheckpointError, RunError, SpecError
 from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
+from openmae.models.checkpoint_files import check_file, read_content
+from openmae.models.data_config import describe
 from openmae.models.layouts import NamedWeights, recognise
-from openmae.models.matching import LoadReport, complain, likely_arch, match
+from openmae.models.matching import LoadReport, complain, match
+from openmae.models.shapes import check_header, count_classes, guess_config
 from openmae.results.files import replacing
-from openmae.spec.architectures import get_architecture
 from openmae.storage.encryption import Key, created, resolve_key, unlocked
 
 Stage = Literal["pretrain", "finetune"]
 FORMAT = 1
 BACKBONE = "backbone.safetensors"  # in a results folder
-_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".safetensors")
-_HIERA_STRIDE = 4  # px of a token
+_DEEPEST, _LARGEST = 50, 100_000  # levels and values of the spec in a header
+
+log = logging.getLogger("openmae")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ class CheckpointInfo:
     version: str = __version__
     begun: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def interpolation(self) -> Literal["bilinear", "bicubic"]:
+        """How evaluation resizes the images of this model."""
+        node: Any = self.spec
+        for name in ("dataset", "augmentation", "interpolation"):
+            node = node.get(name) if isinstance(node, Mapping) else None
+        return "bilinear" if node == "bilinear" else "bicubic"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the ``"openmae"`` entry of a checkpoint."""
         return {
@@ -76,6 +85,19 @@ class CheckpointInfo:
             "spec": dict(self.spec),
             **({"begun": dict(self.begun)} if self.begun else {}),
         }
+
+    def check(self) -> None:
+        """Raise a ValueError where a field is not what it is meant to be."""
+        if self.stage not in ("pretrain", "finetune"):
+            raise ValueError(f"stage is {self.stage!r}")
+        if not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError("class_names are not all text")
+        if self.class_names and len(self.class_names) != self.model.num_classes:
+            raise ValueError(f"{len(self.class_names)} class_names for {self.model.num_classes} classes")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+                raise ValueError(f"{name} is {numbers!r}")
+        _check_tree(self.spec)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CheckpointInfo:
@@ -92,7 +114,7 @@ class CheckpointInfo:
                 "Install the OpenMAE that wrote it, or a newer one.",
             )
         try:
-            return cls(
+            info = cls(
                 stage=values["stage"],
                 model=ModelConfig.from_dict(values["model"]),
                 class_names=tuple(values["class_names"]),
@@ -102,7 +124,9 @@ class CheckpointInfo:
                 begun=values.get("begun", {}),
                 version=version,
             )
-        except (KeyError, TypeError, ValueError) as error:
+            info.check()
+            return info
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"The 'openmae' entry (of OpenMAE {version}) is damaged or of another version: {error!r}.",
                 f"This is OpenMAE {__version__}; install the one that wrote the checkpoint.",
@@ -126,31 +150,75 @@ class Checkpoint:
     @property
     def num_classes(self) -> int:
         """Outputs of the classifier that the file holds; 0 for none."""
-        head = self.weights.backbone.get("head.fc.weight", self.weights.backbone.get("head.weight"))
-        return 0 if head is None else head.shape[0]
+        return count_classes(self.weights.backbone)
 
 
-def read_checkpoint(path: str | Path, key: Key | None = None) -> Checkpoint:
-    """Read a .pth, .pt, .pth.tar, .ckpt or .safetensors file; no class in it is ever executed.
+def read_checkpoint(path: str | Path, key: Key | None = None, weights_key: str = "") -> Checkpoint:
+    """Read a .pth, .pt, .pth.tar, .ckpt or .safetensors file; nothing in it is ever executed.
 
-    An averaged (EMA) copy, where there is one, is read in place of the plain weights. ``key`` opens an encrypted file.
+    An averaged (EMA) copy, where there is one, is read in place of the plain weights, unless ``weights_key`` names
+    another entry. ``key`` opens an encrypted file.
 
     Raises:
-        CheckpointError: missing, empty, truncated, foreign, holding classes, or encrypted and not to be opened; the
-            text says which.
+        CheckpointError: missing, empty, truncated, foreign, holding classes or numbers that are not finite, saying of
+            itself what its tensors do not confirm, or encrypted and not to be opened; the text says which.
     """
     path = Path(path)
-    _check_file(path)
-    file = unlocked(path, key)
-    raw, header = _read_safetensors(path, file) if path.suffix == ".safetensors" else _read_pickle(path, file)
+    check_file(path)
+    raw, header = read_content(path, unlocked(path, key), weights_key)
     try:
         info = None if header is None else CheckpointInfo.from_dict(header)
-        weights = recognise(raw)
+        weights = recognise(raw, "" if info else weights_key)
+        _check_finite({**weights.backbone, **weights.rest})
+        if info is not None:
+            check_header(info.model, weights)
+            weights = replace(weights, layout="OpenMAE", note="")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.problem}", error.fix) from error
-    if info is not None:
-        weights = replace(weights, layout="OpenMAE")
+    if weights.note:
+        log.info("%s: %s.", path, weights.note)
     return Checkpoint(path, weights, info)
+
+
+def _check_tree(values: Any) -> None:
+    """Raise a ValueError where plain values are nested or repeated beyond what a spec can be."""
+    level, count = [values], 0
+    for _ in range(_DEEPEST):
+        level = [
+            child
+            for node in level
+            if isinstance(node, Mapping | list | tuple)
+            for child in (node.values() if isinstance(node, Mapping) else node)
+        ]
+        count += len(level)
+        if not level:
+            return
+        if count > _LARGEST:
+            raise ValueError(f"more than {_LARGEST:,} values in the spec")
+    raise ValueError(f"a spec of more than {_DEEPEST} levels")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that a diverged training has left: every output of such a model would be NaN."""
+    absent = next((name for name, value in tensors.items() if value.is_meta), None)
+    if absent:
+        raise CheckpointError(f"{absent} has a shape, but no values.", "Save the model's state dict from a device.")
+    broken = [name for name, value in tensors.items() if not _is_finite(value)]
+    if broken:
+        raise CheckpointError(
+            f"{len(broken)} of {len(tensors)} tensors hold NaN or infinite numbers, the first is {broken[0]}.",
+            "The training that wrote it has diverged: use a checkpoint from before that, or start again with a lower "
+            "learning rate.",
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.numel() or not (value.is_floating_point() or value.is_complex()):
+        return True
+    if value.is_complex() or value.element_size() == 1:  # aminmax has no kernel for them
+        return bool(value.to(torch.complex64 if value.is_complex() else torch.float32).isfinite().all())
+    low, high = value.aminmax()  # one pass, and no copy
+    return bool(low.isfinite() and high.isfinite())
 
 
 def read_own(path: str | Path, key: Key | None = None) -> tuple[Checkpoint, CheckpointInfo]:
@@ -202,22 +270,26 @@ def load_backbone(
     arch: str | None = None,
     *,
     encryption_key: str = "",
+    weights_key: str = "",
 ) -> nn.Module:
     """A timm model in eval mode with a checkpoint's weights.
 
-    A pretrained checkpoint gives embeddings ``[B, D]``, a fine-tuned one its class logits.
+    A pretrained checkpoint gives embeddings ``[B, D]``, a fine-tuned one its class logits. ``timm.data``'s
+    ``resolve_model_data_config(model)`` gives the images' size, mean, standard deviation and resizing that belong to
+    it; another program's file does not say them, and gets those that the papers use.
 
     Args:
-        checkpoint: our checkpoint or ``backbone.safetensors``, or a timm, official or TAO file.
+        checkpoint: our checkpoint or ``backbone.safetensors``, or a timm, official, transformers or TAO file.
         input_size: pixels of a side, or (height, width); None keeps the checkpoint's.
         arch: a name of the architecture table; only needed where a foreign file's shapes fit none.
         encryption_key: of an encrypted file: ``env:NAME``, ``file:PATH``, or the key itself.
+        weights_key: the entry of the file to take, such as ``model_ema``, where there are several.
 
     Raises:
-        CheckpointError: the file cannot be used, or ``arch`` is not what it holds.
+        CheckpointError: the file cannot be used, ``arch`` is not what it holds, or the model would be another function.
         SpecError: ``input_size`` does not divide into patches or mask units, or there is no key where it should be.
     """
-    loaded = read_checkpoint(checkpoint, resolve_key(encryption_key))
+    loaded = read_checkpoint(checkpoint, resolve_key(encryption_key), weights_key)
     config = loaded.info.model if loaded.info else _guess_config(loaded, arch)
     if arch is not None and arch != config.arch:
         raise CheckpointError(
@@ -229,8 +301,16 @@ def load_backbone(
     check_size(config)
     finetuned = loaded.info.stage == "finetune" if loaded.info else loaded.num_classes > 0
     build = build_classifier if finetuned or "fc_norm.weight" in loaded.weights.backbone else build_feature_extractor
-    model = build(replace(config, num_classes=loaded.num_classes))
-    load_into(model, loaded, part="everything" if loaded.info else "backbone")
+    model: Any = build(replace(config, num_classes=loaded.num_classes))
+    report = load_into(model, loaded, part="everything" if loaded.info else "backbone")
+    untrained = [name for name in report.fresh if name != "head" or loaded.weights.family != "convnextv2"]
+    if untrained:
+        raise CheckpointError(
+            f"{loaded.path} lacks {', '.join(untrained)}: {config.arch} would give other outputs than the model that "
+            "wrote it.",
+            "Use a complete checkpoint; mae train takes this one as train.pretrained_model_path.",
+        )
+    describe(model, config, loaded.info)
     return model.eval()
 
 
@@ -261,108 +341,11 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], info: Checkpoin
     return path
 
 
-def _check_file(path: Path) -> None:
-    if path.suffix.lower() == ".onnx":
-        raise CheckpointError(f"{path} is an ONNX file, not a checkpoint.", "Give the .pth file it was exported from.")
-    if not path.exists():
-        raise CheckpointError(
-            f"No checkpoint at {path}.", "Check the path; relative paths start at the working folder."
-        )
-    if path.is_dir():
-        if path.suffix == ".shards":
-            raise CheckpointError(
-                f"{path} is a checkpoint in parts, which training alone reads.",
-                f"Join it: mae checkpoint consolidate {path}",
-            )
-        inside = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
-        fix = f"Name one of its files: {', '.join(inside[:3])}." if inside else "Name a file; it holds no checkpoint."
-        raise CheckpointError(f"{path} is a folder, not a checkpoint.", fix)
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty (0 bytes).", "Copy it again, or use an earlier checkpoint.")
-
-
-def _read_safetensors(path: Path, decrypted: BinaryIO | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """(tensors, our header or None)."""
-    try:
-        if decrypted is not None:
-            data = decrypted.read()
-            length = int.from_bytes(data[:8], "little")
-            metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-            return load(data), json.loads(metadata["openmae"]) if "openmae" in metadata else None
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            header = (file.metadata() or {}).get("openmae")
-            return tensors, json.loads(header) if header else None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, "safetensors file", error) from error
-
-
-def _read_pickle(path: Path, decrypted: BinaryIO | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """(what the file holds, our header or None); official files keep their arguments in a Namespace."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            raw = torch.load(decrypted or path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise _damaged(path, "PyTorch checkpoint", error) from error
-        raise CheckpointError(
-            f"{path} holds {found[1]} besides weights; it was not loaded, since such objects can run code.",
-            "If you trust its source, save its state dict alone: torch.save({'state_dict': ...}, path).",
-        ) from error
-    except Exception as error:  # foreign bytes break the reader in every way there is
-        raise _damaged(path, "PyTorch checkpoint", error) from error
-    if not isinstance(raw, Mapping):
-        raise CheckpointError(f"{path} holds a {type(raw).__name__}, not a state dict.", "Save model.state_dict().")
-    header = raw.get("openmae")
-    if not isinstance(header, Mapping):
-        return dict(raw), None
-    if not isinstance(raw.get("state_dict"), Mapping):
-        raise CheckpointError(f"{path} is a checkpoint of OpenMAE without its weights.", "Use another checkpoint.")
-    averaged = raw.get("ema_state_dict") or {}
-    named = {**raw["state_dict"], **averaged}
-    return {name: value for name, value in named.items() if name.startswith("model.")}, dict(header)
-
-
-def _damaged(path: Path, kind: str, error: Exception) -> CheckpointError:
-    """The file's beginning tells a cut-off download from something else."""
-    with path.open("rb") as file:
-        start = file.read(24)
-    if start.startswith(b"PK\x03\x04"):
-        reason = f"is cut off or damaged ({path.stat().st_size} bytes)"
-    elif start.isascii() and (text := start.decode("ascii").strip().split("\n")[0]).isprintable() and text:
-        reason = f"is no {kind}; it begins with the text {text!r}"
-    else:
-        # torch would have it read in spite of all: "weights_only=False will likely succeed"
-        said = type(error).__name__ if "weights_only" in str(error) else (str(error) or type(error).__name__)
-        reason = f"is no {kind}, or damaged ({said.splitlines()[0]})"
-    return CheckpointError(f"{path} {reason}.", "Copy or download it again, or use another checkpoint.")
-
-
 def _guess_config(loaded: Checkpoint, arch: str | None) -> ModelConfig:
-    """The model that another's file holds, from the shapes of its tensors."""
-    weights = loaded.weights
-    arch = arch or likely_arch(weights)
-    if arch is None:
-        raise CheckpointError(
-            f"{loaded.path}: the weights ({weights.layout} layout) fit no architecture of the table.",
-            "Name the nearest: load_backbone(path, arch=...).",
-        )
-    row = get_architecture(arch)
-    if weights.family == "convnextv2":
-        return ModelConfig(arch, in_chans=weights.backbone["stem.0.weight"].shape[1])
-    kernel = weights.backbone["patch_embed.proj.weight"]
-    is_vit = weights.family == "vit"
-    stride = kernel.shape[-1] if is_vit else _HIERA_STRIDE
-    positions = weights.backbone.get("pos_embed")
-    side = 224 if positions is None else math.isqrt(positions.shape[1] - is_vit) * stride
-    return ModelConfig(
-        arch,
-        input_size=(side, side),
-        in_chans=kernel.shape[1],
-        patch_size=stride if is_vit and row.family == "vit" and stride != row.mask_unit else None,
-        global_pool="fc_norm.weight" in weights.backbone,
-    )
+    try:
+        return guess_config(loaded.weights, arch)
+    except CheckpointError as error:
+        raise CheckpointError(f"{loaded.path}: {error.problem}", error.fix) from error
 
 
 def check_size(config: ModelConfig) -> None:

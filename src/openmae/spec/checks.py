@@ -43,6 +43,7 @@ _INPUT_OF_ENGINE = tuple(f"gen_trt_engine.input_{name}" for name in ("channel", 
 #: Options that act only where another one is set.
 _NEEDS = {
     "train.allow_partial_weights": "train.pretrained_model_path",
+    "train.pretrained_weights_key": "train.pretrained_model_path",
     "train.validation_interval": "dataset.val_data_sources",
 }
 

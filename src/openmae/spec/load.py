@@ -35,8 +35,8 @@ log = logging.getLogger("openmae")
 Source = str | Path | Mapping[str, Any] | ExperimentSpec | None
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_MEAN = {1: (0.449,), 3: _IMAGENET_MEAN, 4: (*_IMAGENET_MEAN, 0.5)}
-_STD = {1: (0.226,), 3: _IMAGENET_STD, 4: (*_IMAGENET_STD, 0.25)}
+DEFAULT_MEAN = {1: (0.449,), 3: _IMAGENET_MEAN, 4: (*_IMAGENET_MEAN, 0.5)}  # by the number of channels
+DEFAULT_STD = {1: (0.226,), 3: _IMAGENET_STD, 4: (*_IMAGENET_STD, 0.25)}
 ALIASES = {"train.mask_ratio": "model.mask_ratio", "train.norm_pix_loss": "model.norm_pix_loss"}
 
 
@@ -244,8 +244,8 @@ def _decided(spec: ExperimentSpec) -> Tree:
         "model.decoder_embed_dim": row.decoder_embed_dim,
         "model.drop_path_rate": 0.1 if finetune else row.pretrain_drop_path,
         "train.optim.beta2": 0.999 if finetune else 0.95,
-        "dataset.augmentation.mean": _MEAN[spec.model.in_chans],
-        "dataset.augmentation.std": _STD[spec.model.in_chans],
+        "dataset.augmentation.mean": DEFAULT_MEAN[spec.model.in_chans],
+        "dataset.augmentation.std": DEFAULT_STD[spec.model.in_chans],
     }
 
 

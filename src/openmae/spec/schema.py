@@ -120,7 +120,9 @@ class AugmentationSpec(Section):
     )
     min_ratio: float = option(0.75, "smallest width / height of a random crop", gt=0)
     max_ratio: float = option(1.33, "largest width / height of a random crop", gt=0)
-    interpolation: Literal["bilinear", "bicubic", "random"] = option("bilinear", "how crops are resized")
+    interpolation: Literal["bilinear", "bicubic", "random"] = option(
+        "bicubic", "how images are resized, in training and evaluation (ours: bicubic, as the papers' code)"
+    )
     hflip: float = option(0.5, "chance of a horizontal flip", ge=0, le=1, search=Search(0.0, 0.5))
     color_jitter: float = option(0.0, "strength of colour jitter, 0: off (finetune)", ge=0, search=Search(0.0, 0.4))
     auto_aug: AutoAugment = option("rand-m9-mstd0.5-inc1", "timm's augmentation policy, empty: off (finetune)")
@@ -253,6 +255,9 @@ class TrainSpec(Section):
     results_dir: LocalPath = option("", "where train writes; unset: <results_dir>/train", automl=False)
     pretrained_model_path: LocalPath = option(
         "", "checkpoint whose weights training starts from", popular=True, automl=False
+    )
+    pretrained_weights_key: str = option(
+        "", "entry of that file to take the weights from, such as model_ema; unset: found by name (ours)", automl=False
     )
     allow_partial_weights: bool = option(False, "accept weights of which less than 95 % match (ours)", automl=False)
     resume_training_checkpoint_path: LocalPath = option(
