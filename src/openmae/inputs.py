@@ -57,26 +57,30 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         raise
 
 
-def read_file_or_pipe(path: str | os.PathLike[str]) -> bytes:
+def read_file_or_pipe(path: str | os.PathLike[str], most: int = 1 << 26) -> bytes:
     """Read a regular file, or a pipe that somebody writes to: ``<(command)`` of a shell, or /dev/stdin.
+
+    Args:
+        path: of the file.
+        most: bytes that are read; the rest is left.
 
     Raises:
         OSError: as ``open_regular``; also for a pipe that has no writer.
     """
     if not stat.S_ISFIFO(os.stat(path).st_mode):
         with open_regular(path) as file:
-            return file.read()
+            return file.read(most)
     descriptor = os.open(path, _FLAGS)
     try:
-        return _read_pipe(descriptor, Path(path))
+        return _read_pipe(descriptor, Path(path), most)
     finally:
         os.close(descriptor)
 
 
-def _read_pipe(descriptor: int, path: Path) -> bytes:
-    parts: list[bytes] = []
+def _read_pipe(descriptor: int, path: Path, most: int) -> bytes:
+    content = b""
     told = False
-    while True:
+    while len(content) < most:
         try:
             part = os.read(descriptor, 1 << 16)
         except BlockingIOError:  # it has a writer, who has not written
@@ -84,11 +88,12 @@ def _read_pipe(descriptor: int, path: Path) -> bytes:
                 log.warning("Waiting for somebody to write to %s, which is a pipe (Ctrl-C stops it).", path)
                 told = True
             continue
-        if not part and not parts:
+        if not part and not content:
             raise OSError(errno.EPIPE, "it is a pipe that nothing is written to", str(path))
         if not part:
-            return b"".join(parts)
-        parts.append(part)
+            break
+        content += part
+    return content[:most]
 
 
 def _irregular(path: str | os.PathLike[str], kind: str) -> OSError:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 from openmae.errors import CheckpointError
+from openmae.inputs import irregular
 from openmae.models.unpickling import is_whole_model, load_plain
 
 Content = dict[str, Any]
@@ -44,8 +45,8 @@ def check_file(path: Path) -> None:
         inside = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
         fix = f"Name one of its files: {', '.join(inside[:3])}." if inside else "Name a file; it holds no checkpoint."
         raise CheckpointError(f"{path} is a folder, not a checkpoint.", fix)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a regular file.", "Name a file that holds a checkpoint.")
+    if kind := irregular(path):
+        raise CheckpointError(f"{path} is {kind}, not a checkpoint.", "Name a regular file.")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty (0 bytes).", "Copy it again, or use an earlier checkpoint.")
 
