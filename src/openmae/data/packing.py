@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from openmae.data.corrupt import CORRUPT_LIST
+from openmae.data.folder import CORRUPT_LIST
 from openmae.data.images import CorruptImage, ImageIndex, Picture
 from openmae.data.tar_index import BLOCK, TarIndex, index_file
 from openmae.errors import DataError, RunError, UserError
