@@ -87,6 +87,18 @@ def test_what_is_skipped_is_counted_by_kind(tmp_path: Path) -> None:
     assert kind_of(os.fsdecode(b"a.\xe9")) == ".\\xe9"
 
 
+def test_what_openmae_writes_beside_images_and_shards_is_not_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "labels.csv", "corrupt_files.txt", "s.tar.index.json")
+    assert kinds(tmp_path) == {}
+
+
+def test_a_source_is_found_by_its_printable_name(tmp_path: Path) -> None:
+    touch(tmp_path / os.fsdecode(b"caf\xe9"), "1.jpg")
+    index = open_index(f"{tmp_path}/caf\\xe9", None)
+    assert index.place == f"{tmp_path}/caf\\xe9"
+    assert index.file(0).exists()
+
+
 def test_long_lists_of_kinds_are_cut() -> None:
     some = [Skipped(f".{number}", 1, "x") for number in range(10)]
     assert describe_skipped(some).endswith("1 .7 (such as x) and 2 more kinds")

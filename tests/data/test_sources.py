@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
+import struct
 import tarfile
 import threading
 import zipfile
@@ -408,3 +411,100 @@ def test_unusable_cache(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="could not be extracted into") as caught:
         resolve_source(str(archive), tmp_path / "file" / "cache")
     assert "set OPENMAE_CACHE" in caught.value.fix
+
+
+# ---------------------------------------------------------------------------- archives as other tools write them
+
+
+def packed(*names: str) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name in names:
+            member, content = regular(name, name.encode("utf-8", "surrogateescape"))
+            tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "compress"),
+    [
+        ("a.tar", bytes),
+        ("a.tar.gz", gzip.compress),
+        ("a.tgz", lambda content: gzip.compress(content[:700]) + gzip.compress(content[700:])),
+        ("a.tar.bz2", bz2.compress),
+        ("a.tar.xz", lzma.compress),
+    ],
+)
+def test_tar_files_joined_into_one(
+    tmp_path: Path, cache: Path, name: str, compress: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    content = packed("a/1.png", "a/2.png") + packed("b/1.png") + bytes(60 * 512) + packed("c/1.png")
+    (tmp_path / name).write_bytes(compress(content))
+    folder = resolve_source(tmp_path / name, cache)
+    assert files_below(folder) == {"a/1.png", "a/2.png", "b/1.png", "c/1.png", ".openmae-complete"}
+    assert "is not read" not in caplog.text
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_compressed_tar_files_joined_into_one(tmp_path: Path, cache: Path, joined: bool) -> None:
+    content = gzip.compress(packed("a/1.png")) + (gzip.compress(packed("b/1.png")) if joined else b"")
+    (tmp_path / "a.tar.gz").write_bytes(content)
+    found = files_below(resolve_source(tmp_path / "a.tar.gz", cache))
+    assert found == {"a/1.png", *(["b/1.png"] if joined else []), ".openmae-complete"}
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_what_follows_a_tar_file_is_not_dropped_in_silence(
+    tmp_path: Path, cache: Path, compress: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(compress(packed("a/1.png")) + b"something else")
+    assert files_below(resolve_source(path, cache)) == {"a/1.png", ".openmae-complete"}
+    assert f"{path}: after the end of the tar file there is something that is not read." in caplog.text
+
+
+@pytest.mark.parametrize("cut", [1, 6, 40])
+def test_a_joined_archive_that_is_cut(tmp_path: Path, cache: Path, cut: int) -> None:
+    content = gzip.compress(packed("a/1.png")) + gzip.compress(packed("b/1.png"))
+    (tmp_path / "a.tar.gz").write_bytes(content[:-cut])
+    with pytest.raises(DataError, match=r"damaged or cut short after . files"):
+        resolve_source(tmp_path / "a.tar.gz", cache)
+
+
+def test_a_link_in_a_joined_archive_is_refused(tmp_path: Path, cache: Path) -> None:
+    evil = tar_of(tmp_path / "evil.tar", special("x.png", tarfile.SYMTYPE, "/etc/passwd")).read_bytes()
+    (tmp_path / "a.tar").write_bytes(packed("a/1.png") + evil)
+    with pytest.raises(DataError, match=r"member 'x.png' is a link to '/etc/passwd'; nothing was extracted"):
+        resolve_source(tmp_path / "a.tar", cache)
+
+
+def test_a_tail_of_zeros_counts_as_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "FREE_BYTES", 10**5)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(packed("a/1.png") + bytes(10**6)))
+    with pytest.raises(DataError, match="holds more than 200 times its own size"):
+        resolve_source(tmp_path / "a.tar.gz", cache)
+
+
+def test_a_zip_in_a_compression_that_python_does_not_know(tmp_path: Path, cache: Path) -> None:
+    path = zip_of(tmp_path / "a.zip", ("cat/0.jpg", b"x" * 100))
+    content = bytearray(path.read_bytes())
+    content[8:10] = struct.pack("<H", 9)
+    central = content.rfind(b"PK\1\2")
+    content[central + 10 : central + 12] = struct.pack("<H", 9)
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        resolve_source(path, cache)
+    assert f"{path}: member 'cat/0.jpg' is compressed by Deflate64, which cannot be read here" in caught.value.problem
+    assert caught.value.fix == "Extract it with another program (unzip, 7z) and name the folder, or pack it as .tar."
+
+
+def test_an_archive_whose_name_is_not_utf8(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.tar")
+    path.write_bytes(packed("a/1.png", os.fsdecode(b"a/\xe9.png")))
+    assert files_below(resolve_source(path, cache)) == {"a/1.png", "a/\udce9.png", ".openmae-complete"}
+
+
+@pytest.mark.parametrize("source", ["a\0b", "~nobody-of-that-name/x", "x" * 5000])
+def test_names_that_no_file_can_have(source: str) -> None:
+    with pytest.raises(DataError):
+        resolve_source(source)

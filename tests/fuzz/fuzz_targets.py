@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from openmae.data.decode import CorruptImage, Picture, decode
+from openmae.data.index import index_images
 from openmae.data.opening import index_shards
 from openmae.data.sources import resolve_source
 from openmae.errors import UserError
@@ -71,6 +72,16 @@ def read_shard(content: bytes) -> None:
         (folder / "a.tar").write_bytes(content)
         with contextlib.suppress(UserError):
             index_shards([str(folder / "a.tar")], None, "a.tar")
+
+
+def read_table(content: bytes) -> None:
+    with scratch() as folder:
+        for name in ("1.png", "a/2.png"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+        (folder / "labels.csv").write_bytes(content)
+        with contextlib.suppress(UserError):
+            assert index_images(folder, True).labels
 
 
 def read_image(content: bytes) -> None:
@@ -155,10 +166,13 @@ IMAGES = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF",
 CHECKPOINT = _written(lambda path: write_checkpoint(_PAYLOAD, path))
 ENCRYPTED = _written(_seal)
 
+TABLE = b'path,label\n1.png,cat\n"a/2.png",dog\n'
+
 TARGETS = {
     **{name[2:]: Target(partial(extract, name=name), (content,)) for name, content in ARCHIVES.items()},
     "spec": Target(read_spec, (SPEC, b"train: {gpu_ids: [0, 1]}\nresults_dir: ${oc.env:HOME}/x\n")),
-    "shard": Target(read_shard, (ARCHIVES["a.tar"],)),
+    "shard": Target(read_shard, (ARCHIVES["a.tar"], 2 * ARCHIVES["a.tar"])),
+    "table": Target(read_table, (TABLE, TABLE.decode().replace(",", ";").encode("utf-16"))),
     "image": Target(read_image, tuple(IMAGES.values())),
     "checkpoint": Target(read_weights, (CHECKPOINT,)),
     "encrypted": Target(read_encrypted, (ENCRYPTED,)),

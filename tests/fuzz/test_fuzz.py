@@ -26,12 +26,14 @@ from fuzz_targets import (
     ENCRYPTED,
     IMAGES,
     SPEC,
+    TABLE,
     WAS_RUN,
     extract,
     read_encrypted,
     read_image,
     read_shard,
     read_spec,
+    read_table,
     read_weights,
 )
 
@@ -206,9 +208,21 @@ def test_a_zip_name_that_is_no_utf8(header: bytes, tmp_path: Path) -> None:
 
 
 @fuzz(60)
-@given(changed(ARCHIVES["a.tar"]))
+@given(changed(ARCHIVES["a.tar"]) | changed(2 * ARCHIVES["a.tar"]))
 def test_shards_of_changed_bytes(content: bytes) -> None:
     read_shard(content)
+
+
+@fuzz(60)
+@given(changed(TABLE))
+def test_label_tables_of_changed_bytes(content: bytes) -> None:
+    read_table(content)
+
+
+@fuzz(60)
+@given(st.binary(max_size=200))
+def test_label_tables_of_any_bytes(content: bytes) -> None:
+    read_table(b"path,label\n1.png," + content)
 
 
 # --- images

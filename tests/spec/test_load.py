@@ -190,6 +190,11 @@ def test_overrides_replace_the_file(write):
         ("=3", "an override is written key=value, got '=3'."),
         ("train..x=3", "an override is written key=value"),
         ("train.gpu_ids=[1", "train.gpu_ids: '[1' is not valid YAML"),
+        (
+            "dataset.train_data_sources=caf\udce9",
+            "dataset.train_data_sources: 'caf\\udce9' holds bytes that are not UTF-8. Rename it, or, of a data source, "
+            "write caf\\xe9.",
+        ),
         ("train=3", "train (override): is a section and must have keys below it, got 3."),
         ("nothing=3", "nothing (override): there is no such key. `mae spec keys` lists all keys."),
     ],

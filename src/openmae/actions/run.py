@@ -17,8 +17,8 @@ from rich.progress import track
 from rich.table import Table
 
 from openmae.actions.remote import local_place
-from openmae.data.corrupt import CORRUPT_LIST
 from openmae.data.dataset import Batch
+from openmae.data.folder import CORRUPT_LIST
 from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
 from openmae.errors import DataError, Preempted, RunError

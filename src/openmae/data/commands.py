@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as RichTable
 
-from openmae.data.corrupt import CORRUPT_LIST
 from openmae.data.decode import MAX_MEGAPIXELS
-from openmae.data.folder import counted, describe_skipped, first_names
+from openmae.data.folder import CORRUPT_LIST, counted, describe_skipped, first_names, join_first
 from openmae.data.index import unread_table
 from openmae.data.opening import open_index
 from openmae.data.packing import Packed, Packing, pack
@@ -125,7 +124,7 @@ def summary(found: Survey) -> list[tuple[str, str]]:
         counts = list(found.class_counts.values())
         by = f"; taken from {found.labelled_by}"
         if found.labelled_by == "folders":
-            by = f"; taken from the folders {first_names(list(found.class_counts))}"
+            by = f"; taken from the folders {join_first(list(found.class_counts))}"
         rows.append(("classes", f"{len(counts):,}, of {_spread(counts)} images{by}"))
         if found.unlabelled:
             rows.append(("without a label", f"{found.unlabelled:,}"))

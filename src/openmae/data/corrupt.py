@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from openmae.data.decode import MAX_KEY
+from openmae.data.folder import CORRUPT_LIST
 from openmae.data.images import ImageIndex
 from openmae.errors import DataError
 from openmae.results.names import encodable
 
 log = logging.getLogger("openmae")
-
-CORRUPT_LIST = "corrupt_files.txt"
 
 
 class CorruptFiles:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
@@ -15,6 +14,7 @@ from openmae.errors import DataError
 from openmae.results.names import printable_name
 
 LABELS_FILE = "labels.csv"
+CORRUPT_LIST = "corrupt_files.txt"  # written beside packed shards, and into results
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
 NO_SUFFIX = "without a suffix"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -148,7 +148,7 @@ def list_folder(folder: Path) -> Listing:
                 images.append(prefix + name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 tally.add(BROKEN_LINK, prefix + name)
-            elif (prefix or name != LABELS_FILE) and not name.endswith(".tar.index.json"):
+            elif (prefix or name != LABELS_FILE) and name != CORRUPT_LIST and not name.endswith(".tar.index.json"):
                 tally.add_file(prefix + name)
         links.sort()
     return Listing(sorted(images), tally.skipped(), tuple(sorted(results)))
@@ -232,5 +232,10 @@ def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
     """Return the first names, printable, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(printable_name(name) for name in islice(names, most)) + more
+    return join_first([printable_name(name) for name in names[:most]], most, len(names))
+
+
+def join_first(texts: Sequence[str], most: int = 3, total: int = 0) -> str:
+    """Return the first texts, and how many more there are of ``total`` (default: of ``texts``)."""
+    left = (total or len(texts)) - most
+    return ", ".join(texts[:most]) + (f" and {left:,} more" if left > 0 else "")

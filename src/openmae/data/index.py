@@ -17,6 +17,7 @@ from openmae.data.folder import (
     describe_skipped,
     first_names,
     how_to_read,
+    join_first,
     list_entries,
     list_folder,
 )
@@ -177,7 +178,7 @@ def _class_name(folder: str) -> str:
 
 def _why_no_classes(names: Sequence[str], above: str) -> str:
     """Why folders are hardly classes; empty where they may be."""
-    some = f"the folders {first_names(names, 4)}"
+    some = f"the folders {join_first(names, 4)}"
     if len(names) < 2:
         return ""
     if all(map(_DATE.fullmatch, names)) or (

@@ -51,7 +51,7 @@ def open_index(source: str, labelled: bool | None) -> ImageIndex:
         try:
             index = _open_folder(folder, labelled, shown)
         except DataError as error:
-            if os.path.isdir(os.path.expanduser(text)):
+            if not folder.is_relative_to(cache.root()):
                 raise
             # not where it lies in the cache, but the name that the user knows
             raise DataError(error.problem.replace(str(folder), shown), error.fix) from error

@@ -20,8 +20,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from openmae.data.corrupt import CORRUPT_LIST
 from openmae.data.decode import CorruptImage, Picture
+from openmae.data.folder import CORRUPT_LIST
 from openmae.data.images import ImageIndex
 from openmae.data.remarks import Remark, Remarks, remarks_on
 from openmae.data.tar_index import BLOCK, TarIndex, index_file

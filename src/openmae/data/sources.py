@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Self, cast
 
 from openmae.errors import DataError
 from openmae.inputs import irregular
-from openmae.results.names import printable_name
+from openmae.results.names import original_name, printable_name
 from openmae.storage import cache
 from openmae.storage.urls import is_remote, redact
 
@@ -134,6 +134,8 @@ def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None
         raise DataError(f"{redact(text)}: {scheme}:// cannot be read.", "Use s3://, gs://, https:// or a local path.")
     try:
         path = Path(text).expanduser().resolve()
+        if not path.exists() and (other := Path(original_name(text)).expanduser()).exists():
+            path = other.resolve()  # the printable form of a name that is not UTF-8, which a spec cannot hold
         if path.is_dir():
             if not any(path.iterdir()):
                 raise DataError(f"The folder {path} is empty.", "Put images into it, or name another folder.")

@@ -16,6 +16,7 @@ from openmae.inputs import read_file_or_pipe
 
 MISSING = "???"
 _DEEPEST, _LARGEST = 50, 100_000  # levels, and values, of a spec: aliases may make a few lines as large as memory
+_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # what Python makes of such bytes on the command line
 Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]
 
@@ -187,6 +188,11 @@ def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
         if not equals or not all(key.split(".")) or key.count(".") >= _DEEPEST:
             hint = f" A spec file is given as -e {item}." if item.endswith((".yaml", ".yml")) else ""
             reading.problems.append(Problem(key or item, f"an override is written key=value, got {item!r}.{hint}"))
+            continue
+        if _NOT_UTF8.search(text):
+            written = _NOT_UTF8.sub(lambda sign: f"\\x{ord(sign[0]) - 0xDC00:02x}", text)
+            what = f"{text!r} holds bytes that are not UTF-8. Rename it, or, of a data source, write {written}."
+            reading.problems.append(Problem(key, what))
             continue
         try:
             _, value = _parse(text)
