@@ -14,7 +14,7 @@ from PIL import Image
 
 import openmae
 from openmae.cli import main
-from openmae.data.images import Picture
+from openmae.data.decode import Picture
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
 from openmae.results.status import read_status

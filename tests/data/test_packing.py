@@ -184,7 +184,7 @@ def test_check_tells_what_a_source_holds(
         "contradictory": "1 group of duplicates lie in several class folders",
     }
     results = tmp_path / "results"
-    assert (results / "corrupt_files.txt").read_text().startswith(f"{photos}/cat/3.png\tcannot identify")
+    assert (results / "corrupt_files.txt").read_text().startswith(f"{photos}/cat/3.png\tits content is not an image")
     group = [f"{photos}/{name}" for name in ("cat/0.png", "cat/again.png", "dog/again.png")]
     assert (results / "duplicate_files.txt").read_text() == "\t".join(group) + "\n"
     page = (results / "report.html").read_text()

@@ -19,8 +19,9 @@ from PIL import Image
 
 from openmae.data import shards as shards_module
 from openmae.data.dataset import AddressedSampler, Batch
+from openmae.data.decode import CorruptImage
 from openmae.data.folder import Skipped
-from openmae.data.images import CorruptImage, ImageIndex
+from openmae.data.images import ImageIndex
 from openmae.data.index import index_images
 from openmae.data.loaders import LoaderSettings, TrainingLoader, evaluation_loader, training_loader
 from openmae.data.opening import open_index
@@ -155,7 +156,11 @@ def test_a_corrupt_image_is_named_by_shard_and_key(index: ImageIndex, tmp_path: 
     batches = list(loader(found, tmp_path, batch_size=5).from_position(0, 0))
     assert sorted(batches[0].indices.tolist()) == [0, 1, 3, 3, 4]
     assert batches[0].corrupt[0][0] == "a-0.tar!2.png"
-    assert (tmp_path / "corrupt_files.txt").read_text().startswith(f"{tmp_path}/a-0.tar!2.png\tcannot identify")
+    assert (
+        (tmp_path / "corrupt_files.txt")
+        .read_text()
+        .startswith(f"{tmp_path}/a-0.tar!2.png\tits content is not an image")
+    )
     with pytest.raises(DataError, match=rf"1 of 5 images in {tmp_path}/b-\{{0..0\}}.tar are corrupt \(20.00%\)"):
         list(loader(other, tmp_path, batch_size=5, max_corrupt_fraction=0.1).from_position(0, 0))
 

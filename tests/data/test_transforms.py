@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from openmae.data.images import Picture
+from openmae.data.decode import Picture
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import (
     EvalTransform,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openmae.data.images import CorruptImage, Picture, decode
+from openmae.data.decode import CorruptImage, Picture, decode
 from openmae.data.index import index_images
 from openmae.data.opening import index_shards
 from openmae.data.sources import resolve_source

@@ -23,7 +23,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from torch import Tensor
 
-from openmae.data.images import Picture
+from openmae.data.decode import Picture
+from openmae.data.formats import FORMAT_TITLES
 from openmae.data.transforms import EvalTransform
 from openmae.serving.app import create_app
 from openmae.serving.settings import Settings
@@ -115,22 +116,24 @@ def test_one_bad_image_among_good_ones(client: TestClient, encode: Encode) -> No
     good, *bad = answer.json()["predictions"]
     assert good["class"] == "red"
     assert [sorted(one) for one in bad] == [["error", "name"]] * 3
-    kinds = "a JPEG, PNG, BMP, TIFF or WebP file"
-    assert bad[0]["error"] == f"notes.txt is not {kinds}. Send an image that opens in a viewer."
+    kinds = f"({', '.join(FORMAT_TITLES)})"
+    assert bad[0]["error"] == (
+        f"notes.txt: its content is not an image that can be read {kinds}. Send an image that opens in a viewer."
+    )
     assert bad[1]["error"].startswith("cut.png cannot be decoded: ")
-    assert bad[1]["error"].endswith(f"Save it again as {kinds}.")
-    assert bad[2]["error"].startswith("empty.png is not a JPEG")
+    assert bad[1]["error"].endswith(f" or {FORMAT_TITLES[-1]}.")
+    assert bad[2]["error"].startswith("empty.png: the file is empty (0 bytes). Send an image")
 
 
 def test_nothing_but_bad_images(client: TestClient) -> None:
     answer = client.post("/predict", files=form(("a.txt", b"1"), ("b.txt", b"2")))
     assert answer.status_code == 422
     said = answer.json()
-    assert said["error"].startswith("None of the 2 images could be used; the first: a.txt is not a JPEG")
+    assert said["error"].startswith("None of the 2 images could be used; the first: a.txt: its content is not an image")
     assert [one["name"] for one in said["predictions"]] == ["a.txt", "b.txt"]
     single = client.post("/predict", content=b"text", headers={"Content-Type": "image/png"})
     assert single.status_code == 422
-    assert single.json()["error"].startswith("image is not a JPEG")
+    assert single.json()["error"].startswith("image: its content is not an image")
 
 
 def test_formats_that_run_programs_are_not_tried(client: TestClient) -> None:
@@ -138,7 +141,7 @@ def test_formats_that_run_programs_are_not_tried(client: TestClient) -> None:
     Image.new("RGB", (8, 8)).save(buffer, "EPS")
     answer = client.post("/predict", files=form(("a.png", buffer.getvalue())))
     assert answer.status_code == 422
-    assert "a.png is not a JPEG" in answer.json()["error"]
+    assert "a.png: its content is a PostScript (EPS) file, not an image" in answer.json()["error"]
 
 
 def test_an_output_that_is_not_finite(model: Any, client: TestClient, encode: Encode, monkeypatch: Any) -> None:
@@ -191,7 +194,9 @@ def test_a_client_that_asks_first_sends_nothing(live: str) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
-@pytest.mark.parametrize(("size", "got"), [((3000, 2000), "3000 x 2000 = 6,000,000"), ((60000, 60000), "Pillow")])
+@pytest.mark.parametrize(
+    ("size", "got"), [((3000, 2000), "3000 x 2000 = 6,000,000"), ((60000, 60000), "3,600,000,000")]
+)
 def test_a_picture_with_too_many_pixels(
     model: Any, encode: Encode, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], got: str
 ) -> None:

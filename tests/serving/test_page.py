@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from openmae.data.formats import FORMAT_TITLES
 from openmae.serving.settings import Settings
 
 pytestmark = pytest.mark.browser
@@ -176,7 +177,8 @@ def test_dropped_pictures(live: str, browser: Browser, pictures: Path) -> None:
     assert browser.texts(".heading span:first-child") == ["notes.png", "<i>blue.webp", "green.jpg", "red.png"]
     assert browser.texts("article h2") == ["<b>blue</b>", "green", "red"], "names are text, never markup"
     assert browser.texts("article .problem") == [
-        "notes.png is not a JPEG, PNG, BMP, TIFF or WebP file. Send an image that opens in a viewer."
+        f"notes.png: its content is not an image that can be read ({', '.join(FORMAT_TITLES)}). "
+        "Send an image that opens in a viewer."
     ]
     browser.wait("document.querySelector('article .preview').textContent === 'no preview'")
     assert browser.texts("#count") == ["4 images"]

@@ -16,7 +16,9 @@ from openmae.spec.deployment import CalibrationSpec
 _MAX_CORRUPT = 0.5  # a calibration set is a sample anyway
 
 
-def calibration_batches(settings: CalibrationSpec, key: str, card: ModelCard, folder: Path) -> Iterator[np.ndarray]:
+def calibration_batches(
+    settings: CalibrationSpec, key: str, card: ModelCard, folder: Path, largest: int
+) -> Iterator[np.ndarray]:
     """Batches of images spread evenly over the set, as the exported model takes them.
 
     Args:
@@ -24,11 +26,12 @@ def calibration_batches(settings: CalibrationSpec, key: str, card: ModelCard, fo
         key: dotted, of the settings, put in front of an error's text.
         card: of the model.
         folder: of the list of corrupt files.
+        largest: ``dataset.max_megapixels``.
 
     Raises:
         DataError: the source cannot be used; at the call, not at the first batch.
     """
-    index = open_images(settings.images, f"{key}.images", labelled=False)
+    index = open_images(settings.images, f"{key}.images", labelled=False, largest=largest)
     chosen = np.linspace(0, len(index) - 1, min(settings.count, len(index))).round().astype(int)
     index = index.subset(chosen)
     size = settings.batch if card.batch_size == -1 else card.batch_size

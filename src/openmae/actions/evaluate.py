@@ -102,10 +102,10 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         info = model.info
         spec = resolve_model(spec, info)
         source, key = spec.dataset.val_data_sources, "dataset.val_data_sources"
+        labelled = None if info.stage != "finetune" and model.network else True
+        index = open_images(source, key, labelled=labelled, largest=spec.dataset.max_megapixels)
         if info.stage == "finetune":
-            index = match_classes(open_images(source, key, labelled=True), info.class_names)
-        else:
-            index = open_images(source, key, labelled=None if model.network else True)
+            index = match_classes(index, info.class_names)
         request = Request(spec, this_run.folder, model, index, spec.batch_size("evaluate"))
         section = spec.evaluate
         fabric = build_fabric("evaluate", section.num_gpus, section.gpu_ids, section.num_nodes)

@@ -117,7 +117,8 @@ def _prepare(spec: ExperimentSpec, folder: Path) -> _Job:
         )
     calibration = None
     if quantize == "int8":
-        calibration = calibration_batches(spec.export.calibration, "export.calibration", card, folder)
+        largest = spec.dataset.max_megapixels
+        calibration = calibration_batches(spec.export.calibration, "export.calibration", card, folder, largest)
     info = replace(info, model=card.model)
     spec = resolve_model(spec, info)
     validation = _validation(spec, card, folder)
@@ -205,10 +206,10 @@ def _validation(spec: ExperimentSpec, card: ModelCard, folder: Path) -> Evaluati
         log.warning("%s is not set: what %s costs in accuracy is not measured.", key, spec.export.quantize)
         return None
     classifies = card.stage == "finetune"
-    index = open_images(source, key, labelled=classifies)
+    dataset = spec.dataset
+    index = open_images(source, key, labelled=classifies, largest=dataset.max_megapixels)
     if classifies:
         index = match_classes(index, card.class_names)
-    dataset = spec.dataset
     settings = LoaderSettings(
         dataset.batch_size, folder, dataset.max_corrupt_fraction, num_workers=dataset.num_workers_per_gpu
     )

@@ -169,7 +169,7 @@ def _calibration(spec: ExperimentSpec, source: Source, results: Path) -> Iterabl
             "Set it to a folder or archive of images like those that the model will see, or give an ONNX file that "
             "mae export wrote with export.quantize=int8.",
         )
-    return calibration_batches(calibration, _CALIBRATION, source.card, results)
+    return calibration_batches(calibration, _CALIBRATION, source.card, results, spec.dataset.max_megapixels)
 
 
 def _without_effect(

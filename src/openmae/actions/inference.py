@@ -55,7 +55,8 @@ def run(spec: ExperimentSpec) -> Path:
         model = open_model(spec, "inference")
         info = model.info
         spec = resolve_model(spec, info)
-        index = open_images(spec.dataset.test_data_sources, "dataset.test_data_sources", labelled=False)
+        source, largest = spec.dataset.test_data_sources, spec.dataset.max_megapixels
+        index = open_images(source, "dataset.test_data_sources", labelled=False, largest=largest)
         request = Request(spec, this_run.folder, model, index, spec.batch_size("inference"))
         section = spec.inference
         fabric = build_fabric("inference", section.num_gpus, section.gpu_ids, section.num_nodes)

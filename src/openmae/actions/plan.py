@@ -34,6 +34,7 @@ _RHYTHM = frozenset(
         "model.num_classes",
         "dataset.num_workers_per_gpu",
         "dataset.max_corrupt_fraction",
+        "dataset.max_megapixels",
         "dataset.test_data_sources",
         *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "results_dir", "precision")),
         *("train.distributed_strategy", "train.sharded_checkpoints"),
@@ -91,10 +92,12 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     key = resolve_key(spec.encryption_key)
     earlier = _look_back(spec, folder, key)
     finetune = spec.train.stage == "finetune"
-    train = open_images(spec.dataset.train_data_sources, "dataset.train_data_sources", labelled=finetune)
+    data, largest = spec.dataset, spec.dataset.max_megapixels
+    train = open_images(data.train_data_sources, "dataset.train_data_sources", labelled=finetune, largest=largest)
     val = None
-    if spec.dataset.val_data_sources:
-        val = open_images(spec.dataset.val_data_sources, "dataset.val_data_sources", labelled=finetune or None)
+    if data.val_data_sources:
+        labelled = finetune or None
+        val = open_images(data.val_data_sources, "dataset.val_data_sources", labelled=labelled, largest=largest)
     if finetune and val is not None:
         val = match_classes(val, train.class_names, "dataset.train_data_sources")
     with blaming("dataset.batch_size"):

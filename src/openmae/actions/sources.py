@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from unicodedata import normalize
 
+from openmae.data.decode import MAX_MEGAPIXELS
 from openmae.data.images import ImageIndex
 from openmae.data.opening import open_index
 from openmae.errors import DataError, SpecError, blaming
@@ -14,19 +15,20 @@ from openmae.spec.schema import ExperimentSpec
 log = logging.getLogger("openmae")
 
 
-def open_images(source: str, key: str, *, labelled: bool | None) -> ImageIndex:
+def open_images(source: str, key: str, *, labelled: bool | None, largest: int = MAX_MEGAPIXELS) -> ImageIndex:
     """Index a folder, an archive or shards.
 
     Args:
         source: the key's value.
         key: dotted, put in front of an error's text.
         labelled: classes are needed (True), unwanted (False), or taken where there are any (None).
+        largest: ``dataset.max_megapixels``.
 
     Raises:
         DataError: the source cannot be used.
     """
     with blaming(key):
-        return open_index(source, labelled)
+        return replace(open_index(source, labelled), max_pixels=largest * 1_000_000)
 
 
 def class_count(spec: ExperimentSpec, index: ImageIndex) -> int:

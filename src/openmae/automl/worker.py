@@ -40,7 +40,7 @@ _MANY = 1000  # a worker counts its jobs itself, and must not wait for those of 
 _WANDB = {"wandb.group": "automl", "wandb.name": "recommendation {}"}
 _OF_EVALUATION = (
     *("encryption_key", "results_dir", "dataset.val_data_sources", "dataset.batch_size"),
-    *("dataset.num_workers_per_gpu", "dataset.max_corrupt_fraction"),
+    *("dataset.num_workers_per_gpu", "dataset.max_corrupt_fraction", "dataset.max_megapixels"),
 )
 _TAKEN_ALONG = ("status.json", "metrics.csv", "model_best.pth")  # with a training that goes on in another folder
 

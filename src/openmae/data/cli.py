@@ -20,11 +20,23 @@ def add_dataset_commands(parser: argparse.ArgumentParser) -> None:
     add("--shard-mb", type=_number(1, 1_000_000), default=256, metavar="N", help="megabytes a shard (default: 256)")
     add("--quality", type=_number(1, 100), default=95, metavar="N", help="of the JPEG of a scaled image (default: 95)")
     add("--overwrite", action="store_true", help="replace the shards that are in OUT")
+    _add_max_megapixels(pack)
     pack.set_defaults(run=_run_pack)
     check = commands.add_parser("check", help="count images, classes, corrupt and duplicate files", allow_abbrev=False)
     check.add_argument("source", metavar="SOURCE", help="a folder, an archive or shards")
     check.add_argument("--results_dir", type=Path, default=Path("results/dataset_check"), metavar="DIR")
+    _add_max_megapixels(check)
     check.set_defaults(run=_run_check)
+
+
+def _add_max_megapixels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-megapixels",
+        type=_number(1, 100_000),
+        default=179,
+        metavar="N",
+        help="millions of pixels of the largest image that is decoded, as dataset.max_megapixels (default: 179)",
+    )
 
 
 def expanded_braces(overrides: Sequence[str]) -> str:
@@ -55,12 +67,11 @@ def _number(least: int, most: int) -> Callable[[str], int]:
 def _run_pack(args: argparse.Namespace) -> None:
     from openmae.data.commands import pack_source
 
-    pack_source(
-        args.source, args.out, args.size, shard_mb=args.shard_mb, quality=args.quality, overwrite=args.overwrite
-    )
+    sizes = {"shard_mb": args.shard_mb, "quality": args.quality, "max_megapixels": args.max_megapixels}
+    pack_source(args.source, args.out, args.size, overwrite=args.overwrite, **sizes)
 
 
 def _run_check(args: argparse.Namespace) -> None:
     from openmae.data.commands import check_source
 
-    check_source(args.source, args.results_dir)
+    check_source(args.source, args.results_dir, args.max_megapixels)

@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as RichTable
 
+from openmae.data.decode import MAX_MEGAPIXELS
 from openmae.data.folder import CORRUPT_LIST, counted, describe_skipped, first_names, join_first
 from openmae.data.index import unread_table
 from openmae.data.opening import open_index
@@ -26,13 +28,21 @@ from openmae.results.report import Cell, Numbers, Picture, Section, Table, write
 from openmae.storage.urls import is_remote
 
 DUPLICATES_LIST = "duplicate_files.txt"
+REMARKS_LIST = "remarks.txt"
 _LISTED = 100  # rows of a table in the report; the lists beside it have all
 
 log = logging.getLogger("openmae")
 
 
 def pack_source(
-    source: str, out: Path, size: int | None = None, *, shard_mb: int = 256, quality: int = 95, overwrite: bool = False
+    source: str,
+    out: Path,
+    size: int | None = None,
+    *,
+    shard_mb: int = 256,
+    quality: int = 95,
+    overwrite: bool = False,
+    max_megapixels: int = MAX_MEGAPIXELS,
 ) -> Packed:
     """Pack a source into shards and print how to name them; see ``packing.pack``.
 
@@ -42,7 +52,7 @@ def pack_source(
     """
     if is_remote(str(out)) or ":/" in str(out):
         raise UserError(f"OUT must be a local folder, not {out}.", "Pack into a local folder and copy that.")
-    index = open_index(source, None)
+    index = replace(open_index(source, None), max_pixels=max_megapixels * 1_000_000)
     with _progress("Packing", len(index)) as advance:
         packed = pack(index, out, Packing(size, shard_mb * 1_000_000, quality), overwrite=overwrite, advance=advance)
     total = sum(shard.stat().st_size for shard in packed.shards)
@@ -54,19 +64,20 @@ def pack_source(
     return packed
 
 
-def check_source(source: str, folder: Path) -> Survey:
+def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS) -> Survey:
     """Look at every image of a source; print a table, write a picture and ``report.html`` to ``folder``.
 
     Raises:
         UserError: the source cannot be used, or nothing can be written to ``folder``.
     """
-    index = open_index(source, None)
+    index = replace(open_index(source, None), max_pixels=max_megapixels * 1_000_000)
     make_folder(folder)
     with _progress("Checking", len(index)) as advance:
         found = survey(index, advance)
     for name, lines in (
         (CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in found.corrupt]),
         (DUPLICATES_LIST, ["\t".join(group) for group in found.duplicates]),
+        (REMARKS_LIST, ["\t".join(row) for row in _remark_rows(found)]),
     ):
         (folder / name).unlink(missing_ok=True)
         if lines:
@@ -127,10 +138,14 @@ def summary(found: Survey) -> list[tuple[str, str]]:
             ("format", ", ".join(f"{kind} {count:,}" for kind, count in found.formats.most_common(4))),
         ]
     rows.append(("corrupt", f"{len(found.corrupt):,} ({len(found.corrupt) / found.images:.2%})"))
+    for kind, title in (("pages", "several pages"), ("warning", "warned of by Pillow")):
+        if several := [f"{remark.path} ({remark.text})" for remark in found.remarks if remark.kind == kind]:
+            only = ", of which only the first is read" if kind == "pages" else ""
+            rows.append((title, f"{len(several):,}{only}, such as {several[0]}"))
     rows.append(("duplicate", f"{found.redundant:,} ({counted(len(found.duplicates), 'group')} of the same content)"))
     if found.contradictions:
-        several = "lie in several class folders" if found.labelled_by == "folders" else "have several labels"
-        rows.append(("contradictory", f"{counted(found.contradictions, 'group')} of duplicates {several}"))
+        how = "lie in several class folders" if found.labelled_by == "folders" else "have several labels"
+        rows.append(("contradictory", f"{counted(found.contradictions, 'group')} of duplicates {how}"))
     return rows
 
 
@@ -165,10 +180,16 @@ def _sections(
     for title, columns, cells, name in (
         ("Corrupt files", ("file", "reason"), [list(row) for row in found.corrupt], CORRUPT_LIST),
         ("Duplicates", ("kept", "the same"), [[g[0], ", ".join(g[1:4])] for g in found.duplicates], DUPLICATES_LIST),
+        ("Remarks", ("file", "remark"), _remark_rows(found), REMARKS_LIST),
     ):
         if cells:
             sections.append(Table(title, columns, cells[:_LISTED], f"{len(cells):,} in all; {name} lists them."))
     return sections
+
+
+def _remark_rows(found: Survey) -> list[list[str]]:
+    said = {"pages": "{}, of which only the first is read", "warning": "Pillow warns: {}"}
+    return [[remark.path, said[remark.kind].format(remark.text)] for remark in found.remarks]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from openmae.data.decode import MAX_KEY
 from openmae.data.folder import CORRUPT_LIST
 from openmae.data.images import ImageIndex
 from openmae.errors import DataError
@@ -59,11 +60,12 @@ class CorruptFiles:
         none_left = self.count == len(self._index)
         if self.count > self._max_fraction * len(self._index) or none_left:
             path, reason = next(iter(news.items()))
+            too_large = "To read larger images, raise dataset.max_megapixels. " if MAX_KEY in reason else ""
             limit = f"more than dataset.max_corrupt_fraction={self._max_fraction:g} allows"
             raise DataError(
                 f"{self.count} of {len(self._index)} images in {self._index.place} are corrupt "
                 f"({self.count / len(self._index):.2%}), {'so none is left' if none_left else limit}; the latest: "
                 f"{path} ({reason}).",
-                f"Replace or remove the files listed in {self._list}, or allow them: "
+                f"{too_large}Replace or remove the files listed in {self._list}, or allow them: "
                 f"dataset.max_corrupt_fraction={math.ceil(100 * self.count / len(self._index)) / 100:g}.",
             )

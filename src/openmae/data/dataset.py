@@ -9,7 +9,9 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch.utils.data import Dataset
 
-from openmae.data.images import CorruptImage, ImageIndex
+from openmae.data.decode import CorruptImage
+from openmae.data.images import ImageIndex
+from openmae.data.remarks import Remark, remarks_on
 from openmae.data.transforms import Transform, rng_at
 from openmae.errors import DataError
 
@@ -27,6 +29,7 @@ class Batch(NamedTuple):
         indices: int64 [B]; places in the index of the data set.
         epoch: the epoch that the sampler addressed.
         corrupt: (relative path, reason) of files that could not be decoded, for ``CorruptFiles.record``.
+        remarks: on files that were decoded, each once, for ``Remarks.record``.
     """
 
     images: torch.Tensor
@@ -34,6 +37,7 @@ class Batch(NamedTuple):
     indices: torch.Tensor
     epoch: int
     corrupt: list[tuple[str, str]]
+    remarks: Sequence[Remark] = ()
 
 
 class Sample(TypedDict):
@@ -44,6 +48,7 @@ class Sample(TypedDict):
     index: int
     epoch: int
     corrupt: list[tuple[str, str]]
+    remarks: list[Remark]
 
 
 class ImageDataset(Dataset[Sample]):
@@ -62,6 +67,7 @@ class ImageDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.replace_corrupt = replace_corrupt
+        self._remarked: set[int] = set()  # of this process
 
     def __len__(self) -> int:
         return len(self.index)
@@ -70,16 +76,19 @@ class ImageDataset(Dataset[Sample]):
         epoch, wanted = address
         tries = min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1
         corrupt: list[tuple[str, str]] = []
+        remarks: list[Remark] = []
         image = None
         for number in ((wanted + step) % len(self) for step in range(tries)):
             try:
                 with self.index.picture(number) as picture:
                     image = self.transform(picture, rng_at(self.seed, epoch, wanted))
+                    if number not in self._remarked and (remarks := remarks_on(picture, self.index.paths[number])):
+                        self._remarked.add(number)
                 break
             except CorruptImage as error:
                 corrupt.append((self.index.paths[number], error.reason))
         label = -1 if self.index.labels is None else self.index.labels[number]
-        return Sample(image=image, label=label, index=number, epoch=epoch, corrupt=corrupt)
+        return Sample(image=image, label=label, index=number, epoch=epoch, corrupt=corrupt, remarks=remarks)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into a ``Batch``, without those that have no image."""
@@ -94,6 +103,7 @@ class ImageDataset(Dataset[Sample]):
             indices=torch.tensor([sample["index"] for sample in good], dtype=torch.int64),
             epoch=samples[0]["epoch"] if samples else 0,
             corrupt=[file for sample in samples for file in sample["corrupt"]],
+            remarks=[remark for sample in samples for remark in sample["remarks"]],
         )
 
 

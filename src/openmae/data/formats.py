@@ -87,8 +87,8 @@ def _lacking(name: str) -> str:
     if name == "HEIF":
         return "" if importlib.util.find_spec("pillow_heif") is not None else _HEIF
     module = _FORMATS[name].module
-    supported = not module or (module in features.modules and features.check_module(module))
-    return "" if supported else _NEWER_PILLOW
+    known = {*features.modules, *features.codecs}  # an older Pillow has not heard of all
+    return "" if not module or (module in known and features.check(module)) else _NEWER_PILLOW
 
 
 _LACKING: Mapping[str, str] = {name: _lacking(name) for name in _FORMATS}

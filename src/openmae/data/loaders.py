@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from openmae.data.corrupt import CorruptFiles
 from openmae.data.dataset import AddressedSampler, Batch, EvalSampler, ImageDataset, Sample
 from openmae.data.images import ImageIndex
+from openmae.data.remarks import Remarks
 from openmae.data.transforms import Transform
 
 
@@ -36,6 +37,7 @@ class TrainingLoader:
         self.dataset = dataset
         self._sampler = sampler
         self._corrupt = corrupt
+        self._remarks = Remarks(dataset.index)
         self._loader = _data_loader(dataset, sampler, num_workers)
 
     def __len__(self) -> int:
@@ -49,7 +51,9 @@ class TrainingLoader:
         self._sampler.set_position(epoch, batches_done)
         for batch in self._loader:
             self._corrupt.record(batch.corrupt)
+            self._remarks.record(batch.remarks)
             yield batch
+        self._remarks.end_pass()
 
     def file_of(self, index: int) -> str:
         """The path of an image, relative to the data set."""
@@ -69,6 +73,7 @@ class EvaluationLoader:
     def __init__(self, dataset: ImageDataset, sampler: EvalSampler, num_workers: int, corrupt: CorruptFiles) -> None:
         self.dataset = dataset
         self._corrupt = corrupt
+        self._remarks = Remarks(dataset.index)
         self._loader = _data_loader(dataset, sampler, num_workers)
 
     def __len__(self) -> int:
@@ -77,8 +82,10 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             self._corrupt.record(batch.corrupt)
+            self._remarks.record(batch.remarks)
             if len(batch.images):
                 yield batch
+        self._remarks.end_pass()
 
     def first(self, count: int) -> Batch:
         """A batch of readable images spread evenly over the data set, for pictures."""
@@ -86,7 +93,9 @@ class EvaluationLoader:
         step = max(1, length // count)
         samples = (self.dataset[0, index] for offset in range(step) for index in range(offset, length, step))
         readable = (sample for sample in samples if sample["image"] is not None)
-        return self.dataset.collate(list(islice(readable, count)))
+        batch = self.dataset.collate(list(islice(readable, count)))
+        self._remarks.record(batch.remarks)
+        return batch
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from openmae.data.shards import MEMBER, Ahead, ShardedIndex
 from openmae.data.sources import resolve_source
 from openmae.data.tar_index import FORMAT, Shard, TarIndex, fits, index_file, scan_tar
 from openmae.errors import DataError
+from openmae.inputs import irregular
 from openmae.results.names import printable_name
 from openmae.storage import cache
 from openmae.storage.urls import checked, is_remote, join, parent_of, redact
@@ -182,6 +183,8 @@ def _local_facts(place: str) -> _Facts | None:
         facts = os.stat(place)
     except FileNotFoundError:
         return None
+    if kind := irregular(place):
+        raise DataError(f"The shard {place} is {kind}, not a tar file.", "Leave it out, or write or copy it again.")
     return f"{facts.st_size}-{facts.st_mtime_ns}", facts.st_size, os.path.exists(index_file(place))
 
 

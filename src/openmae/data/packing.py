@@ -20,8 +20,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from openmae.data.decode import CorruptImage, Picture
 from openmae.data.folder import CORRUPT_LIST
-from openmae.data.images import CorruptImage, ImageIndex, Picture
+from openmae.data.images import ImageIndex
+from openmae.data.remarks import Remark, Remarks, remarks_on
 from openmae.data.tar_index import BLOCK, TarIndex, index_file
 from openmae.errors import DataError, RunError, UserError
 from openmae.results.files import make_folder, write_atomically
@@ -117,7 +119,7 @@ def _pack(
         )
     for leftover in out.glob(".packing-*/"):  # of a process that was killed; the lock is ours
         shutil.rmtree(leftover)
-    packed = Packed()
+    packed, remarks = Packed(), Remarks(index)
     with tempfile.TemporaryDirectory(prefix=".packing-", dir=out) as folder:
         writer = _Writer(Path(folder), name, index.class_names, packing.shard_bytes)
         for number, stored in _stored_images(index, packing):
@@ -125,8 +127,11 @@ def _pack(
             if isinstance(stored, CorruptImage):
                 packed.corrupt.append((index.full_name(index.paths[number]), stored.reason))
                 continue
-            writer.add(index.key(number), *stored, -1 if index.labels is None else index.labels[number])
+            content, extension, found = stored
+            remarks.record(found)
+            writer.add(index.key(number), content, extension, -1 if index.labels is None else index.labels[number])
             packed.images += 1
+        remarks.end_pass()
         if not packed.images:
             path, reason = packed.corrupt[0]
             raise DataError(
@@ -150,7 +155,7 @@ def _pack(
 
 # ---------------------------------------------------------------------------------------------- images
 
-Stored = tuple[bytes, str]  # a file and its extension
+Stored = tuple[bytes, str, list[Remark]]  # a file, its extension, and what is remarkable about the image in it
 
 
 def _stored_images(index: ImageIndex, packing: Packing) -> Iterator[tuple[int, Stored | CorruptImage]]:
@@ -172,16 +177,17 @@ def _stored(index: ImageIndex, number: int, packing: Packing) -> Stored | Corrup
     extension = os.path.splitext(index.paths[number])[1].lower()
     try:
         content = index.read(number)
-        with Picture(index.file(number), io.BytesIO(content)) as picture:
+        with Picture(index.file(number), io.BytesIO(content), index.max_pixels) as picture:
             if packing.size is not None and min(picture.size) > packing.size:
-                return _scaled_down(picture, packing.size, packing.quality)
-            picture.pixels(at_least=(1, 1))  # a JPEG is read to its end, but not transformed
+                content, extension = _scaled_down(picture, packing.size, packing.quality)
+            else:
+                picture.pixels(at_least=(1, 1))  # a JPEG is read to its end, but not transformed
+            return content, extension, remarks_on(picture, index.paths[number])
     except CorruptImage as error:
         return error
-    return content, extension
 
 
-def _scaled_down(picture: Picture, size: int, quality: int) -> Stored:
+def _scaled_down(picture: Picture, size: int, quality: int) -> tuple[bytes, str]:
     """The upright image with a shorter side of ``size``: JPEG, or PNG for transparency and 16 bits, sRGB assumed."""
     height, width = picture.size
     scale = size / min(height, width)

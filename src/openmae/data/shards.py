@@ -30,7 +30,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from openmae.data.images import CorruptImage, ImageIndex, Numbers, Picture
+from openmae.data.decode import CorruptImage, Picture
+from openmae.data.images import ImageIndex, Numbers
 from openmae.data.tar_index import Shard, read_member
 from openmae.results.names import printable_name
 from openmae.storage.urls import redact
@@ -78,7 +79,7 @@ class ShardedIndex(ImageIndex):
         return self.root / self.paths[number]
 
     def picture(self, number: int) -> Picture:
-        return Picture(self.file(number), io.BytesIO(self.read(number)))
+        return Picture(self.file(number), io.BytesIO(self.read(number)), self.max_pixels)
 
     def read(self, number: int) -> bytes:
         shard = self.shards[self.shard_of[number]]

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Self, cast
 
 from openmae.errors import DataError
+from openmae.inputs import irregular
 from openmae.results.names import original_name, printable_name
 from openmae.storage import cache
 from openmae.storage.urls import is_remote, redact
@@ -139,6 +140,8 @@ def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None
             if not any(path.iterdir()):
                 raise DataError(f"The folder {path} is empty.", "Put images into it, or name another folder.")
             return path
+        if path.exists() and (kind := irregular(path)):
+            raise DataError(f"{path} is {kind}.", f"Name a folder of images, or an archive ({ARCHIVE_KINDS}).")
         if not path.is_file():
             raise DataError(f"There is no file or folder {path}.", _hint_for_missing(path))
         facts = path.stat()

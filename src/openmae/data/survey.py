@@ -14,8 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from openmae.data.decode import CorruptImage, Picture
 from openmae.data.folder import Skipped
-from openmae.data.images import CorruptImage, ImageIndex, Picture
+from openmae.data.images import ImageIndex
+from openmae.data.remarks import Remark, remarks_on
 from openmae.data.shards import ShardedIndex
 from openmae.results.names import printable_name
 
@@ -34,6 +36,7 @@ class Survey:
         file_sizes: of the readable images, in bytes.
         formats: images by what they are, such as "JPEG RGB".
         corrupt: (name, reason) of images that cannot be decoded.
+        remarks: on readable images, by name.
         duplicates: groups of readable images with the same bytes, by name.
         contradictions: groups of ``duplicates`` with different labels.
         labelled_by: what the labels were taken from, as ``ImageIndex.labelled_by``.
@@ -51,6 +54,7 @@ class Survey:
     file_sizes: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     formats: Counter[str] = field(default_factory=Counter)
     corrupt: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     contradictions: int = 0
     labelled_by: str = ""
@@ -70,6 +74,7 @@ class _Facts(NamedTuple):
     length: int
     size: tuple[int, int]  # height, width
     kind: str
+    remarks: list[Remark]
 
 
 def survey(index: ImageIndex, advance: Callable[[], object] = lambda: None) -> Survey:
@@ -92,6 +97,7 @@ def survey(index: ImageIndex, advance: Callable[[], object] = lambda: None) -> S
         sizes.append(facts.size)
         lengths.append(facts.length)
         found.formats[facts.kind] += 1
+        found.remarks += facts.remarks
     found.heights, found.widths = np.array(sizes, np.int64).reshape(-1, 2).T
     found.file_sizes = np.array(lengths, np.int64)
     same = [group for group in groups.values() if len(group) > 1]
@@ -127,9 +133,10 @@ def _all_facts(index: ImageIndex) -> Iterator[tuple[int, _Facts | CorruptImage]]
 def _facts(index: ImageIndex, number: int) -> _Facts | CorruptImage:
     try:
         content = index.read(number)
-        with Picture(index.file(number), io.BytesIO(content)) as picture:
+        with Picture(index.file(number), io.BytesIO(content), index.max_pixels) as picture:
             picture.pixels(at_least=(1, 1))  # a JPEG is read to its end, but not transformed
             kind = f"{picture.format} {picture.mode}"
-            return _Facts(hashlib.sha256(content).digest()[:16], len(content), picture.size, kind)
+            remarks = remarks_on(picture, index.full_name(index.paths[number]))
+            return _Facts(hashlib.sha256(content).digest()[:16], len(content), picture.size, kind, remarks)
     except CorruptImage as error:
         return error

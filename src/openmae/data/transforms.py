@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from openmae.data.images import Box, Picture, Size
+from openmae.data.decode import Box, Picture, Size
 from openmae.errors import SpecError
 
 log = logging.getLogger("openmae")

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openmae.data.images import CorruptImage, Picture
+from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, Picture, TooManyPixels
 from openmae.data.normalise import Normaliser
+from openmae.data.remarks import remarks_on
 from openmae.data.transforms import EvalTransform
 from openmae.engines.card import ModelCard
 from openmae.errors import DataError
@@ -48,8 +49,13 @@ def eval_transform(card: ModelCard) -> EvalTransform:
     return EvalTransform(card.model.input_size, card.model.in_chans, card.interpolation)
 
 
-def read_images(paths: Sequence[str | Path], card: ModelCard) -> Tensor:
+def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
     """Image files as a predictor takes them: the centre, resized to the card's size, as evaluation sees it.
+
+    Args:
+        paths: of the image files.
+        card: of the model.
+        max_megapixels: size of the largest image that is decoded, in millions of pixels.
 
     Returns:
         ``[N, C, H, W]``, uint8, or float32 in 0..255 where a file has 16 bits.
@@ -61,10 +67,17 @@ def read_images(paths: Sequence[str | Path], card: ModelCard) -> Tensor:
     images = []
     for path in paths:
         try:
-            with Picture(Path(path)) as picture:
+            with Picture(Path(path), max_pixels=round(max_megapixels * 1_000_000)) as picture:
                 images.append(transform(picture))
+                for remark in remarks_on(picture, str(path)):
+                    remark.log(str(path))
+        except TooManyPixels as error:
+            raise DataError(
+                f"{path} has {error.got} pixels, more than max_megapixels={max_megapixels:g} allows.",
+                "Pass a larger max_megapixels if you trust the file, or scale it down.",
+            ) from error
         except CorruptImage as error:
-            raise DataError(f"{path} cannot be read: {error}.", "Give image files.") from error
+            raise DataError(f"{path} cannot be read: {error.reason}.", "Give image files.") from error
     if not images:
         raise DataError("There are no images.", "Give one path or more.")
     same = len({image.dtype for image in images}) == 1

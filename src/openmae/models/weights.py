@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from openmae import __version__
 from openmae.errors import CheckpointError, RunError, SpecError
+from openmae.inputs import irregular
 from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
 from openmae.models.layouts import NamedWeights, recognise
 from openmae.models.matching import LoadReport, complain, likely_arch, match
@@ -268,6 +269,8 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(
             f"No checkpoint at {path}.", "Check the path; relative paths start at the working folder."
         )
+    if kind := irregular(path):
+        raise CheckpointError(f"{path} is {kind}, not a checkpoint.", "Name a regular file.")
     if path.is_dir():
         if path.suffix == ".shards":
             raise CheckpointError(

@@ -7,11 +7,9 @@ import ipaddress
 import logging
 import os
 import socket
-import warnings
 from pathlib import Path
 
 import torch
-from PIL.Image import DecompressionBombWarning
 
 from openmae.engines.predictor import Predictor, open_predictor
 from openmae.errors import UserError
@@ -55,7 +53,6 @@ def serve(
             device = "cuda" if torch.cuda.is_available() else "cpu"
         predictor = open_predictor(model, device, encryption_key)
         _warm_up(predictor)
-        warnings.filterwarnings("ignore", category=DecompressionBombWarning)  # --max-pixels decides
         app = create_app(predictor, settings)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_SECONDS)
         address, own = _address(listener), ipaddress.ip_address(listener.getsockname()[0])

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastapi import Request
-from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
-from openmae.data.images import CorruptImage, Picture
+from openmae.data.decode import CorruptImage, NotAnImage, Picture, TooManyPixels
+from openmae.data.formats import FORMAT_TITLES
 from openmae.data.transforms import EvalTransform
 from openmae.serving.settings import Settings
 
@@ -141,26 +141,19 @@ def decode_upload(upload: Upload, transform: EvalTransform, max_pixels: int) -> 
     """
     try:
         upload.file.seek(0)
-        with Picture(Path(upload.name), upload.file) as picture:
-            height, width = picture.size
-            if height * width > max_pixels:
-                raise _too_many_pixels(upload.name, max_pixels, f"{width} x {height} = {width * height:,}")
+        with Picture(Path(upload.name), upload.file, max_pixels) as picture:
             return transform(picture)
+    except TooManyPixels as error:
+        raise Refused(
+            413,
+            f"An image may have {max_pixels:,} pixels at most; {upload.name} has {error.got}.",
+            "Scale it down, or start the server with a larger --max-pixels.",
+        ) from error
+    except NotAnImage as error:
+        raise Refused(422, f"{upload.name}: {error.reason}.", "Send an image that opens in a viewer.") from error
     except CorruptImage as error:
-        if isinstance(error.__cause__, Image.DecompressionBombError):
-            raise _too_many_pixels(upload.name, max_pixels, "more than Pillow opens") from error
-        kinds = "a JPEG, PNG, BMP, TIFF or WebP file"
-        unknown = isinstance(error.__cause__, UnidentifiedImageError)  # its text names an object in memory
         raise Refused(
             422,
-            f"{upload.name} is not {kinds}." if unknown else f"{upload.name} cannot be decoded: {error.reason}.",
-            "Send an image that opens in a viewer." if unknown else f"Save it again as {kinds}.",
+            f"{upload.name} cannot be decoded: {error.reason}.",
+            f"Save it again as {', '.join(FORMAT_TITLES[:-1])} or {FORMAT_TITLES[-1]}.",
         ) from error
-
-
-def _too_many_pixels(name: str, max_pixels: int, got: str) -> Refused:
-    return Refused(
-        413,
-        f"An image may have {max_pixels:,} pixels at most; {name} has {got}.",
-        "Scale it down, or start the server with a larger --max-pixels.",
-    )

@@ -198,7 +198,7 @@ def _in_template(key: str, action: str) -> bool:
         return section not in ACTIONS or section == action
     if section == "dataset":
         return action in ("evaluate", "inference") and name in (
-            "batch_size", "num_workers_per_gpu", "max_corrupt_fraction", "input_size", "mean", "std"
+            "batch_size", "num_workers_per_gpu", "max_corrupt_fraction", "max_megapixels", "input_size", "mean", "std"
         )  # fmt: skip
     return section in ("results_dir", "model") or key == "train.stage"
 

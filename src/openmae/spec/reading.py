@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from openmae.errors import SpecError
+from openmae.inputs import read_file_or_pipe
 
 MISSING = "???"
 _DEEPEST, _LARGEST = 50, 100_000  # levels, and values, of a spec: aliases may make a few lines as large as memory
@@ -106,14 +107,14 @@ def read_file(path: Path) -> Reading:
     if path.is_dir():
         raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file_or_pipe(path).decode("utf-8")
     except FileNotFoundError:
         fix = "Check the path, or write a spec with `mae spec template train`."
         raise SpecError(f"There is no spec file {path}.", fix) from None
     except UnicodeDecodeError:
         raise SpecError(f"{path} is not a text file.", "A spec is YAML, in UTF-8.") from None
     except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}.", "Check the path and its rights.") from None
+        raise SpecError(f"{path} cannot be read: {error.strerror}.", "Name a YAML file that you may read.") from None
     reading = Reading()
     try:
         node, tree = _parse(text)

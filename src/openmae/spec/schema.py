@@ -163,6 +163,14 @@ class DatasetSpec(Section):
     max_corrupt_fraction: float = option(
         0.01, "share of unreadable images that ends the run (ours)", ge=0, le=1, automl=False
     )
+    max_megapixels: int = option(
+        179,
+        "size of the largest image that is decoded, in millions of pixels; a larger one counts as unreadable, since a "
+        "small file may claim to be huge (not in TAO)",
+        ge=1,
+        le=100_000,
+        automl=False,
+    )
     augmentation: AugmentationSpec = option(AugmentationSpec(), "what is done to each image")
     segment: dict[str, Any] | None = option(None, "stands in published examples; nothing reads it")
 

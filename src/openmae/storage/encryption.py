@@ -42,6 +42,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from openmae.errors import CheckpointError, SpecError
+from openmae.inputs import open_regular, read_file_or_pipe
 from openmae.spec.fields import KEY_IN_ENVIRONMENT, KEY_IN_FILE
 
 _MAGIC = b"\x89OpenMAE-crypt\r\n"
@@ -127,8 +128,7 @@ def resolve_key(text: str | Key | None) -> Key | None:
 
 def _read_secret(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            secret = file.read(_LARGEST_KEY + 1)
+        secret = read_file_or_pipe(path, _LARGEST_KEY + 1)
     except OSError as error:
         raise SpecError(
             f"encryption_key: the file {str(path)!r} cannot be read ({error.strerror}).", "Put the key into it."
@@ -145,7 +145,7 @@ def _read_secret(path: Path) -> bytes:
 
 def is_encrypted(path: Path) -> bool:
     """Whether a file begins as ours do; up to 8 bits of that may be damaged."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(len(_MAGIC))
     if len(start) < len(_MAGIC):
         return bool(start) and _MAGIC.startswith(start)
@@ -262,7 +262,7 @@ class _Opening(io.RawIOBase):
 
     def __init__(self, path: Path, key: Key) -> None:
         self._path, self._place, self._held = path, 0, (-1, b"")
-        self._file = path.open("rb")
+        self._file = open_regular(path)
         try:
             sealed = os.fstat(self._file.fileno()).st_size - _HEADER
             self._chunks = math.ceil(sealed / (_CHUNK + _TAG))
