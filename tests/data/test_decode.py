@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import struct
+import tracemalloc
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 
-from openmae.data.decode import CorruptImage, Picture, decode
+from openmae.data.decode import CorruptImage, NotAnImage, Picture, TooManyPixels, decode, in_words
 
 RED, TEAL = (200, 30, 40), (20, 150, 140)
 
@@ -191,3 +197,273 @@ def test_corrupt_images(tmp_path: Path) -> None:
 def test_corrupt_image_travels_between_processes() -> None:
     error = pickle.loads(pickle.dumps(CorruptImage(Path("a.png"), "cut")))
     assert (error.path, error.reason) == (Path("a.png"), "cut")
+
+
+# ----------------------------------------------------------------------------------------------- depth
+
+
+def tiff(
+    path: Path, content: bytes, *, bits: int = 16, kind: int = 1, white_is_zero: bool = False, order: str = "<"
+) -> None:
+    """Write a grey TIFF of 64 x 64 pixels whose values are ``content``; ``kind`` is 1 unsigned, 2 signed, 3 float."""
+    tags = {256: 64, 257: 64, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 134, 277: 1, 279: len(content)}
+    entries = [(tag, 4 if tag in (273, 279) else 3, value) for tag, value in sorted({**tags, 339: kind}.items())]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(entries))
+    for tag, size, value in entries:
+        packed = struct.pack(order + "HH", value, 0) if size == 3 else struct.pack(order + "I", value)
+        head += struct.pack(order + "HHI", tag, size, 1) + packed
+    path.write_bytes((head + bytes(4)).ljust(134, b"\0") + content)
+
+
+RAMP = np.arange(4096).reshape(64, 64)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sixteen_bits_of_either_byte_order(tmp_path: Path, order: str) -> None:
+    tiff(tmp_path / "a.tif", (RAMP * 16).astype(f"{order}u2").tobytes(), order=order)
+    np.testing.assert_allclose(decode(tmp_path / "a.tif", 1)[..., 0], RAMP * 16 / 257, rtol=1e-6)
+
+
+def test_sixteen_bits_where_zero_is_white(tmp_path: Path) -> None:
+    tiff(tmp_path / "a.tif", (RAMP * 16).astype("<u2").tobytes(), white_is_zero=True)
+    np.testing.assert_allclose(decode(tmp_path / "a.tif", 1)[..., 0], 255 - RAMP * 16 / 257, atol=1e-4)
+
+
+def test_twelve_bits_fill_the_whole_scale(tmp_path: Path) -> None:
+    pairs = RAMP.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    tiff(tmp_path / "a.tif", packed.astype(np.uint8).tobytes(), bits=12)
+    pixels = decode(tmp_path / "a.tif", 1)[..., 0]
+    np.testing.assert_allclose(pixels, RAMP * 255 / 4095, atol=1e-4)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "words"),
+    [
+        ("i2", 2, "signed 16-bit integers"),
+        ("i4", 2, "signed 32-bit integers"),
+        ("u4", 1, "unsigned 32-bit integers"),
+        ("f4", 3, "32-bit floating-point numbers"),
+    ],
+)
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_values_without_black_and_white_are_refused_with_the_reason(
+    tmp_path: Path, dtype: str, kind: int, words: str, order: str
+) -> None:
+    if (dtype, order) == ("u4", ">"):
+        pytest.skip("Pillow does not read it")
+    content = RAMP.astype(order + dtype)
+    tiff(tmp_path / "a.tif", content.tobytes(), bits=8 * content.itemsize, kind=kind, order=order)
+    with pytest.raises(CorruptImage) as caught:
+        decode(tmp_path / "a.tif")
+    assert caught.value.reason == (
+        f"its pixels are {words}, and the file does not say which values are black and white; scale them to 0..65535 "
+        "and save them as unsigned 16-bit integers, or to 0..255 as 8-bit"
+    )
+
+
+def test_a_tiff_that_pillow_cannot_read_says_so(tmp_path: Path) -> None:
+    tiff(tmp_path / "a.tif", RAMP.astype("<f8").tobytes(), bits=64, kind=3)
+    with pytest.raises(CorruptImage, match="unknown pixel mode"):
+        decode(tmp_path / "a.tif")
+
+
+# ------------------------------------------------------------------------------------ texts of a PNG
+
+
+def with_text(kind: str, size: int) -> bytes:
+    """A PNG with a text or profile of ``size`` bytes."""
+    info, stream, options = PngInfo(), io.BytesIO(), {}
+    text = "parameters " * (size // 11)
+    if kind == "zTXt":
+        info.add_text("prompt", text, zip=True)
+    elif kind == "iTXt":
+        info.add_itxt("prompt", text, zip=True)
+    elif kind == "tEXt":
+        info.add_text("prompt", text)
+    elif kind == "after":
+        info.add(b"zTXt", b"prompt\0\0" + zlib.compress(text.encode()), after_idat=True)
+    else:
+        options["icc_profile"] = bytes(size)
+    halves().save(stream, "PNG", pnginfo=info, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP", "after"])
+def test_large_texts_do_not_spoil_the_pixels(tmp_path: Path, kind: str) -> None:
+    content = with_text(kind, 3 << 20)
+    assert len(content) < 1 << 20, "it was to be compressed"
+    with pytest.raises(ValueError, match="MAX_TEXT"):
+        Image.open(io.BytesIO(content)).load()
+    (tmp_path / "a.png").write_bytes(content)
+    with Picture(tmp_path / "a.png") as picture:
+        assert picture.size == (32, 64)
+        np.testing.assert_array_equal(picture.pixels(), np.array(halves()))
+
+
+def test_many_texts_do_not_spoil_the_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 10_000)
+    (tmp_path / "a.png").write_bytes(with_text("tEXt", 20_000))
+    np.testing.assert_array_equal(decode(tmp_path / "a.png"), np.array(halves()))
+
+
+def test_a_chunk_that_claims_to_be_huge_takes_no_memory(tmp_path: Path) -> None:
+    content = with_text("zTXt", 3 << 20)
+    at = content.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(content[:at] + struct.pack(">I4s", 0x7FFFFFFF, b"IDAT") + content[at + 8 :])
+    tracemalloc.start()
+    try:
+        np.testing.assert_array_equal(decode(tmp_path / "a.png"), np.array(halves()))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+# ------------------------------------------------------------------------------------------- sizes
+
+
+def test_an_image_with_too_many_pixels(tmp_path: Path) -> None:
+    halves(size=(1200, 1000)).save(tmp_path / "a.png")
+    with pytest.raises(TooManyPixels) as caught:
+        Picture(tmp_path / "a.png", max_pixels=1_000_000)
+    reason = "it has 1200 x 1000 = 1,200,000 pixels, more than dataset.max_megapixels=1 allows"
+    assert caught.value.reason == reason
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), again.path, again.reason) == (TooManyPixels, tmp_path / "a.png", reason)
+    with Picture(tmp_path / "a.png", max_pixels=2_000_000) as picture:
+        assert picture.pixels().shape == (1000, 1200, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_pillows_own_limit_can_be_raised(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    halves(size=(120, 100)).save(stream, kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Picture(Path("a"), io.BytesIO(stream.getvalue()), max_pixels=12_000) as picture:
+            assert picture.pixels(box=(1, 1, 119, 99)).shape == (98, 118, 3)
+            assert picture.warnings == []
+        with pytest.raises(TooManyPixels):
+            Picture(Path("a"), io.BytesIO(stream.getvalue()), max_pixels=11_999)
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    header = struct.pack(">II5B", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    with pytest.raises(TooManyPixels, match=r"60000 x 60000 = 3,600,000,000 pixels, .*max_megapixels=179 allows"):
+        Picture(Path("bomb.png"), io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT"))
+
+
+# ------------------------------------------------------------------------------- pages and warnings
+
+
+def several(kind: str, count: int = 3) -> io.BytesIO:
+    stream = io.BytesIO()
+    images = [Image.new("RGB", (24, 20), (40 * number, 90, 200)) for number in range(count)]
+    images[0].save(stream, kind, save_all=True, append_images=images[1:])
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("kind", "pages"),
+    [
+        ("TIFF", "3 pages"),
+        ("GIF", "3 frames"),
+        ("WEBP", "3 frames"),
+        ("PNG", "3 frames"),
+        ("MPO", ""),
+    ],
+)
+def test_the_first_page_is_read_and_the_others_are_counted(kind: str, pages: str) -> None:
+    for count, said in ((3, pages), (1, "")):
+        with Picture(Path("a"), several(kind, count)) as picture:
+            np.testing.assert_allclose(picture.pixels()[10, 10], (0, 90, 200), atol=6)
+            assert picture.pages == said
+
+
+def test_a_gif_with_transparency_and_palette() -> None:
+    stream = io.BytesIO()
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([200, 0, 0])
+    palette.save(stream, "GIF", transparency=0)
+    with Picture(Path("a"), stream) as picture:
+        assert picture.transparent
+        assert picture.pixels(4)[..., 3].max() == 0
+    assert halves("P").mode == "P"
+
+
+def test_what_pillow_warns_of_is_kept_with_the_image(tmp_path: Path) -> None:
+    halves().save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage")
+    halves().save(tmp_path / "b.jpg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            for name, count in (("a.jpg", 1), ("b.jpg", 0)):
+                with Picture(tmp_path / name) as picture:
+                    picture.pixels()
+                assert len(picture.warnings) == count
+                assert all("Corrupt EXIF data" in text for text in picture.warnings)
+
+
+def test_other_warnings_are_shown_as_ever(tmp_path: Path) -> None:
+    halves().save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        decode(tmp_path / "a.jpg")
+        warnings.warn("mine", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["mine"]
+
+
+# ------------------------------------------------------------------------------------------- reasons
+
+
+def test_special_files_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    for name, reason in (
+        ("pipe.png", "it is a named pipe (FIFO), not a regular file"),
+        ("endless.jpg", "it is a device, not a regular file"),
+        ("folder.png", "Is a directory"),
+        ("gone.png", "No such file or directory"),
+    ):
+        with pytest.raises(CorruptImage) as caught:
+            decode(tmp_path / name)
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF"])
+def test_reasons_name_no_object_in_memory(kind: str) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8)).save(stream, kind)
+    for length in (1, 8, 12, 20, 40, len(stream.getvalue()) // 2):
+        with pytest.raises(CorruptImage) as caught, Picture(Path("a"), io.BytesIO(stream.getvalue()[:length])) as found:
+            found.pixels()
+        assert " at 0x" not in caught.value.reason
+        assert "cannot identify" not in caught.value.reason
+
+
+def test_errors_in_words() -> None:
+    assert in_words(OSError(f"cannot use {io.BytesIO()}")) == "cannot use the file"
+    assert in_words(FileNotFoundError(2, "No such file or directory", "/a/b")) == "No such file or directory"
+    assert in_words(IndexError("index out of range")) == "the file is damaged (IndexError: index out of range)"
+    assert in_words(AssertionError()) == "the file is damaged (AssertionError)"
+
+
+def test_content_of_another_kind_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"%PDF-1.7")
+    with pytest.raises(NotAnImage, match="its content is a PDF file, not an image that can be read"):
+        decode(tmp_path / "a.png")
+
+
+def test_heic(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    halves().save(tmp_path / "a.heic", quality=95)
+    pixels = decode(tmp_path / "a.heic")
+    left, right = corners(pixels)
+    np.testing.assert_allclose(left, RED, atol=8)
+    np.testing.assert_allclose(right, TEAL, atol=8)

@@ -230,6 +230,7 @@ def in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(_OBJECT.sub("the file", f"{error}").split())
+    text = text.replace("not identified by this driver", "its header is damaged")  # Pillow's words for that
     if text and isinstance(error, OSError | SyntaxError | ValueError):
         return text
     return f"the file is damaged ({type(error).__name__}{': ' if text else ''}{text})"

@@ -1,4 +1,4 @@
-"""Indexed images."""
+"""The index of a data set: where its images are, and what they are labelled."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class ImageIndex:
         paths: posix paths relative to ``root``, sorted.
         labels: the class number of each path, -1 where it has none, or None where there are no labels.
         class_names: names by class number; empty without labels.
-        max_pixels: width x height of the largest image that is decoded.
         labelled_by: what the labels were taken from, such as "folders"; empty without labels.
         skipped: files of the source that are not read, by kind.
         results: folders and pictures in the source that are not read, since OpenMAE has written them.
+        max_pixels: width x height of the largest image that is decoded.
     """
 
     root: Path
     paths: tuple[str, ...]
     labels: tuple[int, ...] | None = None
     class_names: tuple[str, ...] = ()
-    max_pixels: int = MAX_MEGAPIXELS * 1_000_000
     labelled_by: str = field(default="", compare=False)
     skipped: tuple[Skipped, ...] = field(default=(), compare=False)
     results: tuple[str, ...] = field(default=(), compare=False)
+    max_pixels: int = MAX_MEGAPIXELS * 1_000_000
 
     def __len__(self) -> int:
         return len(self.paths)

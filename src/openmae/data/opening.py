@@ -48,10 +48,13 @@ def open_index(source: str, labelled: bool | None) -> ImageIndex:
         index: ImageIndex = index_shards(expand_braces(text), labelled, shown)
     else:
         folder = Path(resolve_source(text))
+        extracted = folder.is_relative_to(cache.root())
+        if not extracted:
+            shown = printable_name(str(folder))
         try:
             index = _open_folder(folder, labelled, shown)
         except DataError as error:
-            if not folder.is_relative_to(cache.root()):
+            if not extracted:
                 raise
             # not where it lies in the cache, but the name that the user knows
             raise DataError(error.problem.replace(str(folder), shown), error.fix) from error

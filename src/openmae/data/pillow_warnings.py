@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 import PIL
+from PIL.Image import DecompressionBombWarning
 
 _FOLDER = os.path.dirname(PIL.__file__)
 _here = threading.local()  # .texts: where the warnings of this thread go
@@ -49,7 +50,8 @@ def _show(
     if os.path.dirname(filename) == _FOLDER:
         texts = getattr(_here, "texts", None)
         if texts is not None:
-            texts.append(" ".join(str(message).split()))
+            if not issubclass(category, DecompressionBombWarning):  # the reader has a limit of its own
+                texts.append(" ".join(str(message).split()))
             return
         where = (str(message), filename, lineno)
         if where in _shown:  # of the rest of the program: once, as if there were no filter here

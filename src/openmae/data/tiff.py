@@ -42,7 +42,7 @@ def depth_of(image: Image.Image) -> Depth:
 
 def deep_pixels(image: Image.Image, depth: Depth) -> npt.NDArray[np.float32]:
     """Return the values of a grey image of 9 to 16 bits on the scale of 8 bits: float32 [H, W], 0 to 255."""
-    grey = np.array(image, dtype=np.float32) / np.float32(depth.largest / 255)
+    grey = np.minimum(np.array(image, dtype=np.float32) / np.float32(depth.largest / 255), np.float32(255))
     return 255 - grey if depth.inverted else grey
 
 
