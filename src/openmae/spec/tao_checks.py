@@ -20,7 +20,7 @@ _NAMES = {
 
 
 #: Options that TAO's MAE accepts and ignores, by the stages in which they act here.
-_IGNORED = {
+IGNORED_BY_TAO = {
     "model.drop_path_rate": ("pretrain", "finetune"),
     "model.decoder_depth": ("pretrain",),
     "model.decoder_embed_dim": ("pretrain",),
@@ -67,7 +67,7 @@ def ignored_by_tao(spec: ExperimentSpec, from_file: Collection[str], defaults: M
         "train.optim.warmup_epochs": spec.train.optim.lr_scheduler == "MultiStep",
         "model.norm_pix_loss": spec.model.architecture.family == "hiera",
     }
-    for key, stages in _IGNORED.items():
+    for key, stages in IGNORED_BY_TAO.items():
         value, default = value_of(spec, key), defaults.get(key, fields()[key].default)
         if spec.train.stage not in stages or (key in only and not only[key]):
             continue
