@@ -11,8 +11,13 @@ import torch
 from openmae.models.build import ModelConfig, build_encoder
 from openmae.models.weights import CheckpointInfo, save_backbone
 from openmae.spec.architectures import ARCHITECTURES
+from openmae.spec.describe import fields, sections
+from openmae.spec.load import load_spec
+from openmae.spec.tao_checks import IGNORED_BY_TAO
 
-PAGE = (Path(__file__).parents[1] / "docs" / "downstream.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "downstream.md").read_text(encoding="utf-8")
+MIGRATION = (DOCS / "migrating-from-tao.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"## (.*?)\n\n```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
@@ -43,3 +48,22 @@ def test_every_architecture_has_its_timm_name_on_the_page():
         assert expected in (name, f"{name}_224"), (
             f"docs/downstream.md says otherwise of {name}: timm calls it {expected}"
         )
+
+
+def test_the_keys_and_defaults_of_the_migration_page_exist():
+    """Names in code that look like keys are keys; what the table says of defaults is so."""
+    named = set(re.findall(r"`((?:train|model|dataset|evaluate|inference|export|wandb)\.[a-z_.]+)", MIGRATION))
+    assert len(named) > 30
+    assert not named - fields().keys() - sections() - {"dataset.segment"}
+    spec = load_spec({"model": {"arch": "vit_base_patch16"}, "train": {"stage": "finetune"}})
+    optim = spec.train.optim
+    assert (optim.backbone_multiplier, optim.layer_decay, optim.momentum, optim.beta2) == (1.0, 0.75, 0.9, 0.999)
+    assert (spec.train.keep_checkpoints, spec.model.mask_ratio, spec.model.drop_path_rate) == (3, 0.75, 0.1)
+    assert (spec.model.decoder_depth, spec.model.decoder_embed_dim, spec.wandb.project) == (8, 512, "openmae")
+    other = load_spec({"model": {"arch": "convnextv2_tiny"}})
+    assert (other.model.mask_ratio, other.model.decoder_depth, other.train.optim.beta2) == (0.6, 1, 0.95)
+
+
+def test_the_migration_page_names_what_tao_ignores():
+    for key in IGNORED_BY_TAO:
+        assert key in MIGRATION or key.rpartition(".")[2] in MIGRATION, f"{key} is not on the page"

@@ -149,3 +149,13 @@ def test_it_is_not_said_of_overrides_of_a_mapping_or_of_another_action(tmp_path,
     load_spec(path, action="automl")
     load_spec(None, ["dataset.train_data_sources=x", "train.optim.momentum=0.8"], action="train")
     assert "TAO ignores" not in caplog.text
+
+
+@pytest.mark.parametrize(("arch", "said"), [("hiera_tiny_224", True), ("vit_base_patch16", False)])
+def test_pixel_normalisation_is_ignored_for_hiera_alone(arch, said, tmp_path, caplog):
+    path = tmp_path / "spec.yaml"
+    path.write_text(
+        json.dumps({"model": {"arch": arch}, "train": {"norm_pix_loss": False}, "dataset": {"train_data_sources": "x"}})
+    )
+    load_spec(path, action="train")
+    assert ("model.norm_pix_loss=False (default True)" in caplog.text) == said

@@ -20,10 +20,11 @@ _NAMES = {
 
 
 #: Options that TAO's MAE accepts and ignores, by the stages in which they act here.
-_IGNORED = {
+IGNORED_BY_TAO = {
     "model.drop_path_rate": ("pretrain", "finetune"),
     "model.decoder_depth": ("pretrain",),
     "model.decoder_embed_dim": ("pretrain",),
+    "model.norm_pix_loss": ("pretrain",),
     "model.global_pool": ("finetune",),
     "train.optim.momentum": ("pretrain", "finetune"),
     "train.optim.backbone_multiplier": ("finetune",),
@@ -62,10 +63,15 @@ def ignored_by_tao(spec: ExperimentSpec, from_file: Collection[str], defaults: M
         defaults: of the keys whose default depends on others.
     """
     found = []
-    for key, stages in _IGNORED.items():
+    only = {  # TAO applies them elsewhere
+        "train.optim.warmup_epochs": spec.train.optim.lr_scheduler == "MultiStep",
+        "model.norm_pix_loss": spec.model.architecture.family == "hiera",
+    }
+    for key, stages in IGNORED_BY_TAO.items():
         value, default = value_of(spec, key), defaults.get(key, fields()[key].default)
-        acts = key != "train.optim.warmup_epochs" or spec.train.optim.lr_scheduler == "MultiStep"
-        if key in from_file and spec.train.stage in stages and acts and value != default:
+        if spec.train.stage not in stages or (key in only and not only[key]):
+            continue
+        if key in from_file and value != default:
             found.append(f"{key}={value}" + (f" (default {default})" if default != "" else ""))
     if found:
         yield (
