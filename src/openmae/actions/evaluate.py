@@ -16,6 +16,7 @@ from openmae.data.images import ImageIndex
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
+from openmae.errors import DataError
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.weights import CheckpointInfo
 from openmae.results.pictures import reconstruction_grid, save_confusion_matrix
@@ -102,7 +103,10 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         spec = resolve_model(spec, info)
         source, key = spec.dataset.val_data_sources, "dataset.val_data_sources"
         if info.stage == "finetune":
-            index = match_classes(open_images(source, key, labelled=True), info.class_names)
+            index = open_images(source, key, labelled=True)
+            if not info.class_names:
+                model = _named_by_data(model, index)
+            index = match_classes(index, model.info.class_names)
         else:
             index = open_images(source, key, labelled=None if model.network else True)
         request = Request(spec, this_run.folder, model, index, spec.batch_size("evaluate"))
@@ -117,6 +121,23 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
             title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
             show_table(title, [(name, f"{value:.4f}") for name, value in metrics.items()])
     return metrics
+
+
+def _named_by_data(model: TrainedModel, index: ImageIndex) -> TrainedModel:
+    """Take the names of the classes from the images where the checkpoint has none, as NVIDIA TAO does.
+
+    Raises:
+        DataError: there are more or fewer than the classifier has outputs.
+    """
+    names, count = index.class_names, model.info.model.num_classes
+    if len(names) != count:
+        raise DataError(
+            f"dataset.val_data_sources has {len(names)} classes, but {model.path} tells {count} classes apart and does "
+            "not name them.",
+            "Give images with a folder for each class that it was trained on: they are numbered in the order of their "
+            "names.",
+        )
+    return model.named(names)
 
 
 def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
