@@ -114,6 +114,16 @@ def test_a_vit_reads_the_class_token_where_it_does_not_pool() -> None:
     assert 0 < classifier.head.weight.std().item() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("arch", "bias"), [("vit_tiny_patch16", 0.0), ("hiera_tiny_224", 2e-5), ("convnextv2_atto", 0.0)]
+)
+def test_a_fresh_head_starts_as_in_the_official_code(arch: str, bias: float) -> None:
+    """``trunc_normal_(head.weight, std=2e-5)``; Hiera's .02 and its head_init_scale of .001 make the same."""
+    head = build_classifier(ModelConfig(arch, (32, 32), num_classes=100)).get_classifier()
+    assert head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
+    assert (head.bias == bias).all()
+
+
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"])
 @pytest.mark.parametrize("in_chans", [1, 4])
 def test_input_options_reach_the_model(arch: str, in_chans: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openmae.models.build import ModelConfig, build_classifier
+from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.layers import is_decayed, is_head, layer_index
 
 
@@ -84,16 +84,48 @@ def test_layers_are_the_papers(arch):
         assert head == top
 
 
+def official_lr_decay(name, parameter):
+    """MAE's param_groups_lrd with timm's ``no_weight_decay``, and Hiera's."""
+    return parameter.ndim != 1 and name not in ("pos_embed", "cls_token")
+
+
+def official_optim_factory(name, parameter):
+    """ConvNeXt V2's get_parameter_groups, where GRN's gamma and beta have four axes."""
+    return not (parameter.ndim == 1 or name.endswith((".bias", ".gamma", ".beta")))
+
+
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"])
-def test_no_decay_on_biases_norms_grn_tokens_and_positions(arch):
+def test_fine_tuning_decays_what_the_official_code_decays(arch):
     _, model = classifier(arch)
-    free = {name for name, parameter in model.named_parameters() if not is_decayed(name, parameter)}
-    modules = dict(model.named_modules())
+    official = official_optim_factory if arch == "convnextv2_atto" else official_lr_decay
     for name, parameter in model.named_parameters():
-        owner, _, kind = name.rpartition(".")
-        what = type(modules[owner]).__name__
-        expected = kind in ("bias", "pos_embed", "cls_token") or "Norm" in what or "Grn" in what
-        assert (name in free) == expected, (name, what, parameter.shape)
+        assert is_decayed(name, parameter) == official(name, parameter), name
+
+
+def official_add_weight_decay(name, shape):
+    """timm 0.3.2, as MAE's and ConvNeXt V2's main_pretrain.py call it."""
+    return not (len(shape) == 1 or name.endswith(".bias"))
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"])
+def test_pretraining_decays_what_the_official_code_decays(arch):
+    with torch.device("meta"):
+        model = build_autoencoder(ModelConfig(arch, decoder_depth=1, decoder_embed_dim=32))
+    decayed = set()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        official, shape = name, tuple(parameter.shape)
+        if ".grn." in name:  # official: gamma and beta of [1, 1, 1, C]
+            official, shape = name.replace("bias", "beta").replace("weight", "gamma"), (1, 1, 1, *shape)
+        spared = name.endswith("pos_embed")  # Hiera's no_weight_decay(); ViT's are fixed
+        assert is_decayed(name, parameter, pretraining=True) == (
+            official_add_weight_decay(official, shape) and not spared
+        ), name
+        decayed |= {name} if is_decayed(name, parameter, pretraining=True) else set()
+    assert "decoder.mask_token" in decayed
+    assert ("encoder.backbone.cls_token" in decayed) == (arch == "vit_tiny_patch16")
+    assert ("decoder.blocks.0.mlp.grn.weight" in decayed) == (arch == "convnextv2_atto")
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_pretraining_has_two_groups_and_leaves_out_what_does_not_learn(arch):
     assert decayed["lr_scale"] == free["lr_scale"] == 1.0
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for group in (decayed, free) for p in group["params"]} == trained
-    assert any(p is model.decoder.mask_token for p in free["params"])
+    assert any(p is model.decoder.mask_token for p in decayed["params"])
 
 
 def test_cosine():
@@ -181,3 +181,26 @@ def test_moments_of_other_shapes_are_refused():
         load_moments(optimizer, before.state_dict())
     assert "train.freeze" in caught.value.fix
     load_moments(before, before.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: {}, "is not AdamW's, or damaged"),
+        (lambda state: {**state, "state": {0: {"momentum_buffer": torch.zeros(2)}}}, "momentum_buffer in place of"),
+        (lambda state: {**state, "state": []}, "is not AdamW's, or damaged"),
+        (lambda state: {**state, "param_groups": [{}]}, "is not AdamW's, or damaged"),
+        (
+            lambda state: {**state, "state": {0: {**state["state"][0], "exp_avg_sq": torch.zeros(3)}}},
+            "other parameters are trained now",
+        ),
+    ],
+    ids=["empty", "sgd", "list", "no parameters", "shape"],
+)
+def test_a_foreign_state_of_the_optimizer_is_explained(change, said):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = build_adamw([{"params": [parameter], "lr_scale": 1.0}], 1e-3, 0.9, 0.999)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    with pytest.raises(CheckpointError, match=said):
+        load_moments(optimizer, change(optimizer.state_dict()))

@@ -17,6 +17,7 @@ from openmae.data.index import unread_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
+from openmae.errors import DataError
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.weights import CheckpointInfo
 from openmae.results.pictures import reconstruction_grid, save_confusion_matrix
@@ -105,7 +106,9 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         labelled = None if info.stage != "finetune" and model.network else True
         index = open_images(source, key, labelled=labelled, largest=spec.dataset.max_megapixels)
         if info.stage == "finetune":
-            index = match_classes(index, info.class_names)
+            if not info.class_names:
+                model = _named_by_data(model, index)
+            index = match_classes(index, model.info.class_names)
         request = Request(spec, this_run.folder, model, index, spec.batch_size("evaluate"))
         section = spec.evaluate
         fabric = build_fabric("evaluate", section.num_gpus, section.gpu_ids, section.num_nodes)
@@ -118,6 +121,23 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
             title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
             show_table(title, [(name, f"{value:.4f}") for name, value in metrics.items()])
     return metrics
+
+
+def _named_by_data(model: TrainedModel, index: ImageIndex) -> TrainedModel:
+    """Take the names of the classes from the images where the checkpoint has none, as NVIDIA TAO does.
+
+    Raises:
+        DataError: there are more or fewer than the classifier has outputs.
+    """
+    names, count = index.class_names, model.info.model.num_classes
+    if len(names) != count:
+        raise DataError(
+            f"dataset.val_data_sources has {len(names)} classes, but {model.path} tells {count} classes apart and does "
+            "not name them.",
+            "Give images with a folder for each class that it was trained on: they are numbered in the order of their "
+            "names.",
+        )
+    return model.named(names)
 
 
 def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:

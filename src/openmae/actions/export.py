@@ -15,7 +15,7 @@ import torch
 from onnx import ModelProto
 
 from openmae.actions.calibration import calibration_batches
-from openmae.actions.model import check_request, resolve_model
+from openmae.actions.model import check_request, number_classes, read_trained, resolve_model
 from openmae.actions.reports import export_report
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sources import match_classes, open_images
@@ -38,7 +38,7 @@ from openmae.engines.onnx import (
 from openmae.engines.precision import to_half, to_int8
 from openmae.engines.predictor import OnnxPredictor, Predictor, TorchPredictor, card_of
 from openmae.errors import SpecError, blaming
-from openmae.models.weights import BACKBONE, CheckpointInfo, check_size, read_own, save_backbone
+from openmae.models.weights import BACKBONE, CheckpointInfo, check_size, save_backbone
 from openmae.results.files import make_folder
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key, temporaries_in_memory
@@ -102,7 +102,8 @@ def _prepare(spec: ExperimentSpec, folder: Path) -> _Job:
     key, target = resolve_key(spec.encryption_key), _target(spec)
     _device(spec)
     with blaming("export.checkpoint"):
-        checkpoint, info = read_own(spec.export.checkpoint, key)
+        checkpoint, info = read_trained(spec, Path(spec.export.checkpoint), key)
+        info = number_classes(info)
     card = _card(spec, info)
     _tell(spec, info, card)
     with blaming("export.checkpoint"):

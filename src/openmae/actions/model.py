@@ -26,15 +26,19 @@ from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES
 from openmae.errors import CheckpointError, SpecError, blaming
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.weights import CheckpointInfo, check_size, load_into, read_own
+from openmae.models.matching import likely_arch
+from openmae.models.shapes import guess_config
+from openmae.models.weights import Checkpoint, CheckpointInfo, check_size, load_into, read_checkpoint, refuse_foreign
 from openmae.spec.architectures import visible_units
 from openmae.spec.checks import INERT
+from openmae.spec.load import DEFAULT_MEAN, DEFAULT_STD
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.checkpoints import BEST
 
 _DECODER = ("decoder_depth", "decoder_embed_dim", "decoder_attention")
 _MODEL_KEYS = ("arch", "in_chans", "patch_size", "global_pool", *_DECODER, "norm_pix_loss")
+_NO_KEYS = ("input_size", "final_norm")  # of a model's shape, but not options of the spec's model section
 _SIZE = "dataset.augmentation.input_size"
 
 log = logging.getLogger("openmae")
@@ -72,6 +76,11 @@ class TrainedModel:
             log.info("Running %s with %s.", self.path.name, predictor.runtime)
         name = LOGITS if self.card.stage == "finetune" else FEATURES
         return lambda images: predictor(images)[name]
+
+    def named(self, class_names: tuple[str, ...]) -> TrainedModel:
+        """The same model with names for its classes, where its file has none."""
+        card, info = replace(self.card, class_names=class_names), replace(self.info, class_names=class_names)
+        return replace(self, card=card, info=info)
 
 
 def open_model(spec: ExperimentSpec, action: Literal["evaluate", "inference"]) -> TrainedModel:
@@ -119,10 +128,10 @@ def _open_exported(spec: ExperimentSpec, key: str, path: Path, secret: Key | Non
 
 def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | None) -> TrainedModel:
     with blaming(key):
-        checkpoint, info = read_own(path, secret)
+        checkpoint, info = read_trained(spec, path, secret)
         if info.stage == "pretrain" and not checkpoint.weights.rest:
             raise CheckpointError(
-                f"{path} holds the backbone alone, and {key.split('.')[0]} reconstructs besides.",
+                f"{path} holds only the backbone, and {key.split('.')[0]} also reconstructs images.",
                 f"Give the checkpoint beside it, such as {checkpoint.path.with_name(BEST)}.",
             )
     config = info.model
@@ -141,6 +150,8 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
         more.append(error)
     check_request(spec, key, path, info, more)
     info = replace(info, model=config)
+    if key.startswith("inference"):
+        info = number_classes(info)
     card = card_of(info, path)
     with blaming(key):
         if info.stage == "finetune":
@@ -150,13 +161,49 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
     return TrainedModel(path, card, info, autoencoder.eval(), secret)
 
 
+def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[Checkpoint, CheckpointInfo]:
+    """A checkpoint, and what it says about itself; of another program's classifier, what its tensors and the spec say.
+
+    NVIDIA TAO's files are such classifiers: they do not name their classes, so ``class_names`` is empty.
+
+    Raises:
+        CheckpointError: the file cannot be used, or holds no classifier of another program.
+    """
+    checkpoint = read_checkpoint(path, secret)
+    if checkpoint.info is not None:
+        return checkpoint, checkpoint.info
+    pretrains = spec.typed("train.stage") and spec.train.stage == "pretrain"
+    if not checkpoint.num_classes or pretrains:
+        raise refuse_foreign(checkpoint)
+    typed = spec.model.arch if spec.typed("model.arch") else None
+    config = guess_config(checkpoint.weights, likely_arch(checkpoint.weights) or typed)
+    augmentation = spec.dataset.augmentation
+    if config.architecture.family == "convnextv2":
+        config = replace(config, input_size=augmentation.size)  # any size fits its tensors
+    mean, std = augmentation.mean or (), augmentation.std or ()
+    if len(mean) != config.in_chans:
+        mean, std = DEFAULT_MEAN.get(config.in_chans, ()), DEFAULT_STD.get(config.in_chans, ())
+    recorded = {"dataset": {"augmentation": {"interpolation": augmentation.interpolation}}}
+    return checkpoint, CheckpointInfo("finetune", config, (), tuple(mean), tuple(std), recorded)
+
+
+def number_classes(info: CheckpointInfo) -> CheckpointInfo:
+    """Number the classes of another program's classifier, with a notice."""
+    if info.stage == "pretrain" or info.class_names:
+        return info
+    count = info.model.num_classes
+    log.warning("The checkpoint does not name its classes: they are numbered from 0 to %d.", count - 1)
+    return replace(info, class_names=tuple(str(number) for number in range(count)))
+
+
 def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
     """The spec with the checkpoint's own settings in place of defaults that do not act.
 
     The seed fixes the masks of validation, the interpolation its pixels: with the training's own, evaluation gives
     the training's numbers. The batch size is one that the training's machine could take.
     """
-    model = {f"model.{key}": value for key, value in info.model.to_dict().items() if key != "input_size"}
+    shape = {key: value for key, value in info.model.to_dict().items() if key not in _NO_KEYS}
+    model = {f"model.{key}": value for key, value in shape.items()}
     values: dict[str, Any] = {
         **model,
         "model.num_classes": info.model.num_classes or None,

@@ -155,8 +155,14 @@ def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlie
         if found is None:
             return None
         checkpoint, state = found
-        facts = state["openmae"]
-        return Earlier(key, checkpoint, CheckpointInfo.from_dict(facts), state["progress"]["epoch"], facts.get(_IMAGES))
+        facts, progress = state["openmae"], state["progress"]
+        if (
+            not isinstance(facts, Mapping)
+            or not isinstance(progress, Mapping)
+            or type(progress.get("epoch")) is not int
+        ):
+            raise CheckpointError(f"{checkpoint} holds no place of a run: it is damaged.", "Use an older checkpoint.")
+        return Earlier(key, checkpoint, CheckpointInfo.from_dict(facts), progress["epoch"], facts.get(_IMAGES))
 
 
 def _gone_on(folder: Path, typed: str, secret: Key | None) -> tuple[Path, dict[str, Any]] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +132,8 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
         show_table(f"{spec.train.stage} recipe", rows)
     if state is not None:
         shares = Share.of(state["openmae"]["spec"]), Share.of(plan.info.spec)
-        trainer.resume({**state, "progress": same_place(state["progress"], *shares, len(train_loader))})
+        with _blaming_the_checkpoint(plan):
+            trainer.resume({**state, "progress": same_place(state["progress"], *shares, len(train_loader))})
         log.info(
             "Resuming from %s, after epoch %d, step %d.",
             plan.resume,
@@ -152,6 +155,23 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     else:
         log.info("Paused after epoch %d of %d, as asked for.", trainer.progress.epoch, spec.train.num_epochs)
     return metrics
+
+
+@contextmanager
+def _blaming_the_checkpoint(plan: Plan) -> Iterator[None]:
+    """Name the checkpoint where its state is not what a run of this model has written."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(f"{plan.resume}: {error.problem}", error.fix) from error
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{plan.resume} does not hold the state of a run of {plan.config.arch} ({said}).",
+            "Use an older checkpoint, or give this one as train.pretrained_model_path to start from its weights.",
+        ) from error
 
 
 def _agreed(fabric: Fabric, plan: Plan) -> Plan:

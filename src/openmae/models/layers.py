@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from openmae.models.build import ModelConfig
 
 _GROUPED_CONVNEXTV2 = ("convnextv2_base", "convnextv2_large", "convnextv2_huge")
-_NEVER_DECAYED = ("pos_embed", "cls_token", "mask_token")
 
 
 def layer_index(config: ModelConfig, model: nn.Module) -> tuple[Callable[[str], int], int]:
@@ -32,9 +31,18 @@ def layer_index(config: ModelConfig, model: nn.Module) -> tuple[Callable[[str], 
     return lambda name: _convnext_layer(name, depths), sum(depths) + 1
 
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: not to biases, norms, GRN, tokens and position embeddings."""
-    return parameter.ndim > 1 and not name.endswith(_NEVER_DECAYED)
+def is_decayed(name: str, parameter: Tensor, *, pretraining: bool = False) -> bool:
+    """Whether weight decay applies, as in the official code.
+
+    Never to biases, norms and position embeddings. Fine-tuning (MAE's ``lr_decay.py``, ConvNeXt V2's
+    ``optim_factory.py``) also spares the class token and GRN; pretraining (timm's ``add_weight_decay`` in both) spares
+    what has one axis, which there neither tokens nor GRN's parameters have.
+    """
+    if name.endswith("pos_embed"):
+        return False
+    if pretraining:
+        return parameter.ndim > 1 or ".grn." in name
+    return parameter.ndim > 1 and not name.endswith("cls_token")
 
 
 def is_head(name: str) -> bool:

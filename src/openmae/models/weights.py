@@ -229,11 +229,19 @@ def read_own(path: str | Path, key: Key | None = None) -> tuple[Checkpoint, Chec
     """
     checkpoint = read_checkpoint(path, key)
     if checkpoint.info is None:
-        raise CheckpointError(
-            f"{path} holds weights of another program ({checkpoint.weights.layout} layout).",
-            "Give it to mae train as train.pretrained_model_path first.",
-        )
+        raise refuse_foreign(checkpoint)
     return checkpoint, checkpoint.info
+
+
+def refuse_foreign(checkpoint: Checkpoint) -> CheckpointError:
+    """The error for a file of another program where only OpenMAE's own will do."""
+    if checkpoint.num_classes:
+        fix = "Export it with mae export first, or give it to mae train as train.pretrained_model_path."
+    else:
+        fix = "Give it to mae train as train.pretrained_model_path first."
+    return CheckpointError(
+        f"{checkpoint.path} holds weights of another program ({checkpoint.weights.layout} layout).", fix
+    )
 
 
 def load_into(

@@ -15,6 +15,8 @@ from openmae.errors import CheckpointError, SpecError
 from openmae.models.build import ModelConfig
 from openmae.models.layers import is_decayed, is_head, layer_index
 
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "step"})  # of AdamW
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -48,7 +50,7 @@ class Schedule:
 
 def pretraining_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups, with and without weight decay, at one learning rate."""
-    return _group(model, weight_decay, lambda name: ("all", 1.0))
+    return _group(model, weight_decay, lambda name: ("all", 1.0), pretraining=True)
 
 
 def finetuning_groups(
@@ -71,13 +73,15 @@ def finetuning_groups(
     return _group(model, weight_decay, place)
 
 
-def _group(model: nn.Module, weight_decay: float, place: Callable[[str], tuple[str, float]]) -> list[dict]:
+def _group(
+    model: nn.Module, weight_decay: float, place: Callable[[str], tuple[str, float]], pretraining: bool = False
+) -> list[dict]:
     groups: dict[tuple[str, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer, scale = place(name)
-        decayed = is_decayed(name, parameter)
+        decayed = is_decayed(name, parameter, pretraining=pretraining)
         group = groups.setdefault(
             (layer, decayed),
             {
@@ -117,6 +121,11 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
             f"Cannot resume: other parameters are trained now than in the checkpoint ({error}).",
             "Restore train.freeze, or set another results_dir for a new run.",
         ) from error
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(
+            f"Cannot resume: the state of the optimizer in the checkpoint is not AdamW's, or damaged ({error!r}).",
+            "Use an older checkpoint, or give this one as train.pretrained_model_path to start from its weights.",
+        ) from error
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
 
@@ -126,9 +135,14 @@ def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=False):  # the counts are torch's to compare
-        moment = state["state"].get(number, {}).get("exp_avg")
-        if moment is not None and moment.shape != parameter.shape:
-            raise ValueError(f"moments of {tuple(moment.shape)} for a parameter of {tuple(parameter.shape)}")
+        moments = state["state"].get(number)
+        if not moments:
+            continue  # it had no gradient yet
+        if not moments.keys() >= _MOMENTS:
+            raise KeyError(f"it has {', '.join(map(str, moments))} in place of {', '.join(sorted(_MOMENTS))}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != parameter.shape:
+                raise ValueError(f"moments of {tuple(moments[name].shape)} for a parameter of {tuple(parameter.shape)}")
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> int:
