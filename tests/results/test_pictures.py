@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -5,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.results import curves
+from openmae.results import curves, style
+from openmae.results.dataset import save_dataset_picture
 from openmae.results.pictures import (
     reconstruction_grid,
     save_bar_comparison,
@@ -13,6 +17,7 @@ from openmae.results.pictures import (
     save_curves,
     save_predictions,
 )
+from openmae.results.search import save_importances
 from openmae.results.style import BLUE, GREY, INK, MUTED, RUST
 
 
@@ -47,8 +52,10 @@ class TestPredictions:
     def test_long_labels_are_cut_before_the_probability(self, tmp_path: Path) -> None:
         images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
         drawn = _pixels(save_predictions(images, ["m" * 80, ""], [1.0, 0.004], tmp_path / "sheet.png"))
-        caption = drawn[24 + 256 - 64 + 40 :, 24 : 24 + 256]
-        assert _near(caption[:, -12 - 60 : -60], INK) == 0
+        percent = 24 + 256 - int(style.text_font(18).getlength("100 %"))
+        below = drawn[24 + 256 : 24 + 256 + 40]
+        assert _near(below[:, percent - 30 : percent - 8], INK) > 0, "the label"
+        assert (below[:, percent - 7 : percent - 1] == 255).all(), "nothing between it and the probability"
 
     def test_what_does_not_fit_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="1 images, 2 labels and 1 probabilities do not fit"):
@@ -197,3 +204,97 @@ def test_drawing_leaves_no_trace(tmp_path: Path) -> None:
     save_bar_comparison({"a": 0.5}, tmp_path / "b.png", title="T")
     assert dict(matplotlib.rcParams) == before
     assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
+
+
+LONG = ["W" * 40, "猫", "🐈 cat", "two\nlines", "not text \udcff", "_^{\\$"]
+
+
+class TestText:
+    """Every picture has room for its texts, whatever they are."""
+
+    def _check(self, path: Path) -> None:
+        drawn = _pixels(path)
+        edge = np.concatenate([drawn[:2].ravel(), drawn[-2:].ravel(), drawn[:, :2].ravel(), drawn[:, -2:].ravel()])
+        assert (edge == 255).all(), f"{path.name}: a text is cut off at the edge"
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("classes", [6, 12, 20])
+    def test_confusion_matrix(self, tmp_path: Path, classes: int) -> None:
+        names = (LONG * 4)[:classes]
+        self._check(save_confusion_matrix(np.ones((classes, classes), dtype=int), names, tmp_path / "m.png"))
+
+    @pytest.mark.filterwarnings("error")
+    def test_predictions(self, tmp_path: Path) -> None:
+        images = np.zeros((len(LONG), 8, 8, 3), dtype=np.uint8)
+        self._check(save_predictions(images, LONG, [1.0] * len(LONG), tmp_path / "p.png"))
+
+    @pytest.mark.filterwarnings("error")
+    def test_bars(self, tmp_path: Path) -> None:
+        path = save_bar_comparison(
+            {"W" * 40: 1.0, "猫": 0.5}, tmp_path / "b.png", title="W" * 90, subtitle="s" * 300, notes={"猫": "W" * 60}
+        )
+        self._check(path)
+
+    @pytest.mark.filterwarnings("error")
+    def test_data_set(self, tmp_path: Path) -> None:
+        sizes = np.array([[10, 20], [300, 400]])
+        path = save_dataset_picture(
+            tmp_path / "d.png",
+            name="W" * 300,
+            summary="W" * 200,
+            class_counts=dict.fromkeys(LONG, 5),
+            sizes=sizes,
+            file_sizes=np.array([10, 2_000_000]),
+        )
+        self._check(path)
+
+    def test_importances(self, tmp_path: Path) -> None:
+        path = save_importances({"train.optim.lr": 0.5, f"dataset.{'W' * 30}": 0.2}, tmp_path / "i.png")
+        assert path is not None
+        self._check(path)
+
+    def test_the_accuracies_of_a_pretraining(self, tmp_path: Path) -> None:
+        rows = [{"step": 9, "epoch": 0, "train_loss": 1.0, "val_loss": 1.0, "probe_acc": 0.874, "knn_acc": 0.8712}]
+        path = save_curves(rows, tmp_path / "c.png")
+        self._check(path)
+        label = curves._BESIDE * curves._WIDTH + style.text_width(["linear probe  87.4 %"], curves._NAME_SIZE)
+        assert _pixels(path).shape[1] >= 2 * (curves._LEFT + curves._WIDTH + label) * style.DPI
+
+
+_DRAW = """
+import hashlib, sys
+from pathlib import Path
+import matplotlib, numpy as np
+from matplotlib import font_manager as fonts
+own = [entry for entry in fonts.fontManager.ttflist if entry.fname.startswith(matplotlib.get_data_path())]
+mono = next(entry.fname for entry in own if entry.name == "DejaVu Sans Mono")
+installed = ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "Noto Sans CJK JP", "sans-serif"]
+more = [fonts.FontEntry(fname=mono, name=name) for name in installed] if sys.argv[1] == "many" else []
+fonts.fontManager.ttflist[:] = [*more, *own]
+from openmae.results.pictures import save_confusion_matrix, save_curves, save_predictions
+row = {"step": 9, "epoch": 0, "train_loss": 1.0, "val_loss": 1.0, "probe_acc": 0.874, "knn_acc": 0.8712}
+folder = Path(sys.argv[2])
+paths = [
+    save_confusion_matrix(np.eye(3, dtype=int), ["cat", "dog", "猫"], folder / "m.png"),
+    save_curves([row], folder / "c.png"),
+    save_predictions(np.zeros((1, 8, 8, 3), np.uint8), ["cat"], [1.0], folder / "p.png"),
+]
+print([hashlib.sha256(path.read_bytes()).hexdigest() for path in paths])
+"""
+
+
+def test_pictures_do_not_depend_on_the_fonts_of_the_machine(tmp_path: Path) -> None:
+    drawn = []
+    for fonts in ("none", "many"):
+        folder = tmp_path / fonts
+        folder.mkdir()
+        environment = os.environ | {"MPLCONFIGDIR": str(folder)}
+        done = subprocess.run(
+            [sys.executable, "-c", _DRAW, fonts, str(folder)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        drawn.append(done.stdout)
+    assert drawn[0] == drawn[1]

@@ -258,9 +258,10 @@ def save_breakdown(measured: Breakdown, path: Path) -> Path:
     names: Sequence[str] = list(measured.phases)
     height = _ROW * len(names)
     with style.drawing():
-        figure = style.new_figure(_LEFT + _WIDTH + _WORDS, _TOP + height + 0.2)
+        left = max(_LEFT, 0.3 + style.text_width(names, 9))
+        figure = style.new_figure(left + _WIDTH + _WORDS, _TOP + height + 0.2)
         style.headline(figure, "Where the time goes", measured.summary)
-        axes = style.add_axes(figure, _LEFT, _TOP, _WIDTH, height)
+        axes = style.add_axes(figure, left, _TOP, _WIDTH, height)
         shares = [measured.share(name) for name in names]
         colours = [BLUE if name in ("forward", "backward", "optimizer") else RUST for name in names]
         axes.barh(range(len(names)), shares, height=0.62, color=colours)

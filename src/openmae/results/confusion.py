@@ -44,12 +44,13 @@ def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path
     classes = len(class_names)
     if matrix.shape != (classes, classes) or classes < 2:
         raise ValueError(f"a matrix of shape {matrix.shape} does not fit {classes} class names (2 or more)")
-    names = [_shorten(name) for name in class_names]
+    names = [_shorten(style.one_line(name)) for name in class_names]
     named, listed = classes <= _NAMES_UP_TO, classes > _COUNTS_UP_TO
     side = _side_inches(classes)
-    room = 0.06 * max(map(len, names)) if named else 0.3  # for the names along an axis, in inches
+    room = style.text_width(names, _name_size(classes)) if named else 0.3  # for the names along an axis, in inches
+    flat = named and room + 0.06 < side / classes
     left, top = 0.7 + room, 1.0
-    bottom = 0.5 + (0.2 if not named or _lie_flat(names) else room)
+    bottom = 0.5 + (0.2 if flat or not named else room)
     total = matrix.sum()
     share = f"{100 * np.trace(matrix) / total:.1f} % correct" if total else "no images"
     with style.drawing():
@@ -60,7 +61,7 @@ def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path
         axes.set_xlabel("predicted class", labelpad=6)
         axes.set_ylabel("true class", labelpad=6)
         if named:
-            _name_classes(axes, matrix, names)
+            _name_classes(axes, matrix, names, flat)
         if not listed:
             _write_counts(axes, matrix)
         else:
@@ -134,11 +135,16 @@ def _write_counts(axes: Axes, matrix: Counts) -> None:
             axes.text(column, row, text, ha="center", va="center_baseline", size=size, color=colour)
 
 
-def _name_classes(axes: Axes, matrix: Counts, names: Sequence[str]) -> None:
+def _name_size(classes: int) -> int:
+    """Size of a class name in points."""
+    return 8 if classes <= 30 else 7
+
+
+def _name_classes(axes: Axes, matrix: Counts, names: Sequence[str], flat: bool) -> None:
     """Write the names along both axes, and each class's share of right answers at its row's end."""
-    size = 8 if len(names) <= 30 else 7
+    size = _name_size(len(names))
     axes.tick_params(length=0, labelsize=size)
-    axes.set_xticks(range(len(names)), names, rotation=0 if _lie_flat(names) else 90)
+    axes.set_xticks(range(len(names)), names, rotation=0 if flat else 90)
     axes.set_yticks(range(len(names)), names)
     totals = matrix.sum(axis=1)
     shares = [f"{100 * share:.0f} %" for share in np.diag(_shares(matrix))]
@@ -153,11 +159,6 @@ def _name_classes(axes: Axes, matrix: Counts, names: Sequence[str]) -> None:
     for row, share in enumerate(shares):
         text = share if totals[row] else "no images"
         axes.annotate(text, (end, row), xytext=(6, 0), va="center_baseline", **quiet)
-
-
-def _lie_flat(names: Sequence[str]) -> bool:
-    """Whether the names fit beneath their columns unturned."""
-    return max(map(len, names)) <= (6 if len(names) <= 10 else 3)
 
 
 def _list_mistakes(figure: Figure, matrix: Counts, names: Sequence[str], left: float, top: float) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from openmae.results.style import BLUE, HAIRLINE, MUTED
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH, _HEIGHT, _LABELS = 3.5, 2.3, 1.25  # of a panel, and of the room for names at its right, in inches
+_WIDTH, _HEIGHT, _LABELS = 3.5, 2.3, 1.25  # of a panel, and of the least room for names at its right, in inches
+_BESIDE, _NAME_SIZE = 0.03, 8.5  # from a panel to the names, as a share of its width; their size in points
 _LEFT, _TOP, _PITCH = 0.75, 0.75, 3.2
 _SMOOTH_FROM = 80  # points from which a trend is drawn over the raw curve
 
@@ -91,7 +92,9 @@ def save_curves(rows: Sequence[Mapping[str, float]], path: Path, *, title: str =
     steps = int(max(row["step"] for row in rows))
     subtitle = f"{_count(epochs, 'epoch')} · {_count(steps, 'step')}"
     with style.drawing():
-        pitch_x = _LEFT + _WIDTH + _LABELS
+        names = [text for panel, curves in panels for _, text in _names(panel, curves)]
+        beside = max(_LABELS, _BESIDE * _WIDTH + style.text_width(names, _NAME_SIZE) + 0.15)
+        pitch_x = _LEFT + _WIDTH + beside
         figure = style.new_figure(columns * pitch_x, _TOP + lines * _PITCH)
         style.headline(figure, title, subtitle)
         for index, (panel, curves) in enumerate(panels):
@@ -168,27 +171,27 @@ def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> N
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _name_curves(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
-    """Write each curve's name and value at the panel's right, spread so that no two overlap."""
+def _names(panel: _Panel, curves: Sequence[_Curve]) -> list[tuple[_Curve, str]]:
+    """The curves that are named beside a panel, the lowest first, and the text for each."""
     ordered = sorted(curves, key=lambda curve: _reading(panel, curve))
     if len(ordered) > len(style.SERIES):
         # Layer decay gives a rate per group of layers: too many names to read, so the ends speak for all.
         ordered = [ordered[0], ordered[-1]]
+    peak = "peak" if panel.peak else ""
+    return [
+        (curve, "  ".join(filter(None, (curve.name, peak, panel.text(_reading(panel, curve)))))) for curve in ordered
+    ]
+
+
+def _name_curves(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
+    """Write each curve's name and value at the panel's right, spread so that no two overlap."""
+    named = _names(panel, curves)
     axes.get_ylim()  # makes pending autoscaling happen before positions are asked for
     to_axes = axes.transData + axes.transAxes.inverted()
-    wanted = [float(to_axes.transform((curve.steps[-1], _reading(panel, curve)))[1]) for curve in ordered]
-    heights = _spread(wanted, gap=0.09)
-    for curve, height in zip(ordered, heights, strict=True):
-        words = (curve.name, "peak" if panel.peak else "", panel.text(_reading(panel, curve)))
-        axes.text(
-            1.03,
-            height,
-            "  ".join(filter(None, words)),
-            transform=axes.transAxes,
-            color=curve.colour,
-            size=8.5,
-            va="center_baseline",
-        )
+    wanted = [float(to_axes.transform((curve.steps[-1], _reading(panel, curve)))[1]) for curve, _ in named]
+    look: dict[str, Any] = {"transform": axes.transAxes, "size": _NAME_SIZE, "va": "center_baseline"}
+    for (curve, text), height in zip(named, _spread(wanted, gap=0.09), strict=True):
+        axes.text(1 + _BESIDE, height, text, color=curve.colour, **look)
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:

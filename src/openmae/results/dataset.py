@@ -43,9 +43,9 @@ def save_dataset_picture(
         sizes: [N, 2] width and height of the readable images in pixels.
         file_sizes: [N] bytes.
     """
-    names = [_cut(label, 26) for label in class_counts]
+    names = [_cut(style.one_line(label), 26) for label in class_counts]
     bars = 0 < len(names) <= _NAMED_UP_TO
-    room = 0.08 + 0.068 * max(map(len, names)) if bars else 0.0
+    room = 0.08 + style.text_width(names, 9) if bars else 0.0
     tall = 0.26 * len(names) if bars else _HEIGHT
     height = max(_HEIGHT, tall)
     panels = (len(class_counts) > 0) + 2
@@ -53,7 +53,7 @@ def save_dataset_picture(
     total = left + panels * _WIDTH + (panels - 1) * _GAP + 0.35
     with style.drawing():
         figure = style.new_figure(total, _TOP + height + 0.6)
-        style.headline(figure, _cut(name, int(total * 9), keep_end=True), summary)
+        style.headline(figure, _cut(style.one_line(name), int(total * 9), keep_end=True), summary)
         if class_counts:
             axes = _panel(figure, left, tall, "Images per class")
             (_draw_bars if bars else _draw_ranks)(axes, names, np.array(list(class_counts.values())))

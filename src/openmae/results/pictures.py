@@ -101,7 +101,7 @@ def save_predictions(images: Pixels, labels: Sequence[str], shares: Sequence[flo
         sheet.paste(tile, (x, y))
         percent = f"{100 * share:.0f} %"
         room = tile_w - quiet.getlength(percent) - 8
-        draw.text((x, y + tile_h + 8), _fitted(label, font, room), fill=INK, font=font)
+        draw.text((x, y + tile_h + 8), _fitted(style.one_line(label), font, room), fill=INK, font=font)
         draw.text((x + tile_w, y + tile_h + 9), percent, fill=MUTED, font=quiet, anchor="ra")
     with replacing(Path(path)) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
@@ -175,7 +175,7 @@ def save_bar_comparison(
         if not 0 <= value <= 1:
             raise ValueError(f"{label}: an accuracy must lie in [0, 1], not {value}")
     best = max(accuracies.values())
-    margin = 0.45 + 0.078 * max(len(text) for text in (*accuracies, *(notes or {}).values()))
+    margin = 0.4 + max(style.text_width(accuracies, 10), style.text_width((notes or {}).values(), 8))
     pitch, top, bars = 0.62, 0.85, len(accuracies)
     with style.drawing():
         figure = style.new_figure(margin + 5.0, top + pitch * bars + 0.25)

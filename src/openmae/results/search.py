@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
+_TICK_SIZE = 7.5  # of a slice, in points
+
 __all__ = [
     "Trial",
     "best_trial",
@@ -107,7 +109,7 @@ def save_parallel_coordinates(
     pitch = max(4.7 / len(keys), min(1.9, 9.0 / len(keys)), 1.12)
     best = search.trials[search.best]
     found = [value_text(best.params[key]) if key in best.params else "not set" for key in keys]
-    left, width, height = 0.65 + 0.036 * max(len(found[0]), 6), pitch * len(keys), 3.1
+    left, width, height = 0.65 + max(style.text_width(found[:1], 8, bold=True) / 2, 0.2), pitch * len(keys), 3.1
     shades = ", the darker the better" if len(search.trials) > 1 else ""
     note = f" · trials {search.beyond} lie at the edge" if search.clipped.any() else ""
     with style.drawing():
@@ -140,7 +142,7 @@ def save_importances(importances: Mapping[str, float], path: Path) -> Path | Non
     names = short_names(list(found))
     ranked = sorted(found.items(), key=lambda item: -item[1])
     shares = [value / total for _, value in ranked]
-    left = 0.4 + 0.075 * max(map(len, names.values()))
+    left = 0.4 + style.text_width(names.values(), 9)
     with style.drawing():
         figure = style.new_figure(max(left + 4.6, 5.6), 0.95 + 0.3 * len(ranked) + 0.2)
         style.headline(
@@ -177,10 +179,9 @@ def save_slices(
     columns = math.ceil(len(panels) / lines)
     left, height, gap = 0.85, 1.9, 0.35
     width = max(2.2, 5.6 / columns - gap)
-    turned = [sum(len(text) + 2 for _, text in panel.ticks) * 0.058 > width for panel in panels]
-    room = [
-        0.032 * max(len(text) for _, text in panel.ticks) * turn for panel, turn in zip(panels, turned, strict=True)
-    ]
+    lengths = [[style.text_width([text], _TICK_SIZE) for _, text in panel.ticks] for panel in panels]
+    turned = [sum(texts) + 0.12 * len(texts) > width for texts in lengths]
+    room = [max(texts) / 2 * turn for texts, turn in zip(lengths, turned, strict=True)]  # the sine of 30 degrees
     deepest = [max(room[start : start + columns]) for start in range(0, len(room), columns)]
     tops = [1.25 + row * (height + 0.8) + sum(deepest[:row]) for row in range(lines)]
     with style.drawing():
@@ -193,7 +194,7 @@ def save_slices(
             _draw_points(axes, search, panel.places, size=float(np.clip(2200 / len(search.trials), 9, 26)))
             axes.set_xlim(UNSET - 0.06 if _unset(panel) else -0.06, 1.06)
             axes.set_xticks([place for place, _ in panel.ticks], [text for _, text in panel.ticks])
-            axes.tick_params(axis="x", labelsize=7.5, labelcolor=MUTED)
+            axes.tick_params(axis="x", labelsize=_TICK_SIZE, labelcolor=MUTED)
             if turned[number]:
                 axes.tick_params(axis="x", labelrotation=30)
                 for text in axes.get_xticklabels():

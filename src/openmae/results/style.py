@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ INK, MUTED, HAIRLINE, EMPTY, PAPER = "#1c2127", "#69717d", "#dfe2e6", "#f3f4f6",
 BLUE, RUST, TEAL, PLUM, GREY = "#2160a6", "#c4532a", "#23857a", "#84529a", "#bcc2ca"
 SERIES = (BLUE, RUST, TEAL, PLUM)
 DPI = 200
-_FONTS = ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"]
+# Matplotlib's own, so that a picture is the same on every machine, and a text is as wide as where it was laid out.
+_FONT = "DejaVu Sans"
+_MARGIN = 0.1  # in inches, beside what reaches beyond the figure
 
 
 @contextmanager
@@ -29,8 +32,7 @@ def drawing() -> Iterator[None]:
     import matplotlib
 
     settings: dict[Any, Any] = {
-        "font.family": ["sans-serif", "DejaVu Sans"],  # the second one lends glyphs that the first lacks
-        "font.sans-serif": _FONTS,
+        "font.family": _FONT,
         "font.size": 9,
         "text.color": INK,
         "text.hinting": "none",
@@ -81,17 +83,38 @@ def headline(figure: Figure, title: str, subtitle: str = "", left: float = 0.25)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG, whole or not at all, and return the path."""
+    """Write the figure as a PNG, whole or not at all, and return the path; it grows by what would be cut off."""
+    from matplotlib.transforms import Bbox
+
     path = Path(path)
+    drawn = figure.get_tightbbox()
+    (width, height), box = figure.get_size_inches(), None
+    if drawn.x0 < 0 or drawn.y0 < 0 or drawn.x1 > width or drawn.y1 > height:
+        (left, bottom), (right, top) = drawn.min, drawn.max
+        box = Bbox.from_extents(
+            min(0, left - _MARGIN), min(0, bottom - _MARGIN), max(width, right + _MARGIN), max(height, top + _MARGIN)
+        )
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches=box)
     return path
 
 
+def one_line(name: str) -> str:
+    """Return the name of a class or file as it can be drawn: on one line, ``?`` for bytes that are not text."""
+    return " ".join(name.encode("utf-8", "replace").decode("utf-8").split())
+
+
+def text_width(texts: Iterable[str], size: float, bold: bool = False) -> float:
+    """Return the width of the widest text in inches, for ``size`` in points; 0 without a text."""
+    font = text_font(100, bold)
+    return max((font.getlength(line) for text in texts for line in text.split("\n")), default=0.0) / 100 * size / 72
+
+
+@lru_cache
 def text_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """Return the pictures' typeface for Pillow, ``size`` in pixels."""
     from matplotlib.font_manager import FontProperties, findfont
 
-    weight = "bold" if bold else "regular"
-    with drawing():
-        return ImageFont.truetype(findfont(FontProperties(family="sans-serif", weight=weight)), size)
+    path = findfont(FontProperties(family=_FONT, weight="bold" if bold else "regular"))
+    # the other layout engine, which not every Pillow has, spaces letters differently
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
