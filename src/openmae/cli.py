@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     except OutputLostError:
         raise
     except Exception as error:
-        print(_unexpected(args.command, error), file=sys.stderr)
+        print(_told(args.command, error), file=sys.stderr)
         return 1
 
 
@@ -287,16 +287,22 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _unexpected(command: str, error: Exception) -> str:
-    """A short message for a fault of ours; the traceback goes to a file."""
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="mae-traceback-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        file.write("".join(traceback.format_exception(error)))
-    return (
-        f"mae {command} failed: {type(error).__name__}: {error}\n"
-        f"  This is a fault in openmae or below it. The traceback is in {file.name}"
-    )
+def _told(command: str, error: Exception) -> str:
+    """The message of an error that nobody has explained: of the disk, or a fault in openmae, with its traceback."""
+    from openmae.results.files import disk_error, fault_of_disk
+
+    if fault := fault_of_disk(error):
+        return str(disk_error(fault, Path.cwd(), verb="read or written"))
+    trace = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="mae-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            file.write(trace)
+        place = f"The traceback is in {file.name}"
+    except OSError:  # no place is left for it
+        place = f"The traceback:\n{trace}"
+    return f"mae {command} failed: {type(error).__name__}: {error}\n  This is a fault in openmae or below it. {place}"
 
 
 if __name__ == "__main__":

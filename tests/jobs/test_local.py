@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +16,10 @@ import pytest
 from platform_contract import PlatformContract, Submit, Tiny, until
 
 from openmae.errors import SpecError
-from openmae.jobs import Client, Job
-from openmae.jobs.processes import alive, identify, session_of
+from openmae.jobs import Client, Job, processes
+from openmae.jobs.job import now
+from openmae.jobs.processes import alive, identify, session_of, stopped
+from openmae.jobs.store import locked
 
 _SUBMITTER = """
 import sys
@@ -41,6 +45,11 @@ def _process(client: Client, job: Job, which: str) -> dict[str, Any]:
 def _kill(identity: dict[str, Any]) -> None:
     os.kill(identity["pid"], signal.SIGKILL)
     until(lambda: not alive(identity), "the death of a killed process")
+
+
+def _stop(identity: dict[str, Any]) -> None:
+    os.kill(identity["pid"], signal.SIGSTOP)
+    until(lambda: stopped(identity), "the stop of a process")
 
 
 def _running(client: Client, job: Job) -> dict[str, Any]:
@@ -293,3 +302,122 @@ def test_a_preempted_job_says_that_it_can_go_on(client: Client, submit: Submit, 
     assert (done.status, done.exit_code) == ("CANCELED", 75)
     assert done.message.startswith("preempted: a request with results_dir=")
     assert done.message.endswith(" goes on from its checkpoint (exit code 75)")
+
+
+def test_a_job_whose_folder_is_deleted_is_stopped(
+    client: Client, submit: Submit, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "hears").touch()
+    tiny(
+        "import os, signal, time\n"
+        f"signal.signal(signal.SIGINT, lambda *_: os.remove({str(tmp_path / 'hears')!r}))\n"
+        "print('ready', flush=True)\nwhile True: time.sleep(0.1)"
+    )
+    job = submit()
+    process, supervisor = _running(client, job), _process(client, job, "supervisor")
+    shutil.rmtree(client.store.folder(job.id))
+    assert client.list_jobs() == []
+    assert f"The folder of job {job.id} was deleted while it ran." in caplog.text
+    assert str(process["pid"]) in caplog.text
+    until(lambda: not alive(process), "the end of the job")
+    assert not (tmp_path / "hears").exists(), "it was not asked to write a checkpoint"
+    until(lambda: not alive(supervisor), "the end of the supervisor")
+    tiny("pass")
+    assert client.wait(submit().id, 20).status == "COMPLETE", "the deleted job kept its slot"
+    with pytest.raises(SpecError, match="There is no job"):
+        client.cancel_job(job.id)
+
+
+def test_a_stopped_supervisor_is_continued_to_cancel_its_job(
+    client: Client, submit: Submit, tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny(SLEEP)
+    job = submit()
+    process, supervisor = _running(client, job), _process(client, job, "supervisor")
+    _stop(supervisor)
+    client.cancel_job(job.id)
+    assert f"The supervisor of job {job.id} (process {supervisor['pid']}) was stopped" in caplog.text
+    assert client.wait(job.id, 20).status == "CANCELED"
+    assert not alive(process)
+
+
+def test_a_stopped_supervisor_that_holds_the_lock_keeps_no_job_running(
+    client: Client, submit: Submit, tiny: Tiny, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(SLEEP)
+    job = submit()
+    process = _running(client, job)
+    monkeypatch.setattr("openmae.jobs.store.PATIENCE", 0.2)
+    with locked(client.store.folder(job.id) / ".lock"):
+        client.cancel_job(job.id)
+    assert "could not be recorded; it is stopped anyway" in caplog.text
+    assert "Another process has held the lock" in caplog.text
+    assert not alive(process)
+    done = client.wait(job.id, 20)
+    assert (done.status, done.exit_code) == ("CANCELED", -signal.SIGINT)
+
+
+def test_a_supervisor_that_does_not_respond_is_killed_with_its_job(
+    client: Client, submit: Submit, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny(SLEEP)
+    job = submit()
+    process, supervisor = _running(client, job), _process(client, job, "supervisor")
+    monkeypatch.setattr("openmae.jobs.platforms.local.stopped", lambda identity: False)
+    _stop(supervisor)
+    assert client.cancel_job(job.id).status == "RUNNING", "it was killed before the grace was over"
+    monkeypatch.setattr("openmae.jobs.platforms.local._LAST_SIGNALS", -1.0)
+    done = client.wait(job.id, 20)
+    assert done.status == "CANCELED"
+    assert f"The supervisor of job {job.id} (process {supervisor['pid']}) did not respond within" in caplog.text
+    assert not alive(supervisor)
+    until(lambda: not alive(process), "the end of the job")
+
+
+def test_a_stopped_job_hears_its_cancellation(client: Client, submit: Submit, tiny: Tiny) -> None:
+    tiny(SLEEP)
+    job = submit()
+    _stop(_running(client, job))
+    client.cancel_job(job.id)
+    done = client.wait(job.id, 20)
+    assert (done.status, done.exit_code) == ("CANCELED", -signal.SIGINT), "it had to be killed"
+
+
+def test_a_stopped_supervisor_holds_up_no_other_job(client: Client, submit: Submit, tiny: Tiny) -> None:
+    tiny(SLEEP)
+    first = submit()
+    _running(client, first)
+    waiting = submit()
+    supervisor = _process(client, waiting, "supervisor")
+    until(lambda: (client.store.root / ".queue" / f"{waiting.id}.json").exists(), "the entry in the queue")
+    _stop(supervisor)
+    tiny("pass")
+    third = submit()
+    client.cancel_job(first.id)
+    assert client.wait(third.id, 20).status == "COMPLETE"
+    assert client.cancel_job(waiting.id).status == "CANCELED"
+    until(lambda: not alive(supervisor), "the end of its supervisor")
+
+
+def test_a_thousand_dead_jobs_are_looked_at_together(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    me = identify(os.getpid())
+    assert me is not None
+    dead = {**me, "start": me["start"] - 1}
+    for number in range(30):
+        moved = [{"at": now(), "state": state, "message": ""} for state in ("PENDING", "RUNNING")]
+        client.store.create(
+            {
+                **{"id": f"{number:032x}", "action": "train", "name": "train", "platform": "local", "notices": []},
+                **{"created_at": now(), "parent_job_id": None, "results_dir": "r", "results_folder": "r/train"},
+                **{"exit_code": None, "host": socket.gethostname(), "submitter": dead, "transitions": moved},
+                "handle": {"supervisor": dead, "process": dead},
+            }
+        )
+    looks = []
+    monkeypatch.setattr(
+        "openmae.jobs.platforms.local.living_sessions", lambda: looks.append(1) or processes.living_sessions()
+    )
+    monkeypatch.setattr("openmae.jobs.platforms.local._FRESH", 60.0)
+    assert [job.status for job in client.list_jobs()] == ["ERROR"] * 30
+    assert len(looks) <= 1, "all processes were looked at for each job"
+    assert [record["transitions"][-1]["state"] for record in client.store.records()] == ["ERROR"] * 30

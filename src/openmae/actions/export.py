@@ -39,7 +39,7 @@ from openmae.engines.precision import to_half, to_int8
 from openmae.engines.predictor import OnnxPredictor, Predictor, TorchPredictor, card_of
 from openmae.errors import SpecError, blaming
 from openmae.models.weights import BACKBONE, CheckpointInfo, check_size, save_backbone
-from openmae.results.files import make_folder
+from openmae.results.files import disk_errors, make_folder
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key, temporaries_in_memory
 
@@ -70,7 +70,8 @@ def run(spec: ExperimentSpec) -> Path:
         log.info("Tracing %s.", job.card.model.arch)
         options = job.spec.export
         proto = trace(job.model, job.card, options.opset_version, device=_device(job.spec), verbose=options.verbose)
-        rows, kpi = _write(job, proto)
+        with disk_errors(job.target):
+            rows, kpi = _write(job, proto)
         if job.validation is not None:
             exported = OnnxPredictor(job.target, torch.device("cpu"), job.key)
             more_rows, more_kpi = _fidelity(job.model, job.card, exported, job.validation)

@@ -28,7 +28,7 @@ from openmae.engines.tensorrt.source import (
     read_source,
 )
 from openmae.errors import SpecError, blaming
-from openmae.results.files import make_folder, replacing
+from openmae.results.files import disk_errors, make_folder, replacing
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, created, resolve_key
 
@@ -87,7 +87,8 @@ def run(spec: ExperimentSpec) -> Path:
         built = {precision: _build(plan, precision, engine.parent) for precision in plan.precisions}
         precision = _fastest(plan, built)
         result, info = built[precision], _info(plan, precision, built[precision])
-        with replacing(engine) as temporary, replacing(sidecar_path(engine)) as temporary_sidecar:
+        sidecar = sidecar_path(engine)
+        with disk_errors(engine), replacing(engine) as temporary, replacing(sidecar) as temporary_sidecar:
             with created(temporary, key) as file:
                 file.write(memoryview(result.engine))
             temporary_sidecar.write_text(sidecar_text(_card(plan, precision), info), encoding="utf-8")

@@ -21,8 +21,8 @@ from openmae.data.dataset import Batch
 from openmae.data.folder import CORRUPT_LIST
 from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
-from openmae.errors import DataError, Preempted, RunError
-from openmae.results.files import write_atomically
+from openmae.errors import DataError, OpenMAEError, Preempted, RunError
+from openmae.results.files import FULL, disk_error, fault_of_disk, write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.checks import value_of
 from openmae.spec.load import to_yaml
@@ -32,8 +32,6 @@ from openmae.training.world import World, find_world, gpus_per_node
 Rows = Sequence[tuple[str, str]]
 
 SPEC_FILE = "experiment.yaml"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_TURNED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)  # a disk that was writable before
 _LOADER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited unexpectedly)")
 
 log = logging.getLogger("openmae")
@@ -99,12 +97,12 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         with local_place(spec, action, leads=False) as place, _machine_faults(place.folder):
             yield Run(place.spec, place.folder, _NoStatus(), leads=False)
         return
-    with local_place(spec, action) as place:
+    with local_place(spec, action) as place, _machine_faults(place.folder):
         run = Run(place.spec, place.folder, StatusLog(place.folder, append=True))
         run.status.write("STARTED", f"{action} started")
         try:
             place.begin_uploads()
-            with _machine_faults(run.folder):
+            with _machine_faults(run.folder):  # the status log gets the error that the caller gets
                 yield run
             place.finish_uploads()
         except KeyboardInterrupt as stop:
@@ -161,21 +159,21 @@ def _write_failure(status: StatusLog, message: str, verbosity: str) -> None:
 def _machine_faults(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        within = str(error.filename or "").startswith(str(folder))
-        if error.errno not in _FULL and not (within and error.errno in _TURNED):
+    except OpenMAEError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and _LOADER.search(str(error)):  # torch raises it wherever the loop is
+            raise RunError(
+                f"A process that loads images was ended from outside: {str(error).splitlines()[0]}",
+                "If memory ran out, lower dataset.num_workers_per_gpu or dataset.batch_size; the same command goes on.",
+            ) from error
+        found = fault_of_disk(error)
+        if found is None:
             raise
-        raise RunError(
-            f"The results could not be written ({error.strerror}): {error.filename or folder}.",
-            "Free space, or set results_dir to a folder on another disk.",
-        ) from error
-    except RuntimeError as error:  # torch raises it wherever the loop is at the moment
-        if not _LOADER.search(str(error)):
+        within = str(found.filename or folder).startswith(str(folder))
+        if not within and found.errno not in FULL | {errno.EROFS}:  # a source that cannot be read
             raise
-        raise RunError(
-            f"A process that loads images was ended from outside: {str(error).splitlines()[0]}",
-            "If memory ran out, lower dataset.num_workers_per_gpu or dataset.batch_size; the same command goes on.",
-        ) from error
+        raise disk_error(found, folder, "results_dir") from error
 
 
 def begin_results(folder: Path, spec: ExperimentSpec, *, resumed: bool = False) -> None:

@@ -73,5 +73,7 @@ def _run_pack(args: argparse.Namespace) -> None:
 
 def _run_check(args: argparse.Namespace) -> None:
     from openmae.data.commands import check_source
+    from openmae.results.files import FULL, disk_errors
 
-    check_source(args.source, args.results_dir, args.max_megapixels)
+    with disk_errors(args.results_dir, FULL, "results_dir"):
+        check_source(args.source, args.results_dir, args.max_megapixels)

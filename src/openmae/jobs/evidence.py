@@ -56,7 +56,7 @@ def _zone(entries: Sequence[Mapping[str, Any]], path: str) -> tzinfo | None:
     Its last line was written when the file was, and that moment is known in UTC. So a run in another time zone than
     this process's, or before the clocks were changed, is not misjudged.
     """
-    last = _when(entries[-1], UTC) if entries else None
+    last = next((when for entry in reversed(entries) if (when := _when(entry, UTC)) is not None), None)
     written = modified(path)
     if last is None or not written:
         return None

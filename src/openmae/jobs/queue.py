@@ -17,7 +17,7 @@ from openmae.errors import OpenMAEError, SpecError
 from openmae.jobs.job import check_identity, moment
 from openmae.jobs.processes import Identity, alive, session_of, stopped
 from openmae.jobs.store import RECORD, JobStore, locked, read_json, write_durably
-from openmae.results.files import writing
+from openmae.results.files import disk_errors
 
 SLOTS = "OPENMAE_JOB_SLOTS"
 FOLDER = ".queue"
@@ -133,7 +133,7 @@ class Queue:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with writing(self.folder):
+        with disk_errors(self.folder):
             self.folder.mkdir(mode=0o700, exist_ok=True)
         with locked(self.folder / ".lock"):
             yield

@@ -17,7 +17,7 @@ from typing import Any
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import FINAL, Record, checked, moment, state_of
-from openmae.results.files import FULL, UNWRITTEN, disk_error, writing
+from openmae.results.files import FULL, UNWRITTEN, disk_error, disk_errors
 
 RECORD, SPEC, LOG = "job.json", "spec.yaml", "log.txt"
 PATIENCE = 30.0  # seconds for a lock that is held for milliseconds
@@ -47,7 +47,7 @@ class JobStore:
             )
         self.root = Path(root).expanduser().absolute()
         try:
-            with writing(self.root, UNWRITTEN - {errno.EACCES, errno.EPERM}):
+            with disk_errors(self.root, UNWRITTEN - {errno.EACCES, errno.EPERM}):
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise SpecError(
@@ -65,7 +65,7 @@ class JobStore:
             RunError: the disk is full or faulty, or the user may not write there; nothing is left of the job.
         """
         folder = self.folder(record["id"])
-        with writing(folder):
+        with disk_errors(folder):
             folder.mkdir(mode=0o700)
         try:
             self._write(record)
@@ -180,20 +180,20 @@ class JobStore:
 
 
 @contextmanager
-def locked(path: Path, patience: float = PATIENCE) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``; the kernel frees it when the holder dies, however it dies.
 
     Raises:
         SpecError: its folder is not there.
-        RunError: another process holds it for longer than ``patience`` seconds, or it cannot be made.
+        RunError: another process holds it for longer than ``PATIENCE`` seconds, or it cannot be made.
     """
     try:
-        with writing(path):
+        with disk_errors(path):
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         raise SpecError(f"There is no job {path.parent.name!r}.", "`mae jobs list` shows all jobs.") from None
     try:
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,7 +201,7 @@ def locked(path: Path, patience: float = PATIENCE) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise RunError(
-                        f"Another process has held the lock {path} for {patience:g} s.",
+                        f"Another process has held the lock {path} for {PATIENCE:g} s.",
                         f"See which one with `fuser -v {path}`. If it is stopped (state T), continue it with "
                         "`kill -CONT PID`, or end it.",
                     ) from None
@@ -222,7 +222,7 @@ def read_json(path: Path) -> Any:
         path.stat()
         raise ValueError("it is no regular file")  # a pipe would never end
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -238,7 +238,7 @@ def write_durably(path: Path, text: str) -> None:
         RunError: the disk is full or faulty, or the user may not write there; what was there is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
+    with disk_errors(path):
         try:
             descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:

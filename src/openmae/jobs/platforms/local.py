@@ -22,7 +22,7 @@ from openmae.jobs.processes import alive, living_sessions, signal_session, stop_
 from openmae.jobs.queue import this_machine
 from openmae.jobs.store import LOG, JobStore
 from openmae.jobs.supervisor import grace_seconds
-from openmae.results.files import writing
+from openmae.results.files import disk_errors
 
 _PATIENCE = 60.0  # seconds until a supervisor has to have shown itself
 _LAST_SIGNALS = 30.0  # seconds after the grace: SIGTERM and SIGKILL have had their time
@@ -57,7 +57,7 @@ class LocalPlatform:
 
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
         """See ``Platform``."""
-        with writing(self.store.folder(job_id) / LOG), (self.store.folder(job_id) / LOG).open("ab") as log:
+        with disk_errors(self.store.folder(job_id) / LOG), (self.store.folder(job_id) / LOG).open("ab") as log:
             supervisor = subprocess.Popen(
                 [sys.executable, "-m", "openmae.jobs.supervisor", str(self.store.root), job_id],
                 stdin=subprocess.DEVNULL,
@@ -139,9 +139,12 @@ class LocalPlatform:
             os.kill(handle["supervisor"]["pid"], signal.SIGKILL)
         if "process" in handle:
             signal_session(handle["process"], signal.SIGKILL)
-        return Observation(
-            "CANCELED", f"killed: its supervisor did not respond within {patience:g} s of the cancellation"
+        log.warning(
+            "The supervisor of job %s (process %d) did not respond within %g s of the cancellation. It was killed, and "
+            "the job with it.",
+            *(record["id"], handle["supervisor"]["pid"], patience),
         )
+        return Observation("CANCELED", "canceled; its supervisor did not respond and was killed")
 
     def _living_sessions(self) -> set[int]:
         """As of a second ago at most: a look at all processes for each of a thousand dead jobs would take long."""
