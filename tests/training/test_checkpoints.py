@@ -19,11 +19,10 @@ from openmae.training.background import BackgroundWorker, HostCopy
 from openmae.training.checkpoints import (
     CheckpointFolder,
     list_checkpoints,
-    newest_checkpoint,
-    newest_readable,
     read_training_state,
     write_checkpoint,
 )
+from openmae.training.resume import newest_checkpoint, newest_readable
 
 PAYLOAD = {"openmae": {"stage": "pretrain"}, "progress": {"epoch": 1}, "optimizer": {}, "x": torch.arange(3)}
 

@@ -14,9 +14,9 @@ import pytest
 
 from openmae.errors import Preempted
 from openmae.results.status import read_status
-from openmae.training.checkpoints import newest_checkpoint
 from openmae.training.interrupt import PREEMPTION, InterruptRelay, InterruptWatch, PreemptionWatch
 from openmae.training.pulse import Pulse
+from openmae.training.resume import newest_checkpoint
 
 EPOCHS = {"train.num_epochs": 12, "train.checkpoint_interval": 12, "dataset.val_data_sources": None}
 

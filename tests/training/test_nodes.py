@@ -19,7 +19,7 @@ import torch
 from openmae.cli import main
 from openmae.results.metrics import read_metrics
 from openmae.results.status import read_status
-from openmae.training.checkpoints import newest_checkpoint
+from openmae.training.resume import newest_checkpoint
 
 pytestmark = pytest.mark.xdist_group("several processes")  # one such test at a time: they need the cores
 

@@ -25,8 +25,6 @@ from openmae.storage.encryption import Key, is_encrypted
 from openmae.training.checkpoints import (
     CheckpointFolder,
     list_checkpoints,
-    newest_checkpoint,
-    newest_readable,
     read_training_state,
     set_aside,
     write_checkpoint,
@@ -34,6 +32,7 @@ from openmae.training.checkpoints import (
 from openmae.training.cli import consolidate
 from openmae.training.devices import build_fabric, launch
 from openmae.training.parts import Shared, complete, joined, write_part
+from openmae.training.resume import newest_checkpoint, newest_readable
 
 several_processes = pytest.mark.xdist_group("several processes")  # one such test at a time: they need the cores
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from openmae.errors import CheckpointError, RunError
+from openmae.errors import CheckpointError
 from openmae.results.metrics import read_metrics
 from openmae.training.checkpoints import list_checkpoints
 from openmae.training.finetune import FinetuneTask
@@ -196,19 +196,15 @@ def test_only_the_batch_at_fault_is_named(train, monkeypatch, caplog, tmp_path):
     assert text.count(".png") == len(spoiler.files[1]) == 4
 
 
-def test_ten_in_a_row_end_the_run(train, monkeypatch, payload_of, tmp_path):
-    spoiler = Spoiler(PretrainTask, set(range(2, 99)), monkeypatch)
-    with pytest.raises(RunError) as caught:
-        train(tmp_path, {"train.num_epochs": 5, "dataset.val_data_sources": None})
-    assert len(spoiler.weights) == 11
-    assert "The loss or its gradients were not finite 10 steps in a row, the last with: " in caught.value.problem
-    assert ".png" in caught.value.problem
-    assert caught.value.fix.startswith("Lower train.optim.lr, set train.clip_grad_norm=1.0,")
-    kept = payload_of(tmp_path)["state_dict"]
-    assert same({f"model.{k}": v for k, v in spoiler.weights[1].items()}, kept)
-
-
-def test_gradients_that_are_not_finite_skip_their_step_when_clipping(train, monkeypatch, caplog, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"train.clip_grad_norm": 1.0}, id="clipping"),
+        pytest.param({}, id="no clipping"),
+        pytest.param({"train.precision": "bf16"}, id="bf16"),
+    ],
+)
+def test_gradients_that_are_not_finite_skip_their_step(changes, train, monkeypatch, caplog, tmp_path):
     weights: list[dict[str, torch.Tensor]] = []
     original = PretrainTask.training_loss
 
@@ -221,7 +217,7 @@ def test_gradients_that_are_not_finite_skip_their_step_when_clipping(train, monk
 
     monkeypatch.setattr(PretrainTask, "training_loss", training_loss)
     with caplog.at_level(logging.WARNING, "openmae"):
-        train(tmp_path, {"train.num_epochs": 1, "dataset.val_data_sources": None, "train.clip_grad_norm": 1.0})
+        train(tmp_path, {"train.num_epochs": 1, "dataset.val_data_sources": None, **changes})
     assert same(weights[2], weights[3])
     assert not same(weights[3], weights[4])
     (text,) = (m for m in caplog.messages if "skipped" in m)
@@ -421,4 +417,4 @@ def test_what_is_newer_than_the_checkpoint_that_a_run_goes_on_from_is_not_taken_
     assert two.with_name(f"{two.name}.superseded").exists()
     train(tmp_path, {**again, "train.resume_training_checkpoint_path": None})
     assert payload_of(tmp_path)["openmae"]["spec"]["train"]["optim"]["lr"] == 5e-3
-    assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.csv") if "train_loss_epoch" in row] == [0, 1, 2]
+    assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.csv") if "train_loss_epoch" in row] == [1, 2, 3]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from openmae.errors import RunError
 from openmae.training import trainer
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
@@ -65,11 +64,11 @@ def bad_gradients(loss, number):
     return loss
 
 
-@pytest.mark.parametrize("spoil", [bad_losses, bad_gradients])
+@pytest.mark.parametrize(("spoil", "clip"), [(bad_losses, 1.0), (bad_gradients, 1.0), (bad_gradients, 0.0)])
 def test_a_bad_step_is_skipped_on_the_device_as_it_is_on_the_host(
-    spoil, train, assert_same_run, at_loss, late, caplog, tmp_path
+    spoil, clip, train, assert_same_run, at_loss, late, caplog, tmp_path
 ):
-    changes = {**FINETUNE, "dataset.batch_size": 2}  # 10 steps an epoch
+    changes = {**FINETUNE, "dataset.batch_size": 2, "train.clip_grad_norm": clip}  # 10 steps an epoch
     told = []
     for name in ("at once", "late"):
         at_loss(FinetuneTask, spoil)
@@ -83,24 +82,6 @@ def test_a_bad_step_is_skipped_on_the_device_as_it_is_on_the_host(
         ["Step 1", "Step 3", "Step 4", "Step 10"] if spoil is bad_losses else ["Step 2", "Step 5"]
     )
     assert_same_run(tmp_path / "at once", tmp_path / "late")
-
-
-def test_ten_in_a_row_end_a_run_that_reads_late(train, at_loss, late, payload_of, tmp_path):
-    late()
-    steps = []
-
-    def spoil(loss, number):
-        steps.append(number)
-        return loss * float("nan") if number > 5 else loss
-
-    at_loss(PretrainTask, spoil)
-    with pytest.raises(RunError, match="not finite 10 steps in a row") as caught:
-        train(tmp_path, {"train.num_epochs": 9, "dataset.val_data_sources": None})
-    assert ".png" in caught.value.problem
-    assert len(steps) in (15, 16), "it may be known one step later, and no more than that"
-    kept = payload_of(tmp_path)
-    assert kept["progress"]["step"] in (5, 10)
-    assert all(value.isfinite().all() for value in kept["state_dict"].values()), "a bad step reached the weights"
 
 
 @pytest.mark.parametrize("batch", [2, 4, 5, 8])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch.distributed.fsdp import fully_shard
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from openmae.actions import train as train_action
 from openmae.actions.plan import Plan
@@ -136,3 +137,25 @@ def scale_shared_gradients(fabric: Fabric, folder: Path) -> None:
         found.append((float(norm), float((gathered(model.weight) - before).abs().max())))
     if fabric.global_rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
+
+
+def diverge(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """A training whose weights are finite after the seventh step, and give no finite loss."""
+    steps: list[int] = []
+
+    def explode(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        steps.append(1)
+        if len(steps) == 7:
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.mul_(1e30)
+
+    register_optimizer_step_post_hook(explode)
+    return train_action._work(fabric, plan)
+
+
+def diverge_late(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """The same, with updates that are read late, as on GPUs."""
+    trainer.reads_late = lambda fabric: True
+    return diverge(fabric, plan)

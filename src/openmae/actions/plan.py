@@ -22,8 +22,8 @@ from openmae.spec.describe import fields
 from openmae.spec.load import to_dict
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key
-from openmae.training.checkpoints import newest_checkpoint, newest_readable, read_training_state
 from openmae.training.elastic import Share, accumulation_for
+from openmae.training.resume import best_was_set_aside, newest_checkpoint, newest_readable, read_finite
 
 log = logging.getLogger("openmae")
 
@@ -62,6 +62,7 @@ class Plan:
     epochs_done: int
     key: Key | None
     images: str
+    best_is_lost: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     elif finetune and not spec.train.pretrained_model_path:
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
     resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
-    return Plan(spec, folder, train, val, info, resume, epochs_done, key, images)
+    return Plan(spec, folder, train, val, info, resume, epochs_done, key, images, best_was_set_aside(folder))
 
 
 def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlier | None:
@@ -151,7 +152,7 @@ def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlie
     with blaming(key):
         found = _gone_on(folder, typed, secret) if typed else newest_readable(folder, secret)
         if found is None and typed:
-            found = Path(typed), read_training_state(Path(typed), secret, lazily=True)
+            found = Path(typed), read_finite(Path(typed), secret)
         if found is None:
             return None
         checkpoint, state = found
@@ -170,7 +171,7 @@ def _gone_on(folder: Path, typed: str, secret: Key | None) -> tuple[Path, dict[s
     newest = newest_checkpoint(folder)
     if newest is not None and newest != Path(typed):
         with suppress(CheckpointError):
-            state = read_training_state(newest, secret, lazily=True)
+            state = read_finite(newest, secret)
             if state["openmae"]["spec"]["train"].get("resume_training_checkpoint_path") == typed:
                 return newest, state
     return None

@@ -182,12 +182,14 @@ def _bring_readable(
     """
     from openmae.storage.encryption import is_encrypted
     from openmae.storage.upload import pull
-    from openmae.training.checkpoints import list_checkpoints, newest_readable
+    from openmae.training.checkpoints import BEST, list_checkpoints
+    from openmae.training.resume import NotFiniteError, look_for_checkpoint
 
     there: list[str] = []
 
     def wanted(names: Collection[str], count: int) -> Collection[str]:
-        there[:] = _newest(names)
+        best = [BEST] if BEST in names else []  # the last resort, where no numbered one can be used
+        there[:] = best + _newest(names) if _newest(names) else []
         return [*besides(names), *there[-count:]]
 
     for count in itertools.count(1):
@@ -195,12 +197,13 @@ def _bring_readable(
         if one or count >= len(there):
             return
         try:
-            newest_readable(folder, key)
+            found, refused = look_for_checkpoint(folder, key)
+        except CheckpointError:  # encrypted, and there is no key
             return
-        except CheckpointError:
-            # a wrong key looks like damage: it is not to fetch all of them
-            if is_encrypted(list_checkpoints(folder)[-1]) and (key is None or count > 1):
-                return
+        # a wrong key looks like damage: it is not to fetch all of them
+        damaged = any(not isinstance(error, NotFiniteError) for error in refused.values())
+        if found or (count > 1 and damaged and is_encrypted(list_checkpoints(folder)[-1])):
+            return
 
 
 def _newest(names: Collection[str]) -> list[str]:

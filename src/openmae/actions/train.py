@@ -134,6 +134,8 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
         shares = Share.of(state["openmae"]["spec"]), Share.of(plan.info.spec)
         with _blaming_the_checkpoint(plan):
             trainer.resume({**state, "progress": same_place(state["progress"], *shares, len(train_loader))})
+        if plan.best_is_lost:
+            trainer.progress.best = None
         log.info(
             "Resuming from %s, after epoch %d, step %d.",
             plan.resume,

@@ -30,6 +30,7 @@ class _Curve:
     steps: NDArray[np.float64]
     values: NDArray[np.float64]
     trend: NDArray[np.float64]  # the running mean, or the values themselves
+    reading: float  # the number written beside it
     colour: str
 
 
@@ -52,10 +53,11 @@ class _Panel:
     from_zero: bool = False
     noisy: bool = False
     peak: bool = False  # write the highest value beside a curve instead of the last one
+    epoch_mean: str = ""  # its ending names the metric whose last value is written beside a curve, where there is one
 
 
 _PANELS = (
-    _Panel("Loss", {"train_loss": "train", "val_loss": "validation"}, log_axis=True, noisy=True),
+    _Panel("Loss", {"train_loss": "train", "val_loss": "validation"}, log_axis=True, noisy=True, epoch_mean="_epoch"),
     _Panel(
         "Accuracy",
         {"ACC_all": "top-1", "ACC_top5": "top-5", "probe_acc": "linear probe", "knn_acc": "kNN"},
@@ -88,7 +90,7 @@ def save_curves(rows: Sequence[Mapping[str, float]], path: Path, *, title: str =
         raise ValueError("there is nothing to draw: no row holds a loss, accuracy, learning rate or speed")
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    epochs = 1 + max(int(row.get("epoch", 0)) for row in rows)
+    epochs = max(int(row.get("epoch", 1)) for row in rows)
     steps = int(max(row["step"] for row in rows))
     subtitle = f"{_count(epochs, 'epoch')} · {_count(steps, 'step')}"
     with style.drawing():
@@ -123,7 +125,10 @@ def _curves(panel: _Panel, rows: Sequence[Mapping[str, float]]) -> list[_Curve]:
         if len(values):
             trend = _running_mean(values) if panel.noisy and len(values) >= _SMOOTH_FROM else values
             colour = style.SERIES[number] if len(names) <= len(style.SERIES) else BLUE
-            curves.append(_Curve(name, steps, values, trend, colour))
+            reading = float(trend.max() if panel.peak else trend[-1])
+            if panel.epoch_mean and (means := series(rows, f"{metric}{panel.epoch_mean}")[1]):
+                reading = means[-1]  # the number that the report's card shows
+            curves.append(_Curve(name, steps, values, trend, colour, reading))
     return curves
 
 
@@ -173,14 +178,12 @@ def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> N
 
 def _names(panel: _Panel, curves: Sequence[_Curve]) -> list[tuple[_Curve, str]]:
     """The curves that are named beside a panel, the lowest first, and the text for each."""
-    ordered = sorted(curves, key=lambda curve: _reading(panel, curve))
+    ordered = sorted(curves, key=lambda curve: curve.reading)
     if len(ordered) > len(style.SERIES):
         # Layer decay gives a rate per group of layers: too many names to read, so the ends speak for all.
         ordered = [ordered[0], ordered[-1]]
     peak = "peak" if panel.peak else ""
-    return [
-        (curve, "  ".join(filter(None, (curve.name, peak, panel.text(_reading(panel, curve)))))) for curve in ordered
-    ]
+    return [(curve, "  ".join(filter(None, (curve.name, peak, panel.text(curve.reading))))) for curve in ordered]
 
 
 def _name_curves(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
@@ -188,7 +191,7 @@ def _name_curves(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
     named = _names(panel, curves)
     axes.get_ylim()  # makes pending autoscaling happen before positions are asked for
     to_axes = axes.transData + axes.transAxes.inverted()
-    wanted = [float(to_axes.transform((curve.steps[-1], _reading(panel, curve)))[1]) for curve, _ in named]
+    wanted = [float(to_axes.transform((curve.steps[-1], curve.reading))[1]) for curve, _ in named]
     look: dict[str, Any] = {"transform": axes.transAxes, "size": _NAME_SIZE, "va": "center_baseline"}
     for (curve, text), height in zip(named, _spread(wanted, gap=0.09), strict=True):
         axes.text(1 + _BESIDE, height, text, color=curve.colour, **look)
@@ -208,8 +211,3 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 def _bottom(cluster: Sequence[float], gap: float) -> float:
     """The lowest place of a cluster of names that is stacked about the mean of its heights."""
     return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
-
-
-def _reading(panel: _Panel, curve: _Curve) -> float:
-    """The number that stands for a curve."""
-    return float(curve.trend.max() if panel.peak else curve.trend[-1])

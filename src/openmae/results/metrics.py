@@ -1,6 +1,6 @@
 """``metrics.csv``: every number of a run, a row per logged step.
 
-The first columns are ``step`` and ``epoch``; the others appear as metrics do, so a cell is empty where a
+The first columns are ``step`` and ``epoch`` (from 1, as in the names of checkpoints); the others appear as metrics do, so a cell is empty where a
 metric was not measured at that step. Values are written in full: reading gives the same floats back.
 """
 
@@ -43,7 +43,7 @@ class MetricsLog:
 
         Args:
             step: optimizer steps done when the values were measured.
-            epoch: the epoch they belong to, from 0.
+            epoch: the epoch they belong to, from 1.
             values: metric name -> value; a new name adds a column.
 
         Raises:
@@ -73,13 +73,15 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a ``metrics.csv``, each with the metrics that were measured at its step.
 
-    ``step`` and ``epoch`` are ints. A last row that is still being written is left out.
+    ``step`` and ``epoch`` are ints. A last row that is still being written is left out. Older versions counted epochs
+    from 0: their rows are returned with epochs from 1.
     """
     rows: list[Row] = []
     for cells in csv.DictReader(complete_lines(Path(path))):
         row: Row = {name: float(cell) for name, cell in cells.items() if cell}
         rows.append(row | {name: int(row[name]) for name in _KEYS})
-    return rows
+    from_zero = any(row["epoch"] == 0 for row in rows)
+    return [row | {"epoch": row["epoch"] + from_zero} for row in rows]
 
 
 def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:

@@ -24,10 +24,9 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 
 from openmae.errors import CheckpointError, RunError
-from openmae.storage.encryption import Key, created, is_encrypted
+from openmae.storage.encryption import Key, created
 from openmae.training.background import BackgroundWorker, HostCopy
 from openmae.training.parts import (
-    INDEX,
     SHARDS,
     clear_begun,
     complete,
@@ -45,6 +44,7 @@ BEST = "model_best.pth"
 _PASSING = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
 UNREADABLE = ".unreadable"
 SUPERSEDED = ".superseded"
+DIVERGED = ".diverged"
 _NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.(pth|shards)")
 
 log = logging.getLogger("openmae")
@@ -84,7 +84,9 @@ class CheckpointFolder:
         finally:
             self._host = HostCopy()
 
-    def save(self, payload: Mapping[str, Any], epoch: int, step: int, *, best: bool = False) -> Path:
+    def save(
+        self, payload: Mapping[str, Any], epoch: int, step: int, *, best: bool = False, rotate: bool = True
+    ) -> Path:
         """Copy a payload, and begin to write it as the checkpoint of ``epoch`` and ``step``; returns its path.
 
         When it is written, the link points at it, and the oldest are dropped.
@@ -94,12 +96,13 @@ class CheckpointFolder:
             epoch, step: finished ones.
             best: make it ``model_best.pth`` too, first: of a run that is killed in between, the best is never older
                 than what its checkpoint says of it.
+            rotate: drop the oldest; False after a skipped step, whose weights may be worse than older ones.
 
         Raises:
             RunError: the one before could not be written; what was there is untouched.
         """
         path = self._path(epoch, step, ".pth")
-        self._begin(payload, path, best)
+        self._begin(payload, path, best, rotate)
         return path
 
     def make_room(self, epoch: int, step: int) -> None:
@@ -121,7 +124,14 @@ class CheckpointFolder:
             )
 
     def save_part(
-        self, payload: Mapping[str, Any], best: Mapping[str, Any], epoch: int, step: int, ranks: tuple[int, int]
+        self,
+        payload: Mapping[str, Any],
+        best: Mapping[str, Any],
+        epoch: int,
+        step: int,
+        ranks: tuple[int, int],
+        *,
+        rotate: bool = True,
     ) -> None:
         """As :meth:`save`, by all processes: each writes its part, and process 0 waits for them and counts them.
 
@@ -129,6 +139,7 @@ class CheckpointFolder:
             payload: as the processes share it out.
             best: of process 0, a whole payload for ``model_best.pth``; empty: this is not the best.
             ranks: number of this process, and of all.
+            rotate: as for :meth:`save`.
 
         Raises:
             RunError: the one before could not be written, or this process does not see the folder of process 0.
@@ -143,11 +154,11 @@ class CheckpointFolder:
         index, rows = own_part(payload)
         mine = {"index": {}, "best": {}} if ranks[0] else {"index": index, "best": best}
         copy = self._host.take({**mine, "rows": rows})
-        self._writer.start(partial(self._write_part, copy, path, *ranks))
+        self._writer.start(partial(self._write_part, copy, path, *ranks, rotate))
 
     def save_best(self, payload: Mapping[str, Any]) -> None:
         """As :meth:`save`, of a ``model_best.pth`` that is no checkpoint besides."""
-        self._begin(payload, self.folder / BEST, False)
+        self._begin(payload, self.folder / BEST, best=False, rotate=False)
 
     def wait(self) -> None:
         """Return when everything is written.
@@ -169,6 +180,28 @@ class CheckpointFolder:
                 "The run goes on from epoch %d, step %d: what is newer in %s is set aside as *%s (%s).",
                 epoch, step, self.folder, SUPERSEDED, ", ".join(path.name for path in newer),
             )  # fmt: skip
+        self._repair_link()
+
+    def drop_diverged(self, step: int) -> str:
+        """Set aside what was written at ``step`` or later; return the name of what a run then resumes from, or "".
+
+        Raises:
+            RunError: the checkpoint before could not be written.
+        """
+        self.wait()
+        for path in list_checkpoints(self.folder):
+            if _place(path)[1] >= step:
+                set_aside(path, DIVERGED)
+        best = self.folder / BEST
+        with suppress(CheckpointError):  # missing, or of no training
+            if read_training_state(best, self.key, lazily=True)["progress"]["step"] >= step:
+                set_aside(best, DIVERGED)
+        self._repair_link()
+        left = list_checkpoints(self.folder) or [path for path in (best,) if path.is_file()]
+        return left[-1].name if left else ""
+
+    def _repair_link(self) -> None:
+        """Point the link at the newest checkpoint, where the one that it pointed at was set aside."""
         if self.latest.is_symlink() and not self.latest.exists():
             left = [path for path in list_checkpoints(self.folder) if path.is_file()]
             if left:
@@ -179,11 +212,11 @@ class CheckpointFolder:
     def _path(self, epoch: int, step: int, suffix: str) -> Path:
         return self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}{suffix}"
 
-    def _begin(self, payload: Mapping[str, Any], path: Path, best: bool) -> None:
+    def _begin(self, payload: Mapping[str, Any], path: Path, best: bool, rotate: bool) -> None:
         self.wait()
-        self._writer.start(partial(self._write, self._host.take(payload), path, best))
+        self._writer.start(partial(self._write, self._host.take(payload), path, best, rotate))
 
-    def _write(self, payload: Mapping[str, Any], path: Path, best: bool) -> None:
+    def _write(self, payload: Mapping[str, Any], path: Path, best: bool, rotate: bool) -> None:
         with _replacing(path) as temporary:
             _dump(payload, temporary, self.key)
             if best:
@@ -191,9 +224,10 @@ class CheckpointFolder:
         if path.name == BEST:
             return
         _point(self.latest, path)
-        self._drop_oldest(path)
+        if rotate:
+            self._drop_oldest(path)
 
-    def _write_part(self, copy: Mapping[str, Any], path: Path, rank: int, ranks: int) -> None:
+    def _write_part(self, copy: Mapping[str, Any], path: Path, rank: int, ranks: int, rotate: bool) -> None:
         hidden = _hidden(path)
         try:
             with _explaining(path):
@@ -212,7 +246,8 @@ class CheckpointFolder:
                 log.warning("Process %d: %s was given up before its part was written.", rank, path.name)
                 return
             raise
-        self._drop_oldest(path)
+        if rotate:
+            self._drop_oldest(path)
 
     def _drop_oldest(self, written: Path) -> None:
         for old in list_checkpoints(self.folder)[: -self.keep]:
@@ -237,13 +272,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (_place(path), path.suffix != SHARDS))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The numbered checkpoint to resume from, if there is any."""
-    put_back(folder)
-    found = list_checkpoints(folder)
-    return found[-1] if found else None
-
-
 def set_aside(path: Path, ending: str) -> Path:
     """Rename a checkpoint, so that no run takes it up; returns where it is."""
     aside = path.with_name(path.name + ending)
@@ -257,37 +285,6 @@ def set_aside(path: Path, ending: str) -> Path:
                 raise  # a file takes the place of another, a folder does not
         aside = path.with_name(f"{path.name}{ending}.{number}")
     return aside
-
-
-def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """The numbered checkpoint to resume from, and its payload, read lazily; None where there is none.
-
-    Newer ones that are damaged are set aside, with a warning. Where none can be read nothing is touched, since the key
-    may be wrong.
-
-    Raises:
-        CheckpointError: there are some, and none can be read; or the newest is encrypted, and there is no key.
-    """
-    put_back(folder)
-    first: CheckpointError | None = None
-    damaged: list[Path] = []
-    for path in reversed(list_checkpoints(folder)):
-        try:
-            payload = read_training_state(path, key, lazily=True)
-        except CheckpointError as error:
-            file = path / INDEX if path.is_dir() else path
-            if key is None and file.exists() and is_encrypted(file):
-                raise
-            first = first or error
-            damaged.append(path)
-            continue
-        for bad in damaged:
-            aside = set_aside(bad, UNREADABLE)
-            log.warning("%s cannot be read: it is now %s, and %s is used.", bad, aside.name, path.name)
-        return path, payload
-    if first is not None:
-        raise first
-    return None
 
 
 def _place(path: Path) -> tuple[int, int]:

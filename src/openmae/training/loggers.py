@@ -34,7 +34,7 @@ class Loggers:
         self._wandb = wandb_run
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Log ``values`` measured after ``step`` updates, in ``epoch`` counted from 0."""
+        """Log ``values`` measured after ``step`` updates, in ``epoch`` counted from 1."""
         self._metrics.write(step, epoch, values)
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)

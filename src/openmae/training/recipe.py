@@ -39,7 +39,6 @@ def recipe_rows(
     units = (height // config.unit) * (width // config.unit)
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in task.model.parameters())
-    global_batch = batch_size * fabric.world_size * settings.accum_grad_batches
     rows = [
         ("architecture", f"{config.arch}, {height} x {width} px, {config.in_chans} channels"),
         ("parameters", f"{total / 1e6:.2f} M, {trained / 1e6:.2f} M of them trained"),
@@ -57,12 +56,12 @@ def recipe_rows(
             "images",
             f"{images[0]:,} to train" + (f", {images[1]:,} to validate" if images[1] else ", none to validate"),
         ),
-        (
-            "batch",
-            f"{global_batch} = {batch_size} images x {_processes_text(fabric)} x "
-            f"{settings.accum_grad_batches} accumulated",
-        ),
-        ("epochs", f"{settings.num_epochs} of {schedule.steps_per_epoch} steps"),
+        ("batch", _batch_text(fabric, batch_size, settings.accum_grad_batches)),
+        ("epochs", f"{settings.num_epochs} x {_count(schedule.steps_per_epoch, 'step')}"),
+    ]
+    if left_out := images[0] % (batch_size * fabric.world_size):
+        rows.append(("left out", f"{_count(left_out, 'image')} of each epoch, others each time: no full batch is left"))
+    rows += [
         ("schedule", _schedule_text(schedule)),
         ("learning rate", _rates_text(groups, settings.lr)),
         ("device", describe_device(fabric) + (", compiled" if settings.compile else "")),
@@ -70,13 +69,26 @@ def recipe_rows(
     return rows
 
 
-def _processes_text(fabric: Fabric) -> str:
+def _batch_text(fabric: Fabric, batch_size: int, accumulated: int) -> str:
+    """The images of an update, and the factors that are not 1."""
     world = world_of(fabric)
-    return f"{world.nodes} nodes x {world.per_node} process(es)" if world.nodes > 1 else f"{world.size} process(es)"
+    factors = [f"{batch_size} images"]
+    if world.nodes > 1:
+        factors.append(f"{world.nodes} nodes")
+    if world.per_node > 1:
+        factors.append(f"{world.per_node} processes")
+    if accumulated > 1:
+        factors.append(f"{accumulated} accumulated")
+    total = batch_size * fabric.world_size * accumulated
+    return f"{total} = {' x '.join(factors)}" if len(factors) > 1 else f"{total}"
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
 def _schedule_text(schedule: Schedule) -> str:
-    warmup = f"{schedule.warmup_epochs:g} epochs of warmup, then " if schedule.warmup_epochs else ""
+    warmup = f"{_count(schedule.warmup_epochs, 'epoch')} of warmup, then " if schedule.warmup_epochs else ""
     if schedule.kind == "cosine":
         return f"{warmup}cosine to 0"
     milestones = ", ".join(map(str, schedule.milestones)) or "never"

@@ -20,18 +20,17 @@ from torch import Tensor, nn
 
 from openmae.data.dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
-from openmae.errors import RunError
 from openmae.training.compiling import compile_errors, compiled
-from openmae.training.distributed import gather_objects, sum_over_ranks
+from openmae.training.distributed import sum_over_ranks
+from openmae.training.divergence import DivergenceGuard
 from openmae.training.interrupt import InterruptWatch, Stop, stop_from_counts, stop_to_counts
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
 from openmae.training.pulse import pulse_of
 from openmae.training.sharding import gathered, in_shards, is_sharded, whole_model
 from openmae.training.state import LoopSettings, Outputs, Progress, Task
-from openmae.training.updates import Update, reads_late, scaler_of
+from openmae.training.updates import Update, reads_late
 
-MAX_BAD_STEPS = 10
 _ROWS_PER_EPOCH = 100  # of metrics.csv, at the most
 
 log = logging.getLogger("openmae")
@@ -75,6 +74,9 @@ class Trainer:
         module = compiled(task.model, fabric.device) if settings.compile else task.model
         self.model, self.optimizer = fabric.setup(module, optimizer)
         self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if settings.ema_decay else None  # on its device
+        self.guard = DivergenceGuard(
+            fabric, task, self.model, self.optimizer, settings, outputs, file_of=train_loader.file_of
+        )
         self.progress = Progress(batches_per_epoch=len(train_loader))
         self.pace = PaceMeter()
         self._interrupt = InterruptWatch()
@@ -114,7 +116,7 @@ class Trainer:
         """Train to the last epoch, or to where the run pauses; returns the last epoch's metrics.
 
         Raises:
-            RunError: the loss or its gradients are not finite ten updates in a row, or a checkpoint cannot be written.
+            RunError: the run diverged, every step was skipped, or a checkpoint cannot be written.
             KeyboardInterrupt: Ctrl-C, or as Preempted a preemption; a checkpoint of the last finished update has been
                 written.
         """
@@ -161,7 +163,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         losses = self._backward(group)
         self._settle()  # the update before: its numbers came while this one was computed
-        norm = self._clip_gradients() if self._late else None
+        norm = self.guard.gradient_norm() if self._late else None
         update = Update(
             self.fabric,
             self.progress.step + 1,
@@ -195,15 +197,6 @@ class Trainer:
             losses.append(loss.detach())
         return losses
 
-    def _clip_gradients(self) -> Tensor | None:
-        """Returns their norm, the same in every process; None where nobody asked for clipping."""
-        limit = self.settings.clip_grad_norm
-        if not limit:
-            return None
-        norm = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
-        assert norm is not None  # as max_norm is given
-        return gathered(norm)
-
     def _settle(self) -> None:
         """Conclude the update whose numbers nobody has read yet; to be called before the next one's optimizer step."""
         update, self._unread = self._unread, None
@@ -218,18 +211,16 @@ class Trainer:
         loss, images, self._stop, norm = update.read()
         self.pace.count(images)
         if np.isfinite(loss) and not self._late:
-            measured = self._clip_gradients()
-            # fp16 overflows now and then: its scaler leaves such a step out by itself, and lowers its scale
-            norm = 0.0 if measured is None or scaler_of(self.fabric) is not None else measured.item()
+            norm = self.guard.norm_at_once()
+        step = update.step
         if not np.isfinite(loss):
-            self._skip(update.step, f"the loss is {loss}", update.images_at_fault())
+            self.guard.skip(self.progress, step, f"the loss is {loss}", update.images_at_fault())
         elif not np.isfinite(norm):
-            self._skip(update.step, f"the loss is {loss:.4g}, but its gradients' norm is {norm}", update.images())
-        else:
-            if not self._late:
-                self.optimizer.step()
+            fault = f"the loss is {loss:.4g}, but its gradients' norm is {norm}"
+            self.guard.skip(self.progress, step, fault, update.images())
+        elif self._late or self.guard.step(self.progress, update):
             if self.ema is not None:
-                self.ema.update(self.task.model, step=update.step - 1)
+                self.ema.update(self.task.model, step=step - 1)
             self.progress.bad_steps = 0
         self._record(update, loss)
 
@@ -241,27 +232,7 @@ class Trainer:
         self.progress.loss_count += 1
         if update.step % max(1, self.schedule.steps_per_epoch // _ROWS_PER_EPOCH) == 0:
             self.outputs.log(
-                update.step, self.progress.epoch, {"train_loss": loss, "lr": update.rate} | self.pace.lap()
-            )
-
-    def _skip(self, step: int, fault: str, images: Sequence[int]) -> None:
-        """Leave the weights as they are, and name the images; too often in a row ends the run.
-
-        Args:
-            step: number of the update.
-            fault: for people.
-            images: of this process, those that it may come from.
-        """
-        self.progress.bad_steps += 1
-        own = [self.train_loader.file_of(index) for index in images]
-        names = [name for part in gather_objects(self.fabric, own) for name in part]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        log.warning("Step %d: %s; the step is skipped. Its images: %s", step, fault, shown)
-        if self.progress.bad_steps >= MAX_BAD_STEPS:
-            raise RunError(
-                f"The loss or its gradients were not finite {MAX_BAD_STEPS} steps in a row, the last with: {shown}.",
-                "Lower train.optim.lr, set train.clip_grad_norm=1.0, lengthen train.optim.warmup_epochs, "
-                "use train.precision=bf16 or fp32 instead of fp16, or look at the images named.",
+                update.step, self.progress.epoch + 1, {"train_loss": loss, "lr": update.rate} | self.pace.lap()
             )
 
     def _address_randomness(self, batch: int) -> None:
@@ -298,17 +269,22 @@ class Trainer:
         pace = self.pace.read()
         metrics = {"train_loss": progress.loss_sum / max(progress.loss_count, 1)} if progress.loss_count else {}
         last = progress.epoch + 1 == settings.last_epoch
+        if last and progress.bad_steps:
+            self.guard.judge(progress, progress.step, fails=progress.bad_steps == progress.step)
         if self.val_loader is not None and ((progress.epoch + 1) % settings.validation_interval == 0 or last):
             metrics |= self._validate()
         # Before the checkpoint: a run killed between the two writes these rows again, and none is lost.
         epoch, step = progress.epoch, progress.step
-        self.outputs.log(step, epoch, {"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()})
+        self.outputs.log(
+            step, epoch + 1, {"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()}
+        )
         due = last or settings.checkpoint_is_due("epoch", epoch + 1) or settings.checkpoint_is_due("step", step)
         improved = (due or self.task.monitor != "train_loss") and self._note_best(metrics)
         progress.epoch, progress.batch, progress.loss_sum, progress.loss_count = epoch + 1, 0, 0.0, 0
         if due:
             self._save(best=improved, last=last)
         elif improved:
+            self.guard.require_finite_weights(self.progress, self.ema)
             payload = self._whole_payload()
             self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(payload))
         timing = self.pace.timing(epoch, settings.num_epochs, step, self.schedule.steps_per_epoch)
@@ -345,7 +321,7 @@ class Trainer:
 
     def _note_best(self, metrics: Mapping[str, float]) -> bool:
         value, best = metrics.get(self.task.monitor), self.progress.best
-        if value is None or not np.isfinite(value):
+        if value is None or not np.isfinite([*metrics.values()]).all():
             return False
         if best is not None and not (value < best if self.task.lower_is_better else value > best):
             return False
@@ -374,14 +350,17 @@ class Trainer:
 
     def _save(self, *, best: bool = False, last: bool = False) -> None:
         """A checkpoint of here; the last one is whole, so that whatever takes a model finds one."""
+        self.guard.require_finite_weights(self.progress, self.ema)
         place, checkpoints = (self.progress.epoch, self.progress.step), self.outputs.checkpoints
+        rotate = self.progress.bad_steps == 0
         if last or not (self.settings.sharded_checkpoints and is_sharded(self.task.model)):
             payload = self._whole_payload()
-            self._on_rank_zero(lambda: checkpoints.save(payload, *place, best=best))
+            self._on_rank_zero(lambda: checkpoints.save(payload, *place, best=best, rotate=rotate))
             return
         payload = self._whole_payload() if best else {}
         self._on_rank_zero(lambda: checkpoints.make_room(*place))
-        checkpoints.save_part(self._payload(), payload, *place, (self.fabric.global_rank, self.fabric.world_size))
+        ranks = (self.fabric.global_rank, self.fabric.world_size)
+        checkpoints.save_part(self._payload(), payload, *place, ranks, rotate=rotate)
 
     def _on_rank_zero(self, write: Callable[[], Any]) -> None:
         self._mark("other")
