@@ -185,6 +185,14 @@ def test_size_batch_and_preprocessing_are_as_asked(exported, photos, tmp_path):
     assert found["ACC_all"] >= 0, "nine images in batches of two, the last one filled up"
 
 
+def test_a_name_without_a_suffix_is_taken_as_it_is(exported, photos, tmp_path):
+    """NVIDIA's SDK sets export.onnx_file to a path that ends in export_onnx_file, and uploads that file."""
+    record = exported("finetune") / "export" / "experiment.yaml"
+    target = tmp_path / "export_onnx_file"
+    assert main(["export", "-e", str(record), f"export.onnx_file={target}", f"results_dir={tmp_path}"]) == 0
+    assert "ACC_all" in metrics_of(run("evaluate", target, photos.val, tmp_path, key="trt_engine"))
+
+
 def test_an_exported_size_is_fixed(exported, photos, refused, tmp_path):
     request = [f"evaluate.checkpoint={exported('finetune')}/model.onnx", f"dataset.val_data_sources={photos.val}"]
     text = refused("evaluate", [*request, "dataset.augmentation.input_size=64", f"results_dir={tmp_path}"])

@@ -19,6 +19,7 @@ from openmae.actions import gen_trt_engine
 from openmae.actions.calibration import calibration_batches
 from openmae.cli import main
 from openmae.engines.card import ModelCard, file_sha256
+from openmae.engines.predictor import exported_kind, read_exported_card
 from openmae.engines.tensorrt.backend import choose_backend
 from openmae.engines.tensorrt.build import Built
 from openmae.engines.tensorrt.runtime import read_engine_card
@@ -108,6 +109,17 @@ def test_an_engine_its_sidecar_and_a_report(request_for, tmp_path, capsys):
     assert "1 to 4, tuned for 2" in report
     assert "data_type: fp16" in report
     load_spec(tmp_path / "results" / "gen_trt_engine" / "experiment.yaml", action="gen_trt_engine")
+
+
+def test_names_without_a_suffix_are_taken_as_they_are(request_for, tmp_path):
+    """NVIDIA's SDK names output files after their keys."""
+    (tmp_path / "model.onnx").rename(tmp_path / "export_onnx_file")
+    engine = tmp_path / "out" / "gen_trt_engine_trt_engine"
+    changes = {"onnx_file": tmp_path / "export_onnx_file", "trt_engine": engine}
+    assert main(["gen_trt_engine", *request_for(**changes)]) == 0
+    kinds = [exported_kind(path) for path in (*changes.values(), tmp_path / "out" / "none")]
+    assert kinds == ["onnx", "engine", None]
+    assert read_exported_card(engine).class_names == CARD.class_names
 
 
 def test_int8_is_calibrated_with_images(request_for, tmp_path, photos):

@@ -10,9 +10,8 @@ import yaml
 
 def draw(leaf, known, rng):
     low, high = (leaf.get(f"automl_{end}", leaf[end]) for end in ("minimum", "maximum"))
-    sign, _, other = leaf.get("math_cond", "").partition(" ")
-    if sign == "<" and other in known:
-        high = min(high, known[other] - 1)
+    if leaf.get("math_cond") == "< depends_on" and leaf["depends_on"] in known:
+        high = min(high, known[leaf["depends_on"]] - 1)
     if leaf.get("automl_log"):
         return math.exp(rng.uniform(math.log(low), math.log(high)))
     return rng.randint(low, high) if leaf["type"] == "int" else rng.uniform(low, high)

@@ -12,6 +12,8 @@ from openmae.skill import FOLDER, NAME
 from openmae.skill.validate import find_breaches
 
 INFO, TRAIN = "references/skill_info.yaml", "schemas/train.schema.json"
+SIZE, WARMUP = "dataset.augmentation.input_size", "train.optim.warmup_epochs"
+SCHEDULER = "train.optim.lr_scheduler"
 
 
 @pytest.fixture
@@ -39,20 +41,52 @@ def test_no_folder(tmp_path):
         ("SKILL.md", '  version: "', '  version: "v', 'metadata.version must be a text "x.y.z"'),
         ("SKILL.md", "# MAE\n", f"# MAE\n{'x' * 18_000}", "the body must have up to 18000 characters, got"),
         ("SKILL.md", "---\nname", "name", "must begin with frontmatter"),
+        ("SKILL.md", "tags:", "labels:", "tags must be a list"),
+        ("SKILL.md", "python -m venv", "virtualenv", "a quick start, a bash block with python -m venv"),
+        ("SKILL.md", "/data/photos", "/home/ann/photos", "/home/ann is a path of one machine"),
         ("SKILL.md", "license: Apache-2.0", "license: [", "the frontmatter does not parse"),
         (INFO, "network_arch: mae", "network_arch: vit", "network_arch must be 'mae', got 'vit'"),
         (INFO, "automl_enabled: true", "automl_enabled: false", "automl_enabled must be True, got False"),
         (INFO, "gpu_spec_key: train.num_gpus\n", "", "gpu_spec_key must be 'train.num_gpus', got None"),
         (INFO, "command: mae export -e {config_path}", "command: mae x", "actions.export.command must be 'mae export"),
-        (INFO, "script: scripts/run_action.py", "script: scripts/no.py", "script names 'scripts/no.py', which is not"),
+        (
+            INFO,
+            "script: scripts/run_action.py",
+            "script: scripts/no.py",
+            "script names 'scripts/no.py', which does not",
+        ),
         (INFO, "args: [train, '{config_path}']", "args: [train]", "execution.args must be a list with"),
         (INFO, "spec_template_train.yaml", "none.yaml", "spec_templates.train names 'references/none.yaml'"),
         (INFO, "type: python_script", "type: shell", "execution must have type python_script"),
+        (
+            INFO,
+            "results_dir:\n        type: folder",
+            "status: log",
+            "actions.train.outputs names status, which is no spec key",
+        ),
+        (
+            INFO,
+            "results_dir:\n        type: folder",
+            "results_dir: out",
+            "outputs.results_dir must have the type folder",
+        ),
+        (
+            INFO,
+            "train.pretrained_model_path:\n",
+            "train.weights:\n",
+            "inputs names train.weights, which is no spec key",
+        ),
+        (
+            INFO,
+            "path: images_train.tar.gz",
+            "path: [a, b]",
+            "train.dataset.train_data_sources must have a source and a",
+        ),
         (TRAIN, '"type": "object"', '"type": "array"', "type must be 'object', got 'array'"),
         (TRAIN, '"x_tao_schema"', '"x_schema"', "x_tao_schema must be given"),
         (TRAIN, '"schema_version": 1', '"schema_version": 0', "x_tao_schema.schema_version must be given"),
         (TRAIN, '"maximum": 100', '"maximum": Infinity', "does not parse: Infinity is not allowed: bounds are finite"),
-        (TRAIN, '"maximum": 100', '"maximum": "much"', "train.optim.warmup_epochs: maximum must be a finite number"),
+        (TRAIN, '"maximum": 100,', '"maximum": "much",', "train.optim.warmup_epochs: maximum must be a finite number"),
         (TRAIN, '"type": "ordered_int"', '"type": ["int", "null"]', "model.in_chans: type must not be a list"),
         (TRAIN, '"type": "ordered_int"', '"type": "integer"', "model.in_chans: type must be one of string, int"),
         (TRAIN, '"train.optim.momentum",', '"train.optim.m",', "automl_default_parameters names train.optim.m"),
@@ -65,7 +99,8 @@ def test_no_folder(tmp_path):
             '"id": "routing-default"',
             "the id 'routing-default' is given twice",
         ),
-        ("evals/evals.json", '"expectations"', '"expected"', "case 0 must have id, prompt and expectations"),
+        ("evals/evals.json", '"expected_behavior"', '"expected"', "case 0 must have id, question, expected_skill"),
+        ("evals/evals.json", '"question": "Fine', '"question": 1, "q": "Fine', "case 0 must have id, question"),
     ],
 )
 def test_a_breach_is_found(skill, file, old, new, said):
@@ -75,6 +110,57 @@ def test_a_breach_is_found(skill, file, old, new, said):
     path.write_text(text.replace(old, new, 1))
     found = find_breaches(skill)
     assert any(line.startswith(f"{file}: ") and said in line for line in found), found
+
+
+def leaf_of(schema: dict, key: str) -> dict:
+    for part in key.split("."):
+        schema = schema["properties"][part]
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "said"),
+    [
+        (SIZE, {"type": None, "anyOf": [{"type": "int"}, {"type": "list"}]}, "or an anyOf of one of them and null"),
+        (SIZE, {"anyOf": [{"type": "int"}]}, "type and anyOf must not both be given"),
+        (SIZE, {"type": None}, "type must be one of"),
+        (SIZE, {"type": None, "anyOf": []}, "or an anyOf of one of them and null"),
+        (SIZE, {"default": None}, "the default None is not of type int"),
+        ("dataset.augmentation", {"properties": {}}, "must have properties, an object that is not empty"),
+        ("dataset.augmentation", {"properties": None}, "must have properties, an object that is not empty"),
+        (SIZE, {"type": None, "anyOf": [{"type": "collection"}, {"type": "null"}]}, "must have properties, an object"),
+        (
+            WARMUP,
+            {"math_cond": "< train.num_epochs"},
+            "math_cond must be a sign and an integer, or a sign and depends_on",
+        ),
+        (WARMUP, {"math_cond": ">= 0.0", "depends_on": None}, "math_cond must be a sign and an integer"),
+        (WARMUP, {"math_cond": "depends_on <"}, "math_cond must be a sign"),
+        (WARMUP, {"depends_on": None}, "math_cond '< depends_on' needs depends_on"),
+        (WARMUP, {"depends_on": "train.epochs"}, "depends_on must be a key of this schema, got 'train.epochs'"),
+        (WARMUP, {"maximum": None}, "automl_enabled needs a minimum and a maximum, or an enum"),
+        ("train.optim.lr", {"math_cond": "> train.optim.weight_decay"}, "math_cond must be a sign and a number"),
+        ("train.optim.lr", {"minimum": -1e400}, "does not parse: -Infinity is not allowed"),
+        ("model.arch", {"minimum": 1}, "minimum must be a finite number, of a leaf that is one"),
+        ("model.arch", {"enum": None}, "enum must be a list of legal values that is not empty, got None"),
+        ("model.in_chans", {"enum": [1, "3"]}, "enum must be a list of legal values"),
+        (SCHEDULER, {"option_weights": [0, 0]}, "option_weights must have one number >= 0 for each value of enum"),
+        (SCHEDULER, {"option_weights": [1]}, "option_weights must have one number >= 0 for each value of enum"),
+    ],
+)
+def test_what_nvidia_s_runner_refuses_is_found(skill, key, changes, said):
+    """Rule by rule, on the packaged schema; ``tests/nvidia`` asks NVIDIA's own code."""
+    path = skill / TRAIN
+    schema = json.loads(path.read_text())
+    leaf = leaf_of(schema, key)
+    for name, value in changes.items():
+        if value is None and name != "default":
+            del leaf[name]
+        else:
+            leaf[name] = value
+    path.write_text(json.dumps(schema))
+    found = find_breaches(skill)
+    assert any(line.startswith(TRAIN) and said in line for line in found), found
 
 
 def test_a_default_out_of_its_bounds_is_found(skill):

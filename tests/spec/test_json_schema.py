@@ -66,7 +66,7 @@ def test_every_published_key_is_a_leaf_with_its_default(action):
 
 
 def test_types_are_the_published_ones():
-    allowed = {("string", "categorical"), ("float", "list"), ("int", "list")}  # choices; a pair; a size of two sides
+    allowed = {("string", "categorical"), ("float", "list")}  # choices; a pair
     for row in PUBLISHED:
         action = row["key"].split(".")[0] if row["key"].split(".")[0] in ACTIONS else "train"
         leaf = leaves(SCHEMAS[action])[row["key"]]
@@ -94,6 +94,42 @@ def test_the_format(action):
             assert math.isfinite(leaf.get(name, 0)), key
 
 
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_node_is_of_one_type_and_no_collection_is_empty(action):
+    """NVIDIA's runner refuses a leaf of two types, and a mapping whose keys nobody declares."""
+    schema = SCHEMAS[action]
+    nodes = [("", schema)]
+    while nodes:
+        name, node = nodes.pop()
+        assert node.get("type") != "collection" or node["properties"], name
+        nodes += [(f"{name}.{key}", inner) for key, inner in node.get("properties", {}).items()]
+        assert len([part for part in node.get("anyOf", ()) if part["type"] != "null"]) == ("anyOf" in node), name
+    found = leaves(schema)
+    assert found["dataset.augmentation.input_size"]["type"] == "int"
+    assert "dataset.segment" not in found
+
+
+def test_what_a_schema_has_no_place_for_still_loads():
+    spec = load_spec(
+        {
+            "dataset": {
+                "train_data_sources": "photos",
+                "segment": {"palette": [{"label_id": 0}]},
+                "augmentation": {"input_size": [64, 96]},
+            }
+        },
+        action="train",
+    )
+    assert spec.dataset.augmentation.size == (64, 96)
+
+
+def test_an_option_without_a_positive_default_has_two_bounds():
+    """Where a bound is missing, NVIDIA's samplers draw around the default: from -1 to 1 if it is 0."""
+    for key, leaf in leaves(SCHEMAS["train"]).items():
+        if leaf.get("type") in ("int", "float") and leaf.get("automl_enabled") is not False and leaf["default"] <= 0:
+            assert {"minimum", "maximum"} <= leaf.keys(), key
+
+
 def test_the_five_searched_parameters_as_published():
     found = leaves(SCHEMAS["train"])
     for name, bounds in {
@@ -101,7 +137,7 @@ def test_the_five_searched_parameters_as_published():
         "weight_decay": (0.0, 1.0, None),
         "momentum": (0.0, math.nextafter(1, 0), "> 0.0"),
         "backbone_multiplier": (0.0, 1.0, "> 0.0"),
-        "warmup_epochs": (0, 100, "< train.num_epochs"),
+        "warmup_epochs": (0, 100, "< depends_on"),
     }.items():
         leaf = found[f"train.optim.{name}"]
         assert (leaf["minimum"], leaf["maximum"], leaf.get("math_cond")) == bounds, name
@@ -114,8 +150,12 @@ def test_weights_conditions_and_dependencies():
     found = leaves(SCHEMAS["train"])
     scheduler = found["train.optim.lr_scheduler"]
     assert dict(zip(scheduler["enum"], scheduler["option_weights"], strict=True)) == {"MultiStep": 0.3, "cosine": 0.7}
-    assert found["train.optim.gamma"]["depends_on"] == "train.optim.lr_scheduler=MultiStep"
-    assert found["dataset.augmentation.min_scale"]["math_cond"] == "<= dataset.augmentation.max_scale"
+    assert found["train.optim.warmup_epochs"]["depends_on"] == "train.num_epochs"
+    assert found["train.optim.gamma"]["depends_on"] == "train.optim.lr_scheduler"
+    for low, high in (("min_scale", "max_scale"), ("min_ratio", "max_ratio")):
+        for key, other, sign in ((low, high, "<="), (high, low, ">=")):
+            leaf = found[f"dataset.augmentation.{key}"]
+            assert (leaf["math_cond"], leaf["depends_on"]) == (f"{sign} depends_on", f"dataset.augmentation.{other}")
     assert found["model.in_chans"]["type"] == "ordered_int"
     assert found["model.in_chans"]["enum"] == [1, 3, 4]
     assert found["model.drop_path_rate"]["math_cond"] == "< 1.0"
@@ -123,7 +163,9 @@ def test_weights_conditions_and_dependencies():
         if condition := leaf.get("math_cond"):
             sign, value = condition.split(" ")
             assert sign in ("<", "<=", ">", ">="), key
-            assert value in found or math.isfinite(float(value)), key
+            assert leaf["depends_on"] in found if value == "depends_on" else math.isfinite(float(value)), key
+            if leaf.get("type") == "int":
+                assert value == "depends_on" or value.isdecimal(), "NVIDIA's samplers call int() on it"
 
 
 def is_legal(key: str, value: object) -> bool:

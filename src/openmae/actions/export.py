@@ -153,7 +153,8 @@ def _tell(spec: ExperimentSpec, info: CheckpointInfo, card: ModelCard) -> None:
 
 def _target(spec: ExperimentSpec) -> Path:
     target = Path(spec.export.onnx_file)
-    if target.suffix.lower() not in ONNX_SUFFIXES or target.is_dir():
+    # NVIDIA's SDK sets a path that is named after the key, without a suffix
+    if target.suffix.lower() not in ("", *ONNX_SUFFIXES) or target.is_dir():
         raise SpecError(
             f"export.onnx_file: must be the name of a file that ends in .onnx, got {target}.",
             f"Set export.onnx_file={target / 'model.onnx' if target.is_dir() else target.with_suffix('.onnx')}.",

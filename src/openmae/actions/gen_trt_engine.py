@@ -106,7 +106,7 @@ def _plan(spec: ExperimentSpec, engine: Path, key: Key | None, results: Path) ->
     if engine.is_dir() or engine.resolve() == onnx_file.resolve():
         what = "a folder" if engine.is_dir() else f"the same file as {_SECTION}.onnx_file"
         raise SpecError(f"{_SECTION}.trt_engine: {engine} is {what}.", "Give the file to write, such as model.engine.")
-    if engine.suffix.lower() not in ENGINE_SUFFIXES:
+    if engine.suffix.lower() not in ("", *ENGINE_SUFFIXES):  # NVIDIA's SDK sets a path without a suffix
         raise SpecError(
             f"{_SECTION}.trt_engine: must end in {', '.join(ENGINE_SUFFIXES)}, got {engine}.",
             f"Set {_SECTION}.trt_engine={engine.with_suffix('.engine')}.",

@@ -15,10 +15,10 @@ from openmae.data.normalise import Normaliser
 from openmae.engines.card import FEATURES, LOGITS, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.predictor import (
-    EXPORTED_SUFFIXES,
     Predictor,
     TorchPredictor,
     card_of,
+    exported_kind,
     open_predictor,
     read_exported_card,
 )
@@ -96,8 +96,7 @@ def open_model(spec: ExperimentSpec, action: Literal["evaluate", "inference"]) -
     key, path = ("checkpoint", section.checkpoint) if section.checkpoint else ("trt_engine", section.trt_engine)
     key, path = f"{action}.{key}", Path(path)
     secret = resolve_key(spec.encryption_key)
-    suffix = path.suffix.lower()
-    if suffix in EXPORTED_SUFFIXES:
+    if exported_kind(path):
         return _open_exported(spec, key, path, secret)
     if key.endswith("trt_engine"):
         raise SpecError(

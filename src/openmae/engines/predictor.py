@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import onnxruntime
 import torch
@@ -18,11 +18,10 @@ from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.onnx import ONNX_SUFFIXES, read_onnx_card
 from openmae.engines.session import open_session
 from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES, TensorRTPredictor, read_engine_card
+from openmae.engines.tensorrt.sidecar import sidecar_path
 from openmae.errors import SpecError
 from openmae.models.weights import CheckpointInfo, read_own
 from openmae.storage.encryption import Key, resolve_key
-
-EXPORTED_SUFFIXES = (*ONNX_SUFFIXES, *ENGINE_SUFFIXES)
 
 
 class Predictor(Protocol):
@@ -107,7 +106,7 @@ class OnnxPredictor:
 def open_predictor(
     path: Path, device: torch.device | str = "cpu", encryption_key: str | Key | None = None
 ) -> Predictor:
-    """A predictor from a checkpoint, an ONNX file or a TensorRT engine, told apart by the file's suffix.
+    """A predictor from a checkpoint, an ONNX file or a TensorRT engine, see :func:`exported_kind`.
 
     Args:
         path: the file.
@@ -121,10 +120,10 @@ def open_predictor(
     path, device, key = Path(path), torch.device(device), resolve_key(encryption_key)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SpecError(f"{path.name} was to run on {device}, but no CUDA GPU was found.", "Choose the device cpu.")
-    suffix = path.suffix.lower()
-    if suffix in ONNX_SUFFIXES:
+    kind = exported_kind(path)
+    if kind == "onnx":
         return OnnxPredictor(path, device, key)
-    if suffix in ENGINE_SUFFIXES:
+    if kind == "engine":
         return TensorRTPredictor(path, device, key)
     checkpoint, info = read_own(path, key)
     card = card_of(info, path)
@@ -153,7 +152,24 @@ def read_exported_card(path: Path, key: Key | None = None) -> ModelCard:
     Raises:
         CheckpointError: the file cannot be read, or another program made it.
     """
-    return read_onnx_card(path, key) if path.suffix.lower() in ONNX_SUFFIXES else read_engine_card(path)
+    return read_onnx_card(path, key) if exported_kind(path) == "onnx" else read_engine_card(path)
+
+
+def exported_kind(path: Path) -> Literal["onnx", "engine"] | None:
+    """Return what an exported file is, by its suffix; None for a checkpoint.
+
+    NVIDIA's SDK names an output file after its spec key, such as ``export_onnx_file``. Without a suffix, an engine is
+    recognized by its sidecar, and an ONNX file by the first byte of its protobuf message.
+    """
+    suffix = path.suffix.lower()
+    if suffix in ENGINE_SUFFIXES or (not suffix and sidecar_path(path).is_file()):
+        return "engine"
+    if suffix in ONNX_SUFFIXES:
+        return "onnx"
+    if suffix or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return "onnx" if file.read(1) == b"\x08" else None
 
 
 def _words(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Make what is generated of the skill: schemas, templates, ``skill_info.yaml``, and tables and version in SKILL.md."""
+"""Generate parts of the skill: schemas, templates, ``skill_info.yaml``, and tables, ranges and version in SKILL.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from openmae import __version__
 from openmae.errors import UserError
 from openmae.skill import COMMAND, FOLDER, NAME
 from openmae.skill.info import DEPLOY, DEPLOY_ACTIONS, data_rows, deploy_info, parameter_rows, skill_info
-from openmae.spec.describe import bounds_words, fields, type_words
+from openmae.spec.describe import fields
 from openmae.spec.fields import Search
 from openmae.spec.json_schema import SCHEMA_VERSION, action_schema
 from openmae.spec.reading import write_text
@@ -133,7 +133,7 @@ def _fill(path: Path) -> str:
     text = _read(path)
     if text is None:
         raise UserError(f"There is no {path}.", "It is written by hand, and its tables are filled in: restore it.")
-    tables = {"data": _data_table, "parameters": _parameter_table, "search": _search_table}
+    tables = {"data": _data_table, "parameters": _parameter_table, "search": _search_ranges}
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
@@ -160,16 +160,19 @@ def _parameter_table() -> str:
     return _markdown(("action", "key", "function"), rows)
 
 
-def _search_table() -> str:
-    rows: list[tuple[str, ...]] = []
+def _search_ranges() -> str:
+    """Return ``custom_param_ranges`` for NVIDIA's runner: numbers between which its samplers draw uniformly."""
+    ranges: dict[str, dict[str, Any]] = {}
     for key, field in fields().items():
         extra = field.json_schema_extra
         if isinstance(extra, dict) and extra.get("automl") is True:
             search = extra["search"]
             assert isinstance(search, Search), key
-            inner = f"{search.low:g} to {search.high:g}{', log' if search.log else ''}"
-            rows.append((f"`{key}`", type_words(field), f"{field.default:g}", bounds_words(field), inner))
-    return _markdown(("parameter", "type", "default", "legal", "searched"), rows)
+            ranges[key] = {"valid_min": search.low, "valid_max": search.high}
+    # Their samplers compare with another key only where both are searched, else with this key's own default.
+    ranges["train.optim.warmup_epochs"] |= {"valid_max": fields()["train.num_epochs"].default // 5, "depends_on": ""}
+    lines = [f'    "{key}": {json.dumps(value)},\n' for key, value in ranges.items()]
+    return f"```python\ncustom_param_ranges = {{\n{''.join(lines)}}}\n```\n"
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""What ``skill_info.yaml`` says: the actions, what each takes and leaves, and how to start it without a container."""
+"""The content of ``skill_info.yaml``: the actions, the spec keys each reads and writes, how to start it as a script."""
 
 from __future__ import annotations
 
@@ -33,23 +33,8 @@ _FILES = {
     "export": ("export.checkpoint",),
     "gen_trt_engine": ("gen_trt_engine.onnx_file",),
 }
-_OUTPUTS = {
-    "train": {
-        "best_checkpoint": "{results_dir}/train/model_best.pth",
-        "checkpoints": "{results_dir}/train/model_epoch_EEE_step_SSSSS.pth",
-        "newest_checkpoint": "{results_dir}/train/ARCH_latest.pth",
-        "backbone": "{results_dir}/train/backbone.safetensors",
-        "spec": "{results_dir}/train/experiment.yaml",
-        "metrics": "{results_dir}/train/metrics.csv",
-    },
-    "evaluate": {"spec": "{results_dir}/evaluate/experiment.yaml"},
-    "inference": {
-        "predictions": "{results_dir}/inference/results.csv",
-        "embeddings": "{results_dir}/inference/embeddings.parquet",
-    },
-    "export": {"onnx": "{export.onnx_file}"},
-    "gen_trt_engine": {"engine": "{gen_trt_engine.trt_engine}", "card": "{gen_trt_engine.trt_engine}.json"},
-}
+#: The file that an action writes, besides its results folder. A runner puts a path of its own into each of these keys.
+_OUTPUTS = {"export": "export.onnx_file", "gen_trt_engine": "gen_trt_engine.trt_engine"}
 _METRICS = {
     "train": {
         "pretrain": {"name": "train_loss", "direction": "minimize"},
@@ -60,7 +45,7 @@ _METRICS = {
         "finetune": {"name": "ACC_all", "direction": "maximize"},
     },
 }
-_EXCLUDED = [".*", "*.tmp"]  # what is not yet whole
+_EXCLUDED = [".*", "*.tmp"]  # files that are still being written
 
 
 def skill_info() -> dict[str, Any]:
@@ -115,25 +100,14 @@ def _head(name: str, description: str) -> dict[str, Any]:
 
 
 def _action(action: str) -> dict[str, Any]:
-    needed = {key for group in REQUIRED[action] for key in group}
-    data = {
-        key: {"type": "images", "required": key in needed, "source": source, "files": [file]}
-        for key, (source, file) in _SOURCES.get(action, {}).items()
-    }
-    groups = {key: group for group in REQUIRED[action] for key in group}
-    files = {
-        key: {"type": "file", "required": key in needed}
-        | ({"one_of": list(groups[key])} if len(groups.get(key, ())) > 1 else {})
-        for key in _FILES[action]
-    }
     return {
         "command": f"mae {action} -e {{config_path}}",
         "config_format": "yaml",
         "mode": "config",
-        "inputs": data | files,
-        "outputs": {"status": f"{{results_dir}}/{action}/status.json"}
-        | _OUTPUTS[action]
-        | {"report": f"{{results_dir}}/{action}/report.html"},
+        "inputs": {key: _input(action, key, "folder") for key in _SOURCES.get(action, {})}
+        | {key: _input(action, key, "file") for key in _FILES[action]},
+        "outputs": {"results_dir": {"type": "folder"}}
+        | ({_OUTPUTS[action]: {"type": "file"}} if action in _OUTPUTS else {}),
         "upload_excludes": _EXCLUDED,
         "execution": {
             "type": "python_script",
@@ -142,6 +116,16 @@ def _action(action: str) -> dict[str, Any]:
             "config_format": "yaml",
         },
     }
+
+
+def _input(action: str, key: str, kind: str) -> dict[str, Any]:
+    group = next((group for group in REQUIRED[action] if key in group), ())
+    found: dict[str, Any] = {"type": kind}
+    if len(group) != 1:
+        found["optional"] = True
+    if len(group) > 1:
+        found["one_of"] = list(group)
+    return found
 
 
 def _meaning(word: str) -> str:
@@ -153,6 +137,6 @@ def _meaning(word: str) -> str:
 def _data(action: str) -> dict[str, Any]:
     needed = {key for group in REQUIRED[action] for key in group}
     return {
-        key: {"source": source, "files": [file], "list": False, "required": key in needed}
+        key: {"source": source, "path": file, "files": [file], "list": False, "required": key in needed}
         for key, (source, file) in _SOURCES[action].items()
     }

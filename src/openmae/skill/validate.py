@@ -1,4 +1,7 @@
-"""Check a skill folder by the contract's rules; every breach is said, with the file and the rule."""
+"""Check a skill folder: the contract's rules, and those of NVIDIA's AutoML runner (7.0 to 7.2) and skill bank.
+
+``tests/nvidia`` runs NVIDIA's own code against the packaged folder. This module checks the same rules without it.
+"""
 
 from __future__ import annotations
 
@@ -19,47 +22,60 @@ TOP_LEVEL = (
 )
 ORIGIN = ("action", "core_module", "model", "network_arch", "schema_action", "schema_version", "source")
 SEARCHED = {f"train.optim.{n}" for n in ("lr", "weight_decay", "momentum", "warmup_epochs", "backbone_multiplier")}
-_NUMBER: dict[str, Any] = {"int": int, "float": (int, float), "ordered_int": int}
-_PLAIN: dict[str, Any] = {"string": str, "bool": bool, "list": list, "collection": dict, "null": type(None)}
+CASE = {"id": str, "question": str, "expected_skill": str, "ground_truth": str, "expected_behavior": list}
+_VALUES: dict[str, Any] = {
+    "string": str, "int": int, "float": (int, float), "bool": bool, "list": list, "ordered_int": int
+}  # fmt: skip
+_NUMBERS = ("int", "float", "ordered_int")
+_CONDITION = re.compile(r"(?:<|<=|>|>=) (depends_on|-?\d+(?P<fraction>\.\d+)?(?:e[+-]?\d+)?)")
+_INFO = "references/skill_info.yaml"
 
 
 def find_breaches(folder: Path) -> list[str]:
-    """What breaks the contract in a skill folder: "FILE: rule, value", in a fixed order; empty where all is right."""
+    """Return the broken rules of a skill folder as "FILE: rule, value", in a fixed order."""
     if not folder.is_dir():
         return [f"{folder}: is not a folder"]
     found: list[str] = []
-    info = _load(folder, "references/skill_info.yaml", found)
-    actions = info.get("actions") if isinstance(info, dict) else None
-    names = list(actions) if isinstance(actions, dict) else []
-    if info is not None and not isinstance(info, dict):
-        found.append("references/skill_info.yaml: must be a mapping")
+    info = _load(folder, _INFO, found, dict) or {}
+    actions = list(_mapping(info.get("actions")))
     found += _front(folder)
-    if isinstance(info, dict):
-        found += _info(folder, info, f"{folder.name}", "references/skill_info.yaml")
-    found += _manifest(folder, names)
-    for action in names:
-        found += _schema(folder, action)
-    found += _deploy(folder)
+    leaves: dict[str, dict[str, Any]] = {action: {} for action in actions}
+    schemas = [text for action in actions for text in _schema(folder, action, leaves[action])]
+    if info:
+        found += _info(folder, info, folder.name, _INFO, leaves)
+    manifest = _load(folder, "schemas/manifest.json", found, dict)
+    if manifest is not None and sorted(_mapping(manifest.get("actions"))) != sorted(actions):
+        found.append(f"schemas/manifest.json: actions must be those of skill_info.yaml, {sorted(actions)}")
+    found += schemas
+    found += _deploy(folder, leaves)
     found += _evals(folder)
     return found
 
 
-def _load(folder: Path, name: str, found: list[str]) -> Any:
-    """A JSON or YAML file; None where it is missing or does not parse, which is noted."""
+def _load(folder: Path, name: str, found: list[str], kind: type) -> Any:
+    """Return the content of a JSON or YAML file; None where it cannot be used, which is noted."""
     try:
         text = (folder / name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         found.append(f"{name}: cannot be read: {getattr(error, 'strerror', None) or 'not text'}")
         return None
     try:
-        return json.loads(text, parse_constant=_refuse) if name.endswith(".json") else yaml.safe_load(text)
+        content = json.loads(text, parse_constant=_refuse) if name.endswith(".json") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         found.append(f"{name}: does not parse: {str(error).splitlines()[0]}")
         return None
+    if not isinstance(content, kind):
+        found.append(f"{name}: must be {'a mapping' if kind is dict else 'a list'} at its top level")
+        return None
+    return content
 
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is not allowed: bounds are finite")
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _front(folder: Path) -> Iterator[str]:
@@ -81,212 +97,223 @@ def _front(folder: Path) -> Iterator[str]:
     if not isinstance(front, dict):
         yield f"{file}: the frontmatter must be a mapping"
         return
-    if front.get("name") != folder.name:
-        yield f"{file}: name must be the folder's, {folder.name!r}, got {front.get('name')!r}"
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", str(front.get("name"))) or len(str(front.get("name"))) > NAME_LIMIT:
-        yield f"{file}: name must be lower-case words joined by hyphens, up to {NAME_LIMIT} characters"
-    description = front.get("description")
-    if not isinstance(description, str) or not 0 < len(description) <= DESCRIPTION_LIMIT:
-        yield f"{file}: description must be a text of 1 to {DESCRIPTION_LIMIT} characters"
-    elif set("<>") & set(description):
-        yield f"{file}: description must not hold angle brackets"
-    for key in ("license", "allowed-tools"):
-        if not front.get(key):
-            yield f"{file}: {key} must be given"
-    compatibility = front.get("compatibility")
-    if not isinstance(compatibility, str) or not 0 < len(compatibility) <= COMPATIBILITY_LIMIT:
-        yield f"{file}: compatibility must be a text of up to {COMPATIBILITY_LIMIT} characters"
-    yield from _metadata(file, front)
+    yield from (f"{file}: {text}" for text in _fields(folder, front))
     if len(parts[2]) > BODY_LIMIT:
         yield f"{file}: the body must have up to {BODY_LIMIT} characters, got {len(parts[2])}"
-    if not parts[2].strip():
-        yield f"{file}: the body is empty"
+    if not re.search(r"```bash\n(?:(?!```).*\n)*?python3? -m venv ", parts[2]):
+        yield f"{file}: the body must have a quick start, a bash block with python -m venv"
+    if home := re.search(r"/(?:home|Users)/\w+", text):
+        yield f"{file}: {home[0]} is a path of one machine; write a relative path, or /data"
 
 
-def _metadata(file: str, front: dict[str, Any]) -> Iterator[str]:
-    metadata = front.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    version = metadata.get("version")
+def _fields(folder: Path, front: dict[str, Any]) -> Iterator[str]:
+    name, description, compatibility = (front.get(key) for key in ("name", "description", "compatibility"))
+    if name != folder.name:
+        yield f"name must be the folder's, {folder.name!r}, got {name!r}"
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", str(name)) or len(str(name)) > NAME_LIMIT:
+        yield f"name must be lower-case words joined by hyphens, up to {NAME_LIMIT} characters"
+    if not isinstance(description, str) or not 0 < len(description) <= DESCRIPTION_LIMIT:
+        yield f"description must be a text of 1 to {DESCRIPTION_LIMIT} characters"
+    elif set("<>") & set(description):
+        yield "description must not hold angle brackets"
+    for key in ("license", "allowed-tools"):
+        if not front.get(key):
+            yield f"{key} must be given"
+    if not isinstance(compatibility, str) or not 0 < len(compatibility) <= COMPATIBILITY_LIMIT:
+        yield f"compatibility must be a text of up to {COMPATIBILITY_LIMIT} characters"
+    metadata = _mapping(front.get("metadata"))
+    version, tags = metadata.get("version"), front.get("tags")
     if not isinstance(version, str) or not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        yield f'{file}: metadata.version must be a text "x.y.z", got {version!r}'
+        yield f'metadata.version must be a text "x.y.z", got {version!r}'
     if not metadata.get("author"):
-        yield f"{file}: metadata.author must be given"
-    tags = front.get("tags", metadata.get("tags"))
+        yield "metadata.author must be given"
     if not isinstance(tags, list) or not tags or not all(isinstance(tag, str) and tag for tag in tags):
-        yield f"{file}: tags must be a list of at least one text"
+        yield "tags must be a list of at least one text"
 
 
-def _info(folder: Path, info: dict[str, Any], name: str, file: str) -> Iterator[str]:
-    train = file.endswith("/skill_info.yaml")
-    expected = {"name": name, "network_arch": "mae", "automl_enabled": train}
-    expected |= {"data_format": "ssl", "gpu_spec_key": "train.num_gpus"} if train else {}
+def _info(folder: Path, info: dict[str, Any], name: str, file: str, leaves: dict[str, dict[str, Any]]) -> Iterator[str]:
+    expected = {"name": name, "network_arch": "mae", "automl_enabled": file == _INFO}
+    expected |= {"data_format": "ssl", "gpu_spec_key": "train.num_gpus"} if file == _INFO else {}
     for key, value in expected.items():
         if info.get(key) != value:
             yield f"{file}: {key} must be {value!r}, got {info.get(key)!r}"
-    needed = ("description", "actions", "spec_params", "spec_templates")
-    for key in (*needed, *(("data_sources", "spec_shorthand_keys") if train else ())):
-        if not info.get(key):
-            yield f"{file}: {key} must be given"
-    for section in ("actions", "spec_params", "spec_templates"):
-        if info.get(section) and not isinstance(info[section], dict):
-            yield f"{file}: {section} must be a mapping"
-    actions = info.get("actions")
-    for action, entry in (actions if isinstance(actions, dict) else {}).items():
-        yield from _action(folder, file, action, entry)
-    templates = info.get("spec_templates")
-    for action, path in (templates if isinstance(templates, dict) else {}).items():
+    mappings = ("actions", "spec_params", "spec_templates")
+    for key in ("description", *mappings, *(("data_sources", "spec_shorthand_keys") if file == _INFO else ())):
+        if not info.get(key) or (key in mappings and not isinstance(info[key], dict)):
+            yield f"{file}: {key} must be {'a mapping' if key in mappings else 'given'}"
+    for action, entry in _mapping(info.get("actions")).items():
+        yield from (f"{file}: actions.{action}{text}" for text in _action(folder, action, entry, leaves))
+    for action, sources in _mapping(info.get("data_sources")).items():
+        for key, rule in _mapping(sources).items():
+            if not _mapping(rule).get("source") or not isinstance(rule.get("path"), str):
+                yield f"{file}: data_sources.{action}.{key} must have a source and a path, the name of a file"
+    for action, path in _mapping(info.get("spec_templates")).items():
         if not isinstance(path, str) or not (folder / path).is_file():
-            yield f"{file}: spec_templates.{action} names {path!r}, which is not there"
+            yield f"{file}: spec_templates.{action} names {path!r}, which does not exist"
 
 
-def _action(folder: Path, file: str, action: str, entry: Any) -> Iterator[str]:
+def _action(folder: Path, action: str, entry: Any, leaves: dict[str, dict[str, Any]]) -> Iterator[str]:
     if not isinstance(entry, dict):
-        yield f"{file}: actions.{action} must be a mapping"
+        yield " must be a mapping"
         return
     expected = {"command": f"mae {action} -e {{config_path}}", "config_format": "yaml", "mode": "config"}
     for key, value in expected.items():
         if entry.get(key) != value:
-            yield f"{file}: actions.{action}.{key} must be {value!r}, got {entry.get(key)!r}"
+            yield f".{key} must be {value!r}, got {entry.get(key)!r}"
     for key in ("inputs", "outputs", "upload_excludes"):
         if not entry.get(key):
-            yield f"{file}: actions.{action}.{key} must be given"
+            yield f".{key} must be given"
+    for key in ("inputs", "outputs"):  # names that NVIDIA's SDK looks up in the spec, or writes into it
+        for name, declared in _mapping(entry.get(key)).items():
+            if leaves.get(action) and name not in leaves[action]:
+                yield f".{key} names {name}, which is no spec key"
+            if _mapping(declared).get("type") not in ("folder", "file"):
+                yield f".{key}.{name} must have the type folder or file"
     how = entry.get("execution")
     if how is None:
         return
     if not isinstance(how, dict) or how.get("type") != "python_script" or how.get("config_format") != "yaml":
-        yield f"{file}: actions.{action}.execution must have type python_script and config_format yaml"
+        yield ".execution must have type python_script and config_format yaml"
         return
     if not isinstance(how.get("script"), str) or not (folder / how["script"]).is_file():
-        yield f"{file}: actions.{action}.execution.script names {how.get('script')!r}, which is not there"
+        yield f".execution.script names {how.get('script')!r}, which does not exist"
     if not isinstance(how.get("args"), list) or "{config_path}" not in how["args"]:
-        yield f'{file}: actions.{action}.execution.args must be a list with "{{config_path}}"'
+        yield '.execution.args must be a list with "{config_path}"'
 
 
-def _manifest(folder: Path, actions: list[str]) -> Iterator[str]:
+def _schema(folder: Path, action: str, leaves: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a schema and its template; its leaves are put into ``leaves``."""
     found: list[str] = []
-    file = "schemas/manifest.json"
-    manifest = _load(folder, file, found)
+    file, template_file = f"schemas/{action}.schema.json", f"references/spec_template_{action}.yaml"
+    schema, template = _load(folder, file, found, dict), _load(folder, template_file, found, dict)
     yield from found
-    if manifest is None:
-        return
-    listed = manifest.get("actions") if isinstance(manifest, dict) else None
-    if not isinstance(listed, dict | list) or sorted(listed) != sorted(actions):
-        yield f"{file}: actions must be those of skill_info.yaml, {sorted(actions)}, got {listed and sorted(listed)}"
-
-
-def _schema(folder: Path, action: str) -> Iterator[str]:
-    found: list[str] = []
-    file = f"schemas/{action}.schema.json"
-    schema = _load(folder, file, found)
-    broken: list[str] = []
-    template = _load(folder, f"references/spec_template_{action}.yaml", broken)
-    yield from [*found, *broken]
-    if found:
-        return
-    if not isinstance(schema, dict):
-        yield f"{file}: must be one object"
+    if schema is None:
         return
     for key in TOP_LEVEL:
         if key not in schema:
             yield f"{file}: {key} must be given"
     if schema.get("type") != "object":
         yield f"{file}: type must be 'object', got {schema.get('type')!r}"
-    if not broken and template != schema.get("default"):
-        yield f"references/spec_template_{action}.yaml: must equal the default of {file}"
-    origin = schema.get("x_tao_schema")
+    if template is not None and template != schema.get("default"):
+        yield f"{template_file}: must equal the default of {file}"
+    origin = _mapping(schema.get("x_tao_schema"))
     for key in ORIGIN:
-        if not isinstance(origin, dict) or not origin.get(key):
+        if not origin.get(key):
             yield f"{file}: x_tao_schema.{key} must be given"
-    if isinstance(origin, dict) and origin.get("action") != action:
+    if origin.get("action") != action:
         yield f"{file}: x_tao_schema.action must be {action!r}, got {origin.get('action')!r}"
-    leaves: dict[str, Any] = {}
-    yield from _nodes(file, schema.get("properties"), "", leaves)
+    yield from (f"{file}: {text}" for text in _collection(schema, "", leaves))
+    for key, leaf in leaves.items():
+        yield from (f"{file}: {key}: {text}" for text in _leaf(leaf, leaves))
     for name in ("automl_default_parameters", "automl_disabled_parameters"):
         for key in schema.get(name) or ():
             if key not in leaves:
                 yield f"{file}: {name} names {key}, which is no leaf"
     if action == "train" and set(schema.get("automl_default_parameters") or ()) != SEARCHED:
         yield f"{file}: automl_default_parameters must be {', '.join(sorted(SEARCHED))}"
-    for key in _flat(schema.get("default")):
-        if key not in leaves and not any(name.startswith(f"{key}.") for name in leaves):
+    for key, value in _flat(schema.get("default")):
+        if key not in leaves:
             yield f"{file}: default names {key}, which is no leaf"
+        elif value not in ("???", leaves[key].get("default")) and not _fits(value, leaves[key]):
+            yield f"{file}: default: {value!r} is no legal value of {key}"
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[str]:
-    for name, value in (tree if isinstance(tree, dict) else {}).items():
-        if isinstance(value, dict) and value:
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in _mapping(tree).items():
+        if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value
 
 
-def _nodes(file: str, properties: Any, prefix: str, leaves: dict[str, Any]) -> Iterator[str]:
-    if not isinstance(properties, dict):
-        yield f"{file}: properties of {prefix or 'the schema'} must be an object"
-        return
-    for name, node in properties.items():
+def _collection(node: dict[str, Any], prefix: str, leaves: dict[str, Any]) -> Iterator[str]:
+    if not _mapping(node.get("properties")):
+        yield f"{prefix.removesuffix('.') or 'the schema'} must have properties, an object that is not empty"
+    for name, inner in _mapping(node.get("properties")).items():
         key = f"{prefix}{name}"
-        if not isinstance(node, dict):
-            yield f"{file}: {key} must be an object"
-        elif "properties" in node:
-            if node.get("type") != "collection":
-                yield f"{file}: {key}: a nested object's type must be 'collection', got {node.get('type')!r}"
-            yield from _nodes(file, node["properties"], f"{key}.", leaves)
+        if not isinstance(inner, dict):
+            yield f"{key} must be an object"
+        elif "properties" in inner or _kind(inner) == "collection":
+            if inner.get("type") != "collection":
+                yield f"{key}: a nested object's type must be 'collection', got {inner.get('type')!r}"
+            yield from _collection(inner, f"{key}.", leaves)
         else:
-            leaves[key] = node
-            yield from (f"{file}: {key}: {text}" for text in _leaf(node))
+            leaves[key] = inner
 
 
-def _leaf(leaf: dict[str, Any]) -> Iterator[str]:
+def _leaf(leaf: dict[str, Any], leaves: dict[str, Any]) -> Iterator[str]:
     for key in ("default", "description", "title"):
         if key not in leaf:
             yield f"{key} must be given"
-    kinds = _kinds(leaf)
+    kind, options, weights = _kind(leaf), leaf.get("enum"), leaf.get("option_weights")
     if isinstance(leaf.get("type"), list):
         yield "type must not be a list; an optional leaf uses anyOf"
-    elif not kinds or not set(kinds) <= {*TYPES, "null"} or ("anyOf" not in leaf and kinds == ["null"]):
-        yield f"type must be one of {', '.join(TYPES)}, got {leaf.get('type', leaf.get('anyOf'))!r}"
-    elif leaf.get("default") != "???" and not any(_fits(leaf.get("default"), kind, leaf) for kind in kinds):
-        yield f"the default {leaf.get('default')!r} is not of type {' or '.join(kinds)}"
+    elif "type" in leaf and "anyOf" in leaf:
+        yield "type and anyOf must not both be given"
+    elif kind not in TYPES:
+        said = leaf.get("type", leaf.get("anyOf"))
+        yield f"type must be one of {', '.join(TYPES)}, or an anyOf of one of them and null, got {said!r}"
+    elif leaf.get("default") != "???" and not _fits(leaf.get("default"), leaf):
+        yield f"the default {leaf.get('default')!r} is not of type {kind}"
     for key in ("minimum", "maximum"):
-        if key in leaf and not _is_finite(leaf[key]):
-            yield f"{key} must be a finite number, got {leaf[key]!r}"
-    for key in ("enum", "option_weights"):
-        if key in leaf and (not isinstance(leaf[key], list) or not leaf[key]):
-            yield f"{key} must be a list that is not empty"
-    if "option_weights" in leaf and len(leaf["option_weights"]) != len(leaf.get("enum") or ()):
-        yield "option_weights must have one number for each value of enum"
+        if key in leaf and (not _is_finite(leaf[key]) or kind not in _NUMBERS):
+            yield f"{key} must be a finite number, of a leaf that is one, got {leaf[key]!r}"
+    choices = options if isinstance(options, list) else []
+    needed = "enum" in leaf or kind in ("categorical", "ordered_int")
+    if needed and not (choices and all(_is_of_type(choice, leaf) for choice in choices)):
+        yield f"enum must be a list of legal values that is not empty, got {options!r}"
+    shares = weights if isinstance(weights, list) else []
+    good = len(shares) == len(choices) and all(_is_finite(share) and share >= 0 for share in shares) and any(shares)
+    if "option_weights" in leaf and not good:
+        yield "option_weights must have one number >= 0 for each value of enum, and one above 0"
     for key in ("popular", "automl_enabled"):
         if not isinstance(leaf.get(key, True), bool):
             yield f"{key} must be true or false, got {leaf[key]!r}"
-    for key in ("math_cond", "depends_on"):
-        if not isinstance(leaf.get(key, ""), str):
-            yield f"{key} must be a text, got {leaf[key]!r}"
+    if leaf.get("automl_enabled") is True and not choices and not {"minimum", "maximum"} <= leaf.keys():
+        yield "automl_enabled needs a minimum and a maximum, or an enum"
+    condition, other = leaf.get("math_cond"), leaf.get("depends_on")
+    if other is not None and other not in leaves:
+        yield f"depends_on must be a key of this schema, got {other!r}"
+    if condition is None:
+        return
+    match = _CONDITION.fullmatch(str(condition))
+    if not match or (match["fraction"] and kind == "int"):
+        number = "an integer" if kind == "int" else "a number"
+        yield f"math_cond must be a sign and {number}, or a sign and depends_on, got {condition!r}"
+    elif match[1] == "depends_on" and other is None:
+        yield f"math_cond {condition!r} needs depends_on, the key to compare with"
 
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _kinds(leaf: dict[str, Any]) -> list[Any]:
-    if "anyOf" in leaf:
-        options = leaf["anyOf"]
-        return [part.get("type") for part in options if isinstance(part, dict)] if isinstance(options, list) else []
-    return [leaf["type"]] if isinstance(leaf.get("type"), str) else []
+def _kind(leaf: dict[str, Any]) -> Any:
+    """Return the one type of a leaf besides null; None if there is not exactly one."""
+    if "anyOf" not in leaf:
+        return leaf.get("type") if isinstance(leaf.get("type"), str) else None
+    options = leaf["anyOf"] if isinstance(leaf["anyOf"], list) else []
+    kinds = [_mapping(option).get("type") for option in options if _mapping(option).get("type") != "null"]
+    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], str) else None
 
 
-def _fits(value: Any, kind: str, leaf: dict[str, Any]) -> bool:
-    if kind in ("categorical", "ordered_int"):
-        return value in (leaf.get("enum") or ())
-    if kind in _NUMBER:
-        if isinstance(value, bool) or not isinstance(value, _NUMBER[kind]):
-            return False
-        low, high = (leaf.get(key) for key in ("minimum", "maximum"))
-        return not ((_is_finite(low) and value < low) or (_is_finite(high) and value > high))
-    return kind in _PLAIN and isinstance(value, _PLAIN[kind])
+def _fits(value: Any, leaf: dict[str, Any]) -> bool:
+    if value is None:
+        return {"type": "null"} in (leaf.get("anyOf") or ())
+    return _is_of_type(value, leaf) and ("enum" not in leaf or value in (leaf["enum"] or ()))
 
 
-def _deploy(folder: Path) -> Iterator[str]:
+def _is_of_type(value: Any, leaf: dict[str, Any]) -> bool:
+    """Return whether a value, or a choice of an enum, has the type of the leaf and lies between its bounds."""
+    kind, low, high = _kind(leaf), leaf.get("minimum"), leaf.get("maximum")
+    if kind == "categorical":
+        return True
+    if kind not in _VALUES or not isinstance(value, _VALUES[kind]) or (isinstance(value, bool) and kind != "bool"):
+        return False
+    return not ((_is_finite(low) and value < low) or (_is_finite(high) and value > high))
+
+
+def _deploy(folder: Path, leaves: dict[str, dict[str, Any]]) -> Iterator[str]:
     guides = sorted(path.name for path in (folder / "references").glob("tao-deploy-*.md"))
     if not guides:
         yield "references: there is no tao-deploy-*.md"
@@ -294,39 +321,30 @@ def _deploy(folder: Path) -> Iterator[str]:
         name = guide.removesuffix(".md")
         found: list[str] = []
         file = f"references/{name}.skill_info.yaml"
-        info = _load(folder, file, found)
-        yield from found
-        if isinstance(info, dict):
-            yield from _info(folder, info, name, file)
-        elif not found:
-            yield f"{file}: must be a mapping"
-        templates = info.get("spec_templates") if isinstance(info, dict) else None
-        for action, path in (templates if isinstance(templates, dict) else {}).items():
-            if not Path(path).name.startswith("spec_template_deploy_"):
-                yield f"{file}: spec_templates.{action} must be a spec_template_deploy_*.yaml, got {path!r}"
+        info = _load(folder, file, found, dict) or {}
+        if info:
+            found += _info(folder, info, name, file, leaves)
+        for action, path in _mapping(info.get("spec_templates")).items():
+            if not Path(str(path)).name.startswith("spec_template_deploy_"):
+                found.append(f"{file}: spec_templates.{action} must be a spec_template_deploy_*.yaml, got {path!r}")
             elif (folder / path).is_file():
-                broken: list[str] = []
-                template = _load(folder, path, broken)
-                yield from broken
-                if not broken and not (isinstance(template, dict) and isinstance(template.get(action), dict)):
-                    yield f"{path}: must have a section {action}"
+                template = _load(folder, path, found, dict)
+                if template is not None and not isinstance(template.get(action), dict):
+                    found.append(f"{path}: must have a section {action}")
+        yield from found
 
 
 def _evals(folder: Path) -> Iterator[str]:
     found: list[str] = []
     file = "evals/evals.json"
-    evals = _load(folder, file, found)
+    cases = _load(folder, file, found, list)
     yield from found
-    if evals is None:
-        return
-    cases = evals.get("evals") if isinstance(evals, dict) else evals
-    if not isinstance(cases, list) or not cases:
-        yield f"{file}: must hold a list of cases"
-        return
-    seen: set[Any] = set()
-    for place, case in enumerate(cases):
-        if not isinstance(case, dict) or not case.get("id") or not case.get("prompt") or not case.get("expectations"):
-            yield f"{file}: case {place} must have id, prompt and expectations"
+    if cases == []:
+        yield f"{file}: must hold at least one case"
+    seen: set[str] = set()
+    for place, case in enumerate(cases or ()):
+        if not all(isinstance(_mapping(case).get(key), kind) and case[key] for key, kind in CASE.items()):
+            yield f"{file}: case {place} must have {', '.join(CASE)}; the last is a list that is not empty"
         elif case["id"] in seen:
             yield f"{file}: the id {case['id']!r} is given twice"
         else:

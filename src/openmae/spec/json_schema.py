@@ -1,14 +1,16 @@
-"""The schema as JSON, in the format that outside AutoML runners read: one object an action.
+"""The schema as JSON, in the format that NVIDIA's AutoML runner reads: one object per action.
 
 The types are TAO Core's: ``string``, ``int``, ``float``, ``bool``, ``list``, ``categorical``, ``ordered_int``, and
-``collection`` for a section. ``minimum`` and ``maximum`` are the legal values; where ours searches by default stands
-beside them as ``automl_minimum``, ``automl_maximum``, ``automl_log`` and ``automl_step``.
+``collection`` for a section. A leaf has one type, and null where it may be unset. ``minimum`` and ``maximum`` are the
+legal values; the range that OpenMAE searches by default is given next to them as ``automl_minimum``,
+``automl_maximum``, ``automl_log`` and ``automl_step``.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import re
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,7 +23,8 @@ from openmae.spec.schema import ACTIONS, ExperimentSpec
 
 SCHEMA_VERSION = 1
 MISSING = "???"
-_TYPES = {bool: "bool", int: "int", float: "float", str: "string", tuple: "list", dict: "collection"}
+_TYPES = {bool: "bool", int: "int", float: "float", str: "string", tuple: "list"}
+_FREE_FORM = "dataset.segment"  # a mapping without declared keys, which a schema cannot describe; the loader accepts it
 _ALIASED = ("mask_ratio", "norm_pix_loss")  # of model and of train: a template that holds one forbids the other
 
 
@@ -85,13 +88,13 @@ def leaves(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _stands_in(key: str, action: str) -> bool:
     """As published: every section but those of the other actions; ``mae automl`` reads its own section itself."""
     section = key.split(".")[0]
-    return section == action or section not in (*ACTIONS[1:], "automl")
+    return key != _FREE_FORM and (section == action or section not in (*ACTIONS[1:], "automl"))
 
 
 def _is_template_key(key: str, action: str) -> bool:
     """What may stand in a spec with its default: not what would contradict the parent's checkpoint or another key."""
     section, name = key.split(".")[0], key.split(".")[-1]
-    if name in _ALIASED or key in ("model_name", "dataset.segment"):
+    if name in _ALIASED or key == "model_name":
         return False
     if action == "train":
         return _default(key, action) is not None
@@ -103,16 +106,15 @@ def _is_template_key(key: str, action: str) -> bool:
 
 def _leaf(key: str, action: str) -> dict[str, Any]:
     field, extra = fields()[key], _extra(key)
-    kinds = _kinds(field)
-    leaf: dict[str, Any] = (
-        {"type": kinds[0]} if len(kinds) == 1 else {"anyOf": [{"type": kind} for kind in kinds if kind]}
-    )
+    kind = _kind(field)
+    leaf: dict[str, Any] = {"anyOf": [{"type": kind}, {"type": "null"}]} if field.default is None else {"type": kind}
     leaf |= {"title": _title(key), "description": field.description or "", "default": _default(key, action)}
     if choices(field):
         leaf["enum"] = _enum(field)
-    leaf |= _bounds(field, extra.get("cond"), kinds)
-    if extra.get("needs"):
-        leaf["depends_on"] = extra["needs"]
+    sign, _, other = (extra.get("cond") or "").partition(" ")
+    leaf |= _bounds(field, f"{sign} depends_on" if other else None, kind)
+    if other or extra.get("needs"):
+        leaf["depends_on"] = other or re.split("[=>]", extra["needs"])[0]
     if extra.get("popular"):
         leaf["popular"] = True
     if extra.get("automl") is not None:
@@ -120,27 +122,21 @@ def _leaf(key: str, action: str) -> dict[str, Any]:
     return leaf | _search(extra.get("search"), leaf.get("enum"))
 
 
-def _kinds(field: FieldInfo) -> list[str]:
-    """The types of a leaf; several, or one that may be null, need anyOf."""
+def _kind(field: FieldInfo) -> str:
+    """The type of a leaf that is set; of an option that also takes a list, such as an image size, the plain number."""
     if choices(field):
-        numbers = all(isinstance(choice, int) for choice in _enum(field))
-        kinds = ["ordered_int" if numbers else "categorical"]
-    else:
-        kinds = []
-        for part in _parts(field.annotation):
-            kind = _TYPES[get_origin(part) or part]
-            if kind not in kinds:
-                kinds.append(kind)
-    return [*kinds, "null"] if field.default is None else kinds
+        return "ordered_int" if all(isinstance(choice, int) for choice in _enum(field)) else "categorical"
+    part = _first(field.annotation)
+    return _TYPES[get_origin(part) or part]
 
 
-def _parts(annotation: Any) -> list[Any]:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _parts(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return [piece for part in get_args(annotation) if part is not type(None) for piece in _parts(part)]
-    return [annotation]
+def _first(annotation: Any) -> Any:
+    """The first type of a union that is not None."""
+    if get_origin(annotation) is Annotated:
+        return _first(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return next(_first(part) for part in get_args(annotation) if part is not type(None))
+    return annotation
 
 
 def _enum(field: FieldInfo) -> list[Any]:
@@ -151,10 +147,10 @@ def _enum(field: FieldInfo) -> list[Any]:
     return list(choices(field))
 
 
-def _bounds(field: FieldInfo, cond: str | None, kinds: list[str]) -> dict[str, Any]:
-    """``minimum``, ``maximum`` and one condition: "> 0.0", as runners read them, a sign and a number or a key.
+def _bounds(field: FieldInfo, cond: str | None, kind: str) -> dict[str, Any]:
+    """Return ``minimum``, ``maximum`` and one ``math_cond``: a sign and a number, or a sign and ``depends_on``.
 
-    One condition is all that the format has. What it has no room for moves the bound to the next number inside.
+    The format has room for one condition. Any other exclusive bound is moved to the next number inside.
     """
     if choices(field):
         return {}
@@ -164,7 +160,7 @@ def _bounds(field: FieldInfo, cond: str | None, kinds: list[str]) -> dict[str, A
         for name in ("gt", "ge", "lt", "le")
         if getattr(item, name, None) is not None
     }
-    number = float if "float" in kinds else int
+    number = float if kind == "float" else int
     found: dict[str, Any] = {}
     conditions = [cond] if cond else []
     for name, exclusive, sign, toward in (("minimum", "gt", ">", math.inf), ("maximum", "lt", "<", -math.inf)):

@@ -118,13 +118,19 @@ class AugmentationSpec(Section):
         search=Search(0.6, 1.0),
         cond=">= dataset.augmentation.min_scale",
     )
-    min_ratio: float = option(0.75, "smallest width / height of a random crop", gt=0)
-    max_ratio: float = option(1.33, "largest width / height of a random crop", gt=0)
+    min_ratio: float = option(
+        0.75, "smallest width / height of a random crop", gt=0, le=100, cond="<= dataset.augmentation.max_ratio"
+    )
+    max_ratio: float = option(
+        1.33, "largest width / height of a random crop", gt=0, le=100, cond=">= dataset.augmentation.min_ratio"
+    )
     interpolation: Literal["bilinear", "bicubic", "random"] = option(
-        "bicubic", "how images are resized, in training and evaluation (ours: bicubic, as the papers' code)"
+        "bicubic", "how images are resized (bicubic as in the papers' code; TAO: bilinear)"
     )
     hflip: float = option(0.5, "chance of a horizontal flip", ge=0, le=1, search=Search(0.0, 0.5))
-    color_jitter: float = option(0.0, "strength of colour jitter, 0: off (finetune)", ge=0, search=Search(0.0, 0.4))
+    color_jitter: float = option(
+        0.0, "strength of colour jitter, 0: off (finetune)", ge=0, le=10, search=Search(0, 0.4)
+    )
     auto_aug: AutoAugment = option("rand-m9-mstd0.5-inc1", "timm's augmentation policy, empty: off (finetune)")
     re_prob: float = option(0.0, "chance of random erasing (finetune)", ge=0, le=1, search=Search(0.0, 0.4))
     smoothing: float = option(0.1, "label smoothing (finetune)", ge=0, lt=1, search=Search(0.0, 0.2))
@@ -167,12 +173,7 @@ class DatasetSpec(Section):
         0.01, "share of unreadable images that ends the run (ours)", ge=0, le=1, automl=False
     )
     max_megapixels: int = option(
-        179,
-        "size of the largest image that is decoded, in millions of pixels; a larger one counts as unreadable, since a "
-        "small file may claim to be huge (not in TAO)",
-        ge=1,
-        le=100_000,
-        automl=False,
+        179, "images with more million pixels count as unreadable (not in TAO)", ge=1, le=100_000, automl=False
     )
     augmentation: AugmentationSpec = option(AugmentationSpec(), "what is done to each image")
     segment: dict[str, Any] | None = option(None, "stands in published examples; nothing reads it")
@@ -274,7 +275,7 @@ class TrainSpec(Section):
     validation_interval: int = option(1, "epochs between validations", ge=1, automl=False)
     accum_grad_batches: int = option(1, "batches whose gradients make one optimizer step", ge=1)
     clip_grad_norm: float = option(
-        0.0, "largest norm of a gradient, 0: no clipping (ours)", ge=0, search=Search(0.5, 5.0, log=True)
+        0.0, "largest norm of a gradient, 0: no clipping (ours)", ge=0, le=1e6, search=Search(0.5, 5.0, log=True)
     )
     ema_decay: float = option(
         0.0, "decay of averaged weights, 0: off (ours, finetune)", ge=0, lt=1, search=Search(0.9, 0.9999)
