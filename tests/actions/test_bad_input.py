@@ -62,7 +62,7 @@ DATA_MISTAKES = [
     (
         "train",
         (*SIZED, "dataset.train_data_sources={made}/texts"),
-        ("holds no images (bmp jpeg", "name another folder"),
+        ("holds no images (", "name another folder"),
     ),
     (
         "train",
