@@ -68,7 +68,7 @@ def _write(client: Client, job_id: str, text: str | bytes) -> Path:
         ({"transitions": [{"at": "today", "state": "PENDING", "message": ""}]}, "'today' is no date and time"),
         ({"transitions": [{"at": "2026-01-01", "state": "DONE", "message": ""}]}, "there is no state 'DONE'"),
         ({"handle": {"supervisor": {"pid": "1"}}}, "pid of supervisor in handle must be an integer, but is a text"),
-        ({"handle": {"process": {"pid": 1}}}, "process in handle has no start and no boot"),
+        ({"handle": {"process": 1}}, "process in handle must be an object, but is an integer"),
         ({"created_at": 5}, "created_at must be a text, but is an integer"),
         ({"exit_code": True}, "exit_code must be an integer or null, but is true or false"),
         ({"submitter": []}, "submitter must be an object or null, but is a list"),

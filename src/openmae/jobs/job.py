@@ -122,15 +122,13 @@ def checked(record: Any, job_id: str) -> Record:
 
 
 def check_identity(name: str, value: Any) -> None:
-    """Refuse what does not identify a process.
+    """Refuse what does not identify a process; one with missing parts identifies no living one.
 
     Raises:
-        ValueError: a part is missing or of a wrong type.
+        ValueError: it is no object, or its pid is no integer.
     """
     _check_type(name, value, (dict,))
     _check_type(f"pid of {name}", value.get("pid"), (int,))
-    if missing := [part for part in ("start", "boot") if part not in value]:
-        raise ValueError(f"{name} has no {' and no '.join(missing)}")
 
 
 def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:

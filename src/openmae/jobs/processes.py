@@ -51,10 +51,10 @@ def session_of(identity: Mapping[str, Any]) -> list[int]:
     After the leader's death its number is not given to another process as long as its session has members; a process
     that was started before the leader is none of them.
     """
-    if identity["boot"] != _boot():
+    if identity.get("boot") != _boot():
         return []
     leader = _stat(identity["pid"])
-    if leader and int(leader[_START]) != identity["start"]:
+    if leader and int(leader[_START]) != identity.get("start"):
         return []
     found = []
     for entry in os.listdir("/proc"):
