@@ -25,6 +25,7 @@ from openmae.results.files import write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import DEVICES, ExperimentSpec
+from openmae.storage.memory_folder import remove_abandoned
 from openmae.training.world import World, find_world
 
 Rows = Sequence[tuple[str, str]]
@@ -85,6 +86,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         UserError: the folder cannot be written, or what is remote cannot be had.
         RunError: the disk is full, or results could not be uploaded.
     """
+    remove_abandoned()
     spec, world = _placed(spec, action)
     if not world.leads:
         with local_place(spec, action, leads=False) as place, _machine_faults(place.folder):
