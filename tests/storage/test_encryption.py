@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmae.errors import CheckpointError, SpecError
-from openmae.storage import encryption
+from openmae.storage import encryption, memory_folder
 from openmae.storage.encryption import (
     Key,
     created,
@@ -339,7 +339,7 @@ def test_a_key_shows_nothing_and_travels(tmp_path):
 
 def test_temporary_files_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(encryption, "_MEMORY", tmp_path)  # stands for /dev/shm
+    monkeypatch.setattr(memory_folder, "MEMORY", tmp_path)  # stands for /dev/shm
     with temporaries_in_memory(None):
         assert tempfile.gettempdir() == str(tmp_path)
     with temporaries_in_memory(Key(SECRET)):
@@ -348,6 +348,6 @@ def test_temporary_files_in_memory(tmp_path, monkeypatch):
         assert inside.stat().st_mode & 0o077 == 0, "others may look into it"
     assert tempfile.gettempdir() == str(tmp_path)
     assert not inside.exists()
-    monkeypatch.setattr(encryption, "_MEMORY", tmp_path / "no")
+    monkeypatch.setattr(memory_folder, "MEMORY", tmp_path / "no")
     with pytest.raises(SpecError, match=r"int8 needs temporary files, and there is no .*/no to keep them in memory"):
         temporaries_in_memory(Key(SECRET)).__enter__()

@@ -27,6 +27,7 @@ from openmae.results.status import StatusLog
 from openmae.spec.checks import value_of
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import DEVICES, ExperimentSpec
+from openmae.storage.memory_folder import remove_abandoned
 from openmae.training.world import World, find_world, gpus_per_node
 
 Rows = Sequence[tuple[str, str]]
@@ -91,6 +92,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         UserError: the folder cannot be written, or what is remote cannot be had.
         RunError: the disk is full, or results could not be uploaded.
     """
+    remove_abandoned()
     _refuse_missing(spec, action)
     spec, world = _placed(spec, action)
     if not world.leads:

@@ -44,6 +44,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from openmae.errors import CheckpointError, SpecError
 from openmae.inputs import open_regular, read_file_or_pipe
 from openmae.spec.fields import KEY_IN_ENVIRONMENT, KEY_IN_FILE
+from openmae.storage import memory_folder
 
 _MAGIC = b"\x89OpenMAE-crypt\r\n"
 _VERSION = 1
@@ -54,7 +55,6 @@ _HEADER = len(_MAGIC) + 4 + 2 * _SALT
 _CHUNK, _TAG = 2**20, 16
 _DAMAGED_BITS = 8  # of the magic, up to which it is still taken for ours
 _LARGEST_KEY = 2**16  # bytes of a key's file
-_MEMORY = Path("/dev/shm")  # a file system without a disk, on Linux
 
 log = logging.getLogger("openmae")
 
@@ -214,13 +214,14 @@ def temporaries_in_memory(key: Key | None) -> Iterator[None]:
     if key is None:
         yield
         return
-    if not os.access(_MEMORY, os.W_OK):
+    if not os.access(memory_folder.MEMORY, os.W_OK):
         raise SpecError(
-            f"encryption_key: int8 needs temporary files, and there is no {_MEMORY} to keep them in memory.",
+            "encryption_key: int8 needs temporary files, and there is no "
+            f"{memory_folder.MEMORY} to keep them in memory.",
             "Use fp16, leave encryption_key out, or work on Linux.",
         )
-    with tempfile.TemporaryDirectory(prefix="openmae-", dir=_MEMORY) as folder:  # nobody else may look into it
-        before, tempfile.tempdir = tempfile.tempdir, folder
+    with memory_folder.memory_folder() as folder:
+        before, tempfile.tempdir = tempfile.tempdir, str(folder)
         try:
             yield
         finally:
