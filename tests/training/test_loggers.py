@@ -19,12 +19,12 @@ def events(folder) -> dict[str, list[tuple[int, float]]]:
 
 def test_numbers_go_to_the_table_and_to_tensorboard(tmp_path):
     loggers = Loggers(tmp_path, None)
-    loggers.write(1, 0, {"train_loss": 0.5, "lr": 0.25})
-    loggers.write(2, 0, {"train_loss": 0.25})
+    loggers.write(1, 1, {"train_loss": 0.5, "lr": 0.25})
+    loggers.write(2, 1, {"train_loss": 0.25})
     loggers.close()
     assert read_metrics(tmp_path / "metrics.csv") == [
-        {"step": 1, "epoch": 0, "train_loss": 0.5, "lr": 0.25},
-        {"step": 2, "epoch": 0, "train_loss": 0.25},
+        {"step": 1, "epoch": 1, "train_loss": 0.5, "lr": 0.25},
+        {"step": 2, "epoch": 1, "train_loss": 0.25},
     ]
     assert events(tmp_path) == {"train_loss": [(1, 0.5), (2, 0.25)], "lr": [(1, 0.25)]}
 
@@ -32,10 +32,10 @@ def test_numbers_go_to_the_table_and_to_tensorboard(tmp_path):
 def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
     first = Loggers(tmp_path, None)
     for step in (1, 2, 3):
-        first.write(step, 0, {"train_loss": float(step)})
+        first.write(step, 1, {"train_loss": float(step)})
     first.close()
     resumed = Loggers(tmp_path, 2)
-    resumed.write(3, 0, {"train_loss": 30.0})
+    resumed.write(3, 1, {"train_loss": 30.0})
     resumed.close()
     assert [row["train_loss"] for row in read_metrics(tmp_path / "metrics.csv")] == [1.0, 2.0, 30.0]
     assert events(tmp_path)["train_loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
@@ -44,7 +44,7 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
 def test_a_new_run_starts_anew(tmp_path):
     for _ in range(2):
         loggers = Loggers(tmp_path, None)
-        loggers.write(1, 0, {"train_loss": 1.0})
+        loggers.write(1, 1, {"train_loss": 1.0})
         loggers.close()
     assert len(read_metrics(tmp_path / "metrics.csv")) == 1
 

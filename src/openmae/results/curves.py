@@ -125,7 +125,7 @@ def _curves(panel: _Panel, rows: Sequence[Mapping[str, float]]) -> list[_Curve]:
             reading = float(trend.max() if panel.peak else trend[-1])
             if panel.epoch_mean and (means := series(rows, f"{metric}{panel.epoch_mean}")[1]):
                 reading = means[-1]  # the number that the report's card shows
-            curves.append(_Curve(name, steps, values, trend, colour, reading))
+            curves.append(_Curve(name, steps, values, trend, reading, colour))
     return curves
 
 

@@ -1,7 +1,8 @@
 """``metrics.csv``: every number of a run, a row per logged step.
 
-The first columns are ``step`` and ``epoch`` (from 1, as in the names of checkpoints); the others appear as metrics do, so a cell is empty where a
-metric was not measured at that step. Values are written in full: reading gives the same floats back.
+The first columns are ``step`` and ``epoch`` (from 1, as in the names of checkpoints); the others appear as metrics do,
+so a cell is empty where a metric was not measured at that step. Values are written in full: reading gives the same
+floats back.
 """
 
 from __future__ import annotations
