@@ -10,11 +10,13 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from openmae import __version__
@@ -59,17 +61,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return error.exit_code
         except Preempted as stop:
-            print("Preempted: the same command goes on from here.", file=sys.stderr)
-            return stop.exit_code
+            return _interrupted("Preempted: the same command goes on from here.", stop.exit_code, program=argv is None)
         except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
-            return 130
+            return _interrupted("Interrupted.", 130, program=argv is None)
         except BrokenPipeError:  # the reader of our output went away, as in `mae spec keys | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Exception as error:
             print(_unexpected(args.command, error), file=sys.stderr)
             return 1
+
+
+def _interrupted(message: str, code: int, *, program: bool) -> int:
+    """Say what happened; as a program, end at once.
+
+    Python would wait without a limit for threads and child processes, and aborts where a thread holds a file's lock.
+    """
+    if program:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print(message, file=sys.stderr)
+    if program:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def _level(command: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from openmae.errors import DataError, RunError
+from openmae.errors import DataError, RunError, StoppedAtOnce
 from openmae.storage import upload
 from openmae.storage.upload import Mirror, pull
 
@@ -344,3 +344,15 @@ def test_an_abandoned_copy_is_not_changed(store, bucket, folder):
     assert store.names(bucket) == ["run/old.txt", "run/status.json"]
     assert store.get(bucket, "run/status.json") == b"started\n"
     assert not mirror.complete
+
+
+def test_a_run_that_stops_at_once_uploads_nothing_more(store, bucket, folder, caplog):
+    mirror = Mirror(folder, f"s3://{bucket}/run")
+    mirror.__enter__()
+    mirror._stop.set()
+    mirror._thread.join()
+    (folder / "model.pth").write_bytes(b"weights")
+    mirror.__exit__(StoppedAtOnce, StoppedAtOnce(), None)
+    assert f"What was not uploaded yet to s3://{bucket}/run is in {folder}." in caplog.text
+    assert not mirror.complete
+    assert store.names(bucket) == ["run/status.json"]

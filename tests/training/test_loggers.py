@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from openmae.results.metrics import read_metrics
 from openmae.spec.schema import WandbSpec
+from openmae.training import loggers as module
 from openmae.training.loggers import Loggers, open_wandb
 
 
@@ -125,3 +127,28 @@ def test_wandb_switched_off_says_nothing(wandb, monkeypatch, caplog, tmp_path, o
         assert open_wandb(settings(enable=off != "setting"), tmp_path, {}) is None
     assert caplog.messages == []
     assert wandb.init == []
+
+
+def test_a_writer_that_hangs_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    """As after a Ctrl-C inside TensorBoard's queue: its own close would wait for ever."""
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.05)
+    loggers, release = Loggers(tmp_path, None), threading.Event()
+    close = loggers._tensorboard.close
+    monkeypatch.setattr(loggers._tensorboard, "close", release.wait)
+    with caplog.at_level(logging.WARNING, "openmae"):
+        loggers.close()
+    assert "TensorBoard's events are incomplete: their writer did not end within 0.05 s." in caplog.messages
+    release.set()
+    close()
+
+
+def test_tensorboard_s_own_queue_out_of_step_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    """A KeyboardInterrupt between two lines of Queue.put leaves an item that is counted and never written."""
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.5)
+    loggers = Loggers(tmp_path, None)
+    loggers.write(1, 1, {"train_loss": 0.5})
+    loggers._tensorboard.file_writer.event_writer._async_writer._byte_queue.unfinished_tasks += 1
+    with caplog.at_level(logging.WARNING, "openmae"):
+        loggers.close()
+    assert "did not end within 0.5 s" in caplog.text
+    assert read_metrics(tmp_path / "metrics.csv")[0]["train_loss"] == 0.5

@@ -147,7 +147,7 @@ class StoreLock:
         from openmae.storage.remote import ask
 
         self._end.set()
-        self._thread.join(timeout=30.0)
+        self._thread.join(timeout=BEAT)
         try:
             if self._holds():
                 ask(self.url, self._filesystem._rm_file(self._path))

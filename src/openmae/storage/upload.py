@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from openmae.errors import DataError, RunError
+from openmae.errors import DataError, RunError, StoppedAtOnce
 from openmae.storage.download import download
 from openmae.storage.lock import HOLDER
 from openmae.storage.objects import Found, list_files
@@ -32,6 +32,7 @@ GROWING_SECONDS = 30.0  # between two uploads of another file that goes on chang
 _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 15.0
 _PATIENCE_SECONDS = 180.0  # at the end, with a store that answers no more
+_STOP_SECONDS = 5.0  # at the end, for an upload under way when a run is to stop at once
 _TRIES = 5
 _PART = 8 << 20  # bytes of a part of a large upload
 _PARTS_AT_ONCE = 4
@@ -86,6 +87,11 @@ class Mirror:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if isinstance(error, StoppedAtOnce):
+                self._stop.set()
+                self._thread.join(_STOP_SECONDS)
+                log.warning("What was not uploaded yet to %s is in %s.", redact(self.url), self.local)
+                return
             self.finish(patiently=error is None)
             self._send_changed([STATUS])
             if STATUS in self._failed:
