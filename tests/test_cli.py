@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import yaml
 
 from openmae import __version__
 from openmae.cli import main
-from openmae.errors import RunError
+from openmae.errors import Preempted, RunError
 from openmae.serving.settings import Settings
 from openmae.spec.schema import ExperimentSpec
 
@@ -123,6 +124,23 @@ def test_a_failed_run_is_1(action, capsys):
     action("train", raiser(RunError("The disk is full.", "Free some space.")))
     assert main(["train", "dataset.train_data_sources=x"]) == 1
     assert capsys.readouterr().err == "The disk is full.\n  Fix: Free some space.\n"
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (Preempted(), 75)])
+def test_an_interrupted_program_waits_for_no_thread(stop, code, action, monkeypatch, capsys):
+    """Python's own end would: of a thread that is no daemon, for ever."""
+    action("train", raiser(stop))
+    codes = []
+    monkeypatch.setattr("os._exit", codes.append)
+    monkeypatch.setattr("sys.argv", ["mae", "train", "dataset.train_data_sources=x"])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert codes == [code]
+    assert capsys.readouterr().err
 
 
 def test_an_interrupted_run_is_130(action, capsys):

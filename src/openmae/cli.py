@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from openmae import __version__
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except SystemExit as stop:
                 return int(stop.code or 0)
         with notices_on_stderr(_level(args.command)), guarded("stdout", needed=args.command not in _WORK):
-            return _run(args)
+            return _run(args, program=argv is None)
     except OutputLostError as lost:
         if lost.reader_left:  # as in `mae spec keys | head`: it has what it wanted
             return 0
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, *, program: bool) -> int:
     try:
         args.run(args)
         return 0
@@ -74,16 +77,30 @@ def _run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except Preempted as stop:
-        print("Preempted: the same command goes on from here.", file=sys.stderr)
-        return stop.exit_code
+        return _interrupted("Preempted: the same command resumes from here.", stop.exit_code, program=program)
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+        return _interrupted("Interrupted.", 130, program=program)
     except OutputLostError:
         raise
     except Exception as error:
         print(_told(args.command, error), file=sys.stderr)
         return 1
+
+
+def _interrupted(message: str, code: int, *, program: bool) -> int:
+    """Say what happened; as a program, end at once.
+
+    Python would wait without a limit for threads and child processes, and aborts where a thread holds a file's lock.
+    """
+    if program:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print(message, file=sys.stderr)
+    if program:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def _level(command: str) -> int:

@@ -47,6 +47,10 @@ class CheckpointError(UserError):
     """A checkpoint is damaged, foreign, or does not fit the request."""
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """Ctrl-C a second time: nothing more is waited for."""
+
+
 class Preempted(KeyboardInterrupt):
     """The machine is taken away (SIGTERM, SIGUSR1): the run has to be started again, and goes on from where it was."""
 

@@ -1,8 +1,8 @@
 """Starts ``mae`` over and over without importing torch each time: a request is a line of JSON, and so is each answer.
 
-A request has ``argv`` and ``log``, and may have ``patch`` ({"module:name": value}), ``environment``, and ``clock``: how
-many seconds the time goes back at every look. The first answer is the process's number, the second its exit code (minus
-a signal's number).
+A request has ``argv`` and ``log``, and may have ``patch`` ({"module:name": value}), ``environment``, ``program`` (true:
+it ends as the ``mae`` command does), and ``clock``: how many seconds the time goes back at every look. The first answer
+is the process's number, the second its exit code (minus a signal's number).
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def run(request: dict[str, Any]) -> int:
         setattr(importlib.import_module(module), name, value)
     if request.get("clock"):
         importlib.import_module("openmae.results.status").datetime = backwards(request["clock"])  # type: ignore[attr-defined]
-    return importlib.import_module("openmae.cli").main(request["argv"])
+    if not request.get("program"):
+        return importlib.import_module("openmae.cli").main(request["argv"])
+    sys.argv[1:] = request["argv"]
+    return importlib.import_module("openmae.cli").main()
 
 
 def main() -> None:

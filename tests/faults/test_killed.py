@@ -14,6 +14,7 @@ from fault_runs import Server, assert_same_end, last_status, newest, until
 from openmae.training.checkpoints import list_checkpoints, read_training_state
 
 KILLS = 30
+TWICE = 12
 EVERY_STEP = {"train.checkpoint_interval_unit": "step", "train.num_epochs": 8}
 
 
@@ -100,3 +101,23 @@ def test_a_killed_loader_ends_the_run_and_it_goes_on(server: Server, photos: Pat
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_ctrl_c_twice_ends_at_once(server: Server, photos: Path, tmp_path: Path) -> None:
+    """Whatever the second one breaks into; and the run goes on as if nothing had been."""
+    changes = {**EVERY_STEP, "train.num_epochs": 60}
+    draw, folder, stopped = random.Random(11), tmp_path / "results", 0
+    for _ in range(TWICE):
+        training = server.start(folder, photos, changes, program=True)
+        _let_it_write(1, folder, training)
+        for pause in (draw.uniform(0, 0.1), draw.uniform(0, 0.03)):
+            time.sleep(pause)
+            if training.alive():
+                training.kill(signal.SIGINT)
+        code = training.code()
+        assert code in (0, 130), training.text
+        assert "Traceback" not in training.text
+        stopped += code == 130
+    assert stopped >= TWICE - 2
+    server.finish(folder, photos, {**changes, "train.stop_after_epoch": newest(folder)["progress"]["epoch"] + 1})
+    assert not list(folder.glob("*.unreadable")), "a checkpoint was left half written"

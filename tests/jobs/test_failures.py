@@ -40,6 +40,7 @@ def _tell(tmp_path: Path, message: str) -> None:
         ("SpecError: export.onnx_file: exists.", "spec"),
         ("CheckpointError: x.pth is truncated.", "spec"),
         ("RunError: The loss is not finite (nan) in 8 steps in a row.", "spec"),
+        ("RunError: The loss was not finite 10 steps in a row, so these images are at fault, not the weights.", "data"),
         ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "out of memory"),
         ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "out of memory"),
         ("RuntimeError: DataLoader worker (pid 3) is killed by signal: Bus error.", "out of memory"),
@@ -55,7 +56,7 @@ def test_a_failure_that_the_run_told(tmp_path: Path, message: str, category: str
     failure = _analyse(tmp_path, "something else\n")
     assert (failure.category, failure.error, failure.evidence) == (category, message, "status.json")
     assert failure.suggestions
-    assert failure.diverged == ("not finite" in message)
+    assert failure.diverged == (category == "spec" and "not finite" in message)
     if "Fix: Check the path." in message:
         assert failure.suggestions[0] == "Check the path.", "the run's own advice comes first"
 

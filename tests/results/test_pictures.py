@@ -143,7 +143,7 @@ def _run(steps: int) -> list[dict[str, float]]:
     return [
         {
             "step": i,
-            "epoch": i // 10,
+            "epoch": 1 + i // 10,
             "train_loss": 2.0 * 0.97**i,
             "lr": 1e-3,
             "images_per_s": 100,
@@ -155,24 +155,32 @@ def _run(steps: int) -> list[dict[str, float]]:
 
 class TestCurves:
     def test_panels_appear_for_what_was_measured(self, tmp_path: Path) -> None:
-        one = _pixels(save_curves([{"step": 1, "epoch": 0, "train_loss": 1.0}], tmp_path / "one.png"))
+        one = _pixels(save_curves([{"step": 1, "epoch": 1, "train_loss": 1.0}], tmp_path / "one.png"))
         four = _pixels(save_curves(_run(200), tmp_path / "four.png"))
         assert four.shape[1] == 2 * one.shape[1]
         assert four.shape[0] > one.shape[0]
+
+    def test_the_training_loss_is_the_card_s(self) -> None:
+        """One number for one thing: the mean of the last epoch, on the report's card and beside the curve."""
+        rows = [*_run(20), {"step": 20, "epoch": 2, "train_loss_epoch": 0.857, "val_loss": 0.9}]
+        train, validation = curves._curves(curves._PANELS[0], rows)
+        assert (train.reading, validation.reading) == (0.857, 0.9)
+        (unfinished,) = curves._curves(curves._PANELS[0], _run(20))
+        assert unfinished.reading == unfinished.values[-1]
 
     def test_values_that_are_not_finite_leave_gaps(self, tmp_path: Path) -> None:
         rows = [*_run(100), {"step": 101, "epoch": 10, "train_loss": float("nan"), "val_loss": float("inf")}]
         assert save_curves(rows, tmp_path / "c.png").exists()
 
     def test_many_learning_rates(self, tmp_path: Path) -> None:
-        rows = [{"step": s, "epoch": 0, **{f"lr_{i}": 0.1 * 0.65**i for i in range(14)}} for s in (0, 1, 2)]
+        rows = [{"step": s, "epoch": 1, **{f"lr_{i}": 0.1 * 0.65**i for i in range(14)}} for s in (0, 1, 2)]
         assert save_curves(rows, tmp_path / "c.png").exists()
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="nothing to draw"):
             save_curves([], tmp_path / "c.png")
         with pytest.raises(ValueError, match="nothing to draw"):
-            save_curves([{"step": 1, "epoch": 0, "train_loss": float("nan")}], tmp_path / "c.png")
+            save_curves([{"step": 1, "epoch": 1, "train_loss": float("nan")}], tmp_path / "c.png")
 
     def test_names_that_would_overlap_are_spread(self) -> None:
         assert curves._spread([0.1, 0.5, 0.9], gap=0.1) == pytest.approx([0.1, 0.5, 0.9])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from openmae.errors import DataError, RunError
+from openmae.errors import DataError, RunError, StoppedAtOnce
 from openmae.storage import upload
 from openmae.storage.upload import Mirror, pull
 
@@ -269,3 +269,90 @@ def test_a_folder_that_is_not_there_brings_nothing(store, bucket, tmp_path):
     pull(f"s3://{bucket}/none", tmp_path, everything)
     with pytest.raises(DataError, match="there is no bucket"):
         pull("s3://no-such-bucket-at-all/none", tmp_path, everything)
+
+
+def test_a_checkpoint_is_uploaded_after_its_rows(store, bucket, folder, quick, monkeypatch):
+    """Rows that were sent a moment ago are sent again: whoever resumes on another machine misses none."""
+    monkeypatch.setattr(upload, "GROWING_SECONDS", 1000.0)
+    monkeypatch.setattr(upload, "STATUS_SECONDS", 1000.0)
+    there = lambda: set(store.names(bucket))  # noqa: E731
+    sent = []
+    put = Mirror._put
+
+    def noting(self, name, path, mark):
+        sent.append((name, path.read_text()))
+        return put(self, name, path, mark)
+
+    monkeypatch.setattr(Mirror, "_put", noting)
+    (folder / "metrics.csv").write_text("1\n")
+    with Mirror(folder, f"s3://{bucket}/run"):
+        until(lambda: "run/metrics.csv" in there(), "the rows are not uploaded")
+        for step in ("2", "3"):
+            with (folder / "metrics.csv").open("a") as file:
+                file.write(f"{step}\n")
+            with (folder / "status.json").open("a") as file:
+                file.write(f"epoch {step}\n")
+            replace(folder / f"model_epoch_00{step}_step_0000{step}.pth", b"weights")
+            until(lambda step=step: f"run/model_epoch_00{step}_step_0000{step}.pth" in there(), "no checkpoint")
+        written = dict(sent)
+        assert written["metrics.csv"] == "1\n2\n3\n"
+        assert written["status.json"] == "started\nepoch 2\nepoch 3\n"
+        names = [name for name, _ in sent]
+        last = len(names) - 1 - names[::-1].index("metrics.csv")
+        assert last < names.index("model_epoch_003_step_00003.pth")
+
+
+def test_a_checkpoint_without_its_rows_is_not_uploaded(store, bucket, folder, monkeypatch):
+    put = Mirror._put
+
+    async def failing(self, name, path, mark):
+        if name == "metrics.csv":
+            raise PermissionError
+        return await put(self, name, path, mark)
+
+    monkeypatch.setattr(Mirror, "_put", failing)
+    (folder / "metrics.csv").write_text("1\n")
+    (folder / "model_epoch_001_step_00001.pth").write_bytes(b"weights")
+    mirror = Mirror(folder, f"s3://{bucket}/run")
+    with pytest.raises(RunError, match=r"metrics\.csv, model_epoch_001_step_00001\.pth could not be uploaded"):
+        mirror.finish()
+    assert "run/model_epoch_001_step_00001.pth" not in store.names(bucket)
+
+
+def test_an_older_checkpoint_stays_until_the_newer_one_is_there(store, bucket, folder, monkeypatch):
+    (folder / "model_epoch_001_step_00001.pth").write_bytes(b"one")
+    mirror = Mirror(folder, f"s3://{bucket}/run")
+    mirror.finish()
+    (folder / "model_epoch_001_step_00001.pth").unlink()
+    (folder / "model_epoch_002_step_00002.pth").write_bytes(b"two")
+    seen = []
+    remove = Mirror._forget_removed
+    monkeypatch.setattr(Mirror, "_forget_removed", lambda self: (seen.extend(store.names(bucket)), remove(self)))
+    mirror.finish()
+    assert {"run/model_epoch_001_step_00001.pth", "run/model_epoch_002_step_00002.pth"} <= set(seen)
+    assert "run/model_epoch_001_step_00001.pth" not in store.names(bucket)
+
+
+def test_an_abandoned_copy_is_not_changed(store, bucket, folder):
+    (folder / "old.txt").write_text("old")
+    with Mirror(folder, f"s3://{bucket}/run") as mirror:
+        mirror.finish()
+        mirror.abandon()
+        (folder / "old.txt").unlink()
+        (folder / "new.txt").write_text("new")
+        (folder / "status.json").write_text("interrupted\n")
+    assert store.names(bucket) == ["run/old.txt", "run/status.json"]
+    assert store.get(bucket, "run/status.json") == b"started\n"
+    assert not mirror.complete
+
+
+def test_a_run_that_stops_at_once_uploads_nothing_more(store, bucket, folder, caplog):
+    mirror = Mirror(folder, f"s3://{bucket}/run")
+    mirror.__enter__()
+    mirror._stop.set()
+    mirror._thread.join()
+    (folder / "model.pth").write_bytes(b"weights")
+    mirror.__exit__(StoppedAtOnce, StoppedAtOnce(), None)
+    assert f"What was not uploaded yet to s3://{bucket}/run is in {folder}." in caplog.text
+    assert not mirror.complete
+    assert store.names(bucket) == ["run/status.json"]

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from openmae.cli import main
-from openmae.errors import CheckpointError, RunError
+from openmae.errors import CheckpointError, RunError, StoppedAtOnce
 from openmae.storage.encryption import Key
+from openmae.training import checkpoints as checkpoints_module
 from openmae.training.background import BackgroundWorker, HostCopy
 from openmae.training.checkpoints import (
     CheckpointFolder,
@@ -343,3 +344,22 @@ def test_no_link_points_at_what_was_set_aside(tmp_path):
     folder = CheckpointFolder(tmp_path, "vit", keep=3)
     folder.go_on_from(0, 1)
     assert not folder.latest.is_symlink()
+
+
+def test_a_run_that_stops_at_once_does_not_wait_for_a_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints_module, "_STOP_SECONDS", 0.05)
+    begun, release = threading.Event(), threading.Event()
+
+    def hanging(content, path, key):
+        begun.set()
+        release.wait()
+        path.touch()
+
+    monkeypatch.setattr(checkpoints_module, "_dump", hanging)
+    folder = CheckpointFolder(tmp_path, "vit", keep=3)
+    with folder:
+        folder.save(payload(1), 1, 1)
+        assert begun.wait(30)
+        folder.__exit__(StoppedAtOnce, StoppedAtOnce(), None)
+        assert not release.is_set(), "it did not wait"
+        release.set()

@@ -196,6 +196,22 @@ def test_a_run_whose_last_steps_diverge_is_no_success(train, after_step, tmp_pat
     assert not list(tmp_path.glob("*.pth"))
 
 
+def test_pretrained_weights_that_no_step_can_be_made_from_are_named(train, tmp_path):
+    train(tmp_path / "first", {**PRETRAIN, "train.num_epochs": 1})
+    (path,) = list_checkpoints(tmp_path / "first")
+    content = torch.load(path, weights_only=True)
+    for value in content["state_dict"].values():
+        value.mul_(1e30)
+    torch.save(content, tmp_path / "huge.pth")
+    changes = {**PRETRAIN, "train.num_epochs": 1, "train.pretrained_model_path": tmp_path / "huge.pth"}
+    with pytest.raises(RunError, match="the weights are at fault") as caught:
+        train(tmp_path / "second", changes)
+    assert caught.value.fix.startswith(
+        f"Check train.pretrained_model_path ({tmp_path / 'huge.pth'}): no step could be made from its weights. Or: "
+        "Lower the learning rate"
+    )
+
+
 def test_a_run_whose_last_image_is_bad_is_a_success(train, monkeypatch, caplog, tmp_path):
     spoil_images(monkeypatch, PretrainTask, first=5)
     with caplog.at_level(logging.WARNING, "openmae"):

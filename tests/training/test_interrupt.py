@@ -161,7 +161,7 @@ def test_a_preemption_writes_a_checkpoint_and_asks_for_a_new_start(
     assert process.returncode == 75, text
     assert time.monotonic() - told < 20
     assert f"{number.name}: writing a checkpoint after this step." in text
-    assert "Preempted: the same command goes on from here." in text
+    assert "Preempted: the same command resumes from here." in text
     assert "Traceback" not in text
     assert 0 < payload_of(folder)["progress"]["step"] < 60
     assert read_status(folder / "status.json")[-1]["message"] == "train was preempted"

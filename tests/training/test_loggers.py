@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from openmae.results.metrics import read_metrics
 from openmae.spec.schema import WandbSpec
+from openmae.training import loggers as module
 from openmae.training.loggers import Loggers, open_wandb
 
 
@@ -19,12 +21,12 @@ def events(folder) -> dict[str, list[tuple[int, float]]]:
 
 def test_numbers_go_to_the_table_and_to_tensorboard(tmp_path):
     loggers = Loggers(tmp_path, None)
-    loggers.write(1, 0, {"train_loss": 0.5, "lr": 0.25})
-    loggers.write(2, 0, {"train_loss": 0.25})
+    loggers.write(1, 1, {"train_loss": 0.5, "lr": 0.25})
+    loggers.write(2, 1, {"train_loss": 0.25})
     loggers.close()
     assert read_metrics(tmp_path / "metrics.csv") == [
-        {"step": 1, "epoch": 0, "train_loss": 0.5, "lr": 0.25},
-        {"step": 2, "epoch": 0, "train_loss": 0.25},
+        {"step": 1, "epoch": 1, "train_loss": 0.5, "lr": 0.25},
+        {"step": 2, "epoch": 1, "train_loss": 0.25},
     ]
     assert events(tmp_path) == {"train_loss": [(1, 0.5), (2, 0.25)], "lr": [(1, 0.25)]}
 
@@ -32,10 +34,10 @@ def test_numbers_go_to_the_table_and_to_tensorboard(tmp_path):
 def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
     first = Loggers(tmp_path, None)
     for step in (1, 2, 3):
-        first.write(step, 0, {"train_loss": float(step)})
+        first.write(step, 1, {"train_loss": float(step)})
     first.close()
     resumed = Loggers(tmp_path, 2)
-    resumed.write(3, 0, {"train_loss": 30.0})
+    resumed.write(3, 1, {"train_loss": 30.0})
     resumed.close()
     assert [row["train_loss"] for row in read_metrics(tmp_path / "metrics.csv")] == [1.0, 2.0, 30.0]
     assert events(tmp_path)["train_loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
@@ -44,7 +46,7 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
 def test_a_new_run_starts_anew(tmp_path):
     for _ in range(2):
         loggers = Loggers(tmp_path, None)
-        loggers.write(1, 0, {"train_loss": 1.0})
+        loggers.write(1, 1, {"train_loss": 1.0})
         loggers.close()
     assert len(read_metrics(tmp_path / "metrics.csv")) == 1
 
@@ -125,3 +127,28 @@ def test_wandb_switched_off_says_nothing(wandb, monkeypatch, caplog, tmp_path, o
         assert open_wandb(settings(enable=off != "setting"), tmp_path, {}) is None
     assert caplog.messages == []
     assert wandb.init == []
+
+
+def test_a_writer_that_hangs_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    """As after a Ctrl-C inside TensorBoard's queue: its own close would wait for ever."""
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.05)
+    loggers, release = Loggers(tmp_path, None), threading.Event()
+    close = loggers._tensorboard.close
+    monkeypatch.setattr(loggers._tensorboard, "close", release.wait)
+    with caplog.at_level(logging.WARNING, "openmae"):
+        loggers.close()
+    assert "TensorBoard's events are incomplete: their writer did not end within 0.05 s." in caplog.messages
+    release.set()
+    close()
+
+
+def test_tensorboard_s_own_queue_out_of_step_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    """A KeyboardInterrupt between two lines of Queue.put leaves an item that is counted and never written."""
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.5)
+    loggers = Loggers(tmp_path, None)
+    loggers.write(1, 1, {"train_loss": 0.5})
+    loggers._tensorboard.file_writer.event_writer._async_writer._byte_queue.unfinished_tasks += 1
+    with caplog.at_level(logging.WARNING, "openmae"):
+        loggers.close()
+    assert "did not end within 0.5 s" in caplog.text
+    assert read_metrics(tmp_path / "metrics.csv")[0]["train_loss"] == 0.5

@@ -53,12 +53,26 @@ def test_pretraining(fabric):
         "masked": "0.75 of 8 units of 16 px",
         "decoder": "1 x 32",
         "images": "1,234 to train, 56 to validate",
-        "batch": "16 = 8 images x 1 process(es) x 2 accumulated",
-        "epochs": "10 of 7 steps",
+        "batch": "16 = 8 images x 2 accumulated",
+        "epochs": "10 x 7 steps",
+        "left out": "2 images per epoch, others in each epoch: 1,234 is not a multiple of 8",
         "schedule": "2 epochs of warmup, then cosine to 0",
         "learning rate": "0.001",
         "device": f"CPU, {torch.get_num_threads()} threads, fp32",
     }
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [(17, "1 image per epoch, others in each epoch: 17 is not a multiple of 8"), (16, None)],
+)
+def test_images_that_fill_no_batch_are_told(images, told, fabric):
+    model = build_autoencoder(CONFIG)
+    schedule = replace(COSINE, steps_per_epoch=1, warmup_epochs=1)
+    found = rows(fabric, CONFIG, pretraining_groups(model, 0.05), model, schedule, images=(images, 0))
+    assert found.get("left out") == told
+    assert found["epochs"] == "10 x 1 step"
+    assert found["schedule"] == "1 epoch of warmup, then cosine to 0"
 
 
 def test_a_decoder_that_does_less_is_told(fabric):

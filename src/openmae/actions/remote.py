@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import itertools
 import logging
@@ -14,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from openmae.errors import CheckpointError, SpecError, blaming
+from openmae.errors import CheckpointError, RunError, SpecError, blaming
 from openmae.results.files import make_folder
 from openmae.spec.checks import READS, value_of
 from openmae.spec.describe import fields
@@ -22,6 +23,7 @@ from openmae.spec.fields import EXPAND_USER
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import cache
 from openmae.storage.encryption import Key, resolve_key
+from openmae.storage.lock import GRACE, StoreLock, locked_folder
 from openmae.storage.urls import is_remote, name_of, parent_of, redact
 
 if TYPE_CHECKING:
@@ -40,6 +42,27 @@ _Bring = Callable[[str, Path, Callable[[Collection[str]], list[str]]], None]
 log = logging.getLogger("openmae")
 
 
+class Loss:
+    """Another run may take a folder in a store over: the action ends then, and uploads nothing more.
+
+    Attributes:
+        error: that says so; None while this run holds the folder.
+        mirrors: those that upload.
+    """
+
+    def __init__(self) -> None:
+        self.error: RunError | None = None
+        self.mirrors: list[Mirror] = []
+
+    def note(self, error: RunError) -> None:
+        """Stop the uploads, and interrupt the main thread; called by another one."""
+        self.error = error
+        for mirror in self.mirrors:
+            mirror.abandon()
+        log.error("%s", error)
+        _thread.interrupt_main()
+
+
 class Place:
     """Where an action reads and writes.
 
@@ -47,10 +70,17 @@ class Place:
         spec: with local paths in place of the URLs of files; written down, it says what was typed.
         folder: of the results.
         shown: the results' URL, or their folder.
+        loss: of the folder in a store, to another run.
     """
 
     def __init__(
-        self, spec: ExperimentSpec, folder: Path, shown: str, uploads: ExitStack, stays: tuple[str, ...] = ()
+        self,
+        spec: ExperimentSpec,
+        folder: Path,
+        shown: str,
+        uploads: ExitStack,
+        stays: tuple[str, ...] = (),
+        loss: Loss | None = None,
     ) -> None:
         self.spec = spec
         self.folder = folder
@@ -58,7 +88,7 @@ class Place:
         self._uploads = uploads
         self._stays = stays
         self._copies: list[tuple[str, str, Path]] = []
-        self._mirrors: list[Mirror] = []
+        self.loss = loss or Loss()
 
     @property
     def uploaded(self) -> list[str]:
@@ -84,7 +114,7 @@ class Place:
         for key, url, folder in self._copies:
             cache.mark_pending(folder.parent, redact(url))
             with blaming(key):
-                self._mirrors.append(self._uploads.enter_context(Mirror(folder, url, excludes)))
+                self.loss.mirrors.append(self._uploads.enter_context(Mirror(folder, url, excludes)))
 
     def finish_uploads(self) -> None:
         """Upload all but the status, which is to say how that went.
@@ -92,12 +122,12 @@ class Place:
         Raises:
             RunError: something could not be uploaded.
         """
-        for mirror in self._mirrors:
+        for mirror in self.loss.mirrors:
             mirror.finish()
 
     def end(self) -> None:
         """What is uploaded need not be kept."""
-        for mirror in self._mirrors:
+        for mirror in self.loss.mirrors:
             if mirror.complete:
                 cache.mark_uploaded(mirror.local.parent, redact(mirror.url))
 
@@ -116,6 +146,7 @@ def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Ite
     with ExitStack() as stack:
         stack.enter_context(cache.holding())
         target = spec.results_folder(action)
+        key_of = f"{action}.results_dir" if getattr(spec, action).results_dir else "results_dir"
         paths = {key: str(value_of(spec, key)) for key, field in fields().items() if EXPAND_USER in field.metadata}
         remote = {key: value for key, value in paths.items() if is_remote(value)}
         uploads = ExitStack()
@@ -128,12 +159,17 @@ def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Ite
         elif is_remote(target):
             # job records of a search are of this machine, and hold URLs with their signatures
             stays = ("jobs/*", "probe/*") if action == "automl" else ()
-            place = Place(spec, _staged(target, stack), redact(target), uploads, stays)
+            loss = Loss()
+            if action != "automl":  # whose workers share a folder
+                stack.enter_context(StoreLock(target, key_of, loss.note))
+            place = Place(spec, _staged(target, stack, GRACE), redact(target), uploads, stays, loss)
             place.add_copy("results_dir", target, place.folder)
             with blaming("results_dir"):
                 _bring_back(target, place.folder, action, bring)
         else:
             place = Place(spec, make_folder(Path(target)), target, uploads)
+            if leads and action != "automl":
+                stack.enter_context(locked_folder(place.folder, key_of))
         local = {key: _fetched(key, remote[key]) for key in READS[action] if key in remote}
         if (key := _WRITES.get(action, "")) in remote:
             local[key] = _to_write(spec, key, remote[key], target, place, stack)
@@ -147,10 +183,10 @@ def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Ite
             place.end()
 
 
-def _staged(url: str, stack: ExitStack) -> Path:
+def _staged(url: str, stack: ExitStack, patience: float = 0.0) -> Path:
     entry = cache.root() / cache.RESULTS / f"{name_of(url)}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
     make_folder(entry.parent)
-    return make_folder(stack.enter_context(cache.workspace(entry, redact(url))) / name_of(url))
+    return make_folder(stack.enter_context(cache.workspace(entry, redact(url), patience)) / name_of(url))
 
 
 def _bring_back(url: str, folder: Path, action: str, bring: _Bring) -> None:

@@ -108,6 +108,8 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
                 yield run
             place.finish_uploads()
         except KeyboardInterrupt as stop:
+            if place.loss.error is not None:
+                raise place.loss.error from None
             how = "preempted" if isinstance(stop, Preempted) else "interrupted"
             _write_failure(run.status, f"{action} was {how}", "WARNING")
             raise

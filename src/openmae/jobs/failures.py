@@ -64,8 +64,8 @@ _RULES = tuple(
          r"|supervisor|client died|does not know .* any more"
          r"|stale file handle|Input/output error", "infrastructure", "Submit it again; if it "
          "comes back, look at the machine, the network and the driver."),
-        (r"\bDataError\b|corrupt|unreadable image|dataset\.\w+_data_sources", "data", "Look at the data source: "
-         "`mae dataset check` counts images, classes and broken files."),
+        (r"\bDataError\b|corrupt|unreadable image|images are at fault|dataset\.\w+_data_sources", "data",
+         "Look at the data source: `mae dataset check` counts images, classes and broken files."),
         (r"\bSpecError\b|\bCheckpointError\b|has (a mistake|\d+ mistakes)", "spec", "Mend the spec; `mae spec check -e "
          "SPEC --action ACTION` prints every mistake."),
         (_DIVERGED, "spec", "Lower train.optim.lr, raise warmup_epochs, or set clip_grad_norm."),

@@ -165,8 +165,13 @@ def holding() -> Iterator[None]:
 
 
 @contextmanager
-def workspace(entry: Path, origin: str) -> Iterator[Path]:
+def workspace(entry: Path, origin: str, patience: float = 0.0) -> Iterator[Path]:
     """A folder of results for this process alone; from ``mark_pending`` to ``mark_uploaded`` it is not removed.
+
+    Args:
+        entry: the folder.
+        origin: of its content, for messages.
+        patience: seconds to wait for another process, such as the children of one that was killed.
 
     Raises:
         DataError: another process works in it.
@@ -174,7 +179,7 @@ def workspace(entry: Path, origin: str) -> Iterator[Path]:
     entry.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{entry}.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as error:
         raise DataError(
             f"{origin}: another process on this machine writes its results there.",

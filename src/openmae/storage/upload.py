@@ -17,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from openmae.errors import DataError, RunError
+from openmae.errors import DataError, RunError, StoppedAtOnce
 from openmae.storage.download import download
+from openmae.storage.lock import HOLDER
 from openmae.storage.objects import Found, list_files
 from openmae.storage.remote import ask, is_transient, open_filesystem
 from openmae.storage.transfer import ChangedError
@@ -31,9 +32,11 @@ GROWING_SECONDS = 30.0  # between two uploads of another file that goes on chang
 _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 15.0
 _PATIENCE_SECONDS = 180.0  # at the end, with a store that answers no more
+_STOP_SECONDS = 5.0  # at the end, for an upload under way when a run is to stop at once
 _TRIES = 5
 _PART = 8 << 20  # bytes of a part of a large upload
 _PARTS_AT_ONCE = 4
+_CHECKPOINT = re.compile(r"\.pth$")
 
 log = logging.getLogger("openmae")
 
@@ -64,6 +67,7 @@ class Mirror:
         self._failed: dict[str, tuple[float, DataError]] = {}
         self._answered: float | None = None  # the store, last; None until the end: only then is it waited for
         self.complete = False
+        self._abandoned = False
         self._stop = threading.Event()
         self._busy = threading.RLock()
         self._thread = threading.Thread(target=self._watch, name="openmae-upload", daemon=True)
@@ -83,11 +87,16 @@ class Mirror:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if isinstance(error, StoppedAtOnce):
+                self._stop.set()
+                self._thread.join(_STOP_SECONDS)
+                log.warning("What was not uploaded yet to %s is in %s.", redact(self.url), self.local)
+                return
             self.finish(patiently=error is None)
             self._send_changed([STATUS])
             if STATUS in self._failed:
                 raise self._failure()
-            self.complete = True
+            self.complete = not self._abandoned
         except (RunError, DataError) as failure:
             if error is None:
                 raise
@@ -106,10 +115,15 @@ class Mirror:
         self._answered = time.monotonic() if patiently else None
         with self._busy:
             self._failed.clear()
-            self._forget_removed()
             self._send_changed(name for name in self._names() if name != STATUS)
+            self._forget_removed()
         if self._failed:
             raise self._failure()
+
+    def abandon(self) -> None:
+        """Change nothing there any more: another run writes to it."""
+        self._abandoned = True
+        self._stop.set()
 
     def _failure(self) -> RunError:
         names = sorted(self._failed)
@@ -129,12 +143,24 @@ class Mirror:
         while not self._stop.wait(_LOOK_SECONDS):
             with self._busy:
                 try:
-                    self._forget_removed()
-                    self._send_changed(name for name in self._names() if self._is_due(name))
+                    self._send_changed(self._due())
+                    self._forget_removed()  # afterwards: an older checkpoint stays until the newer one is there
                 except DataError as error:
                     log.debug("%s", error)
                 except OSError as error:  # a file that went away, a disk that is full: the next look sees
                     log.debug("Looking for files to upload: %s", error)
+
+    def _due(self) -> list[str]:
+        """What to upload now; with a checkpoint, whatever else has changed as well, however short ago it was sent."""
+        names = self._names()
+        due = [name for name in names if self._is_due(name) and self._has_changed(name)]
+        if any(_CHECKPOINT.search(name) for name in due):
+            return [name for name in names if name in due or not _CHECKPOINT.search(name)]
+        return due
+
+    def _has_changed(self, name: str) -> bool:
+        mark = _mark(self.local / name)
+        return mark is not None and self._record.marks.get(name, {}).get("mark") != mark
 
     def _is_due(self, name: str) -> bool:
         now = time.monotonic()
@@ -144,26 +170,34 @@ class Mirror:
         return now - self._sent.get(name, -math.inf) > interval
 
     def _names(self) -> list[str]:
-        """The files of the folder, checkpoints and other large ones last, so that links to them find them there."""
+        """The files of the folder in the order of their upload: the rows of a checkpoint before it, links last.
+
+        Who resumes from the copy drops rows that are newer than its checkpoint; rows that are missing stay missing.
+        """
         found = []
         for place, folders, files in os.walk(self.local):
             folders[:] = [folder for folder in folders if not folder.startswith(".")]
             below = Path(place).relative_to(self.local).as_posix()
             found += [name if below == "." else f"{below}/{name}" for name in files if not name.startswith(".")]
         wanted = [name for name in found if not any(fnmatch(name, pattern) for pattern in self._excludes)]
-        return sorted(wanted, key=lambda name: ((self.local / name).is_symlink(), name))
+        return sorted(wanted, key=lambda name: ((self.local / name).is_symlink(), bool(_CHECKPOINT.search(name)), name))
 
     def _send_changed(self, names: Iterable[str]) -> None:
         gone: DataError | None = None  # the store answers no more: no other file is tried
+        failed: DataError | None = None
         for name in names:
-            mark = _mark(self.local / name)
-            if mark is None or self._record.marks.get(name, {}).get("mark") == mark:
+            if self._abandoned:
+                return
+            if not self._has_changed(name):
                 continue
             try:
                 if gone is not None:
                     raise gone
+                if failed is not None and _CHECKPOINT.search(name):
+                    raise failed  # a checkpoint must not be there without its rows
                 self._send(name, tries=_TRIES)
             except DataError as error:
+                failed = failed or (error if "/" not in name else None)
                 if gone is None and name not in self._failed:
                     log.warning("%s was not uploaded, and is tried again: %s", name, error.problem)
                 if gone is None and _is_passing(error) and not self._answers():
@@ -228,6 +262,8 @@ class Mirror:
     def _forget_removed(self) -> None:
         """Remove there what was removed here, and what is older of its series: a resumed run has not seen that."""
         for name in [name for name in self._record.marks if not (self.local / name).exists()]:
+            if self._abandoned:
+                return
             set_aside = any(self.local.glob(f"{glob.escape(name)}.*"))  # renamed, not rotated away
             older = [other for other in self._record.left if _is_older(other, name) and not set_aside]
             for gone in (name, *older):
@@ -265,7 +301,7 @@ def pull(url: str, local: Path, wanted: Callable[[Collection[str]], Collection[s
 
 
 def _pull(url: str, local: Path, wanted: Callable[[Collection[str]], Collection[str]]) -> None:
-    record, there = _Record(local), {file.name: file for file in list_files(url)}
+    record, there = _Record(local), {file.name: file for file in list_files(url) if file.name != HOLDER}
     for name in [name for name in record.marks if name not in there]:
         (local / name).unlink(missing_ok=True)
         record.drop(name, ())

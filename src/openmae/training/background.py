@@ -70,10 +70,12 @@ class BackgroundWorker:
         self._thread = threading.Thread(target=self._run, args=(work,), name="openmae-checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Return when nothing is under way; raises what went wrong, once."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when nothing is under way, or after some seconds; raises what went wrong, once."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return
             self._thread = None
         error, self._error = self._error, None
         if error is not None:

@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 from lightning_fabric.utilities import move_data_to_device
 
-from openmae.errors import CheckpointError, RunError
+from openmae.errors import CheckpointError, RunError, StoppedAtOnce
 from openmae.storage.encryption import Key, created
 from openmae.training.background import BackgroundWorker, HostCopy
 from openmae.training.parts import (
@@ -45,6 +45,7 @@ _PASSING = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT
 UNREADABLE = ".unreadable"
 SUPERSEDED = ".superseded"
 DIVERGED = ".diverged"
+_STOP_SECONDS = 5.0  # for what is being written, when a run is to stop at once
 _NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.(pth|shards)")
 
 log = logging.getLogger("openmae")
@@ -76,7 +77,8 @@ class CheckpointFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.wait()
+            # a write that is given up leaves nothing under a checkpoint's name
+            self._writer.wait(_STOP_SECONDS if isinstance(error, StoppedAtOnce) else None)
         except RunError as failure:
             if error is None:
                 raise

@@ -164,9 +164,12 @@ class DivergenceGuard:
             left = checkpoints.drop_diverged(step - bad_steps)
         else:
             checkpoints.wait()
-        named = self.outputs.info["spec"]["train"].get("resume_training_checkpoint_path")
-        left = self.fabric.broadcast(left) or named or ""
-        return RunError(*_divergence(bad_steps, left, self.settings, fp16=self.scaler is not None))
+        train = self.outputs.info["spec"]["train"]
+        left = self.fabric.broadcast(left) or train.get("resume_training_checkpoint_path") or ""
+        problem, fix = _divergence(bad_steps, left, self.settings, fp16=self.scaler is not None)
+        if step == bad_steps and (source := train.get("pretrained_model_path")):
+            fix = f"Check train.pretrained_model_path ({source}): no step could be made from its weights. Or: {fix}"
+        return RunError(problem, fix)
 
 
 def _divergence(steps: int, resumes_from: str, settings: LoopSettings, *, fp16: bool) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
-from openmae.errors import Preempted
+from openmae.errors import Preempted, StoppedAtOnce
 from openmae.training.pulse import Pulse
 
 PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # a machine that shuts down; SLURM before the time is up
@@ -92,7 +92,7 @@ class InterruptWatch(_InterruptHandler):
             else:
                 log.warning("Interrupted: writing a checkpoint after this step. Press Ctrl-C again to stop at once.")
         elif number == signal.SIGINT or (number == signal.SIGTERM and self.reason is KeyboardInterrupt):
-            raise KeyboardInterrupt
+            raise StoppedAtOnce
 
     def until_asked(self, batches: Iterable[T], pulse: Pulse) -> Iterator[T]:
         """Pass batches on until a stop is asked for, of this process or, as ``pulse`` tells, of another one."""

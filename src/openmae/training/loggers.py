@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import netrc
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from openmae.results.metrics import MetricsLog
+
+_CLOSE_SECONDS = 10.0
 
 log = logging.getLogger("openmae")
 
@@ -42,13 +45,24 @@ class Loggers:
             self._wandb.log({**values, "epoch": epoch}, step=step)
 
     def close(self) -> None:
-        """Flush and close; a full disk is told by whoever wrote first, not by this."""
+        """Flush and close; a full disk is told by whoever wrote first, not by this.
+
+        TensorBoard waits for its thread without a limit. An interruption inside its queue can leave the two waiting for
+        each other, so another thread waits for it here, for some seconds.
+        """
+        closing = threading.Thread(target=self._close_tensorboard, name="openmae-tensorboard", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
+        if closing.is_alive():
+            log.warning("TensorBoard's events are incomplete: their writer did not end within %g s.", _CLOSE_SECONDS)
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _close_tensorboard(self) -> None:
         try:
             self._tensorboard.close()
         except OSError as error:
             log.warning("TensorBoard's events are incomplete: %s.", error.strerror)
-        if self._wandb is not None:
-            self._wandb.finish()
 
 
 def open_wandb(settings: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> Any:

@@ -59,8 +59,10 @@ def recipe_rows(
         ("batch", _batch_text(fabric, batch_size, settings.accum_grad_batches)),
         ("epochs", f"{settings.num_epochs} x {_count(schedule.steps_per_epoch, 'step')}"),
     ]
-    if left_out := images[0] % (batch_size * fabric.world_size):
-        rows.append(("left out", f"{_count(left_out, 'image')} of each epoch, others each time: no full batch is left"))
+    step = batch_size * fabric.world_size
+    if left_out := images[0] % step:
+        why = f"{images[0]:,} is not a multiple of {step}"
+        rows.append(("left out", f"{_count(left_out, 'image')} per epoch, others in each epoch: {why}"))
     rows += [
         ("schedule", _schedule_text(schedule)),
         ("learning rate", _rates_text(groups, settings.lr)),

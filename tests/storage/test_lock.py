@@ -1,0 +1,235 @@
+"""Two runs in one results folder: one goes on, the other is told whose the folder is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from openmae.errors import RunError, UserError
+from openmae.storage import lock
+from openmae.storage.lock import HOLDER, StoreLock, locked_folder
+
+HOLD = """
+import sys
+from pathlib import Path
+from openmae.storage.lock import locked_folder
+
+with locked_folder(Path(sys.argv[1]), "results_dir"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    """A process that holds a folder."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_second_is_told_who_the_first_is(tmp_path):
+    process = hold(tmp_path)
+    try:
+        with pytest.raises(UserError) as caught, locked_folder(tmp_path, "train.results_dir"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    holder = json.loads((tmp_path / HOLDER).read_text())
+    assert holder["pid"] == process.pid
+    assert caught.value.problem == (
+        f"train.results_dir: another run is writing to {tmp_path}: process {process.pid} on {holder['host']}, started "
+        f"at {holder['since']}."
+    )
+    assert caught.value.fix.startswith("Wait until it ends, or set another train.results_dir.")
+
+
+def test_a_killed_one_blocks_nobody(tmp_path):
+    process = hold(tmp_path)
+    process.kill()
+    process.wait()
+    with locked_folder(tmp_path, "results_dir"):
+        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / HOLDER).exists()
+
+
+def test_the_children_of_a_killed_one_are_waited_for(tmp_path, monkeypatch):
+    """Forked ones may have inherited the lock; they end soon after their parent."""
+    child = hold(tmp_path)
+    holder = json.loads((tmp_path / HOLDER).read_text())
+    (tmp_path / HOLDER).write_text(json.dumps({**holder, "start": "1"}))  # their parent, which is dead
+    looks = []
+
+    def look(seconds):
+        looks.append(seconds)
+        child.kill()
+        child.wait()
+
+    monkeypatch.setattr(lock.time, "sleep", look)
+    with locked_folder(tmp_path, "results_dir"):
+        assert looks
+
+
+def test_the_same_process_does_not_hold_it_twice(tmp_path):
+    with locked_folder(tmp_path, "results_dir"), pytest.raises(UserError, match=f"process {os.getpid()} on "):
+        locked_folder(tmp_path, "results_dir").__enter__()
+    with locked_folder(tmp_path, "results_dir"):
+        pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")])
+def test_a_file_system_without_locks_is_used_with_a_warning(error, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(lock.FileLock, "acquire", refuse)
+    with caplog.at_level(logging.WARNING, "openmae"), locked_folder(tmp_path, "results_dir"):
+        pass
+    assert f"{tmp_path} is on a file system without locks: do not start two runs in it." in caplog.messages
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock.FileLock, "acquire", full)
+    with pytest.raises(RunError, match=r"results_dir: .* cannot be locked \(No space left on device\)"):
+        locked_folder(tmp_path, "results_dir").__enter__()
+
+
+def test_a_number_that_is_used_again_is_another_process(tmp_path):
+    me = lock._myself()
+    assert not lock._is_dead(me)
+    assert lock._is_dead({**me, "start": "1"})
+    assert not lock._is_dead({**me, "start": "1", "machine": "another"}), "it cannot be seen from here"
+
+
+def never(error: RunError) -> None:
+    raise AssertionError(error)
+
+
+def body(store, bucket) -> dict[str, object]:
+    return json.loads(store.get(bucket, f"runs/train/{HOLDER}"))
+
+
+@pytest.fixture
+def url(bucket):
+    return f"s3://{bucket}/runs/train"
+
+
+def test_a_store_s_lock_is_released(store, bucket, url):
+    with StoreLock(url, "results_dir", never):
+        assert body(store, bucket)["pid"] == os.getpid()
+        with pytest.raises(UserError) as caught:
+            StoreLock(url, "results_dir", never).__enter__()
+    assert f"results_dir: another run is writing to {url}: process {os.getpid()} on " in caught.value.problem
+    assert store.names(bucket) == []
+
+
+def put(store, bucket, **facts) -> None:
+    holder = {**lock._myself(), "token": "theirs", **facts}
+    store.put(bucket, {f"runs/train/{HOLDER}": json.dumps(holder).encode()})
+
+
+def test_a_store_s_lock_of_a_dead_process_is_taken_over_at_once(store, bucket, url, monkeypatch, caplog):
+    put(store, bucket, start="1")
+    monkeypatch.setattr(lock.time, "sleep", never)
+    with caplog.at_level(logging.WARNING, "openmae"), StoreLock(url, "results_dir", never):
+        assert body(store, bucket)["token"] != "theirs"
+    assert f"{url}/{HOLDER} was left locked by process {os.getpid()} on " in caplog.text
+    assert store.names(bucket) == []
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time passes when the lock sleeps; ``clock.then`` is called then."""
+
+    class Clock:
+        now = 0.0
+
+        def then(self) -> None: ...
+
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+            self.then()
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(lock, "time", clock)
+    return clock
+
+
+def test_a_silent_holder_on_another_machine_is_taken_over_in_time(store, bucket, url, clock):
+    put(store, bucket, machine="another")
+    with StoreLock(url, "results_dir", never):
+        assert body(store, bucket)["token"] != "theirs"
+    assert lock.STALE <= clock.now <= lock.STALE + 3
+
+
+def test_a_living_holder_on_another_machine_is_named(store, bucket, url, clock):
+    put(store, bucket, machine="another", host="node7", pid=12, since="noon")
+    clock.then = lambda: put(store, bucket, machine="another", host="node7", pid=12, since="noon", beat=clock.now)
+    with pytest.raises(UserError, match=r"process 12 on node7, started at noon\."):
+        StoreLock(url, "results_dir", never).__enter__()
+    assert clock.now < lock.STALE
+
+
+def test_a_holder_on_another_machine_that_ends_is_followed(store, bucket, url, clock):
+    put(store, bucket, machine="another")
+    clock.then = lambda: store.client.delete_object(Bucket=bucket, Key=f"runs/train/{HOLDER}")
+    with StoreLock(url, "results_dir", never):
+        pass
+    assert clock.now < lock.STALE
+
+
+def test_two_that_take_over_at_once_end_in_one(store, bucket, url, monkeypatch):
+    """The second has seen the same dead lock as the first."""
+    put(store, bucket, start="1")
+    first, second = (StoreLock(url, "results_dir", never) for _ in range(2))
+    stale = second._read()
+    assert stale is not None
+    with first:
+        assert not second._write(stale[1])
+        assert not second._write(""), "there is one"
+        assert body(store, bucket)["token"] == first._me["token"]
+
+
+def test_who_loses_the_lock_is_told(store, bucket, url, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.01)
+    lost, told = threading.Event(), []
+    holding = StoreLock(url, "results_dir", lambda error: (told.append(error), lost.set()))
+    with holding:
+        put(store, bucket, machine="another", host="node7")
+        assert lost.wait(30)
+    assert "node7" in told[0].problem
+    assert told[0].problem.endswith("It has taken the folder over from this run.")
+    assert body(store, bucket)["token"] == "theirs", "the lock of another run was removed"
+
+
+def test_the_heart_beats(store, bucket, url, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.01)
+    beaten = threading.Event()
+    write = StoreLock._write
+
+    def counting(self, version):
+        written = write(self, version)
+        if self._me["beat"] >= 3:
+            beaten.set()
+        return written
+
+    monkeypatch.setattr(StoreLock, "_write", counting)
+    with StoreLock(url, "results_dir", never):
+        assert beaten.wait(30)
+    assert store.names(bucket) == []
