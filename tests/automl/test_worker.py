@@ -84,6 +84,18 @@ def test_a_job_gets_the_values_and_its_place(tmp_path: Path) -> None:
     }
 
 
+def test_the_orchestrator_says_how_many_gpus_a_training_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job inherits no variables of a launcher, so the search hands the number on."""
+    worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1))
+    create, given = jobs.create_job, []
+    monkeypatch.setattr(
+        jobs, "create_job", lambda *args, **more: given.append(more["gpu_count"]) or create(*args, **more)
+    )
+    monkeypatch.setenv("NUM_GPU_PER_NODE", "2")
+    worker.run()
+    assert given == [2]
+
+
 def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="asha", max_recommendations=9))
     assert worker.trainings.algorithm.rungs == (3, 9)

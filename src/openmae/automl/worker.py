@@ -31,11 +31,11 @@ from openmae.results.files import delete_folder
 from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
 from openmae.spec.schema import ExperimentSpec
+from openmae.training.world import gpus_per_node
 
 EQUAL_FAILURES = 3  # in a row, with one cause, that end a search: the next would fail as well
 _POLL = 0.5  # seconds
 _MODELS = (".pth", ".safetensors")
-_MANY = 1000  # a worker counts its jobs itself, and must not wait for those of another one
 _WANDB = {"wandb.group": "automl", "wandb.name": "recommendation {}"}
 _OF_EVALUATION = (
     *("encryption_key", "results_dir", "dataset.val_data_sources", "dataset.batch_size"),
@@ -66,7 +66,7 @@ class Trainings:
         self._specs = {**typed, "results_dir": str(folder)}
         self._wandb = {key: value for key, value in _WANDB.items() if not spec.typed(key)}
         at_once = spec.automl.max_concurrent
-        self._environment = {SLOTS: str(_MANY)}
+        self._environment = {SLOTS: "1000"}  # a worker counts its jobs itself, and must not wait for those of another
         if platform == "local" and "OMP_NUM_THREADS" not in os.environ and at_once > 1:
             self._environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
 
@@ -87,7 +87,7 @@ class Trainings:
         with _without_notices():
             return self.client.create_job(
                 action, specs, overrides, automl_policy="off" if action == "train" else None,
-                env_vars=self._environment, name=name,
+                gpu_count=gpus_per_node(), env_vars=self._environment, name=name,
             )  # fmt: skip
 
     def running(self, name: str) -> list[Job]:

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser, actions: Iterable[str]) -> No
     submit.add_argument("--gpus", type=int, metavar="N", help="GPUs per node")
     submit.add_argument("--nodes", type=int, metavar="N", help="machines")
     submit.add_argument("--image", help=argparse.SUPPRESS)
-    submit.add_argument("--automl", choices=("auto", "on", "off"), help="for train")
+    submit.add_argument(
+        "--automl", type=str.lower, choices=("auto", "on", "off"), help="for train: search (auto, the default), or off"
+    )
     submit.add_argument(
         "--env", action="append", default=[], metavar="NAME", help="variable to hand on by name; its value stays unseen"
     )

@@ -165,13 +165,14 @@ def _by_variables(asked: _Asked, environment: Mapping[str, str]) -> World:
 
 
 def _unclear(asked: _Asked, total: int, each: int) -> SpecError:
-    """``WORLD_SIZE`` without ``NUM_GPU_PER_NODE`` that looks like a count of nodes."""
-    key = f"{asked.section}.num_gpus"
-    nodes = asked.num_nodes if asked.num_nodes and asked.num_nodes > 1 else total
+    """``WORLD_SIZE`` without ``NUM_GPU_PER_NODE`` that may be meant to count nodes."""
+    nodes = asked.num_nodes if asked.num_nodes and asked.num_nodes > 1 else None
+    typed = f"{asked.section}.num_nodes={nodes}" if nodes else f"{asked.section}.num_gpus={each}"
     return SpecError(
-        f"WORLD_SIZE is {total} and counts processes, as NUM_GPU_PER_NODE is not set, which does not fit {key}={each}.",
-        f"Set NUM_GPU_PER_NODE={each} if it is meant to count nodes. Else set WORLD_SIZE={nodes * each} for {nodes} "
-        f"nodes, or change {key}.",
+        f"WORLD_SIZE is {total} and counts processes, as NUM_GPU_PER_NODE is not set, which does not fit {typed} with "
+        f"{each} process(es) a node.",
+        f"Set WORLD_SIZE={(nodes or total) * each} or change {typed.partition('=')[0]}. If it is meant to count nodes, "
+        f"set NUM_GPU_PER_NODE={each}.",
     )
 
 
