@@ -408,3 +408,13 @@ def test_unusable_cache(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="could not be extracted into") as caught:
         resolve_source(str(archive), tmp_path / "file" / "cache")
     assert "set OPENMAE_CACHE" in caught.value.fix
+
+
+def test_an_archive_that_is_a_pipe_or_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.zip").symlink_to("/dev/zero")
+    for name, kind in (("a.tar", "a named pipe (FIFO)"), ("b.zip", "a device")):
+        with pytest.raises(DataError) as caught:
+            resolve_source(tmp_path / name, tmp_path / "cache")
+        assert caught.value.problem.endswith(f" is {kind}.")
+        assert "Name a folder of images, or an archive" in caught.value.fix
