@@ -98,6 +98,16 @@ def test_no_images(tmp_path: Path) -> None:
     assert " bmp gif " in caught.value.problem
 
 
+@pytest.mark.parametrize("name", ["Labels.csv", "labels.tsv", "label.csv", "labels.xlsx"])
+def test_a_table_of_another_name_is_not_passed_over_in_silence(
+    tmp_path: Path, make_images: MakeImages, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    make_images(tmp_path, ["cat/1.png", "dog/1.png"])
+    (tmp_path / name).touch()
+    index_images(tmp_path, None)
+    assert f"{tmp_path}/{name} is not read: a table of labels is named labels.csv." in caplog.text
+
+
 def test_archives_in_place_of_images(tmp_path: Path) -> None:
     for name in ("s-0.tar.gz", "s-1.tar.gz"):
         (tmp_path / name).touch()

@@ -485,6 +485,20 @@ def test_a_tail_of_zeros_counts_as_content(tmp_path: Path, cache: Path, monkeypa
         resolve_source(tmp_path / "a.tar.gz", cache)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["a.tar", "a.zip"])
+def test_members_of_one_name(tmp_path: Path, cache: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    if name == "a.tar":
+        tar_of(tmp_path / name, regular("a/1.png", b"old"), regular("a/1.png", b"new"))
+    else:
+        zip_of(tmp_path / name, ("a/1.png", b"old"), ("a/1.png", b"new"))
+    folder = resolve_source(tmp_path / name, cache)
+    assert (folder / "a/1.png").read_bytes() == b"new"
+    assert (
+        f"{tmp_path}/{name} has several members of one name, such as a/1.png: of each name only the last" in caplog.text
+    )
+
+
 def test_a_zip_in_a_compression_that_python_does_not_know(tmp_path: Path, cache: Path) -> None:
     path = zip_of(tmp_path / "a.zip", ("cat/0.jpg", b"x" * 100))
     content = bytearray(path.read_bytes())

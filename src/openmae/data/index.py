@@ -39,6 +39,7 @@ _DATE = re.compile(
     re.IGNORECASE,
 )
 _CAMERA = re.compile(r"[1-9]\d\d[A-Z0-9_]{5}")  # DCF: 100CANON, 101APPLE
+_TABLES = frozenset({".csv", ".tsv", ".txt", ".xls", ".xlsx", ".json"})
 _PARTS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation"])
 
 
@@ -73,6 +74,7 @@ def index_images(folder: Path, labelled: bool | None) -> ImageIndex:
         number = {name: i for i, name in enumerate(names)}
         labels = tuple(number[label] for label in label_of.values())
         return replace(index, paths=tuple(label_of), labels=labels, class_names=tuple(names), labelled_by=LABELS_FILE)
+    _warn_of_other_tables(root)
     numbers, classes = label_by_folder(paths, labelled, str(root), (f"no {LABELS_FILE}", _LAYOUTS))
     return replace(index, labels=numbers, class_names=classes, labelled_by="folders" if classes else "")
 
@@ -174,6 +176,13 @@ def unread_table(indexes: Iterable[ImageIndex]) -> list[Table]:
 
 def _class_name(folder: str) -> str:
     return unicodedata.normalize("NFC", printable_name(folder))
+
+
+def _warn_of_other_tables(root: Path) -> None:
+    for entry in list_entries(root):
+        stem, suffix = os.path.splitext(entry.name.lower())
+        if stem in ("label", "labels") and suffix in _TABLES:
+            log.warning("%s is not read: a table of labels is named %s.", printable_name(entry.path), LABELS_FILE)
 
 
 def _why_no_classes(names: Sequence[str], above: str) -> str:

@@ -57,7 +57,7 @@ def open_index(source: str, labelled: bool | None) -> ImageIndex:
             if not extracted:
                 raise
             # not where it lies in the cache, but the name that the user knows
-            raise DataError(error.problem.replace(str(folder), shown), error.fix) from error
+            raise DataError(*(text.replace(str(folder), shown) for text in (error.problem, error.fix))) from error
     report_skipped(index, shown)
     return index
 

@@ -219,11 +219,12 @@ def _fill(archive: Path, folder: Path, shown: str = "") -> None:
 
 
 def _extract(archive: Path, folder: Path) -> int:
-    count, budget = 0, _Budget(archive)
+    count, budget, replaced = 0, _Budget(archive), ""
     try:
         for name, open_member in _members(archive, budget):
             target = folder.joinpath(*_safe_parts(name, archive))
             target.parent.mkdir(parents=True, exist_ok=True)
+            replaced = replaced or (name if target.exists() else "")
             stream = open_member()
             assert stream is not None  # regular files always open
             with stream, target.open("wb") as out:
@@ -234,6 +235,11 @@ def _extract(archive: Path, folder: Path) -> int:
             f"The archive {archive} is damaged or cut short after {count} files ({error}).",
             "Copy or pack it again.",
         ) from error
+    if replaced:
+        log.warning(
+            "%s has several members of one name, such as %s: of each name only the last one is read.",
+            *(printable_name(str(archive)), printable_name(replaced)),
+        )
     return count
 
 
