@@ -18,6 +18,7 @@ from openmae.data.transforms import (
     PretrainTransform,
     Transform,
     centre_box,
+    crop_pct,
     random_box,
     rng_at,
 )
@@ -118,6 +119,41 @@ def test_centre_box_is_centred(size: tuple[int, int], out: tuple[int, int]) -> N
     assert 0 <= top < bottom <= size[0]
     assert abs(left - (size[1] - right)) <= 1
     assert abs(top - (size[0] - bottom)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [((112, 112), 0.875), ((224, 224), 0.875), ((240, 240), 1.0), ((384, 384), 1.0), ((224, 448), 1.0)],
+)
+def test_evaluation_keeps_what_the_official_code_keeps(size: tuple[int, int], kept: float) -> None:
+    """MAE's util/datasets.py: ``crop_pct = 224 / 256 if input_size <= 224 else 1.0``."""
+    assert crop_pct(size) == kept
+    assert centre_box((1000, 2000), (256, 256)) == (500, 0, 1500, 1000)
+
+
+def test_pretraining_and_evaluation_are_bicubic_unless_set(photo: Path) -> None:
+    assert PretrainTransform((32, 32)).interpolation == EvalTransform((32, 32)).interpolation == "bicubic"
+    default, bilinear = (apply(EvalTransform((64, 64), interpolation=i), photo) for i in ("bicubic", "bilinear"))
+    assert torch.equal(apply(EvalTransform((64, 64)), photo), default)
+    assert not torch.equal(default, bilinear)
+
+
+@pytest.mark.parametrize("side", [112, 256])
+def test_evaluation_is_the_official_transform(side: int, photo: Path) -> None:
+    """MAE's util/datasets.py on torchvision: resize the short side, crop the centre."""
+    from torchvision import transforms
+
+    kept = 224 / 256 if side <= 224 else 1.0
+    official = transforms.Compose(
+        [
+            transforms.Resize(int(side / kept), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(side),
+        ]
+    )
+    with Image.open(photo) as image:
+        expected = torch.from_numpy(np.array(official(image.convert("RGB")))).permute(2, 0, 1).float()
+    ours = apply(EvalTransform((side, side)), photo).float()
+    assert (ours - expected).abs().mean() < 2.0
 
 
 def test_centre_box_is_the_usual_one() -> None:

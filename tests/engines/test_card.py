@@ -58,6 +58,8 @@ def test_the_outputs_follow_from_the_stage():
         ({"mean": 3}, "metadata (of OpenMAE 0.1.0) is damaged"),
         ({"model": {}}, "is damaged or of another version: KeyError"),
         ({"surplus": 1}, "unexpected keyword argument 'surplus'"),
+        ({"model": [1]}, "is damaged or of another version: TypeError"),
+        ({"model": {**CARD.model.to_dict(), "num_classes": 10**30}}, "num_classes is 10000"),
     ],
 )
 def test_a_damaged_card_is_an_error(change, text):
@@ -70,6 +72,13 @@ def test_a_damaged_card_is_an_error(change, text):
 def test_metadata_that_is_no_json_is_an_error():
     with pytest.raises(CheckpointError, match="metadata is damaged: Expecting"):
         ModelCard.from_metadata({**CARD.to_metadata(), "mean": "[0.5"})
+
+
+def test_metadata_nested_beyond_reading_is_an_error():
+    with pytest.raises(CheckpointError, match="metadata is damaged"):
+        ModelCard.from_metadata({**CARD.to_metadata(), "mean": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="metadata is no mapping"):
+        ModelCard.from_dict([1])
 
 
 def test_the_hash_is_of_the_bytes(tmp_path):

@@ -76,6 +76,8 @@ class ModelCard:
         Raises:
             CheckpointError: the values are damaged, or a newer OpenMAE wrote them.
         """
+        if not isinstance(values, Mapping):
+            raise CheckpointError("The model's metadata is no mapping.", "Export the model again with mae export.")
         version = values.get("version", "unknown")
         if values.get("format") != FORMAT:
             raise CheckpointError(
@@ -87,7 +89,7 @@ class ModelCard:
         try:
             lists: dict[str, Any] = {name: tuple(kept.pop(name)) for name in ("mean", "std", "class_names")}
             return cls(model=ModelConfig.from_dict(values["model"]), **lists, **kept)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"The model's metadata (of OpenMAE {version}) is damaged or of another version: {error!r}.",
                 "Export the model again with mae export.",
@@ -104,7 +106,7 @@ class ModelCard:
             return None
         try:
             return cls.from_dict({name: json.loads(text) for name, text in values.items() if name in _KEYS})
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(

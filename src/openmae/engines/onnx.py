@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, version_converter
+from onnx import ModelProto, TensorProto, version_converter
 
 from openmae.engines.card import INPUT, ModelCard
 from openmae.engines.module import DeployedModel, example_input
@@ -34,6 +34,7 @@ _SMALLEST = 1e-6  # output that counts as one
 _BATCHES = (1, 3)  # that a file with a dynamic batch is tried with
 _NATIVE_OPSET = 18  # the oldest that torch's exporter writes by itself
 LARGEST_PROTOBUF = 2**31 - 2**24  # bytes of weights in a message, which leaves room for the graph around them
+_FLOATS: dict[int, str] = {TensorProto.FLOAT: "<f4", TensorProto.FLOAT16: "<f2", TensorProto.DOUBLE: "<f8"}
 _LARGE_TENSOR = 1024  # bytes from which a tensor is no shape or axis
 
 log = logging.getLogger("openmae")
@@ -246,13 +247,28 @@ def read_onnx_card(path: Path, key: Key | None = None) -> ModelCard:
     Raises:
         CheckpointError: the file cannot be read, or another program wrote it.
     """
-    card = read_card(read_onnx(path, key, weights=False))
+    proto = read_onnx(path, key, weights=False)
+    card = read_card(proto)
+    if broken := next(filter(_is_broken, proto.graph.initializer), None):
+        raise CheckpointError(
+            f"{path}: the weights {broken.name} hold NaN or infinite numbers, so every output would be NaN.",
+            "Export a checkpoint from before its training diverged.",
+        )
     if card is None:
         raise CheckpointError(
             f"{path} carries no metadata of OpenMAE (classes, mean, deviation), so nothing can be said of its outputs.",
             "Export the checkpoint with mae export.",
         )
     return card
+
+
+def _is_broken(tensor: TensorProto) -> bool:
+    """Whether weights inside the file are not finite; a single number may be meant to be infinite."""
+    kind = _FLOATS.get(tensor.data_type)
+    if kind is None or not tensor.raw_data:
+        return False
+    values = np.frombuffer(tensor.raw_data, kind)
+    return values.size > 1 and not np.isfinite(values).all()
 
 
 def _lowered(proto: ModelProto, opset: int) -> ModelProto:

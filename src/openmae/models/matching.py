@@ -340,10 +340,20 @@ def _block_sizes(backbone: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: value.numel() for name, value in backbone.items() if name.startswith(("blocks.", "stages."))}
 
 
-@functools.cache
 def _timm_block_sizes(timm_name: str) -> dict[str, int]:
+    return _timm_shape(timm_name)[0]
+
+
+def width_of(arch: str) -> int:
+    """Features that the classifier of an architecture of the table takes."""
+    return _timm_shape(ARCHITECTURES[arch].timm_name)[1]
+
+
+@functools.cache
+def _timm_shape(timm_name: str) -> tuple[dict[str, int], int]:
     with torch.device("meta"):
-        return _block_sizes(timm.create_model(timm_name, num_classes=0).state_dict())
+        model = timm.create_model(timm_name, num_classes=0)
+    return _block_sizes(model.state_dict()), model.num_features
 
 
 def _floor(percent: float) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
 from openmae.models.layouts import NamedWeights
-from openmae.models.matching import OTHER_ARCHITECTURES, foreign_parts, has_blocks_of, likely_arch
+from openmae.models.matching import OTHER_ARCHITECTURES, foreign_parts, has_blocks_of, likely_arch, width_of
 from openmae.spec.architectures import get_architecture
 
 _HIERA_STRIDE = 4  # px of a token
@@ -27,8 +27,20 @@ _VIT_NORMS = ("norm.weight", "fc_norm.weight")
 
 def count_classes(backbone: Mapping[str, Tensor]) -> int:
     """Outputs of the classifier that a file holds; 0 for none."""
+    head = _head(backbone)
+    return 0 if head is None else head.shape[0]
+
+
+def _head(backbone: Mapping[str, Tensor]) -> Tensor | None:
     head = next((backbone[name] for name in _HEADS if name in backbone), None)
-    return 0 if head is None or head.ndim != 2 or not head.shape[1] else head.shape[0]
+    return head if head is not None and head.ndim == 2 else None
+
+
+def _head_differences(arch: str, backbone: Mapping[str, Tensor]) -> Iterator[tuple[str, object, str]]:
+    """A classifier of another width would be allocated in the model's own."""
+    head = _head(backbone)
+    if head is not None and head.shape[1] != width_of(arch):
+        yield "the classifier's width", width_of(arch), f"the file has a classifier of {list(head.shape)}"
 
 
 def patch_size_of(weights: NamedWeights) -> int | None:
@@ -54,6 +66,8 @@ def guess_config(weights: NamedWeights, arch: str | None = None) -> ModelConfig:
             OTHER_ARCHITECTURES if kinds else "Name the nearest: load_backbone(path, arch=...).",
         )
     row, backbone, classes = get_architecture(arch), weights.backbone, count_classes(weights.backbone)
+    for _, width, found in _head_differences(arch, backbone):
+        raise CheckpointError(f"{arch} has {width} features, but {found}.", "Use another checkpoint.")
     kernel = backbone[_KERNELS[weights.family]]
     if kernel.ndim != 4 or not kernel.numel():
         raise CheckpointError(
@@ -105,8 +119,11 @@ def _differences(config: ModelConfig, weights: NamedWeights) -> Iterator[tuple[s
     classes = count_classes(backbone)
     if config.num_classes != classes:
         yield "num_classes", config.num_classes, f"the classifier has {classes} outputs"
+    yield from _head_differences(config.arch, backbone)
     kernel = backbone.get(_KERNELS[row.family])
-    if kernel is not None and kernel.ndim == 4:
+    if kernel is None or kernel.ndim != 4:
+        yield "arch", config.arch, f"the file has no {_KERNELS[row.family]}"
+    else:
         if kernel.shape[1] != config.in_chans:
             yield "in_chans", config.in_chans, f"the first convolution takes {kernel.shape[1]}"
         if row.family == "vit" and kernel.shape[-1] != config.unit:
@@ -120,7 +137,10 @@ def _position_differences(config: ModelConfig, weights: NamedWeights) -> Iterato
     positions = weights.backbone.get("pos_embed")
     if max(config.input_size) > _WIDEST:
         yield "input_size", list(config.input_size), f"images have up to {_WIDEST} pixels a side"
+    if weights.family == "convnextv2":
+        return
     if positions is None or positions.ndim != 3:
+        yield "input_size", list(config.input_size), "the file has no position embedding"
         return
     is_vit = weights.family == "vit"
     stride = config.unit if is_vit else _HIERA_STRIDE

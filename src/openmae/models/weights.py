@@ -106,6 +106,8 @@ class CheckpointInfo:
         Raises:
             CheckpointError: the entry is damaged, or a newer OpenMAE wrote it.
         """
+        if not isinstance(values, Mapping):
+            raise CheckpointError("The 'openmae' entry is damaged: it is no mapping.", "Use another checkpoint.")
         version = values.get("version", "unknown")
         if values.get("format") != FORMAT:
             raise CheckpointError(

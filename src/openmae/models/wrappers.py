@@ -30,7 +30,7 @@ _SECONDARY = re.compile(r"momentum|target|encoder_k|(^|[._])key([._]|$)")
 _USUAL = ("state_dict", "model_state", "model", "module")
 _COUNTERS = frozenset({"n_averaged"})  # of torch.optim.swa_utils
 _SHOWN = 4
-_DEPTH = 3  # dicts in dicts
+_DEPTH, _MOST_NAMES = 3, 2_000_000  # of dicts in dicts, the same one wherever it stands
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,18 @@ def _prefixes(state: State) -> list[str]:
 
 
 def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
-    """The state dicts in a file by the keys that lead to them, the outermost first; each once."""
-    waiting, seen = [("", raw, 0)], {id(raw)}
+    """The state dicts in a file by the keys that lead to them, the outermost first."""
+    waiting, names = [("", raw, 0)], 0
     for place, mapping, depth in waiting:
+        names += len(mapping)
+        if names > _MOST_NAMES:
+            raise CheckpointError(
+                f"The file holds more than {_MOST_NAMES:,} names.", "Save the model's state dict alone."
+            )
         tensors = {_plain(name): _as_tensor(value) for name, value in mapping.items()}
         yield place, {name: value for name, value in tensors.items() if value is not None}
         for name, value in mapping.items():
-            if isinstance(value, Mapping) and id(value) not in seen and depth < _DEPTH:
-                seen.add(id(value))
+            if isinstance(value, Mapping) and depth < _DEPTH:
                 waiting.append((f"{place}.{name}".lstrip("."), value, depth + 1))
 
 
@@ -177,7 +181,7 @@ def _check_tensors(state: State) -> None:
                 f"{name} claims the shape {list(value.shape)}, but the file holds fewer values of it.",
                 "Save the model's state dict again, with .contiguous() tensors.",
             )
-        if value.numel() == 0 and _FOUND.fullmatch(name):
+        if value.numel() == 0:
             raise CheckpointError(
                 f"{name} is empty: the file is one process's part of a partitioned model (DeepSpeed ZeRO-3, FSDP).",
                 "Join the parts first, for DeepSpeed with zero_to_fp32.py.",

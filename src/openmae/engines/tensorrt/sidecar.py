@@ -101,7 +101,7 @@ def read_sidecar(engine: Path) -> tuple[ModelCard | None, EngineInfo]:
         ) from error
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged or of another version of OpenMAE: {error!r}.",
             "Build the engine again with mae gen_trt_engine.",
