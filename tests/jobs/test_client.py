@@ -13,6 +13,7 @@ from platform_contract import SLEEP, Submit, Tiny, until
 
 from openmae.errors import DataError, RunError, SpecError
 from openmae.jobs import Client, Job
+from openmae.jobs.request import Request, make_request
 
 SMALL = {
     **{"arch": "vit_tiny_patch16", "image_size": 32, "batch_size": 4, "num_epochs": 1, "stage": "finetune"},
@@ -194,6 +195,14 @@ def test_a_key_that_the_job_would_not_find_is_refused(submit: Submit, monkeypatc
     for key, problem in (("env:NO_SUCH_KEY", "'NO_SUCH_KEY' is not set"), ("file:/no/key", "no file '/no/key'")):
         with pytest.raises(SpecError, match=f"encryption_key: .*{problem}"):
             submit(specs={"encryption_key": key})
+
+
+def test_a_key_from_a_variable_is_the_variables_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAE_SECRET", "hush-hush")
+    specs = {"dataset.train_data_sources": "/", "encryption_key": "${oc.env:MAE_SECRET}"}
+    prepared = make_request(Request("train", specs, None, None, None, None, None, {}, None, "local"), None, "/results")
+    assert prepared.environment["OPENMAE_ENCRYPTION_KEY"] == "hush-hush"
+    assert "hush-hush" not in prepared.spec_text + str(prepared.facts)
 
 
 def test_listing_imports_no_torch(client: Client) -> None:
