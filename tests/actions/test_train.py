@@ -23,6 +23,8 @@ from openmae.results.metrics import read_metrics
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
 
+from .conftest import train_arguments
+
 pytestmark = pytest.mark.xdist_group("actions")
 
 STAGES = ("pretrain", "finetune")
@@ -280,3 +282,15 @@ def test_an_unfinished_run_goes_on_with_other_settings_aloud(caplog):
     plan._compare_settings(earlier, infos[1], finished=False)
     assert "The run in runs/train goes on with other settings: train.optim.lr was 0.1 and is 0.2." in caplog.text
     assert "pretrained_model_path" not in caplog.text, "a resumed run needs it no more"
+
+
+def test_values_of_environment_variables_are_not_published(photos, tmp_path, monkeypatch):
+    (tmp_path / "hush-hush").symlink_to(photos.plain)
+    monkeypatch.setenv("MAE_SECRET", "hush-hush")
+    source = str(tmp_path) + "/${oc.env:MAE_SECRET}"
+    arguments = [*train_arguments(photos, "vit", "pretrain"), f"dataset.train_data_sources={source}"]
+    assert main(["train", *arguments, f"results_dir={tmp_path / 'run'}"]) == 0
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"backbone.safetensors", "report.html", "experiment.yaml"} <= {path.name for path in files}
+    assert not [path.name for path in files if b"hush-hush" in path.read_bytes()]
+    assert b"oc.env:MAE_SECRET" in (tmp_path / "run" / "train" / "backbone.safetensors").read_bytes()

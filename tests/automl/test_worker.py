@@ -452,3 +452,13 @@ def test_settings_of_the_search_are_no_overrides_of_a_training(tmp_path: Path) -
     assert not [key for key in typed if key.startswith("automl.")]
     assert typed["results_dir"] == str(tmp_path / "automl")
     assert json.dumps(typed["model.arch"]) == '"vit_tiny_patch16"'
+
+
+def test_trainings_get_variables_and_not_their_values_in_the_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAE_DATA", "hush-hush")
+    spec = make_spec(tmp_path).standing_for({"dataset.train_data_sources": "${oc.env:MAE_DATA}"})
+    worker, _ = make_worker(spec)
+    assert worker.trainings._specs["dataset.train_data_sources"] == "${oc.env:MAE_DATA}"
+    assert worker.trainings._environment["MAE_DATA"] == "hush-hush"

@@ -303,6 +303,14 @@ def test_a_key_that_the_job_would_not_find_is_refused(submit: Submit, monkeypatc
             submit(specs={"encryption_key": key})
 
 
+def test_a_key_from_a_variable_is_the_variables_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAE_SECRET", "hush-hush")
+    specs = {"dataset.train_data_sources": "/", "encryption_key": "${oc.env:MAE_SECRET}"}
+    prepared = make_request(Request("train", specs, None, None, None, None, None, {}, None, "local"), None, "/results")
+    assert prepared.environment["OPENMAE_ENCRYPTION_KEY"] == "hush-hush"
+    assert "hush-hush" not in prepared.spec_text + str(prepared.facts)
+
+
 def test_listing_imports_no_torch(client: Client) -> None:
     code = (
         "import sys; from openmae.cli import main; main(['jobs', 'list', '--root', sys.argv[1]]); "

@@ -11,6 +11,8 @@ import textwrap
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -194,34 +196,98 @@ def test_an_interrupted_download_is_gone_on_with(web, small_pieces, monkeypatch)
     assert 0 < again < len(RANDOM) / small_pieces - 3, f"{again} parts were asked for again"
 
 
-def test_damage_on_the_way_is_found(store, bucket, monkeypatch, small_pieces):
+@pytest.fixture
+def flipped(monkeypatch):
+    """Flip a bit of the last byte of all that is read from a store."""
+    real = transfer.reading
+
+    @asynccontextmanager
+    async def opened(*arguments):
+        async with real(*arguments) as answer:
+            read = answer.read
+
+            async def damaged(count: int) -> bytes:
+                chunk = await read(count)
+                return chunk[:-1] + bytes([chunk[-1] ^ 1]) if chunk else chunk
+
+            answer.read = damaged
+            yield answer
+
+    monkeypatch.setattr(transfer, "reading", opened)
+
+
+def test_damage_on_the_way_is_found(store, bucket, flipped, small_pieces):
     store.put(bucket, {"big.bin": RANDOM, "small.bin": RANDOM[:1000]})
     for name in ("big.bin", "small.bin"):
         found = look(f"s3://{bucket}/{name}")
         assert found.files[0].md5 == hashlib.md5(store.get(bucket, name)).hexdigest()
-    real = transfer.reading
-
-    def flipping(*arguments):
-        from contextlib import asynccontextmanager
-
-        @asynccontextmanager
-        async def opened():
-            async with real(*arguments) as answer:
-                read = answer.read
-
-                async def damaged(count: int) -> bytes:
-                    return bytes(byte ^ 1 for byte in await read(count))
-
-                answer.read = damaged
-                yield answer
-
-        return opened()
-
-    monkeypatch.setattr(transfer, "reading", flipping)
-    for name in ("big.bin", "small.bin"):
         with pytest.raises(DataError, match=rf"{name} arrived damaged, twice: its MD5 is [0-9a-f]+, not") as caught:
             fetch(f"s3://{bucket}/{name}")
         assert "Check the network" in caught.value.fix
+
+
+def put_in_parts(store, bucket: str, key: str, sizes: Sequence[int]) -> bytes:
+    """Upload an object in parts of these sizes, and return its content."""
+    name = {"Bucket": bucket, "Key": key}
+    upload = store.client.create_multipart_upload(**name)["UploadId"]
+    parts, content = [], os.urandom(sum(sizes))
+    for number, size in enumerate(sizes, start=1):
+        start = sum(sizes[: number - 1])
+        body = content[start : start + size]
+        reply = store.client.upload_part(**name, UploadId=upload, PartNumber=number, Body=body)
+        parts.append({"PartNumber": number, "ETag": reply["ETag"]})
+    store.client.complete_multipart_upload(**name, UploadId=upload, MultipartUpload={"Parts": parts})
+    return content
+
+
+MIB = 1 << 20
+PARTS = [[5 * MIB, 5 * MIB, 1], [5 * MIB, 6 * MIB, 1], [1000]]
+
+
+@pytest.mark.parametrize("sizes", PARTS, ids=["alike", "different", "one"])
+def test_an_object_of_several_parts_is_checked(store, bucket, sizes):
+    content = put_in_parts(store, bucket, "m.bin", sizes)
+    assert look(f"s3://{bucket}/m.bin").files[0].md5 == "", "its ETag is not its MD5"
+    assert fetch(f"s3://{bucket}/m.bin").read_bytes() == content
+
+
+@pytest.mark.parametrize("sizes", PARTS, ids=["alike", "different", "one"])
+def test_damage_to_an_object_of_several_parts_is_found(store, bucket, flipped, sizes):
+    put_in_parts(store, bucket, "m.bin", sizes)
+    with pytest.raises(DataError, match=r"m\.bin arrived damaged, twice: it is not what the store's checksum says\."):
+        fetch(f"s3://{bucket}/m.bin")
+    assert not list(cache.root().rglob("m.bin"))
+
+
+@pytest.mark.parametrize("content", [b"<html>Log in</html>", b"\n<!DOCTYPE HTML><p>"])
+def test_a_web_page_is_not_taken_for_a_file(web, content):
+    web.tags = False
+    web.files |= {"/m.pth": content, "/page.html": content}
+    with pytest.raises(DataError, match=r"the server sent a web page \(\d+ bytes\) instead of m\.pth\.") as caught:
+        fetch(f"{web.url}/m.pth")
+    assert "login" in caught.value.fix
+    assert fetch(f"{web.url}/page.html").read_bytes() == content
+
+
+def test_an_answer_that_is_no_object_is_not_taken_for_one(web, monkeypatch):
+    web.tags = False
+    web.files["/bucket/m.pth"] = b"<html>Log in</html>"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", web.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+    match = r"s3://bucket/m\.pth: the answer does not come from an object store: 19 bytes of .*, without an ETag\."
+    with pytest.raises(DataError, match=match) as caught:
+        fetch("s3://bucket/m.pth")
+    assert "AWS_ENDPOINT_URL" in caught.value.fix
+
+
+def test_a_file_that_is_longer_than_it_was_is_another_version(web):
+    web.tags = False
+    web.files["/m.pth"] = b"one"
+    found = look(f"{web.url}/m.pth")
+    web.files["/m.pth"] = b"one more"
+    with pytest.raises(DataError, match="was changed while it was downloaded"):
+        local_copy(found)
 
 
 def test_names_that_lead_out_of_the_folder(store, bucket):

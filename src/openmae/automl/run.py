@@ -274,7 +274,9 @@ def _copy_best(search: Search, name: str) -> None:
 def best_spec(search: Search, params: Mapping[str, Any]) -> str:
     """What the user typed, with the best values in it, to be trained as it is: YAML."""
     spec, resolved = search.spec, to_dict(search.spec)
-    values: dict[str, Any] = {"results_dir": (spec.results_dir or "results").rstrip("/") + "/best"}
+    values: dict[str, Any] = {
+        "results_dir": (spec.shown.get("results_dir") or spec.results_dir or "results").rstrip("/") + "/best"
+    }
     for key in fields():
         if spec.typed(key) and not key.startswith("automl.") and key not in ("results_dir", "train.results_dir"):
             *above, name = key.split(".")

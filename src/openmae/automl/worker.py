@@ -30,6 +30,7 @@ from openmae.jobs.queue import SLOTS
 from openmae.results.files import delete_folder
 from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
+from openmae.spec.from_environment import variables
 from openmae.spec.schema import ExperimentSpec
 from openmae.training.world import gpus_per_node
 
@@ -63,10 +64,13 @@ class Trainings:
         self.client = Client(platform, root=folder / TRAININGS / (this_machine() if platform == "local" else platform))
         left_out = ("automl.", "wandb.run_id")  # one run of Weights & Biases cannot be all of them
         typed = {key: value_of(spec, key) for key in fields() if spec.typed(key) and not key.startswith(left_out)}
+        kept = {key: text for key, text in spec.shown.items() if key in typed and key != "encryption_key"}
+        typed |= kept  # a job takes care of a key itself
         self._specs = {**typed, "results_dir": str(folder)}
         self._wandb = {key: value for key, value in _WANDB.items() if not spec.typed(key)}
         at_once = spec.automl.max_concurrent
         self._environment = {SLOTS: "1000"}  # a worker counts its jobs itself, and must not wait for those of another
+        self._environment |= {name: os.environ[name] for name in variables(kept.values()) if name in os.environ}
         if platform == "local" and "OMP_NUM_THREADS" not in os.environ and at_once > 1:
             self._environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
 

@@ -84,6 +84,8 @@ def make_request(request: Request, parent: Record | None, own_results: str) -> P
     fill(filled, _parent(parent), own_results)
     environment = dict(request.env_vars)
     key = str(filled.values.get("encryption_key") or "")
+    if "${" in key:  # else the reference itself would become the key
+        key = load_spec({"encryption_key": key}).encryption_key
     if is_secret(key):
         environment[KEY_VARIABLE] = key
         filled.values["encryption_key"] = f"{KEY_IN_ENVIRONMENT}{KEY_VARIABLE}"

@@ -67,7 +67,7 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
         key for key in fields() if _has(reading.tree, key) and (typed is None or key in typed or key in reading.origin)
     )
     unset = {key: value for key, value in _decided(spec).items() if value_of(spec, key) is None}
-    spec = _with_checkpointer(spec.replaced({**unset, **_devices(spec)}))
+    spec = _with_checkpointer(spec.replaced({**unset, **_devices(spec)})).standing_for(_shown_texts(reading))
     broken = {problem.key for problem in problems}
     found = chain(find_problems(spec, action), find_tao_problems(spec, action))
     problems += [problem for problem in found if not _touches(problem, broken)]
@@ -137,7 +137,7 @@ def _read(source: Any) -> tuple[Reading, set[str] | None]:
         for key in set(fields()) - typed:
             if value_of(source, key) in (value_of(unset, key), decided.get(key)):
                 _pop(tree, key.split("."))
-        return Reading(tree=tree), typed
+        return Reading(tree=tree, shown=dict(source.shown)), typed
     if isinstance(source, str | Path):
         return read_file(Path(source).expanduser()), None
     if isinstance(source, Mapping):
@@ -146,6 +146,12 @@ def _read(source: Any) -> tuple[Reading, set[str] | None]:
         f"A spec is a path, a mapping or an ExperimentSpec, got {type(source).__name__}.",
         "Give, for example, 'spec.yaml' or {'train': {'num_epochs': 3}}.",
     )
+
+
+def _shown_texts(reading: Reading) -> dict[str, Any]:
+    """What is recorded instead of texts from the environment. Numbers and choices hide nothing, and are read back."""
+    free = {key for key, field in fields().items() if type_words(field) in ("text", "list of texts")}
+    return {key: text for key, text in reading.shown.items() if key in free}
 
 
 def _merge_aliases(reading: Reading) -> None:

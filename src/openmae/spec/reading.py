@@ -13,6 +13,7 @@ import yaml
 
 from openmae.errors import SpecError
 from openmae.inputs import read_file_or_pipe
+from openmae.spec import from_environment
 
 MISSING = "???"
 _DEEPEST, _LARGEST = 50, 100_000  # levels, and values, of a spec: aliases may make a few lines as large as memory
@@ -37,11 +38,13 @@ class Reading:
         tree: nested sections of what the user typed.
         origin: dotted key -> where it was typed ("line 12", "override").
         problems: mistakes met while reading.
+        shown: dotted key -> what is written down in place of a value that comes from the environment.
     """
 
     tree: Tree = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    shown: dict[str, Any] = field(default_factory=dict)
 
 
 class _Loader(yaml.SafeLoader):
@@ -242,6 +245,7 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
         except OmegaConfBaseException as error:
             refuse(path, value, error)
             _put(base, path, None)
+    reading.shown |= from_environment.references(base, [path for path, _ in well_formed])
     for path, value in well_formed:
         try:
             _put(reading.tree, path, resolved(base, path))
@@ -309,6 +313,8 @@ def _set(reading: Reading, key: str, value: Any) -> None:
     _merge(section, {name: value})
     below_key = [".".join([*parents, *map(str, path)]) for path, _ in _leaves({name: value})]
     reading.origin.update(dict.fromkeys([key, *below_key], "override"))
+    for replaced in (key, *below_key):
+        reading.shown.pop(replaced, None)
 
 
 def _merge(target: Tree, source: Mapping[str, Any]) -> None:

@@ -349,7 +349,7 @@ class ExperimentSpec(Section):
     wandb: WandbSpec = option(WandbSpec(), "Weights & Biases")
 
     _typed: frozenset[str] | None = PrivateAttr(None)
-    _shown: Mapping[str, str] = PrivateAttr(default_factory=dict)
+    _shown: Mapping[str, Any] = PrivateAttr(default_factory=dict)
 
     def typed(self, key: str) -> bool:
         """Whether the user set ``key`` (dotted: ``"model.arch"``), in a file, an override or a call."""
@@ -368,14 +368,14 @@ class ExperimentSpec(Section):
             spec = _replace(spec, key.split("."), value)
         return spec
 
-    def standing_for(self, values: Mapping[str, str]) -> ExperimentSpec:
-        """A copy whose dotted keys are written down as these values, whatever they are set to."""
+    def standing_for(self, values: Mapping[str, Any]) -> ExperimentSpec:
+        """A copy whose dotted keys are written down as these values, whatever they are set to; the first ones stay."""
         spec = self.model_copy()
-        spec._shown = {**self._shown, **values}
+        spec._shown = {**values, **self._shown}
         return spec
 
     @property
-    def shown(self) -> Mapping[str, str]:
+    def shown(self) -> Mapping[str, Any]:
         """What is written down in place of the value of a dotted key."""
         return self._shown
 

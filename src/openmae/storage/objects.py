@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from fsspec.asyn import AsyncFileSystem
 
 from openmae.errors import DataError
-from openmae.storage.remote import CONNECTIONS, ask, error_code, explain, open_filesystem
+from openmae.storage.remote import CONNECTIONS, ask, endpoint, error_code, explain, open_filesystem
 from openmae.storage.urls import checked, join, name_of, redact, scheme_of
 
 log = logging.getLogger("openmae")
@@ -84,12 +84,14 @@ class Answer:
         version: of the file that they are of.
         partial: they begin where it was asked, not at the start of the file.
         md5: of the whole file, where the answer says so.
+        size: of the whole file, where the answer says so.
     """
 
     read: Callable[[int], Awaitable[bytes]]
     version: str
     partial: bool
     md5: str = ""
+    size: int | None = None
 
 
 def look(url: str, suffixes: Sequence[str] = ()) -> Found:
@@ -192,7 +194,9 @@ async def reading(filesystem: AsyncFileSystem, file: RemoteFile, start: int, sto
         bucket, key, _ = filesystem.split_path(file.path)
         reply = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **span)
         try:
-            yield Answer(reply["Body"].read, _version(_s3_facts(reply)), bool(span), _s3_md5(reply))
+            facts = _s3_facts(reply, file.path)
+            partial = _begins(reply.get("ContentRange", ""), start)
+            yield Answer(reply["Body"].read, _version(facts), partial, _s3_md5(reply), facts["size"])
         finally:
             reply["Body"].close()
     elif hasattr(filesystem, "set_session") and "http" in filesystem.protocol:
@@ -200,7 +204,8 @@ async def reading(filesystem: AsyncFileSystem, file: RemoteFile, start: int, sto
         async with session.get(filesystem.encode_url(file.path), headers=span) as response:
             response.raise_for_status()
             facts = _web_facts(response.headers)
-            yield Answer(response.content.read, _version(facts), response.status == 206, facts["md5"])
+            partial = response.status == 206 and _begins(response.headers.get("Content-Range", ""), start)
+            yield Answer(response.content.read, _version(facts), partial, facts["md5"], facts["size"])
     else:
         yield await _piecewise(filesystem, file, start, stop)
 
@@ -247,7 +252,8 @@ async def _s3_file(filesystem: Any, path: str) -> RemoteFile:
     bucket, key, _ = filesystem.split_path(path)
     reply = await filesystem._call_s3("get_object", Bucket=bucket, Key=key)
     reply["Body"].close()
-    return RemoteFile("", path, reply["ContentLength"], _version(_s3_facts(reply)), _s3_md5(reply))
+    facts = _s3_facts(reply, path)
+    return RemoteFile("", path, facts["size"], _version(facts), _s3_md5(reply))
 
 
 async def _web_file(filesystem: Any, url: str) -> RemoteFile:
@@ -322,8 +328,22 @@ async def _list_web_folder(filesystem: Any, folder: str) -> list[RemoteFile]:
     return list(await asyncio.gather(*map(facts, sorted(urls))))
 
 
-def _s3_facts(reply: Mapping[str, Any]) -> dict[str, Any]:
-    return {"etag": reply.get("ETag", ""), "size": None, "modified": reply.get("LastModified", "")}
+def _s3_facts(reply: Mapping[str, Any], path: str) -> dict[str, Any]:
+    total = str(reply.get("ContentRange", "")).rpartition("/")[2]
+    size = int(total) if total.isdecimal() else reply["ContentLength"]
+    if not reply.get("ETag"):
+        url = f"s3://{path}"
+        kind = str(reply.get("ContentType") or "no content type").partition(";")[0]
+        raise DataError(
+            f"{redact(url)}: the answer does not come from an object store: {size:,} bytes of {kind}, without an ETag.",
+            f"Check {endpoint(url)}, and whether a proxy or a login page is between.",
+        )
+    return {"etag": reply["ETag"], "size": size, "modified": reply.get("LastModified", "")}
+
+
+def _begins(content_range: str, start: int) -> bool:
+    """Whether ``bytes 10-19/100`` is of a part that begins at ``start``; a server may ignore what was asked for."""
+    return content_range.startswith(f"bytes {start}-")
 
 
 def _s3_md5(reply: Mapping[str, Any]) -> str:

@@ -106,13 +106,11 @@ def explain(error: BaseException, url: str) -> DataError:
     kinds = {type(cause).__name__ for cause in _causes(error)}
     bucket = url.partition("://")[2].partition("/")[0]
     if code == "NoSuchBucket":
-        return DataError(f"{shown}: there is no bucket {bucket!r}.", f"Check the bucket's name and {_endpoint(url)}.")
+        return DataError(f"{shown}: there is no bucket {bucket!r}.", f"Check the bucket's name and {endpoint(url)}.")
     if code in ("InvalidBucketName", "InvalidBucketState") or "ParamValidationError" in kinds:
         return DataError(f"{shown}: {bucket!r} is no name of a bucket.", "Write s3://BUCKET/path.")
     if code in _MISSING or (not code and isinstance(error, FileNotFoundError)):
-        return DataError(
-            f"There is nothing at {shown}.", f"Check the path, upper and lower case, and {_endpoint(url)}."
-        )
+        return DataError(f"There is nothing at {shown}.", f"Check the path, upper and lower case, and {endpoint(url)}.")
     if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}:
         return DataError(
             f"{shown}: no credentials were found.",
@@ -130,7 +128,7 @@ def explain(error: BaseException, url: str) -> DataError:
     if code == "RequestTimeTooSkewed":
         return DataError(f"{shown}: this machine's clock is wrong, so requests are refused.", "Set the clock.")
     if code in _BUSY:
-        return DataError(f"{shown}: the server failed ({code}).", f"Try again later, or check {_endpoint(url)}.")
+        return DataError(f"{shown}: the server failed ({code}).", f"Try again later, or check {endpoint(url)}.")
     return _explain_connection(error, kinds, code, url)
 
 
@@ -140,15 +138,15 @@ def _explain_connection(error: BaseException, kinds: set[str], code: str, url: s
     if any("SSL" in kind or "Certificate" in kind for kind in kinds) or any(
         isinstance(cause, ssl.SSLError) for cause in causes
     ):
-        return DataError(f"{shown}: the server's certificate is not trusted.", f"Check {_endpoint(url)}.")
+        return DataError(f"{shown}: the server's certificate is not trusted.", f"Check {endpoint(url)}.")
     if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):
         return DataError(
-            f"{shown}: the server did not answer in time.", f"Check {_endpoint(url)}, the network and a proxy between."
+            f"{shown}: the server did not answer in time.", f"Check {endpoint(url)}, the network and a proxy between."
         )
     if is_transient(error):
         return DataError(
             f"{shown}: the server cannot be reached, or cuts the connection.",
-            f"Check {_endpoint(url)}, and the network.",
+            f"Check {endpoint(url)}, and the network.",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return DataError(
@@ -156,9 +154,9 @@ def _explain_connection(error: BaseException, kinds: set[str], code: str, url: s
             "Make room in the cache's disk, or set OPENMAE_CACHE to another folder.",
         )
     if "InvalidUrlClientError" in kinds or isinstance(error, ValueError):
-        return DataError(f"{shown} is no valid address, or {_endpoint(url)} is none.", "Correct it.")
+        return DataError(f"{shown} is no valid address, or {endpoint(url)} is none.", "Correct it.")
     return DataError(
-        f"{shown} could not be used ({code or type(error).__name__}).", f"Check the path, {_endpoint(url)} and rights."
+        f"{shown} could not be used ({code or type(error).__name__}).", f"Check the path, {endpoint(url)} and rights."
     )
 
 
@@ -255,7 +253,8 @@ def _credentials(url: str) -> str:
     return " and ".join(names)
 
 
-def _endpoint(url: str) -> str:
+def endpoint(url: str) -> str:
+    """What says where a URL's server is, for messages."""
     if scheme_of(url) == "gs":
         return "the bucket's project"
     if scheme_of(url) != "s3":

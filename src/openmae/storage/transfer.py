@@ -14,7 +14,8 @@ from pathlib import Path
 from fsspec.asyn import AsyncFileSystem
 
 from openmae.errors import DataError
-from openmae.storage.objects import RemoteFile, reading
+from openmae.storage.checksums import content_matches
+from openmae.storage.objects import Answer, RemoteFile, reading
 from openmae.storage.remote import ask, explain, is_transient, open_filesystem
 from openmae.storage.urls import redact
 
@@ -131,7 +132,7 @@ class Transfer:
             target, temporary = self._places(file)
             temporary.touch()
             found, digest = await self._copy_span(file, temporary, 0, file.size)
-            if self._accept(file, found, digest, temporary, target, last=last):
+            if await self._accept(file, found, digest, temporary, target, last=last):
                 return
 
     async def _copy_pieces(self, file: RemoteFile) -> None:
@@ -155,7 +156,7 @@ class Transfer:
             await self._each([start for start in starts if start not in done], STREAMS, piece)
             digest = await asyncio.to_thread(_md5_of, temporary) if md5 else ""
             journal.unlink(missing_ok=True)
-            if self._accept(file, md5, digest, temporary, target, last=last):
+            if await self._accept(file, md5, digest, temporary, target, last=last):
                 return
 
     def _places(self, file: RemoteFile) -> tuple[Path, Path]:
@@ -163,19 +164,36 @@ class Transfer:
         target.parent.mkdir(parents=True, exist_ok=True)
         return target, self.folder / f".{hashlib.sha256(file.name.encode()).hexdigest()[:16]}.part"
 
-    def _accept(self, file: RemoteFile, md5: str, digest: str, temporary: Path, target: Path, *, last: bool) -> bool:
+    async def _accept(
+        self, file: RemoteFile, md5: str, digest: str, temporary: Path, target: Path, *, last: bool
+    ) -> bool:
         """Give a file its name if it is what the store has; False: once more."""
-        if md5 and digest != md5:
+        good: bool | None = digest == md5 if md5 else await self._matches(file, temporary)
+        if good is False:
             self.arrived(-temporary.stat().st_size)
             temporary.unlink()
             if last:
+                why = f"its MD5 is {digest}, not {md5}" if md5 else "it is not what the store's checksum says"
                 raise DataError(
-                    f"{redact(self.url)}: {file.name} arrived damaged, twice: its MD5 is {digest}, not {md5}.",
+                    f"{redact(self.url)}: {file.name} arrived damaged, twice: {why}.",
                     "Check the network and a proxy between, or upload the file again.",
                 )
             return False
+        if good is None and _is_web_page(file, temporary):
+            raise DataError(
+                f"{redact(self.url)}: the server sent a web page ({temporary.stat().st_size:,} bytes) instead of "
+                f"{file.name}.",
+                "Open the address in a browser: it may ask for a login, or lead to a page about the file.",
+            )
         os.replace(temporary, target)
         return True
+
+    async def _matches(self, file: RemoteFile, path: Path) -> bool | None:
+        """Whether a file is what the store's other checksums say; None where it has none."""
+        if "s3" not in self._filesystem.protocol:
+            return None
+        bucket, key, _ = self._filesystem.split_path(file.path)
+        return await content_matches(self._filesystem, bucket, key, path)
 
     async def _copy_span(self, file: RemoteFile, place: Path, start: int, stop: int | None) -> tuple[str, str]:
         """Write bytes ``start`` to ``stop``, trying again where they were cut off.
@@ -193,7 +211,7 @@ class Transfer:
                         reading(self._filesystem, file, done, stop) as answer,
                     ):
                         answered()
-                        self._check(file, answer.version)
+                        self._check(file, answer)
                         if done and not answer.partial:
                             raise _RestartError
                         md5 = answer.md5 or md5
@@ -223,12 +241,21 @@ class Transfer:
                         done, digest = start, hashlib.md5(usedforsecurity=False)
                     await asyncio.sleep(min(0.1 * 2**tries, 5.0))
 
-    def _check(self, file: RemoteFile, version: str) -> None:
-        if version != file.version:
+    def _check(self, file: RemoteFile, answer: Answer) -> None:
+        resized = None not in (answer.size, file.size) and answer.size != file.size
+        if answer.version != file.version or resized:
             raise ChangedError(
                 f"{redact(self.url)}: {file.name} was changed while it was downloaded.",
                 "Wait until it is no longer written, then run the command again.",
             )
+
+
+def _is_web_page(file: RemoteFile, path: Path) -> bool:
+    if file.name.lower().endswith((".html", ".htm", ".xhtml")):
+        return False
+    with path.open("rb") as content:
+        start = content.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return start.startswith((b"<!doctype html", b"<html", b"<head", b"<body"))
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

@@ -1,0 +1,69 @@
+"""Values of environment variables are used, and not written down."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from openmae.spec.from_environment import variables
+from openmae.spec.load import load_spec, to_dict, to_yaml
+
+VALUE = "hush-hush"
+
+
+@pytest.fixture(autouse=True)
+def _variables(monkeypatch):
+    monkeypatch.setenv("MAE_SECRET", VALUE)
+    monkeypatch.setenv("MAE_COUNT", "3")
+
+
+SPEC = {
+    "results_dir": "${oc.env:MAE_SECRET}/results",
+    "encryption_key": "${oc.env:MAE_SECRET}",
+    "dataset": {
+        "train_data_sources": "data/${oc.env:MAE_SECRET}/a",
+        "val_data_sources": "${dataset.train_data_sources}/b",
+    },
+    "train": {"num_epochs": "${oc.env:MAE_COUNT}", "pretrained_model_path": "${oc.env:MAE_UNSET,'it is, here'}"},
+    "wandb": {"name": "${oc.env:MAE_SECRET}", "tags": ["plain", "${oc.env:MAE_SECRET}"]},
+}
+
+
+def test_the_recorded_spec_refers_to_variables_and_loads_back():
+    spec = load_spec(SPEC)
+    assert spec.results_dir == f"{VALUE}/results"
+    assert spec.dataset.val_data_sources == f"data/{VALUE}/a/b"
+    assert spec.wandb.tags == ("plain", VALUE)
+    assert spec.train.pretrained_model_path == "it is, here"
+    text = to_yaml(spec)
+    assert VALUE not in text
+    tree = yaml.safe_load(text)
+    assert tree["dataset"]["val_data_sources"] == "data/${oc.env:MAE_SECRET}/a/b", "what it refers to may be changed"
+    assert tree["wandb"]["tags"] == ["plain", "${oc.env:MAE_SECRET}"]
+    assert tree["train"]["num_epochs"] == 3, "a number is read back by what resumes or evaluates"
+    again = load_spec(tree)
+    assert again.model_dump() == spec.model_dump()
+    assert to_yaml(again) == text
+
+
+def test_a_spec_that_is_given_again_still_refers_to_variables():
+    again = load_spec(load_spec(SPEC), ["wandb.name=mine"])
+    assert VALUE not in to_yaml(again)
+    assert to_dict(again)["wandb"]["name"] == "mine"
+    assert again.encryption_key == VALUE
+
+
+def test_a_variable_that_another_function_takes(monkeypatch):
+    spec = load_spec({"model_name": "${oc.decode:${oc.env:MAE_SECRET}}"})
+    assert spec.model_name == VALUE
+    assert to_dict(spec)["model_name"] == "${oc.decode:${oc.env:MAE_SECRET}}"
+
+
+def test_a_spec_without_variables_is_recorded_as_it_is():
+    spec = load_spec({"results_dir": "a", "train": {"results_dir": "${results_dir}/b"}})
+    assert to_dict(spec)["train"]["results_dir"] == "a/b"
+    assert not spec.shown
+
+
+def test_names_of_variables():
+    assert variables(["${oc.env:A}/x", ["${oc.env: B,1}"], 3]) == {"A", "B"}
