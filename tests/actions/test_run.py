@@ -5,15 +5,20 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from openmae.actions import run as run_module
+from openmae.actions.remote import local_place
 from openmae.actions.run import Run, begin_results, running, show_table
-from openmae.errors import DataError, RunError, blaming
+from openmae.errors import DataError, RunError, UserError, blaming
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
+from openmae.storage.lock import locked_folder
 
 
 @pytest.fixture
@@ -135,3 +140,45 @@ def test_a_training_outlives_those_who_read_its_output(trained, tmp_path, stream
     subprocess.run(["bash", "-c", script], check=True)
     assert (tmp_path / "train" / "model_epoch_001_step_00002.pth").is_file()
     assert read_status(tmp_path / "train" / "status.json")[-1]["status"] == "SUCCESS"
+
+
+@pytest.mark.parametrize("action", ["train", "evaluate", "inference", "export"])
+def test_a_folder_that_another_run_writes_to_is_left_alone(action, spec, tmp_path):
+    folder = tmp_path / action
+    folder.mkdir()
+    with locked_folder(folder, "results_dir"):
+        with pytest.raises(UserError, match=f"^results_dir: another run is writing to {folder}: process "):
+            running(spec, action).__enter__()
+        assert not (folder / "status.json").exists()
+    with running(spec, action) as run:
+        pass
+    assert statuses(run) == ["STARTED", "SUCCESS"]
+
+
+def test_another_process_of_the_same_run_is_not_locked_out(spec, tmp_path):
+    with local_place(spec, "train"), local_place(spec, "train", leads=False) as place:
+        assert place.folder == tmp_path / "train"
+
+
+def test_the_workers_of_a_search_share_a_folder(spec):
+    with local_place(spec, "automl"), local_place(spec, "automl"):
+        pass
+
+
+def test_a_run_that_loses_its_folder_ends(spec, monkeypatch):
+    places = []
+
+    @contextmanager
+    def noting(*arguments):
+        with local_place(*arguments) as place:
+            places.append(place)
+            yield place
+
+    def act():
+        with running(spec, "train"):
+            places[0].loss.note(RunError("It has been taken over."))
+            threading.Event().wait(30)  # until it is interrupted
+
+    monkeypatch.setattr(run_module, "local_place", noting)
+    with pytest.raises(RunError, match="taken over"):
+        act()

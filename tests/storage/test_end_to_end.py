@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,12 +14,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from openmae.actions.remote import local_place
 from openmae.cli import main
 from openmae.spec.load import load_spec, to_yaml
 from openmae.storage import cache
+from openmae.storage.lock import StoreLock
 
 SMALL = (
     *("model.arch=vit_tiny_patch16", "dataset.augmentation.input_size=32", "model.decoder_depth=1"),
@@ -169,7 +172,7 @@ def test_a_newest_checkpoint_in_a_store_that_cannot_be_read(
     content = store.get(bucket, first)
     store.put(bucket, {first.replace("_001_", "_002_"): content[:5000]})
     if not readable:
-        store.put(bucket, {first: content[:4000]})
+        store.put(bucket, {first: content[:4000], "results/run1/train/model_best.pth": content[:4000]})
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "another"))
     code = main([*train_arguments(bucket), "train.num_epochs=2"])
     told = capfd.readouterr().err
@@ -188,6 +191,32 @@ def test_a_newest_checkpoint_in_a_store_that_cannot_be_read(
         assert code == 2, told
         assert re.search(r"model_epoch_002\S+ cannot be read as a checkpoint", told), told
         assert checkpoints(store, bucket) == ["001", "002"], "nothing is removed"
+
+
+def test_a_run_in_a_store_whose_newest_checkpoints_are_not_finite(trained, store, bucket, capfd, monkeypatch, tmp_path):
+    """Of an older version: the numbered one is set aside, there too, and the best is brought in its place."""
+    below = "results/run1/train/model_epoch_"
+    (first,) = (name for name in store.names(bucket) if name.startswith(below))
+    content = torch.load(io.BytesIO(store.get(bucket, first)), weights_only=True)
+    for value in content["state_dict"].values():
+        value.fill_(float("nan"))
+    broken = io.BytesIO()
+    torch.save(content, broken)
+    store.put(bucket, {first: broken.getvalue()})
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "another"))
+    assert main([*train_arguments(bucket), "train.num_epochs=2"]) == 0
+    told = capfd.readouterr().err
+    assert re.search(r"model_epoch_001\S+ holds weights that are not finite: it is now \S+\.diverged", told), told
+    assert re.search(r"Resuming from \S+/model_best\.pth, after epoch 1", told), told
+    left = [name.removeprefix(below) for name in store.names(bucket) if name.startswith(below)]
+    assert left == ["001_step_00002.pth.diverged", "002_step_00004.pth"]
+
+
+def test_a_second_run_in_a_store_is_told_of_the_first(trained, store, bucket, capfd):
+    with StoreLock(f"s3://{bucket}/results/run1/train", "results_dir", lambda error: None):
+        assert main([*train_arguments(bucket), "train.num_epochs=2"]) == 2
+    told = capfd.readouterr().err
+    assert f"results_dir: another run is writing to s3://{bucket}/results/run1/train: process {os.getpid()} on " in told
 
 
 @pytest.mark.slow  # a minute: a program of its own is interrupted, another killed, a third goes on

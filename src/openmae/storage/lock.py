@@ -24,7 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from openmae.errors import DataError, RunError, UserError
+from openmae.errors import DataError, RunError, UserError, blaming
 from openmae.storage.urls import join, redact, scheme_of
 
 LOCK, HOLDER = ".openmae.lock", ".openmae.lock.json"
@@ -78,7 +78,8 @@ def _acquire(lock: FileLock, folder: Path, key: str) -> None:
         except Timeout:
             holder = _read_holder(folder / HOLDER)
             if (holder and not _is_dead(holder)) or time.monotonic() > deadline:
-                raise _taken(holder, str(folder), key) from None
+                with blaming(key):
+                    raise _taken(holder, str(folder), key) from None
         time.sleep(_LOOK)
 
 
@@ -101,11 +102,12 @@ class StoreLock:
     def __init__(self, url: str, key: str, on_lost: Callable[[RunError], None]) -> None:
         from openmae.storage.remote import open_filesystem  # with it comes fsspec, which most runs do not need
 
-        self.url = join(url, HOLDER)
+        self.url = url
         self.key = key
         self._on_lost = on_lost
-        self._filesystem: Any = open_filesystem(url)
-        self._path = self._filesystem._strip_protocol(self.url)
+        with blaming(key):
+            self._filesystem: Any = open_filesystem(url)
+        self._path = self._filesystem._strip_protocol(join(url, HOLDER))
         self._conditional = scheme_of(url) == "s3"
         self._me = {**_myself(), "token": uuid.uuid4().hex, "beat": 0}
         self._version = ""
@@ -119,6 +121,11 @@ class StoreLock:
             UserError: another run holds it.
             DataError: the store fails.
         """
+        with blaming(self.key):
+            self._take()
+        self._thread.start()
+
+    def _take(self) -> None:
         seen, since = b"", time.monotonic()
         while not self._write(""):
             found = self._read()
@@ -133,14 +140,13 @@ class StoreLock:
                     log.warning("%s was left locked by %s, which has ended.", redact(self.url), _described(holder))
                     break
             elif here or (seen and content != seen):
-                raise _taken(holder, redact(self.url.removesuffix(f"/{HOLDER}")), self.key)
+                raise _taken(holder, redact(self.url), self.key)
             if not seen:
                 log.info("%s is locked by %s: waiting for up to %g s to see whether it is alive.",
                          redact(self.url), _described(holder), STALE)  # fmt: skip
             if content != seen:
                 seen, since = content, time.monotonic()
             time.sleep(1.0)
-        self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         """Release the lock; where that fails, the next run takes it over."""
@@ -162,8 +168,9 @@ class StoreLock:
                     continue
                 found = self._read()
                 if found is not None:
-                    taken = _taken(_parsed(found[0]), redact(self.url.removesuffix(f"/{HOLDER}")), self.key)
-                    self._on_lost(RunError(f"{taken.problem} It has taken the folder over from this run.", taken.fix))
+                    taken = _taken(_parsed(found[0]), redact(self.url), self.key)
+                    problem = f"{self.key}: {taken.problem} It has taken the folder over from this run."
+                    self._on_lost(RunError(problem, taken.fix))
                     return
                 self._version = ""  # somebody has deleted it
 
@@ -218,7 +225,7 @@ class StoreLock:
 
 def _taken(holder: dict[str, Any], where: str, key: str) -> UserError:
     return UserError(
-        f"{key}: another run is writing to {where}: {_described(holder)}.",
+        f"another run is writing to {where}: {_described(holder)}.",
         f"Wait until it ends, or set another {key}. Two runs in one folder would overwrite each other's files.",
     )
 
