@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from openmae.errors import SpecError
 from openmae.spec.load import load_spec, to_dict
+from openmae.spec.schema import ACTIONS
 
+TAO_CORE = Path(__file__).parent / "data" / "tao_core_7_3.yaml"
 TOPK = "train.checkpointer.enable_topk=true"
 LABELLED = ("train.stage=finetune", "dataset.val_data_sources=val", "dataset.batch_size=2")
 
@@ -159,3 +162,27 @@ def test_pixel_normalisation_is_ignored_for_hiera_alone(arch, said, tmp_path, ca
     )
     load_spec(path, action="train")
     assert ("model.norm_pix_loss=False (default True)" in caplog.text) == said
+
+
+WANTED = ("train_data_sources", "val_data_sources", "test_data_sources")
+FILES = (
+    "evaluate.checkpoint",
+    "inference.checkpoint",
+    "export.checkpoint",
+    "export.onnx_file",
+    "gen_trt_engine.onnx_file",
+)
+
+
+@pytest.mark.parametrize("action", [*ACTIONS, "automl"])
+def test_the_defaults_of_tao_core_load_for_every_action(action, caplog):
+    """The file is what nvidia-tao-core itself writes; only what is mandatory is filled in."""
+    overrides = [
+        *(f"dataset.{name}=x" for name in WANTED),
+        *(f"{key}=x" for key in FILES),
+        "gen_trt_engine.trt_engine=y",
+    ]
+    spec = load_spec(TAO_CORE, overrides, action=action)
+    assert (spec.model.mask_ratio, spec.train.optim.warmup_epochs, spec.dataset.batch_size) == (0.75, 1, 3)
+    assert "model_name stands in published specs" in caplog.text
+    assert load_spec(to_dict(spec), action=action).model_dump() == spec.model_dump()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from openmae.errors import SpecError
 from openmae.training.world import World, find_world, follows
@@ -125,3 +127,32 @@ def test_leading_is_node_0s_first_process():
     assert not World(2, 2, 0, 1).leads
     assert not World(2, 2, 1, 0).leads
     assert World(2, 3).size == 6
+
+
+_TYPED = st.none() | st.integers(1, 5)
+
+
+@given(
+    gpus=_TYPED,
+    nodes=_TYPED,
+    variables=st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(("WORLD_SIZE", "NUM_GPU_PER_NODE"), st.sampled_from(["", "0", "1", "2", "4", "x"])),
+            "NODE_RANK": st.sampled_from(["0", "1", "3"]),
+            "MASTER_ADDR": st.just("head"),
+            "MASTER_PORT": st.sampled_from(["29500", "0"]),
+        },
+    ),
+)
+def test_whatever_the_orchestrator_says_replaces_the_spec_or_is_refused(gpus, nodes, variables):
+    try:
+        world = find_world("train", gpus, nodes, variables)
+    except SpecError:
+        return
+    if per_node := variables.get("NUM_GPU_PER_NODE"):
+        assert world.per_node == max(int(per_node), 1)
+        if size := variables.get("WORLD_SIZE"):
+            assert world.nodes == int(size)
+    assert 0 <= world.node_rank < world.nodes
+    assert find_world("train", world.per_node, world.nodes, variables) == world, "asked again by the work itself"
