@@ -35,6 +35,11 @@ Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or every process would print its errors
+_MEANT = {  # what Pillow says, and what that means for the file
+    "not identified by this driver": "its header is damaged",
+    "unknown pixel mode": "its combination of bits, sample format and colour space is not supported; save it as 8-bit "
+    "grey or RGB, or as unsigned 16-bit grey",
+}
 _OBJECT = re.compile(r"<[^<>]* object at 0x[0-9a-f]+>")
 
 
@@ -178,7 +183,6 @@ class Picture:
             got = f"{image.width} x {image.height} = {image.width * image.height:,}"
             raise TooManyPixels(self.path, got, self._max_pixels)
         self._orientation = _orientation(image)  # for which Pillow may decode a PNG to its end
-        self._depth = depth_of(image)
         return image
 
     def _load(self) -> None:
@@ -193,14 +197,14 @@ class Picture:
 
     def _to_channels(self, image: Image.Image, in_chans: int) -> Pixels:
         if image.mode.startswith("I;16"):
-            planes = np.repeat(deep_pixels(image, self._depth)[..., None], in_chans, axis=-1)
+            planes = np.repeat(deep_pixels(image, depth_of(self._image))[..., None], in_chans, axis=-1)
             if in_chans == 4:
                 planes[..., 3] = 255
             return planes
         if image.mode in ("I", "F"):
             raise ValueError(
-                f"its pixels are {self._depth.words}, and the file does not say which values are black and white; "
-                "scale them to 0..65535 and save them as unsigned 16-bit integers, or to 0..255 as 8-bit"
+                f"its pixels are {depth_of(self._image).words}, and the file does not say which values are black and "
+                "white; scale them to 0..65535 and save them as unsigned 16-bit integers, or to 0..255 as 8-bit"
             )
         if in_chans == 4:
             return np.array(image.convert("RGBA"))
@@ -233,7 +237,8 @@ def in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(_OBJECT.sub("the file", f"{error}").split())
-    text = text.replace("not identified by this driver", "its header is damaged")  # Pillow's words for that
+    for said, meant in _MEANT.items():
+        text = text.replace(said, meant)
     if text and isinstance(error, OSError | SyntaxError | ValueError):
         return text
     return f"the file is damaged ({type(error).__name__}{': ' if text else ''}{text})"

@@ -16,6 +16,7 @@ from openmae.inputs import read_file_or_pipe
 
 MISSING = "???"
 _DEEPEST, _LARGEST = 50, 100_000  # levels, and values, of a spec: aliases may make a few lines as large as memory
+_LARGEST_FILE = 10_000_000  # bytes
 Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]
 
@@ -106,7 +107,8 @@ def read_file(path: Path) -> Reading:
     if path.is_dir():
         raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
     try:
-        text = read_file_or_pipe(path).decode("utf-8")
+        content = read_file_or_pipe(path, _LARGEST_FILE + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         fix = "Check the path, or write a spec with `mae spec template train`."
         raise SpecError(f"There is no spec file {path}.", fix) from None
@@ -114,6 +116,8 @@ def read_file(path: Path) -> Reading:
         raise SpecError(f"{path} is not a text file.", "A spec is YAML, in UTF-8.") from None
     except OSError as error:
         raise SpecError(f"{path} cannot be read: {error.strerror}.", "Name a YAML file that you may read.") from None
+    if len(content) > _LARGEST_FILE:
+        raise SpecError(f"{path} has more than {_LARGEST_FILE / 1e6:g} MB, too much for a spec.", "Name a YAML file.")
     reading = Reading()
     try:
         node, tree = _parse(text)
