@@ -16,9 +16,9 @@ from openmae.inputs import read_file_or_pipe
 
 MISSING = "???"
 _DEEPEST, _LARGEST = 50, 100_000  # levels, and values, of a spec: aliases may make a few lines as large as memory
-_LARGEST_FILE = 10_000_000  # bytes
 Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]
+_LARGEST_FILE = 10_000_000  # bytes
 
 
 class Problem(NamedTuple):
