@@ -32,6 +32,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upr
 Size = tuple[int, int]  # height, width
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
+_PIXEL_BYTES, _OTHER_BYTES = 16, 1 << 26  # of a file: four channels of 32 bits, and texts and profiles
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or every process would print its errors
@@ -174,6 +175,8 @@ class Picture:
         kind = recognise(start)
         if kind is None or kind not in READ_FORMATS:
             raise NotAnImage(self.path, why_not_read(start))
+        if kind != "TIFF":  # which may have many pages, and is not read as a whole
+            check_length(self.path, self._file, self._max_pixels)
         _prepare_pillow(kind, self._max_pixels)
         try:
             image = _opened(self._file, kind)
@@ -230,6 +233,16 @@ def decode(path: Path, in_chans: int = 3) -> Pixels:
     """Decode the whole image: [H, W, in_chans], upright; see ``Picture.pixels``."""
     with Picture(path) as picture:
         return picture.pixels(in_chans)
+
+
+def check_length(path: Path, file: BinaryIO, max_pixels: int) -> None:
+    """Raise a CorruptImage for a file that is too long to be read into memory, such as one that is mostly a hole."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    most = _PIXEL_BYTES * max_pixels + _OTHER_BYTES
+    if length > most:
+        limit = f"the {most:,} that an image of {MAX_KEY}={max_pixels / 1e6:g} may take"
+        raise CorruptImage(path, f"the file has {length:,} bytes, more than {limit}")
 
 
 def in_words(error: Exception) -> str:
