@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from openmae.data.decode import CorruptImage, NotAnImage, Picture, TooManyPixels, decode, in_words
@@ -351,11 +351,14 @@ def test_pillows_own_limit_can_be_raised(kind: str, monkeypatch: pytest.MonkeyPa
             Picture(Path("a"), io.BytesIO(stream.getvalue()), max_pixels=11_999)
 
 
-def test_a_bomb_is_refused_by_its_header() -> None:
+def test_a_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[ImageFile.ImageFile] = []
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decoded.append)
     header = struct.pack(">II5B", 60_000, 60_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     with pytest.raises(TooManyPixels, match=r"60000 x 60000 = 3,600,000,000 pixels, .*max_megapixels=179 allows"):
         Picture(Path("bomb.png"), io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT"))
+    assert decoded == []
 
 
 # ------------------------------------------------------------------------------- pages and warnings

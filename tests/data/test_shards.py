@@ -484,3 +484,10 @@ def test_packing_keeps_the_order_of_index_images(tmp_path: Path, make_images: An
     keys = [opened.key(number) for number in range(4)]
     assert keys == ["a/x.jpg", "a/x_2.png", "a/x_y.png", "b/1.png"]
     assert [opened.read(n) for n in range(4)] == [found.read(n) for n in range(4)]
+
+
+def test_a_shard_that_is_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a-0.tar")
+    for source in (str(tmp_path / "a-{0..0}.tar"), str(tmp_path)):
+        with pytest.raises(DataError, match=r"The shard .*a-0\.tar is a named pipe \(FIFO\), not a tar file"):
+            open_index(source, None)

@@ -522,3 +522,13 @@ def test_an_archive_whose_name_is_not_utf8(tmp_path: Path, cache: Path) -> None:
 def test_names_that_no_file_can_have(source: str) -> None:
     with pytest.raises(DataError):
         resolve_source(source)
+
+
+def test_an_archive_that_is_a_pipe_or_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.zip").symlink_to("/dev/zero")
+    for name, kind in (("a.tar", "a named pipe (FIFO)"), ("b.zip", "a device")):
+        with pytest.raises(DataError) as caught:
+            resolve_source(tmp_path / name, tmp_path / "cache")
+        assert caught.value.problem.endswith(f" is {kind}.")
+        assert "Name a folder of images, or an archive" in caught.value.fix

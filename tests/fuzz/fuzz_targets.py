@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openmae.data.decode import CorruptImage, Picture, decode
+from openmae.data.decode import CorruptImage, Picture
+from openmae.data.formats import READ_FORMATS
 from openmae.data.index import index_images
 from openmae.data.opening import index_shards
 from openmae.data.sources import resolve_source
@@ -87,10 +88,16 @@ def read_table(content: bytes) -> None:
 def read_image(content: bytes) -> None:
     with scratch() as folder:
         (folder / "a.png").write_bytes(content)
-        with contextlib.suppress(CorruptImage):
-            assert decode(folder / "a.png").shape[2] == 3
-        with contextlib.suppress(CorruptImage), Picture(Path("upload"), io.BytesIO(content)) as picture:
-            picture.pixels(3)
+        found: list[bytes | str] = []
+        for file in (None, io.BytesIO(content)):
+            try:
+                with Picture(folder / "a.png", file) as picture:
+                    found.append(picture.pixels(3).tobytes())
+                    assert isinstance(picture.pages, str)
+            except CorruptImage as error:
+                found.append(error.reason)
+        assert not any(isinstance(said, str) and " at 0x" in said for said in found), "it names an object in memory"
+        assert found[0] == found[1], "a file and an upload of the same bytes differ"
 
 
 def read_weights(content: bytes) -> None:
@@ -162,7 +169,7 @@ _PAYLOAD = {"openmae": {"format": 1}, "progress": {"epoch": 1}, "optimizer": {},
 SECRET = b"secret" * 20
 SPEC = b"train: {num_epochs: 3, optim: &a {lr: 1e-3}}\nmodel: {<<: *a, arch: vit_tiny_patch16}\n"
 ARCHIVES = {"a.zip": zipped(), "a.tar": tarred(""), "a.tgz": tarred("gz")}
-IMAGES = {kind: encoded(kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")}
+IMAGES = {kind: encoded(kind) for kind in READ_FORMATS if kind != "HEIF"}
 CHECKPOINT = _written(lambda path: write_checkpoint(_PAYLOAD, path))
 ENCRYPTED = _written(_seal)
 

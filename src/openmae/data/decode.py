@@ -6,6 +6,7 @@ Pixels are decoded once, cropped and scaled as early as the file format allows, 
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 import struct
@@ -32,6 +33,8 @@ Size = tuple[int, int]  # height, width
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or every process would print its errors
 _OBJECT = re.compile(r"<[^<>]* object at 0x[0-9a-f]+>")
 
 
@@ -171,10 +174,10 @@ class Picture:
             image = _opened(self._file, kind)
         except Image.DecompressionBombError as error:
             raise TooManyPixels(self.path, "too many", self._max_pixels) from error
-        self._orientation = _orientation(image)
         if image.width * image.height > self._max_pixels:
             got = f"{image.width} x {image.height} = {image.width * image.height:,}"
             raise TooManyPixels(self.path, got, self._max_pixels)
+        self._orientation = _orientation(image)  # for which Pillow may decode a PNG to its end
         self._depth = depth_of(image)
         return image
 

@@ -16,8 +16,9 @@ _FIRST = {
     "warning": "%s is read, although Pillow warns: %s",
 }
 _ALL = {
-    "pages": "%s have several pages or frames, of which only the first is read; `mae dataset check` lists them.",
-    "warning": "%s are read, although Pillow warns; `mae dataset check` lists them.",
+    "pages": "At least %d images have several pages or frames, of which only the first is read; "
+    "`mae dataset check` lists them.",
+    "warning": "At least %d images are read, although Pillow warns; `mae dataset check` lists them.",
 }
 
 
@@ -48,6 +49,8 @@ def remarks_on(picture: Picture, path: str) -> list[Remark]:
 class Remarks:
     """Logs the first remark of each kind, and after one pass over the data how many images have one.
 
+    Of several processes one logs, which sees its share of the images.
+
     Args:
         index: the data set.
     """
@@ -69,5 +72,5 @@ class Remarks:
         if not self._counted:
             for kind, paths in self._paths.items():
                 if len(paths) > 1:
-                    log.warning(_ALL[kind], f"{len(paths):,} images")
+                    log.warning(_ALL[kind], len(paths))
         self._counted = True
