@@ -73,7 +73,10 @@ def test_folders_that_are_no_classes(
     assert f"{why}, but they are taken as classes." in caplog.text
 
 
-@pytest.mark.parametrize("names", [["0", "1"], ["01", "12"], ["may", "bee"], ["n01440764", "n01443537"], ["1999", "x"]])
+@pytest.mark.parametrize(
+    "names",
+    [["0", "1"], ["01", "12"], ["may", "bee"], ["n01440764", "n01443537"], ["1999", "x"], ["2011 Ford", "2012 Tesla"]],
+)
 def test_folders_that_may_be_classes(tmp_path: Path, make_images: MakeImages, names: list[str]) -> None:
     make_images(tmp_path, [f"{name}/1.png" for name in names])
     assert index_images(tmp_path, None).class_names == tuple(sorted(names))

@@ -34,7 +34,7 @@ _LAYOUTS = f"Make one folder per class (cat/1.jpg, dog/2.jpg), or a {LABELS_FILE
 _YEAR = r"(19|20)\d\d"
 _MONTH = r"(0?[1-9]|1[0-2])"
 _DATE = re.compile(
-    rf"{_YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?[0-3]\d)?)?(\b.*)?|"
+    rf"{_YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?[0-3]\d)?(\D.*)?)?|"
     rf"(\d\d?[-_. ]+)?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*([-_. ]*{_YEAR})?",
     re.IGNORECASE,
 )
@@ -94,12 +94,14 @@ def label_by_folder(
     Raises:
         DataError: no labels where they are demanded.
     """
-    class_of = [_class_name(path.split("/", 1)[0]) if "/" in path else "" for path in paths]
+    folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
+    name_of = {folder: _class_name(folder) for folder in set(folders)}
+    class_of = [name_of[folder] for folder in folders]
     names = sorted(set(class_of) - {""})
     loose = [path for path, name in zip(paths, class_of, strict=True) if not name]
     shown = printable_name(place)
     if labelled and loose:
-        what = f"{len(loose)} of {len(paths)} images lie outside of class folders, such as {first_names(loose)}"
+        what = f"{len(loose)} of {len(paths)} images lie outside of class folders, such as {printable_name(loose[0])}"
         raise DataError(f"The images in {shown} have no labels: {what}; {otherwise[0]}.", otherwise[1])
     why_not = _why_no_classes(names, os.path.basename(place.rstrip("/")))
     if labelled is None and (len(names) < 2 or why_not):

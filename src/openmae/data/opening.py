@@ -63,7 +63,7 @@ def open_index(source: str, labelled: bool | None) -> ImageIndex:
 
 
 def _open_folder(folder: Path, labelled: bool | None, shown: str) -> ImageIndex:
-    tars = sorted(entry.path for entry in list_entries(folder) if entry.name.endswith(".tar") and entry.is_file())
+    tars = sorted(entry.path for entry in list_entries(folder) if entry.name.endswith(".tar") and not entry.is_dir())
     if not tars:
         return index_images(folder, labelled)
     listing = list_folder(folder)
@@ -90,15 +90,19 @@ def _shards_prevail(folder: Path, tars: Sequence[str], listing: Listing) -> bool
 
     An archive that was extracted and left beside its images has about their size: it does not prevail.
     """
-    least = sum(map(os.path.getsize, tars)) / 2
+    least = sum(map(_size, tars)) / 2
     for path in listing.images:
-        try:
-            least -= os.path.getsize(folder / path)
-        except OSError:  # it will count as corrupt
-            continue
+        least -= _size(folder / path)
         if least <= 0:
             return False
     return True
+
+
+def _size(path: str | Path) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # a link that leads nowhere: whoever reads it says so
+        return 0
 
 
 def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> ShardedIndex:
