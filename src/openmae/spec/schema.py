@@ -120,7 +120,7 @@ class AugmentationSpec(Section):
     min_ratio: float = option(0.75, "smallest width / height of a random crop", gt=0)
     max_ratio: float = option(1.33, "largest width / height of a random crop", gt=0)
     interpolation: Literal["bilinear", "bicubic", "random"] = option(
-        "bicubic", "how images are resized, in training and evaluation (ours: bicubic, as the papers' code)"
+        "bilinear", "how training crops are resized (finetune); pretraining and evaluation are bicubic"
     )
     hflip: float = option(0.5, "chance of a horizontal flip", ge=0, le=1, search=Search(0.0, 0.5))
     color_jitter: float = option(0.0, "strength of colour jitter, 0: off (finetune)", ge=0, search=Search(0.0, 0.4))
