@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -25,6 +26,8 @@ from openmae.cli import main
 from openmae.errors import CheckpointError
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
+
+from .conftest import train_arguments
 
 pytestmark = pytest.mark.xdist_group("actions")
 
@@ -190,3 +193,47 @@ def test_a_backbone_of_another_program_is_not_evaluated(tmp_path: Path) -> None:
     torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0).state_dict(), tmp_path / "f.pth")
     with pytest.raises(CheckpointError, match=r"weights of another program \(timm ViT layout\).*\n.*pretrained_model"):
         read_trained(load_spec(None), tmp_path / "f.pth", None)
+
+
+def test_training_names_the_weights_that_it_takes_and_the_patches_that_do_not_fit(
+    photos: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=0)
+    path = tmp_path / "f.pth"
+    torch.save({"model": model.state_dict(), "model_ema": model.state_dict()}, path)
+    command = ["train", *train_arguments(photos, "vit", "pretrain"), f"train.pretrained_model_path={path}"]
+    assert main([*command, f"results_dir={tmp_path}/a"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"train.pretrained_model_path: {path} has patches of 8 pixels, and vit_tiny_patch16 has 16." in said
+    assert "Set model.patch_size=8 to keep those of the file, or model.patch_size=16 to resample them." in said
+    chosen = ["train.pretrained_weights_key=model", "model.patch_size=16", f"results_dir={tmp_path}/b"]
+    assert main([*command, *chosen]) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "the weights under 'model' were taken; the file also has model_ema" in said
+    assert "resized: pos_embed, patch_embed.proj" in said
+    assert main([*command, "train.pretrained_weights_key=ema", f"results_dir={tmp_path}/c"]) == 2
+    assert "no weights under 'ema'. Fix: It has: model, model_ema." in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("action", ["evaluate", "inference", "export"])
+def test_weights_that_are_not_finite_give_no_answers(action: str, photos: Any, tmp_path: Path, refused: Any) -> None:
+    model = TaoViT()
+    model.head.weight.data[0, 0] = float("nan")
+    path = write_tao(tmp_path / "nan.pth", model)
+    source = {"evaluate": "dataset.val_data_sources", "inference": "dataset.test_data_sources"}.get(action)
+    sources = [f"{source}={photos.val}"] if source else [f"export.onnx_file={tmp_path}/m.onnx"]
+    said = refused(action, [f"{action}.checkpoint={path}", f"results_dir={tmp_path}", *sources])
+    assert "tensors hold NaN or infinite numbers, the first is head.weight" in said
+
+
+def test_an_onnx_file_of_weights_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    path, target = write_tao(tmp_path / "tao.pth", TaoViT()), tmp_path / "model.onnx"
+    assert main(["export", f"export.checkpoint={path}", f"export.onnx_file={target}", f"results_dir={tmp_path}"]) == 0
+    proto = onnx.load(target)
+    largest = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    values = np.frombuffer(largest.raw_data, np.float32).copy()
+    values[0] = np.nan
+    largest.raw_data = values.tobytes()
+    onnx.save(proto, target)
+    with pytest.raises(CheckpointError, match=r"weights .* hold NaN or infinite numbers"):
+        openmae.open_predictor(target)

@@ -23,14 +23,13 @@ from openmae.models.weights import CheckpointInfo, load_backbone, save_backbone
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.21, 0.22)
 
 
-def save(path: Path, config: ModelConfig, interpolation: str = "bicubic") -> Path:
+def save(path: Path, config: ModelConfig) -> Path:
     build = build_classifier if config.num_classes else build_autoencoder
     model: Any = build(config)
     backbone = model if config.num_classes else model.encoder.backbone
-    spec = {"dataset": {"augmentation": {"interpolation": interpolation}}}
     stage = "finetune" if config.num_classes else "pretrain"
     names = tuple("abc"[: config.num_classes])
-    return save_backbone(path, backbone.state_dict(), CheckpointInfo(stage, config, names, MEAN, STD, spec))
+    return save_backbone(path, backbone.state_dict(), CheckpointInfo(stage, config, names, MEAN, STD))
 
 
 @pytest.fixture
@@ -43,27 +42,27 @@ def photo(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("config", "interpolation", "kept"),
+    ("config", "kept"),
     [
-        (ModelConfig("vit_tiny_patch16", (96, 96), num_classes=3), "bicubic", 0.875),
-        (ModelConfig("convnextv2_atto", (256, 256)), "bilinear", 1.0),
-        (ModelConfig("hiera_tiny_224", (64, 128)), "bicubic", 0.875),
+        (ModelConfig("vit_tiny_patch16", (96, 96), num_classes=3), 0.875),
+        (ModelConfig("convnextv2_atto", (256, 256)), 1.0),
+        (ModelConfig("hiera_tiny_224", (64, 128)), 0.875),
     ],
     ids=["vit", "convnextv2", "hiera"],
 )
 def test_timm_prepares_images_as_our_evaluation_does(
-    config: ModelConfig, interpolation: str, kept: float, photo: Path, tmp_path: Path
+    config: ModelConfig, kept: float, photo: Path, tmp_path: Path
 ) -> None:
-    model = load_backbone(save(tmp_path / "backbone.safetensors", config, interpolation))
+    model = load_backbone(save(tmp_path / "backbone.safetensors", config))
     found = resolve_model_data_config(model)
     assert found == {
-        "input_size": (3, *config.input_size), "interpolation": interpolation, "mean": MEAN, "std": STD,
+        "input_size": (3, *config.input_size), "interpolation": "bicubic", "mean": MEAN, "std": STD,
         "crop_pct": kept, "crop_mode": "center",
     }  # fmt: skip
     with Image.open(photo) as image:
         theirs = create_transform(**found)(image.convert("RGB"))
     with Picture(photo) as picture:
-        ours = EvalTransform(config.input_size, 3, interpolation)(picture)  # type: ignore[arg-type]
+        ours = EvalTransform(config.input_size)(picture)
     assert (Normaliser(MEAN, STD)(ours[None])[0] - theirs).abs().mean() < 0.03
 
 

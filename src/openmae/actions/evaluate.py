@@ -16,7 +16,7 @@ from openmae.data.images import ImageIndex
 from openmae.data.index import unread_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.data.normalise import Normaliser
-from openmae.data.transforms import EvalTransform
+from openmae.engines.batching import eval_transform
 from openmae.errors import DataError
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.weights import CheckpointInfo
@@ -54,7 +54,6 @@ class Request:
         file = f"{path.name} ({path.stat().st_size:,} bytes)"
         check_agreement(fabric, lambda: {"set of images": self.index.digest, "model": file})
         dataset = self.spec.dataset
-        size, channels = self.info.model.input_size, self.info.model.in_chans
         settings = LoaderSettings(
             batch_size=self.batch_size,
             results=self.folder,
@@ -63,8 +62,7 @@ class Request:
             rank=fabric.global_rank,
             world_size=fabric.world_size,
         )
-        transform = EvalTransform(size, channels, dataset.augmentation.interpolation, self.model.card.crop_pct)
-        return evaluation_loader(self.index, transform, settings)
+        return evaluation_loader(self.index, eval_transform(self.model.card), settings)
 
     def pretrain_task(self, fabric: Fabric) -> PretrainTask | None:
         """The autoencoder on the device, with the spec's masks; None for an exported model, which has no decoder."""

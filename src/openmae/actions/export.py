@@ -146,7 +146,7 @@ def _tell(spec: ExperimentSpec, info: CheckpointInfo, card: ModelCard) -> None:
             width,
         )
     if spec.typed("dataset.augmentation.interpolation"):
-        log.warning("dataset.augmentation.interpolation does not act here: the checkpoint's is recorded.")
+        log.warning("dataset.augmentation.interpolation does not act here: images are resized bicubically.")
     if spec.typed("export.gpu_id") and export.gpu_id and _device(spec).type == "cpu":
         log.warning("export.gpu_id does not act: the export runs on the CPU.")
 

@@ -182,8 +182,7 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
     mean, std = augmentation.mean or (), augmentation.std or ()
     if len(mean) != config.in_chans:
         mean, std = DEFAULT_MEAN.get(config.in_chans, ()), DEFAULT_STD.get(config.in_chans, ())
-    recorded = {"dataset": {"augmentation": {"interpolation": augmentation.interpolation}}}
-    return checkpoint, CheckpointInfo("finetune", config, (), tuple(mean), tuple(std), recorded)
+    return checkpoint, CheckpointInfo("finetune", config, (), tuple(mean), tuple(std))
 
 
 def number_classes(info: CheckpointInfo) -> CheckpointInfo:
@@ -198,8 +197,8 @@ def number_classes(info: CheckpointInfo) -> CheckpointInfo:
 def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
     """The spec with the checkpoint's own settings in place of defaults that do not act.
 
-    The seed fixes the masks of validation, the interpolation its pixels: with the training's own, evaluation gives
-    the training's numbers. The batch size is one that the training's machine could take.
+    The seed fixes the masks of validation: with the training's own, evaluation gives the training's numbers. The batch
+    size is one that the training's machine could take.
     """
     shape = {key: value for key, value in info.model.to_dict().items() if key not in _NO_KEYS}
     model = {f"model.{key}": value for key, value in shape.items()}
@@ -211,7 +210,7 @@ def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
         "dataset.augmentation.mean": info.mean,
         "dataset.augmentation.std": info.std,
     }
-    for key in ("train.seed", "dataset.augmentation.interpolation", "dataset.batch_size"):
+    for key in ("train.seed", "dataset.batch_size"):
         trained = _look_up(info.spec, key)
         if trained is not None and not spec.typed(key):
             values[key] = trained

@@ -287,7 +287,7 @@ def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoad
     train = training_loader(plan.train, _train_transform(plan), settings, spec.train.seed)
     if plan.val is None:
         return train, None
-    transform = EvalTransform(augmentation.size, spec.model.in_chans, augmentation.interpolation)
+    transform = EvalTransform(augmentation.size, spec.model.in_chans)
     return train, evaluation_loader(plan.val, transform, settings)
 
 
@@ -299,7 +299,7 @@ def _train_transform(plan: Plan) -> Transform:
         scale=(augmentation.min_scale, augmentation.max_scale),
         ratio=(augmentation.min_ratio, augmentation.max_ratio),
         hflip=augmentation.hflip,
-        interpolation=augmentation.interpolation,
+        interpolation=augmentation.interpolation if plan.config.num_classes else "bicubic",
     )
     if not plan.config.num_classes:
         return crop

@@ -62,8 +62,7 @@ class ModelCard:
     @property
     def info(self) -> CheckpointInfo:
         """As a checkpoint would put it, without a spec."""
-        spec = {"dataset": {"augmentation": {"interpolation": self.interpolation}}}
-        return CheckpointInfo(self.stage, self.model, self.class_names, self.mean, self.std, spec, self.version)
+        return CheckpointInfo(self.stage, self.model, self.class_names, self.mean, self.std, version=self.version)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

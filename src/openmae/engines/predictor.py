@@ -139,7 +139,6 @@ def card_of(info: CheckpointInfo, path: Path) -> ModelCard:
         mean=info.mean,
         std=info.std,
         class_names=info.class_names,
-        interpolation=info.interpolation,
         crop_pct=crop_pct(model.input_size),
         checkpoint_sha256=file_sha256(path),
         version=info.version,

@@ -31,7 +31,7 @@ def describe(model: Any, config: ModelConfig, info: CheckpointInfo | None) -> No
         "input_size": (config.in_chans, *config.input_size),
         "test_input_size": None,
         "min_input_size": None,
-        "interpolation": info.interpolation if info else "bicubic",
+        "interpolation": "bicubic",
         "crop_pct": crop_pct(config.input_size),
         "test_crop_pct": None,
         "crop_mode": "center",

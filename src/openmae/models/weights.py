@@ -64,14 +64,6 @@ class CheckpointInfo:
     version: str = __version__
     begun: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def interpolation(self) -> Literal["bilinear", "bicubic"]:
-        """How evaluation resizes the images of this model."""
-        node: Any = self.spec
-        for name in ("dataset", "augmentation", "interpolation"):
-            node = node.get(name) if isinstance(node, Mapping) else None
-        return "bilinear" if node == "bilinear" else "bicubic"
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the ``"openmae"`` entry of a checkpoint."""
         return {
@@ -177,8 +169,8 @@ def read_checkpoint(path: str | Path, key: Key | None = None, weights_key: str =
             weights = replace(weights, layout="OpenMAE", note="")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.problem}", error.fix) from error
-    if weights.note:
-        log.info("%s: %s.", path, weights.note)
+    if weights.note:  # a choice was made for the user, who may not see less than warnings
+        log.warning("%s: %s.", path, weights.note)
     return Checkpoint(path, weights, info)
 
 

@@ -18,7 +18,7 @@ _AUGMENT = "dataset.augmentation."
 _DEFAULT_MILESTONES = ExperimentSpec().train.optim.milestones
 
 _FINETUNE_AUGMENTATION = (
-    *("color_jitter", "auto_aug", "re_prob", "smoothing"),
+    *("interpolation", "color_jitter", "auto_aug", "re_prob", "smoothing"),
     *("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode"),
 )
 

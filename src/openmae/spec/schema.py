@@ -125,7 +125,7 @@ class AugmentationSpec(Section):
         1.33, "largest width / height of a random crop", gt=0, le=100, cond=">= dataset.augmentation.min_ratio"
     )
     interpolation: Literal["bilinear", "bicubic", "random"] = option(
-        "bicubic", "how images are resized (bicubic as in the papers' code; TAO: bilinear)"
+        "bilinear", "how training crops are resized (finetune); pretraining and evaluation are bicubic"
     )
     hflip: float = option(0.5, "chance of a horizontal flip", ge=0, le=1, search=Search(0.0, 0.5))
     color_jitter: float = option(
