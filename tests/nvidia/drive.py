@@ -92,9 +92,11 @@ def search(skill: Path, venv: str, work: str, data: str, settings: Any, ranges: 
 
     sdk = VirtualEnvSDK(venv_path=venv, work_dir=work)
     runner = AutoMLRunner(sdk=sdk, skill_dir=skill, action="train", poll_interval=1)
+    jobs: dict[Any, str] = {}
     resumed: list[str] = []
 
     def note(rec: Any, metric: Any, status: str) -> None:
+        jobs[rec.id] = rec.job_id
         resumed.extend(filter(None, [getattr(rec, "resume_checkpoint_path", None)]))
 
     result = runner.run(
@@ -107,7 +109,7 @@ def search(skill: Path, venv: str, work: str, data: str, settings: Any, ranges: 
         on_result=note,
         gpu_count=0,
     )
-    best = result["best"]["job_id"]
+    best = jobs[result["best"]["rec_id"]]
     folder = Path(sdk.get_job_results_dir(best))
     logs = {job["job_id"]: sdk.get_job_logs(job["job_id"], tail=20) for job in sdk.list_jobs()}
     files = [str(folder / path) for path in sdk.list_results(best)]

@@ -217,6 +217,11 @@ def test_the_default_is_a_template_that_loads(action):
         assert not any(loaded.typed(key) for key in fields() if key.startswith(("model.", "train.")))
 
 
+def test_no_template_has_a_checkpointer():
+    """NVIDIA's runner would fill it in; without one it sets checkpoint_interval to num_epochs."""
+    assert "checkpointer" not in SCHEMAS["train"]["default"]["train"]
+
+
 @pytest.mark.parametrize("alias", ["mask_ratio", "norm_pix_loss"])
 def test_a_key_with_two_places_is_in_neither_template(alias):
     """Else setting one place in a template would contradict the other."""
