@@ -15,7 +15,7 @@ import pytest
 
 from openmae.errors import RunError, UserError
 from openmae.storage import lock
-from openmae.storage.lock import HOLDER, StoreLock, locked_folder
+from openmae.storage.lock import HOLDER, LOCK, StoreLock, locked_folder
 
 HOLD = """
 import sys
@@ -60,7 +60,27 @@ def test_a_killed_one_blocks_nobody(tmp_path):
     process.wait()
     with locked_folder(tmp_path, "results_dir"):
         assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
-    assert not (tmp_path / HOLDER).exists()
+    assert not list(tmp_path.iterdir()), "a file of the lock is left"
+
+
+def test_a_file_that_its_holder_has_deleted_is_no_lock(tmp_path, monkeypatch):
+    """A process opens the file, then its holder deletes it and ends: a third one would not see this lock."""
+    first, acquire, tries = hold(tmp_path), lock.FileLock.acquire, []
+
+    def acquire_late(self, *arguments, **options):
+        tries.append(1)
+        if len(tries) == 1:
+            first.kill()
+            first.wait()
+            acquired = acquire(self, *arguments, **options)
+            (tmp_path / LOCK).unlink()
+            return acquired
+        return acquire(self, *arguments, **options)
+
+    monkeypatch.setattr(lock.FileLock, "acquire", acquire_late)
+    with locked_folder(tmp_path, "results_dir"):
+        assert len(tries) == 4, "taken, and not current; taken again"
+        assert (tmp_path / LOCK).exists()
 
 
 def test_the_children_of_a_killed_one_are_waited_for(tmp_path, monkeypatch):

@@ -320,7 +320,7 @@ def test_a_new_batch_size_on_resume_begins_the_epoch_again(train, at_batch, capl
     with caplog.at_level(logging.WARNING, "openmae"):
         train(tmp_path, {**changes, "dataset.batch_size": 3})
     assert "(5 batches an epoch, now 7): epoch 2 starts again." in caplog.text
-    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.csv") if row["epoch"] == 1 and "lr" in row]
+    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.csv") if row["epoch"] == 2 and "lr" in row]
     assert len(rates) == 7 + 2  # 2 of before the crash
     assert rates[2] == pytest.approx(1e-3)  # the schedule goes by the epoch, not by the count of steps
     assert payload_of(tmp_path)["progress"]["epoch"] == 2
@@ -334,7 +334,7 @@ def test_a_new_batch_size_goes_on_where_one_of_its_batches_begins(train, at_batc
     with caplog.at_level(logging.WARNING, "openmae"):
         train(tmp_path, {**changes, "dataset.batch_size": 2})
     assert "starts again" not in caplog.text
-    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.csv") if row["epoch"] == 1 and "lr" in row]
+    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.csv") if row["epoch"] == 2 and "lr" in row]
     assert len(rates) == 2 + 6, "2 batches of 4 images are 4 of the 10 of 2"
 
 
@@ -350,7 +350,7 @@ def test_a_run_tells_its_metrics(train, tmp_path):
     assert all(re.fullmatch(r"0:00:\d\d(\.\d{6})?", lines[1][name]) for name in ("time_per_epoch", "time_per_step"))
     assert (lines[1]["eta"], lines[2]["eta"]) == (lines[1]["time_per_epoch"], "0:00:00")
     epochs = [row for row in read_metrics(tmp_path / "metrics.csv") if "train_loss_epoch" in row]
-    assert [(row["epoch"], row["step"]) for row in epochs] == [(0, 5), (1, 10)]
+    assert [(row["epoch"], row["step"]) for row in epochs] == [(1, 5), (2, 10)]
     assert epochs[1]["val_loss"] == metrics["val_loss"]
     steps = [row for row in read_metrics(tmp_path / "metrics.csv") if "lr" in row]
     assert [row["lr"] for row in steps[:5]] == pytest.approx([1e-3 * n / 5 for n in range(1, 6)])  # warmup
@@ -360,7 +360,7 @@ def test_a_run_tells_its_metrics(train, tmp_path):
 def test_validation_every_other_epoch_and_at_the_end(train, tmp_path):
     train(tmp_path, {"train.num_epochs": 3, "train.validation_interval": 2})
     rows = read_metrics(tmp_path / "metrics.csv")
-    assert [row["epoch"] for row in rows if "val_loss" in row] == [1, 2]
+    assert [row["epoch"] for row in rows if "val_loss" in row] == [2, 3]
 
 
 def test_bf16_trains_on_a_cpu(train, payload_of, tmp_path):

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from openmae.errors import DataError, RunError, UserError, blaming
 from openmae.storage.urls import join, redact, scheme_of
@@ -50,9 +50,9 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
         UserError: another process holds it.
         RunError: the lock cannot be written.
     """
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = None
     try:
-        _acquire(lock, folder, key)
+        lock = _acquire(folder, key)
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             reason = error.strerror or str(error)
@@ -64,23 +64,38 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
             (folder / HOLDER).write_text(json.dumps(_myself()), encoding="utf-8")
         yield
     finally:
-        with suppress(OSError):
-            (folder / HOLDER).unlink(missing_ok=True)
-        lock.release()
+        for name in (HOLDER, LOCK):
+            with suppress(OSError):
+                (folder / name).unlink(missing_ok=True)
+        if lock is not None:
+            lock.release()
 
 
-def _acquire(lock: FileLock, folder: Path, key: str) -> None:
+def _acquire(folder: Path, key: str) -> BaseFileLock:
     deadline = time.monotonic() + GRACE
     while True:
+        lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
-            return
         except Timeout:
             holder = _read_holder(folder / HOLDER)
             if (holder and not _is_dead(holder)) or time.monotonic() > deadline:
                 with blaming(key):
                     raise _taken(holder, str(folder), key) from None
+        else:
+            if _is_current(folder):
+                return lock
+            lock.release()
         time.sleep(_LOOK)
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether the file that this process has locked is still the one of that name: its last holder deletes it."""
+    try:
+        FileLock(folder / LOCK, timeout=0).acquire().lock.release()
+    except Timeout:
+        return True
+    return False
 
 
 def _read_holder(path: Path) -> dict[str, Any]:
