@@ -377,6 +377,23 @@ def test_an_archive_beside_its_images_is_not_read(
     assert "holds images and also 1 tar file (images.tar): the images are read, the tar files are not." in caplog.text
 
 
+def test_messages_name_an_archive_as_the_user_does(
+    tmp_path: Path, make_images: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_images(tmp_path / "set", ["all/2023/1.png", "all/2024/1.png", "all/x.txt.png"])
+    (tmp_path / "set" / "all" / "x.txt.png").rename(tmp_path / "set" / "all" / "notes.txt")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "set" / "all", "all")
+    assert open_index(str(tmp_path / "a.tar.gz"), None).labels is None
+    assert f"{tmp_path}/a.tar.gz/all: the folders 2023, 2024 are dates. They are not taken as classes." in caplog.text
+    assert (
+        f"{tmp_path}/a.tar.gz: 2 images are read; 1 file of another kind is skipped: 1 .txt (such as notes.txt)."
+        in (caplog.text)
+    )
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert not [text for text in warnings if "/cache/" in text]
+
+
 def test_results_beside_shards_are_not_read(index: ImageIndex, tmp_path: Path) -> None:
     sharded(index, tmp_path / "out")
     (tmp_path / "out" / "results" / "train").mkdir(parents=True)

@@ -43,7 +43,7 @@ _TABLES = frozenset({".csv", ".tsv", ".txt", ".xls", ".xlsx", ".json"})
 _PARTS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation"])
 
 
-def index_images(folder: Path, labelled: bool | None) -> ImageIndex:
+def index_images(folder: Path, labelled: bool | None, shown: str = "") -> ImageIndex:
     """Index the images below ``folder``.
 
     Labels come from ``labels.csv`` (columns path,label) or else from class folders: the first folder of each path names
@@ -54,6 +54,7 @@ def index_images(folder: Path, labelled: bool | None) -> ImageIndex:
         folder: a local folder (see ``resolve_source``).
         labelled: True demands a label for every image, False ignores labels, None takes them when there are any: a
             labels.csv, or two or more class folders.
+        shown: how messages name the folder; default: by its path.
 
     Raises:
         DataError: a folder cannot be read, no images, no labels where they are demanded, or a labels.csv that does not
@@ -74,8 +75,9 @@ def index_images(folder: Path, labelled: bool | None) -> ImageIndex:
         number = {name: i for i, name in enumerate(names)}
         labels = tuple(number[label] for label in label_of.values())
         return replace(index, paths=tuple(label_of), labels=labels, class_names=tuple(names), labelled_by=LABELS_FILE)
-    _warn_of_other_tables(root)
-    numbers, classes = label_by_folder(paths, labelled, str(root), (f"no {LABELS_FILE}", _LAYOUTS))
+    place = (shown or str(folder)) + str(root).removeprefix(str(folder))
+    _warn_of_other_tables(root, place)
+    numbers, classes = label_by_folder(paths, labelled, place, (f"no {LABELS_FILE}", _LAYOUTS))
     return replace(index, labels=numbers, class_names=classes, labelled_by="folders" if classes else "")
 
 
@@ -180,11 +182,13 @@ def _class_name(folder: str) -> str:
     return unicodedata.normalize("NFC", printable_name(folder))
 
 
-def _warn_of_other_tables(root: Path) -> None:
+def _warn_of_other_tables(root: Path, place: str) -> None:
     for entry in list_entries(root):
         stem, suffix = os.path.splitext(entry.name.lower())
         if stem in ("label", "labels") and suffix in _TABLES:
-            log.warning("%s is not read: a table of labels is named %s.", printable_name(entry.path), LABELS_FILE)
+            log.warning(
+                "%s is not read: a table of labels is named %s.", printable_name(f"{place}/{entry.name}"), LABELS_FILE
+            )
 
 
 def _why_no_classes(names: Sequence[str], above: str) -> str:

@@ -65,7 +65,7 @@ def open_index(source: str, labelled: bool | None) -> ImageIndex:
 def _open_folder(folder: Path, labelled: bool | None, shown: str) -> ImageIndex:
     tars = sorted(entry.path for entry in list_entries(folder) if entry.name.endswith(".tar") and not entry.is_dir())
     if not tars:
-        return index_images(folder, labelled)
+        return index_images(folder, labelled, shown)
     listing = list_folder(folder)
     if not _shards_prevail(folder, tars, listing):
         log.warning(
@@ -73,7 +73,7 @@ def _open_folder(folder: Path, labelled: bool | None, shown: str) -> ImageIndex:
             "put them into a folder of their own.",
             *(shown, counted(len(tars), "tar file"), first_names([os.path.basename(tar) for tar in tars])),
         )
-        return index_images(folder, labelled)
+        return index_images(folder, labelled, shown)
     if listing.images:
         log.warning(
             "%s holds shards and also %s: the shards are read, the images are not (%s). To read the images, name "
