@@ -96,7 +96,7 @@ def test_the_backbone_alone_cannot_reconstruct(trained, photos, refused, tmp_pat
         "inference",
         [f"inference.checkpoint={backbone}", f"dataset.test_data_sources={photos.val}", f"results_dir={tmp_path}"],
     )
-    assert f"inference.checkpoint: {backbone} holds the backbone alone, and inference reconstructs besides." in text
+    assert f"inference.checkpoint: {backbone} holds only the backbone, and inference also reconstructs images." in text
     assert f"Give the checkpoint beside it, such as {run.folder / 'model_best.pth'}." in text
 
 

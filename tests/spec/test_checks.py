@@ -282,6 +282,10 @@ def test_small_images_and_patches():
         ),
         (["model.global_pool=false"], "The pretrain stage does not use model.global_pool."),
         (
+            ["dataset.augmentation.interpolation=bilinear"],
+            "The pretrain stage does not use dataset.augmentation.interpolation.",
+        ),
+        (
             ["train.stage=finetune", "model.mask_ratio=.5"],
             "The finetune stage does not use model.mask_ratio.",
         ),

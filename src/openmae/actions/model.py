@@ -210,7 +210,7 @@ def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
         "dataset.augmentation.mean": info.mean,
         "dataset.augmentation.std": info.std,
     }
-    for key in ("train.seed", "dataset.batch_size"):
+    for key in ("train.seed", "dataset.augmentation.interpolation", "dataset.batch_size"):
         trained = _look_up(info.spec, key)
         if trained is not None and not spec.typed(key):
             values[key] = trained

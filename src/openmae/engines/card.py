@@ -62,7 +62,8 @@ class ModelCard:
     @property
     def info(self) -> CheckpointInfo:
         """As a checkpoint would put it, without a spec."""
-        return CheckpointInfo(self.stage, self.model, self.class_names, self.mean, self.std, version=self.version)
+        spec = {"dataset": {"augmentation": {"interpolation": self.interpolation}}}
+        return CheckpointInfo(self.stage, self.model, self.class_names, self.mean, self.std, spec, self.version)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
