@@ -68,6 +68,7 @@ class TooManyPixels(CorruptImage):
         super().__init__(path, f"it has {got} pixels, more than {limit} allows")
         self.args = (path, got, max_pixels)
         self.got = got
+        self.max_pixels = max_pixels
 
 
 class Picture:
@@ -96,11 +97,11 @@ class Picture:
     ) -> None:
         self.path = path
         self.warnings: list[str] = []
-        self._max_pixels = max_pixels
         with self._decoding():
             self._file = open_regular(path) if content is None else content
             try:
-                self._image = self._open()
+                self._image = read_header(path, self._file, max_pixels)
+                self._orientation = _orientation(self._image)  # for which Pillow may decode a PNG to its end
             except BaseException:
                 self._file.close()
                 raise
@@ -169,25 +170,6 @@ class Picture:
             return ""
         return f"{count:,} {noun}" if count > 1 else ""
 
-    def _open(self) -> Image.Image:
-        self._file.seek(0)
-        start = self._file.read(SIGNATURE_BYTES)
-        kind = recognise(start)
-        if kind is None or kind not in READ_FORMATS:
-            raise NotAnImage(self.path, why_not_read(start))
-        if kind != "TIFF":  # which may have many pages, and is not read as a whole
-            check_length(self.path, self._file, self._max_pixels)
-        _prepare_pillow(kind, self._max_pixels)
-        try:
-            image = _opened(self._file, kind)
-        except Image.DecompressionBombError as error:
-            raise TooManyPixels(self.path, "too many", self._max_pixels) from error
-        if image.width * image.height > self._max_pixels:
-            got = f"{image.width} x {image.height} = {image.width * image.height:,}"
-            raise TooManyPixels(self.path, got, self._max_pixels)
-        self._orientation = _orientation(image)  # for which Pillow may decode a PNG to its end
-        return image
-
     def _load(self) -> None:
         try:
             self._image.load()
@@ -227,6 +209,37 @@ class Picture:
             raise
         except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, ...
             raise CorruptImage(self.path, in_words(error)) from error
+
+
+def read_header(path: Path, file: BinaryIO, max_pixels: int) -> Image.Image:
+    """Recognise an open file and read its header, without decoding any pixel.
+
+    Args:
+        path: of the file, for messages.
+        file: at any position; it stays open.
+        max_pixels: the largest width x height.
+
+    Raises:
+        NotAnImage: the content is of no format that is read.
+        TooManyPixels: the image is larger than ``max_pixels``.
+        Exception: whatever a decoder raises for a damaged header.
+    """
+    file.seek(0)
+    start = file.read(SIGNATURE_BYTES)
+    kind = recognise(start)
+    if kind is None or kind not in READ_FORMATS:
+        raise NotAnImage(path, why_not_read(start))
+    if kind != "TIFF":  # which may have many pages, and is not read as a whole
+        check_length(path, file, max_pixels)
+    _prepare_pillow(kind, max_pixels)
+    try:
+        image = _opened(file, kind)
+    except Image.DecompressionBombError as error:
+        raise TooManyPixels(path, "too many", max_pixels) from error
+    if image.width * image.height > max_pixels:
+        got = f"{image.width} x {image.height} = {image.width * image.height:,}"
+        raise TooManyPixels(path, got, max_pixels)
+    return image
 
 
 def decode(path: Path, in_chans: int = 3) -> Pixels:

@@ -7,12 +7,13 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -26,10 +27,13 @@ from openmae import __version__
 from openmae.engines.batching import eval_transform
 from openmae.engines.predictor import Predictor
 from openmae.serving.batching import Batcher, BatchFailed, Full
+from openmae.serving.fairness import Decoders
+from openmae.serving.logs import quiet_accept
 from openmae.serving.settings import Settings
-from openmae.serving.uploads import Refused, Upload, decode_upload, open_uploads
+from openmae.serving.uploads import Intake, Refused, Upload, count_pixels, decode_upload, open_uploads
 
 Entry = tuple[int, dict[str, Any]]  # status and answer of one image
+_Result = TypeVar("_Result")
 
 TOP = 5  # classes that an answer lists
 
@@ -105,12 +109,15 @@ class _Service:
         self._predictor = predictor
         self._transform = eval_transform(card)
         self._batcher = Batcher(self._run, settings.max_batch, settings.max_waiting)
-        self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "openmae-decode")
+        self._decoders = Decoders(min(4, os.cpu_count() or 1), settings.max_pixels)
+        self._headers = ThreadPoolExecutor(2, "openmae-headers")
+        self._intake = Intake(settings.max_held_bytes)
         self._requests = 0
         self._ready = False
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(quiet_accept)
         self._ready = True
         try:
             yield
@@ -118,6 +125,7 @@ class _Service:
             self._ready = False
             await self._batcher.close()
             self._decoders.shutdown()
+            self._headers.shutdown()
 
     @property
     def status(self) -> str:
@@ -133,37 +141,66 @@ class _Service:
 
     async def predict(self, request: Request) -> list[Entry]:
         """An answer for each image of the request, or why there is none."""
-        with self._place():
-            async with open_uploads(request, self.settings) as uploads:
-                with self._batcher.room(len(uploads)):
-                    return await self._answers(uploads)
-
-    @contextmanager
-    def _place(self) -> Iterator[None]:
         if not self._ready:
             raise Refused(503, "The server is stopping.", "Try another one, or later.")
-        if self._requests >= self.settings.max_requests:
-            raise Full
-        self._requests += 1
-        try:
-            yield
-        finally:
-            self._requests -= 1
+        async with open_uploads(request, self.settings, self._intake) as uploads:
+            if self._requests >= self.settings.max_requests:
+                raise Full
+            sizes = await self._read_headers(uploads)
+            with self._place(sum(size for size in sizes if isinstance(size, int)), len(uploads)):
+                return await self._answers(uploads, sizes)
 
-    async def _answers(self, uploads: list[Upload]) -> list[Entry]:
-        loop = asyncio.get_running_loop()
-        decoded = await asyncio.gather(*(loop.run_in_executor(self._decoders, self._decode, one) for one in uploads))
-        rows = iter(await self._batcher([image for image in decoded if isinstance(image, Tensor)]))
+    async def _read_headers(self, uploads: list[Upload]) -> list[int | Refused]:
+        """The pixels of each image, before any of them is decoded."""
+
+        def read() -> list[int | Refused]:
+            return [_or_refused(partial(count_pixels, one, self.settings.max_pixels)) for one in uploads]
+
+        return await asyncio.get_running_loop().run_in_executor(self._headers, read)
+
+    @contextmanager
+    def _place(self, pixels: int, images: int) -> Iterator[None]:
+        """A request's place among those that are answered, and its images' places.
+
+        Raises:
+            Refused: its images have too many pixels.
+            Full: there is none; the last quarter is for small requests.
+        """
+        limits = self.settings
+        if pixels > limits.max_request_pixels:
+            raise Refused(
+                413,
+                f"The images of a request may have {limits.max_request_pixels:,} pixels together, got {pixels:,}.",
+                "Send them in several requests, or scale them down.",
+            )
+        if images > limits.max_batch or pixels > limits.max_pixels:
+            held, share = self._batcher.held, 0.75
+            if self._requests >= max(1, share * limits.max_requests) or (
+                held and held + images > share * limits.max_waiting
+            ):
+                raise Full
+        if self._requests >= limits.max_requests:
+            raise Full
+        with self._batcher.room(images):
+            self._requests += 1
+            try:
+                yield
+            finally:
+                self._requests -= 1
+
+    async def _answers(self, uploads: list[Upload], sizes: list[int | Refused]) -> list[Entry]:
+        sound = [(upload, size) for upload, size in zip(uploads, sizes, strict=True) if isinstance(size, int)]
+        works = [partial(_or_refused, partial(self._decode, upload)) for upload, _ in sound]
+        decoded = iter(await self._decoders(works, [size for _, size in sound]))
+        results = [size if isinstance(size, Refused) else next(decoded) for size in sizes]
+        rows = iter(await self._batcher([image for image in results if isinstance(image, Tensor)]))
         return [
-            _refuse(upload.name, image) if isinstance(image, Refused) else self._describe(upload.name, next(rows))
-            for upload, image in zip(uploads, decoded, strict=True)
+            _refuse(upload.name, result) if isinstance(result, Refused) else self._describe(upload.name, next(rows))
+            for upload, result in zip(uploads, results, strict=True)
         ]
 
-    def _decode(self, upload: Upload) -> Tensor | Refused:
-        try:
-            return decode_upload(upload, self._transform, self.settings.max_pixels)
-        except Refused as refused:
-            return refused
+    def _decode(self, upload: Upload) -> Tensor:
+        return decode_upload(upload, self._transform, self.settings.max_pixels)
 
     def _run(self, images_BCHW: Tensor) -> Tensor:
         outputs = self._predictor(images_BCHW.to(self._predictor.device))
@@ -180,6 +217,13 @@ class _Service:
         names = self.card.class_names
         top = [{"class": names[label], "probability": share} for label, share in zip(labels, shares, strict=True)]
         return 200, {"name": name, **top[0], "top": top}
+
+
+def _or_refused(work: Callable[[], _Result]) -> _Result | Refused:
+    try:
+        return work()
+    except Refused as refused:
+        return refused
 
 
 def _refuse(name: str, reason: Refused) -> Entry:
@@ -229,7 +273,7 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
         return {
             "card": service.card.to_dict(),
             "runtime": service.runtime,
-            "limits": asdict(service.settings),
+            "limits": {**asdict(service.settings), "max_request_pixels": service.settings.max_request_pixels},
             "version": __version__,
         }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from openmae.serving.fairness import Clock, FairQueue
 
 log = logging.getLogger("openmae")
 
@@ -28,8 +29,9 @@ class BatchFailed(Exception):  # noqa: N818
 class Batcher:
     """Runs a model on one image at a time while it is idle, and on all that arrived meanwhile when it was busy.
 
-    There is no delay to set: gathering lasts as long as the batch before takes. Everything but the model itself
-    happens on the event loop; the model runs in one thread of its own.
+    There is no delay to set: gathering lasts as long as the batch before takes. Requests take turns, so that one with
+    few images does not wait for all of one with many. Everything but the model itself happens on the event loop; the
+    model runs in one thread of its own.
 
     Args:
         model: ``[N, C, H, W]`` to ``[N, ...]``, both on the CPU.
@@ -47,7 +49,8 @@ class Batcher:
         self._model = model
         self._max_batch = max_batch
         self._capacity = capacity
-        self._waiting: deque[tuple[Tensor, asyncio.Future[Tensor]]] = deque()
+        self._clock = Clock()
+        self._waiting: FairQueue[tuple[Tensor, asyncio.Future[Tensor]]] = FairQueue(self._clock)
         self._running: asyncio.Task[None] | None = None
         self._worker = ThreadPoolExecutor(1, "openmae-model")
 
@@ -77,7 +80,8 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Tensor]] = [loop.create_future() for _ in images]
-        self._waiting.extend(zip(images, futures, strict=True))
+        for image, future, due in zip(images, futures, self._clock.dues(1 for _ in images), strict=True):
+            self._waiting.add((image, future), due)
         self._start()
         return await asyncio.gather(*futures)  # a caller that is cancelled cancels them, and they are passed over
 
@@ -93,7 +97,7 @@ class Batcher:
             return
         batch: list[tuple[Tensor, asyncio.Future[Tensor]]] = []
         while self._waiting and len(batch) < self._max_batch:
-            image, future = self._waiting.popleft()
+            image, future = self._waiting.take()
             if not future.done():
                 batch.append((image, future))
         if batch:

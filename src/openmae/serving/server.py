@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,10 @@ from openmae.engines.predictor import Predictor, open_predictor
 from openmae.errors import UserError
 from openmae.serving.settings import Settings
 from openmae.spec.fields import is_secret
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
 
 log = logging.getLogger("openmae")
 
@@ -54,7 +59,7 @@ def serve(
         predictor = open_predictor(model, device, encryption_key)
         _warm_up(predictor)
         app = create_app(predictor, settings)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_SECONDS)
+        config = _configure(app, settings)
         address, own = _address(listener), ipaddress.ip_address(listener.getsockname()[0])
         if own.is_loopback and own.version == 4:  # else a page of another site could reach it under a name of its own
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", str(own)])
@@ -66,6 +71,25 @@ def serve(
             )
         print(f"{predictor.card.model.arch} ({predictor.runtime}) answers at {address} (Ctrl-C stops it)", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    import uvicorn
+
+    from openmae.serving.connections import descriptor_limits, limited
+    from openmae.serving.logs import limit_logs
+
+    most, backlog = descriptor_limits()
+    config = uvicorn.Config(
+        app,
+        http=limited(settings, most),
+        ws="none",
+        backlog=backlog,
+        log_level="warning",
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
+    limit_logs()
+    return config
 
 
 def _check_packages() -> None:

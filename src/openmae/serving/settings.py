@@ -20,7 +20,9 @@ class Settings:
         max_images: in a request.
         max_requests: that are answered at once; each may hold a body.
         max_waiting: images of all requests, from before they are decoded until they are answered.
+        header_seconds: for a request's headers to arrive, counted from the connection or the request before.
         read_seconds: for a request's body to arrive.
+        write_seconds: for a client to take more of an answer.
 
     Raises:
         UserError: an option of the command is out of its bounds.
@@ -32,7 +34,9 @@ class Settings:
     max_images: int = 64
     max_requests: int = 64
     max_waiting: int = 256
+    header_seconds: float = 10.0
     read_seconds: float = 60.0
+    write_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -50,3 +54,13 @@ class Settings:
     def max_bytes(self) -> int:
         """Of a request's body."""
         return round(self.max_request_mb * 1_000_000)
+
+    @property
+    def max_request_pixels(self) -> int:
+        """Of all images of a request, by their headers."""
+        return 4 * self.max_pixels
+
+    @property
+    def max_held_bytes(self) -> int:
+        """Of the bodies of all requests, from their first byte until they are answered."""
+        return 16 * self.max_bytes

@@ -1,0 +1,131 @@
+"""Connections of uvicorn with limits that it does not have: their number, and the time for headers and for answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from openmae.serving.settings import Settings
+
+_BACKLOG = 128  # connections that the kernel keeps until they are accepted; all of them may be accepted at once
+_RESERVED = 64  # descriptors for everything that is no connection
+_MOST = 1000  # connections where the system would allow more
+_TOO_SLOW = (
+    b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    b'{"error":"The headers did not arrive in time. Send the request again."}'
+)
+
+log = logging.getLogger("openmae")
+
+
+def descriptor_limits() -> tuple[int, int]:
+    """How many connections may be open, and how many may wait to be accepted, within the limit on descriptors."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return _MOST, _BACKLOG
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MOST, _BACKLOG
+    backlog = max(1, min(_BACKLOG, soft // 8))
+    return max(8, min(_MOST, soft - _RESERVED - 2 * backlog)), backlog
+
+
+class LimitedProtocol(H11Protocol):
+    """A connection that is closed when headers take too long or an answer is not taken, or to make room for another.
+
+    Make a subclass for each server, by ``limited``.
+    """
+
+    settings: Settings
+    most: int  # connections
+
+    _timer: asyncio.TimerHandle | None = None
+    _aborted = False
+    _since = 0.0  # when it began to wait for headers, or for a body
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Make room for it where there is none."""
+        super().connection_made(transport)
+        self._since = time.monotonic()
+        self._make_room()
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Watch what the connection waits for now."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """The time for the next headers, and for what is left of a body that was refused, begins."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the timer."""
+        self._set_timer(None)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client takes the answer too slowly."""
+        super().pause_writing()
+        self._set_timer(self.settings.write_seconds)
+
+    def resume_writing(self) -> None:
+        """It has taken it."""
+        super().resume_writing()
+        self._set_timer(None)
+        self._watch()
+
+    @property
+    def waits_for_headers(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _watch(self) -> None:
+        if self.flow.write_paused:
+            return
+        if not self.waits_for_headers:
+            if self._timer is not None:
+                self._since = time.monotonic()
+                self._set_timer(None)
+        elif self._timer is None:
+            self._since = time.monotonic()
+            self._set_timer(self.settings.header_seconds)
+
+    def _set_timer(self, seconds: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        if self.flow.write_paused or self.transport.is_closing():
+            self.transport.abort()
+            return
+        if self.cycle is None:
+            self.transport.write(_TOO_SLOW)
+        self.transport.close()
+
+    def _make_room(self) -> None:
+        there = [one for one in self.connections if isinstance(one, LimitedProtocol) and not one._aborted]
+        if len(there) <= self.most:
+            return
+        log.warning(
+            "%d connections are open, which is the limit: the one that has waited longest is closed.", self.most
+        )
+        waiting = [one for one in there if one is not self and not one._is_at_work]
+        victim = min(waiting, key=lambda one: one._since, default=self)
+        victim._aborted = True  # it is among the connections until the loop's next turn
+        victim.transport.abort()
+
+    @property
+    def _is_at_work(self) -> bool:
+        return not (self.waits_for_headers or self.transport.is_closing() or self.cycle.more_body)
+
+
+def limited(settings: Settings, most: int) -> type[LimitedProtocol]:
+    """The protocol of a server with these limits."""
+    return type("Limited", (LimitedProtocol,), {"settings": settings, "most": most})

@@ -1,0 +1,52 @@
+"""How much clients can make the server log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+_BURST, _PERIOD = 10, 60.0  # records of one kind, and seconds
+_KINDS = 1000
+_LOGGERS = ("asyncio", "uvicorn.error", "openmae", "python_multipart")
+
+log = logging.getLogger("openmae")
+
+
+class LogLimit(logging.Filter):
+    """Lets ``_BURST`` records of a kind through in ``_PERIOD`` seconds, and counts the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is written; the first of a new period says how many were not."""
+        kind = (record.name, str(record.msg)[:80])
+        begun, count = self._kinds.get(kind, (-_PERIOD, 0))
+        if time.monotonic() - begun >= _PERIOD:
+            if count > _BURST:
+                record.msg = f"{record.msg} ({count - _BURST} more like this were left out)"
+            if len(self._kinds) > _KINDS:
+                self._kinds.clear()
+            begun, count = time.monotonic(), 0
+        self._kinds[kind] = (begun, count + 1)
+        return count < _BURST
+
+
+def limit_logs() -> None:
+    """Bound how much clients can make the server log."""
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, LogLimit) for one in logger.filters):
+            logger.addFilter(LogLimit())
+
+
+def quiet_accept(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log errors of the event loop without the traceback where no descriptor was left, as there may be many."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and "accept" in str(context.get("message")):
+        log.error("A connection could not be accepted (%s).", error.strerror)
+    else:
+        loop.default_exception_handler(context)
