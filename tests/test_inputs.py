@@ -53,8 +53,8 @@ def test_a_regular_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("a")
     with open_regular(tmp_path / "link") as file:
         assert file.read() == b"content"
-    assert read_file_or_pipe(tmp_path / "link") == b"content"
-    assert read_file_or_pipe(tmp_path / "a", most=4) == b"cont"
+    assert read_file_or_pipe(tmp_path / "link", 100) == b"content"
+    assert read_file_or_pipe(tmp_path / "a", 4) == b"cont"
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "none")
 
@@ -66,7 +66,7 @@ def test_a_pipe_with_a_writer_is_read_to_its_end() -> None:
     writer = threading.Thread(target=lambda: (os.write(writing, content), os.close(writing)))
     writer.start()
     try:
-        assert read_file_or_pipe(f"/dev/fd/{reading}") == content
+        assert read_file_or_pipe(f"/dev/fd/{reading}", len(content) + 1) == content
     finally:
         writer.join()
         os.close(reading)
@@ -84,7 +84,7 @@ def test_a_pipe_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch, cap
     handler = WriteWhenTold()
     logging.getLogger("openmae").addHandler(handler)
     try:
-        assert read_file_or_pipe(f"/dev/fd/{reading}") == b"late"
+        assert read_file_or_pipe(f"/dev/fd/{reading}", 100) == b"late"
     finally:
         logging.getLogger("openmae").removeHandler(handler)
         os.close(reading)
@@ -94,6 +94,6 @@ def test_a_pipe_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch, cap
 def test_a_pipe_without_a_writer(tmp_path: Path) -> None:
     fifo(tmp_path / "spec.yaml")
     with pytest.raises(OSError, match="it is a pipe that nothing is written to"):
-        read_file_or_pipe(tmp_path / "spec.yaml")
+        read_file_or_pipe(tmp_path / "spec.yaml", 100)
     with pytest.raises(OSError, match="it is a device, not a regular file"):
-        read_file_or_pipe("/dev/zero")
+        read_file_or_pipe("/dev/zero", 100)

@@ -57,7 +57,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         raise
 
 
-def read_file_or_pipe(path: str | os.PathLike[str], most: int = 1 << 26) -> bytes:
+def read_file_or_pipe(path: str | os.PathLike[str], most: int) -> bytes:
     """Read a regular file, or a pipe that somebody writes to: ``<(command)`` of a shell, or /dev/stdin.
 
     Args:

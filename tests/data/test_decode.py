@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from openmae.data.decode import CorruptImage, NotAnImage, Picture, TooManyPixels, decode, in_words
+from openmae.data.images import ImageIndex
 
 RED, TEAL = (200, 30, 40), (20, 150, 140)
 
@@ -265,7 +266,7 @@ def test_values_without_black_and_white_are_refused_with_the_reason(
 
 def test_a_tiff_that_pillow_cannot_read_says_so(tmp_path: Path) -> None:
     tiff(tmp_path / "a.tif", RAMP.astype("<f8").tobytes(), bits=64, kind=3)
-    with pytest.raises(CorruptImage, match="unknown pixel mode"):
+    with pytest.raises(CorruptImage, match="its combination of bits, sample format and colour space is not supported"):
         decode(tmp_path / "a.tif")
 
 
@@ -437,6 +438,19 @@ def test_special_files_are_not_read(tmp_path: Path) -> None:
         with pytest.raises(CorruptImage) as caught:
             decode(tmp_path / name)
         assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
+def test_a_file_that_is_mostly_a_hole_is_not_read(tmp_path: Path, kind: str) -> None:
+    halves().save(tmp_path / "a.png", kind)
+    os.truncate(tmp_path / "a.png", 1 << 36)
+    reason = (
+        "the file has 68,719,476,736 bytes, more than the 2,931,108,864 that an image of dataset.max_megapixels=179"
+    )
+    with pytest.raises(CorruptImage, match=reason):
+        decode(tmp_path / "a.png")
+    with pytest.raises(CorruptImage, match=reason):
+        ImageIndex(tmp_path, ("a.png",)).read(0)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF"])

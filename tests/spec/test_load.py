@@ -1,4 +1,5 @@
 import json
+import os
 from textwrap import dedent
 
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmae.errors import SpecError
+from openmae.spec import reading
 from openmae.spec.load import find_refusals, load_spec, to_dict, to_yaml
 
 TRAIN = ["dataset.train_data_sources=photos"]
@@ -115,6 +117,26 @@ def test_files_that_are_no_spec(tmp_path):
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
     assert "is not a text file" in mistakes(tmp_path / "image.yaml")
     assert "A spec is a path, a mapping or an ExperimentSpec, got int." in mistakes(5)
+
+
+def test_a_spec_that_is_a_pipe_a_device_or_huge(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "endless.yaml").symlink_to("/dev/zero")
+    assert "pipe.yaml cannot be read: it is a pipe that nothing is written to." in mistakes(tmp_path / "pipe.yaml")
+    assert "endless.yaml cannot be read: it is a device, not a regular" in mistakes(tmp_path / "endless.yaml")
+    (tmp_path / "large.yaml").write_bytes(b"#" * 2000)
+    monkeypatch.setattr(reading, "_LARGEST_FILE", 1000)
+    assert "large.yaml has more than 0.001 MB, too much for a spec" in mistakes(tmp_path / "large.yaml")
+
+
+def test_a_spec_from_a_pipe():
+    end, start = os.pipe()
+    os.write(start, b"train: {num_epochs: 3}\n")
+    os.close(start)
+    try:
+        assert load_spec(f"/dev/fd/{end}", []).train.num_epochs == 3
+    finally:
+        os.close(end)
 
 
 def test_unknown_action():

@@ -32,9 +32,15 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upr
 Size = tuple[int, int]  # height, width
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
+_PIXEL_BYTES, _OTHER_BYTES = 16, 1 << 26  # of a file: four channels of 32 bits, and texts and profiles
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or every process would print its errors
+_MEANT = {  # what Pillow says, and what that means for the file
+    "not identified by this driver": "its header is damaged",
+    "unknown pixel mode": "its combination of bits, sample format and colour space is not supported; save it as 8-bit "
+    "grey or RGB, or as unsigned 16-bit grey",
+}
 _OBJECT = re.compile(r"<[^<>]* object at 0x[0-9a-f]+>")
 
 
@@ -169,6 +175,8 @@ class Picture:
         kind = recognise(start)
         if kind is None or kind not in READ_FORMATS:
             raise NotAnImage(self.path, why_not_read(start))
+        if kind != "TIFF":  # which may have many pages, and is not read as a whole
+            check_length(self.path, self._file, self._max_pixels)
         _prepare_pillow(kind, self._max_pixels)
         try:
             image = _opened(self._file, kind)
@@ -178,7 +186,6 @@ class Picture:
             got = f"{image.width} x {image.height} = {image.width * image.height:,}"
             raise TooManyPixels(self.path, got, self._max_pixels)
         self._orientation = _orientation(image)  # for which Pillow may decode a PNG to its end
-        self._depth = depth_of(image)
         return image
 
     def _load(self) -> None:
@@ -193,14 +200,14 @@ class Picture:
 
     def _to_channels(self, image: Image.Image, in_chans: int) -> Pixels:
         if image.mode.startswith("I;16"):
-            planes = np.repeat(deep_pixels(image, self._depth)[..., None], in_chans, axis=-1)
+            planes = np.repeat(deep_pixels(image, depth_of(self._image))[..., None], in_chans, axis=-1)
             if in_chans == 4:
                 planes[..., 3] = 255
             return planes
         if image.mode in ("I", "F"):
             raise ValueError(
-                f"its pixels are {self._depth.words}, and the file does not say which values are black and white; "
-                "scale them to 0..65535 and save them as unsigned 16-bit integers, or to 0..255 as 8-bit"
+                f"its pixels are {depth_of(self._image).words}, and the file does not say which values are black and "
+                "white; scale them to 0..65535 and save them as unsigned 16-bit integers, or to 0..255 as 8-bit"
             )
         if in_chans == 4:
             return np.array(image.convert("RGBA"))
@@ -228,12 +235,23 @@ def decode(path: Path, in_chans: int = 3) -> Pixels:
         return picture.pixels(in_chans)
 
 
+def check_length(path: Path, file: BinaryIO, max_pixels: int) -> None:
+    """Raise a CorruptImage for a file that is too long to be read into memory, such as one that is mostly a hole."""
+    length = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    most = _PIXEL_BYTES * max_pixels + _OTHER_BYTES
+    if length > most:
+        limit = f"the {most:,} that an image of {MAX_KEY}={max_pixels / 1e6:g} may take"
+        raise CorruptImage(path, f"the file has {length:,} bytes, more than {limit}")
+
+
 def in_words(error: Exception) -> str:
     """Say what an error of a decoder means for the file, without names of objects in memory."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(_OBJECT.sub("the file", f"{error}").split())
-    text = text.replace("not identified by this driver", "its header is damaged")  # Pillow's words for that
+    for said, meant in _MEANT.items():
+        text = text.replace(said, meant)
     if text and isinstance(error, OSError | SyntaxError | ValueError):
         return text
     return f"the file is damaged ({type(error).__name__}{': ' if text else ''}{text})"

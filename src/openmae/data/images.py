@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, Picture, in_words
+from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, Picture, check_length, in_words
 from openmae.data.folder import Skipped
 from openmae.inputs import open_regular
 from openmae.results.names import printable_name
@@ -83,6 +83,7 @@ class ImageIndex:
         """Return the file of image ``number`` as it is stored; CorruptImage where that cannot be read."""
         try:
             with open_regular(self.file(number)) as file:
+                check_length(self.file(number), file, self.max_pixels)
                 return file.read()
         except OSError as error:
             raise CorruptImage(self.file(number), in_words(error)) from error

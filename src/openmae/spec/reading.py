@@ -19,6 +19,7 @@ _DEEPEST, _LARGEST = 50, 100_000  # levels, and values, of a spec: aliases may m
 _NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # what Python makes of such bytes on the command line
 Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]
+_LARGEST_FILE = 10_000_000  # bytes
 
 
 class Problem(NamedTuple):
@@ -107,7 +108,8 @@ def read_file(path: Path) -> Reading:
     if path.is_dir():
         raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
     try:
-        text = read_file_or_pipe(path).decode("utf-8")
+        content = read_file_or_pipe(path, _LARGEST_FILE + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         fix = "Check the path, or write a spec with `mae spec template train`."
         raise SpecError(f"There is no spec file {path}.", fix) from None
@@ -115,6 +117,8 @@ def read_file(path: Path) -> Reading:
         raise SpecError(f"{path} is not a text file.", "A spec is YAML, in UTF-8.") from None
     except OSError as error:
         raise SpecError(f"{path} cannot be read: {error.strerror}.", "Name a YAML file that you may read.") from None
+    if len(content) > _LARGEST_FILE:
+        raise SpecError(f"{path} has more than {_LARGEST_FILE / 1e6:g} MB, too much for a spec.", "Name a YAML file.")
     reading = Reading()
     try:
         node, tree = _parse(text)
