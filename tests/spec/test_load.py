@@ -1,5 +1,6 @@
 import json
 from textwrap import dedent
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -309,3 +310,35 @@ def test_refusals_of_other_values_leave_out_the_specs_own_faults():
     assert find_refusals(spec, {}) == []
     (refusal,) = find_refusals(spec, {"model.patch_size": 8})
     assert refusal.startswith("model.patch_size: ")
+
+
+def _nested(levels: int) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for _ in range(levels):
+        tree = {"a": tree}
+    return tree
+
+
+def _in_itself() -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    tree["train"] = {"num_epochs": [tree]}
+    return tree
+
+
+def _wide() -> dict[str, Any]:
+    item: list[Any] = []
+    for _ in range(40):
+        item = [item, item, item]
+    return {"train": item}
+
+
+@pytest.mark.parametrize("make", [lambda: _nested(5000), _in_itself, _wide], ids=["deep", "in itself", "wide"])
+def test_a_mapping_that_is_nested_too_deeply(make):
+    with pytest.raises(SpecError, match=r"The spec has more than 100,000 values, or is nested deeper than 50 levels\."):
+        load_spec(make())
+
+
+@pytest.mark.parametrize("text", ["${a:" * 900 + "a" + "}" * 900, "${" * 2000 + "a" + "}" * 2000])
+def test_a_reference_that_is_nested_too_deeply(text):
+    with pytest.raises(SpecError, match=r"results_dir.*cannot be resolved"):
+        load_spec({"results_dir": text})

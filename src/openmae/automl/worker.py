@@ -28,9 +28,10 @@ from openmae.jobs.job import Job
 from openmae.jobs.processes import identify
 from openmae.jobs.queue import SLOTS
 from openmae.results.files import delete_folder
+from openmae.results.machine import usable_cores
 from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
-from openmae.spec.from_environment import variables
+from openmae.spec.from_environment import environment_of
 from openmae.spec.schema import ExperimentSpec
 
 JOBS = "jobs"
@@ -66,14 +67,12 @@ class Trainings:
         left_out = ("automl.", "wandb.run_id")  # one run of Weights & Biases cannot be all of them
         typed = {key: value_of(spec, key) for key in fields() if spec.typed(key) and not key.startswith(left_out)}
         kept = {key: text for key, text in spec.shown.items() if key in typed and key != "encryption_key"}
-        typed |= kept  # a job takes care of a key itself
-        self._specs = {**typed, "results_dir": str(folder)}
+        self._specs = {**typed, **kept, "results_dir": str(folder)}  # a job takes care of a key itself
         self._wandb = {key: value for key, value in _WANDB.items() if not spec.typed(key)}
         at_once = spec.automl.max_concurrent
-        self._environment = {SLOTS: str(_MANY)}
-        self._environment |= {name: os.environ[name] for name in variables(kept.values()) if name in os.environ}
+        self._environment = {SLOTS: str(_MANY), **environment_of(kept.values())}
         if platform == "local" and "OMP_NUM_THREADS" not in os.environ and at_once > 1:
-            self._environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
+            self._environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // at_once))
 
     def folder_of(self, name: str) -> Path:
         """Where a recommendation is trained."""

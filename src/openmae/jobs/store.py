@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -11,8 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import Record
+
+try:
+    import fcntl
+except ImportError:  # Windows, and some sandboxes
+    fcntl = None  # type: ignore[assignment]
 
 RECORD, SPEC, LOG = "job.json", "spec.yaml", "log.txt"
 _ID = re.compile(r"[0-9a-f][0-9a-f-]*")
@@ -131,6 +137,10 @@ def locked(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise SpecError(f"There is no job {path.parent.name!r}.", "`mae jobs list` shows all jobs.") from None
     try:
+        if fcntl is None:
+            with FileLock(f"{path}.file"):
+                yield
+            return
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

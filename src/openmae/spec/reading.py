@@ -167,7 +167,23 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: tuple[ya
 
 
 def read_mapping(source: Mapping[Any, Any]) -> Reading:
-    """Take a nested mapping from Python; it is copied."""
+    """Take a nested mapping from Python; it is copied.
+
+    Raises:
+        SpecError: it is too deep, as one that contains itself, or too large.
+    """
+    level, values = [source], 0
+    for _ in range(_DEEPEST + 1):
+        below = [value for item in level for value in (item.values() if isinstance(item, Mapping) else item)]
+        values += len(below)
+        level = [value for value in below if isinstance(value, Mapping | list | tuple)]
+        if not level or values > _LARGEST:
+            break
+    if level or values > _LARGEST:
+        raise SpecError(
+            f"The spec has more than {_LARGEST:,} values, or is nested deeper than {_DEEPEST} levels.",
+            "Give sections with keys below them, such as {'train': {'num_epochs': 3}}.",
+        )
     return Reading(tree=_text_keys(source))
 
 
@@ -224,7 +240,7 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
         try:
             OmegaConf.create({"value": value})
             well_formed.append((path, value))
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, RecursionError) as error:
             refuse(path, value, error)
             _put(base, path, None)
     reading.shown |= from_environment.references(base, [path for path, _ in well_formed])
