@@ -342,3 +342,15 @@ def test_a_mapping_that_is_nested_too_deeply(make):
 def test_a_reference_that_is_nested_too_deeply(text):
     with pytest.raises(SpecError, match=r"results_dir.*cannot be resolved"):
         load_spec({"results_dir": text})
+
+
+def test_a_key_that_is_not_text():
+    for arguments in ((None, ["\ud800=1"]), ({"\ud800": 1}, [])):
+        with pytest.raises(SpecError, match=r"\?.*: there is no such key"):
+            load_spec(*arguments)
+
+
+@pytest.mark.parametrize(("path", "reason"), [("a\0b", "embedded null"), ("x" * 5000, "File name too long")])
+def test_a_path_that_no_file_can_have(path, reason):
+    with pytest.raises(SpecError, match=f"cannot be read: {reason}"):
+        load_spec(path)

@@ -105,17 +105,18 @@ def read_file(path: Path) -> Reading:
     Raises:
         SpecError: the file is missing, is not text, or its YAML cannot be parsed.
     """
-    if path.is_dir():
-        raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
     try:
+        if path.is_dir():
+            raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         fix = "Check the path, or write a spec with `mae spec template train`."
         raise SpecError(f"There is no spec file {path}.", fix) from None
     except UnicodeDecodeError:
         raise SpecError(f"{path} is not a text file.", "A spec is YAML, in UTF-8.") from None
-    except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}.", "Check the path and its rights.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"{path} cannot be read: {reason}.", "Check the path and its rights.") from None
     reading = Reading()
     try:
         node, tree = _parse(text)
@@ -191,7 +192,7 @@ def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
     """Merge ``a.b=c`` into what was read; ``c`` is YAML, and nothing after ``=`` unsets the key."""
     for item in overrides:
         key, equals, text = item.partition("=")
-        key = key.strip()
+        key = _text(key.strip())
         if not equals or not all(key.split(".")) or key.count(".") >= _DEEPEST:
             reading.problems.append(Problem(key or item, f"an override is written key=value, got {item!r}."))
             continue
@@ -291,8 +292,13 @@ def _yaml_message(error: yaml.YAMLError, text: str = "") -> str:
     return f"{where}{error.problem or error.context}"
 
 
+def _text(key: Any) -> str:
+    """A key as pydantic gives it back in its errors: ``?`` for bytes that are not UTF-8."""
+    return str(key).encode("utf-8", "replace").decode("utf-8")
+
+
 def _text_keys(mapping: Mapping[Any, Any]) -> Tree:
-    return {str(k): _text_keys(v) if isinstance(v, Mapping) else copy.deepcopy(v) for k, v in mapping.items()}
+    return {_text(k): _text_keys(v) if isinstance(v, Mapping) else copy.deepcopy(v) for k, v in mapping.items()}
 
 
 def _set(reading: Reading, key: str, value: Any) -> None:
