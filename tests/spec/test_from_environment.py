@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from openmae.spec.from_environment import variables
+from openmae.spec.from_environment import environment_of
 from openmae.spec.load import load_spec, to_dict, to_yaml
 
 VALUE = "hush-hush"
@@ -65,5 +65,6 @@ def test_a_spec_without_variables_is_recorded_as_it_is():
     assert not spec.shown
 
 
-def test_names_of_variables():
-    assert variables(["${oc.env:A}/x", ["${oc.env: B,1}"], 3]) == {"A", "B"}
+def test_variables_that_are_referred_to():
+    values = ["${oc.env:MAE_SECRET}/x", ["${oc.env: MAE_COUNT,1}", "${oc.env:MAE_UNSET}"], 3]
+    assert environment_of(values) == {"MAE_SECRET": VALUE, "MAE_COUNT": "3"}

@@ -1,6 +1,7 @@
 import json
 import os
 from textwrap import dedent
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -353,3 +354,47 @@ def test_choices_are_taken_in_any_case(change):
                 assert value_of(ExperimentSpec.model_validate(tree), key) == choice, key
                 found += 1
     assert found > 40
+
+
+def _nested(levels: int) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for _ in range(levels):
+        tree = {"a": tree}
+    return tree
+
+
+def _in_itself() -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    tree["train"] = {"num_epochs": [tree]}
+    return tree
+
+
+def _wide() -> dict[str, Any]:
+    item: list[Any] = []
+    for _ in range(40):
+        item = [item, item, item]
+    return {"train": item}
+
+
+@pytest.mark.parametrize("make", [lambda: _nested(5000), _in_itself, _wide], ids=["deep", "in itself", "wide"])
+def test_a_mapping_that_is_nested_too_deeply(make):
+    with pytest.raises(SpecError, match=r"The spec has more than 100,000 values, or is nested deeper than 50 levels\."):
+        load_spec(make())
+
+
+@pytest.mark.parametrize("text", ["${a:" * 900 + "a" + "}" * 900, "${" * 2000 + "a" + "}" * 2000])
+def test_a_reference_that_is_nested_too_deeply(text):
+    with pytest.raises(SpecError, match=r"results_dir.*cannot be resolved"):
+        load_spec({"results_dir": text})
+
+
+def test_a_key_that_is_not_text():
+    for arguments in ((None, ["\ud800=1"]), ({"\ud800": 1}, [])):
+        with pytest.raises(SpecError, match=r"\?.*: there is no such key"):
+            load_spec(*arguments)
+
+
+@pytest.mark.parametrize(("path", "reason"), [("a\0b", "embedded null"), ("x" * 5000, "File name too long")])
+def test_a_path_that_no_file_can_have(path, reason):
+    with pytest.raises(SpecError, match=f"cannot be read: {reason}"):
+        load_spec(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from lightning_fabric import Fabric
 
 from openmae.actions.run import show_table
 from openmae.results.breakdown import Breakdown, Phase, advice, write_breakdown
+from openmae.results.machine import usable_cores
 from openmae.spec.checks import value_of
 from openmae.spec.schema import ExperimentSpec
 from openmae.training import devices
@@ -78,7 +78,7 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
         processes=fabric.world_size,
         per_node=world_of(fabric).per_node,
         gpus=torch.cuda.device_count() if on_gpu else 0,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         keys={key: value_of(spec, key) for key in keys} | acting | ({} if finetune else {"train.ema_decay": 0.0}),
     )
 

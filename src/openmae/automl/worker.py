@@ -28,9 +28,10 @@ from openmae.jobs.job import Job
 from openmae.jobs.processes import identify
 from openmae.jobs.queue import SLOTS
 from openmae.results.files import delete_folder
+from openmae.results.machine import usable_cores
 from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
-from openmae.spec.from_environment import variables
+from openmae.spec.from_environment import environment_of
 from openmae.spec.schema import ExperimentSpec
 from openmae.training.world import gpus_per_node
 
@@ -38,10 +39,8 @@ EQUAL_FAILURES = 3  # in a row, with one cause, that end a search: the next woul
 _POLL = 0.5  # seconds
 _MODELS = (".pth", ".safetensors")
 _WANDB = {"wandb.group": "automl", "wandb.name": "recommendation {}"}
-_OF_EVALUATION = (
-    *("encryption_key", "results_dir", "dataset.val_data_sources", "dataset.batch_size"),
-    *("dataset.num_workers_per_gpu", "dataset.max_corrupt_fraction", "dataset.max_megapixels"),
-)
+_OF_DATA = ("val_data_sources", "batch_size", "num_workers_per_gpu", "max_corrupt_fraction", "max_megapixels")
+_OF_EVALUATION = ("encryption_key", "results_dir", *(f"dataset.{name}" for name in _OF_DATA))
 _TAKEN_ALONG = ("status.json", "metrics.csv", "model_best.pth")  # with a training that goes on in another folder
 
 log = logging.getLogger("openmae")
@@ -65,14 +64,12 @@ class Trainings:
         left_out = ("automl.", "wandb.run_id")  # one run of Weights & Biases cannot be all of them
         typed = {key: value_of(spec, key) for key in fields() if spec.typed(key) and not key.startswith(left_out)}
         kept = {key: text for key, text in spec.shown.items() if key in typed and key != "encryption_key"}
-        typed |= kept  # a job takes care of a key itself
-        self._specs = {**typed, "results_dir": str(folder)}
+        self._specs = {**typed, **kept, "results_dir": str(folder)}  # a job takes care of a key itself
         self._wandb = {key: value for key, value in _WANDB.items() if not spec.typed(key)}
         at_once = spec.automl.max_concurrent
-        self._environment = {SLOTS: "1000"}  # a worker counts its jobs itself, and must not wait for those of another
-        self._environment |= {name: os.environ[name] for name in variables(kept.values()) if name in os.environ}
+        self._environment = {SLOTS: "1000", **environment_of(kept.values())}  # a worker counts its own jobs
         if platform == "local" and "OMP_NUM_THREADS" not in os.environ and at_once > 1:
-            self._environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // at_once))
+            self._environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // at_once))
 
     def folder_of(self, name: str) -> Path:
         """Where a recommendation is trained."""
@@ -352,21 +349,20 @@ class Worker:
 
     def _let_go(self) -> None:
         """Stop the jobs, and leave the recommendations to whoever goes on."""
-        mine = self.study.mine()
+        mine, client = self.study.mine(), self.trainings.client
         self._stop([job.id for trial in mine for job in self.trainings.running_in(trial.user_attrs[FOLDER])])
         for running in self.running:
-            job = self.trainings.client.get_job_status(running.job.id)
-            self.study.note(running.one, SECONDS, running.seconds + _seconds(job))
+            seconds = running.seconds + _seconds(client.get_job_status(running.job.id))
+            self.study.note(running.one, SECONDS, seconds)
         for trial in mine:
             self.study.leave(trial.number)
         self.running.clear()
 
     def _stop(self, jobs: list[str]) -> None:
-        client = self.trainings.client
         for job in jobs:
-            client.cancel_job(job)
+            self.trainings.client.cancel_job(job)
         for job in jobs:
-            log.info("%s", client.wait(job).message)
+            log.info("%s", self.trainings.client.wait(job).message)
 
 
 @contextmanager
@@ -382,9 +378,9 @@ def _without_notices() -> Iterator[None]:
 
 def this_machine() -> str:
     """A name that another machine, or this one after a new start, does not have."""
-    process = identify(os.getpid()) or {}
-    start = f"{socket.gethostname()} {process.get('boot', '')}"
-    return f"{socket.gethostname()}-{hashlib.sha256(start.encode()).hexdigest()[:6]}"
+    host, process = socket.gethostname(), identify(os.getpid()) or {}
+    start = hashlib.sha256(f"{host} {process.get('boot', '')}".encode()).hexdigest()
+    return f"{host}-{start[:6]}"
 
 
 def _seconds(job: Job) -> float:

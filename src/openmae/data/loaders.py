@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,8 @@ from openmae.data.images import ImageIndex
 from openmae.data.remarks import Remarks
 from openmae.data.transforms import Transform
 from openmae.main_guard import watch_for_reruns
+
+_UPDATE = 10.0  # seconds that an update and its checkpoint may take
 
 
 class TrainingLoader:
@@ -175,14 +178,19 @@ def _leave_interrupts_to_the_loop(worker: int) -> None:
     Workers that died of it would fail the update under way. SIGTERM is how the loop itself ends a worker that hangs.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent is not None and hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for_the_loop, args=(parent.pid,), daemon=True).start()
 
 
 def _end_for_the_loop(loop: int | None) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != loop:
-        pass
+    if hasattr(signal, "sigwaitinfo"):
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != loop:
+            pass
+    else:  # macOS does not say who sent it: leave the loop the time to finish its update
+        signal.sigwait({signal.SIGTERM})
+        time.sleep(_UPDATE)
     os._exit(0)

@@ -381,7 +381,7 @@ def _known_of(parent: Parent) -> tuple[dict[str, Any], str]:
         text = read_text(below(parent.folder, "best.yaml")) or read_text(below(parent.folder, "experiment.yaml"))
         try:
             tree = yaml.safe_load(text) if text else None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise SpecError(
                 f"parent_job_id: experiment.yaml of job {parent.id} is damaged: {str(error).splitlines()[0]}.",
                 "Restore it, or remove it and name model.arch and train.stage in the spec.",

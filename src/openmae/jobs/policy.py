@@ -191,7 +191,7 @@ def _parsed(path: Path, modified: int, size: int) -> Any:
         if path.suffix == ".json":
             return json.loads(text)
         return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
 
 

@@ -1,4 +1,7 @@
-"""Processes by number and time of start, so that a number used again is not mistaken; Linux's /proc."""
+"""Processes by number and time of start, so that a number used again is not mistaken.
+
+Linux's /proc has a start that no change of the clock moves, and tells one boot from another; elsewhere psutil answers.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+_PROC = Path("/proc/self")
+_STATES = {psutil.STATUS_ZOMBIE: "Z", psutil.STATUS_DEAD: "X", psutil.STATUS_STOPPED: "T"}
 _STATE, _GROUP, _SESSION, _START = 0, 2, 3, 19  # in /proc/PID/stat, counted behind the name
 Identity = dict[str, Any]
 
@@ -57,10 +64,10 @@ def session_of(identity: Mapping[str, Any]) -> list[int]:
     if leader and int(leader[_START]) != identity.get("start"):
         return []
     found = []
-    for entry in os.listdir("/proc"):
-        fields = _stat(int(entry)) if entry.isdecimal() else None
+    for pid in psutil.pids():
+        fields = _stat(pid)
         if fields and fields[_STATE] not in "ZX" and int(fields[_SESSION]) == identity["pid"]:
-            found.append(int(entry))
+            found.append(pid)
     return found
 
 
@@ -92,6 +99,8 @@ def stop_session(identity: Mapping[str, Any], grace: float) -> None:
 
 
 def _stat(pid: int) -> list[str] | None:
+    if not _PROC.is_dir():
+        return _stat_by_psutil(pid)
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -99,5 +108,20 @@ def _stat(pid: int) -> list[str] | None:
     return text.rpartition(")")[2].split()
 
 
+def _stat_by_psutil(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat that are used here."""
+    fields = [""] * (_START + 1)
+    try:
+        process = psutil.Process(pid)
+        fields[_STATE] = _STATES.get(process.status(), "R")
+        fields[_GROUP], fields[_SESSION] = str(os.getpgid(pid)), str(os.getsid(pid))
+        fields[_START] = str(round(1e6 * process.create_time()))
+    except (psutil.Error, OSError):  # it has ended, or is another user's
+        return None
+    return fields
+
+
 def _boot() -> str:
+    if not _PROC.is_dir():
+        return ""  # the time of a start tells boots apart, too
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()

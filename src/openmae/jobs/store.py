@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -15,9 +14,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import FINAL, Record, checked, moment, state_of
 from openmae.results.files import FULL, UNWRITTEN, disk_error, disk_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows, and some sandboxes
+    fcntl = None  # type: ignore[assignment]
 
 RECORD, SPEC, LOG = "job.json", "spec.yaml", "log.txt"
 PATIENCE = 30.0  # seconds for a lock that is held for milliseconds
@@ -193,6 +199,10 @@ def locked(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise SpecError(f"There is no job {path.parent.name!r}.", "`mae jobs list` shows all jobs.") from None
     try:
+        if fcntl is None:
+            with FileLock(f"{path}.file"):
+                yield
+            return
         deadline = time.monotonic() + PATIENCE
         while True:
             try:

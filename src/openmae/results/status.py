@@ -98,7 +98,7 @@ def read_status(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(complete_lines(Path(path)), start=1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             entry = None
         if isinstance(entry, dict):
             entries.append(entry)

@@ -7,6 +7,7 @@ reference; it loads back wherever the variable is set.
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -52,9 +53,10 @@ def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) 
     return found
 
 
-def variables(values: Iterable[Any]) -> set[str]:
-    """Return the names of the variables in what ``references`` gives."""
-    return {name for value in values for name in _NAME.findall(str(value))}
+def environment_of(values: Iterable[Any]) -> dict[str, str]:
+    """Return the variables that ``references`` gives references to, as far as they are set."""
+    names = {name for value in values for name in _NAME.findall(str(value))}
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _literal(value: Any) -> str:

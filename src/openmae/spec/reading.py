@@ -108,18 +108,21 @@ def read_file(path: Path) -> Reading:
     Raises:
         SpecError: the file is missing, is not text, or its YAML cannot be parsed.
     """
-    if path.is_dir():
-        raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
     try:
+        if path.is_dir():
+            raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
         content = read_file_or_pipe(path, _LARGEST_FILE + 1)
         text = content.decode("utf-8")
+    except SpecError:
+        raise
     except FileNotFoundError:
         fix = "Check the path, or write a spec with `mae spec template train`."
         raise SpecError(f"There is no spec file {path}.", fix) from None
     except UnicodeDecodeError:
         raise SpecError(f"{path} is not a text file.", "A spec is YAML, in UTF-8.") from None
-    except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}.", "Name a YAML file that you may read.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"{path} cannot be read: {reason}.", "Check the path and its rights.") from None
     if len(content) > _LARGEST_FILE:
         raise SpecError(f"{path} has more than {_LARGEST_FILE / 1e6:g} MB, too much for a spec.", "Name a YAML file.")
     reading = Reading()
@@ -173,7 +176,24 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: tuple[ya
 
 
 def read_mapping(source: Mapping[Any, Any]) -> Reading:
-    """Take a nested mapping from Python; it is copied."""
+    """Take a nested mapping from Python; it is copied.
+
+    Raises:
+        SpecError: it is too deep, as one that contains itself, or too large.
+    """
+    level: list[Any] = [source]
+    values = 0
+    for _ in range(_DEEPEST + 1):
+        below = [value for item in level for value in (item.values() if isinstance(item, Mapping) else item)]
+        values += len(below)
+        level = [value for value in below if isinstance(value, Mapping | list | tuple)]
+        if not level or values > _LARGEST:
+            break
+    if level or values > _LARGEST:
+        raise SpecError(
+            f"The spec has more than {_LARGEST:,} values, or is nested deeper than {_DEEPEST} levels.",
+            "Give sections with keys below them, such as {'train': {'num_epochs': 3}}.",
+        )
     return Reading(tree=_text_keys(source))
 
 
@@ -184,7 +204,7 @@ def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
     """
     for item in overrides:
         key, equals, text = item.partition("=")
-        key = re.sub(r"^\+{1,2}", "", key.strip())
+        key = re.sub(r"^\+{1,2}", "", _text(key.strip()))
         if key.startswith("~"):
             key = key.lstrip("~")
             text = f"{item!r} deletes a key in Hydra. Drop the key instead: leave it out of the spec"
@@ -246,7 +266,7 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
         try:
             OmegaConf.create({"value": value})
             well_formed.append((path, value))
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, RecursionError) as error:
             refuse(path, value, error)
             _put(base, path, None)
     reading.shown |= from_environment.references(base, [path for path, _ in well_formed])
@@ -297,8 +317,13 @@ def _yaml_message(error: yaml.YAMLError, text: str = "") -> str:
     return f"{where}{error.problem or error.context}"
 
 
+def _text(key: Any) -> str:
+    """A key as pydantic gives it back in its errors: ``?`` for bytes that are not UTF-8."""
+    return str(key).encode("utf-8", "replace").decode("utf-8")
+
+
 def _text_keys(mapping: Mapping[Any, Any]) -> Tree:
-    return {str(k): _text_keys(v) if isinstance(v, Mapping) else copy.deepcopy(v) for k, v in mapping.items()}
+    return {_text(k): _text_keys(v) if isinstance(v, Mapping) else copy.deepcopy(v) for k, v in mapping.items()}
 
 
 def _set(reading: Reading, key: str, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -18,6 +17,11 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from openmae.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows, and some sandboxes
+    fcntl = None  # type: ignore[assignment]
 
 CACHE_VARIABLE = "OPENMAE_CACHE"
 SIZE_VARIABLE = "OPENMAE_CACHE_GB"
@@ -302,7 +306,7 @@ def _origin_of(path: Path) -> str:
 def _read_marker(marker: Path) -> dict:
     try:
         facts = json.loads(marker.read_text(encoding="utf-8"))
-    except (ValueError, PermissionError):  # of an older version, damaged, or somebody else's in a shared cache
+    except (ValueError, RecursionError, PermissionError):  # damaged, or somebody else's in a shared cache
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -340,7 +344,7 @@ def _locked(entry: Path, origin: str) -> Iterator[None]:
 
 def _hold(path: Path) -> bool:
     """Take the shared lock of a folder; False: it is gone."""
-    if any(path in holds for holds in (_for_good, *_blocks.open)):
+    if fcntl is None or any(path in holds for holds in (_for_good, *_blocks.open)):
         return path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -361,6 +365,8 @@ def _release(path: Path) -> None:
 
 
 def _is_free(path: Path) -> bool:
+    if fcntl is None:  # nobody can say: `mae cache clear` removes it
+        return False
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:  # somebody else's, and not for us to remove
@@ -381,7 +387,8 @@ def remove(path: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         trash = path.with_name(f"{_TRASH}{os.getpid()}-{path.name}")
         os.rename(path, trash)
     except (BlockingIOError, FileNotFoundError):

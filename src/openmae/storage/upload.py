@@ -329,7 +329,7 @@ class _Record:
         self._path = folder / RECORD
         try:
             facts = json.loads(self._path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             facts = {}
         self.marks: dict[str, dict[str, Any]] = facts.get("marks", {})
         self.left: list[str] = facts.get("left", [])

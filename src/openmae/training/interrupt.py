@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Self, TypeVar
 from openmae.errors import Preempted, StoppedAtOnce
 from openmae.training.pulse import Pulse
 
-PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)  # a machine that shuts down; SLURM before the time is up
+# a machine that shuts down; SLURM before the time is up (Windows knows no such signal)
+PREEMPTION = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 T = TypeVar("T")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import pickle
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -277,8 +277,10 @@ def _missing(world: World, ranks: list[int], port: int, patience: float) -> RunE
 
 def _choose_interface(world: World) -> None:
     """Let gloo use the interface that leads to node 0: by a host's own name it often finds the loopback."""
-    if world.nodes == 1 or os.environ.get(_INTERFACE):
+    if world.nodes == 1 or os.environ.get(_INTERFACE) or sys.platform != "linux":
         return
+    import fcntl  # the request below is Linux's
+
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((world.address, world.port))
         own = probe.getsockname()[0]
