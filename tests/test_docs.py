@@ -52,10 +52,12 @@ def test_every_architecture_has_its_timm_name_on_the_page():
 
 def test_the_keys_and_defaults_of_the_migration_page_exist():
     """Names in code that look like keys are keys; what the table says of defaults is so."""
-    named = set(re.findall(r"`((?:train|model|dataset|evaluate|inference|export|wandb)\.[a-z_.]+)", MIGRATION))
+    named = set(re.findall(r"`((?:train|model|dataset|evaluate|inference|export|wandb)\.[a-z0-9_.]+)", MIGRATION))
     assert len(named) > 30
     assert not named - fields().keys() - sections() - {"dataset.segment"}
-    spec = load_spec({"model": {"arch": "vit_base_patch16"}, "train": {"stage": "finetune"}})
+    spec = load_spec(
+        {"model": {"arch": "vit_base_patch16"}, "train": {"stage": "finetune"}, "dataset": {"batch_size": 2}}
+    )
     optim = spec.train.optim
     assert (optim.backbone_multiplier, optim.layer_decay, optim.momentum, optim.beta2) == (1.0, 0.75, 0.9, 0.999)
     assert (spec.train.keep_checkpoints, spec.model.mask_ratio, spec.model.drop_path_rate) == (3, 0.75, 0.1)

@@ -13,7 +13,7 @@ class CheckpointerSpec(Section):
     """``train.checkpointer``: which checkpoint is the best one (nvidia-tao-core 7.3)."""
 
     enable_topk: bool = option(False, "let monitor and replace_periodic act; model_best.pth is always written")
-    replace_periodic: bool = option(False, "keep one checkpoint besides the best: train.keep_checkpoints=1")
+    replace_periodic: bool = option(False, "keep one checkpoint in addition to the best: train.keep_checkpoints=1")
     monitor: Monitor = option(
         "", "metric that picks model_best.pth, instead of train.optim.monitor_name; acc is TAO's name of ACC_all"
     )
