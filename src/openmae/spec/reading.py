@@ -173,7 +173,8 @@ def read_mapping(source: Mapping[Any, Any]) -> Reading:
     Raises:
         SpecError: it is too deep, as one that contains itself, or too large.
     """
-    level, values = [source], 0
+    level: list[Any] = [source]
+    values = 0
     for _ in range(_DEEPEST + 1):
         below = [value for item in level for value in (item.values() if isinstance(item, Mapping) else item)]
         values += len(below)
