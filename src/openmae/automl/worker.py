@@ -69,9 +69,10 @@ class Trainings:
         kept = {key: text for key, text in spec.shown.items() if key in typed and key != "encryption_key"}
         self._specs = {**typed, **kept, "results_dir": str(folder)}  # a job takes care of a key itself
         self._wandb = {key: value for key, value in _WANDB.items() if not spec.typed(key)}
+        at_once = spec.automl.max_concurrent
         self._environment = {SLOTS: str(_MANY), **environment_of(kept.values())}
-        if platform == "local" and "OMP_NUM_THREADS" not in os.environ and (n := spec.automl.max_concurrent) > 1:
-            self._environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // n))
+        if platform == "local" and "OMP_NUM_THREADS" not in os.environ and at_once > 1:
+            self._environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // at_once))
 
     def folder_of(self, name: str) -> Path:
         """Where a recommendation is trained."""

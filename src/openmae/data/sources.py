@@ -83,12 +83,12 @@ def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None
     if "://" in text:
         scheme = text.partition("://")[0]
         raise DataError(f"{redact(text)}: {scheme}:// cannot be read.", "Use s3://, gs://, https:// or a local path.")
-    path = Path(os.path.expanduser(text)).resolve()  # which leaves ~NAME of an unknown user as it is
-    if os.path.isdir(path):
+    path = Path(text).expanduser().resolve()
+    if path.is_dir():
         if not any(path.iterdir()):
             raise DataError(f"The folder {path} is empty.", "Put images into it, or name another folder.")
         return path
-    if not os.path.isfile(path):
+    if not path.is_file():
         raise DataError(f"There is no file or folder {path}.", _hint_for_missing(path))
     facts = path.stat()
     key = hashlib.sha256(f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -133,7 +133,7 @@ def _obtained(entry: Path, origin: str, size: int, build: Callable[[Path], None]
 
 def _hint_for_missing(path: Path) -> str:
     parent = path.parent
-    while not os.path.isdir(parent):
+    while not parent.is_dir():
         parent = parent.parent
     if parent != path.parent:
         return f"Check the path: it exists as far as {parent}."
