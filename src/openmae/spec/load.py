@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -139,7 +140,7 @@ def _read(source: Any) -> tuple[Reading, set[str] | None]:
                 _pop(tree, key.split("."))
         return Reading(tree=tree, shown=dict(source.shown)), typed
     if isinstance(source, str | Path):
-        return read_file(Path(source).expanduser()), None
+        return read_file(Path(os.path.expanduser(source))), None
     if isinstance(source, Mapping):
         return read_mapping(source), None
     raise SpecError(

@@ -81,7 +81,7 @@ class Entry:
 def root() -> Path:
     """Where the cache is: ``$OPENMAE_CACHE``, else the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("openmae")
+    return Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("openmae")
 
 
 def limit() -> int:

@@ -122,7 +122,7 @@ def resolve_key(text: str | Key | None) -> Key | None:
             raise SpecError(f"encryption_key: the environment variable {name!r} {state}.", "Put the key into it.")
         return Key(secret)
     if text.startswith(KEY_IN_FILE):
-        return Key(_read_secret(Path(text.removeprefix(KEY_IN_FILE)).expanduser()))
+        return Key(_read_secret(Path(os.path.expanduser(text.removeprefix(KEY_IN_FILE)))))
     return Key(os.fsencode(text))
 
 
