@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,9 @@ def test_an_action_names_them_all_before_it_makes_a_folder(tmp_path: Path, capsy
     for key in ("dataset.train_data_sources", "dataset.val_data_sources", "train.pretrained_model_path"):
         assert f"{key}: there is nothing at" in told
     assert not (tmp_path / "results").exists()
+
+
+def test_a_name_that_is_not_utf8_is_found_as_it_is_printed(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    assert found("train", rf"dataset.train_data_sources={tmp_path}/caf\xe9") == {}
+    assert set(found("train", rf"dataset.train_data_sources={tmp_path}/caf\xe8")) == {"dataset.train_data_sources"}

@@ -7,6 +7,7 @@ import re
 
 from openmae.data.patterns import expand_braces, is_shards
 from openmae.errors import DataError
+from openmae.results.names import original_name
 from openmae.spec.checks import READS, SOURCES, value_of
 from openmae.spec.fields import KEY_IN_FILE
 from openmae.spec.schema import ExperimentSpec
@@ -40,11 +41,16 @@ def _texts(spec: ExperimentSpec, key: str) -> tuple[str, ...]:
 def _missing(paths: dict[str, tuple[str, ...]]) -> dict[str, str]:
     found = {}
     for key, values in paths.items():
-        gone = [path for value in values if value for path in _places(value) if not os.path.exists(path)]
+        gone = [path for value in values if value for path in _places(value) if not _exists(path)]
         if gone:
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
             found[key] = f"there is nothing at {gone[0]!r}{more}"
     return found
+
+
+def _exists(path: str) -> bool:
+    """Say whether a path is there, as it is written or with ``\\xhh`` for bytes that are not UTF-8."""
+    return os.path.exists(path) or os.path.exists(original_name(path))
 
 
 def _places(value: str) -> list[str]:
