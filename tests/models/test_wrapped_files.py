@@ -91,6 +91,7 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
     "timm with EMA": lambda s: {"state_dict": s, "state_dict_ema": s, "arch": "x", "args": argparse.Namespace()},
     "EMA of ConvNeXt V2's scripts": lambda s: {"model": zeroed(s), "model_ema": s},
     "DINO": lambda s: {"student": behind("module.backbone.", zeroed(s)), "teacher": behind("backbone.", s)},
+    "a copy beside": lambda s: {**s, **behind("momentum_encoder.", zeroed(s))},
     "momentum": lambda s: {"state_dict": behind("momentum_backbone.", zeroed(s)) | behind("backbone.", s)},
 }  # fmt: skip
 

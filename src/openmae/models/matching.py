@@ -188,10 +188,10 @@ def _complain_of_foreign(report: LoadReport, path: Path) -> tuple[str, str]:
     named = f" ({', '.join(kinds)})" if kinds else ""
     shown = [text for text in report.unexpected if text.split(" ")[0] in report.foreign][:_SHOWN]
     more = f" and {len(report.foreign) - len(shown)} more" if len(report.foreign) > len(shown) else ""
-    count = "a tensor" if len(report.foreign) == 1 else f"{len(report.foreign)} tensors"
+    count, it = ("a tensor", "it") if len(report.foreign) == 1 else (f"{len(report.foreign)} tensors", "them")
     return (
-        f"{path} holds {count} that {report.arch} has no place for{named}: {', '.join(shown)}{more}. Without them it "
-        f"would be another function than the one that was trained ({report.layout} layout).",
+        f"{path} holds {count} that {report.arch} has no place for{named}: {', '.join(shown)}{more}. Without {it} "
+        f"the model would be another function than the one that was trained ({report.layout} layout).",
         OTHER_ARCHITECTURES,
     )
 

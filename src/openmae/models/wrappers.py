@@ -80,12 +80,14 @@ def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
         return _nothing_known(raw)
     entry, prefix = _choose(entries, wanted)
     state = entries[entry]
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    others = [other for other in entries if other != entry] + [p.rstrip(".") for p in _prefixes(state) if p != prefix]
-    outside = dict.fromkeys(name.split(".")[0] for name in state if not name.startswith(prefix))
-    left = tuple(name for name in outside if name not in others and name not in _COUNTERS)
+    prefixes = tuple(other for other in _prefixes(state) if other != prefix)
+    longer = tuple(other for other in prefixes if other.startswith(prefix))
+    names = [name for name in state if name.startswith(prefix) and not name.startswith(longer)]
+    own = {name.removeprefix(prefix): state[name] for name in names}
+    others = [other for other in entries if other not in ("", entry)] + [p.rstrip(".") for p in prefixes if p]
+    outside = [name for name in state if not name.startswith((prefix, *prefixes)) and name not in _COUNTERS]
     _check_tensors(own)
-    return Wrapped(own, entry, prefix, tuple(filter(None, others)), left)
+    return Wrapped(own, entry, prefix, tuple(others), tuple(dict.fromkeys(name.split(".")[0] for name in outside)))
 
 
 def _choose(entries: Mapping[str, State], wanted: str) -> tuple[str, str]:
@@ -173,8 +175,8 @@ def _nothing_known(raw: Mapping[str, Any]) -> Wrapped:
 def _check_tensors(state: State) -> None:
     """Only plain tensors whose every value is in the file: shapes are trusted from here on."""
     for name, value in state.items():
-        if value.layout != torch.strided or value.is_quantized:
-            kind = "quantized" if value.is_quantized else value.layout
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            kind = "quantized" if value.is_quantized else value.dtype if value.is_complex() else value.layout
             raise CheckpointError(f"{name} is no dense tensor ({kind}).", "Save dense floating-point weights.")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(
