@@ -118,8 +118,11 @@ class Client:
             write_durably(folder / SPEC, prepared.spec_text)
             platform.submit(job_id, prepared.environment)
         except RunError as error:
-            with suppress(RunError), self.store.update(job_id) as record:  # RunError: the disk is full
-                move(record, "ERROR", f"could not be started: {error.problem}")
+            try:
+                with self.store.update(job_id) as record:
+                    move(record, "ERROR", f"could not be started: {error.problem}")
+            except RunError:  # the disk is full
+                self.store.discard(job_id)
             raise
         for notice in prepared.facts["notices"]:
             log.warning("%s", notice)
