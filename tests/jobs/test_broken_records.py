@@ -207,10 +207,10 @@ class TestQueue:
         tiny("import time; print('ready', flush=True); time.sleep(60)")
         first, second = submit(), submit()
         until(lambda: "ready" in client.get_job_logs(first.id), "the job's first line")
-        for path in queue.folder.iterdir():
-            path.unlink()
-        queue.folder.rmdir()
-        until(lambda: client.get_job_status(second.id).status == "RUNNING", "the start of the second job")
+        until(lambda: (queue.folder / f"{second.id}.json").exists(), "the second job's entry")
+        queue.folder.rename(queue.folder.with_name(".gone"))
+        until(lambda: client.get_job_status(second.id).status != "PENDING", "the start of the second job")
+        assert client.get_job_status(second.id).status == "RUNNING", client.get_job_logs(second.id)
         for one in (first, second):
             client.cancel_job(one.id)
             client.wait(one.id, 20)

@@ -122,6 +122,29 @@ def test_no_job_is_made_on_a_full_disk(
     assert os.listdir(client.store.root) == [], "a part of a job was left"
 
 
+def test_a_disk_with_little_room_takes_a_job_or_tells_why_not(
+    client: Client, submit: Submit, tiny: Tiny, disk: Path
+) -> None:
+    tiny("pass")
+    fill = disk / "fill"
+    refusals: list[RunError] = []
+    for pages in range(8):
+        _fill(disk)
+        os.truncate(fill, fill.stat().st_size - 4096 * pages)
+        try:
+            assert client.wait(submit().id, 20).finished
+        except RunError as error:
+            refusals.append(error)
+        fill.unlink()
+        for left in client.list_jobs():
+            assert left.finished, left
+            client.store.discard(left.id)
+    assert 1 <= len(refusals) < 8
+    for error in refusals:
+        assert "could not be written (No space left on device)." in error.problem
+        assert error.fix == f"Free space in {disk}, or use a folder on another disk."
+
+
 @pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
 def test_a_state_that_was_found_out_is_shown_where_it_cannot_be_recorded(
     client: Client, running: Job, number: int, monkeypatch: pytest.MonkeyPatch

@@ -146,3 +146,17 @@ def test_a_root_must_be_a_local_folder(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"root: .*file/jobs cannot be made"):
         JobStore(tmp_path / "file" / "jobs")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_times_are_shown_in_utc_whatever_a_record_has() -> None:
+    record = _record(created_at="2026-01-01T12:00:00+02:00")
+    record["transitions"][0]["at"] = "2026-01-01T10:00:01"  # of an early version, in UTC
+    job = as_job(record)
+    assert job.created_at == "2026-01-01T10:00:00.000000+00:00"
+    assert job.transitions[0].at == "2026-01-01T10:00:01.000000+00:00"
+
+
+def test_records_are_sorted_by_time_and_not_by_text(store: JobStore) -> None:
+    store.create(_record(2, created_at="2999-01-01T12:00:00+02:00"))
+    store.create(_record(3, created_at="2999-01-01T11:00:00"))
+    assert [record["id"][-1] for record in store.records()] == ["1", "2", "3"]

@@ -24,7 +24,7 @@ from openmae.automl.study import BEAT, EPOCHS, FOLDER, SECONDS, SOURCES, TRIALS,
 from openmae.errors import OpenMAEError, Preempted, RunError
 from openmae.jobs.artifacts import DELETED, list_folder, newest_checkpoint
 from openmae.jobs.client import TRAININGS, Client
-from openmae.jobs.job import Job
+from openmae.jobs.job import Job, moment
 from openmae.jobs.processes import identify
 from openmae.jobs.queue import SLOTS
 from openmae.results.files import delete_folder
@@ -385,7 +385,7 @@ def this_machine() -> str:
 
 def _seconds(job: Job) -> float:
     """How long a job has run; the time in a queue, also after a preemption, is none of it."""
-    times = [datetime.fromisoformat(item.at) for item in job.transitions]
+    times = [moment(item.at) for item in job.transitions]
     ends = [*times[1:], datetime.now(tz=UTC)]
     spans = zip(job.transitions, times, ends, strict=True)
     return sum((end - begin).total_seconds() for item, begin, end in spans if item.state == "RUNNING")

@@ -121,8 +121,11 @@ class Client:
             write_durably(folder / SPEC, prepared.spec_text)
             platform.submit(job_id, prepared.environment)
         except RunError as error:
-            with suppress(RunError), self.store.update(job_id) as record:  # RunError: the disk is full
-                move(record, "ERROR", f"could not be started: {error.problem}")
+            try:
+                with self.store.update(job_id) as record:
+                    move(record, "ERROR", f"could not be started: {error.problem}")
+            except RunError:  # the disk is full
+                self.store.discard(job_id)
             raise
         return as_job(self.store.read(job_id))
 

@@ -158,16 +158,17 @@ def moment(text: str) -> datetime:
 
 def as_job(record: Mapping[str, Any]) -> Job:
     """The public face of a record."""
-    transitions = tuple(Transition(item["at"], item["state"], item["message"]) for item in record["transitions"])
+    transitions = tuple(Transition(_utc(item["at"]), item["state"], item["message"]) for item in record["transitions"])
     return Job(
         status=transitions[-1].state,
         message=transitions[-1].message,
         transitions=transitions,
         notices=tuple(record["notices"]),
+        created_at=_utc(record["created_at"]),
         **{
             name: record[name]
             for name in (
-                *("id", "action", "results_dir", "parent_job_id", "created_at"),
+                *("id", "action", "results_dir", "parent_job_id"),
                 *("name", "platform", "exit_code", "results_folder"),
             )
         },
@@ -187,6 +188,10 @@ def move(record: Record, state: State, message: str, exit_code: int | None = Non
     if exit_code is not None:
         record["exit_code"] = exit_code
     return True
+
+
+def _utc(text: str) -> str:
+    return moment(text).astimezone(UTC).isoformat(timespec="microseconds")
 
 
 def now() -> str:

@@ -92,6 +92,12 @@ class Queue:
         The oldest waiting job goes first, even where a younger one would find room. One whose supervisor is stopped
         (SIGSTOP) is left out until it continues.
         """
+        try:
+            return self._claim(job_id)
+        except (FileNotFoundError, SpecError):  # somebody deleted the folder at this moment
+            return None
+
+    def _claim(self, job_id: str) -> list[str] | None:
         with self._locked():
             entries = [entry for entry in self._entries() if self._holds(entry)]
             waiting = [entry for entry in entries if entry["claim"] is None and not stopped(entry["supervisor"])]

@@ -165,6 +165,12 @@ class JobStore:
                 raise ValueError(f"transitions of job {job_id} are append-only")
             self._write(record)
 
+    def try_to_write(self, job_id: str) -> None:
+        """Raise the ``RunError`` that writing a record would raise."""
+        path = self.folder(job_id) / ".probe"
+        write_durably(path, " " * _RESERVED)
+        path.unlink(missing_ok=True)
+
     def keep_reserve(self, job_id: str) -> None:
         """Set aside the space for a job's last records: one that fills the disk can still be canceled and concluded."""
         with suppress(OSError):

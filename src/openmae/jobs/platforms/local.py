@@ -67,6 +67,7 @@ class LocalPlatform:
         deadline = time.monotonic() + _PATIENCE
         while "supervisor" not in self.store.read(job_id)["handle"]:
             if supervisor.poll() is not None or time.monotonic() > deadline:
+                self.store.try_to_write(job_id)  # a full disk keeps its error from the log
                 raise RunError(
                     f"The supervisor of job {job_id} did not start (exit code {supervisor.returncode}).",
                     f"See {self.store.folder(job_id) / LOG}.",
