@@ -45,8 +45,8 @@ def stopped(identity: Mapping[str, Any] | None) -> bool:
 def living_sessions() -> set[int]:
     """The numbers of all sessions that have a living process, in one look at them all."""
     found = set()
-    for entry in os.listdir("/proc"):
-        fields = _stat(int(entry)) if entry.isdecimal() else None
+    for pid in psutil.pids():
+        fields = _stat(pid)
         if fields and fields[_STATE] not in "ZX":
             found.add(int(fields[_SESSION]))
     return found
