@@ -400,7 +400,7 @@ def test_where_consolidate_finds_no_room(tmp_path, capsys, monkeypatch):
 
 def test_what_needs_a_whole_checkpoint_says_how_to_get_one(tmp_path):
     path = finished(tmp_path, 2)
-    with pytest.raises(CheckpointError, match="is a checkpoint in parts, which training alone reads") as caught:
+    with pytest.raises(CheckpointError, match="is a sharded checkpoint, which only training reads") as caught:
         read_checkpoint(path)
     assert caught.value.fix == f"Join it: mae checkpoint consolidate {path}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _BURST, _PERIOD = 10, 60.0  # records of one kind, and seconds
@@ -35,12 +37,17 @@ class LogLimit(logging.Filter):
         return count < _BURST
 
 
-def limit_logs() -> None:
-    """Bound how much clients can make the server log."""
-    for name in _LOGGERS:
-        logger = logging.getLogger(name)
-        if not any(isinstance(one, LogLimit) for one in logger.filters):
-            logger.addFilter(LogLimit())
+@contextmanager
+def limited_logs() -> Iterator[None]:
+    """Bound how much clients can make the server log while entered."""
+    limits = [(logging.getLogger(name), LogLimit()) for name in _LOGGERS]
+    for logger, limit in limits:
+        logger.addFilter(limit)
+    try:
+        yield
+    finally:
+        for logger, limit in limits:
+            logger.removeFilter(limit)
 
 
 def quiet_accept(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

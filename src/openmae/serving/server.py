@@ -52,6 +52,7 @@ def serve(
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from openmae.serving.app import create_app
+    from openmae.serving.logs import limited_logs
 
     with _listen(host, port) as listener:
         if device == "auto":
@@ -70,17 +71,17 @@ def serve(
                 address,
             )
         print(f"{predictor.card.model.arch} ({predictor.runtime}) answers at {address} (Ctrl-C stops it)", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        with limited_logs():
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
     import uvicorn
 
     from openmae.serving.connections import descriptor_limits, limited
-    from openmae.serving.logs import limit_logs
 
     most, backlog = descriptor_limits()
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         http=limited(settings, most),
         ws="none",
@@ -88,8 +89,6 @@ def _configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_level="warning",
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
-    limit_logs()
-    return config
 
 
 def _check_packages() -> None:

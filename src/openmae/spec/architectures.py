@@ -76,9 +76,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def get_architecture(name: str) -> Architecture:
     """Return the row called ``name``, in any case; an unknown name is an error that lists the near ones."""
-    if name.lower() in ARCHITECTURES:
-        return ARCHITECTURES[name.lower()]
-    near = difflib.get_close_matches(name.lower(), ARCHITECTURES, n=3, cutoff=0.4) or list(ARCHITECTURES)
+    known = str(name).lower()  # a damaged checkpoint may name anything
+    if known in ARCHITECTURES:
+        return ARCHITECTURES[known]
+    near = difflib.get_close_matches(known, ARCHITECTURES, n=3, cutoff=0.4) or list(ARCHITECTURES)
     raise SpecError(f"model.arch: no architecture is called {name!r}.", f"Use one of: {', '.join(near)}.")
 
 

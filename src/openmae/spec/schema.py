@@ -168,7 +168,7 @@ class DatasetSpec(Section):
     val_data_sources: LocalPath = option("", "validation images, as above")
     test_data_sources: LocalPath = option("", "images for inference, as above")
     batch_size: int = option(1, "images per batch and device", ge=1, popular=True)
-    num_workers_per_gpu: int = option(2, "processes that load images, per device", ge=0, automl=False)
+    num_workers_per_gpu: int = option(2, "processes that load images, per device", ge=0, le=256, automl=False)
     max_corrupt_fraction: float = option(
         0.01, "share of unreadable images that ends the run (ours)", ge=0, le=1, automl=False
     )

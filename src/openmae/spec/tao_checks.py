@@ -32,7 +32,7 @@ IGNORED_BY_TAO = {
     "train.optim.warmup_epochs": ("pretrain", "finetune"),
     "train.optim.monitor_name": ("pretrain", "finetune"),
     "train.pretrained_model_path": ("pretrain",),
-    **{f"dataset.augmentation.{name}": ("pretrain",) for name in ("interpolation", "min_ratio", "max_ratio", "hflip")},
+    **{f"dataset.augmentation.{name}": ("pretrain",) for name in ("min_ratio", "max_ratio", "hflip")},
 }
 
 
