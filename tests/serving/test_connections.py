@@ -21,7 +21,7 @@ from PIL import Image
 from openmae.serving import connections, logs
 from openmae.serving.app import create_app
 from openmae.serving.connections import descriptor_limits, limited
-from openmae.serving.logs import LogLimit, quiet_accept
+from openmae.serving.logs import LogLimit, limited_logs, quiet_accept
 from openmae.serving.settings import Settings
 
 Encode = Callable[..., bytes]
@@ -327,7 +327,13 @@ def test_the_command_uses_the_limits(monkeypatch: pytest.MonkeyPatch, model: Any
     assert isinstance(config.http, type)
     assert issubclass(config.http, connections.LimitedProtocol)
     assert (config.http.most, config.http.settings.header_seconds, config.backlog, config.ws) == (77, 3, 33, "none")
-    for name in ("asyncio", "uvicorn.error", "openmae"):
-        found = [one for one in logging.getLogger(name).filters if isinstance(one, LogLimit)]
-        assert len(found) == 1
-        logging.getLogger(name).removeFilter(found[0])
+
+
+def test_logs_are_limited_only_while_the_server_runs() -> None:
+    def limits(name: str) -> int:
+        return sum(isinstance(one, LogLimit) for one in logging.getLogger(name).filters)
+
+    names = ("asyncio", "uvicorn.error", "openmae", "python_multipart")
+    with limited_logs():
+        assert [limits(name) for name in names] == [1] * 4
+    assert [limits(name) for name in names] == [0] * 4
