@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from openmae.errors import SpecError
+from openmae.spec.describe import fields
 from openmae.spec.load import load_spec, to_dict
 from openmae.spec.schema import ACTIONS
+from openmae.spec.tao_checks import OWN
 
 TAO_CORE = Path(__file__).parent / "data" / "tao_core_7_3.yaml"
+KEYS = Path(__file__).parent / "data" / "published_keys.tsv"
 TOPK = "train.checkpointer.enable_topk=true"
 LABELLED = ("train.stage=finetune", "dataset.val_data_sources=val", "dataset.batch_size=2")
 
@@ -152,6 +155,20 @@ def test_it_is_not_said_of_overrides_of_a_mapping_or_of_another_action(tmp_path,
     load_spec(path, action="automl")
     load_spec(None, ["dataset.train_data_sources=x", "train.optim.momentum=0.8"], action="train")
     assert "TAO ignores" not in caplog.text
+
+
+def test_it_is_not_said_of_a_file_that_was_written_for_openmae(tmp_path, caplog):
+    path = tmp_path / "spec.yaml"
+    path.write_text(json.dumps({**IGNORED, "model": {**IGNORED["model"], "in_chans": 1}}))
+    load_spec(path, action="train")
+    assert "TAO ignores" not in caplog.text
+
+
+def test_no_published_key_is_taken_for_one_that_tao_does_not_have():
+    published = {line.split("\t")[0] for line in KEYS.read_text(encoding="utf-8").splitlines()}
+    marked = {key for key, field in fields().items() if any(mark in (field.description or "") for mark in OWN)}
+    assert len(marked) > 20
+    assert not marked & published
 
 
 @pytest.mark.parametrize(("arch", "said"), [("hiera_tiny_224", True), ("vit_base_patch16", False)])
