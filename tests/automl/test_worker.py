@@ -120,7 +120,7 @@ def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: 
     for trial in worker.study.trials():
         if trial.state == TrialState.PRUNED:
             number = trial.user_attrs["recommendation"]
-            why = f"Recommendation {number} of the search was pruned after epoch 3 of 9, as others were better, so its"
+            why = f"Trial {number} of the search was pruned after epoch 3 of 9, as others were better, so its"
             assert told[trial.user_attrs["folder"]].startswith(why)
     assert _models(tmp_path) == [best.user_attrs["folder"]]
     stops = [overrides.get("train.stop_after_epoch") for name, overrides in jobs.started if name.startswith("000")]

@@ -213,6 +213,21 @@ def test_results_below_the_source_are_no_images(tmp_path: Path, caplog: pytest.L
     assert f"{tmp_path}: {text}" in caplog.text
 
 
+def test_images_of_a_user_in_a_results_folder_are_read(tmp_path: Path) -> None:
+    """As after `mae dataset check photos/cat --results_dir photos/cat`, or with results_dir=photos and photos/train."""
+    touch(tmp_path, "cat/1.png", "dog/1.png", "train/owl/1.png")
+    as_run(tmp_path / "cat", "dataset.png")
+    as_run(tmp_path / "train")
+    listing = list_folder(tmp_path)
+    assert listing.images == ["cat/1.png", "dog/1.png", "train/owl/1.png"]
+    assert set(listing.results) == {"cat/dataset.png", "train/curves.png", "train/reconstructions"}
+
+
+def test_folders_of_systems_are_not_looked_at(tmp_path: Path) -> None:
+    touch(tmp_path, "1.png", "lost+found/2.png", "$RECYCLE.BIN/3.png")
+    assert list_folder(tmp_path).images == ["1.png"]
+
+
 def test_results_in_the_source_itself_are_no_images(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.png", "dog/1.png")
     as_run(tmp_path)

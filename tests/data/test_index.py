@@ -75,7 +75,17 @@ def test_folders_that_are_no_classes(
 
 @pytest.mark.parametrize(
     "names",
-    [["0", "1"], ["01", "12"], ["may", "bee"], ["n01440764", "n01443537"], ["1999", "x"], ["2011 Ford", "2012 Tesla"]],
+    [
+        ["0", "1"],
+        ["01", "12"],
+        ["may", "bee"],
+        ["n01440764", "n01443537"],
+        ["1999", "x"],
+        ["2011 Ford", "2012 Tesla"],
+        ["marble", "octagon"],
+        ["marigold", "junco"],
+        ["12345678", "12345679"],
+    ],
 )
 def test_folders_that_may_be_classes(tmp_path: Path, make_images: MakeImages, names: list[str]) -> None:
     make_images(tmp_path, [f"{name}/1.png" for name in names])

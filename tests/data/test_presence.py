@@ -43,7 +43,9 @@ def test_every_path_of_an_action_is_looked_at(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("source", ["s3://bucket/train", "https://host/a.tar", "timm:vit_tiny_patch16_224.mae"])
+@pytest.mark.parametrize(
+    "source", ["s3://bucket/train", "S3://bucket/train", "https://host/a.tar", "timm:vit_tiny_patch16_224.mae"]
+)
 def test_what_is_no_local_path_is_left_to_whatever_opens_it(source: str) -> None:
     assert found("train", f"train.pretrained_model_path={source}") == {}
 

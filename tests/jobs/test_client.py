@@ -166,13 +166,13 @@ def test_a_training_of_a_search_is_a_parent_like_any_other(
 @pytest.mark.parametrize(
     ("automl", "words"),
     [
-        ({}, "It is a search of 20 trainings of 10 epochs (bayesian, 1 at a time), which takes about 20 times as long"),
+        ({}, "It is a search of 20 trials of 10 epochs (bayesian, 1 at a time), which takes about 20 times as long"),
         (
             {"max_recommendations": 9, "max_concurrent": 2, "max_epochs": 5},
-            "It is a search of 9 trainings of 5 epochs (bayesian, 2 at a time), which takes about 5 times as long as",
+            "It is a search of 9 trials of 5 epochs (bayesian, 2 at a time), which takes about 5 times as long as",
         ),
-        ({"algorithm": "ASHA"}, "20 trainings of 10 epochs (asha, 1 at a time), which takes at most 20 times as long"),
-        ({"algorithm": "grid"}, "a search of up to 20 trainings of 10 epochs (grid, 1 at a time), which takes at most"),
+        ({"algorithm": "ASHA"}, "20 trials of 10 epochs (asha, 1 at a time), which takes at most 20 times as long"),
+        ({"algorithm": "grid"}, "a search of up to 20 trials of 10 epochs (grid, 1 at a time), which takes at most"),
     ],
 )
 def test_a_search_says_before_it_starts_what_it_is_and_how_to_train_once(
@@ -196,9 +196,7 @@ def test_arguments_without_effect_are_noticed(
     with caplog.at_level(logging.WARNING, "openmae"):
         job = submit(image="nvcr.io/x", automl_policy="on")
     assert "image nvcr.io/x does not act" in caplog.text
-    assert (
-        "It goes to AutoML: automl_policy is on. It is a search of 20 trainings of 10 epochs (bayesian, " in caplog.text
-    )
+    assert "It goes to AutoML: automl_policy is on. It is a search of 20 trials of 10 epochs (bayesian, " in caplog.text
     assert len(job.notices) == 2
     assert submit(automl_policy="off").notices == ()
     for one in client.list_jobs():

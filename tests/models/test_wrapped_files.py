@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_classifier
-from openmae.models.unpickling import load_plain
-from openmae.models.weights import CheckpointInfo, load_backbone, read_checkpoint
+from openmae.models.unpickling import NumpyArray, NumpyDtype, load_plain
+from openmae.models.weights import CheckpointInfo, load_backbone, load_into, read_checkpoint
 
 State = dict[str, Tensor]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -432,3 +432,22 @@ def test_a_spec_in_a_header_that_is_no_spec_is_explained(spec: Any, tmp_path: Pa
     torch.save(content, tmp_path / "f.pth")
     with pytest.raises(CheckpointError, match="damaged or of another version"):
         read_checkpoint(tmp_path / "f.pth")
+
+
+def test_an_array_that_claims_more_than_its_bytes_is_refused() -> None:
+    """``bytes(10**9)`` would be a billion zeros."""
+    with pytest.raises(ValueError, match="an array without its bytes"):
+        NumpyArray().__setstate__((1, (10**9,), NumpyDtype("u1"), False, 10**9))
+
+
+def test_a_linear_probe_of_the_official_code_starts_a_training(tmp_path: Path) -> None:
+    """Its head is a sequence with a batch norm, and no part of the backbone."""
+    torch.manual_seed(0)
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
+    state = {name: value for name, value in source.state_dict().items() if not name.startswith("head")}
+    state |= {"head.0.running_mean": torch.zeros(192), "head.1.weight": torch.ones(3, 192)}
+    torch.save({"model": state}, tmp_path / "probe.pth")
+    model = build_classifier(ModelConfig("vit_tiny_patch16", (32, 32), num_classes=3))
+    report = load_into(model, read_checkpoint(tmp_path / "probe.pth"), part="backbone", allow_partial=True)
+    assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
+    assert "head" in str(report)

@@ -16,6 +16,7 @@ import pytest
 from openmae.errors import RunError, UserError
 from openmae.storage import lock
 from openmae.storage.lock import HOLDER, LOCK, StoreLock, locked_folder
+from openmae.storage.remote import ask
 
 HOLD = """
 import sys
@@ -118,12 +119,22 @@ def test_a_file_system_without_locks_is_used_with_a_warning(error, tmp_path, mon
     assert f"{tmp_path} is on a file system without locks: do not start two runs in it." in caplog.messages
 
 
+def test_a_file_system_without_flock_does_not_keep_the_marker_of_a_killed_run(tmp_path, monkeypatch, caplog):
+    def none(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    (tmp_path / lock.LOCK).write_text("1\nanother-host\n")
+    with locked_folder(tmp_path, "results_dir"):
+        assert "is on a file system without locks" in caplog.text
+
+
 def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(lock.FileLock, "acquire", full)
-    with pytest.raises(RunError, match=r"results_dir: .* cannot be locked \(No space left on device\)"):
+    with pytest.raises(RunError, match=r"could not be written \(No space left on device\): .*\.openmae\.lock"):
         locked_folder(tmp_path, "results_dir").__enter__()
 
 
@@ -253,3 +264,22 @@ def test_the_heart_beats(store, bucket, url, monkeypatch):
     with StoreLock(url, "results_dir", never):
         assert beaten.wait(30)
     assert store.names(bucket) == []
+
+
+def test_a_beat_that_was_sent_twice_does_not_stop_the_heart(store, bucket, url):
+    one = StoreLock(url, "results_dir", never)
+    with one:
+        one._me["beat"] += 1
+        ask(url, one._put(one._version))  # written, but its answer is lost
+        assert one._write(one._version), "it meets its own result"
+        one._me["beat"] += 1
+        assert one._write(one._version)
+        assert json.loads(one._read()[0])["beat"] == one._me["beat"]
+
+
+def test_a_store_without_conditional_writes_does_not_lose_the_lock_of_a_living_run(store, bucket, url):
+    one, two = StoreLock(url, "results_dir", never), StoreLock(url, "results_dir", never)
+    two._conditional = False
+    with one:
+        assert not two._write("")
+        assert one._holds()

@@ -162,7 +162,7 @@ def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlie
             or not isinstance(progress, Mapping)
             or type(progress.get("epoch")) is not int
         ):
-            raise CheckpointError(f"{checkpoint} holds no place of a run: it is damaged.", "Use an older checkpoint.")
+            raise CheckpointError(f"{checkpoint} holds no training state: it is damaged.", "Use an older checkpoint.")
         return Earlier(key, checkpoint, CheckpointInfo.from_dict(facts), progress["epoch"], facts.get(_IMAGES))
 
 

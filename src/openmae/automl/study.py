@@ -144,7 +144,7 @@ class Study:
             how = f"was pruned {done}, as others were better"
         if trial.state == TrialState.FAIL:
             how = f"failed ({trial.user_attrs.get(CAUSE)})"
-        return f"Recommendation {trial.user_attrs[NUMBER]} of the search {how}, so its checkpoints were deleted."
+        return f"Trial {trial.user_attrs[NUMBER]} of the search {how}, so its checkpoints were deleted."
 
     def unfinished(self) -> list[FrozenTrial]:
         """Those that have not ended, whoever is at them."""

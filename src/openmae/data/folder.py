@@ -22,8 +22,10 @@ _SHOWN = 8  # kinds that a message names
 _START = 4096  # bytes of a file that show what wrote it
 _STATUS_KEYS = {"date", "time", "status"}
 _WRITERS = (("report.html", b'name="generator" content="OpenMAE'), ("README.txt", b"made by mae quickstart"))
+_OF_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _RESULT_NAMES = frozenset(
-    f"{name}.png" for name in ("accuracies", "confusion_matrix", "curves", "dataset", "predictions", "profile")
+    f"{name}.png"
+    for name in ("accuracies", "confusion_matrix", "curves", "dataset", "history", "predictions", "profile")
 ) | {"reconstructions", "pictures"}
 
 
@@ -100,8 +102,8 @@ def kind_of(name: str) -> str:
 
 
 def is_visible(name: str) -> bool:
-    """Say whether an entry is neither hidden nor the extra data of macOS."""
-    return not name.startswith(".") and name != "__MACOSX"
+    """Say whether an entry is neither hidden nor a system's own, such as the extra data of macOS."""
+    return not name.startswith(".") and name not in _OF_SYSTEMS
 
 
 def is_image(name: str) -> bool:
@@ -113,8 +115,8 @@ def list_folder(folder: Path) -> Listing:
     """Return the images below ``folder``, and what else is there.
 
     Links to folders are followed, each folder is read once, under its real name where it has one in ``folder``. Hidden
-    entries and ``__MACOSX`` are passed over. Results folders below ``folder`` are skipped: a training in the folder of
-    its images must not read its own pictures.
+    entries and ``__MACOSX`` are skipped, and so are results folders below ``folder``: a training run in the folder of
+    its images must not read its own pictures. Of a folder that holds other images too, only the results are skipped.
 
     Raises:
         DataError: a folder cannot be read.
@@ -136,12 +138,12 @@ def list_folder(folder: Path) -> Listing:
             with os.scandir(where) as found:
                 entries = {entry.name: entry for entry in found if is_visible(entry.name)}
         ours = is_results(where, entries)
-        if ours and prefix:
+        if ours and prefix and not _holds_images_of_the_user(where):
             results.append(prefix.rstrip("/"))
             continue
         for name, entry in entries.items():
             if ours and name in _RESULT_NAMES:
-                results.append(name)
+                results.append(prefix + name)
             elif _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append(f"{prefix}{name}/")
             elif is_image(name):  # a broken link, too: it is an image that is missing, and counts as corrupt
@@ -178,6 +180,17 @@ def is_results(folder: Path, names: Iterable[str]) -> bool:
     if {"job.json", "spec.yaml"} <= names:
         return True
     return any(name in names and mark in _start_of(folder / name) for name, mark in _WRITERS)
+
+
+def _holds_images_of_the_user(folder: Path) -> bool:
+    """Say whether a results folder also holds images that no action has written."""
+    if (folder / "job.json").exists() or _WRITERS[1][1] in _start_of(folder / _WRITERS[1][0]):
+        return False  # a job's folder, or the quickstart's, which writes images of its own
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if is_visible(name) and name not in _RESULT_NAMES]
+        if any(is_visible(name) and is_image(name) and name not in _RESULT_NAMES for name in files):
+            return True
+    return False
 
 
 def describe_skipped(skipped: Sequence[Skipped]) -> str:

@@ -33,12 +33,16 @@ log = logging.getLogger("openmae")
 _LAYOUTS = f"Make one folder per class (cat/1.jpg, dog/2.jpg), or a {LABELS_FILE} with columns path,label."
 _YEAR = r"(19|20)\d\d"
 _MONTH = r"(0?[1-9]|1[0-2])"
+_MONTHS = (
+    "jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|"
+    "aug(ust)?|sept?(ember)?|oct(ober)?|nov(ember)?|dec(ember)?"
+)
 _DATE = re.compile(
     rf"{_YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?[0-3]\d)?(\D.*)?)?|"
-    rf"(\d\d?[-_. ]+)?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*([-_. ]*{_YEAR})?",
+    rf"(\d\d?[-_. ]+)?({_MONTHS})\.?([-_. ]*{_YEAR})?",
     re.IGNORECASE,
 )
-_CAMERA = re.compile(r"[1-9]\d\d[A-Z0-9_]{5}")  # DCF: 100CANON, 101APPLE
+_CAMERA = re.compile(r"(?!\d{8}$)[1-9]\d\d[A-Z0-9_]{5}")  # DCF: 100CANON, 101APPLE
 _TABLES = frozenset({".csv", ".tsv", ".txt", ".xls", ".xlsx", ".json"})
 _PARTS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation"])
 

@@ -19,7 +19,7 @@ from openmae.data.index import class_order, index_images, label_by_folder, repor
 from openmae.data.patterns import expand_braces, is_shards
 from openmae.data.shards import MEMBER, Ahead, ShardedIndex
 from openmae.data.sources import resolve_source
-from openmae.data.tar_index import FORMAT, Shard, TarIndex, fits, index_file, scan_tar
+from openmae.data.tar_index import FORMAT, NoImagesError, Shard, TarIndex, fits, index_file, scan_tar
 from openmae.errors import DataError
 from openmae.inputs import irregular
 from openmae.results.names import printable_name
@@ -74,13 +74,20 @@ def _open_folder(folder: Path, labelled: bool | None, shown: str) -> ImageIndex:
             *(shown, counted(len(tars), "tar file"), first_names([os.path.basename(tar) for tar in tars])),
         )
         return index_images(folder, labelled, shown)
+    try:
+        index = index_shards(tars, labelled, shown)
+    except NoImagesError:
+        if not listing.images:
+            raise
+        log.warning("%s: its tar files hold no images (%s); the images beside them are read.",
+                    shown, first_names([os.path.basename(tar) for tar in tars]))  # fmt: skip
+        return index_images(folder, labelled, shown)
     if listing.images:
         log.warning(
             "%s holds shards and also %s: the shards are read, the images are not (%s). To read the images, name "
             "their folder, or move the shards elsewhere.",
             *(shown, counted(len(listing.images), "image"), first_names(listing.images)),
         )
-    index = index_shards(tars, labelled, shown)
     beside = tuple(kind for kind in listing.skipped if kind.kind != ".tar")
     return replace(index, skipped=(*index.skipped, *beside), results=listing.results)
 

@@ -12,7 +12,7 @@ from openmae.spec.checks import READS, SOURCES, value_of
 from openmae.spec.fields import KEY_IN_FILE
 from openmae.spec.schema import ExperimentSpec
 
-_SCHEME = re.compile(r"[a-z][a-z0-9]+:")  # of a URL, or of what is no path
+_SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # of a URL, or of what is no path
 
 
 def missing_sources(spec: ExperimentSpec, action: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ def missing_files(spec: ExperimentSpec, action: str) -> dict[str, str]:
 
 
 def _texts(spec: ExperimentSpec, key: str) -> tuple[str, ...]:
-    return (str(value_of(spec, key)),)
+    return (str(value_of(spec, key)).strip(),)
 
 
 def _missing(paths: dict[str, tuple[str, ...]]) -> dict[str, str]:

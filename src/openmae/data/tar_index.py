@@ -41,6 +41,10 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
+class NoImagesError(DataError):
+    """A tar file that holds no images."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tar file.
@@ -213,7 +217,7 @@ def _scan(shard: str, stream: BinaryIO) -> TarIndex:
     skipped = tally.counts()
     others = sum(count for count, _ in skipped.values())
     if not images:
-        raise DataError(
+        raise NoImagesError(
             f"The shard {shard} holds no images ({others} other files).", "Leave it out, or write or copy it again."
         )
     names = [labels.of(image.name) for image in images]

@@ -267,9 +267,9 @@ def _search_words(spec: ExperimentSpec) -> str:
     times = -(-count // at_once)
     limit = "at most" if automl.algorithm in (*_STOPS_EARLY, "grid") else "about"
     return (
-        f"It is a search of {'up to ' if automl.algorithm == 'grid' else ''}{count} trainings of {epochs} epochs "
-        f"({automl.algorithm}, {at_once} at a time), which takes {limit} {times} times as long as one; its log tells "
-        "the expected time before the first one. To train once, submit with --automl off (mae jobs submit) or "
+        f"It is a search of {'up to ' if automl.algorithm == 'grid' else ''}{count} trials of {epochs} epochs "
+        f"({automl.algorithm}, {at_once} at a time), which takes {limit} {times} times as long as one; its log gives "
+        "the expected time before the first trial starts. To train once, submit with --automl off (mae jobs submit) or "
         'automl_policy="off" (Python).'
     )
 

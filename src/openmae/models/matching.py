@@ -136,7 +136,7 @@ def match(
         total=sum(target[name].numel() for name in counted),
         missing=tuple(_describe(name, target[name], found) for name in counted if name not in fitted),
         unexpected=tuple(f"{name} {list(found[name].shape)}" for name in unexpected),
-        foreign=tuple(n for n in unexpected if _is_trunk(n, prefix) and not _is_another_block(n, target)),
+        foreign=tuple(n for n in unexpected if _changes_features(n, prefix) and not _is_another_block(n, target)),
         unexpected_values=sum(found[name].numel() for name in unexpected),
         resized=tuple(
             name.removeprefix(prefix).removesuffix(".weight")
@@ -288,6 +288,11 @@ def _is_trunk(name: str, prefix: str) -> bool:
     """Neither classifier, final norm, fusion head nor decoder."""
     inner = name.removeprefix(prefix)
     return name.startswith(prefix) and inner not in _CLASSIFIER and not inner.startswith(_FINAL_NORMS)
+
+
+def _changes_features(name: str, prefix: str) -> bool:
+    """Whether a model without this tensor computes other features: a classifier's own layers do not count."""
+    return _is_trunk(name, prefix) and not name.removeprefix(prefix).startswith(("head.", "pre_logits."))
 
 
 def _is_resized(name: str, value: Tensor, before: Tensor, grids: Mapping[str, _Grid]) -> bool:

@@ -58,15 +58,15 @@ class NumpyArray:
         kind = dtype.numpy
         if kind is None:
             return
-        data = data.encode("latin1") if isinstance(data, str) else bytes(data)
+        data = _bytes(data)
         if math.prod(shape) * kind.itemsize != len(data):
             raise ValueError(f"an array of shape {shape} does not have {len(data)} bytes")
-        flat = np.frombuffer(data, kind).astype(kind.newbyteorder("="))
+        flat = np.frombuffer(data, kind).astype(kind.newbyteorder("="), copy=False)
         self.array = flat.reshape(shape, order="F" if by_columns else "C")
 
     def tensor(self) -> Tensor:
         """The values as a tensor."""
-        return torch.from_numpy(np.ascontiguousarray(self.array))
+        return torch.from_numpy(np.array(self.array, order="C"))
 
 
 def load_plain(source: Path | BinaryIO) -> Any:
@@ -111,8 +111,16 @@ def _scalar(dtype: NumpyDtype, data: Any = b"") -> Any:
     kind = dtype.numpy
     if kind is None:
         return None
-    data = data.encode("latin1") if isinstance(data, str) else bytes(data)
-    return np.frombuffer(data, kind, count=1)[0].item()
+    return np.frombuffer(_bytes(data), kind, count=1)[0].item()
+
+
+def _bytes(data: Any) -> bytes:
+    """Return the bytes of a pickled array; ``bytes`` of an integer would be as many zeros."""
+    if isinstance(data, str):
+        return data.encode("latin1")
+    if not isinstance(data, bytes | bytearray):
+        raise ValueError("an array without its bytes")
+    return bytes(data)
 
 
 def _path(*parts: Any) -> str:

@@ -138,7 +138,7 @@ def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
         names += len(mapping)
         if names > _MOST_NAMES:
             raise CheckpointError(
-                f"The file holds more than {_MOST_NAMES:,} names.", "Save the model's state dict alone."
+                f"The file holds more than {_MOST_NAMES:,} names.", "Save only the model's state dict."
             )
         tensors = {_plain(name): _as_tensor(value) for name, value in mapping.items()}
         yield place, {name: value for name, value in tensors.items() if value is not None}

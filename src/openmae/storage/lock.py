@@ -22,9 +22,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
+import psutil
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from openmae.errors import DataError, RunError, UserError, blaming
+from openmae.results.files import disk_error
 from openmae.storage.urls import join, redact, scheme_of
 
 LOCK, HOLDER = ".openmae.lock", ".openmae.lock.json"
@@ -55,9 +57,7 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
         lock = _acquire(folder, key)
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            reason = error.strerror or str(error)
-            fix = f"Free space, or set {key} to a folder on another disk."
-            raise RunError(f"{key}: {folder} cannot be locked ({reason}).", fix) from error
+            raise disk_error(error, folder / LOCK, key) from error
         log.warning("%s is on a file system without locks: do not start two runs in it.", folder)
     try:
         with suppress(OSError):  # a full disk: the lock holds, and does not tell whose it is
@@ -77,7 +77,12 @@ def _acquire(folder: Path, key: str) -> BaseFileLock:
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
+            if isinstance(lock, SoftFileLock):
+                lock.release()
+                raise NotImplementedError
         except Timeout:
+            if isinstance(lock, SoftFileLock):  # no flock here: the marker of a killed run would block for ever
+                raise NotImplementedError from None
             holder = _read_holder(folder / HOLDER)
             if (holder and not _is_dead(holder)) or time.monotonic() > deadline:
                 with blaming(key):
@@ -207,6 +212,8 @@ class StoreLock:
         """Put the lock in the place of ``version``, or where there is none; False: there is another one."""
         from openmae.storage.remote import ask, error_code
 
+        if not version and not self._conditional and self._read() is not None:
+            return self._holds()
         try:
             self._version = ask(self.url, self._put(version))
             return self._conditional or self._holds()
@@ -216,7 +223,11 @@ class StoreLock:
                 self._conditional = False  # a store that copies S3, but not this
                 return (bool(version) or self._read() is None) and self._write(version)
             if code in _REFUSED or code == "NoSuchKey" or isinstance(error.__cause__, FileExistsError):
-                return self._holds()  # a request that was sent twice meets its own result
+                found = self._read()  # a request that was sent twice meets its own result
+                if found is None or _parsed(found[0]).get("token") != self._me["token"]:
+                    return False
+                self._version = found[1]
+                return True
             raise
 
     async def _get(self) -> tuple[bytes, str]:
@@ -247,7 +258,7 @@ def _taken(holder: dict[str, Any], where: str, key: str) -> UserError:
 
 def _described(holder: dict[str, Any]) -> str:
     if not holder:
-        return "a process that has not said which it is"
+        return "an unknown process"
     return f"process {holder.get('pid')} on {holder.get('host')}, started at {holder.get('since')}"
 
 
@@ -294,9 +305,9 @@ def _start_of(pid: int) -> str:
         if Path("/proc/self/stat").exists():
             return ""
     try:
-        os.kill(pid, 0)  # not Linux
-    except ProcessLookupError:
+        process = psutil.Process(pid)  # not Linux
+        return "" if process.status() == psutil.STATUS_ZOMBIE else str(round(1e6 * process.create_time()))
+    except psutil.NoSuchProcess:
         return ""
-    except PermissionError:
-        pass
-    return "alive"
+    except psutil.Error:
+        return "alive"

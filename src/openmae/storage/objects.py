@@ -336,7 +336,7 @@ def _s3_facts(reply: Mapping[str, Any], path: str) -> dict[str, Any]:
         kind = str(reply.get("ContentType") or "no content type").partition(";")[0]
         raise DataError(
             f"{redact(url)}: the answer does not come from an object store: {size:,} bytes of {kind}, without an ETag.",
-            f"Check {endpoint(url)}, and whether a proxy or a login page is between.",
+            f"Check {endpoint(url)}, and whether a proxy or a login page answers in its place.",
         )
     return {"etag": reply["ETag"], "size": size, "modified": reply.get("LastModified", "")}
 

@@ -141,7 +141,7 @@ def _explain_connection(error: BaseException, kinds: set[str], code: str, url: s
         return DataError(f"{shown}: the server's certificate is not trusted.", f"Check {endpoint(url)}.")
     if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):
         return DataError(
-            f"{shown}: the server did not answer in time.", f"Check {endpoint(url)}, the network and a proxy between."
+            f"{shown}: the server did not answer in time.", f"Check {endpoint(url)}, the network and any proxy."
         )
     if is_transient(error):
         return DataError(

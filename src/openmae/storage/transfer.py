@@ -176,7 +176,7 @@ class Transfer:
                 why = f"its MD5 is {digest}, not {md5}" if md5 else "it is not what the store's checksum says"
                 raise DataError(
                     f"{redact(self.url)}: {file.name} arrived damaged, twice: {why}.",
-                    "Check the network and a proxy between, or upload the file again.",
+                    "Check the network and any proxy, or upload the file again.",
                 )
             return False
         if good is None and _is_web_page(file, temporary):
