@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,8 +20,20 @@ LONG = {"train.num_gpus": 2, "train.num_epochs": 3000}
 MORE = 30
 
 
-def _begin(server: Server, photos: Path, folder: Path) -> tuple[Training, list[int]]:
-    training = server.start(folder, photos, LONG, environment={"OPENMAE_ANSWER_SECONDS": str(PATIENCE)})
+HANGING_DISK = """
+import os, threading
+_open = os.open
+def _hanging(path, *arguments, **named):
+    if str(path).endswith({image!r}) and os.path.exists({mark!r}):
+        threading.Event().wait()
+    return _open(path, *arguments, **named)
+os.open = _hanging
+"""
+
+
+def _begin(server: Server, photos: Path, folder: Path, **variables: str) -> tuple[Training, list[int]]:
+    environment = {"OPENMAE_ANSWER_SECONDS": str(PATIENCE), **variables}
+    training = server.start(folder, photos, LONG, environment=environment)
     until(lambda: len(list_checkpoints(folder)) > 1, training, "the second checkpoint")
     return training, [pid for pid in _children(training.pid) if _is_worker(pid)]
 
@@ -75,11 +88,11 @@ def test_a_stopped_process_is_named_and_ended(server: Server, photos: Path, tmp_
 
 
 def test_a_process_whose_read_never_ends_is_named(server: Server, photos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "results"
-    training, pids = _begin(server, photos, folder)
-    picture = photos / "cat" / "0.png"
-    os.mkfifo(tmp_path / "nobody_writes")
-    (tmp_path / "nobody_writes").rename(picture)
+    """A disk that stops responding, played by an ``os.open`` that never returns for one image."""
+    folder, hangs = tmp_path / "results", tmp_path / "hangs"
+    (tmp_path / "sitecustomize.py").write_text(HANGING_DISK.format(image="cat/0.png", mark=str(hangs)))
+    training, pids = _begin(server, photos, folder, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    hangs.touch()
     told = _ends_and_tells(training, pids, folder, time.monotonic())
     assert re.search(
         rf"Process [01] \(node 0, process id ({'|'.join(map(str, pids))})\) has not answered for {PATIENCE} s: "
