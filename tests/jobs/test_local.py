@@ -16,9 +16,10 @@ import pytest
 from platform_contract import PlatformContract, Submit, Tiny, until
 
 from openmae.errors import SpecError
-from openmae.jobs import Client, Job, processes
+from openmae.jobs import Client, Job, processes, store
 from openmae.jobs.job import now
 from openmae.jobs.processes import alive, identify, session_of, stopped
+from openmae.jobs.queue import Machine, Queue
 from openmae.jobs.store import locked
 
 _SUBMITTER = """
@@ -390,13 +391,26 @@ def test_a_stopped_supervisor_holds_up_no_other_job(client: Client, submit: Subm
     waiting = submit()
     supervisor = _process(client, waiting, "supervisor")
     until(lambda: (client.store.root / ".queue" / f"{waiting.id}.json").exists(), "the entry in the queue")
-    _stop(supervisor)
+    with locked(client.store.root / ".queue" / ".lock"):  # so that it is not stopped while it holds the lock
+        _stop(supervisor)
     tiny("pass")
     third = submit()
     client.cancel_job(first.id)
     assert client.wait(third.id, 20).status == "COMPLETE"
     assert client.cancel_job(waiting.id).status == "CANCELED"
     until(lambda: not alive(supervisor), "the end of its supervisor")
+
+
+def test_a_lock_that_a_stopped_process_holds_fails_no_waiting_job(
+    client: Client, submit: Submit, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store, "PATIENCE", 0.05)
+    queue = Queue(client.store, Machine((), 1))
+    queue.enter("7f", now(), 0, identify(os.getpid()) or {})
+    with locked(client.store.root / ".queue" / ".lock"):
+        assert queue.claim("7f") is None
+    assert "Another process has held the lock" in caplog.text
+    assert queue.claim("7f") == []
 
 
 def test_a_thousand_dead_jobs_are_looked_at_together(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

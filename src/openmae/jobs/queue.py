@@ -16,7 +16,7 @@ from typing import Any
 from openmae.errors import OpenMAEError, SpecError
 from openmae.jobs.job import check_identity, moment
 from openmae.jobs.processes import Identity, alive, session_of, stopped
-from openmae.jobs.store import RECORD, JobStore, locked, read_json, write_durably
+from openmae.jobs.store import RECORD, JobStore, LockHeldError, locked, read_json, write_durably
 from openmae.results.files import disk_errors
 
 SLOTS = "OPENMAE_JOB_SLOTS"
@@ -95,6 +95,9 @@ class Queue:
         try:
             return self._claim(job_id)
         except (FileNotFoundError, SpecError):  # somebody deleted the folder at this moment
+            return None
+        except LockHeldError as error:  # the job waits until the holder continues
+            log.warning("%s", error)
             return None
 
     def _claim(self, job_id: str) -> list[str] | None:

@@ -34,6 +34,10 @@ _ID = re.compile(r"[0-9a-f][0-9a-f-]*")
 log = logging.getLogger("openmae")
 
 
+class LockHeldError(RunError):
+    """Another process, which is probably stopped, keeps a lock that is held for milliseconds otherwise."""
+
+
 class JobStore:
     """The jobs below a folder, which any number of processes may use at once.
 
@@ -216,7 +220,7 @@ def locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise RunError(
+                    raise LockHeldError(
                         f"Another process has held the lock {path} for {PATIENCE:g} s.",
                         f"See which one with `fuser -v {path}`. If it is stopped (state T), continue it with "
                         "`kill -CONT PID`, or end it.",
