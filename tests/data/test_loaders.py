@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
+from multiprocessing import reduction, resource_sharer
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from openmae.data import loaders
 from openmae.data.dataset import Batch
 from openmae.data.images import ImageIndex
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
@@ -106,3 +111,22 @@ def test_corrupt_image_is_left_out_in_evaluation(index: ImageIndex, tmp_path: Pa
     batches = list(val_of(index, tmp_path))
     assert [batch.indices.tolist() for batch in batches] == [[0, 1, 2], [4, 5, 6, 7], [12, 13]]
     assert (tmp_path / "corrupt_files.txt").read_text().count("\n") == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows shares handles, not descriptors")
+def test_a_connection_that_the_training_process_drops_prints_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", loaders._ignore_lost_connections)
+    here, there = os.pipe()
+    shared = reduction.DupFd(there)
+    address = resource_sharer._resource_sharer._address  # type: ignore[attr-defined]
+    Client(address).close()  # goes away before it has proved that it knows the key
+    os.close(shared.detach())  # the thread answers one request after the other: the first has been dealt with
+    os.close(here)
+    os.close(there)
+    sys.excepthook(ValueError, ValueError("another error"), None)
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    assert "Error: [Errno" not in printed
+    assert "another error" in printed

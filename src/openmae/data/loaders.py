@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch.utils.data import DataLoader
@@ -177,6 +179,7 @@ def _leave_interrupts_to_the_loop(worker: int) -> None:
 
     Workers that died of it would fail the update under way. SIGTERM is how the loop itself ends a worker that hangs.
     """
+    sys.excepthook = _ignore_lost_connections
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -184,6 +187,15 @@ def _leave_interrupts_to_the_loop(worker: int) -> None:
     if parent is not None and hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for_the_loop, args=(parent.pid,), daemon=True).start()
+
+
+def _ignore_lost_connections(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Stay silent when the training process stops in the middle of fetching a batch; it reports the reason itself.
+
+    The thread of ``multiprocessing.resource_sharer`` that hands out batches passes a lost connection to this hook.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_for_the_loop(loop: int | None) -> None:
