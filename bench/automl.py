@@ -31,9 +31,9 @@ from openmae.automl.space import make_space
 from openmae.automl.study import Recommendation, Study
 from openmae.errors import RunError
 from openmae.jobs.job import Job, State, Transition, now
-from openmae.results.files import write_atomically
 from openmae.results.status import StatusLog
 from openmae.spec.load import load_spec
+from openmae.storage.atomic import write_atomically
 
 from .report import RESULTS, Report
 

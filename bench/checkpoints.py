@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from openmae.training.checkpoints import CheckpointFolder
+from openmae.checkpoints.folder import CheckpointFolder
 from openmae.training.optim import build_adamw, pretraining_groups
 
 from . import steps

@@ -22,8 +22,8 @@ import torch
 
 from openmae import quickstart
 from openmae.actions import train
-from openmae.results.files import write_atomically
 from openmae.spec.load import load_spec
+from openmae.storage.atomic import write_atomically
 
 from .decoding import DECODERS, Decoder
 from .report import RESULTS, Report

@@ -14,7 +14,7 @@ import onnx
 import torch
 
 from openmae.engines import onnx as engine
-from openmae.engines.card import INPUT, LOGITS, ModelCard
+from openmae.engines.metadata import INPUT, LOGITS, ModelCard
 from openmae.engines.module import DeployedModel, example_input
 from openmae.engines.precision import to_int8
 from openmae.engines.session import open_session

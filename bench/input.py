@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from openmae.data.dataset import Batch, ImageDataset
-from openmae.data.images import ImageIndex
+from openmae.data.image_dataset import Batch, ImageDataset
+from openmae.data.image_index import ImageIndex
 from openmae.data.loaders import LoaderSettings, training_loader
 from openmae.data.normalise import Normaliser
-from openmae.data.opening import index_shards
-from openmae.data.packing import Packing, pack
+from openmae.data.open import index_shards
+from openmae.data.shards.packing import Packing, pack
 from openmae.data.transforms import FinetuneTransform, PretrainTransform, Transform, _mend_posterize
 
 from .measure import Comparison, compare

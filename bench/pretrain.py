@@ -156,8 +156,8 @@ def _notes(data: list[dict[str, Any]]) -> list[str]:
         "AdamW not fused; its time does not depend on the mask ratio. "
         f"'{PLAIN}': timm's own blocks, all tokens predicted, AdamW not fused. '{TRANSFORMERS}': "
         "ViTMAEForPreTraining as installed, AdamW fused as its Trainer has it.",
-        "OpenMAE's process keeps the memory that a step frees (training/allocator.py), as in its runs; references have "
-        "glibc's own rule, as in theirs. The call after a change of rule is not timed.",
+        "OpenMAE's process keeps the memory that a step frees (distributed/allocator.py), as in its runs; references "
+        "have glibc's own rule, as in theirs. The call after a change of rule is not timed.",
         "Before each race the loss of the reference was seen to equal OpenMAE's (dense: masked around every operator).",
         f"Load before the first call: {data[0]['load']}; above 1 others were at work, and the figures are noisy.",
     ]

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from openmae.results.files import write_atomically
+from openmae.storage.atomic import write_atomically
 
 RESULTS = Path("results/bench")
 _PACKAGES = ("openmae", "torch", "timm", "onnxruntime", "numpy")

@@ -124,7 +124,7 @@ def serving(path: Path) -> Iterator[int]:
     Raises:
         RunError: it ended instead.
     """
-    command = [sys.executable, "-m", "openmae.cli", "serve", "-m", str(path), "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "openmae", "serve", "-m", str(path), "--port", "0", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with tempfile.TemporaryFile("w+") as errors:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)

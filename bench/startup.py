@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from openmae.errors import RunError
-from openmae.results.metrics import read_metrics
+from openmae.results.metrics_csv import read_metrics
 
 from .input import write_photographs
 from .measure import compare, load_average
@@ -125,7 +125,7 @@ def _call(command: list[str]) -> Callable[[], object]:
 
 
 def _mae() -> list[str]:
-    return [sys.executable, "-m", "openmae.cli"]
+    return [sys.executable, "-m", "openmae"]
 
 
 def _environment() -> dict[str, str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from openmae.checkpoints.format import CheckpointInfo, save_backbone
 from openmae.models.build import ModelConfig, build_encoder
-from openmae.models.weights import CheckpointInfo, save_backbone
 from openmae.spec.architectures import ARCHITECTURES
 from openmae.spec.describe import fields, sections
 from openmae.spec.load import load_spec

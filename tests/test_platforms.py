@@ -62,7 +62,7 @@ def mae(tmp_path: Path, *arguments: str, system: str = _SYSTEM) -> str:
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OPENMAE_CACHE": str(tmp_path / "cache"),
     }
-    words = [sys.executable, "-m", "openmae.cli", *arguments]
+    words = [sys.executable, "-m", "openmae", *arguments]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     text = done.stdout + done.stderr
     assert done.returncode == 0, text

@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openmae._version import __version__
+
 if TYPE_CHECKING:
+    from openmae.checkpoints.format import load_backbone
     from openmae.engines.batching import read_images
     from openmae.engines.predictor import open_predictor
-    from openmae.models.weights import load_backbone
     from openmae.spec.load import load_spec
     from openmae.spec.schema import ExperimentSpec
 
-__version__ = "0.1.0"
+
 __all__ = [
     "__version__",
     "train",
@@ -35,7 +37,7 @@ __all__ = [
 _HOMES = {
     "open_predictor": "openmae.engines.predictor",
     "read_images": "openmae.engines.batching",
-    "load_backbone": "openmae.models.weights",
+    "load_backbone": "openmae.checkpoints.format",
     "load_spec": "openmae.spec.load",
     "ExperimentSpec": "openmae.spec.schema",
 }

@@ -22,10 +22,10 @@ from PIL import Image
 from openmae.actions import train
 from openmae.actions.run import show_table
 from openmae.errors import UserError
-from openmae.results.files import make_folder, write_atomically
-from openmae.results.pictures import save_bar_comparison
+from openmae.results.images import save_bar_comparison
 from openmae.results.report import Code, Numbers, Picture, Section, Table, Text, write_report
 from openmae.spec.load import load_spec
+from openmae.storage.atomic import make_folder, write_atomically
 
 SIZE = 32  # px; the scans are 8 x 8
 HELD_OUT = 500

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.cli import main
+from openmae.cli.main import main
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 40, 40)}
 

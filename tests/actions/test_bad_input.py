@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.results.status import read_status
 
 pytestmark = pytest.mark.xdist_group("actions")

@@ -21,15 +21,15 @@ import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import openmae
-from openmae.actions.reports import running_example
-from openmae.cli import main
+from openmae.actions.sections import running_example
+from openmae.cli.main import main
 from openmae.engines.onnx import read_onnx_card, writing
 from openmae.engines.precision import to_int8
 from openmae.engines.tensorrt.source import in_precision, read_source
 from openmae.errors import CheckpointError, SpecError
-from openmae.results.files import write_atomically
 from openmae.results.status import read_status
 from openmae.storage import encryption
+from openmae.storage.atomic import write_atomically
 from openmae.storage.encryption import Key, is_encrypted, read_bytes
 
 from .conftest import Photos, paint, train_arguments

@@ -13,11 +13,11 @@ import yaml
 
 import openmae
 from openmae.actions.evaluate import match_classes
-from openmae.cli import main
-from openmae.data.images import ImageIndex
+from openmae.cli.main import main
+from openmae.data.image_index import ImageIndex
 from openmae.data.index import index_images
 from openmae.errors import DataError
-from openmae.results.metrics import read_metrics
+from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
 
 pytestmark = pytest.mark.xdist_group("actions")

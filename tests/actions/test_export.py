@@ -18,9 +18,9 @@ from PIL import Image
 
 import openmae
 from openmae.actions import export
-from openmae.actions.reports import running_example
-from openmae.cli import main
-from openmae.engines.card import file_sha256
+from openmae.actions.sections import running_example
+from openmae.cli.main import main
+from openmae.engines.metadata import file_sha256
 from openmae.engines.onnx import opset_of, read_card, read_onnx
 from openmae.errors import RunError
 from openmae.results.status import read_status

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import openmae
-from openmae.actions.model import read_trained
-from openmae.cli import main
+from openmae.actions.load_model import read_trained
+from openmae.cli.main import main
 from openmae.errors import CheckpointError
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec

@@ -17,11 +17,11 @@ from onnx import TensorProto, helper
 
 from openmae.actions import gen_trt_engine
 from openmae.actions.calibration import calibration_batches
-from openmae.cli import main
-from openmae.engines.card import ModelCard, file_sha256
+from openmae.cli.main import main
+from openmae.engines.metadata import ModelCard, file_sha256
 from openmae.engines.predictor import exported_kind, read_exported_card
 from openmae.engines.tensorrt.backend import choose_backend
-from openmae.engines.tensorrt.build import Built
+from openmae.engines.tensorrt.builder import Built
 from openmae.engines.tensorrt.runtime import read_engine_card
 from openmae.errors import RunError, SpecError
 from openmae.models.build import ModelConfig

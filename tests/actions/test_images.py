@@ -12,7 +12,7 @@ from PIL import Image
 from tests.actions.conftest import COLOURS, FAMILIES, SMALL, Train
 
 import openmae
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.errors import DataError
 
 REASON = "(it has 1200 x 1000 = 1,200,000 pixels, more than dataset.max_megapixels=1 allows)"

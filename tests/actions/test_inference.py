@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import openmae
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.data.decode import Picture
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from openmae.cli import main
-from openmae.results.metrics import read_metrics
-from openmae.results.names import cell_text, original_name
+from openmae.cli.main import main
+from openmae.results.metrics_csv import read_metrics
+from openmae.storage.printable import cell_text, original_name
 
 from .conftest import FAMILIES, SMALL, SMALL_DECODER
 

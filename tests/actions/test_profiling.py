@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from openmae.actions.profiling import acting_monitor, acting_precision
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.spec.load import load_spec
 from openmae.training.pretrain import PretrainTask
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from openmae.actions import run as run_module
-from openmae.actions.remote import local_place
 from openmae.actions.run import Run, begin_results, running, show_table
+from openmae.actions.staging import local_place
 from openmae.errors import DataError, RunError, UserError, blaming
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
@@ -134,7 +134,7 @@ def test_the_orchestrator_replaces_numbers_of_the_spec(
     "streams", ["2>&1 >/dev/null | true", ">&- 2>&-", ">/dev/full 2>/dev/full"], ids=["pipe", "closed", "full"]
 )
 def test_a_training_outlives_those_who_read_its_output(trained, tmp_path, streams):
-    words = [sys.executable, "-m", "openmae.cli", "train", *trained("vit", "pretrain").overrides]
+    words = [sys.executable, "-m", "openmae", "train", *trained("vit", "pretrain").overrides]
     command = " ".join(map(shlex.quote, [*words, f"results_dir={tmp_path}"]))
     script = f"set -o pipefail; {command} {streams}"
     subprocess.run(["bash", "-c", script], check=True)

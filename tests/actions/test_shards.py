@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import openmae
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.data.index import index_images
-from openmae.data.packing import Packing, pack
-from openmae.results.metrics import read_metrics
+from openmae.data.shards.packing import Packing, pack
+from openmae.results.metrics_csv import read_metrics
 
 from .conftest import FAMILIES, SMALL, SMALL_DECODER
 

@@ -15,11 +15,11 @@ from safetensors import safe_open
 
 import openmae
 from openmae.actions import plan
-from openmae.cli import main
+from openmae.checkpoints.format import CheckpointInfo
+from openmae.cli.main import main
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
-from openmae.models.weights import CheckpointInfo
-from openmae.results.metrics import read_metrics
+from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
 

@@ -11,8 +11,6 @@ import pytest
 import sqlalchemy
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parent))  # for simulation, which is no test
-
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

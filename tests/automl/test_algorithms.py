@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.samplers import CmaEsSampler, GPSampler, TPESampler
 from optuna.trial import TrialState
-from simulation import loss, make_spec, make_worker, open_study
+from tests.helpers.simulation import loss, make_spec, make_worker, open_study
 
 from openmae.automl.algorithms import Algorithm, Member, WeightedSampler, next_member
 from openmae.automl.space import Parameter, Space, budget, make_space

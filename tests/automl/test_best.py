@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import yaml
 
-from openmae.automl import run
+from openmae.automl import search
 from openmae.automl.worker import Trainings
 from openmae.errors import DataError, SpecError
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
 
-TEMPLATE = Path(run.__file__).parents[1] / "skill/tao-train-mask-auto-encoder/references/spec_template_train.yaml"
+TEMPLATE = Path(search.__file__).parents[1] / "skill/tao-train-mask-auto-encoder/references/spec_template_train.yaml"
 
 
 def best_of(spec: ExperimentSpec, params: dict[str, Any], epochs: int = 7) -> dict[str, Any]:
     search: Any = SimpleNamespace(spec=spec, study=SimpleNamespace(algorithm=SimpleNamespace(epochs=epochs)))
-    tree: dict[str, Any] = yaml.safe_load(run.best_spec(search, params))
+    tree: dict[str, Any] = yaml.safe_load(search.best_spec(search, params))
     return tree
 
 
@@ -53,26 +53,26 @@ def test_the_best_spec_holds_what_was_typed_and_no_more():
 def test_what_is_of_one_training_is_refused(override, problem, tmp_path):
     spec = load_spec(None, ["dataset.train_data_sources=photos", f"results_dir={tmp_path}", override], action="automl")
     with pytest.raises(SpecError, match=problem):
-        run.run(spec)
+        search.run(spec)
     assert not list(tmp_path.iterdir()), "something was made for a request that is refused"
 
 
 def test_a_shared_study_with_results_in_a_store_is_refused():
     overrides = ["dataset.train_data_sources=photos", "results_dir=s3://bucket/a", "automl.storage=postgresql://h/d"]
     with pytest.raises(SpecError, match="must see one another's results"):
-        run.run(load_spec(None, overrides, action="automl"))
+        search.run(load_spec(None, overrides, action="automl"))
 
 
 def test_neighbours_need_classes(tmp_path, pictures):
     folder = pictures / "train" / "blue"
     overrides = [f"dataset.train_data_sources={folder}", f"dataset.val_data_sources={folder}", "automl.metric=knn_acc"]
     with pytest.raises(DataError, match=r"automl.metric: knn_acc needs classes"):
-        run.count_images(load_spec(None, overrides, action="automl"))
+        search.count_images(load_spec(None, overrides, action="automl"))
 
 
 def test_a_pretraining_counts_the_classes_of_its_validation_images(pictures):
     sources = [f"dataset.{part}_data_sources={pictures / part}" for part in ("train", "val")]
-    counts = run.count_images(load_spec(None, sources, action="automl"))
+    counts = search.count_images(load_spec(None, sources, action="automl"))
     assert counts["classes"] == 2
 
 

@@ -19,13 +19,13 @@ from urllib.parse import quote
 
 import pytest
 from optuna.trial import TrialState
-from simulation import make_spec, make_worker, open_study
+from tests.helpers.simulation import make_spec, make_worker, open_study
 
 from openmae.automl import study as module
-from openmae.automl.storage import stored
+from openmae.automl.database import stored
 from openmae.errors import SpecError
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def _program(name: str) -> str | None:
@@ -71,8 +71,8 @@ def server() -> Iterator[str]:
 
 
 def _worker(folder: Path, settings: dict[str, Any], pause: float) -> subprocess.Popen[str]:
-    command = [sys.executable, str(HERE / "simulation.py"), str(folder), json.dumps(settings), str(pause)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tests.helpers.simulation", str(folder), json.dumps(settings), str(pause)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_three_workers_and_one_of_them_is_killed(server: str, tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_who_dies_in_its_turn_does_not_hold_up_the_others(server: str, tmp_path:
     code = f"""
 import sys, time
 from pathlib import Path
-sys.path.append({str(HERE)!r})
-from simulation import make_spec, open_study
+sys.path.append({str(ROOT)!r})
+from tests.helpers.simulation import make_spec, open_study
 study = open_study(make_spec(Path({str(tmp_path)!r}), storage={server!r}))
 with study._turn():
     print("mine", flush=True)
@@ -183,7 +183,7 @@ def test_a_database_that_is_not_there_is_named(server: str, tmp_path: Path) -> N
 @pytest.mark.slow  # minutes: every job imports torch
 def test_real_trainings_of_a_leader_and_a_worker(server: str, tmp_path: Path, pictures: Path) -> None:
     command = [
-        *(sys.executable, "-m", "openmae.cli", "automl"),
+        *(sys.executable, "-m", "openmae", "automl"),
         *(f"dataset.train_data_sources={pictures / 'train'}", "dataset.batch_size=5", "model.arch=vit_tiny_patch16"),
         *("dataset.augmentation.input_size=32", "dataset.num_workers_per_gpu=0", "train.num_epochs=1"),
         *("automl.algorithm=random", "automl.max_recommendations=4", f"automl.storage={server}"),

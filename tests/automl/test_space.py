@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from openmae.automl.algorithms import Algorithm
 from openmae.automl.space import Space, budget, make_space
 from openmae.errors import SpecError
-from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
 from openmae.spec.load import load_spec
+from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
 
 OPTIM = "train.optim."

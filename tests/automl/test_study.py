@@ -15,10 +15,10 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
-from simulation import make_spec, open_study
+from tests.helpers.simulation import make_spec, open_study
 
 from openmae.automl import study as module
-from openmae.automl.storage import stored
+from openmae.automl.database import stored
 from openmae.automl.study import Recommendation, Study
 from openmae.errors import SpecError
 
@@ -26,7 +26,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 sys.path.append({here!r})
-from simulation import make_spec, open_study
+from tests.helpers.simulation import make_spec, open_study
 study = open_study(make_spec(Path({folder!r})))
 one = study.next()
 assert study.report(one, 0.5, 1)
@@ -38,7 +38,7 @@ import sys
 from pathlib import Path
 from optuna.trial import TrialState
 sys.path.append({here!r})
-from simulation import make_spec, open_study
+from tests.helpers.simulation import make_spec, open_study
 study = open_study(make_spec(Path({folder!r}), algorithm="random", max_recommendations=24))
 while (one := study.next()) is not None:
     print(one.number, one.trial.number, one.params["train.optim.lr"], flush=True)
@@ -48,7 +48,7 @@ while (one := study.next()) is not None:
 
 
 def _process(code: str, folder: Path) -> subprocess.Popen[str]:
-    text = code.format(here=str(Path(__file__).parent), folder=str(folder))
+    text = code.format(here=str(Path(__file__).parents[2]), folder=str(folder))
     return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 from optuna.trial import TrialState
-from simulation import BrokenError, Jobs, loss, make_spec, make_worker, newest
+from tests.helpers.simulation import BrokenError, Jobs, loss, make_spec, make_worker, newest
 
 from openmae.automl import study as study_module
 from openmae.automl import worker as module

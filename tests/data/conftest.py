@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.data.images import ImageIndex
+from openmae.data.image_index import ImageIndex
 from openmae.data.index import index_images
 
 MakeImages = Callable[[Path, Sequence[str]], Path]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from openmae.data.corrupt import CorruptFiles
-from openmae.data.images import ImageIndex
+from openmae.data.image_index import ImageIndex
 from openmae.errors import DataError
 
 

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from openmae.data.decode import CorruptImage, NotAnImage, Picture, TooManyPixels, decode, in_words
-from openmae.data.images import ImageIndex
+from openmae.data.image_index import ImageIndex
 
 RED, TEAL = (200, 30, 40), (20, 150, 140)
 

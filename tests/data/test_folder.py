@@ -15,7 +15,7 @@ import pytest
 
 from openmae.data.folder import Skipped, describe_skipped, kind_of, list_folder
 from openmae.data.index import index_images
-from openmae.data.opening import open_index
+from openmae.data.open import open_index
 from openmae.errors import DataError
 
 

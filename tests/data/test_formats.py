@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
+from openmae.data.check import survey
 from openmae.data.decode import CorruptImage, NotAnImage, Picture
 from openmae.data.formats import (
     FORMAT_TITLES,
@@ -25,11 +26,10 @@ from openmae.data.formats import (
     recognise,
     why_not_read,
 )
-from openmae.data.images import ImageIndex
+from openmae.data.image_index import ImageIndex
 from openmae.data.index import index_images
-from openmae.data.opening import open_index
-from openmae.data.packing import Packing, pack
-from openmae.data.survey import survey
+from openmae.data.open import open_index
+from openmae.data.shards.packing import Packing, pack
 from openmae.data.transforms import EvalTransform
 from openmae.serving.uploads import Upload, decode_upload
 

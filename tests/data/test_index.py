@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from openmae.data.images import ImageIndex
+from openmae.data.image_index import ImageIndex
 from openmae.data.index import index_images, unread_table
 from openmae.errors import DataError
 

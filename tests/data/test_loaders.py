@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from openmae.data import loaders
-from openmae.data.dataset import Batch
-from openmae.data.images import ImageIndex
+from openmae.data.image_dataset import Batch
+from openmae.data.image_index import ImageIndex
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
 

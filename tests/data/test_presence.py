@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.data.presence import missing_files, missing_sources
 from openmae.spec.load import load_spec
 

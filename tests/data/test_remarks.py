@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from openmae.data.commands import check_source, pack_source
+from openmae.actions.dataset import check_source, pack_source
 from openmae.data.index import index_images
 from openmae.data.loaders import LoaderSettings, evaluation_loader, training_loader
 from openmae.data.transforms import EvalTransform, PretrainTransform

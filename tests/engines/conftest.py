@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from openmae.engines.card import ModelCard
+from openmae.engines.metadata import ModelCard
 from openmae.engines.module import DeployedModel
 from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
 

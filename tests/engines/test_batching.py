@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from openmae.engines.batching import as_input, run_split
-from openmae.engines.card import ModelCard
+from openmae.engines.metadata import ModelCard
 from openmae.models.build import ModelConfig
 
 

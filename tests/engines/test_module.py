@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from openmae.checkpoints.format import CheckpointInfo, load_into, read_checkpoint, save_backbone
 from openmae.data.normalise import Normaliser
-from openmae.engines.card import ModelCard
+from openmae.engines.metadata import ModelCard
 from openmae.engines.module import DeployedModel, example_input
 from openmae.models.build import ModelConfig, build_autoencoder, build_feature_extractor
-from openmae.models.weights import CheckpointInfo, load_into, read_checkpoint, save_backbone
 
 ARCHES = ("vit_tiny_patch16", "convnextv2_atto", "hiera_tiny_224")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from openmae.engines import onnx as onnx_module
-from openmae.engines.card import INPUT
+from openmae.engines.metadata import INPUT
 from openmae.engines.module import example_input
 from openmae.engines.onnx import (
     compare,

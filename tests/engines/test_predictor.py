@@ -8,12 +8,12 @@ import onnx
 import pytest
 import torch
 
+from openmae.checkpoints.format import CheckpointInfo, save_backbone
 from openmae.engines.module import DeployedModel
 from openmae.engines.onnx import trace, writing
 from openmae.engines.predictor import OnnxPredictor, TorchPredictor, card_of, open_predictor
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_classifier
-from openmae.models.weights import CheckpointInfo, save_backbone
 
 CPU = torch.device("cpu")
 

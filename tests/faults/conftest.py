@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))  # for fault_runs, which is no test
-from fault_runs import LIMIT, Server, draw_pictures
+from tests.helpers.fault_runs import LIMIT, Server, draw_pictures
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,11 +31,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     environment = {**os.environ, "OPENMAE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "fork_server.py")],
+        [sys.executable, "-m", "tests.helpers.fork_server"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
         bufsize=0,
+        cwd=Path(__file__).parents[2],
     )
     served = Server(folder, process)
     assert served.readable(LIMIT), "the fork server did not start"

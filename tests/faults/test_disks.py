@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_runs import Server, assert_same_end, draw_pictures, last_status, newest, until
+from tests.helpers.fault_runs import Server, assert_same_end, draw_pictures, last_status, newest, until
 
+from openmae.checkpoints.folder import list_checkpoints
 from openmae.results.status import read_status
-from openmae.training.checkpoints import list_checkpoints
 
 LONG = {"train.num_epochs": 60}
 

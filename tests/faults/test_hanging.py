@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_runs import Server, Training, last_status, newest, until
+from tests.helpers.fault_runs import Server, Training, last_status, newest, until
 
-from openmae.training.checkpoints import list_checkpoints
+from openmae.checkpoints.folder import list_checkpoints
 
 PATIENCE = 8
 LONG = {"train.num_gpus": 2, "train.num_epochs": 3000}
-#: For the judgement, and for who has failed to leave: see training/processes.py.
+#: For the judgement, and for who has failed to leave: see distributed/rendezvous.py.
 MORE = 30
 
 

@@ -9,9 +9,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from fault_runs import Server, assert_same_end, last_status, newest, until
+from tests.helpers.fault_runs import Server, assert_same_end, last_status, newest, until
 
-from openmae.training.checkpoints import list_checkpoints, read_training_state
+from openmae.checkpoints.folder import list_checkpoints, read_training_state
 
 KILLS = 30
 TWICE = 12

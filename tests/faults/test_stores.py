@@ -12,8 +12,8 @@ from urllib.request import urlopen
 
 import boto3
 import pytest
-from fault_runs import PLAIN, Server, until
 from moto.server import ThreadedMotoServer
+from tests.helpers.fault_runs import PLAIN, Server, until
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
 SCALE = 10  # a minute is six seconds
@@ -21,7 +21,7 @@ OUTAGE = 60 / SCALE
 FASTER = {
     **PLAIN,
     **{
-        f"openmae.storage.upload:{name}": seconds / SCALE
+        f"openmae.storage.mirror:{name}": seconds / SCALE
         for name, seconds in {
             "STATUS_SECONDS": 20,
             "GROWING_SECONDS": 30,

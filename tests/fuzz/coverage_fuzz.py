@@ -1,4 +1,4 @@
-"""python tests/fuzz/coverage_fuzz.py TARGET [-max_total_time=60]: the targets of test_fuzz.py, led by coverage.
+"""python -m tests.fuzz.coverage_fuzz TARGET [-max_total_time=60]: the targets of test_fuzz.py, led by coverage.
 
 Needs atheris (`pip install -e '.[dev,fuzz]'`). What comes after the target goes to libFuzzer: a folder keeps
 what was new, a file is read once. A content that breaks something is left as crash-* or timeout-*: it becomes a test.
@@ -12,9 +12,8 @@ from pathlib import Path
 
 import atheris
 
-sys.path.append(str(Path(__file__).parent))
 with atheris.instrument_imports(include=["openmae", "yaml", "omegaconf", "tarfile", "zipfile", "PIL"]):
-    from fuzz_targets import TARGETS
+    from tests.helpers.fuzz_targets import TARGETS
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,9 +17,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-
-sys.path.append(str(Path(__file__).parent))
-from fuzz_targets import (
+from tests.helpers.fuzz_targets import (
     ARCHIVES,
     CHECKPOINT,
     ENCRYPTED,
@@ -37,7 +34,7 @@ from fuzz_targets import (
     read_weights,
 )
 
-from openmae.data.sources import resolve_source
+from openmae.data.archives import resolve_source
 from openmae.errors import DataError, UserError
 from openmae.spec.load import load_spec
 

@@ -13,8 +13,6 @@ from PIL import Image
 
 from openmae.jobs import Client, Job
 
-sys.path.append(str(Path(__file__).parent))  # for platform_contract and slurm_node, which are no tests
-
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

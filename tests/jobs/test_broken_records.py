@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from platform_contract import Submit, Tiny, until
+from tests.helpers.platform_contract import Submit, Tiny, until
 
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.errors import RunError, SpecError
 from openmae.jobs import Client, Job
 from openmae.jobs.job import as_job, checked, now
+from openmae.jobs.platforms.local.queue import Machine, Queue
 from openmae.jobs.processes import identify
-from openmae.jobs.queue import Machine, Queue
 from openmae.jobs.store import JobStore
 
 _OTHER = "0a1b2c3d-0000-4000-8000-000000000001"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from platform_contract import SLEEP, Submit, Tiny, until
+from tests.helpers.platform_contract import SLEEP, Submit, Tiny, until
 
 from openmae.errors import CheckpointError, DataError, RunError, SpecError
 from openmae.jobs import Client, Job
 from openmae.jobs.artifacts import DELETED
-from openmae.jobs.request import Request, make_request
+from openmae.jobs.prepare import Request, make_request
 
 SMALL = {
     **{"arch": "vit_tiny_patch16", "image_size": 32, "batch_size": 4, "num_epochs": 1, "stage": "finetune"},
@@ -282,7 +282,7 @@ def test_relative_results_stay_where_the_client_was(
 
 
 def test_passwords_in_addresses_are_not_noted(client: Client, monkeypatch: pytest.MonkeyPatch, tiny: Tiny) -> None:
-    monkeypatch.setattr("openmae.storage.objects.require", lambda url: None)
+    monkeypatch.setattr("openmae.storage.listing.require", lambda url: None)
     tiny("pass")
     job = client.create_job(
         "train", spec_overrides={"dataset.train_data_sources": "https://me:pa55@host/a.tar.gz?X-Amz-Signature=s1gn"}
@@ -311,7 +311,7 @@ def test_a_key_from_a_variable_is_the_variables_value(monkeypatch: pytest.Monkey
 
 def test_listing_imports_no_torch(client: Client) -> None:
     code = (
-        "import sys; from openmae.cli import main; main(['jobs', 'list', '--root', sys.argv[1]]); "
+        "import sys; from openmae.cli.main import main; main(['jobs', 'list', '--root', sys.argv[1]]); "
         "print(sorted({'torch', 'lightning_fabric', 's3fs', 'fsspec'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from platform_contract import Submit, Tiny, until
+from tests.helpers.platform_contract import Submit, Tiny, until
 
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.errors import RunError
 from openmae.jobs import Client, Job, store
 from openmae.jobs.processes import alive

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from platform_contract import Tiny
+from tests.helpers.platform_contract import Tiny
 
-from openmae.cli import main
+from openmae.cli.main import main
 
 Mae = Callable[..., tuple[int, str, str]]
 
@@ -153,7 +153,7 @@ def test_a_spec_file_and_a_variable_by_name(
 
 def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
     done = subprocess.run(
-        f"{sys.executable} -m openmae.cli jobs list --root {tmp_path} | true",
+        f"{sys.executable} -m openmae.cli.main jobs list --root {tmp_path} | true",
         shell=True,
         capture_output=True,
         check=False,

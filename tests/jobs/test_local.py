@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from platform_contract import PlatformContract, Submit, Tiny, until
+from tests.helpers.platform_contract import PlatformContract, Submit, Tiny, until
 
 from openmae.errors import SpecError
 from openmae.jobs import Client, Job, processes, store
 from openmae.jobs.job import now
+from openmae.jobs.platforms.local.queue import Machine, Queue
 from openmae.jobs.processes import alive, identify, session_of, stopped
-from openmae.jobs.queue import Machine, Queue
 from openmae.jobs.store import locked
 
 _SUBMITTER = """
@@ -364,10 +364,10 @@ def test_a_supervisor_that_does_not_respond_is_killed_with_its_job(
     tiny(SLEEP)
     job = submit()
     process, supervisor = _running(client, job), _process(client, job, "supervisor")
-    monkeypatch.setattr("openmae.jobs.platforms.local.stopped", lambda identity: False)
+    monkeypatch.setattr("openmae.jobs.platforms.local.platform.stopped", lambda identity: False)
     _stop(supervisor)
     assert client.cancel_job(job.id).status == "RUNNING", "it was killed before the grace was over"
-    monkeypatch.setattr("openmae.jobs.platforms.local._LAST_SIGNALS", -1.0)
+    monkeypatch.setattr("openmae.jobs.platforms.local.platform._LAST_SIGNALS", -1.0)
     done = client.wait(job.id, 20)
     assert done.status == "CANCELED"
     assert f"The supervisor of job {job.id} (process {supervisor['pid']}) did not respond within" in caplog.text
@@ -429,9 +429,9 @@ def test_a_thousand_dead_jobs_are_looked_at_together(client: Client, monkeypatch
         )
     looks = []
     monkeypatch.setattr(
-        "openmae.jobs.platforms.local.living_sessions", lambda: looks.append(1) or processes.living_sessions()
+        "openmae.jobs.platforms.local.platform.living_sessions", lambda: looks.append(1) or processes.living_sessions()
     )
-    monkeypatch.setattr("openmae.jobs.platforms.local._FRESH", 60.0)
+    monkeypatch.setattr("openmae.jobs.platforms.local.platform._FRESH", 60.0)
     assert [job.status for job in client.list_jobs()] == ["ERROR"] * 30
     assert len(looks) <= 1, "all processes were looked at for each job"
     assert [record["transitions"][-1]["state"] for record in client.store.records()] == ["ERROR"] * 30

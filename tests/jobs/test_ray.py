@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray_cluster
-from platform_contract import SLEEP, ClusterContract, Submit, Tiny, until
 from ray.job_submission import JobSubmissionClient
+from tests.helpers import ray_cluster
+from tests.helpers.platform_contract import SLEEP, ClusterContract, Submit, Tiny, until
 
 import openmae
 from openmae.errors import RunError, SpecError
 from openmae.jobs import Client
 from openmae.jobs.platforms.ray import RayPlatform
 from openmae.jobs.processes import alive, identify
-from openmae.results.metrics import read_metrics
+from openmae.results.metrics_csv import read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all of them
 
@@ -60,7 +60,7 @@ def test_one_spec_has_the_loss_of_one_process(client: Client, pictures: Path, tm
     (tmp_path / "spec.yaml").write_text(json.dumps(spec), encoding="utf-8")
     words = ["jobs", "submit", "train", "-e", "spec.yaml", "--platform", "ray", "--automl", "off", "--wait"]
     done = subprocess.run(
-        [sys.executable, "-m", "openmae.cli", *words, f"results_dir={tmp_path / 'ray'}"],
+        [sys.executable, "-m", "openmae", *words, f"results_dir={tmp_path / 'ray'}"],
         cwd=tmp_path, env={**os.environ, "OPENMAE_JOBS": str(client.store.root)}, capture_output=True, text=True,
         timeout=200, check=False,
     )  # fmt: skip
@@ -288,7 +288,7 @@ def test_without_the_package_it_is_refused(tmp_path: Path, pictures: Path, monke
 
 
 def test_other_commands_do_not_import_it() -> None:
-    code = "import sys; from openmae.jobs import Client; import openmae.cli; sys.exit('ray' in sys.modules)"
+    code = "import sys; from openmae.jobs import Client; import openmae.cli.main; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 

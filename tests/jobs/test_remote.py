@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from platform_contract import Submit, Tiny, until
+from tests.helpers.platform_contract import Submit, Tiny, until
 
 from openmae.errors import CheckpointError, DataError
 from openmae.jobs import Client, Job
 from openmae.jobs.artifacts import list_folder, read_text
 from openmae.jobs.parameters import Parent, fill, merge
 from openmae.quickstart import HELD_OUT, write_digits
-from openmae.storage.remote import open_filesystem
+from openmae.storage.filesystem import open_filesystem
 
 pytest.importorskip("moto.server")
 
@@ -121,7 +121,7 @@ def test_results_in_the_store_are_listed_judged_and_deleted(
 
 
 def test_a_source_is_looked_for_in_the_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from openmae.jobs.request import check_sources
+    from openmae.jobs.prepare import check_sources
     from openmae.spec.schema import ExperimentSpec
 
     spec = ExperimentSpec().replaced({"dataset.train_data_sources": f"{bucket}/images_train.tar.gz"})

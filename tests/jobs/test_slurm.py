@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import slurm_node
-from platform_contract import SLEEP, ClusterContract, PlatformContract, Submit, Tiny, until
+from tests.helpers import slurm_node
+from tests.helpers.platform_contract import SLEEP, ClusterContract, PlatformContract, Submit, Tiny, until
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs import Client
-from openmae.results.metrics import read_metrics
+from openmae.results.metrics_csv import read_metrics
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -90,7 +90,7 @@ def test_two_nodes_run_one_training(client: Client, submit: Submit, tmp_path: Pa
 )
 def test_srun_alone_says_who_is_who(cluster: dict[str, str], options: list[str], expected: list[str]) -> None:
     code = (
-        "from openmae.training.world import find_world\n"
+        "from openmae.distributed.topology import find_world\n"
         "world = find_world('train', None, None)\n"
         "print(world.nodes, world.per_node, world.node_rank, world.local_rank)"
     )
@@ -176,7 +176,7 @@ time.sleep(60)
 def test_what_slurm_warns_before_its_time_is_up_is_requeued_and_goes_on(
     nodes: int, client: Client, submit: Submit, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openmae.jobs.request._resources", lambda spec, request: (1, nodes))
+    monkeypatch.setattr("openmae.jobs.prepare._resources", lambda spec, request: (1, nodes))
     tiny(_PREEMPTED_ONCE.format(mark=str(tmp_path / "mark"), slow=nodes - 1))
     job = submit()
     until(lambda: client.get_job_logs(job.id).count("ready") == nodes, "the job's first lines")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from openmae.checkpoints.format import load_backbone, load_into, read_checkpoint
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.models.masking import mask_from_noise
-from openmae.models.weights import load_backbone, load_into, read_checkpoint
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from openmae.checkpoints.format import CheckpointInfo, read_checkpoint
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
-from openmae.models.weights import CheckpointInfo, read_checkpoint
 
 SMALL = ModelConfig("vit_tiny_patch16", input_size=(32, 64), decoder_depth=1, decoder_embed_dim=32)
 INFO = CheckpointInfo("pretrain", SMALL)

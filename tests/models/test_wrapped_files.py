@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from openmae.checkpoints.format import CheckpointInfo, load_backbone, load_into, read_checkpoint
+from openmae.checkpoints.unpickling import NumpyArray, NumpyDtype, load_plain
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_classifier
-from openmae.models.unpickling import NumpyArray, NumpyDtype, load_plain
-from openmae.models.weights import CheckpointInfo, load_backbone, load_into, read_checkpoint
 
 State = dict[str, Tensor]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -339,7 +339,7 @@ def test_a_header_is_compared_with_the_tensors_before_anything_is_built(
 ) -> None:
     torch.save(own(ModelConfig("vit_tiny_patch16", (32, 32), num_classes=2), **header), tmp_path / "f.pth")
     for build in ("build_classifier", "build_feature_extractor"):
-        monkeypatch.setattr(f"openmae.models.weights.{build}", lambda config: pytest.fail(f"built {config}"))
+        monkeypatch.setattr(f"openmae.checkpoints.format.{build}", lambda config: pytest.fail(f"built {config}"))
     with pytest.raises(CheckpointError, match=said):
         load_backbone(tmp_path / "f.pth")
 
@@ -349,7 +349,7 @@ def test_a_classifier_of_another_width_is_refused_before_it_is_built(
 ) -> None:
     """Eight million classes of two features are 66 MB in a file, and 6 GB in the model."""
     for build in ("build_classifier", "build_feature_extractor"):
-        monkeypatch.setattr(f"openmae.models.weights.{build}", lambda config: pytest.fail(f"built {config}"))
+        monkeypatch.setattr(f"openmae.checkpoints.format.{build}", lambda config: pytest.fail(f"built {config}"))
     config = ModelConfig("vit_tiny_patch16", (32, 32), num_classes=2)
     content = own(config, num_classes=300)
     content["state_dict"] |= {"model.head.weight": torch.zeros(300, 2), "model.head.bias": torch.zeros(300)}

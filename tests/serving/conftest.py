@@ -15,7 +15,7 @@ import uvicorn
 from PIL import Image
 from torch import Tensor
 
-from openmae.engines.card import FEATURES, LOGITS, TOKENS, ModelCard
+from openmae.engines.metadata import FEATURES, LOGITS, TOKENS, ModelCard
 from openmae.engines.predictor import Predictor
 from openmae.models.build import ModelConfig
 from openmae.serving.app import create_app

@@ -18,10 +18,10 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from openmae.serving import connections, logs
+from openmae.serving import access_log, connections
+from openmae.serving.access_log import LogLimit, limited_logs, quiet_accept
 from openmae.serving.app import create_app
 from openmae.serving.connections import descriptor_limits, limited
-from openmae.serving.logs import LogLimit, limited_logs, quiet_accept
 from openmae.serving.settings import Settings
 
 Encode = Callable[..., bytes]
@@ -298,7 +298,7 @@ def test_the_last_places_are_for_small_requests(model: Any, encode: Encode, list
 
 def test_what_clients_cause_is_logged_at_a_bounded_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(access_log.time, "monotonic", lambda: now[0])
     stream, logger = io.StringIO(), logging.Logger("a test")
     logger.addHandler(logging.StreamHandler(stream))
     logger.addFilter(LogLimit())

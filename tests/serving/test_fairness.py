@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openmae.serving.batching import Batcher
 from openmae.serving.fairness import Clock, Decoders, FairQueue
+from openmae.serving.micro_batching import Batcher
 
 LIMIT = 20
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from openmae.cli import main
+from openmae.checkpoints.format import CheckpointInfo
+from openmae.cli.main import main
 from openmae.errors import UserError
 from openmae.models.build import ModelConfig, build_classifier
-from openmae.models.weights import CheckpointInfo
 from openmae.serving import server
 from openmae.serving.settings import Settings
 
@@ -60,7 +60,7 @@ def test_the_command_gives_the_probabilities_of_inference(checkpoint: Path, tmp_
         rows = list(csv.DictReader(file))
     assert len({row["probability"] for row in rows}) == 4, "the images were to give different numbers"
 
-    command = [sys.executable, "-m", "openmae.cli", "serve", "-m", str(checkpoint), "--port", "0"]
+    command = [sys.executable, "-m", "openmae", "serve", "-m", str(checkpoint), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.jobs.policy import route
 from openmae.skill import FOLDER
 from openmae.spec.load import load_spec
@@ -122,7 +122,7 @@ def test_errors_are_what_is_printed(command, printed, specs, capsys, monkeypatch
 def test_the_commands_run_as_they_stand(specs):
     for words in COMMANDS:
         done = subprocess.run(
-            [sys.executable, "-m", "openmae.cli", *words[1:]], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "openmae", *words[1:]], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
     for made in (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from openmae.cli import main
+from openmae.cli.main import main
 
 PUBLISHED = Path(__file__).parent / "published"
 CASES = (

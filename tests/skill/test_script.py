@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runner import tune
+from tests.helpers.contract_runner import tune
 
 from openmae.skill import FOLDER, NAME
 

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmae.errors import SpecError
-from openmae.spec import reading
-from openmae.spec.checks import value_of
+from openmae.spec import yaml_reader
 from openmae.spec.describe import choices, fields
 from openmae.spec.load import find_refusals, load_spec, to_dict, to_yaml
+from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
 
 TRAIN = ["dataset.train_data_sources=photos"]
@@ -129,7 +129,7 @@ def test_a_spec_that_is_a_pipe_a_device_or_huge(tmp_path, monkeypatch):
     assert "pipe.yaml cannot be read: it is a pipe that nothing is written to." in mistakes(tmp_path / "pipe.yaml")
     assert "endless.yaml cannot be read: it is a device, not a regular" in mistakes(tmp_path / "endless.yaml")
     (tmp_path / "large.yaml").write_bytes(b"#" * 2000)
-    monkeypatch.setattr(reading, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(yaml_reader, "_LARGEST_FILE", 1000)
     assert "large.yaml has more than 0.001 MB, too much for a spec" in mistakes(tmp_path / "large.yaml")
 
 

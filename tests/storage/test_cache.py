@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from openmae.cli import main
+from openmae.cli.main import main
 from openmae.errors import DataError
 from openmae.storage import cache
 

@@ -21,7 +21,7 @@ from s3fs import S3FileSystem
 from openmae.errors import DataError
 from openmae.storage import cache, transfer
 from openmae.storage.download import fetch, local_copy
-from openmae.storage.objects import look, unsafe_name
+from openmae.storage.listing import look, unsafe_name
 
 RANDOM = os.urandom(3 << 20)
 

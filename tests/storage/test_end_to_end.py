@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from openmae.actions.remote import local_place
-from openmae.cli import main
+from openmae.actions.staging import local_place
+from openmae.cli.main import main
 from openmae.spec.load import load_spec, to_yaml
 from openmae.storage import cache
 from openmae.storage.lock import StoreLock
@@ -225,7 +225,7 @@ def test_interrupted_and_killed_runs_go_on(store, bucket, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "openmae.cli",
+        "openmae.cli.main",
         *train_arguments(bucket),
         "train.num_epochs=1000",
         "train.checkpoint_interval=5",

@@ -15,8 +15,8 @@ import pytest
 
 from openmae.errors import RunError, UserError
 from openmae.storage import lock
+from openmae.storage.filesystem import ask
 from openmae.storage.lock import HOLDER, LOCK, StoreLock, locked_folder
-from openmae.storage.remote import ask
 
 HOLD = """
 import sys

@@ -13,10 +13,10 @@ from PIL import Image
 
 from openmae.data.index import index_images
 from openmae.data.loaders import LoaderSettings, training_loader
-from openmae.data.opening import open_index
-from openmae.data.packing import Packing, pack
-from openmae.data.shards import ShardedIndex
-from openmae.data.tar_index import _opened_remote
+from openmae.data.open import open_index
+from openmae.data.shards.packing import Packing, pack
+from openmae.data.shards.reading import ShardedIndex
+from openmae.data.shards.tar_index import _opened_remote
 from openmae.data.transforms import PretrainTransform
 from openmae.errors import DataError
 from openmae.storage import cache

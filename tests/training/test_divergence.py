@@ -10,12 +10,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from openmae.actions.plan import make_plan
+from openmae.checkpoints.folder import list_checkpoints
+from openmae.distributed.launch import build_fabric, launch
 from openmae.errors import RunError
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
 from openmae.training import trainer
-from openmae.training.checkpoints import list_checkpoints
-from openmae.training.devices import build_fabric, launch
 from openmae.training.divergence import DivergenceGuard
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
@@ -223,8 +223,7 @@ def test_a_run_whose_last_image_is_bad_is_a_success(train, monkeypatch, caplog, 
 @several_processes
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("late", marks=pytest.mark.slow)])
 def test_two_processes_diverge_together(strategy, tiny_overrides, photos, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    import two_process_work
+    from tests.helpers import two_process_work
 
     changes = {**PRETRAIN, "train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2}
     changes["train.distributed_strategy"] = "fsdp" if strategy == "fsdp" else "ddp"

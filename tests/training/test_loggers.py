@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from openmae.results.metrics import read_metrics
+from openmae.results.metrics_csv import read_metrics
 from openmae.spec.schema import WandbSpec
 from openmae.training import loggers as module
 from openmae.training.loggers import Loggers, open_wandb

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from openmae.cli import main
-from openmae.results.metrics import read_metrics
+from openmae.cli.main import main
+from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
 from openmae.training.resume import newest_checkpoint
 
@@ -51,7 +51,7 @@ def _run(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[tu
 
 
 def _mae(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "openmae.cli", *arguments]
+    return [sys.executable, "-m", "openmae", *arguments]
 
 
 def _variables(node: int, address: str, port: int) -> dict[str, str]:
@@ -102,7 +102,7 @@ def test_two_nodes_train_as_one_process_with_twice_the_batch(one, tiny_overrides
 def test_torchrun_trains_the_same(one, tiny_overrides, tmp_path):
     """The numbers are torchrun's where the spec types none."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}"]
-    ((code, told),) = _run([([*command, "-m", "openmae.cli", "train", *tiny_overrides(tmp_path / "two", _HALF)], {})])
+    ((code, told),) = _run([([*command, "-m", "openmae", "train", *tiny_overrides(tmp_path / "two", _HALF)], {})])
     assert code == 0, told
     assert told.count("Epoch 2 of 2, step 10") == 1
     assert "num_gpus: 2" in (tmp_path / "two" / "experiment.yaml").read_text()

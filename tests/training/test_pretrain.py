@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from openmae.data.dataset import Batch
+from openmae.data.image_dataset import Batch
 from openmae.data.normalise import Normaliser
+from openmae.distributed.launch import build_fabric
 from openmae.errors import DataError
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.training import pretrain
-from openmae.training.devices import build_fabric
 from openmae.training.pretrain import PretrainTask, embed, probe
 
 ARCHS = {"vit_tiny_patch16": 32, "hiera_tiny_224": 64, "convnextv2_atto": 64}

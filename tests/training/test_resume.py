@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from openmae.checkpoints.folder import BEST, CheckpointFolder, list_checkpoints
 from openmae.errors import CheckpointError
 from openmae.storage.encryption import Key
-from openmae.training.checkpoints import BEST, CheckpointFolder, list_checkpoints
 from openmae.training.resume import best_was_set_aside, newest_readable
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from openmae.distributed.launch import _reason, build_fabric
+from openmae.distributed.topology import World
 from openmae.errors import SpecError
 from openmae.main_guard import watch_for_reruns
 from openmae.results.status import read_status
-from openmae.training.devices import _reason, build_fabric
-from openmae.training.world import World
 
 SCRIPT = """\
 import multiprocessing, openmae

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from openmae.checkpoints.folder import list_checkpoints
 from openmae.errors import CheckpointError
-from openmae.results.metrics import read_metrics
-from openmae.training.checkpoints import list_checkpoints
+from openmae.results.metrics_csv import read_metrics
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
 

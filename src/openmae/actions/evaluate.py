@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 from lightning_fabric import Fabric
 
-from openmae.actions.model import TrainedModel, open_model, resolve_model
-from openmae.actions.reports import classifier_report, pretrained_report
+from openmae.actions.load_model import TrainedModel, open_model, resolve_model
 from openmae.actions.run import begin_results, running, show_table, watched
+from openmae.actions.sections import classifier_report, pretrained_report
 from openmae.actions.sources import match_classes, open_images
-from openmae.data.images import ImageIndex
+from openmae.checkpoints.format import CheckpointInfo
+from openmae.data.image_index import ImageIndex
 from openmae.data.index import unread_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.data.normalise import Normaliser
+from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.engines.batching import eval_transform
 from openmae.errors import DataError
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.weights import CheckpointInfo
-from openmae.results.pictures import reconstruction_grid, save_confusion_matrix
+from openmae.results.images import reconstruction_grid, save_confusion_matrix
 from openmae.spec.schema import ExperimentSpec
-from openmae.training.devices import build_fabric, check_agreement, launch
 from openmae.training.finetune import predict, score
 from openmae.training.pretrain import PretrainTask, embed, probe
 

@@ -15,13 +15,14 @@ import torch
 from onnx import ModelProto
 
 from openmae.actions.calibration import calibration_batches
-from openmae.actions.model import check_request, number_classes, read_trained, resolve_model
-from openmae.actions.reports import export_report
+from openmae.actions.load_model import check_request, number_classes, read_trained, resolve_model
 from openmae.actions.run import Rows, begin_results, running, show_table
+from openmae.actions.sections import export_report
 from openmae.actions.sources import match_classes, open_images
+from openmae.checkpoints.format import BACKBONE, CheckpointInfo, check_size, save_backbone
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.engines.batching import eval_transform
-from openmae.engines.card import FEATURES, LOGITS, ModelCard
+from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.onnx import (
     LARGEST_PROTOBUF,
@@ -38,9 +39,8 @@ from openmae.engines.onnx import (
 from openmae.engines.precision import to_half, to_int8
 from openmae.engines.predictor import OnnxPredictor, Predictor, TorchPredictor, card_of
 from openmae.errors import SpecError, blaming
-from openmae.models.weights import BACKBONE, CheckpointInfo, check_size, save_backbone
-from openmae.results.files import disk_errors, make_folder
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage.atomic import disk_errors, make_folder
 from openmae.storage.encryption import Key, resolve_key, temporaries_in_memory
 
 _BEARABLE_LOSS = 0.01  # of accuracy, by a lower precision

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from openmae.actions.calibration import calibration_batches
-from openmae.actions.model import resolve_model
-from openmae.actions.reports import engine_report
+from openmae.actions.load_model import resolve_model
 from openmae.actions.run import Rows, begin_results, running, show_table
-from openmae.engines.card import ModelCard, Precision, file_sha256
+from openmae.actions.sections import engine_report
+from openmae.engines.metadata import ModelCard, Precision, file_sha256
 from openmae.engines.tensorrt.backend import Backend, choose_backend, pretty
-from openmae.engines.tensorrt.build import BuildSettings, Built, build_engine
+from openmae.engines.tensorrt.builder import BuildSettings, Built, build_engine
 from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES, LoadedEngine
 from openmae.engines.tensorrt.sidecar import EngineInfo, Profile, sidecar_path, sidecar_text
 from openmae.engines.tensorrt.source import (
@@ -28,8 +28,8 @@ from openmae.engines.tensorrt.source import (
     read_source,
 )
 from openmae.errors import SpecError, blaming
-from openmae.results.files import disk_errors, make_folder, replacing
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage.atomic import disk_errors, make_folder, replacing
 from openmae.storage.encryption import Key, created, resolve_key
 
 _SECTION = "gen_trt_engine"

@@ -14,17 +14,17 @@ import pyarrow.parquet as pq
 from lightning_fabric import Fabric
 
 from openmae.actions.evaluate import PICTURES, Request
-from openmae.actions.model import open_model, resolve_model
-from openmae.actions.reports import embedding_report, inference_report
+from openmae.actions.load_model import open_model, resolve_model
 from openmae.actions.run import begin_results, running, show_table, watched
+from openmae.actions.sections import embedding_report, inference_report
 from openmae.actions.sources import open_images
-from openmae.data.dataset import Batch
+from openmae.data.image_dataset import Batch
 from openmae.data.index import unread_table
-from openmae.results.files import replacing, write_atomically
-from openmae.results.names import printable_name, spreadsheet_cell
-from openmae.results.pictures import reconstruction_grid, save_predictions
+from openmae.distributed.launch import build_fabric, launch
+from openmae.results.images import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
-from openmae.training.devices import build_fabric, launch
+from openmae.storage.atomic import replacing, write_atomically
+from openmae.storage.printable import printable_name, spreadsheet_cell
 from openmae.training.finetune import Predictions, predict
 from openmae.training.pretrain import embed
 

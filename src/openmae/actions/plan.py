@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from openmae.actions.sources import class_count, match_classes, open_images
-from openmae.data.dataset import AddressedSampler
-from openmae.data.images import ImageIndex
+from openmae.checkpoints.format import CheckpointInfo
+from openmae.data.image_dataset import AddressedSampler
+from openmae.data.image_index import ImageIndex
 from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig
-from openmae.models.weights import CheckpointInfo
-from openmae.spec.checks import INERT
 from openmae.spec.describe import fields
 from openmae.spec.load import to_dict
+from openmae.spec.rules import INERT
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.elastic import Share, accumulation_for

@@ -10,13 +10,13 @@ import torch
 from lightning_fabric import Fabric
 
 from openmae.actions.run import show_table
-from openmae.results.breakdown import Breakdown, Phase, advice, write_breakdown
-from openmae.results.machine import usable_cores
-from openmae.spec.checks import value_of
+from openmae.distributed import launch
+from openmae.distributed.launch import describe_device, world_of
+from openmae.machine import usable_cores
+from openmae.results.profile import Breakdown, Phase, advice, write_breakdown
+from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
-from openmae.training import devices
-from openmae.training.devices import describe_device, world_of
-from openmae.training.stepclock import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
+from openmae.training.profiler import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
 
 PROFILE = "profile.json"
 _KEYS = (
@@ -85,7 +85,7 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
 
 def acting_precision(spec: ExperimentSpec, on_gpu: bool) -> str:
     """The precision that acts in a training of this spec."""
-    return devices.acting_precision(spec.train.precision, spec.train.distributed_strategy == "fsdp", on_gpu)
+    return launch.acting_precision(spec.train.precision, spec.train.distributed_strategy == "fsdp", on_gpu)
 
 
 def acting_monitor(spec: ExperimentSpec) -> str:

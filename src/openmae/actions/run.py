@@ -16,19 +16,19 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from openmae.actions.remote import local_place
-from openmae.data.dataset import Batch
+from openmae.actions.staging import local_place
 from openmae.data.folder import CORRUPT_LIST
+from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
+from openmae.distributed.topology import World, find_world, gpus_per_node
 from openmae.errors import DataError, OpenMAEError, Preempted, RunError
-from openmae.results.files import FULL, disk_error, fault_of_disk, write_atomically
 from openmae.results.status import StatusLog
-from openmae.spec.checks import value_of
 from openmae.spec.load import to_yaml
+from openmae.spec.rules import value_of
 from openmae.spec.schema import DEVICES, ExperimentSpec
+from openmae.storage.atomic import FULL, disk_error, fault_of_disk, write_atomically
 from openmae.storage.memory_folder import remove_abandoned
-from openmae.training.world import World, find_world, gpus_per_node
 
 Rows = Sequence[tuple[str, str]]
 

@@ -17,34 +17,34 @@ from torch import nn
 
 from openmae.actions.plan import Plan, make_plan, resolved
 from openmae.actions.profiling import leave_profile
-from openmae.actions.reports import train_report
 from openmae.actions.run import Rows, begin_results, running, show_table
+from openmae.actions.sections import train_report
+from openmae.checkpoints.folder import CheckpointFolder, read_training_state
+from openmae.checkpoints.format import BACKBONE, Checkpoint, load_into, read_checkpoint, save_backbone
+from openmae.checkpoints.shapes import patch_size_of
 from openmae.data.index import unread_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform, Transform
+from openmae.distributed.fsdp import shard
+from openmae.distributed.launch import build_fabric, check_agreement, launch
+from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import CheckpointError, blaming
 from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.shapes import patch_size_of
-from openmae.models.weights import BACKBONE, Checkpoint, load_into, read_checkpoint, save_backbone
-from openmae.results.breakdown import Breakdown
-from openmae.results.metrics import read_metrics
-from openmae.results.pictures import reconstruction_grid
+from openmae.results.images import reconstruction_grid
+from openmae.results.metrics_csv import read_metrics
+from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
 from openmae.spec.schema import ExperimentSpec
-from openmae.training.checkpoints import CheckpointFolder, read_training_state
-from openmae.training.devices import build_fabric, check_agreement, launch
 from openmae.training.elastic import Share, same_place
 from openmae.training.finetune import FinetuneTask
-from openmae.training.interrupt import PreemptionWatch
 from openmae.training.loggers import Loggers, open_wandb
 from openmae.training.optim import Schedule, build_adamw, finetuning_groups, freeze, pretraining_groups
 from openmae.training.pretrain import PretrainTask
-from openmae.training.recipe import recipe_rows
-from openmae.training.sharding import shard
+from openmae.training.profiler import StepClock
 from openmae.training.state import LoopSettings, Outputs
-from openmae.training.stepclock import StepClock
+from openmae.training.summary import recipe_rows
 from openmae.training.trainer import Trainer
 
 PICTURES = 8  # images of a reconstruction grid

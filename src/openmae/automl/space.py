@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from openmae.errors import SpecError
 from openmae.spec.architectures import ARCHITECTURES
-from openmae.spec.checks import INERT, inert_keys, value_of
 from openmae.spec.describe import choices, fields, why_illegal
-from openmae.spec.fields import Search
 from openmae.spec.load import ALIASES, find_refusals
+from openmae.spec.option import Search
+from openmae.spec.rules import INERT, inert_keys, value_of
 from openmae.spec.schema import ExperimentSpec
 
 if TYPE_CHECKING:

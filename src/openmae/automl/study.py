@@ -25,9 +25,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from openmae.automl.algorithms import STOPS_EARLY, Algorithm, Member, next_member
+from openmae.automl.database import STORAGE_ERRORS, open_storage, storage_url, turns, unusable
 from openmae.automl.objective import Objective
 from openmae.automl.space import Space
-from openmae.automl.storage import STORAGE_ERRORS, open_storage, storage_url, turns, unusable
 from openmae.errors import SpecError
 from openmae.jobs.processes import alive, identify
 from openmae.results.trials import Trial as Shown

@@ -19,21 +19,21 @@ from typing import Any
 from optuna.trial import TrialState
 
 from openmae.automl.algorithms import Algorithm
-from openmae.automl.storage import STORAGE_ERRORS, reason
+from openmae.automl.database import STORAGE_ERRORS, reason
 from openmae.automl.study import BEAT, EPOCHS, FOLDER, SECONDS, SOURCES, TRIALS, TRIES, Recommendation, Study
+from openmae.distributed.topology import gpus_per_node
 from openmae.errors import OpenMAEError, Preempted, RunError
 from openmae.jobs.artifacts import DELETED, list_folder, newest_checkpoint
 from openmae.jobs.client import TRAININGS, Client
 from openmae.jobs.job import Job, moment
+from openmae.jobs.platforms.local.queue import SLOTS
 from openmae.jobs.processes import identify
-from openmae.jobs.queue import SLOTS
-from openmae.results.files import delete_folder
-from openmae.results.machine import usable_cores
-from openmae.spec.checks import value_of
+from openmae.machine import usable_cores
 from openmae.spec.describe import fields
 from openmae.spec.from_environment import environment_of
+from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
-from openmae.training.world import gpus_per_node
+from openmae.storage.atomic import delete_folder
 
 EQUAL_FAILURES = 3  # in a row, with one cause, that end a search: the next would fail as well
 _POLL = 0.5  # seconds

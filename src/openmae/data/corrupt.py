@@ -9,9 +9,9 @@ from pathlib import Path
 
 from openmae.data.decode import MAX_KEY
 from openmae.data.folder import CORRUPT_LIST
-from openmae.data.images import ImageIndex
+from openmae.data.image_index import ImageIndex
 from openmae.errors import DataError
-from openmae.results.names import encodable
+from openmae.storage.printable import encodable
 
 log = logging.getLogger("openmae")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
 from openmae.errors import DataError
-from openmae.results.names import printable_name
+from openmae.storage.printable import printable_name
 
 LABELS_FILE = "labels.csv"
 CORRUPT_LIST = "corrupt_files.txt"  # written beside packed shards, and into results

@@ -22,11 +22,11 @@ from openmae.data.folder import (
     list_folder,
 )
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
-from openmae.data.images import ImageIndex
+from openmae.data.image_index import ImageIndex
 from openmae.data.label_table import read_label_table
 from openmae.errors import DataError
-from openmae.results.names import printable_name, same_name
 from openmae.results.report import Cell, Table
+from openmae.storage.printable import printable_name, same_name
 
 log = logging.getLogger("openmae")
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from openmae.data.folder import NO_SUFFIX, counted, first_names, is_image, kind_of
 from openmae.errors import DataError
 from openmae.inputs import open_regular
-from openmae.results.names import original_name, printable_name, same_name
+from openmae.storage.printable import original_name, printable_name, same_name
 
 log = logging.getLogger("openmae")
 

@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from openmae.data.corrupt import CorruptFiles
-from openmae.data.dataset import AddressedSampler, Batch, EvalSampler, ImageDataset, Sample
-from openmae.data.images import ImageIndex
+from openmae.data.image_dataset import AddressedSampler, Batch, EvalSampler, ImageDataset, Sample
+from openmae.data.image_index import ImageIndex
 from openmae.data.remarks import Remarks
 from openmae.data.transforms import Transform
 from openmae.main_guard import watch_for_reruns

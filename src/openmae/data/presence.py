@@ -7,10 +7,10 @@ import re
 
 from openmae.data.patterns import expand_braces, is_shards
 from openmae.errors import DataError
-from openmae.results.names import original_name
-from openmae.spec.checks import READS, SOURCES, value_of
-from openmae.spec.fields import KEY_IN_FILE
+from openmae.spec.option import KEY_IN_FILE
+from openmae.spec.rules import READS, SOURCES, value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage.printable import original_name
 
 _SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # of a URL, or of what is no path
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from openmae.data.decode import Picture
-from openmae.data.images import ImageIndex
+from openmae.data.image_index import ImageIndex
 
 log = logging.getLogger("openmae")
 

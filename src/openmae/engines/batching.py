@@ -12,7 +12,7 @@ from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, Picture, TooManyPi
 from openmae.data.normalise import Normaliser
 from openmae.data.remarks import remarks_on
 from openmae.data.transforms import EvalTransform
-from openmae.engines.card import ModelCard
+from openmae.engines.metadata import ModelCard
 from openmae.errors import DataError
 
 

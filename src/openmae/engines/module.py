@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmae.engines.card import ModelCard
+from openmae.checkpoints.format import Checkpoint, load_into
+from openmae.engines.metadata import ModelCard
 from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
-from openmae.models.weights import Checkpoint, load_into
 
 
 class DeployedModel(nn.Module):

@@ -19,7 +19,7 @@ import onnx
 import torch
 from onnx import ModelProto, TensorProto, version_converter
 
-from openmae.engines.card import INPUT, ModelCard
+from openmae.engines.metadata import INPUT, ModelCard
 from openmae.engines.module import DeployedModel, example_input
 from openmae.engines.rewriting import rewritten
 from openmae.engines.session import open_session

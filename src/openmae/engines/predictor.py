@@ -10,17 +10,17 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from openmae.checkpoints.format import CheckpointInfo, read_own
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import crop_pct
 from openmae.engines.batching import as_input, run_split
-from openmae.engines.card import INPUT, ModelCard, file_sha256
+from openmae.engines.metadata import INPUT, ModelCard, file_sha256
 from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.onnx import ONNX_SUFFIXES, read_onnx_card
 from openmae.engines.session import open_session
 from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES, TensorRTPredictor, read_engine_card
 from openmae.engines.tensorrt.sidecar import sidecar_path
 from openmae.errors import SpecError
-from openmae.models.weights import CheckpointInfo, read_own
 from openmae.storage.encryption import Key, resolve_key
 
 

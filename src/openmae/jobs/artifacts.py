@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openmae.errors import CheckpointError, DataError
-from openmae.results.files import delete_folder
+from openmae.storage.atomic import delete_folder
 from openmae.storage.urls import is_remote, join, redact
 
 Kind = Literal[
@@ -109,7 +109,7 @@ def read_text(path: str) -> str | None:
     if not is_remote(path):
         file = Path(path)
         return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
-    from openmae.storage.remote import ask, open_filesystem  # fsspec takes longer to import than all the rest
+    from openmae.storage.filesystem import ask, open_filesystem  # fsspec takes longer to import than all the rest
 
     try:
         data = ask(path, open_filesystem(path)._cat_file(path))
@@ -127,7 +127,7 @@ def modified(path: str) -> float:
             return os.stat(path).st_mtime
         except OSError:
             return 0.0
-    from openmae.storage.remote import ask, open_filesystem
+    from openmae.storage.filesystem import ask, open_filesystem
 
     return _time_of(ask(path, open_filesystem(path)._info(path)))
 
@@ -140,7 +140,7 @@ def remove(items: Iterable[Artifact]) -> None:
     """
     for item in items:
         if is_remote(item.path):
-            from openmae.storage.remote import ask, open_filesystem
+            from openmae.storage.filesystem import ask, open_filesystem
 
             ask(item.path, open_filesystem(item.path)._rm_file(item.path))
             continue
@@ -239,7 +239,7 @@ def _list_local(folder: Path) -> Iterable[Artifact]:
 
 
 def _list_remote(folder: str) -> list[Artifact]:
-    from openmae.storage.remote import ask, open_filesystem
+    from openmae.storage.filesystem import ask, open_filesystem
 
     found: dict[str, dict[str, Any]] = ask(folder, open_filesystem(folder)._find(folder, detail=True))
     scheme = folder.partition("://")[0]

@@ -23,11 +23,11 @@ from openmae.jobs.job import FINAL, STATES, Job, Record, as_job, move, now, stat
 from openmae.jobs.logs import follow_log, read_log
 from openmae.jobs.platforms import PLATFORMS, open_platform
 from openmae.jobs.platforms.base import Observation, Platform
+from openmae.jobs.platforms.local.queue import orphans
+from openmae.jobs.prepare import Request, make_request
 from openmae.jobs.processes import identify
-from openmae.jobs.queue import orphans
-from openmae.jobs.request import Request, make_request
 from openmae.jobs.store import LOG, SPEC, JobStore, write_durably
-from openmae.results.files import disk_error
+from openmae.storage.atomic import disk_error
 from openmae.storage.urls import is_remote
 
 ROOT = "OPENMAE_JOBS"
@@ -332,7 +332,7 @@ class Client:
 
 def command_of(action: str, spec: Path) -> list[str]:
     """What runs an action, in any process that has this environment."""
-    return [sys.executable, "-m", "openmae.cli", action, "-e", str(spec)]
+    return [sys.executable, "-m", "openmae", action, "-e", str(spec)]
 
 
 def _new_record(job_id: str, platform: str, facts: Record, command: list[str]) -> Record:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from openmae.jobs.evidence import status_lines
 from openmae.jobs.job import Record
+from openmae.jobs.outcome import status_lines
 
 Category = Literal["data", "spec", "out of memory", "infrastructure", "unknown"]
 _TAIL = 64 * 1024  # bytes of the log that are looked at

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from openmae.errors import SpecError
-from openmae.results.files import disk_error
+from openmae.storage.atomic import disk_error
 
 _BLOCK = 1 << 20  # bytes that are read at once; a longer line comes in pieces
 _POLL = 0.1

@@ -16,7 +16,7 @@ import yaml
 from openmae.errors import SpecError
 from openmae.jobs.artifacts import Artifact, below, choose_model, list_folder, newest_checkpoint, read_text
 from openmae.spec.describe import REQUIRED
-from openmae.spec.fields import SECRET_MARK, is_secret
+from openmae.spec.option import SECRET_MARK, is_secret
 from openmae.storage.urls import is_remote
 
 Tree = dict[str, Any]

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import FINAL, Record, checked, moment, state_of
-from openmae.results.files import FULL, UNWRITTEN, disk_error, disk_errors
+from openmae.storage.atomic import FULL, UNWRITTEN, disk_error, disk_errors
 
 try:
     import fcntl

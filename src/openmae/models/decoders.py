@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from openmae.models.encoders.base import init_linear
 from openmae.models.masking import Mask, take
 from openmae.models.positions import sincos_position_embedding
-from openmae.models.sites import Sites, branch
+from openmae.models.sparse_convnext import Sites, branch
 from openmae.spec.architectures import DECODER_HEAD_DIM
 
 

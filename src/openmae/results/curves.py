@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmae.results import style
-from openmae.results.metrics import series
+from openmae.results.metrics_csv import series
 from openmae.results.style import BLUE, HAIRLINE, MUTED
 
 if TYPE_CHECKING:

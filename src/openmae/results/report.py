@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from openmae import __version__
-from openmae.results.files import write_atomically
+from openmae._version import __version__
+from openmae.storage.atomic import write_atomically
 
 Cell = str | int | float | None
 

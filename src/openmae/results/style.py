@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import ImageFont
 
-from openmae.results.files import replacing
+from openmae.storage.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

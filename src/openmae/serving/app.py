@@ -23,12 +23,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from openmae import __version__
+from openmae._version import __version__
 from openmae.engines.batching import eval_transform
 from openmae.engines.predictor import Predictor
-from openmae.serving.batching import Batcher, BatchFailed, Full
+from openmae.serving.access_log import quiet_accept
 from openmae.serving.fairness import Decoders
-from openmae.serving.logs import quiet_accept
+from openmae.serving.micro_batching import Batcher, BatchFailed, Full
 from openmae.serving.settings import Settings
 from openmae.serving.uploads import Intake, Refused, Upload, count_pixels, decode_upload, open_uploads
 

@@ -15,7 +15,7 @@ import torch
 from openmae.engines.predictor import Predictor, open_predictor
 from openmae.errors import UserError
 from openmae.serving.settings import Settings
-from openmae.spec.fields import is_secret
+from openmae.spec.option import is_secret
 
 if TYPE_CHECKING:
     import uvicorn
@@ -51,8 +51,8 @@ def serve(
     import uvicorn
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from openmae.serving.access_log import limited_logs
     from openmae.serving.app import create_app
-    from openmae.serving.logs import limited_logs
 
     with _listen(host, port) as listener:
         if device == "auto":

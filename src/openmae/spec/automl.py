@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from openmae.spec.fields import KEY_IN_ENVIRONMENT, LocalPath, Section, Texts, broken, option
+from openmae.spec.option import KEY_IN_ENVIRONMENT, LocalPath, Section, Texts, broken, option
 
 Algorithm = Literal["bayesian", "random", "grid", "hyperband", "asha", "bohb", "pbt", "cmaes"]
 

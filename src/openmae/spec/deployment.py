@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from openmae.spec.fields import BatchOrAuto, EngineType, LocalPath, Section, Texts, option
+from openmae.spec.option import BatchOrAuto, EngineType, LocalPath, Section, Texts, option
 
 
 class CalibrationSpec(Section):

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from openmae.errors import UserError
-from openmae.spec.fields import InputSize, Section, SharePair
+from openmae.spec.option import InputSize, Section, SharePair
 from openmae.spec.schema import ACTIONS, ExperimentSpec
 
 _WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", dict: "mapping"}

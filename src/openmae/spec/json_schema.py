@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from openmae.errors import UserError
 from openmae.spec.describe import REQUIRED, choices, fields, sections
-from openmae.spec.fields import Search
+from openmae.spec.option import Search
 from openmae.spec.schema import ACTIONS, ExperimentSpec
 
 SCHEMA_VERSION = 1

@@ -14,10 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from openmae.errors import SpecError
-from openmae.spec.checks import find_notices, find_problems, inert_keys, value_of
 from openmae.spec.describe import bounds_words, choices, fields, sections, type_words
-from openmae.spec.fields import SECRET_MARK, is_secret
-from openmae.spec.reading import (
+from openmae.spec.option import SECRET_MARK, is_secret
+from openmae.spec.rules import find_notices, find_problems, inert_keys, value_of
+from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
+from openmae.spec.tao_checks import find_tao_notices, find_tao_problems, ignored_by_tao
+from openmae.spec.yaml_reader import (
     Problem,
     Reading,
     Tree,
@@ -28,8 +30,6 @@ from openmae.spec.reading import (
     read_mapping,
     write_text,
 )
-from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
-from openmae.spec.tao_checks import find_tao_notices, find_tao_problems, ignored_by_tao
 
 log = logging.getLogger("openmae")
 

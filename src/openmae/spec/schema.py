@@ -15,7 +15,7 @@ from pydantic import PrivateAttr
 from openmae.spec.architectures import Architecture, get_architecture
 from openmae.spec.automl import AutomlSpec
 from openmae.spec.deployment import ExportSpec, GenTrtEngineSpec
-from openmae.spec.fields import (
+from openmae.spec.option import (
     ArchName,
     AutoAugment,
     BatchOrAuto,

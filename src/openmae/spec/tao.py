@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from openmae.spec.fields import Section, option
+from openmae.spec.option import Section, option
 
 Monitor = Literal["", "train_loss", "val_loss", "ACC_all", "acc"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
-from openmae.spec.checks import value_of
 from openmae.spec.describe import fields
-from openmae.spec.reading import Problem
+from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.yaml_reader import Problem
 
 _CHECKPOINTER = "train.checkpointer."
 _CALIBRATION = "gen_trt_engine.tensorrt.calibration."

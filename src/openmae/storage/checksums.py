@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openmae.storage.remote import is_transient
+from openmae.storage.filesystem import is_transient
 
 _CHUNK = 1 << 20
 _OF_PARTS = re.compile(r"(.+)-([1-9][0-9]{0,4})")

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from openmae.errors import DataError
 from openmae.storage import cache
-from openmae.storage.objects import Found, look
+from openmae.storage.listing import Found, look
 from openmae.storage.transfer import ChangedError, Transfer
 from openmae.storage.urls import name_of, redact
 

@@ -43,7 +43,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from openmae.errors import CheckpointError, SpecError
 from openmae.inputs import open_regular, read_file_or_pipe
-from openmae.spec.fields import KEY_IN_ENVIRONMENT, KEY_IN_FILE
+from openmae.spec.option import KEY_IN_ENVIRONMENT, KEY_IN_FILE
 from openmae.storage import memory_folder
 
 _MAGIC = b"\x89OpenMAE-crypt\r\n"

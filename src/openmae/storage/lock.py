@@ -26,7 +26,7 @@ import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from openmae.errors import DataError, RunError, UserError, blaming
-from openmae.results.files import disk_error
+from openmae.storage.atomic import disk_error
 from openmae.storage.urls import join, redact, scheme_of
 
 LOCK, HOLDER = ".openmae.lock", ".openmae.lock.json"
@@ -120,7 +120,7 @@ class StoreLock:
     """
 
     def __init__(self, url: str, key: str, on_lost: Callable[[RunError], None]) -> None:
-        from openmae.storage.remote import open_filesystem  # with it comes fsspec, which most runs do not need
+        from openmae.storage.filesystem import open_filesystem  # with it comes fsspec, which most runs do not need
 
         self.url = url
         self.key = key
@@ -170,7 +170,7 @@ class StoreLock:
 
     def __exit__(self, *_: object) -> None:
         """Release the lock; where that fails, the next run takes it over."""
-        from openmae.storage.remote import ask
+        from openmae.storage.filesystem import ask
 
         self._end.set()
         self._thread.join(timeout=BEAT)
@@ -199,7 +199,7 @@ class StoreLock:
         return found is not None and _parsed(found[0]).get("token") == self._me["token"]
 
     def _read(self) -> tuple[bytes, str] | None:
-        from openmae.storage.remote import ask, error_code
+        from openmae.storage.filesystem import ask, error_code
 
         try:
             return ask(self.url, self._get())
@@ -210,7 +210,7 @@ class StoreLock:
 
     def _write(self, version: str) -> bool:
         """Put the lock in the place of ``version``, or where there is none; False: there is another one."""
-        from openmae.storage.remote import ask, error_code
+        from openmae.storage.filesystem import ask, error_code
 
         if not version and not self._conditional and self._read() is not None:
             return self._holds()

@@ -15,8 +15,8 @@ from fsspec.asyn import AsyncFileSystem
 
 from openmae.errors import DataError
 from openmae.storage.checksums import content_matches
-from openmae.storage.objects import Answer, RemoteFile, reading
-from openmae.storage.remote import ask, explain, is_transient, open_filesystem
+from openmae.storage.filesystem import ask, explain, is_transient, open_filesystem
+from openmae.storage.listing import Answer, RemoteFile, reading
 from openmae.storage.urls import redact
 
 PIECE = 16 << 20  # bytes of a file that are asked for at once

@@ -12,11 +12,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from openmae.data.dataset import Batch
+from openmae.data.image_dataset import Batch
+from openmae.distributed.collectives import gather_objects, sum_over_ranks
+from openmae.distributed.fsdp import gathered
+from openmae.distributed.watchdog import pulse_of
 from openmae.errors import RunError
-from openmae.training.distributed import gather_objects, sum_over_ranks
-from openmae.training.pulse import pulse_of
-from openmae.training.sharding import gathered
 from openmae.training.state import LoopSettings, Outputs, Progress, Task
 from openmae.training.updates import Update, scaler_of
 

@@ -12,10 +12,10 @@ from lightning_fabric import Fabric
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from openmae.data.dataset import Batch
+from openmae.data.image_dataset import Batch
 from openmae.data.normalise import Normaliser
+from openmae.distributed.collectives import gather
 from openmae.spec.schema import AugmentationSpec
-from openmae.training.distributed import gather
 
 _TOP = 5  # classes that are kept of an image
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from openmae.results.metrics import MetricsLog
+from openmae.results.metrics_csv import MetricsLog
 
 _CLOSE_SECONDS = 10.0
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from openmae.errors import CheckpointError, SpecError
 from openmae.models.build import ModelConfig
-from openmae.models.layers import is_decayed, is_head, layer_index
+from openmae.models.param_groups import is_decayed, is_head, layer_index
 
 _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "step"})  # of AdamW
 

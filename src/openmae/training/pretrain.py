@@ -11,13 +11,13 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from openmae.data.dataset import Batch
+from openmae.data.image_dataset import Batch
 from openmae.data.normalise import Normaliser
+from openmae.distributed.collectives import gather, sum_over_ranks
+from openmae.distributed.watchdog import pulse_of
+from openmae.evaluation.probes import knn_accuracy, linear_probe_accuracy
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import Mask, random_mask
-from openmae.results.probes import knn_accuracy, linear_probe_accuracy
-from openmae.training.distributed import gather, sum_over_ranks
-from openmae.training.pulse import pulse_of
 
 _VALIDATION_EPOCH = -1  # the address of validation's fixed masks
 

@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from openmae.errors import CheckpointError
-from openmae.storage.encryption import Key, is_encrypted
-from openmae.training.checkpoints import (
+from openmae.checkpoints.folder import (
     BEST,
     DIVERGED,
     UNREADABLE,
@@ -19,7 +17,9 @@ from openmae.training.checkpoints import (
     read_training_state,
     set_aside,
 )
-from openmae.training.parts import INDEX, Shared, put_back
+from openmae.checkpoints.parts import INDEX, Shared, put_back
+from openmae.errors import CheckpointError
+from openmae.storage.encryption import Key, is_encrypted
 
 log = logging.getLogger("openmae")
 

@@ -11,11 +11,11 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor, nn
 
-from openmae.data.dataset import Batch
+from openmae.checkpoints.folder import CheckpointFolder
+from openmae.data.image_dataset import Batch
 from openmae.results.status import StatusLog
-from openmae.training.checkpoints import CheckpointFolder
 from openmae.training.loggers import Loggers
-from openmae.training.stepclock import StepClock
+from openmae.training.profiler import StepClock
 
 log = logging.getLogger("openmae")
 

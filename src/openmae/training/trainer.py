@@ -18,16 +18,16 @@ from lightning_fabric import Fabric
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from openmae.data.dataset import Batch
+from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
+from openmae.distributed.collectives import sum_over_ranks
+from openmae.distributed.fsdp import gathered, in_shards, is_sharded, whole_model
+from openmae.distributed.signals import InterruptWatch, Stop, stop_from_counts, stop_to_counts
+from openmae.distributed.watchdog import pulse_of
 from openmae.training.compiling import compile_errors, compiled
-from openmae.training.distributed import sum_over_ranks
 from openmae.training.divergence import DivergenceGuard
-from openmae.training.interrupt import InterruptWatch, Stop, stop_from_counts, stop_to_counts
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
-from openmae.training.pulse import pulse_of
-from openmae.training.sharding import gathered, in_shards, is_sharded, whole_model
 from openmae.training.state import LoopSettings, Outputs, Progress, Task
 from openmae.training.updates import Update, reads_late
 

@@ -9,9 +9,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from openmae.training.distributed import add_over_ranks
-from openmae.training.interrupt import Stop, stop_from_counts, stop_to_counts
-from openmae.training.processes import ShardedStrategy
+from openmae.distributed.collectives import add_over_ranks
+from openmae.distributed.rendezvous import ShardedStrategy
+from openmae.distributed.signals import Stop, stop_from_counts, stop_to_counts
 
 
 def reads_late(fabric: Fabric) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from openmae.engines.tensorrt.backend import Backend, choose_backend
-from openmae.engines.tensorrt.build import BuildSettings, build_engine
+from openmae.engines.tensorrt.builder import BuildSettings, build_engine
 from openmae.engines.tensorrt.sidecar import Profile
 from openmae.errors import SpecError
 

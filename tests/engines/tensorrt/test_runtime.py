@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from openmae.engines.card import ModelCard
+from openmae.engines.metadata import ModelCard
 from openmae.engines.tensorrt import runtime
 from openmae.engines.tensorrt.runtime import TensorRTPredictor, read_engine_card
 from openmae.engines.tensorrt.sidecar import (

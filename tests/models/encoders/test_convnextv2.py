@@ -10,7 +10,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from openmae.models import sites
+from openmae.models import sparse_convnext
 from openmae.models.encoders import ConvNeXtV2Encoder
 from openmae.models.masking import all_visible
 
@@ -37,7 +37,7 @@ def masked_dense_features(backbone: ConvNeXt, images: Tensor, visible: Tensor, g
 
     def masked(x: Tensor, channels_last: bool) -> Tensor:
         sites = F.interpolate(keep, size=x.shape[1:3] if channels_last else x.shape[2:])
-        return x * (sites.permute(0, 2, 3, 1) if channels_last else sites)
+        return x * (sparse_convnext.permute(0, 2, 3, 1) if channels_last else sites)
 
     def wrap(module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         last = isinstance(module, GlobalResponseNorm) and module.channel_dim == -1
@@ -79,7 +79,7 @@ def path(request, monkeypatch) -> None:
     """Both ways of the depthwise convolution in every stage, whichever is the faster."""
     side = {"chosen": None, "windows": 1, "dense map": 99}[request.param]
     if side:
-        monkeypatch.setattr(sites, "_WINDOW_SIDE", side)
+        monkeypatch.setattr(sparse_convnext, "_WINDOW_SIDE", side)
 
 
 @pytest.mark.usefixtures("path")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from openmae.engines.batching import as_input, run_split
-from openmae.engines.card import ModelCard
+from openmae.engines.metadata import ModelCard
 from openmae.engines.tensorrt.backend import gpu_capability, load_module, pretty
-from openmae.engines.tensorrt.build import get_logger
+from openmae.engines.tensorrt.builder import get_logger
 from openmae.engines.tensorrt.sidecar import EngineInfo, TensorInfo, read_sidecar, sidecar_path
 from openmae.errors import CheckpointError, RunError, SpecError
 from openmae.storage.encryption import Key, read_bytes

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from openmae import __version__
-from openmae.engines.card import ModelCard
+from openmae._version import __version__
+from openmae.engines.metadata import ModelCard
 from openmae.engines.tensorrt.backend import BackendName
 from openmae.errors import CheckpointError
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto
 
-from openmae.engines.card import INPUT, ModelCard, Precision
+from openmae.engines.metadata import INPUT, ModelCard, Precision
 from openmae.engines.module import example_input
 from openmae.engines.onnx import cosine, read_card, read_onnx
 from openmae.engines.precision import is_quantized, to_half, to_int8

@@ -26,6 +26,6 @@ def open_platform(name: str, store: JobStore) -> Platform:
         from openmae.jobs.platforms.slurm import SlurmPlatform
 
         return SlurmPlatform(store)
-    from openmae.jobs.platforms.local import LocalPlatform
+    from openmae.jobs.platforms.local.platform import LocalPlatform
 
     return LocalPlatform(store)

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+from openmae.distributed.topology import LAUNCHERS
 from openmae.jobs.job import Record, State
-from openmae.training.world import LAUNCHERS
 
 
 class Observation(NamedTuple):

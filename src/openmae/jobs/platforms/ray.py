@@ -1,7 +1,7 @@
 """Jobs of a Ray cluster, by its job API; root and data must be on a file system that all nodes see.
 
 RAY_API_SERVER_ADDRESS or RAY_ADDRESS says where it is. A job is one entry point with CPUs and GPUs of its own, which
-runs ``openmae.jobs.runner``; where nothing is free, Ray queues it.
+runs ``openmae.jobs.platforms.ray_runner``; where nothing is free, Ray queues it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from openmae.errors import RunError, SpecError
-from openmae.jobs.evidence import exit_code, signal_as_minus, unseen_end
 from openmae.jobs.job import Record, move
+from openmae.jobs.outcome import exit_code, signal_as_minus, unseen_end
 from openmae.jobs.platforms.base import Observation, inherited_environment
+from openmae.jobs.platforms.ray_runner import KEY, THREADS, seal, withdraw
+from openmae.jobs.platforms.supervisor import conclude, grace_seconds
 from openmae.jobs.processes import alive
-from openmae.jobs.runner import KEY, THREADS, seal, withdraw
 from openmae.jobs.store import JobStore
-from openmae.jobs.supervisor import conclude, grace_seconds
 
 CPUS = "OPENMAE_JOB_CPUS"  # that Ray reserves for each process of a job
 _DEFAULT = "http://127.0.0.1:8265"
@@ -77,7 +77,7 @@ class RayPlatform:
             cpus, own = 0, {"CUDA_VISIBLE_DEVICES": ""}
         given = {name: value for name, value in inherited_environment().items() if not name.startswith(_OF_THE_NODE)}
         key = seal(folder, own | given | dict(environment))
-        command = [sys.executable, "-m", "openmae.jobs.runner", str(self.store.root), job_id]
+        command = [sys.executable, "-m", "openmae.jobs.platforms.ray_runner", str(self.store.root), job_id]
         try:
             self._ask(
                 lambda ray: ray.submit_job(

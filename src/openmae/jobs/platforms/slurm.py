@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from openmae.errors import RunError, SpecError
-from openmae.jobs.evidence import EXIT, exit_code, signal_as_minus, unseen_end
 from openmae.jobs.job import Record, State, move, state_of
+from openmae.jobs.outcome import EXIT, exit_code, signal_as_minus, unseen_end
 from openmae.jobs.platforms.base import Observation, inherited_environment
+from openmae.jobs.platforms.supervisor import PREEMPTED, conclude, grace_seconds
 from openmae.jobs.processes import alive
 from openmae.jobs.store import LOG, JobStore, write_durably
-from openmae.jobs.supervisor import PREEMPTED, conclude, grace_seconds
 
 SCRIPT = "job.sh"
 _NEEDED = ("sbatch", "squeue", "scancel", "sinfo")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openmae.models.encoders.base import MaskedEncoder
 from openmae.models.patches import select_units
-from openmae.models.sites import Sites, branch, layer_norm
+from openmae.models.sparse_convnext import Sites, branch, layer_norm
 
 _UNIT = 32  # px, the stride of the last stage
 

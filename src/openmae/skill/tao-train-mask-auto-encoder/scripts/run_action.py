@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     action, spec = arguments
-    from openmae.cli import main as mae
+    from openmae.cli.main import main as mae
     from openmae.errors import OpenMAEError
     from openmae.results.status import StatusLog
 

@@ -1,0 +1,258 @@
+"""``report.html`` of each action: which sections, in which order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from openmae.checkpoints.format import CheckpointInfo
+from openmae.engines.metadata import ModelCard
+from openmae.results.images import save_curves
+from openmae.results.metrics_csv import read_metrics
+from openmae.results.profile import Breakdown, advice, save_breakdown, table_rows
+from openmae.results.report import Cell, Code, Numbers, Picture, Section, Table, Text, write_report
+
+_READING = """import pyarrow.parquet as pq
+import numpy as np
+
+table = pq.read_table("embeddings.parquet")
+paths = table["path"].to_pylist()
+vectors = np.stack(table["vector"].to_numpy())  # [images, dimensions]
+"""
+_RUNNING = """import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+{load}
+card = {{key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}}
+height, width = card["model"]["input_size"]
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert({mode!r})
+share = card["crop_pct"] * min(image.width / width, image.height / height)  # the centre of the input's shape
+w, h = round(width * share), round(height * share)
+left, top = (image.width - w) // 2, (image.height - h) // 2
+method = Image.Resampling[card["interpolation"].upper()]
+image = image.resize((width, height), method, box=(left, top, left + w, top + h))
+{prepare}
+names = {outputs!r}
+outputs = dict(zip(names, session.run(names, {{"input": images}})))
+{use}
+"""
+_LOAD = "session = onnxruntime.InferenceSession({file!r})"
+_LOAD_ENCRYPTED = """from openmae.storage.encryption import read_bytes, resolve_key
+
+session = onnxruntime.InferenceSession(read_bytes({file!r}, resolve_key("env:NAME")))"""
+_SHARES = ("ACC_all", "ACC_top5", "knn_acc", "probe_acc")
+_LABELS = {
+    "ACC_all": "top-1 accuracy",
+    "ACC_top5": "top-5 accuracy",
+    "knn_acc": "kNN accuracy",
+    "probe_acc": "linear probe accuracy",
+    "val_loss": "validation loss",
+    "train_loss_epoch": "training loss",
+}
+_RECONSTRUCTION = (
+    "From the visible units in the second column the model predicted the masked ones in the third; the last column "
+    "puts the two together. Pixel normalisation is undone with the original's own mean and deviation."
+)
+_PROBES = (
+    "kNN and linear probe: the encoder stays as it is, half of the images teach the probe, the other half is counted. "
+    "They say how well the embeddings part the classes."
+)
+_MOST_ROWS = 50
+
+
+def train_report(
+    folder: Path,
+    info: CheckpointInfo,
+    recipe: Sequence[tuple[str, str]],
+    picture: Path | None,
+    breakdown: Breakdown | None = None,
+    unread: Sequence[Section] = (),
+) -> Path:
+    """After training: numbers, curves, reconstructions, what the time went to, recipe, files not read, spec."""
+    rows = read_metrics(folder / "metrics.csv")
+    last = {name: row[name] for row in rows for name in _LABELS if name in row}
+    sections: list[Section] = [_numbers("At the end", last)] if last else []
+    if rows:
+        curves = save_curves(rows, folder / "curves.png")
+        sections.append(Picture("Curves", curves, "Losses, accuracies, learning rate and pace over the steps."))
+    if picture is not None:
+        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+    if breakdown is not None:
+        sections += _breakdown_sections(folder, breakdown)
+    sections.append(Table("Recipe", ("", ""), list(recipe)))
+    return _write(folder, "train", info, [*sections, *unread])
+
+
+def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
+    """What bounds the run, in words, as a picture and as a table."""
+    gpu = " Phases are the GPU's time: what the host does meanwhile costs nothing." if breakdown.on_gpu else ""
+    return [
+        Text("Where the time goes", "\n\n".join(advice(breakdown))),
+        Picture("", save_breakdown(breakdown, folder / "profile.png"), f"{breakdown.summary}.{gpu}"),
+        Table(
+            "",
+            ("phase", "mean, ms a step", "median", "95th percentile", "% of the time"),
+            list(table_rows(breakdown)),
+            caption="Data wait includes the first batch of an epoch; other is drawing, logging and what lies between.",
+        ),
+    ]
+
+
+def pretrained_report(
+    folder: Path,
+    info: CheckpointInfo,
+    images: int,
+    metrics: Mapping[str, float],
+    picture: Path | None,
+    unread: Sequence[Section] = (),
+) -> Path:
+    """After evaluating a pretrained checkpoint: loss, probes where there were classes, reconstructions."""
+    sections: list[Section] = [_numbers(f"{images:,} images", metrics)]
+    if "knn_acc" in metrics:
+        sections.append(Text("", _PROBES))
+    if picture is not None:
+        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+    return _write(folder, "evaluate", info, [*sections, *unread])
+
+
+def embedding_report(
+    folder: Path,
+    info: CheckpointInfo,
+    shape: tuple[int, ...],
+    picture: Path | None,
+    unread: Sequence[Section] = (),
+) -> Path:
+    """After embedding: how many vectors, how to read them, reconstructions."""
+    images, dimensions = shape
+    sections: list[Section] = [
+        Numbers("embeddings.parquet", {"images": f"{images:,}", "dimensions": f"{dimensions:,}"}),
+        Code("How to read them", _READING),
+    ]
+    if picture is not None:
+        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+    return _write(folder, "inference", info, [*sections, *unread])
+
+
+def classifier_report(
+    folder: Path,
+    info: CheckpointInfo,
+    metrics: Mapping[str, float],
+    confusion: np.ndarray,
+    picture: Path,
+    unread: Sequence[Section] = (),
+) -> Path:
+    """After evaluating a fine-tuned checkpoint: accuracies, confusion matrix, a row a class."""
+    sections: list[Section] = [
+        _numbers(f"{int(confusion.sum()):,} images", metrics),
+        Picture("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
+        class_table(confusion, info.class_names),
+    ]
+    return _write(folder, "evaluate", info, [*sections, *unread])
+
+
+def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
+    """Images, precision, recall and F1 of each class, the weakest first; a class without images shows dashes."""
+    rows: list[tuple[str, int, float | None, float | None, float | None]] = []
+    for label, name in enumerate(class_names):
+        right, images, guesses = (
+            int(n) for n in (confusion[label, label], confusion[label].sum(), confusion[:, label].sum())
+        )
+        f1 = 2 * right / (images + guesses) if images + guesses else None
+        rows.append((name, images, right / guesses if guesses else None, right / images if images else None, f1))
+    rows.sort(key=lambda row: (row[4] is not None, row[4] or 0.0))
+    return Table("Classes", ("class", "images", "precision", "recall", "F1"), rows, caption="The weakest first.")
+
+
+def inference_report(
+    folder: Path,
+    info: CheckpointInfo,
+    rows: Sequence[Sequence[str]],
+    sheet: Path,
+    unread: Sequence[Section] = (),
+) -> Path:
+    """After classifying: some of the images, how often each class was seen, and the first rows of results.csv."""
+    _, *found = rows
+    counts = Counter(row[1] for row in found)
+    most = sorted(((name, counts[name]) for name in info.class_names), key=lambda item: -item[1])
+    sections: list[Section] = [
+        Numbers(
+            "What was classified",
+            {"images": f"{len(found):,}", "classes seen": str(sum(n > 0 for _, n in most))},
+        ),
+        Picture("Some of the images", sheet, "As the model saw them, with the most likely class and its probability."),
+        Table("Predicted classes", ("class", "images"), most),
+        Table(
+            "results.csv",
+            ("path", "class", "probability", "second class", "its probability"),
+            [_result_cells(row) for row in found[:_MOST_ROWS]],
+            caption=f"The first {min(_MOST_ROWS, len(found))} of {len(found):,} rows.",
+        ),
+    ]
+    return _write(folder, "inference", info, [*sections, *unread])
+
+
+def export_report(
+    folder: Path, card: ModelCard, target: Path, rows: Sequence[tuple[str, str]], *, encrypted: bool
+) -> Path:
+    """After exporting: how equal the file is, what goes in and comes out, how to run it."""
+    sections: list[Section] = [
+        Table("The ONNX file", ("", ""), list(rows)),
+        Code("How to run it", running_example(card, target.name, encrypted=encrypted)),
+    ]
+    return _write(folder, "export", card.info, sections)
+
+
+def running_example(card: ModelCard, file: str, *, encrypted: bool = False) -> str:
+    """A script that runs an exported model on one image with ONNX Runtime, and this package where it is encrypted."""
+    prepare = ["images = np.asarray(image).reshape(1, height, width, -1)"]
+    if not card.preprocessing:
+        prepare.append('images = (images / 255 - card["mean"]) / card["std"]')
+        prepare.append("images = images.transpose(0, 3, 1, 2).astype(np.float32)")
+    if card.batch_size > 1:
+        prepare.append(f"images = np.repeat(images, {card.batch_size}, axis=0)  # the batch is fixed")
+    classify = 'print(card["class_names"][outputs["logits"][0].argmax()])'
+    return _RUNNING.format(
+        load=(_LOAD_ENCRYPTED if encrypted else _LOAD).format(file=file),
+        mode={1: "L", 3: "RGB", 4: "RGBA"}[card.model.in_chans],
+        prepare="\n".join(prepare),
+        outputs=list(card.outputs),
+        use=classify if card.stage == "finetune" else 'print(outputs["features"].shape, outputs["tokens"].shape)',
+    )
+
+
+def _result_cells(row: Sequence[str]) -> list[Cell]:
+    path, first, share, second, next_share = row[:5]
+    return [path, first, float(share), second, float(next_share)]
+
+
+def _numbers(title: str, metrics: Mapping[str, float]) -> Numbers:
+    """The metrics in the order of ``_LABELS``, as text."""
+    known = {name: metrics[name] for name in _LABELS if name in metrics} | dict(metrics)
+    return Numbers(title, {_LABELS.get(name, name): _text(name, value) for name, value in known.items()})
+
+
+def _text(name: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if name in _SHARES else f"{value:.4f}"
+
+
+def _write(folder: Path, action: str, info: CheckpointInfo, sections: Sequence[Section]) -> Path:
+    spec = Code("Spec", (folder / "experiment.yaml").read_text(encoding="utf-8"))
+    height, width = info.model.input_size
+    subtitle = f"{info.model.arch} · {info.stage} · {height} x {width} px"
+    return write_report(folder, f"OpenMAE {action}", [*sections, spec], subtitle=subtitle)
+
+
+def engine_report(folder: Path, onnx_name: str, kpi: Mapping[str, float], rows: Sequence[tuple[str, str]]) -> Path:
+    """After building a TensorRT engine: its size and build time, how it was built, spec."""
+    sections: list[Section] = [
+        Numbers("Engine", {"MB": f"{kpi['engine_mb']:.1f}", "seconds to build": f"{kpi['build_seconds']:.1f}"}),
+        Table("How it was built", ("", ""), list(rows)),
+        Code("Spec", (folder / "experiment.yaml").read_text(encoding="utf-8")),
+    ]
+    return write_report(folder, "OpenMAE gen_trt_engine", sections, subtitle=onnx_name)

@@ -1,0 +1,195 @@
+"""Where the weights are in a file: under which entry, and behind which prefix of the names.
+
+Training programs wrap a state dict in a dict of other things, keep averaged copies beside it, and put the names of
+the modules that held the backbone in front of its own. The backbone is found by its first weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmae.checkpoints.unpickling import NumpyArray
+from openmae.errors import CheckpointError
+
+State = dict[str, Tensor]
+
+_FIRST_WEIGHTS = r"patch_embed\.proj|stem\.0|downsample_layers\.0\.0|embeddings\.patch_embeddings(\.projection)?"
+_FOUND = re.compile(
+    rf"(?P<prefix>(?:[\w-]+\.)*?)(?P<own>encoder\.backbone\.|encoder\.|vit\.|hiera\.|convnextv2\.)?"
+    rf"(?P<first>{_FIRST_WEIGHTS})\.weight"
+)
+_TRANSPARENT = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # of torch, at any depth
+_AVERAGED = re.compile(r"(^|[._])(ema|teacher|averaged)([._]|$)")
+_SECONDARY = re.compile(r"momentum|target|encoder_k|(^|[._])key([._]|$)")
+_USUAL = ("state_dict", "model_state", "model", "module")
+_COUNTERS = frozenset({"n_averaged"})  # of torch.optim.swa_utils
+_SHOWN = 4
+_DEPTH, _MOST_NAMES = 3, 2_000_000  # of dicts in dicts, the same one wherever it stands
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """The tensors of one model in a file.
+
+    Attributes:
+        state: names without the wrappers' prefix.
+        entry: the keys that lead to them (``model_ema``); empty for a bare state dict.
+        prefix: what was taken off the names.
+        others: entries and prefixes that hold weights of the same kind and were not taken.
+        left: first parts of the names that do not have the prefix.
+    """
+
+    state: State
+    entry: str
+    prefix: str
+    others: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def __str__(self) -> str:
+        taken = ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part)
+        said = f"the weights under {taken!r} were taken"
+        if self.others:
+            said += f"; the file also has {_list(self.others)}: train.pretrained_weights_key chooses"
+        if self.left:
+            said += f"; not used: {_list(self.left)}"
+        return said
+
+
+def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
+    """Find the weights of one model in what a file holds.
+
+    An averaged copy (``model_ema``, ``teacher``) goes before the plain weights, as timm's and DINO's evaluation do.
+
+    Args:
+        raw: the file's content: a state dict, or one wrapped in a dict of other things.
+        wanted: the entry (dots for nested ones) or the prefix of the names to take instead.
+
+    Raises:
+        CheckpointError: there are no weights, or not under ``wanted``.
+    """
+    if raw.get("state_dict_encrypted"):
+        raise CheckpointError("TAO has encrypted the weights of this file.", "Decrypt it with TAO first.")
+    entries = {entry: state for entry, state in _entries(raw) if any(map(_FOUND.fullmatch, state))}
+    if not entries:
+        return _nothing_known(raw)
+    entry, prefix = _choose(entries, wanted)
+    state = entries[entry]
+    prefixes = tuple(other for other in _prefixes(state) if other != prefix)
+    longer = tuple(other for other in prefixes if other.startswith(prefix))
+    names = [name for name in state if name.startswith(prefix) and not name.startswith(longer)]
+    own = {name.removeprefix(prefix): state[name] for name in names}
+    others = [other for other in entries if other not in ("", entry)] + [p.rstrip(".") for p in prefixes if p]
+    outside = [name for name in state if not name.startswith((prefix, *prefixes)) and name not in _COUNTERS]
+    _check_tensors(own)
+    return Wrapped(own, entry, prefix, tuple(others), tuple(dict.fromkeys(name.split(".")[0] for name in outside)))
+
+
+def _choose(entries: Mapping[str, State], wanted: str) -> tuple[str, str]:
+    """The entry and the prefix to take."""
+    if wanted:
+        for entry, state in entries.items():
+            if entry == wanted:
+                return entry, _best(_prefixes(state))
+            for prefix in _prefixes(state):
+                if wanted in (prefix.rstrip("."), f"{entry}.{prefix}".rstrip(".")):
+                    return entry, prefix
+        there = [entry for entry in entries if entry]
+        there += [prefix.rstrip(".") for state in entries.values() for prefix in _prefixes(state) if prefix]
+        raise CheckpointError(
+            f"The file has no weights under {wanted!r}.",
+            f"It has: {', '.join(dict.fromkeys(there))}." if there else "It is a bare state dict: leave the key empty.",
+        )
+    entry = min(entries, key=lambda name: (bool(name), _rank(name), name.split(".")[-1] not in _USUAL))
+    return entry, _best(_prefixes(entries[entry]))
+
+
+def _best(prefixes: list[str]) -> str:
+    return min(prefixes, key=lambda prefix: (_rank(prefix), prefix.count(".")))
+
+
+def _rank(name: str) -> int:
+    return 0 if _AVERAGED.search(name.lower()) else 2 if _SECONDARY.search(name.lower()) else 1
+
+
+def _prefixes(state: State) -> list[str]:
+    """What stands before the names of each backbone in a state dict."""
+    found = []
+    for name in state:
+        if match := _FOUND.fullmatch(name):
+            own, first = match["own"] or "", match["first"]
+            if first.startswith("embeddings"):
+                belongs = own in ("", "vit.", "hiera.", "convnextv2.")
+            else:
+                belongs = own in ("", "encoder.backbone.") or (own == "encoder." and first.startswith("downsample"))
+            found.append(match["prefix"] if belongs else match["prefix"] + own)
+    return list(dict.fromkeys(found))
+
+
+def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
+    """The state dicts in a file by the keys that lead to them, the outermost first."""
+    waiting, names = [("", raw, 0)], 0
+    for place, mapping, depth in waiting:
+        names += len(mapping)
+        if names > _MOST_NAMES:
+            raise CheckpointError(
+                f"The file holds more than {_MOST_NAMES:,} names.", "Save only the model's state dict."
+            )
+        tensors = {_plain(name): _as_tensor(value) for name, value in mapping.items()}
+        yield place, {name: value for name, value in tensors.items() if value is not None}
+        for name, value in mapping.items():
+            if isinstance(value, Mapping) and depth < _DEPTH:
+                waiting.append((f"{place}.{name}".lstrip("."), value, depth + 1))
+
+
+def _plain(name: Any) -> str:
+    name = str(name)
+    for part in _TRANSPARENT:
+        name = name.replace(part, "")
+    return name
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, NumpyArray):
+        return value.tensor()
+    return value if isinstance(value, Tensor) else None
+
+
+def _nothing_known(raw: Mapping[str, Any]) -> Wrapped:
+    """What is there where no backbone is recognised: the largest state dict, for the error that names its tensors."""
+    entry, state = max(_entries(raw), key=lambda found: len(found[1]))
+    if not state:
+        keys = ", ".join(str(key) for key in list(raw)[:5]) or "none"
+        raise CheckpointError(
+            f"The file holds no weights; its first keys: {keys}.",
+            "Save the model's state dict: torch.save(model.state_dict(), path).",
+        )
+    return Wrapped(state, entry, "", (), ())
+
+
+def _check_tensors(state: State) -> None:
+    """Only plain tensors whose every value is in the file: shapes are trusted from here on."""
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            kind = "quantized" if value.is_quantized else value.dtype if value.is_complex() else value.layout
+            raise CheckpointError(f"{name} is no dense tensor ({kind}).", "Save dense floating-point weights.")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{name} claims the shape {list(value.shape)}, but the file holds fewer values of it.",
+                "Save the model's state dict again, with .contiguous() tensors.",
+            )
+        if value.numel() == 0:
+            raise CheckpointError(
+                f"{name} is empty: the file is one process's part of a partitioned model (DeepSpeed ZeRO-3, FSDP).",
+                "Join the parts first, for DeepSpeed with zero_to_fp32.py.",
+            )
+
+
+def _list(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

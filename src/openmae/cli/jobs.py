@@ -1,0 +1,246 @@
+"""``mae jobs``: tables for people, ``--json`` for machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from openmae.errors import Preempted, RunError, SpecError
+from openmae.jobs.platforms import PLATFORMS
+
+if TYPE_CHECKING:
+    from openmae.jobs.client import Client
+    from openmae.jobs.job import Job
+
+SPEC_OPTION = (
+    "-e",
+    "--experiment_spec_file",
+    "--experiment_spec",
+)  # the long forms are TAO's and the older one of OpenMAE
+_STYLES = {"COMPLETE": "green", "ERROR": "red", "RUNNING": "cyan", "CANCELED": "yellow", "UNKNOWN": "magenta"}
+
+
+def add_arguments(parser: argparse.ArgumentParser, actions: Iterable[str]) -> None:
+    """Declare the subcommands; each sets ``run``."""
+    commands = parser.add_subparsers(dest="jobs_command", metavar="COMMAND", required=True)
+    submit = _command(commands, "submit", "check an action, then run or queue it as a job", _submit)
+    submit.add_argument("action", choices=tuple(actions), metavar="ACTION", help=", ".join(actions))
+    submit.add_argument(
+        *SPEC_OPTION, dest="experiment_spec", metavar="SPEC", help="YAML file; without it, all defaults"
+    )
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="option, or shorthand such as num_epochs=3")
+    submit.add_argument("--parent", metavar="JOB", help="the job whose model this one takes")
+    submit.add_argument("--platform", choices=PLATFORMS, default="local", help="where it runs (default: %(default)s)")
+    submit.add_argument("--name", help="for people")
+    submit.add_argument("--gpus", type=int, metavar="N", help="GPUs per node")
+    submit.add_argument("--nodes", type=int, metavar="N", help="machines")
+    submit.add_argument("--image", help=argparse.SUPPRESS)
+    submit.add_argument(
+        "--automl", type=str.lower, choices=("auto", "on", "off"), help="for train: search (auto, the default), or off"
+    )
+    submit.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="variable to hand on by name; its value stays unseen"
+    )
+    submit.add_argument("--wait", action="store_true", help="until it has ended; exit code 1 where it failed")
+    listing = _command(commands, "list", "all jobs, oldest first", _list)
+    listing.add_argument("--status", type=str.upper, help="only those in a state")
+    listing.add_argument("--action", help="only those of an action")
+    _on_a_job(commands, "status", "how a job stands, and why it failed", _status)
+    logs = _on_a_job(commands, "logs", "what a job printed", _logs)
+    logs.add_argument("-n", "--tail", type=int, metavar="N", help="the last lines only")
+    logs.add_argument("-f", "--follow", action="store_true", help="until it has ended")
+    cancel = _on_a_job(commands, "cancel", "stop a job; training writes a checkpoint first", _cancel)
+    cancel.add_argument("--wait", action="store_true", help="until it has stopped")
+    _on_a_job(commands, "explain", "where every value of a job's spec came from", _explain)
+    _on_a_job(commands, "results", "the files that a job has written", _results)
+
+
+def _command(commands: Any, name: str, help: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False
+    )
+    parser.add_argument("--root", metavar="DIR", help="folder of the jobs (default: OPENMAE_JOBS, or the user's)")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _on_a_job(commands: Any, name: str, help: str, run: Any) -> argparse.ArgumentParser:
+    parser = _command(commands, name, help, run)
+    parser.add_argument("job", metavar="JOB", help="id, or how it begins")
+    return parser
+
+
+def _client(args: argparse.Namespace) -> Client:
+    from openmae.jobs.client import Client
+
+    return Client(platform=getattr(args, "platform", "local"), root=args.root)
+
+
+def _submit(args: argparse.Namespace) -> None:
+    from openmae.spec.yaml_reader import Reading, apply_overrides, read_file
+
+    given = Reading()
+    apply_overrides(given, args.overrides)
+    if given.problems:
+        raise SpecError("\n".join(f"{problem.key}: {problem.text}" for problem in given.problems))
+    missing = [name for name in args.env if name not in os.environ]
+    if missing:
+        raise SpecError(
+            f"--env: {missing[0].partition('=')[0]} is not the name of a variable that is set.",
+            "Set it before the command; a value on the command line could be read by everybody.",
+        )
+    from pathlib import Path
+
+    file = read_file(Path(args.experiment_spec).expanduser()) if args.experiment_spec else Reading()
+    if file.problems:
+        raise SpecError("\n".join(f"{problem.key}: {problem.text}" for problem in file.problems))
+    client = _client(args)
+    job = client.create_job(
+        args.action,
+        file.tree,
+        given.tree,
+        parent_job_id=args.parent,
+        automl_policy=args.automl,
+        image=args.image,
+        gpu_count=args.gpus,
+        num_nodes=args.nodes,
+        env_vars={name: os.environ[name] for name in args.env},
+        name=args.name,
+    )
+    if args.wait:
+        job = client.wait(job.id)
+    _show_job(args, job)
+    if args.wait and job.status != "COMPLETE":
+        if job.status == "CANCELED":
+            raise Preempted if job.exit_code == Preempted.exit_code else KeyboardInterrupt
+        failure = client.get_failure_analysis(job.id)
+        raise RunError(
+            f"Job {job.id} failed: {_problem(failure.error) if failure else job.message}",
+            _mends(failure.suggestions, 1) if failure else "",
+        )  # fmt: skip
+
+
+def _list(args: argparse.Namespace) -> None:
+    jobs = _client(args).list_jobs(args.status, args.action)
+    if args.json:
+        _print_json([job.to_dict() for job in jobs])
+        return
+    rows = [
+        (job.id[:8], job.name, job.action, _styled(job.status), job.created_at[:19], _short(job), job.message)
+        for job in jobs
+    ]
+    _print_table(("job", "name", "action", "state", "created (UTC)", "parent", "message"), rows)
+
+
+def _status(args: argparse.Namespace) -> None:
+    client = _client(args)
+    job = client.get_job_status(args.job)
+    failure = client.get_failure_analysis(job.id)
+    if args.json:
+        _print_json({**job.to_dict(), "failure": asdict(failure) if failure else None})
+        return
+    _show_job(args, job)
+    _print_table(("at (UTC)", "state", "message"), [(t.at[:23], _styled(t.state), t.message) for t in job.transitions])
+    if failure:
+        _print_table(("failure", failure.category), [("error", failure.error), ("try", _mends(failure.suggestions))])
+
+
+def _logs(args: argparse.Namespace) -> None:
+    client = _client(args)
+    if args.follow:
+        for line in client.get_job_logs(args.job, args.tail, follow=True):
+            print(line, flush=True)
+        return
+    if args.json:
+        print(json.dumps({"log": client.get_job_logs(args.job, args.tail)}))
+        return
+    from openmae.jobs.logs import read_log
+    from openmae.jobs.store import LOG
+
+    for piece in read_log(client.store.folder(client.get_job_status(args.job).id) / LOG, args.tail):
+        print(piece, end="")
+
+
+def _cancel(args: argparse.Namespace) -> None:
+    client = _client(args)
+    job = client.cancel_job(args.job)
+    _show_job(args, client.wait(job.id) if args.wait else job)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    explanation = _client(args).explain_job(args.job)
+    if args.json:
+        _print_json(explanation)
+        return
+    rows = [
+        (item["key"], "" if item["value"] is None else str(item["value"]), item["function"], item["why"])
+        for item in explanation
+    ]
+    _print_table(("key", "value", "from", "why"), rows)
+
+
+def _results(args: argparse.Namespace) -> None:
+    found = _client(args).list_results(args.job)
+    if args.json:
+        _print_json([asdict(item) for item in found])
+        return
+    rows = [(item.kind, f"{item.size:,}", "best" if item.best else "", item.path) for item in found]
+    _print_table(("kind", "bytes", "", "path"), rows)
+
+
+def _show_job(args: argparse.Namespace, job: Job) -> None:
+    if args.json:
+        _print_json(job.to_dict())
+        return
+    rows = [
+        *(("job", job.id), ("name", job.name), ("action", job.action), ("state", _styled(job.status))),
+        *(("message", job.message), ("platform", job.platform), ("parent", job.parent_job_id or "")),
+        *(("created (UTC)", job.created_at[:19]), ("results", job.results_folder)),
+        ("exit code", "" if job.exit_code is None else str(job.exit_code)),
+        *(("notice", notice) for notice in job.notices),
+    ]
+    _print_table(None, [row for row in rows if row[1]])
+
+
+def _short(job: Job) -> str:
+    return (job.parent_job_id or "")[:8]
+
+
+def _problem(error: str) -> str:
+    """An error without its mend, which stands among the suggestions."""
+    return error.partition("\n  Fix: ")[0]
+
+
+def _mends(suggestions: Sequence[str], count: int | None = None) -> str:
+    return "\n".join(suggestions[:count])
+
+
+def _styled(state: str) -> Any:
+    from rich.text import Text
+
+    return Text(state, style=_STYLES.get(state, ""))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=heads is not None, box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for head in heads or ("", ""):
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        # a path may hold bytes that are no UTF-8, which no terminal can print
+        table.add_row(*(cell.encode(errors="replace").decode() if isinstance(cell, str) else cell for cell in row))
+    # a pipe has no width: nothing is wrapped there, so that a line stays a row
+    console = Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 400)
+    console.print(table)

@@ -1,0 +1,197 @@
+"""From an index to batches: the data set and the order in which it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch.utils.data import Dataset
+
+from openmae.data.decode import CorruptImage
+from openmae.data.image_index import ImageIndex
+from openmae.data.remarks import Remark, remarks_on
+from openmae.data.transforms import Transform, rng_at
+from openmae.errors import DataError
+
+Address = tuple[int, int]  # epoch, index
+_MAX_TRIES = 16  # neighbours tried in place of a corrupt file
+
+
+class Batch(NamedTuple):
+    """One batch.
+
+    Attributes:
+        images: [B, C, H, W], uint8, or float32 in 0..255 if one of them has 16 bits. B may be 0 in
+            evaluation, where ranks run equally many batches and corrupt files are left out.
+        labels: int64 [B]; -1 without labels.
+        indices: int64 [B]; places in the index of the data set.
+        epoch: the epoch that the sampler addressed.
+        corrupt: (relative path, reason) of files that could not be decoded, for ``CorruptFiles.record``.
+        remarks: on files that were decoded, each once, for ``Remarks.record``.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    epoch: int
+    corrupt: list[tuple[str, str]]
+    remarks: Sequence[Remark] = ()
+
+
+class Sample(TypedDict):
+    """What ``ImageDataset`` gives: ``image`` is None where no file could be decoded."""
+
+    image: torch.Tensor | None
+    label: int
+    index: int
+    epoch: int
+    corrupt: list[tuple[str, str]]
+    remarks: list[Remark]
+
+
+class ImageDataset(Dataset[Sample]):
+    """The images of an index, transformed; sample (epoch, i) is the same whenever and wherever it is made.
+
+    Args:
+        index: the images and their labels.
+        transform: what makes a tensor of an opened picture.
+        seed: what the transform's random numbers follow from, with epoch and i.
+        replace_corrupt: give the next readable image in place of a corrupt one (training). Otherwise the
+            corrupt one is left out of its batch, so that nothing is counted twice (evaluation).
+    """
+
+    def __init__(self, index: ImageIndex, transform: Transform, seed: int = 0, replace_corrupt: bool = False) -> None:
+        self.index = index
+        self.transform = transform
+        self.seed = seed
+        self.replace_corrupt = replace_corrupt
+        self._remarked: set[int] = set()  # of this process
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, address: Address) -> Sample:
+        epoch, wanted = address
+        tries = min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1
+        corrupt: list[tuple[str, str]] = []
+        remarks: list[Remark] = []
+        image = None
+        for number in ((wanted + step) % len(self) for step in range(tries)):
+            try:
+                with self.index.picture(number) as picture:
+                    image = self.transform(picture, rng_at(self.seed, epoch, wanted))
+                    if number not in self._remarked and (remarks := remarks_on(picture, self.index.paths[number])):
+                        self._remarked.add(number)
+                break
+            except CorruptImage as error:
+                corrupt.append((self.index.paths[number], error.reason))
+        label = -1 if self.index.labels is None else self.index.labels[number]
+        return Sample(image=image, label=label, index=number, epoch=epoch, corrupt=corrupt, remarks=remarks)
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Stack samples into a ``Batch``, without those that have no image."""
+        images = [sample["image"] for sample in samples if sample["image"] is not None]
+        good = [sample for sample in samples if sample["image"] is not None]
+        if any(image.is_floating_point() for image in images):
+            images = [image.float() for image in images]
+        empty = torch.empty(0, self.transform.in_chans, *self.transform.size, dtype=torch.uint8)
+        return Batch(
+            images=torch.stack(images) if images else empty,
+            labels=torch.tensor([sample["label"] for sample in good], dtype=torch.int64),
+            indices=torch.tensor([sample["index"] for sample in good], dtype=torch.int64),
+            epoch=samples[0]["epoch"] if samples else 0,
+            corrupt=[file for sample in samples for file in sample["corrupt"]],
+            remarks=[remark for sample in samples for remark in sample["remarks"]],
+        )
+
+
+class AddressedSampler:
+    """Batches of (epoch, index) for training, shuffled by (seed, epoch) and split over ranks.
+
+    The last, incomplete batch is dropped. Step ``b`` of an epoch takes the same images on one rank as on
+    several together. Each iteration runs one epoch, from the position on, and leaves the position at the
+    next epoch's start; ``len()`` is always the whole epoch's.
+
+    Args:
+        length: images in the data set.
+        batch_size: images per batch and rank.
+        index: the data set, where it has a say in the order (remote shards) and is to get ready what comes next.
+
+    Raises:
+        DataError: the data set is smaller than one batch on every rank.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        index: ImageIndex | None = None,
+    ) -> None:
+        if length < batch_size * world_size:
+            on_ranks = f" on each of {world_size} processes" if world_size > 1 else ""
+            raise DataError(
+                f"The training set has {length} images, fewer than one batch of {batch_size}{on_ranks}.",
+                f"Set dataset.batch_size to {length // world_size} or less, or add images."
+                if length >= world_size
+                else "Use fewer GPUs, or add images.",
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._index = index
+        self._position = (0, 0)
+
+    def __len__(self) -> int:
+        return self.length // (self.batch_size * self.world_size)
+
+    def set_position(self, epoch: int, batches_done: int = 0) -> None:
+        """Let the next iteration begin in ``epoch`` after ``batches_done`` batches (of this rank)."""
+        self._position = (epoch + batches_done // len(self), batches_done % len(self))
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        # A generator, so that the position moves on at the first batch only: DataLoader calls iter() twice.
+        epoch, done = self._position
+        self._position = (epoch + 1, 0)
+        rng = rng_at(self.seed, epoch, stream="shuffle")
+        order = self._index.shuffled(rng) if self._index is not None else rng.permutation(self.length)
+        for batch in range(done, len(self)):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            mine = order[start : start + self.batch_size]
+            if self._index is not None:
+                self._index.prepare(mine, order[start + self.batch_size :])
+            yield [(epoch, int(index)) for index in mine]
+
+
+class EvalSampler:
+    """Batches of (0, index) in order, every image once, split over ranks.
+
+    All ranks give equally many batches (a collective call in the model would hang otherwise), so that a
+    rank's last batch may be empty. ``index`` is the data set, where it is to get ready what comes next.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, rank: int = 0, world_size: int = 1, index: ImageIndex | None = None
+    ) -> None:
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self._index = index
+
+    def __len__(self) -> int:
+        return math.ceil(self.length / (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        mine = range(self.rank, self.length, self.world_size)
+        for batch in range(len(self)):
+            now = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+            if self._index is not None:
+                self._index.prepare(now, mine[(batch + 1) * self.batch_size :])
+            yield [(0, index) for index in now]

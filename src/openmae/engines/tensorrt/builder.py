@@ -1,0 +1,209 @@
+"""From an ONNX file to a serialized engine, with either builder."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openmae.engines.tensorrt.backend import Backend
+from openmae.engines.tensorrt.sidecar import Profile, TensorInfo
+from openmae.errors import CheckpointError, RunError
+from openmae.storage.atomic import replacing
+
+_DTYPES = {
+    **{"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool"},
+    **{"UINT8": "uint8", "INT8": "int8", "INT32": "int32", "INT64": "int64"},
+}
+_MIB = 2**20
+_MOST_LINES = 3  # of a builder's errors, which repeat themselves
+
+log = logging.getLogger("openmae")
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What a builder is told besides the network.
+
+    Attributes:
+        profile: batches of the engine.
+        workspace_mib: memory that the builder may use; 0 for no limit.
+        timing_cache: a file of tensorrt's timing cache; tensorrt_rtx has none.
+        verbose: log all that the builder says.
+    """
+
+    profile: Profile
+    workspace_mib: int = 0
+    timing_cache: Path | None = None
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class Built:
+    """A serialized engine, what it takes and gives, and how long it took."""
+
+    engine: Any
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    seconds: float
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the file."""
+        return self.engine.nbytes / 1e6
+
+
+def build_engine(graph: Path | bytes, backend: Backend, settings: BuildSettings) -> Built:
+    """Build an engine from ONNX, in its precision: networks are strongly typed.
+
+    Raises:
+        CheckpointError: the parser refuses the graph.
+        RunError: the builder fails; the text is its own.
+        KeyboardInterrupt: Ctrl-C, as soon as the builder listens.
+    """
+    trt, began = backend.module, time.perf_counter()
+    logger = get_logger(backend.module, backend.name, verbose=settings.verbose)
+    with backend.on_gpu(), _interrupts() as asked:
+        builder = trt.Builder(logger)
+        # required up to TensorRT 10, and what the only kind of network is called since
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        if not (parser.parse(graph) if isinstance(graph, bytes) else parser.parse_from_file(str(graph))):
+            raise _refused(parser, backend)
+        config = _configure(builder, network, backend, settings)
+        config.progress_monitor = _make_monitor(trt, asked)
+        engine = builder.build_serialized_network(network, config)
+        if asked:
+            raise KeyboardInterrupt
+        if engine is None:
+            raise RunError(
+                f"{backend.name} {backend.version} could not build the engine: {' '.join(logger.errors)}",
+                "Try another gen_trt_engine.tensorrt.data_type or gen_trt_engine.compute_capability, or more "
+                "gen_trt_engine.tensorrt.workspace_size; gen_trt_engine.verbose=true prints all that the builder says.",
+            )
+        if backend.name == "tensorrt" and settings.timing_cache:
+            with replacing(settings.timing_cache) as temporary:
+                temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        inputs = tuple(_describe(network.get_input(place)) for place in range(network.num_inputs))
+        outputs = tuple(_describe(network.get_output(place)) for place in range(network.num_outputs))
+    return Built(engine, inputs, outputs, time.perf_counter() - began)
+
+
+def get_logger(trt: Any, name: str, *, verbose: bool = False) -> Any:
+    """The process's ``ILogger`` of a builder, with no ``errors``; it passes warnings on, and everything if verbose.
+
+    TensorRT keeps the first one that it is given, and passes over all others.
+    """
+    logger = _make_logger(trt, name)
+    logger.errors.clear()
+    logger.verbose = verbose
+    return logger
+
+
+@functools.cache
+def _make_logger(trt: Any, name: str) -> Any:
+    class EngineLogger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.verbose = False
+
+        def log(self, severity: Any, message: str) -> None:
+            level = int(severity)
+            if level <= int(trt.ILogger.ERROR) and len(self.errors) < _MOST_LINES and "catchCudaError" not in message:
+                self.errors.append(message)
+            if self.verbose:
+                log.info("[%s] %s", name, message)
+            elif level == int(trt.ILogger.WARNING):
+                log.warning("[%s] %s", name, message)
+
+    return EngineLogger()
+
+
+def _configure(builder: Any, network: Any, backend: Backend, settings: BuildSettings) -> Any:
+    trt, config = backend.module, builder.create_builder_config()
+    if settings.workspace_mib:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib * _MIB)
+    if backend.name == "tensorrt_rtx":
+        config.num_compute_capabilities = len(backend.targets)
+        for place, name in enumerate(backend.targets):
+            config.set_compute_capability(trt.ComputeCapability.__members__[name], place)
+    elif settings.timing_cache:
+        _set_timing_cache(config, settings.timing_cache)
+    dynamic = [t for t in map(network.get_input, range(network.num_inputs)) if t.shape[0] == -1]
+    if dynamic:
+        profile, sizes = builder.create_optimization_profile(), settings.profile
+        for tensor in dynamic:
+            rest = tuple(tensor.shape)[1:]
+            profile.set_shape(tensor.name, *((batch, *rest) for batch in (sizes.min, sizes.opt, sizes.max)))
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _set_timing_cache(config: Any, path: Path) -> None:
+    """Take what is in the file; what another version or GPU wrote is of no use."""
+    held = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(held)
+    if cache is None or not config.set_timing_cache(cache, False):
+        log.warning(
+            "gen_trt_engine.timing_cache: %s is of another TensorRT or GPU, or damaged; it is begun anew.", path
+        )
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _make_monitor(trt: Any, asked: list[bool]) -> Any:
+    """An ``IProgressMonitor`` that cancels the build when Ctrl-C was pressed."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            pass
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return not asked
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+    return Monitor()
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[bool]]:
+    """A list that Ctrl-C adds to: raised in one of the builder's callbacks, KeyboardInterrupt would be lost there."""
+    asked: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to no other
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _refused(parser: Any, backend: Backend) -> CheckpointError:
+    reasons = [_reason(parser.get_error(place)) for place in range(min(parser.num_errors, _MOST_LINES))]
+    return CheckpointError(
+        f"{backend.name} {backend.version} refuses the graph: {'; '.join(reasons) or 'it gives no reason'}.",
+        "Export the model with another export.opset_version, or build with another gen_trt_engine.backend.",
+    )
+
+
+def _reason(error: Any) -> str:
+    where = f"{error.node_operator()} node {error.node_name()!r}: " if error.node_operator() else ""
+    lines = [line for line in error.desc().splitlines() if "catchCudaError" not in line]
+    return f"{where}{error.code().name}, {' '.join(lines)}"
+
+
+def _describe(tensor: Any) -> TensorInfo:
+    return TensorInfo(tensor.name, tuple(tensor.shape), _DTYPES[tensor.dtype.name])

@@ -1,0 +1,97 @@
+"""``metrics.csv``: every number of a run, a row per logged step.
+
+The first columns are ``step`` and ``epoch`` (from 1, as in the names of checkpoints); the others appear as metrics do,
+so a cell is empty where a metric was not measured at that step. Values are written in full: reading gives the same
+floats back.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from openmae.storage.atomic import complete_lines, drop_torn_line, make_folder, write_atomically
+
+Row = dict[str, float]
+_KEYS = ("step", "epoch")
+
+
+class MetricsLog:
+    """Writes ``folder/metrics.csv``. Only one process of a run (rank 0) may hold it.
+
+    Args:
+        folder: the action's results folder; created when it does not exist.
+        append: keep the rows of an earlier run (a resumed one) instead of starting anew.
+
+    Raises:
+        UserError: the folder cannot be created or written.
+    """
+
+    def __init__(self, folder: Path, append: bool) -> None:
+        self.path = make_folder(Path(folder)) / "metrics.csv"
+        self._columns: list[str] = list(_KEYS)
+        if append and self.path.exists():
+            drop_torn_line(self.path)
+            if header := next(csv.reader(complete_lines(self.path)), None):
+                self._columns = header
+                return
+        self._rewrite([])
+
+    def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Append one row.
+
+        Args:
+            step: optimizer steps done when the values were measured.
+            epoch: the epoch they belong to, from 1.
+            values: metric name -> value; a new name adds a column.
+
+        Raises:
+            ValueError: a metric is called ``step`` or ``epoch``.
+        """
+        if taken := [name for name in _KEYS if name in values]:
+            raise ValueError(f"a metric cannot be called {taken[0]!r}: that column holds the position")
+        row: Row = {"step": int(step), "epoch": int(epoch), **{k: float(v) for k, v in values.items()}}
+        new = [name for name in row if name not in self._columns]
+        if new:
+            rows = read_metrics(self.path)
+            self._columns += new
+            self._rewrite([*rows, row])
+            return
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(_to_csv([row], self._columns))
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows written after ``step``: a run resumed there will write them again."""
+        self._rewrite([row for row in read_metrics(self.path) if row["step"] <= step])
+
+    def _rewrite(self, rows: Iterable[Row]) -> None:
+        header = _to_csv([dict(zip(self._columns, self._columns, strict=True))], self._columns)
+        write_atomically(self.path, header + _to_csv(rows, self._columns))
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """Return the rows of a ``metrics.csv``, each with the metrics that were measured at its step.
+
+    ``step`` and ``epoch`` are ints. A last row that is still being written is left out. Older versions counted epochs
+    from 0: their rows are returned with epochs from 1.
+    """
+    rows: list[Row] = []
+    for cells in csv.DictReader(complete_lines(Path(path))):
+        row: Row = {name: float(cell) for name, cell in cells.items() if cell}
+        rows.append(row | {name: int(row[name]) for name in _KEYS})
+    from_zero = any(row["epoch"] == 0 for row in rows)
+    return [row | {"epoch": row["epoch"] + from_zero} for row in rows]
+
+
+def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    """Return (steps, values) of the rows in which ``name`` was measured."""
+    measured = [row for row in rows if name in row]
+    return [row["step"] for row in measured], [row[name] for row in measured]
+
+
+def _to_csv(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()

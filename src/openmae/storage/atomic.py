@@ -1,0 +1,189 @@
+"""Files that survive a crash: whole lines in, whole files out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from openmae.errors import OpenMAEError, RunError, UserError
+from openmae.storage.printable import encodable
+
+_TRIES = 20  # to delete what another process deletes too
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_FAULTY = frozenset({errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO})
+UNWRITTEN = FULL | _UNWRITABLE | _FAULTY  # errors of a disk, and no faults of a program
+
+
+def make_folder(folder: Path, key: str = "results_dir") -> Path:
+    """Create ``folder`` with its parents and return it; where nothing can be written is a ``UserError``.
+
+    Args:
+        folder: to be written to.
+        key: that named it, for the message.
+
+    Raises:
+        UserError: it cannot be made, or nothing may be written to it.
+        RunError: its disk is full or faulty.
+    """
+    try:
+        with disk_errors(folder, UNWRITTEN - _UNWRITABLE):
+            folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+        reason = "permission denied"
+    except OSError as error:
+        writable, reason = False, (error.strerror or str(error)).lower()
+    if not writable:
+        raise UserError(
+            f"{key}: cannot write to {str(folder)!r} ({reason}).",
+            f"Set {key} to a place that you may write to.",
+        )
+    return folder
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder and what is in it; one that is gone, or that another process deletes too, is no error.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        if not folder.exists():
+            return
+    shutil.rmtree(folder)
+
+
+def complete_lines(path: Path) -> list[str]:
+    """Return the lines of ``path`` that were written to their end; a torn last line is left out."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1].split("\n")[:-1]
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut a last line that a killed process left half-written, so that the next one starts clean."""
+    with path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike[str], errors: Collection[int] = UNWRITTEN, key: str = "") -> Iterator[None]:
+    """Turn an error of the disk that holds ``path`` into a ``RunError`` with the reason, the path and the fix.
+
+    Args:
+        path: of the file or folder that the block writes; an error that names a path of its own replaces it.
+        errors: numbers of the errors to turn; others pass.
+        key: of the spec, where it names the folder of results.
+
+    Raises:
+        RunError: the disk is full, read-only or faulty, or the user may not write there.
+    """
+    try:
+        yield
+    except OpenMAEError:
+        raise
+    except Exception as error:
+        found = fault_of_disk(error)
+        if found is None or found.errno not in errors:
+            raise
+        raise disk_error(found, path, key) from error
+
+
+def fault_of_disk(error: Exception) -> OSError | None:
+    """The error of a disk that an exception is or stems from, whatever library raised it; None where it is another."""
+    cause: BaseException | None = error
+    while cause is not None:
+        of_a_path = isinstance(cause, OSError) and (cause.errno not in _UNWRITABLE or cause.filename is not None)
+        if isinstance(cause, OSError) and cause.errno in UNWRITTEN and of_a_path:  # not of a process, say
+            return cause
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if os.strerror(number) in str(cause):
+                return OSError(number, os.strerror(number))
+        if "No usable temporary directory" in str(cause):  # tempfile's, which has tried to write to each
+            return OSError(
+                errno.ENOSPC, "no temporary folder can be written; TMPDIR names one", tempfile.tempdir or "/tmp"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def disk_error(error: OSError, path: str | os.PathLike[str], key: str = "", verb: str = "written") -> RunError:
+    """Describe an error of the disk that holds ``path``; see ``disk_errors``."""
+    named = next((name for name in (error.filename2, error.filename) if isinstance(name, str | bytes)), path)
+    if os.path.dirname(os.fsdecode(named)) == os.path.dirname(os.fsdecode(path)):
+        named = path  # and not the temporary file beside it
+    place = os.fsdecode(named).encode(errors="replace").decode()  # it may hold bytes that are no UTF-8
+    reason = error.strerror or str(error)
+    tail = f" could not be {verb} ({reason})"
+    problem = f"The results{tail}: {place}." if key else f"{place}{tail}."
+    folder = _existing_folder(place)
+    disk = _mount_point(folder)
+    elsewhere = f"set {key} to a folder on another disk" if key else "use a folder on another disk"
+    if error.errno == errno.ENOSPC and _is_out_of_inodes(folder):
+        fix = f"The file system at {disk} has no inodes left: delete files there, large or small, or {elsewhere}."
+    elif error.errno == errno.EDQUOT:
+        fix = f"Free space in {disk} or have your quota raised, or {elsewhere}."
+    elif error.errno == errno.EFBIG:
+        fix = "Raise the limit on the size of a file (`ulimit -f`), or use another file system."
+    elif error.errno == errno.ENOSPC:
+        fix = f"Free space{'' if key else f' in {disk}'}, or {elsewhere}."
+    elif error.errno == errno.EROFS:
+        fix = f"The file system at {disk} is read-only: mount it with write access, or {elsewhere}."
+    elif error.errno in _UNWRITABLE:
+        fix = f"Give your user write permission on {folder}, or use another folder."
+    else:
+        fix = f"Check the disk or the file server of {disk} (`dmesg` shows its errors), or {elsewhere}."
+    return RunError(problem, fix)
+
+
+def _existing_folder(path: str) -> str:
+    folder = os.path.abspath(path)
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _mount_point(folder: str) -> str:
+    while not os.path.ismount(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _is_out_of_inodes(folder: str) -> bool:
+    try:
+        facts = os.statvfs(folder)
+    except OSError:
+        return False
+    return facts.f_files > 0 and facts.f_favail == 0 and facts.f_bavail > 0
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that takes its place when the block ends without an error.
+
+    A reader sees the old file or the new one, never a part; a full disk leaves the old one. The file gets the
+    permissions of any new file, whatever wrote it (safetensors would let nobody else read it).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(permissions)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """Write ``text`` to ``path``, whole or not at all, and return the path; a name in it need not be UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(encodable(text), encoding="utf-8", newline="")
+    return path

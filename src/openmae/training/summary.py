@@ -1,0 +1,109 @@
+"""The resolved recipe of a run, for people to read before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_fabric import Fabric
+
+from openmae.distributed.launch import describe_device, world_of
+from openmae.models.build import ModelConfig
+from openmae.training.finetune import FinetuneTask
+from openmae.training.optim import Schedule
+from openmae.training.pretrain import PretrainTask
+from openmae.training.state import LoopSettings
+
+_MOST_LAYERS = 16  # shown one by one; more are shown by their first and last ones
+
+Rows = list[tuple[str, str]]
+
+
+def recipe_rows(
+    fabric: Fabric,
+    task: PretrainTask | FinetuneTask,
+    config: ModelConfig,
+    groups: Sequence[dict],
+    schedule: Schedule,
+    settings: LoopSettings,
+    images: tuple[int, int],
+    batch_size: int,
+) -> Rows:
+    """Label and value of each line.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        images: of the training and of the validation set.
+        batch_size: of one process.
+    """
+    height, width = config.input_size
+    units = (height // config.unit) * (width // config.unit)
+    trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in task.model.parameters())
+    rows = [
+        ("architecture", f"{config.arch}, {height} x {width} px, {config.in_chans} channels"),
+        ("parameters", f"{total / 1e6:.2f} M, {trained / 1e6:.2f} M of them trained"),
+    ]
+    if isinstance(task, FinetuneTask):
+        rows.append(("classes", f"{config.num_classes}"))
+    else:
+        masked = f"{config.mask_ratio:g} of {units} units of {config.unit} px"
+        decoder = f"{config.decoder_depth} x {config.decoder_embed_dim}"
+        share = f"; a training step predicts {task.targets:g} of them" if task.targets != 1 else ""
+        cross = ", cross-attention" if config.decoder_attention == "cross" else ""
+        rows += [("masked", masked + share), ("decoder", decoder + cross)]
+    rows += [
+        (
+            "images",
+            f"{images[0]:,} to train" + (f", {images[1]:,} to validate" if images[1] else ", none to validate"),
+        ),
+        ("batch", _batch_text(fabric, batch_size, settings.accum_grad_batches)),
+        ("epochs", f"{settings.num_epochs} x {_count(schedule.steps_per_epoch, 'step')}"),
+    ]
+    step = batch_size * fabric.world_size
+    if left_out := images[0] % step:
+        why = f"{images[0]:,} is not a multiple of {step}"
+        rows.append(("left out", f"{_count(left_out, 'image')} per epoch, others in each epoch: {why}"))
+    rows += [
+        ("schedule", _schedule_text(schedule)),
+        ("learning rate", _rates_text(groups, settings.lr)),
+        ("device", describe_device(fabric) + (", compiled" if settings.compile else "")),
+    ]
+    return rows
+
+
+def _batch_text(fabric: Fabric, batch_size: int, accumulated: int) -> str:
+    """The images of an update, and the factors that are not 1."""
+    world = world_of(fabric)
+    factors = [f"{batch_size} images"]
+    if world.nodes > 1:
+        factors.append(f"{world.nodes} nodes")
+    if world.per_node > 1:
+        factors.append(f"{world.per_node} processes")
+    if accumulated > 1:
+        factors.append(f"{accumulated} accumulated")
+    total = batch_size * fabric.world_size * accumulated
+    return f"{total} = {' x '.join(factors)}" if len(factors) > 1 else f"{total}"
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
+
+
+def _schedule_text(schedule: Schedule) -> str:
+    warmup = f"{_count(schedule.warmup_epochs, 'epoch')} of warmup, then " if schedule.warmup_epochs else ""
+    if schedule.kind == "cosine":
+        return f"{warmup}cosine to 0"
+    milestones = ", ".join(map(str, schedule.milestones)) or "never"
+    return f"{warmup}x {schedule.gamma:g} at epochs {milestones}"
+
+
+def _rates_text(groups: Sequence[dict], lr: float) -> str:
+    """The peak learning rate of each layer."""
+    scales = {group["name"].removesuffix(", no decay"): group["lr_scale"] for group in groups}
+    rates = [(name, scale * lr) for name, scale in sorted(scales.items(), key=lambda item: item[1])]
+    if len(set(scales.values())) == 1:
+        return f"{rates[0][1]:.3g}"
+    if len(rates) > _MOST_LAYERS:
+        half = _MOST_LAYERS // 2
+        rates = [*rates[:half], ("...", 0.0), *rates[-half:]]
+    return ", ".join(f"{name} {rate:.3g}" if rate else name for name, rate in rates)

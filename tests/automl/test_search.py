@@ -1,0 +1,199 @@
+"""Whole searches with real trainings, by `mae automl` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from openmae.automl import search as run_module
+from openmae.automl.database import stored
+from openmae.automl.worker import this_machine
+from openmae.errors import Preempted, RunError
+from openmae.jobs import Client
+from openmae.results.status import read_status
+from openmae.spec.load import load_spec
+from openmae.spec.schema import ExperimentSpec
+
+Command = list[str]
+
+
+def _command(folder: Path, pictures: Path, *more: str) -> Command:
+    return [
+        *(sys.executable, "-m", "openmae", "automl"),
+        *(f"results_dir={folder}", f"dataset.train_data_sources={pictures / 'train'}", "model.arch=vit_tiny_patch16"),
+        *("dataset.batch_size=5", "dataset.augmentation.input_size=32", "dataset.num_workers_per_gpu=0"),
+        *more,
+    ]
+
+
+def _run(command: Command, seconds: float = 240) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def _until(what: Callable[[], Any], text: str, seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, f"{text} did not come in {seconds:g} s"
+        time.sleep(0.05)
+    return found
+
+
+def _spec(command: Command) -> ExperimentSpec:
+    return load_spec(None, command[4:], action="automl")
+
+
+def _trials(command: Command) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name="automl", storage=stored(_spec(command))).trials
+
+
+def _jobs(folder: Path) -> list[str]:
+    return sorted(job.name for job in Client(root=folder / "automl" / "jobs" / this_machine()).list_jobs())
+
+
+def test_a_search_from_its_review_to_the_training_of_its_best_spec(tmp_path: Path, pictures: Path) -> None:
+    command = _command(
+        tmp_path, pictures, "train.num_epochs=1", "automl.max_recommendations=2", "automl.algorithm=random"
+    )
+    text = _run(command)
+    folder = tmp_path / "automl"
+    assert f"Next: mae train -e {folder}/best.yaml" in text
+
+    own, other = _trials(command)
+    assert own.state == other.state == TrialState.COMPLETE
+    best = min((own, other), key=lambda trial: trial.value or 0.0)
+    for trial in (own, other):
+        lines = read_status(folder / "trials" / f"{trial.number:03d}" / "status.json")
+        assert trial.value == [line["kpi"]["train_loss"] for line in lines if "kpi" in line][-1]
+        kept = sorted((folder / "trials" / f"{trial.number:03d}").glob("*.pth"))
+        assert bool(kept) == (trial is best), "the loser takes room, or the best is gone"
+    checkpoint = folder / "trials" / f"{best.number:03d}" / "model_best.pth"
+    assert (folder / "model_best.pth").read_bytes() == checkpoint.read_bytes()
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert all(title in report for title in ("Best values", "History", "Parallel coordinates", "All recommendations"))
+
+    entries = read_status(folder / "status.json")
+    assert entries[0]["status"] == "STARTED"
+    assert entries[-1]["status"] == "SUCCESS"
+    assert {key for entry in entries for key in entry} == {"date", "time", "status", "verbosity", "message", "kpi"}
+    told = [entry["kpi"] for entry in entries if "kpi" in entry]
+    assert told[-1]["train_loss"] == best.value
+
+    spec = load_spec(folder / "best.yaml", action="train")
+    assert spec.train.optim.lr == best.params["train.optim.lr"]
+    assert spec.train.optim.warmup_epochs == 0 or "train.optim.warmup_epochs" not in best.params
+    _run([*command[:3], "train", "-e", str(folder / "best.yaml")])
+    trained = read_status(tmp_path / "best" / "train" / "status.json")
+    again = [entry["kpi"]["train_loss"] for entry in trained if "kpi" in entry][-1]
+    assert again == best.value, "the best spec does not train what the search trained"
+
+
+def test_the_best_of_a_search_is_a_whole_checkpoint(tmp_path: Path) -> None:
+    trial = tmp_path / "trials" / "000"
+    (trial / "model_epoch_001_step_00006.shards").mkdir(parents=True)
+    search: Any = SimpleNamespace(
+        folder=tmp_path,
+        trainings=SimpleNamespace(folder_of=lambda name: tmp_path / "trials" / name),
+        objective=SimpleNamespace(of_best_epoch=False),
+    )
+    with pytest.raises(RunError, match="The best recommendation's checkpoint is not in"):
+        run_module._copy_best(search, "000")
+    (trial / "model_epoch_001_step_00004.pth").write_bytes(b"whole")
+    run_module._copy_best(search, "000")
+    assert (tmp_path / "model_best.pth").read_bytes() == b"whole"
+
+
+def test_killed_in_the_middle_and_begun_again(tmp_path: Path, pictures: Path) -> None:
+    command = _command(
+        tmp_path, pictures, "train.num_epochs=2", "automl.max_recommendations=2", "automl.algorithm=random"
+    )
+    client = Client(root=tmp_path / "automl" / "jobs" / this_machine())
+
+    def training() -> Any:
+        jobs = [job for job in client.list_jobs() if job.name == "001 to epoch 2" and job.status == "RUNNING"]
+        return jobs and client.store.read(jobs[0].id)["handle"].get("process")
+
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = _until(training, "the second training")
+    os.kill(process["pid"], signal.SIGSTOP)  # so that it still runs when it is found
+    first.send_signal(signal.SIGKILL)
+    first.wait(10)
+    assert [trial.state for trial in _trials(command)] == [TrialState.COMPLETE, TrialState.RUNNING]
+
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        _until(
+            lambda: (
+                _trials(command)[1].user_attrs["worker"]["process"]["pid"] == second.pid or second.poll() is not None
+            ),
+            "the second process at the recommendation of the first",
+        )
+    finally:
+        os.kill(process["pid"], signal.SIGCONT)
+    text, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, text
+    assert "Going on with the search in" in text
+    trials = _trials(command)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+    assert _jobs(tmp_path) == ["000 to epoch 2", "001 to epoch 2", "probe"], "it was trained twice"
+    lines = read_status(tmp_path / "automl" / "trials" / "001" / "status.json")
+    assert [line["message"] for line in lines if "kpi" in line] == ["Epoch 1 of 2, step 2", "Epoch 2 of 2, step 4"]
+    assert [line["status"] for line in read_status(tmp_path / "automl" / "status.json")].count("SUCCESS") == 1
+
+
+def test_a_request_that_is_wrong_trains_nothing(tmp_path: Path, pictures: Path) -> None:
+    command = _command(tmp_path, pictures, "train.num_epochs=2", "automl.parameters=[train.seed]")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "automl.parameters: train.seed: it is never searched" in done.stderr
+    assert not (tmp_path / "automl").exists()
+
+
+def test_a_preempted_search_says_so(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "open_search", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Preempted):
+        run_module.run(_spec(_command(tmp_path, pictures)))
+    assert read_status(tmp_path / "automl" / "status.json")[-1]["message"] == "automl was preempted"
+
+
+@pytest.mark.slow  # minutes: every job imports torch
+def test_finetuning_with_early_stopping_interrupted_and_measured(tmp_path: Path, pictures: Path) -> None:
+    pretrained = tmp_path / "pretrained"
+    _run([*_command(pretrained, pictures)[:3], "train", *_command(pretrained, pictures)[4:], "train.num_epochs=1"])
+    command = _command(
+        *(tmp_path / "search", pictures, "train.stage=finetune", f"dataset.val_data_sources={pictures / 'val'}"),
+        *("train.num_epochs=3", "automl.algorithm=asha", "automl.max_recommendations=4", "dataset.batch_size=2"),
+        f"train.pretrained_model_path={pretrained}/train/model_best.pth",
+    )  # fmt: skip
+    folder = tmp_path / "search" / "automl"
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _until(lambda: (folder / "trials" / "001").is_dir() or first.poll() is not None, "the second training", 200)
+    first.send_signal(signal.SIGINT)
+    text, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, text
+    assert all(job.finished for job in Client(root=folder / "jobs" / this_machine()).list_jobs()), (
+        "a job was left running"
+    )
+    text = _run(command, 400)
+    trials = _trials(command)
+    assert len(trials) == 4
+    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
+    for trial in trials:
+        lines = read_status(folder / "trials" / f"{trial.number:03d}" / "status.json")
+        epochs = [line["message"].split()[1] for line in lines if "kpi" in line]
+        assert epochs == [str(number + 1) for number in range(trial.user_attrs["epochs"])], "an epoch was trained twice"
+    final = json.loads(json.dumps(optuna.load_study(study_name="automl", storage=stored(_spec(command))).user_attrs))
+    assert 0 <= final["final"]["ACC_all"] <= 1

@@ -1,0 +1,521 @@
+"""Shards are read where they lie, and give what the same images give as loose files."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from openmae.data.decode import CorruptImage
+from openmae.data.folder import Skipped
+from openmae.data.image_dataset import AddressedSampler, Batch
+from openmae.data.image_index import ImageIndex
+from openmae.data.index import index_images
+from openmae.data.loaders import LoaderSettings, TrainingLoader, evaluation_loader, training_loader
+from openmae.data.open import open_index
+from openmae.data.patterns import expand_braces, is_shards
+from openmae.data.shards import reading as shards_module
+from openmae.data.shards.packing import Packing, pack
+from openmae.data.shards.reading import WINDOW, windowed_order
+from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
+from openmae.errors import DataError
+
+AUGMENT = FinetuneTransform(PretrainTransform((32, 32)), (0.5,) * 3, (0.2,) * 3, auto_aug="rand-m9-mstd0.5-inc1")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def png(seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def sharded(index: ImageIndex, out: Path, shard_bytes: int = 20_000) -> str:
+    """Pack the images of a folder into several shards; the pattern of their names."""
+    return pack(index, out, Packing(shard_bytes=shard_bytes)).pattern
+
+
+def loader(index: ImageIndex, folder: Path, **options: Any) -> TrainingLoader:
+    settings = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0, **options}
+    return training_loader(index, AUGMENT, LoaderSettings(**settings), seed=3)
+
+
+def plain(batches: Any) -> list[tuple[Any, ...]]:
+    def of(batch: Batch) -> tuple[Any, ...]:
+        return batch.images.numpy().tobytes(), batch.labels.tolist(), batch.indices.tolist(), batch.epoch
+
+    return [of(batch) for batch in batches]
+
+
+# ------------------------------------------------------------------------------------------- patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("t-{000..002}.tar", ["t-000.tar", "t-001.tar", "t-002.tar"]),
+        ("t-{8..11}.tar", ["t-8.tar", "t-9.tar", "t-10.tar", "t-11.tar"]),
+        ("t-{08..10}.tar", ["t-08.tar", "t-09.tar", "t-10.tar"]),
+        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+        ("{a-{0..1},b}.tar", ["a-0.tar", "a-1.tar", "b.tar"]),
+        ("s3://b/{x,y}.tar", ["s3://b/x.tar", "s3://b/y.tar"]),
+        ("{x}.tar", ["{x}.tar"]),
+    ],
+)
+def test_braces_are_expanded_as_a_shell_does(pattern: str, names: list[str]) -> None:
+    assert expand_braces(pattern) == names
+    assert is_shards(pattern) == (pattern != "{x}.tar")
+
+
+def test_a_folder_may_have_braces_in_its_name(tmp_path: Path, make_images: Any) -> None:
+    make_images(tmp_path / "{a,b}", ["1.png"])
+    assert len(open_index(str(tmp_path / "{a,b}"), None)) == 1
+
+
+@pytest.mark.parametrize("pattern", ["t-{9..2}.tar", "t-{0..99999999}.tar"])
+def test_ranges_that_make_no_sense(pattern: str) -> None:
+    with pytest.raises(DataError, match="must run upwards, over at most 1,000,000 numbers"):
+        expand_braces(pattern)
+
+
+# --------------------------------------------------------------------------- the same as loose files
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards_give_what_the_folder_gives(index: ImageIndex, tmp_path: Path, with_index: bool) -> None:
+    pattern = sharded(index, tmp_path / "out")
+    if not with_index:
+        for path in (tmp_path / "out").glob("*.json"):
+            path.unlink()
+    found = open_index(pattern, True)
+    assert len({path.partition("!")[0] for path in found.paths}) == 5
+    assert found.paths[:2] == ("out-000000.tar!cat/0.png", "out-000000.tar!cat/1.png")
+    assert found.labels == index.labels
+    assert found.class_names == (index.class_names if with_index else ("0", "1"))
+    for epoch in (0, 1):
+        ours, theirs = (loader(i, tmp_path).from_position(epoch, 0) for i in (found, index))
+        assert plain(ours) == plain(theirs), "batches from shards differ from those of loose files"
+
+
+def test_workers_and_resuming_change_nothing(index: ImageIndex, tmp_path: Path) -> None:
+    found = open_index(sharded(index, tmp_path / "out"), True)
+    alone, helped = (loader(found, tmp_path, num_workers=workers) for workers in (0, 2))
+    epoch = plain(alone.from_position(1, 0))
+    assert plain(helped.from_position(1, 0)) == epoch, "0 workers differ from 2"
+    for done in range(4):
+        assert plain(helped.from_position(1, done)) == epoch[done:], f"resuming after batch {done} differs"
+    assert pickle.loads(pickle.dumps(found)).read(3) == found.read(3)
+
+
+def test_ranks_see_every_image_once(index: ImageIndex, tmp_path: Path) -> None:
+    found = open_index(sharded(index, tmp_path / "out"), True)
+    sizes = np.bincount(found.shard_of)  # type: ignore[attr-defined]
+    assert len(set(sizes.tolist())) > 1, "this test needs uneven shards"
+    train, val = [], []
+    for rank in range(2):
+        options: dict[str, Any] = {"rank": rank, "world_size": 2}
+        batches = loader(found, tmp_path, batch_size=7, **options).from_position(0, 0)
+        train += [i for batch in batches for i in batch.indices.tolist()]
+        settings = LoaderSettings(3, tmp_path, 1.0, **options)
+        val += [i for b in evaluation_loader(found, EvalTransform((32, 32)), settings) for i in b.indices.tolist()]
+    assert sorted(train) == sorted(val) == list(range(14))
+
+
+def test_a_corrupt_image_is_named_by_shard_and_key(index: ImageIndex, tmp_path: Path) -> None:
+    members = {f"{i}.png": png(i) for i in range(5)} | {"2.png": b"broken"}
+    write_tar(tmp_path / "a-0.tar", members)
+    write_tar(tmp_path / "b-0.tar", members)
+    found, other = (open_index(str(tmp_path / f"{name}-{{0..0}}.tar"), None) for name in "ab")
+    batches = list(loader(found, tmp_path, batch_size=5).from_position(0, 0))
+    assert sorted(batches[0].indices.tolist()) == [0, 1, 3, 3, 4]
+    assert batches[0].corrupt[0][0] == "a-0.tar!2.png"
+    assert (
+        (tmp_path / "corrupt_files.txt")
+        .read_text()
+        .startswith(f"{tmp_path}/a-0.tar!2.png\tits content is not an image")
+    )
+    with pytest.raises(DataError, match=rf"1 of 5 images in {tmp_path}/b-\{{0..0\}}.tar are corrupt \(20.00%\)"):
+        list(loader(other, tmp_path, batch_size=5, max_corrupt_fraction=0.1).from_position(0, 0))
+
+
+def test_a_shard_that_changed_under_a_run_is_noticed(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a-0.tar", {"1.png": png(1), "2.png": png(2)})
+    found = open_index(str(tmp_path / "a-{0..0}.tar"), None)
+    write_tar(path, {"0.txt": b"x", "1.png": png(1)})
+    with pytest.raises(CorruptImage, match=r"a-0.tar has changed since it was indexed"):
+        found.read(0)
+    assert open_index(str(tmp_path / "a-{0..0}.tar"), None).paths == ("a-0.tar!1.png",)
+
+
+def test_an_index_that_lies_is_not_believed(index: ImageIndex, tmp_path: Path) -> None:
+    pattern = sharded(index, tmp_path / "out")
+    right = open_index(pattern, True)
+    for content in ("{", "null", '{"format":"openmae-shard-1"}', '{"format":"other"}'):
+        (tmp_path / "out" / "out-000001.tar.index.json").write_text(content)
+        assert open_index(pattern, False).paths == right.paths
+    file = tmp_path / "out" / "out-000000.tar.index.json"
+    facts = json.loads(file.read_text())
+    facts["offsets"] = [offset + 512 for offset in facts["offsets"]]
+    file.write_text(json.dumps(facts))
+    assert open_index(pattern, False).read(0) == right.read(0)
+
+
+# --------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    ("members", "classes", "labels"),
+    [
+        ({"1.png": "", "1.cls": "9", "2.png": "", "2.cls": "10\n"}, ("9", "10"), (0, 1)),
+        ({"1.cls": "dog", "1.png": "", "2.png": "", "2.cls": "cat"}, ("cat", "dog"), (1, 0)),
+        ({"1.png": "", "1.json": '{"label": "dog"}', "2.png": "", "2.json": '{"label": 3}'}, ("3", "dog"), (1, 0)),
+        ({"1.png": "", "1.json": '{"label": 1}', "1.cls": "2"}, ("2",), (0,)),
+        ({"a.b/1.v2.png": "", "a.b/1.v2.cls": "x", "a.b/1.v3.png": "", "a.b/1.cls": "y"}, ("x", "y"), (0, 1)),
+        ({"./cat/1.png": "", "./dog/2.png": ""}, ("cat", "dog"), (0, 1)),
+        ({"set/cat/1.png": "", "set/dog/in/2.png": ""}, ("cat", "dog"), (0, 1)),
+    ],
+    ids=["integers", "text", "json", "cls before json", "dots", "folders", "wrapped folders"],
+)
+def test_labels(tmp_path: Path, members: dict[str, str], classes: tuple[str, ...], labels: tuple[int, ...]) -> None:
+    content = {name: png() if name.endswith("png") else text.encode() for name, text in members.items()}
+    write_tar(tmp_path / "s-0.tar", content)
+    found = open_index(str(tmp_path / "s-{0..0}.tar"), True)
+    assert (found.class_names, found.labels) == (classes, labels)
+    assert open_index(str(tmp_path / "s-{0..0}.tar"), False).labels is None
+
+
+def test_classes_are_numbered_over_all_shards(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s-0.tar", {"1.png": png(), "1.cls": b"dog"})
+    write_tar(tmp_path / "s-1.tar", {"1.png": png(), "1.cls": b"cat", "2.png": png(), "2.cls": b"dog", "x.npy": b"."})
+    found = open_index(str(tmp_path / "s-{0..1}.tar"), None)
+    assert (found.class_names, found.labels) == (("cat", "dog"), (1, 0, 1))
+    assert found.skipped == (Skipped(".npy", 1, "s-1.tar!x.npy"),)
+
+
+def test_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "s-0.tar", {"1.png": png(), "1.json": b'{"caption": "a dog"}', "2.png": png()})
+    pattern = str(tmp_path / "s-{0..0}.tar")
+    assert open_index(pattern, None).labels is None
+    with pytest.raises(DataError, match=r"have no labels: 2 of 2 images lie outside .* no .cls or .json") as caught:
+        open_index(pattern, True)
+    assert caught.value.fix.startswith("Give every image a .cls or .json")
+    write_tar(tmp_path / "s-0.tar", {"1.png": png(), "2.png": png(), "2.cls": b"7"})
+    with pytest.raises(DataError, match=r"1 of 2 images in .* have no label, such as 1.png"):
+        open_index(pattern, True)
+    with caplog.at_level(logging.WARNING, logger="openmae"):
+        assert open_index(pattern, None).labels == (-1, 0)
+    assert "1 of 2 images in" in caplog.text
+    assert "have no label, such as 1.png. kNN and probe accuracy leave them out." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("1.cls", b"", "'1.cls' is not a label"),
+        ("1.cls", b"a\nb", "'1.cls' is not a label"),
+        ("1.cls", b"\xff", "'1.cls' is not a label"),
+        ("1.json", b"{", "'1.json' is not a JSON object with an integer or a text"),
+        ("1.json", b"[" * 100_000, "'1.json' is not a JSON object with an integer or a text"),
+        ("1.json", b'{"caption": "cut', "'1.json' is not a JSON object with an integer or a text"),
+        (
+            "1.json",
+            b'{"label": ["a", "b"]}',
+            "'1.json' has a list of 2 as its \"label\", and an image is trained on one",
+        ),
+        ("1.json", b'{"label": true}', "'1.json' is not a JSON object with an integer or a text"),
+    ],
+)
+def test_a_label_that_cannot_be_read_matters_to_who_needs_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes, text: str
+) -> None:
+    write_tar(tmp_path / "s-0.tar", {"1.png": png(), name: content, "2.png": png(), "2.cls": b"7"})
+    pattern = str(tmp_path / "s-{0..0}.tar")
+    assert open_index(pattern, False).labels is None
+    assert caplog.text.count("WARNING") == 0
+    found = open_index(pattern, None)
+    assert (found.class_names, found.labels) == (("7",), (-1, 0))
+    assert f"1 of 2 images in {pattern} have a label that cannot be read: in s-0.tar, member {text}" in caplog.text
+    with pytest.raises(DataError) as caught:
+        open_index(pattern, True)
+    assert f"in s-0.tar, member {text}" in caught.value.problem
+    assert caught.value.fix == "Write these labels again, one for each image, as .cls."
+
+
+def test_a_broken_json_beside_a_label_does_not_matter(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s-0.tar", {"1.png": png(), "1.json": b"{", "1.cls": b"7"})
+    assert open_index(str(tmp_path / "s-{0..0}.tar"), True).class_names == ("7",)
+
+
+def test_images_of_one_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {"1.input.png": png(1), "1.target.png": png(2), "1.cls": b"a", "2.0.png": png(3), "2.0.cls": b"b"}
+    write_tar(tmp_path / "s-0.tar", members)
+    assert open_index(str(tmp_path / "s-{0..0}.tar"), True).labels == (0, 0, 1)
+    assert "2 images share a sample with another one" in caplog.text
+
+
+def test_members_apart_from_their_labels(tmp_path: Path) -> None:
+    images = {f"{number}.png": png(number) for number in range(3)}
+    write_tar(tmp_path / "s-0.tar", images | {f"{number}.cls": b"%d" % (number % 2) for number in range(3)})
+    assert open_index(str(tmp_path / "s-{0..0}.tar"), True).labels == (0, 1, 0)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"caf\xe9.png"), "new\nline.png"]
+    write_tar(tmp_path / os.fsdecode(b"s\xe9-0.tar"), {names[0]: png(1), names[1]: png(2)})
+    found = open_index(f"{tmp_path}/s\udce9-{{0..0}}.tar", None)
+    assert [found.read(number) for number in range(2)] == [png(1), png(2)]
+    assert [found.key(number) for number in range(2)] == names
+    assert found.full_name(found.paths[0]) == f"{tmp_path}/s\\xe9-0.tar!caf\\xe9.png"
+    assert found.holds(found.full_name(found.paths[0]))
+    packed = open_index(sharded(found, tmp_path / "out"), None)
+    assert [packed.read(number) for number in range(2)] == [png(1), png(2)]
+    assert [packed.key(number) for number in range(2)] == names
+
+
+# --------------------------------------------------------------------------------------- bad shards
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def link(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("1.png")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(member)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda path: path.unlink(), r"names 3 shards, but 1 of them do not exist: .*s-1.tar"),
+        (lambda path: path.write_bytes(b""), r"The shard .*s-1.tar is empty \(0 bytes\)"),
+        (lambda path: cut(path, 1000), r"The shard .*s-1.tar is damaged or cut short"),
+        (lambda path: cut(path, 3000), r"The shard .*s-1.tar is damaged or cut short"),
+        (lambda path: write_tar(path, {}), r"The shard .*s-1.tar holds no images \(0 other files\)"),
+        (lambda path: write_tar(path, {"1.txt": b""}), r"The shard .*s-1.tar holds no images \(1 other files\)"),
+        (lambda path: path.write_bytes(b"\x1f\x8b\x08\0" * 200), r"The shard .*s-1.tar is compressed"),
+        (lambda path: path.write_bytes(b"no tar" * 200), r"The shard .*s-1.tar is damaged or cut short"),
+        (link, r"s-1.tar: member '1.png' is a link"),
+    ],
+    ids=["missing", "empty", "cut early", "cut late", "no members", "no images", "compressed", "no tar", "link"],
+)
+def test_a_bad_shard_is_named(tmp_path: Path, spoil: Callable[[Path], object], text: str) -> None:
+    for number in range(3):
+        write_tar(tmp_path / f"s-{number}.tar", {"1.png": png(number), "2.png": png(9)})
+    spoil(tmp_path / "s-1.tar")
+    with pytest.raises(DataError, match=text) as caught:
+        open_index(str(tmp_path / "s-{0..2}.tar"), None)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [("s-{0..1}.zip", "but a shard is a plain .tar file"), ("{s-0,s-0}.tar", r"names .*s-0.tar twice")],
+)
+def test_patterns_that_are_refused(tmp_path: Path, pattern: str, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        open_index(f"{tmp_path}/{pattern}", None)
+    with pytest.raises(DataError, match="there is no way to read ftp://"):
+        open_index("ftp://host/s-{0..1}.tar", None)
+
+
+def test_a_folder_of_shards_is_a_source(index: ImageIndex, tmp_path: Path) -> None:
+    sharded(index, tmp_path / "out")
+    assert open_index(str(tmp_path / "out"), True).labels == index.labels
+
+
+def test_shards_beside_a_picture_are_read(index: ImageIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sharded(index, tmp_path / "out")
+    shutil.copy(index.file(0), tmp_path / "out" / "preview.png")
+    (tmp_path / "out" / "notes.txt").touch()
+    found = open_index(str(tmp_path / "out"), True)
+    assert found.labels == index.labels
+    assert found.skipped == (Skipped(".txt", 1, "notes.txt"),)
+    assert f"{tmp_path}/out holds shards and also 1 image: the shards are read, the images are not (preview.png)" in (
+        caplog.text
+    )
+
+
+def test_a_tar_file_without_images_does_not_hide_the_images_beside_it(
+    index: ImageIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(index.root, tmp_path / "both")
+    (tmp_path / "clip.mp4").write_bytes(bytes(10**6))
+    with tarfile.open(tmp_path / "both" / "videos.tar", "w") as tar:
+        tar.add(tmp_path / "clip.mp4", "clip.mp4")
+    assert open_index(str(tmp_path / "both"), True).labels == index.labels
+    assert "both: its tar files hold no images (videos.tar); the images beside them are read." in caplog.text
+
+
+def test_an_archive_beside_its_images_is_not_read(
+    index: ImageIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(index.root, tmp_path / "both" / "images")
+    with tarfile.open(tmp_path / "both" / "images.tar", "w") as tar:
+        tar.add(index.root, "images")
+    found = open_index(str(tmp_path / "both"), False)
+    assert len(found) == len(index)
+    assert found.paths[0] == "images/cat/0.png"
+    assert "holds images and also 1 tar file (images.tar): the images are read, the tar files are not." in caplog.text
+
+
+def test_messages_name_an_archive_as_the_user_does(
+    tmp_path: Path, make_images: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_images(tmp_path / "set", ["all/2023/1.png", "all/2024/1.png", "all/x.txt.png"])
+    (tmp_path / "set" / "all" / "x.txt.png").rename(tmp_path / "set" / "all" / "notes.txt")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "set" / "all", "all")
+    assert open_index(str(tmp_path / "a.tar.gz"), None).labels is None
+    assert f"{tmp_path}/a.tar.gz/all: the folders 2023, 2024 are dates. They are not taken as classes." in caplog.text
+    assert (
+        f"{tmp_path}/a.tar.gz: 2 images are read; 1 file of another kind is skipped: 1 .txt (such as notes.txt)."
+        in (caplog.text)
+    )
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert not [text for text in warnings if "/cache/" in text]
+
+
+def test_results_beside_shards_are_not_read(index: ImageIndex, tmp_path: Path) -> None:
+    sharded(index, tmp_path / "out")
+    (tmp_path / "out" / "results" / "train").mkdir(parents=True)
+    shutil.copy(index.file(0), tmp_path / "out" / "results" / "train" / "curves.png")
+    (tmp_path / "out" / "results" / "train" / "status.json").write_text('{"date": "", "time": "", "status": ""}\n')
+    assert open_index(str(tmp_path / "out"), True).results == ("results/train",)
+
+
+def test_tar_files_joined_into_one_are_read_to_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parts = [write_tar(tmp_path / f"{name}.tar", {f"{name}/1.png": png(ord(name))}) for name in "abc"]
+    joined = tmp_path / "set" / "s-0.tar"
+    joined.parent.mkdir()
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    found = open_index(str(joined.parent), None)
+    assert found.class_names == ("a", "b", "c")
+    assert [found.read(number) for number in range(3)] == [png(ord(name)) for name in "abc"]
+    assert "that is not read" not in caplog.text
+    joined.write_bytes(joined.read_bytes() + b"garbage")
+    assert len(open_index(str(joined.parent), None)) == 3
+    assert f"{joined}: after the end of the tar file there is something that is not read." in caplog.text
+    cut = joined.read_bytes()[: parts[0].stat().st_size + 700]
+    joined.write_bytes(cut)
+    with pytest.raises(DataError, match="is damaged or cut short"):
+        open_index(str(joined.parent), None)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar(tmp_path / "s-0.tar", {"1.png": png(), "1.cls": b"x"})
+    monkeypatch.setenv("OPENMAE_CACHE", "/proc/openmae")
+    found = open_index(str(tmp_path / "s-{0..0}.tar"), True)
+    assert (found.class_names, found.read(0)) == (("x",), png())
+    assert "cannot be kept in /proc/openmae (No such file or directory): it is kept in memory" in caplog.text
+    assert "set OPENMAE_CACHE to a folder that can be written" in caplog.text
+
+
+def test_an_index_is_made_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "s-0.tar", {"1.png": png()})
+    with caplog.at_level(logging.INFO, logger="openmae"):
+        paths = [open_index(str(tmp_path / "s-{0..0}.tar"), None).paths for _ in range(2)]
+    assert paths[0] == paths[1] == ("s-0.tar!1.png",)
+    assert caplog.text.count("this is done once") == 1
+
+
+# --------------------------------------------------------------------------- the order of remote shards
+
+
+def test_windowed_order_needs_few_shards_at_a_time() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(50, 150, 40)
+    shard_of = np.repeat(np.arange(40, dtype=np.int32), sizes)
+    order = windowed_order(shard_of, 40, rng)
+    assert sorted(order.tolist()) == list(range(len(shard_of)))
+    place = np.empty(len(order), int)
+    place[order] = np.arange(len(order))
+    under_way = np.zeros(len(order), int)
+    for shard in range(40):
+        places = place[shard_of == shard]
+        under_way[places.min() : places.max() + 1] += 1
+    assert WINDOW / 2 < np.median(under_way) <= under_way.max() <= 2 * WINDOW
+    neighbours = shard_of[order][:-1] == shard_of[order][1:]
+    assert neighbours.mean() < 0.3, "images of a shard are not mixed with others"
+
+
+def test_what_comes_next_is_fetched_while_a_batch_is_made(
+    index: ImageIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = open_index(sharded(index, tmp_path / "out"), True)
+    asked: list[tuple[list[str], list[str]]] = []
+    ahead = shards_module.Ahead()
+    monkeypatch.setattr(ahead, "fetch", lambda now, soon: asked.append(([s.name for s in now], [s.name for s in soon])))
+    object.__setattr__(found, "ahead", ahead)
+    shard_of = found.shard_of  # type: ignore[attr-defined]
+    batches = list(AddressedSampler(14, 2, 0, index=found))
+    for batch, (now, soon) in zip(batches, asked, strict=True):
+        assert set(now) == {f"out-{shard_of[i]:06d}.tar" for _, i in batch}
+        assert soon or batch == batches[-1]
+
+
+def test_a_failed_fetch_is_raised_where_the_shard_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from openmae.data.shards.tar_index import Shard
+
+    shards = [Shard(name, f"s3://b/{name}", "", 1, False) for name in "abc"]
+    fetched = []
+
+    def fetch(self: Shard) -> None:
+        fetched.append(self.name)
+        if self.name == "b":
+            raise DataError("gone")
+
+    monkeypatch.setattr(Shard, "fetch", fetch)
+    ahead = shards_module.Ahead()
+    ahead.fetch(shards[:1], shards[1:])
+    with pytest.raises(DataError, match="gone"):
+        ahead.fetch(shards[1:2], [])
+    ahead.fetch(shards[:1], [])
+    assert sorted(fetched) == ["a", "a", "b", "c"], "what was left behind is asked for again, the rest once"
+
+
+def test_packing_keeps_the_order_of_index_images(tmp_path: Path, make_images: Any) -> None:
+    names = ["b/1.png", "a/x.y.png", "a/x.jpg", "a/x.png"]
+    found = index_images(make_images(tmp_path / "set", names), True)
+    opened = open_index(sharded(found, tmp_path / "out"), True)
+    keys = [opened.key(number) for number in range(4)]
+    assert keys == ["a/x.jpg", "a/x_2.png", "a/x_y.png", "b/1.png"]
+    assert [opened.read(n) for n in range(4)] == [found.read(n) for n in range(4)]
+
+
+def test_a_shard_that_is_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a-0.tar")
+    for source in (str(tmp_path / "a-{0..0}.tar"), str(tmp_path)):
+        with pytest.raises(DataError, match=r"The shard .*a-0\.tar is a named pipe \(FIFO\), not a tar file"):
+            open_index(source, None)

@@ -1,0 +1,199 @@
+"""Ctrl-C: in this process, in a real one on a terminal, and in several."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from openmae.distributed.signals import PREEMPTION, InterruptRelay, InterruptWatch, PreemptionWatch
+from openmae.distributed.watchdog import Pulse
+from openmae.errors import Preempted
+from openmae.results.status import read_status
+from openmae.training.resume import newest_checkpoint
+
+EPOCHS = {"train.num_epochs": 12, "train.checkpoint_interval": 12, "dataset.val_data_sources": None}
+
+
+def test_the_first_asks_the_second_stops(caplog):
+    watch = InterruptWatch()
+    with watch:
+        signal.raise_signal(signal.SIGINT)
+        assert watch.asked
+        assert "writing a checkpoint after this step. Press Ctrl-C again to stop at once." in caplog.text
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_batches_end_when_a_process_is_asked_to():
+    watch, pulse = InterruptWatch(), Pulse()
+    assert list(watch.until_asked(range(3), pulse)) == [0, 1, 2]
+    pulse.someone_leaves = True
+    assert list(watch.until_asked(range(3), pulse)) == [], "another one was asked"
+    pulse.someone_leaves = False
+    with watch:
+        batches = watch.until_asked(range(3), pulse)
+        assert next(batches) == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert list(batches) == []
+    assert pulse.leaves, "the others are to know"
+
+
+@pytest.mark.parametrize("number", PREEMPTION)
+def test_a_preemption_may_be_told_several_times(number, caplog):
+    watch = InterruptWatch()
+    with watch:
+        for _ in range(3):
+            signal.raise_signal(number)
+        assert watch.reason is Preempted
+        assert caplog.messages == [f"{number.name}: writing a checkpoint after this step."]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_sigterm_after_ctrl_c_stops_at_once():
+    watch = InterruptWatch()
+    with watch:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(signal.SIGTERM)
+    assert not issubclass(caught.type, Preempted), "who canceled a run does not want it back"
+
+
+def test_before_and_after_training_a_preemption_ends_the_run_once():
+    with PreemptionWatch():
+        with pytest.raises(Preempted):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # while the run ends
+
+
+def test_a_preemption_that_was_heard_does_not_break_into_what_is_left():
+    with PreemptionWatch():
+        with InterruptWatch():
+            signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)  # while the checkpoint is uploaded
+
+
+@pytest.mark.parametrize("guard", [InterruptWatch, PreemptionWatch, InterruptRelay])
+def test_afterwards_all_is_as_before(guard):
+    before = [signal.getsignal(number) for number in guard.signals]
+    with guard():
+        assert all(signal.getsignal(number) not in before for number in guard.signals)
+    assert [signal.getsignal(number) for number in guard.signals] == before
+
+
+def test_the_relay_passes_it_on(monkeypatch):
+    class Child:
+        pid = 12345
+
+    sent = []
+    monkeypatch.setattr("multiprocessing.active_children", lambda: [Child()])
+    monkeypatch.setattr("os.kill", lambda *what: sent.append(what))
+    relay = InterruptRelay()
+    with relay:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGINT)
+    assert relay.reason is Preempted
+    assert sent == [(12345, signal.SIGUSR1), (12345, signal.SIGINT)]
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def start(overrides: list[str]) -> subprocess.Popen:
+    """``mae train`` at the head of a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "openmae", "train", *overrides],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def first_epoch_done(folder: Path) -> Callable[[], bool]:
+    path = folder / "status.json"
+    return lambda: path.exists() and any(entry["status"] == "RUNNING" for entry in read_status(path))
+
+
+@pytest.mark.xdist_group("several processes")
+def test_ctrl_c_on_a_terminal_and_on_from_there(train, tiny_overrides, assert_same_run, payload_of, tmp_path):
+    """The terminal sends SIGINT to every process of the group, the loader's workers too."""
+    folder = tmp_path / "interrupted"
+    process = start(tiny_overrides(folder, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
+    wait_for(first_epoch_done(folder), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Interrupted: writing a checkpoint after this step." in text
+    assert "Traceback" not in text
+    assert newest_checkpoint(folder) is not None
+    assert 0 < payload_of(folder)["progress"]["step"] < 60
+    assert read_status(folder / "status.json")[-1]["message"] == "train was interrupted"
+    train(folder, EPOCHS)
+    train(tmp_path / "whole", EPOCHS)
+    assert_same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.xdist_group("several processes")
+@pytest.mark.parametrize("number", PREEMPTION)
+def test_a_preemption_writes_a_checkpoint_and_asks_for_a_new_start(
+    number, train, tiny_overrides, assert_same_run, payload_of, tmp_path
+):
+    """SLURM tells every process of the job, the loader's workers too."""
+    folder = tmp_path / "preempted"
+    process = start(tiny_overrides(folder, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
+    wait_for(first_epoch_done(folder), process)
+    told = time.monotonic()
+    os.killpg(process.pid, number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert time.monotonic() - told < 20
+    assert f"{number.name}: writing a checkpoint after this step." in text
+    assert "Preempted: the same command resumes from here." in text
+    assert "Traceback" not in text
+    assert 0 < payload_of(folder)["progress"]["step"] < 60
+    assert read_status(folder / "status.json")[-1]["message"] == "train was preempted"
+    train(folder, EPOCHS)
+    train(tmp_path / "whole", EPOCHS)
+    assert_same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["the group", "the parent"])
+def test_ctrl_c_with_two_processes(whom, tiny_overrides, payload_of, tmp_path):
+    changes = {**EPOCHS, "train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2}
+    process = start(tiny_overrides(tmp_path, {**changes, "train.num_epochs": 100}))
+    wait_for(first_epoch_done(tmp_path), process)
+    if whom == "the group":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Traceback" not in text
+    assert text.count("Press Ctrl-C again") == 1
+    assert 0 < payload_of(tmp_path)["progress"]["step"] < 500
+
+
+@pytest.mark.slow
+def test_a_preemption_of_two_processes(tiny_overrides, payload_of, tmp_path):
+    changes = {**EPOCHS, "train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2}
+    process = start(tiny_overrides(tmp_path, {**changes, "train.num_epochs": 100}))
+    wait_for(first_epoch_done(tmp_path), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert "Traceback" not in text
+    assert 0 < payload_of(tmp_path)["progress"]["step"] < 500

@@ -1,0 +1,71 @@
+"""What the models' parity tests share: fixtures that give functions, as test folders are no packages."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openmae.models.build import ModelConfig
+from openmae.models.masking import Mask, mask_from_noise
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[..., None]:
+    """``randomise(module, seed)``: a random value for every parameter.
+
+    timm starts GRN, biases and norms at zero or one, where many a mistake has no effect.
+    """
+
+    def apply(module: nn.Module, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith(("pos_embed", "token")) or "grn" in name:
+                value = 0.5 * noise
+            elif parameter.ndim > 1:
+                value = noise / math.sqrt(parameter[0].numel())
+            else:
+                value = 0.3 * noise + float("norm" in name and name.endswith("weight"))
+            parameter.data.copy_(value)
+
+    return apply
+
+
+@pytest.fixture(scope="module")
+def built() -> Callable[..., nn.Module]:
+    """``built(build, config)``: a copy of what ``build(config)`` gave the first time; to start one anew is slow."""
+    models: dict[tuple[Callable, ModelConfig], nn.Module] = {}
+
+    def get(build: Callable[[ModelConfig], nn.Module], config: ModelConfig) -> nn.Module:
+        if (build, config) not in models:
+            models[build, config] = build(config)
+        return copy.deepcopy(models[build, config])
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def draw_mask() -> Callable[..., Mask]:
+    """``draw_mask(batch, units, visible, seed)``: a random mask for each sample."""
+
+    def draw(batch: int, units: int, visible: int, seed: int = 0) -> Mask:
+        return mask_from_noise(torch.rand(batch, units, generator=torch.Generator().manual_seed(seed)), visible)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def assert_near() -> Callable[[Tensor, Tensor, float], None]:
+    """``assert_near(actual, expected, tolerance)``: the largest error, as a share of the largest value."""
+
+    def check(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+        assert actual.shape == expected.shape
+        error = (actual - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+        assert error <= tolerance, f"relative error {error:.2e}"
+
+    return check

@@ -1,0 +1,125 @@
+"""Sites as the encoder's parity tests do not see them: the plain formulation, frozen weights, other modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers.grn import GlobalResponseNorm
+from torch import Tensor, nn
+
+from openmae.models import sparse_convnext
+from openmae.models.cpu_autograd import by_hand
+from openmae.models.sparse_convnext import Sites
+
+GRID, CHANNELS = (2, 3), 5
+
+
+@pytest.fixture(params=[8, 4, 2, 1, None])
+def laid_out(request, draw_mask) -> tuple[Sites, Tensor]:
+    """Sites of 3 samples with 4 visible units, by the side of a unit (None: a whole map), and values there."""
+    side = request.param
+    if side is None:
+        return Sites((3, *GRID)), torch.randn(3, *GRID, CHANNELS, dtype=torch.float64)
+    visible = draw_mask(3, 6, 4).visible_BV
+    return Sites.of(visible, GRID, side), torch.randn(12, side, side, CHANNELS, dtype=torch.float64)
+
+
+def depthwise() -> nn.Conv2d:
+    return nn.Conv2d(CHANNELS, CHANNELS, 7, padding=3, groups=CHANNELS).double()
+
+
+def gradients(output: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+    weight = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
+    return torch.autograd.grad(output, wanted, weight)
+
+
+def plainly(monkeypatch, call, *args) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse_convnext, "by_hand", lambda x: False)
+        return call(*args)
+
+
+def test_the_convolutions_gradients_equal_autograds(laid_out, monkeypatch, assert_near) -> None:
+    where, x = laid_out
+    conv, wanted = depthwise(), [x.requires_grad_(True)]
+    wanted += [conv.weight, conv.bias]
+    actual, expected = where.convolve(x, conv), plainly(monkeypatch, where.convolve, x, conv)
+    assert type(actual.grad_fn) is not type(expected.grad_fn), "the same formulation twice"
+    assert_near(actual, expected, 1e-12)
+    for one, other in zip(gradients(actual, wanted), gradients(expected, wanted), strict=True):
+        assert_near(one, other, 1e-12)
+
+
+def test_many_images_are_summed_in_parts(monkeypatch, assert_near) -> None:
+    where, conv = Sites((35, *GRID)), depthwise()  # three parts, the last one shorter
+    x = torch.randn(35, *GRID, CHANNELS, dtype=torch.float64)
+    actual = gradients(where.convolve(x, conv), [conv.weight])
+    assert_near(actual[0], gradients(plainly(monkeypatch, where.convolve, x, conv), [conv.weight])[0], 1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen, laid_out) -> None:
+    where, x = laid_out
+    conv = depthwise()
+    leaves = {"x": x.requires_grad_(True), "weight": conv.weight, "bias": conv.bias}
+    every = dict(zip(leaves, gradients(where.convolve(x, conv), list(leaves.values())), strict=True))
+    leaves.pop(frozen).requires_grad_(False)
+    for name, gradient in zip(leaves, gradients(where.convolve(x, conv), list(leaves.values())), strict=True):
+        assert torch.equal(gradient, every[name]), name
+
+
+def test_by_hand_only_where_it_was_measured() -> None:
+    x = torch.zeros(1)
+    assert by_hand(x)
+    assert by_hand(x.double())
+    assert not by_hand(x.bfloat16())
+    assert not by_hand(x.to("meta"))
+    with torch.no_grad():
+        assert not by_hand(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not by_hand(x)
+
+
+def test_a_second_derivative_is_refused_not_wrong(laid_out) -> None:
+    where, x = laid_out
+    x.requires_grad_(True)
+    first = torch.autograd.grad(where.convolve(x, depthwise()).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_grn_sums_half_precision_in_float32() -> None:
+    grn = GlobalResponseNorm(4)
+    nn.init.ones_(grn.weight)
+    x = torch.full((1, 5000, 4), 100.0)
+    expected = grn(x.view(1, 50, 100, 4)).view_as(x)
+    actual = sparse_convnext.global_response_norm(x.half(), grn)  # the sum of squares, 5e7, is beyond fp16
+    torch.testing.assert_close(actual.float(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([[4, 1], [0, 3]])], ids=["all", "some"])
+def test_grns_gradients_equal_autograds(rows, randomise, monkeypatch, assert_near) -> None:
+    grn = GlobalResponseNorm(6).double()
+    randomise(grn)
+    x = torch.randn(2, 5, 6).double()
+    x[1, :, 2] = 0  # a channel without energy
+    wanted = [x.requires_grad_(True), grn.weight, grn.bias]
+    actual = sparse_convnext.global_response_norm(x, grn, rows)
+    expected = plainly(monkeypatch, sparse_convnext.global_response_norm, x, grn, rows)
+    assert type(actual.grad_fn) is not type(expected.grad_fn), "the same formulation twice"
+    assert_near(actual, expected, 1e-12)
+    for one, other in zip(gradients(actual, wanted), gradients(expected, wanted), strict=True):
+        assert_near(one, other, 1e-12)
+
+
+def test_a_compiler_sees_one_graph_of_the_plain_formulation(laid_out) -> None:
+    where, x = laid_out
+    conv, targets = depthwise(), []
+
+    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    compiled = torch.compile(where.convolve, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x, conv), where.convolve(x, conv))
+    assert any("conv2d" in target for target in targets)

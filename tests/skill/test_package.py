@@ -1,0 +1,162 @@
+"""What is generated is as it would be made now, ships in the wheel, and can be copied out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from openmae import __version__
+from openmae.cli.skill import add_arguments
+from openmae.errors import UserError
+from openmae.jobs import parameters
+from openmae.skill import COMMAND, FOLDER, NAME
+from openmae.skill.info import SHORTHANDS, skill_info
+from openmae.skill.package import build, differences, render
+from openmae.spec.schema import ACTIONS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def skill(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FOLDER, tmp_path / NAME))
+
+
+def run(*argv: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+def test_the_committed_skill_is_as_it_would_be_made():
+    wrong = differences()
+    assert not wrong, f"{', '.join(wrong)} in {FOLDER} is not what would be made now: run `{COMMAND}`"
+
+
+def test_building_mends_what_differs(skill):
+    (skill / "schemas/train.schema.json").write_text("{}")
+    (skill / "references/spec_template_export.yaml").unlink()
+    (skill / "SKILL.md").write_text(
+        (skill / "SKILL.md").read_text().replace('"valid_min": 2e-05', '"valid_min": 1e-09')
+    )
+    (skill / "notes.txt").write_text("mine")
+    broken = ["SKILL.md", "references/spec_template_export.yaml", "schemas/train.schema.json"]
+    assert differences(skill) == [*broken[:1], "notes.txt", *broken[1:]]
+    assert sorted(build(skill)) == broken
+    assert differences(skill) == ["notes.txt"], "a file that nobody knows is not ours to delete, but is said"
+    assert build(skill) == []
+
+
+def test_a_place_that_nothing_fills_is_an_error(skill):
+    path = skill / "SKILL.md"
+    path.write_text(path.read_text().replace("generated: data", "generated: dates"))
+    with pytest.raises(UserError, match="nothing fills a place named 'dates'"):
+        render(skill)
+
+
+def test_the_version_is_the_package_s():
+    front = yaml.safe_load((FOLDER / "SKILL.md").read_text().split("---\n")[1])
+    assert front["metadata"]["version"] == __version__
+
+
+def test_every_action_has_its_files():
+    manifest = json.loads((FOLDER / "schemas/manifest.json").read_text())
+    assert tuple(manifest["actions"]) == ACTIONS
+    for entry in manifest["actions"].values():
+        assert all((FOLDER / path).is_file() for path in entry.values()), entry
+
+
+def test_shorthands_are_those_of_jobs():
+    assert set(SHORTHANDS) == set(parameters._SHORTHANDS)
+    assert skill_info()["spec_shorthand_keys"]["image_size"] == "dataset.augmentation.input_size"
+
+
+def test_spec_params_are_the_contract_s_table():
+    expected = {
+        "train": {
+            "encryption_key": "key",
+            "results_dir": "output_dir",
+            "train.pretrained_model_path": "ptm_if_no_resume_model",
+            "train.resume_training_checkpoint_path": "resume_model",
+        },
+        "evaluate": {
+            "encryption_key": "key",
+            "results_dir": "output_dir",
+            "evaluate.checkpoint": "parent_model",
+            "evaluate.trt_engine": "parent_model",
+        },
+        "inference": {
+            "encryption_key": "key",
+            "results_dir": "output_dir",
+            "inference.checkpoint": "parent_model",
+            "inference.trt_engine": "parent_model",
+        },
+        "export": {
+            "encryption_key": "key",
+            "results_dir": "output_dir",
+            "export.checkpoint": "parent_model",
+            "export.onnx_file": "create_onnx_file",
+        },
+        "gen_trt_engine": {
+            "encryption_key": "key",
+            "results_dir": "output_dir",
+            "gen_trt_engine.onnx_file": "parent_model",
+            "gen_trt_engine.trt_engine": "create_engine_file",
+        },
+    }
+    assert skill_info()["spec_params"] == expected
+
+
+def test_install_copies_it_and_replaces_only_when_asked(tmp_path, capsys):
+    run("install", str(tmp_path / "skills"))
+    target = tmp_path / "skills" / NAME
+    assert capsys.readouterr().out == f"{target}\n"
+    assert differences(target) == []
+    (target / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists, and is not replaced unasked"):
+        run("install", str(tmp_path / "skills"))
+    assert (target / "mine.txt").is_file()
+    run("install", str(tmp_path / "skills"), "--overwrite")
+    assert differences(target) == []
+    (tmp_path / "other" / NAME).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"is not a skill: it has no SKILL\.md"):
+        run("install", str(tmp_path / "other"), "--overwrite")
+
+
+def test_validate_says_every_breach(skill, capsys):
+    run("validate", str(skill))
+    assert "keeps to the contract" in capsys.readouterr().out
+    (skill / "schemas/manifest.json").unlink()
+    (skill / "evals/evals.json").unlink()
+    with pytest.raises(UserError, match="has 2 breaches of the contract") as caught:
+        run("validate", str(skill))
+    assert "schemas/manifest.json: cannot be read" in str(caught.value)
+    assert "evals/evals.json: cannot be read" in str(caught.value)
+
+
+def test_the_commands_import_nothing_heavy_before_they_run():
+    code = (
+        "import argparse, sys; from openmae.cli.skill import add_arguments;"
+        "add_arguments(argparse.ArgumentParser()); print(sorted({'torch', 'yaml', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_wheel_holds_it(tmp_path):
+    pytest.importorskip("hatchling", reason="builds the wheel without a network")
+    code = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = set(zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist())
+    for path in FOLDER.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert f"openmae/skill/{NAME}/{path.relative_to(FOLDER).as_posix()}" in names
