@@ -12,15 +12,16 @@ from typing import Any, ClassVar
 import pytest
 
 from openmae.jobs import Client, Job
-from openmae.jobs.job import FINAL, STATES
+from openmae.jobs.job import FINAL, STATES, Handle
 
-Tiny = Callable[[str], None]
+RunCode = Callable[[str], None]
 Submit = Callable[..., Job]
 SLEEP = "import time; time.sleep(60)"
 _CHILD = """
 import os, signal, sys
 import openmae.jobs.client as module
-module.command_of = lambda action, spec: [sys.executable, "-c", "import time; time.sleep(0.5); print('lived on')"]
+import openmae.jobs.prepare as prepare
+prepare.command_of = lambda action, spec: [sys.executable, "-c", "import time; time.sleep(0.5); print('lived on')"]
 client = module.Client(sys.argv[1], sys.argv[2])
 print(client.create_job("train", None, {"dataset.train_data_sources": sys.argv[3]}, automl_policy="off").id, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -41,8 +42,8 @@ class PlatformContract:
 
     capacity: ClassVar[int]
 
-    def test_a_job_runs_to_its_end(self, client: Client, submit: Submit, tiny: Tiny) -> None:
-        tiny("print('hello from the job')")
+    def test_a_job_runs_to_its_end(self, client: Client, submit: Submit, run_code: RunCode) -> None:
+        run_code("print('hello from the job')")
         job = submit(name="first")
         assert job.status in STATES
         done = client.wait(job.id, 30)
@@ -53,19 +54,19 @@ class PlatformContract:
         assert client.get_failure_analysis(job.id) is None
 
     @pytest.mark.parametrize("code", [1, 2])
-    def test_an_exit_code_is_kept(self, client: Client, submit: Submit, tiny: Tiny, code: int) -> None:
-        tiny(f"import sys; print('SpecError: no'); sys.exit({code})")
+    def test_an_exit_code_is_kept(self, client: Client, submit: Submit, run_code: RunCode, code: int) -> None:
+        run_code(f"import sys; print('SpecError: no'); sys.exit({code})")
         done = client.wait(submit().id, 30)
         assert (done.status, done.exit_code) == ("ERROR", code)
-        assert {1: "the run failed", 2: "the request was wrong"}[code] in done.message
+        assert {1: "the run failed", 2: "the request was invalid"}[code] in done.message
         failure = client.get_failure_analysis(done.id)
         assert failure is not None
         assert (failure.category, failure.error, failure.exit_code) == ("spec", "SpecError: no", code)
 
     def test_canceling_lets_a_job_write_its_checkpoint(
-        self, client: Client, submit: Submit, tiny: Tiny, tmp_path: Path
+        self, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
     ) -> None:
-        tiny(
+        run_code(
             f"import time, pathlib\nprint('ready', flush=True)\ntry: time.sleep(60)\n"
             f"except KeyboardInterrupt: pathlib.Path({str(tmp_path / 'checkpoint')!r}).touch(); raise SystemExit(130)"
         )
@@ -76,8 +77,8 @@ class PlatformContract:
         assert done.status == "CANCELED", done
         assert (tmp_path / "checkpoint").exists(), "the job did not hear SIGINT"
 
-    def test_a_job_that_does_not_listen_is_killed(self, client: Client, submit: Submit, tiny: Tiny) -> None:
-        tiny(
+    def test_a_job_that_does_not_listen_is_killed(self, client: Client, submit: Submit, run_code: RunCode) -> None:
+        run_code(
             "import signal, time\nfor n in (signal.SIGINT, signal.SIGTERM): signal.signal(n, signal.SIG_IGN)\n"
             "print('deaf', flush=True); time.sleep(300)"
         )
@@ -87,13 +88,13 @@ class PlatformContract:
         assert client.wait(job.id, 40).status == "CANCELED"
 
     def test_jobs_wait_for_their_turn_and_can_be_canceled_there(
-        self, client: Client, submit: Submit, tiny: Tiny
+        self, client: Client, submit: Submit, run_code: RunCode
     ) -> None:
-        tiny(SLEEP)
+        run_code(SLEEP)
         first = [submit() for _ in range(self.capacity)]
         for job in first:
             until(lambda job=job: client.get_job_status(job.id).status == "RUNNING", "the first jobs' start")
-        tiny("print('my turn')")
+        run_code("print('my turn')")
         waiting, unwanted = submit(), submit()
         assert client.get_job_status(waiting.id).status == "PENDING"
         assert client.cancel_job(unwanted.id).status == "CANCELED"
@@ -104,14 +105,16 @@ class PlatformContract:
             client.cancel_job(job.id)
             client.wait(job.id, 40)
 
-    def test_canceling_twice_or_too_late_changes_nothing(self, client: Client, submit: Submit, tiny: Tiny) -> None:
-        tiny("pass")
+    def test_canceling_twice_or_too_late_changes_nothing(
+        self, client: Client, submit: Submit, run_code: RunCode
+    ) -> None:
+        run_code("pass")
         done = client.wait(submit().id, 30)
         assert client.cancel_job(done.id) == done
 
-    def test_a_log_can_be_followed(self, client: Client, submit: Submit, tiny: Tiny, tmp_path: Path) -> None:
+    def test_a_log_can_be_followed(self, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path) -> None:
         go = tmp_path / "go"
-        tiny(
+        run_code(
             f"import os, time\nprint('one', flush=True)\nwhile not os.path.exists({str(go)!r}): time.sleep(.02)\n"
             "print('two'); print('three', end='')"
         )
@@ -124,8 +127,8 @@ class PlatformContract:
         assert client.get_job_logs(job.id, tail=2) == "two\nthree"
         assert list(client.get_job_logs(job.id, 1, follow=True)) == ["three"]
 
-    def test_a_job_outlives_a_killed_client(self, client: Client, pictures: Path) -> None:
-        arguments = [client.platform, str(client.store.root), str(pictures / "train")]
+    def test_a_job_outlives_a_killed_client(self, client: Client, images: Path) -> None:
+        arguments = [client.platform, str(client.store.root), str(images / "train")]
         killed = subprocess.run(
             [sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, check=False, timeout=60
         )
@@ -134,8 +137,8 @@ class PlatformContract:
         assert job.status == "COMPLETE", job
         assert client.get_job_logs(job.id) == "lived on\n"
 
-    def test_secrets_reach_the_job_and_nothing_else(self, client: Client, submit: Submit, tiny: Tiny) -> None:
-        tiny(
+    def test_secrets_reach_the_job_and_nothing_else(self, client: Client, submit: Submit, run_code: RunCode) -> None:
+        run_code(
             "import os, time; e = os.environ\n"
             "print(e['TOKEN'][::-1], e['OPENMAE_ENCRYPTION_KEY'][::-1], flush=True); time.sleep(60)"
         )
@@ -148,9 +151,9 @@ class PlatformContract:
             assert b"s3cr3t-t0ken" not in text
             assert b"lit3ral-k3y" not in text
         record = client.store.read(job.id)
-        assert record["spec"]["encryption_key"] == "***"
-        assert record["env_vars"] == ["TOKEN"]
-        assert "encryption_key is kept nowhere: children need it again." in job.notices[0]
+        assert record.spec["encryption_key"] == "***"
+        assert record.env_vars == ["TOKEN"]
+        assert "A literal encryption_key is never stored: child jobs need it again." in job.notices[0]
         client.cancel_job(job.id)
         assert client.wait(job.id, 40).status in FINAL
 
@@ -164,12 +167,13 @@ class ClusterContract(PlatformContract):
     """Tests of a platform that keeps jobs of its own."""
 
     def test_a_job_whose_client_died_right_after_the_submission_is_found_by_its_name(
-        self, client: Client, submit: Submit, tiny: Tiny
+        self, client: Client, submit: Submit, run_code: RunCode
     ) -> None:
-        tiny(SLEEP)
+        run_code(SLEEP)
         job = submit()
         with client.store.update(job.id) as record:
-            record["handle"], record["submitter"] = {}, {**record["submitter"], "start": 1}
+            assert record.submitter is not None
+            record.handle, record.submitter = Handle(), {**record.submitter, "start": 1}
         until(lambda: client.get_job_status(job.id).status == "RUNNING", "the sight of the job")
         client.cancel_job(job.id)
         assert client.wait(job.id, 40).status == "CANCELED"

@@ -18,8 +18,8 @@ from openmae.automl.objective import make_objective
 from openmae.automl.space import budget, make_space
 from openmae.automl.study import Study
 from openmae.automl.worker import Trainings, Worker
-from openmae.jobs.failures import FailureAnalysis
 from openmae.jobs.job import Job, Transition
+from openmae.jobs.outcome import FailureAnalysis
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
 

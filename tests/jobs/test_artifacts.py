@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ _noise = st.sampled_from(
         ("metrics.csv", "metrics"),
         ("results.csv", "predictions"),
         ("report.html", "report"),
-        ("last.png", "picture"),
+        ("last.png", "image"),
         ("events.out.tfevents.1.host.2.0", "events"),
         ("notes.txt", "other"),
     ],
@@ -60,37 +59,9 @@ def test_a_folder_is_listed_without_unfinished_files(tmp_path: Path) -> None:
     found = list_folder(str(tmp_path))
     assert [(item.name, item.kind, item.size, item.link) for item in found] == [
         ("model_epoch_000_step_00003.pth", "checkpoint", 5, False),
-        ("last.png", "picture", 5, False),
+        ("last.png", "image", 5, False),
         ("vit_latest.pth", "checkpoint", 5, True),
     ]
-    remove(found)
-    assert list_folder(str(tmp_path)) == []
-
-
-def test_a_checkpoint_in_parts_is_one_that_training_alone_takes(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "model_epoch_001_step_00003.pth", tmp_path / "model_epoch_001_step_00006.shards"
-    whole.write_bytes(b"12345")
-    aside = tmp_path / "model_epoch_001_step_00009.shards.superseded"
-    hidden = [f".model_epoch_002_step_00009.shards.{ending}" for ending in ("tmp", "replaced")]
-    for folder in (parts, aside, *(tmp_path / name for name in hidden)):
-        folder.mkdir()
-        for name in ("index.pth", "part_0000_of_0001.pth"):
-            (folder / name).write_bytes(b"12345")
-    found = list_folder(str(tmp_path))
-    assert [(item.path, item.kind, item.size) for item in found] == [
-        (str(whole), "checkpoint", 5),
-        (str(parts), "parts", 10),
-        (str(aside), "parts", 10),
-    ]
-    assert newest_checkpoint(found) == found[1]
-    assert choose_model(found, ("checkpoint",), (), "the parent")[0] == found[0]
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint \(\.pth\) to take") as caught:
-        choose_model(found[1:], ("checkpoint",), (), "the parent")
-    assert f"`mae checkpoint consolidate {parts}`" in caught.value.fix
-    with pytest.raises(CheckpointError) as caught:
-        choose_model(found[1:], ("onnx",), (), "the parent")
-    assert "consolidate" not in caught.value.fix
-    shutil.rmtree(parts)  # by the training, meanwhile
     remove(found)
     assert list_folder(str(tmp_path)) == []
 
@@ -105,7 +76,7 @@ def test_best_else_newest_by_epoch_then_step(names: list[str], best: bool) -> No
     latest = "vit_tiny_patch16_latest.pth"
     expected = "model_best.pth" if best else numbers[-1][2] if numbers else latest if latest in names else None
     if expected is None:
-        with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        with pytest.raises(CheckpointError, match="has no checkpoint"):
             choose_model(files, ("checkpoint",), (), "the parent")
     else:
         assert choose_model(files, ("checkpoint",), (), "the parent")[0].name == expected
@@ -132,18 +103,18 @@ def _refusal(files: list[Artifact], kinds: tuple[str, ...] = ("checkpoint",)) ->
 
 def test_no_fitting_artifact_is_an_error_that_lists_what_there_is() -> None:
     assert _refusal([]) == (
-        "parent_job_id: job 1 (train, ERROR) holds no checkpoint (.pth) to take. It is empty.\n"
+        "parent_job_id: job 1 (train, ERROR) has no checkpoint (.pth). It is empty.\n"
         "  Fix: Wait for the parent to finish, or look at its log with `mae jobs logs`."
     )
-    assert "It holds status.json (status), a.onnx (onnx)." in _refusal(
+    assert "It has status.json (status), a.onnx (onnx)." in _refusal(
         [artifact("/r/status.json"), artifact("/r/a.onnx")]
     )
-    assert "holds no .engine file or .onnx file to take" in _refusal([artifact("/r/x.pth")], ("engine", "onnx"))
+    assert "has no .engine file or .onnx file." in _refusal([artifact("/r/x.pth")], ("engine", "onnx"))
     many = _refusal([artifact(f"/r/{number}.png") for number in range(20)])
-    assert "11.png (picture) and 8 more." in many
+    assert "11.png (image) and 8 more." in many
 
 
 def test_a_checkpoint_with_a_name_of_somebody_elses_is_not_guessed() -> None:
     text = _refusal([artifact("/r/weights.pth")])
-    assert "It holds weights.pth (checkpoint)." in text
-    assert "Fix: Name the one to take in the spec, such as /r/weights.pth." in text
+    assert "It has weights.pth (checkpoint)." in text
+    assert "Fix: Set the key in the spec, for example to /r/weights.pth." in text

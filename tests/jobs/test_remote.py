@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.platform_contract import Submit, Tiny, until
+from tests.helpers.job_records import make_record
+from tests.helpers.platform_contract import RunCode, Submit, until
 
 from openmae.errors import CheckpointError, DataError
 from openmae.jobs import Client, Job
 from openmae.jobs.artifacts import list_folder, read_text
-from openmae.jobs.parameters import Parent, fill, merge
+from openmae.jobs.parameters import fill, merge
 from openmae.quickstart import HELD_OUT, write_digits
 from openmae.storage.filesystem import open_filesystem
 
@@ -76,20 +77,20 @@ def test_a_childs_model_is_chosen_in_the_store(bucket: str) -> None:
         _put(f"{folder}/{name}")
     _put(f"{folder}/experiment.yaml", "train: {stage: finetune}\nmodel: {arch: vit_tiny_patch16, num_classes: 3}\n")
     filled = merge("evaluate")
-    fill(filled, Parent("p1", "train", "COMPLETE", folder), "/own")
+    fill(filled, make_record("p1", ("COMPLETE",), results_folder=folder), "/own")
     assert filled.values["evaluate.checkpoint"] == f"{folder}/model_epoch_010_step_00002.pth"
     assert filled.values["model.num_classes"] == 3
     _put(f"{folder}/model_best.pth")
     again = merge("evaluate")
-    fill(again, Parent("p1", "train", "COMPLETE", folder), "/own")
+    fill(again, make_record("p1", ("COMPLETE",), results_folder=folder), "/own")
     assert again.values["evaluate.checkpoint"] == f"{folder}/model_best.pth"
 
 
 def test_an_empty_place_is_named(bucket: str) -> None:
     assert list_folder(f"{bucket}/nothing") == []
     assert read_text(f"{bucket}/nothing/status.json") is None
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint \(\.pth\) to take\. It is empty\."):
-        fill(merge("export"), Parent("p1", "train", "ERROR", f"{bucket}/nothing"), "/own")
+    with pytest.raises(CheckpointError, match=r"has no checkpoint \(\.pth\)\. It is empty\."):
+        fill(merge("export"), make_record("p1", ("ERROR",), results_folder=f"{bucket}/nothing"), "/own")
 
 
 def test_a_store_that_cannot_be_reached_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,13 +100,13 @@ def test_a_store_that_cannot_be_reached_is_named(bucket: str, monkeypatch: pytes
 
 
 def test_results_in_the_store_are_listed_judged_and_deleted(
-    bucket: str, client: Client, submit: Submit, tiny: Tiny, tmp_path: Path
+    bucket: str, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
 ) -> None:
-    tiny("raise SystemExit(1)")
+    run_code("raise SystemExit(1)")
     job = client.wait(submit(spec_overrides={"results_dir": str(tmp_path / "out")}).id, 20)
     folder = f"{bucket}/two/train"
     with client.store.update(job.id) as record:
-        record["results_folder"] = folder
+        record.results_folder = folder
     when = datetime.now()
     line: dict[str, Any] = {"date": f"{when.month}/{when.day}/{when.year}", "time": f"{when:%H:%M:%S}"}
     line |= {"status": "FAILURE", "message": "DataError: an image is broken"}

@@ -29,7 +29,7 @@ from openmae.automl.database import STORAGE_ERRORS, open_storage, storage_url, t
 from openmae.automl.objective import Objective
 from openmae.automl.space import Space
 from openmae.errors import SpecError
-from openmae.jobs.processes import alive, identify
+from openmae.machine import boot_id, identify, is_running
 from openmae.results.trials import Trial as Shown
 from openmae.spec.describe import fields
 from openmae.spec.load import to_dict
@@ -95,9 +95,8 @@ class Study:
     ) -> None:
         self.algorithm, self.space, self.objective = algorithm, space, objective
         self.url, shown = storage_url(spec, folder)
-        process = identify(os.getpid()) or {}
-        host = f"{socket.gethostname()} {process.get('boot', '')}"  # machines may share a name
-        self.me = {"host": host, "process": process, "token": uuid.uuid4().hex}
+        host = f"{socket.gethostname()} {boot_id()}"  # machines may share a name
+        self.me = {"host": host, "process": identify(os.getpid()), "token": uuid.uuid4().hex}
         self._watched: dict[int, tuple[float, float]] = {}  # by trial: its worker's last sign of life, and when seen
         facts = json.loads(json.dumps(_facts(spec, algorithm, objective)))
         name = _name(spec, facts)
@@ -209,7 +208,7 @@ class Study:
         if worker is None:
             return True
         if worker["host"] == self.me["host"]:
-            return not alive(worker["process"])
+            return not is_running(worker["process"])
         now = time.monotonic()  # of this machine alone: clocks differ
         at, since = self._watched.get(trial.number, (None, now))
         self._watched[trial.number] = (worker["at"], now if at != worker["at"] else since)

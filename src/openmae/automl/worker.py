@@ -25,10 +25,9 @@ from openmae.distributed.topology import gpus_per_node
 from openmae.errors import OpenMAEError, Preempted, RunError
 from openmae.jobs.artifacts import DELETED, list_folder, newest_checkpoint
 from openmae.jobs.client import TRAININGS, Client
-from openmae.jobs.job import Job, moment
+from openmae.jobs.job import Job, parse_time
 from openmae.jobs.platforms.local.queue import SLOTS
-from openmae.jobs.processes import identify
-from openmae.machine import usable_cores
+from openmae.machine import boot_id, usable_cores
 from openmae.spec.describe import fields
 from openmae.spec.from_environment import environment_of
 from openmae.spec.rules import value_of
@@ -378,14 +377,14 @@ def _without_notices() -> Iterator[None]:
 
 def this_machine() -> str:
     """A name that another machine, or this one after a new start, does not have."""
-    host, process = socket.gethostname(), identify(os.getpid()) or {}
-    start = hashlib.sha256(f"{host} {process.get('boot', '')}".encode()).hexdigest()
+    host = socket.gethostname()
+    start = hashlib.sha256(f"{host} {boot_id()}".encode()).hexdigest()
     return f"{host}-{start[:6]}"
 
 
 def _seconds(job: Job) -> float:
     """How long a job has run; the time in a queue, also after a preemption, is none of it."""
-    times = [moment(item.at) for item in job.transitions]
+    times = [parse_time(item.at) for item in job.transitions]
     ends = [*times[1:], datetime.now(tz=UTC)]
     spans = zip(job.transitions, times, ends, strict=True)
     return sum((end - begin).total_seconds() for item, begin, end in spans if item.state == "RUNNING")

@@ -1,4 +1,4 @@
-"""Where jobs run."""
+"""The places where jobs run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ PLATFORMS = ("local", "slurm", "ray")
 
 
 def open_platform(name: str, store: JobStore) -> Platform:
-    """One of ``PLATFORMS``; only that one is imported.
+    """Return one of ``PLATFORMS``, importing no other.
 
     Raises:
-        SpecError: what it needs is not installed.
-        RunError: it cannot work on this machine.
+        SpecError: A program or package that it needs is not installed.
     """
     if name == "ray":
         from openmae.jobs.platforms.ray import RayPlatform

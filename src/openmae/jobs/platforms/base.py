@@ -1,55 +1,158 @@
-"""What a place where jobs run has to do."""
+"""The interface of a platform, which is a place where jobs run, and what platforms share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import ClassVar, Generic, TypeVar
 
 from openmae.distributed.topology import LAUNCHERS
-from openmae.jobs.job import Record, State
+from openmae.errors import RunError, SpecError
+from openmae.jobs.job import Record
+from openmae.jobs.outcome import Outcome
+from openmae.jobs.processes import stop_session
+from openmae.jobs.store import RECORD, JobStore
+from openmae.machine import Identity, is_running
+
+GRACE = "OPENMAE_JOB_GRACE"
+_POLL = 0.1
+_FRESH = 1.0  # seconds that an answer remains valid
+
+_Answer = TypeVar("_Answer")
 
 
-class Observation(NamedTuple):
-    """What a platform sees of a job that its record does not say yet."""
+class Platform(ABC):
+    """A place where jobs run.
 
-    state: State
-    message: str
-    exit_code: int | None = None
+    Args:
+        store: Where the records of the jobs are; the platform adds transitions.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, store: JobStore) -> None:
+        self.store = store
+
+    @abstractmethod
+    def check(self, gpus: int, nodes: int) -> None:
+        """Refuse a job that could never start, before anything is written.
+
+        Raises:
+            SpecError: It needs more GPUs or nodes than the platform has.
+            RunError: The platform cannot be reached.
+        """
+
+    @abstractmethod
+    def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
+        """Start or queue a job in the state PENDING; it outlives this process.
+
+        Args:
+            job_id: The record has the command, the working directory, ``gpus`` and ``nodes``.
+            environment: Variables in addition to those of this process. Their values are secret: they must not appear
+                in a file or a process list.
+
+        Raises:
+            RunError: It cannot be started.
+        """
+
+    @abstractmethod
+    def observe(self, record: Record) -> Outcome | None:
+        """Return what the platform reports about a job that has not ended; None if the record is up to date."""
+
+    @abstractmethod
+    def cancel(self, job_id: str) -> None:
+        """Stop a job whose record has ``cancel_requested``; return before it has stopped."""
+
+
+class Fresh(Generic[_Answer]):
+    """Answers that are reused for a second, so that nothing slow is asked for each of a thousand jobs."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, tuple[float, _Answer]] = {}
+
+    def get(self, key: str, ask: Callable[[], _Answer]) -> _Answer:
+        """Return the answer for ``key``, and ask if there is none from the last second."""
+        when, *known = self._answers.get(key, (0.0,))
+        if known and time.monotonic() - when < _FRESH:
+            return known[0]
+        answer = ask()
+        self._answers[key] = (time.monotonic(), answer)
+        return answer
+
+    def forget(self, key: str) -> None:
+        """Ask the next time."""
+        self._answers.pop(key, None)
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return this process's variables, without those of the launcher that started it: a job is a run of its own."""
+    """Return the variables of this process without those of a launcher that started it: a job is a run of its own."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
 
 
-class Platform(Protocol):
-    """A place where jobs run. It appends transitions through the store that it was made with."""
+def grace_seconds() -> float:
+    """Return how long a canceled job may take to write its checkpoint: OPENMAE_JOB_GRACE, or 60 seconds."""
+    return float(os.environ.get(GRACE, "60"))
 
-    name: str
 
-    def check(self, gpus: int, nodes: int) -> None:
-        """Refuse, before anything is written, what could never start.
+def cluster_name(job_id: str) -> str:
+    """Return the name of a job in SLURM and Ray."""
+    return f"mae-{job_id}"
 
-        Raises:
-            SpecError: more GPUs or nodes than the place has.
-            RunError: the place is not there.
-        """
 
-    def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
-        """Start a job whose record is PENDING, or queue it; it outlives this process.
+def before_submission(record: Record, cluster: str) -> Outcome | None:
+    """Return the outcome of a job that the cluster does not know and whose record has no id of the cluster."""
+    if is_running(record.submitter):
+        return None
+    return Outcome("ERROR", f"the client died before the job was submitted to {cluster}")
 
-        Args:
-            job_id: its record has the command, the working folder, ``gpus`` and ``nodes``.
-            environment: variables besides this process's own. Values are secret: they must not reach a file or a
-                process list.
 
-        Raises:
-            RunError: it cannot be started.
-        """
+def cancel_pending(store: JobStore, job_id: str) -> bool:
+    """Cancel a job that has not started; return whether it was one."""
+    with store.update(job_id) as record:
+        return record.state == "PENDING" and record.move("CANCELED", "canceled before it started")
 
-    def observe(self, record: Record) -> Observation | None:
-        """How a job stands that is not at its end; None where the record is right as it is."""
 
-    def cancel(self, job_id: str) -> None:
-        """Stop a job whose record says ``cancel_requested``; returns before it has stopped."""
+def wait(
+    store: JobStore,
+    job_id: str,
+    process: subprocess.Popen[bytes],
+    identity: Identity,
+    give_up: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """Wait for the process of a job, and stop it if the job is canceled or its record is deleted.
+
+    The record is read when its file changes. A job without a record is stopped since nobody could see or cancel it.
+
+    Args:
+        store: Where the record is.
+        job_id: Id of the job.
+        process: The job's first process, a child of this one.
+        identity: Its identity.
+        give_up: Asked continually whether to return at once.
+
+    Returns:
+        The exit code, or None if ``give_up`` returned True.
+    """
+    path, seen = store.folder(job_id) / RECORD, 0
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=_POLL)
+        if give_up():
+            return None
+        try:
+            changed = path.stat().st_mtime_ns
+            if changed == seen:
+                continue
+            canceled = store.read(job_id).cancel_requested is not None
+        except (FileNotFoundError, NotADirectoryError, SpecError):
+            canceled = True
+        except (OSError, RunError):  # a disk that does not respond, or a damaged record: the job can continue
+            continue
+        seen = changed
+        if canceled:
+            stop_session(identity, grace_seconds())
+            return process.wait()
