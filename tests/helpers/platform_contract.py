@@ -1,4 +1,4 @@
-"""What every platform has to do; a test file a platform subclasses it and gives ``client`` and ``capacity``."""
+"""Tests that every platform must pass: subclass the contract and define ``client`` and ``capacity``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHILD = """
 import os, signal, sys
 import openmae.jobs.client as module
 import openmae.jobs.prepare as prepare
-prepare.command_of = lambda action, spec: [sys.executable, "-c", "import time; time.sleep(0.5); print('lived on')"]
+prepare.command_of = lambda action, spec: [sys.executable, "-c", "import time; time.sleep(0.5); print('survived')"]
 client = module.Client(sys.argv[1], sys.argv[2])
 print(client.create_job("train", None, {"dataset.train_data_sources": sys.argv[3]}, automl_policy="off").id, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -29,7 +29,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def until(ready: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
-    """Wait for a true value and return it."""
+    """Wait until ``ready`` returns a true value, and return it."""
     deadline = time.monotonic() + seconds
     while not (value := ready()):
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s"
@@ -38,7 +38,7 @@ def until(ready: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
 
 
 class PlatformContract:
-    """Tests of a platform; ``capacity`` jobs run at once."""
+    """Tests of a platform that runs ``capacity`` jobs at the same time."""
 
     capacity: ClassVar[int]
 
@@ -63,7 +63,7 @@ class PlatformContract:
         assert failure is not None
         assert (failure.category, failure.error, failure.exit_code) == ("spec", "SpecError: no", code)
 
-    def test_canceling_lets_a_job_write_its_checkpoint(
+    def test_a_canceled_job_can_write_its_checkpoint(
         self, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
     ) -> None:
         run_code(
@@ -75,26 +75,26 @@ class PlatformContract:
         client.cancel_job(job.id)
         done = client.wait(job.id, 30)
         assert done.status == "CANCELED", done
-        assert (tmp_path / "checkpoint").exists(), "the job did not hear SIGINT"
+        assert (tmp_path / "checkpoint").exists(), "the job received no SIGINT"
 
-    def test_a_job_that_does_not_listen_is_killed(self, client: Client, submit: Submit, run_code: RunCode) -> None:
+    def test_a_job_that_ignores_signals_is_killed(self, client: Client, submit: Submit, run_code: RunCode) -> None:
         run_code(
             "import signal, time\nfor n in (signal.SIGINT, signal.SIGTERM): signal.signal(n, signal.SIG_IGN)\n"
-            "print('deaf', flush=True); time.sleep(300)"
+            "print('ready', flush=True); time.sleep(300)"
         )
         job = submit()
-        until(lambda: "deaf" in client.get_job_logs(job.id), "the job's first line")
+        until(lambda: "ready" in client.get_job_logs(job.id), "the job's first line")
         client.cancel_job(job.id)
         assert client.wait(job.id, 40).status == "CANCELED"
 
-    def test_jobs_wait_for_their_turn_and_can_be_canceled_there(
+    def test_jobs_wait_for_their_turn_and_can_be_canceled_while_they_wait(
         self, client: Client, submit: Submit, run_code: RunCode
     ) -> None:
         run_code(SLEEP)
         first = [submit() for _ in range(self.capacity)]
         for job in first:
             until(lambda job=job: client.get_job_status(job.id).status == "RUNNING", "the first jobs' start")
-        run_code("print('my turn')")
+        run_code("print('started')")
         waiting, unwanted = submit(), submit()
         assert client.get_job_status(waiting.id).status == "PENDING"
         assert client.cancel_job(unwanted.id).status == "CANCELED"
@@ -105,7 +105,7 @@ class PlatformContract:
             client.cancel_job(job.id)
             client.wait(job.id, 40)
 
-    def test_canceling_twice_or_too_late_changes_nothing(
+    def test_canceling_a_job_that_has_ended_has_no_effect(
         self, client: Client, submit: Submit, run_code: RunCode
     ) -> None:
         run_code("pass")
@@ -135,9 +135,9 @@ class PlatformContract:
         assert killed.returncode == -9, killed.stderr
         job = client.wait(killed.stdout.strip(), 30)
         assert job.status == "COMPLETE", job
-        assert client.get_job_logs(job.id) == "lived on\n"
+        assert client.get_job_logs(job.id) == "survived\n"
 
-    def test_secrets_reach_the_job_and_nothing_else(self, client: Client, submit: Submit, run_code: RunCode) -> None:
+    def test_secrets_reach_only_the_job(self, client: Client, submit: Submit, run_code: RunCode) -> None:
         run_code(
             "import os, time; e = os.environ\n"
             "print(e['TOKEN'][::-1], e['OPENMAE_ENCRYPTION_KEY'][::-1], flush=True); time.sleep(60)"
@@ -157,16 +157,16 @@ class PlatformContract:
         client.cancel_job(job.id)
         assert client.wait(job.id, 40).status in FINAL
 
-    def test_more_nodes_than_there_are_is_refused(self, client: Client, submit: Submit) -> None:
+    def test_more_nodes_than_the_platform_has_are_refused(self, client: Client, submit: Submit) -> None:
         with pytest.raises(ValueError, match=r"num_nodes"):
             submit(num_nodes=64)
         assert client.list_jobs() == []
 
 
 class ClusterContract(PlatformContract):
-    """Tests of a platform that keeps jobs of its own."""
+    """Tests of a platform with a job system of its own."""
 
-    def test_a_job_whose_client_died_right_after_the_submission_is_found_by_its_name(
+    def test_a_job_whose_client_died_after_the_submission_is_found_by_name(
         self, client: Client, submit: Submit, run_code: RunCode
     ) -> None:
         run_code(SLEEP)
@@ -174,6 +174,6 @@ class ClusterContract(PlatformContract):
         with client.store.update(job.id) as record:
             assert record.submitter is not None
             record.handle, record.submitter = Handle(), {**record.submitter, "start": 1}
-        until(lambda: client.get_job_status(job.id).status == "RUNNING", "the sight of the job")
+        until(lambda: client.get_job_status(job.id).status == "RUNNING", "its state RUNNING")
         client.cancel_job(job.id)
         assert client.wait(job.id, 40).status == "CANCELED"

@@ -1,4 +1,4 @@
-"""``Client``: what is refused before anything starts, what is noted, and chains of real actions."""
+"""``Client``: invalid requests, notices, results, and chains of real actions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SMALL = {
         ),
     ],
 )
-def test_a_wrong_request_starts_nothing(client: Client, images: Path, arguments: dict[str, Any], text: str) -> None:
+def test_an_invalid_request_starts_nothing(client: Client, images: Path, arguments: dict[str, Any], text: str) -> None:
     full = {"action": "train", "spec_overrides": {"dataset.train_data_sources": str(images / "train")}, **arguments}
     if full["action"] != "train":
         full["spec_overrides"] = {}
@@ -80,7 +80,7 @@ def test_a_wrong_request_starts_nothing(client: Client, images: Path, arguments:
         ("export", {"gpu_id": 3}, (1, None), {"gpu_id": 0}, "export.gpu_id=3"),
     ],
 )
-def test_the_counts_of_a_job_replace_those_that_a_template_types(
+def test_the_counts_of_a_job_replace_those_of_a_template(
     images: Path, action: str, section: dict[str, Any], counts: tuple[Any, Any], expected: Any, notice: str
 ) -> None:
     specs = {
@@ -117,7 +117,7 @@ def test_the_platform_must_be_known(tmp_path: Path) -> None:
         Client("moon", tmp_path)
 
 
-def test_a_training_is_a_search_unless_automl_is_off(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_a_training_job_is_a_search_unless_automl_is_off(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code("pass")
     searching, training = submit(automl_policy=None, specs={"automl": {"max_recommendations": 3}}), submit()
     assert searching.results_folder == f"{searching.results_dir}/automl"
@@ -129,10 +129,10 @@ def test_a_training_is_a_search_unless_automl_is_off(client: Client, submit: Sub
         submit(automl_policy="auto", specs={"automl": {"max_recommendations": 0}})
 
 
-def test_a_training_of_a_search_is_a_parent_like_any_other(
+def test_a_trial_of_a_search_can_be_a_parent(
     client: Client, submit: Submit, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its record is in the search's folder; one that was pruned says so."""
+    """Its record is in the folder of the search. A pruned trial is refused with the reason."""
     monkeypatch.setattr(
         "openmae.jobs.prepare.command_of", lambda action, spec: [sys.executable, "-c", "pass", action, "-e", str(spec)]
     )
@@ -178,11 +178,11 @@ def test_a_training_of_a_search_is_a_parent_like_any_other(
         ({"algorithm": "grid"}, "It has up to 20 trials of 10 epochs (grid, 1 at a time) and takes at most"),
     ],
 )
-def test_a_search_says_before_it_starts_what_it_is_and_how_to_train_once(
+def test_a_search_is_described_before_it_starts(
     client: Client, submit: Submit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, automl, words
 ) -> None:
     def refuse(job_id: str, environment: Any) -> None:
-        assert words in caplog.text, "it is told after the start"
+        assert words in caplog.text, "it is reported after the start"
         raise RunError("no platform")
 
     monkeypatch.setattr(client._platform("local"), "submit", refuse)
@@ -192,7 +192,7 @@ def test_a_search_says_before_it_starts_what_it_is_and_how_to_train_once(
     assert 'submit with --automl off (mae jobs submit) or automl_policy="off" (Python).' in caplog.text
 
 
-def test_arguments_without_effect_are_noticed(
+def test_arguments_without_effect_are_reported(
     client: Client, submit: Submit, run_code: RunCode, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_code("pass")
@@ -209,7 +209,7 @@ def test_arguments_without_effect_are_noticed(
         client.wait(one.id, 20)
 
 
-def test_jobs_are_listed_oldest_first_and_chosen(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_jobs_are_listed_oldest_first_and_filtered(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code("pass")
     good = client.wait(submit().id, 20)
     run_code("raise SystemExit(1)")
@@ -219,10 +219,12 @@ def test_jobs_are_listed_oldest_first_and_chosen(client: Client, submit: Submit,
     assert client.list_jobs(action="export") == []
     with pytest.raises(SpecError, match=r"status: there is no state 'DONE'\.\n  Fix: Use one of: PENDING, RUNNING"):
         client.list_jobs(status="DONE")
-    assert Client("local", client.store.root).get_job_status(bad.id[:8]) == bad, "another client sees another job"
+    assert Client("local", client.store.root).get_job_status(bad.id[:8]) == bad, (
+        "another client sees the job differently"
+    )
 
 
-def test_waiting_ends_in_time(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_waiting_has_a_limit(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code(SLEEP)
     job = submit()
     with pytest.raises(RunError, match=r"is still (PENDING|RUNNING) after 0\.2 s"):
@@ -240,7 +242,7 @@ def _writer(folder: Path, *names: str) -> str:
     )
 
 
-def test_a_folder_of_its_own_is_deleted_whole(
+def test_a_results_folder_of_the_job_is_deleted_completely(
     client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
 ) -> None:
     run_code(
@@ -254,10 +256,10 @@ def test_a_folder_of_its_own_is_deleted_whole(
     assert [item.name for item in client.delete_job_artifacts(job.id)] == ["model_best.pth", "notes.txt"]
     assert client.list_results(job.id) == []
     assert not Path(job.results_dir).exists()
-    assert client.get_job_status(job.id) == job, "the record went as well"
+    assert client.get_job_status(job.id) == job, "the record was deleted too"
 
 
-def test_in_a_named_folder_foreign_files_stay(
+def test_other_files_in_a_named_results_folder_are_kept(
     client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out" / "train"
@@ -281,7 +283,7 @@ def test_artifacts_in_use_are_not_deleted(client: Client, submit: Submit, run_co
     assert client.delete_job_artifacts(parent.id)
 
 
-def test_relative_results_stay_where_the_client_was(
+def test_a_relative_results_folder_is_that_of_the_client(
     client: Client, submit: Submit, run_code: RunCode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -291,7 +293,7 @@ def test_relative_results_stay_where_the_client_was(
     assert client.get_job_logs(job.id) == f"{tmp_path}\n"
 
 
-def test_passwords_in_addresses_are_not_noted(
+def test_passwords_in_addresses_are_not_stored(
     client: Client, monkeypatch: pytest.MonkeyPatch, run_code: RunCode
 ) -> None:
     monkeypatch.setattr("openmae.storage.listing.require", lambda url: None)
@@ -313,7 +315,7 @@ def test_a_key_that_the_job_would_not_find_is_refused(submit: Submit, monkeypatc
             submit(specs={"encryption_key": key})
 
 
-def test_a_key_from_a_variable_is_the_variables_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_refers_to_a_variable_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAE_SECRET", "hush-hush")
     specs = {"dataset.train_data_sources": "/", "encryption_key": "${oc.env:MAE_SECRET}"}
     prepared = prepare(Request("train", "local", specs), None, "1", Path("/jobs/1"))
@@ -332,53 +334,43 @@ def test_listing_imports_no_torch(client: Client) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def _chained(client: Client, action: str, parent: Job, overrides: dict[str, Any]) -> Job:
-    job = client.wait(client.create_job(action, None, overrides, parent_job_id=parent.id).id, 240)
-    assert job.status == "COMPLETE", client.get_job_logs(job.id)
-    return job
+@pytest.mark.slow  # five processes, one after another, that import torch
+def test_a_chain_by_parent_job_id_only(client: Client, images: Path) -> None:
+    def run(action: str, overrides: dict[str, Any], parent: str | None = None) -> Job:
+        policy = "off" if action == "train" else None
+        job = client.create_job(action, None, overrides, parent_job_id=parent, automl_policy=policy)
+        done = client.wait(job.id, 240)
+        assert done.status == "COMPLETE", client.get_job_logs(job.id)
+        return done
 
+    def explained(job: Job) -> dict[str, dict[str, Any]]:
+        return {row["key"]: row for row in client.explain_job(job.id)}
 
-def _trained(client: Client, images: Path) -> Job:
-    overrides = {**SMALL, "dataset.train_data_sources": str(images / "train")}
-    job = client.wait(client.create_job("train", None, overrides, automl_policy="off").id, 240)
-    assert job.status == "COMPLETE", client.get_job_logs(job.id)
-    return job
-
-
-def test_a_training_and_its_evaluation(client: Client, images: Path) -> None:
-    train = _trained(client, images)
+    train = run("train", {**SMALL, "dataset.train_data_sources": str(images / "train")})
     kinds = {item.kind for item in client.list_results(train.id)}
     assert kinds >= {"checkpoint", "weights", "status", "spec", "metrics", "report", "events"}
-    data = {"batch_size": 4, "dataset.num_workers_per_gpu": 0, "dataset.val_data_sources": str(images / "val")}
-    evaluation = _chained(client, "evaluate", train, data)
-    told = {row["key"]: row for row in client.explain_job(evaluation.id)}
-    assert told["evaluate.checkpoint"]["function"] == "parent_model"
-    assert Path(told["evaluate.checkpoint"]["value"]).parent == Path(train.results_folder)
-    assert told["model.num_classes"]["value"] == 3
-    assert told["train.stage"]["value"] == "finetune"
-    assert told["dataset.val_data_sources"]["why"] == "given in spec_overrides"
-    assert "ACC_all" in client.get_job_logs(evaluation.id)
-
-
-@pytest.mark.slow  # five processes that import torch, one after the other
-def test_a_chain_by_parent_job_id_only(client: Client, images: Path) -> None:
-    train = _trained(client, images)
-    val = {"batch_size": 4, "dataset.num_workers_per_gpu": 0, "dataset.val_data_sources": str(images / "val")}
-    test = {"batch_size": 4, "dataset.num_workers_per_gpu": 0, "dataset.test_data_sources": str(images / "val")}
-    _chained(client, "evaluate", train, val)
-    export = _chained(client, "export", train, {})
-    engine = _chained(client, "gen_trt_engine", export, {"gen_trt_engine.compute_capability": ["sm_89"]})
-    inference = _chained(client, "inference", export, test)  # the engine needs the GPU that it was built for
+    small = {"batch_size": 4, "dataset.num_workers_per_gpu": 0}
+    val, test = ({**small, f"dataset.{name}_data_sources": str(images / "val")} for name in ("val", "test"))
+    evaluate = run("evaluate", val, train.id)
+    origins = explained(evaluate)
+    assert origins["evaluate.checkpoint"]["function"] == "parent_model"
+    assert Path(origins["evaluate.checkpoint"]["value"]).parent == Path(train.results_folder)
+    assert (origins["model.num_classes"]["value"], origins["train.stage"]["value"]) == (3, "finetune")
+    assert origins["dataset.val_data_sources"]["why"] == "given in spec_overrides"
+    assert "ACC_all" in client.get_job_logs(evaluate.id)
+    export = run("export", {}, train.id)
+    engine = run("gen_trt_engine", {"gen_trt_engine.compute_capability": ["sm_89"]}, export.id)
+    inference = run("inference", test, export.id)  # the engine needs the GPU that it was built for
     assert (Path(inference.results_folder) / "results.csv").is_file()
     on_engine = client.create_job("inference", None, test, parent_job_id=engine.id)
-    told = {row["key"]: row["value"] for row in client.explain_job(on_engine.id)}
-    assert told["inference.trt_engine"] == str(Path(engine.results_folder) / "model.engine")
-    assert told["inference.checkpoint"] is None
-    assert told["model.arch"] == "vit_tiny_patch16", "the architecture was lost on the way"
+    values = {key: row["value"] for key, row in explained(on_engine).items()}
+    assert values["inference.trt_engine"] == str(Path(engine.results_folder) / "model.engine")
+    assert values["inference.checkpoint"] is None
+    assert values["model.arch"] == "vit_tiny_patch16", "the architecture was not carried forward"
     assert client.wait(on_engine.id, 240).finished
 
 
-@pytest.mark.slow  # a long training, stopped
+@pytest.mark.slow  # a long training run that is stopped
 def test_a_canceled_training_has_written_a_checkpoint(
     client: Client, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,8 +383,8 @@ def test_a_canceled_training_has_written_a_checkpoint(
     done = client.wait(job.id, 90)
     assert (done.status, done.exit_code) == ("CANCELED", 130), client.get_job_logs(job.id)
     again = client.create_job("train", None, {**overrides, "num_epochs": 1}, automl_policy="off")
-    told = {row["key"]: row for row in client.explain_job(again.id)}
-    resumed = told["train.resume_training_checkpoint_path"]
+    origins = {row["key"]: row for row in client.explain_job(again.id)}
+    resumed = origins["train.resume_training_checkpoint_path"]
     assert (resumed["function"], "model_epoch_" in resumed["value"]) == ("resume_model", True)
     client.cancel_job(again.id)
     client.wait(again.id, 90)

@@ -67,7 +67,7 @@ def _write(client: Client, job_id: str, text: str | bytes) -> Path:
         ({"submitter": []}, "submitter must be an object or null, but is a list"),
     ],
 )
-def test_a_broken_record_is_named_and_affects_no_other_job(
+def test_a_damaged_record_is_named_and_affects_no_other_job(
     client: Client, job: Job, text: Any, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if isinstance(text, dict):

@@ -19,7 +19,7 @@ Mae = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def mae(capsys: pytest.CaptureFixture[str]) -> Mae:
-    """Run ``mae jobs ...``; gives the exit code, stdout and stderr."""
+    """Return a function that runs ``mae jobs ...`` and returns the exit code, stdout and stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = main(["jobs", *arguments])
@@ -31,7 +31,7 @@ def mae(capsys: pytest.CaptureFixture[str]) -> Mae:
 
 @pytest.fixture
 def done(mae: Mae, run_code: RunCode, images: Path, tmp_path: Path) -> dict[str, Any]:
-    """A job that has written a checkpoint."""
+    """Run a job that writes a checkpoint; return its JSON."""
     folder = tmp_path / "out" / "train"
     run_code(
         f"import pathlib\nf = pathlib.Path({str(folder)!r}); f.mkdir(parents=True)\n"
@@ -73,7 +73,7 @@ def test_a_job_from_the_shell(mae: Mae, done: dict[str, Any]) -> None:
     assert json.loads(mae("cancel", done["id"], "--json")[1])["status"] == "COMPLETE"
 
 
-def test_explain_says_where_every_value_came_from(mae: Mae, done: dict[str, Any]) -> None:
+def test_explain_shows_the_origin_of_every_value(mae: Mae, done: dict[str, Any]) -> None:
     code, out, _ = mae("explain", done["id"])
     assert code == 0
     rows = {line.split()[0]: line for line in out.splitlines()}
@@ -130,7 +130,7 @@ def test_a_failed_job_is_exit_code_1_with_the_reason(mae: Mae, run_code: RunCode
         ((), "required"),
     ],
 )
-def test_a_wrong_request_is_exit_code_2(mae: Mae, arguments: tuple[str, ...], text: str) -> None:
+def test_an_invalid_request_is_exit_code_2(mae: Mae, arguments: tuple[str, ...], text: str) -> None:
     code, out, err = mae(*arguments)
     assert (code, out) == (2, "")
     assert text in err
@@ -151,7 +151,7 @@ def test_a_spec_file_and_a_variable_by_name(
     assert told["dataset.train_data_sources"]["why"] == "given in specs"
 
 
-def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     done = subprocess.run(
         f"{sys.executable} -m openmae.cli.main jobs list --root {tmp_path} | true",
         shell=True,

@@ -1,4 +1,4 @@
-"""Merging what was typed, and filling in what the parent and the job decide."""
+"""The merged spec of a job, and the values that the parent and the job decide."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _written(deep: Mapping[str, Any], dotted: Mapping[str, Any], short: Mapping[
 
 
 @given(_typed, st.data())
-def test_nested_and_dotted_mean_the_same(typed: dict[str, Any], data: st.DataObject) -> None:
+def test_nested_sections_and_dotted_keys_are_equivalent(typed: dict[str, Any], data: st.DataObject) -> None:
     deep = {key: value for key, value in typed.items() if data.draw(st.booleans())}
     rest = {key: value for key, value in typed.items() if key not in deep}
     assert merge("train", nested(typed)).values == typed
@@ -47,7 +47,7 @@ def test_nested_and_dotted_mean_the_same(typed: dict[str, Any], data: st.DataObj
 
 @given(st.tuples(*[_typed] * 6))
 def test_precedence(layers: tuple[dict[str, Any], ...]) -> None:
-    """spec_overrides over specs; in each dotted over nested over shorthand."""
+    """spec_overrides before specs; in each, dotted keys before nested sections before shorthands."""
     specs, overrides = _written(layers[1], layers[2], layers[0]), _written(layers[4], layers[5], layers[3])
     expected: dict[str, Any] = {}
     for number, layer in enumerate(layers):
@@ -67,10 +67,10 @@ def test_merging_again_changes_nothing(specs: dict[str, Any], overrides: dict[st
     assert merge("train", once.tree, overrides).values == once.values
 
 
-def test_unset_values_are_not_typed() -> None:
+def test_missing_values_count_as_not_given() -> None:
     merged = merge("evaluate", {"evaluate": {"checkpoint": "???", "trt_engine": None}, "model": {"arch": "vit"}})
     assert merged.values == {"model.arch": "vit"}
-    # a later null does not take away what was typed before
+    # a later null does not remove an earlier value
     assert merge("train", {"train": {"seed": 3}}, {"train.seed": None}).values == {"train.seed": 3}
 
 
@@ -96,17 +96,17 @@ def test_shorthands(action: str, word: str, key: str) -> None:
     assert merged.origins[key].why == f"shorthand {word} in spec_overrides"
 
 
-def test_the_size_of_an_export_has_two_keys() -> None:
+def test_image_size_sets_two_keys_of_an_export() -> None:
     assert merge("export", None, {"image_size": 64}).values == {"export.input_height": 64, "export.input_width": 64}
     assert merge("export", {"image_size": [32, 64]}).values == {"export.input_height": 32, "export.input_width": 64}
 
 
-def test_a_shorthand_that_means_nothing_is_refused() -> None:
+def test_a_shorthand_without_a_meaning_is_refused() -> None:
     with pytest.raises(SpecError, match="trt_engine: the shorthand has no meaning for export"):
         merge("export", None, {"trt_engine": "x"})
 
 
-def test_a_value_where_a_section_is_named() -> None:
+def test_a_key_below_a_plain_value_is_refused() -> None:
     with pytest.raises(SpecError, match=r"model\.arch: cannot be set, since model is 5 and not a section"):
         _ = merge("train", {"model": 5}, {"model.arch": "vit"}).tree
 
@@ -137,7 +137,7 @@ def test_every_key_of_the_table_is_explained(action: str) -> None:
         assert filled.origins[key].why
 
 
-def test_outputs_are_made_in_the_jobs_own_folder() -> None:
+def test_outputs_are_written_to_the_results_folder_of_the_job() -> None:
     filled = _filled("export", {"export.checkpoint": "c"}, None)
     assert filled.values["export.onnx_file"] == "/jobs/1/results/export/model.onnx"
     filled = _filled("gen_trt_engine", {"results_dir": "s3://bucket/out"}, None)
@@ -147,7 +147,7 @@ def test_outputs_are_made_in_the_jobs_own_folder() -> None:
 
 
 @pytest.mark.parametrize("action", ["evaluate", "inference"])
-def test_a_training_gives_its_checkpoint(tmp_path: Path, action: str) -> None:
+def test_the_checkpoint_of_a_training_run_is_used(tmp_path: Path, action: str) -> None:
     parent = _parent(tmp_path, "train", ("model_epoch_001_step_00009.pth", "model_best.pth", "backbone.safetensors"))
     filled = _filled(action, {}, parent)
     assert filled.values[f"{action}.checkpoint"] == f"{parent.results_folder}/model_best.pth"
@@ -165,7 +165,7 @@ def test_an_export_or_an_engine_leaves_the_checkpoint_unset(tmp_path: Path, kind
     assert "does not fit" in filled.origins["evaluate.checkpoint"].why
 
 
-def test_what_was_typed_stays(tmp_path: Path) -> None:
+def test_given_values_are_kept(tmp_path: Path) -> None:
     parent = _parent(tmp_path, "train", ("model_best.pth",), spec={"model": {"arch": "vit_tiny_patch16"}})
     typed = {"evaluate.checkpoint": "/mine.pth", "model.arch": "hiera_tiny_224", "results_dir": "/out"}
     filled = _filled("evaluate", typed, parent)
@@ -176,7 +176,7 @@ def test_what_was_typed_stays(tmp_path: Path) -> None:
     assert other.origins["evaluate.checkpoint"].why == "evaluate.trt_engine is set, and only one of them is used"
 
 
-def test_training_resumes_before_it_takes_a_parents_weights(tmp_path: Path) -> None:
+def test_resuming_has_precedence_over_the_weights_of_the_parent(tmp_path: Path) -> None:
     parent = _parent(tmp_path, "train", ("model_epoch_004_step_00050.pth",))
     fresh = _filled("train", {}, parent, str(tmp_path / "own"))
     assert fresh.values["train.pretrained_model_path"] == f"{parent.results_folder}/model_epoch_004_step_00050.pth"
@@ -208,7 +208,7 @@ def test_stage_architecture_classes_and_size_are_carried_forward(tmp_path: Path)
         **{"dataset.augmentation.input_size": [32, 48], "model.in_chans": 1, "model.patch_size": 8},
     }
     assert filled.origins["model.num_classes"].why == "resolved spec of job p1"
-    # other data may have other classes
+    # the classes of other data may differ
     child = _filled("train", {}, parent, str(tmp_path / "own"))
     assert "model.num_classes" not in child.values
     assert child.origins["model.num_classes"].why == "the data of this job decides (the parent's: 3)"
@@ -221,7 +221,7 @@ def test_a_damaged_spec_of_the_parent_is_named(tmp_path: Path) -> None:
         _filled("evaluate", {}, parent)
 
 
-def test_a_grandchild_gets_what_its_parent_was_told(tmp_path: Path) -> None:
+def test_a_grandchild_inherits_the_values_of_its_parents_spec(tmp_path: Path) -> None:
     spec = {"train": {"stage": "finetune"}, "model": {"arch": "vit_tiny_patch16", "num_classes": 3}}
     parent = _parent(tmp_path, "export", ("model.onnx", "experiment.yaml"), spec=spec)
     filled = _filled("gen_trt_engine", {}, parent)
@@ -229,7 +229,7 @@ def test_a_grandchild_gets_what_its_parent_was_told(tmp_path: Path) -> None:
     assert filled.origins["dataset.augmentation.input_size"].why == "job p1 does not set it"
 
 
-def test_a_parent_that_no_key_takes_is_refused(tmp_path: Path) -> None:
+def test_a_parent_whose_model_no_key_takes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         _filled("gen_trt_engine", {}, _parent(tmp_path, "train", ("model_best.pth",)))
     assert str(caught.value) == (
@@ -247,7 +247,7 @@ def test_a_parent_without_its_model_is_refused(tmp_path: Path) -> None:
         _filled("export", {}, _parent(tmp_path, "train", ("status.json",), state="RUNNING"))
 
 
-def test_a_file_that_the_parent_wrote_elsewhere_is_found(tmp_path: Path) -> None:
+def test_a_file_outside_the_parents_results_folder_is_found(tmp_path: Path) -> None:
     (tmp_path / "mine.onnx").touch()
     parent = _parent(tmp_path, "export", outputs=[str(tmp_path / "mine.onnx")])
     assert _filled("gen_trt_engine", {}, parent).values["gen_trt_engine.onnx_file"] == str(tmp_path / "mine.onnx")

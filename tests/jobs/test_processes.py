@@ -1,4 +1,4 @@
-"""Processes and their sessions, with the sources of Linux and of a system without /proc."""
+"""Processes and their sessions, as on Linux and as on a system without an id of the boot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from openmae.machine import identify, is_running, is_stopped
 
 @pytest.fixture(params=["with a boot id", "without"])
 def child(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A shell that leads a session with another process in it."""
+    """Start a shell that leads a session with another process in it."""
     if request.param == "without":
         monkeypatch.setattr(machine, "_BOOT_ID", Path("/no/boot_id"))
     process = subprocess.Popen(["/bin/sh", "-c", "sleep 60 & wait"], start_new_session=True)

@@ -1,4 +1,4 @@
-"""Results in an object store: an S3 server over HTTP, and a client that does not know it is a test."""
+"""Jobs whose data and results are in an object store: a local S3 server."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _put(url: str, text: str = "x") -> None:
     open_filesystem(url).pipe_file(url, text.encode())
 
 
-def test_a_childs_model_is_chosen_in_the_store(bucket: str) -> None:
+def test_the_model_of_a_child_is_chosen_in_the_store(bucket: str) -> None:
     folder = f"{bucket}/one/train"
     for name in ("model_epoch_002_step_00010.pth", "model_epoch_010_step_00002.pth", "backbone.safetensors"):
         _put(f"{folder}/{name}")
@@ -86,7 +86,7 @@ def test_a_childs_model_is_chosen_in_the_store(bucket: str) -> None:
     assert again.values["evaluate.checkpoint"] == f"{folder}/model_best.pth"
 
 
-def test_an_empty_place_is_named(bucket: str) -> None:
+def test_an_empty_folder_in_the_store_is_named(bucket: str) -> None:
     assert list_folder(f"{bucket}/nothing") == []
     assert read_text(f"{bucket}/nothing/status.json") is None
     with pytest.raises(CheckpointError, match=r"has no checkpoint \(\.pth\)\. It is empty\."):
@@ -99,7 +99,7 @@ def test_a_store_that_cannot_be_reached_is_named(bucket: str, monkeypatch: pytes
         list_folder(f"{bucket}/one")
 
 
-def test_results_in_the_store_are_listed_judged_and_deleted(
+def test_results_in_the_store_are_listed_analysed_and_deleted(
     bucket: str, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
 ) -> None:
     run_code("raise SystemExit(1)")
@@ -121,7 +121,7 @@ def test_results_in_the_store_are_listed_judged_and_deleted(
     assert [item.name for item in client.list_results(job.id)] == ["notes.txt"]
 
 
-def test_a_source_is_looked_for_in_the_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_source_in_the_store_is_checked(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from openmae.jobs.prepare import check_sources
     from openmae.spec.schema import ExperimentSpec
 
@@ -139,11 +139,11 @@ def _upload(bucket: str, folder: Path, part: str, name: str) -> str:
     return url
 
 
-@pytest.mark.slow  # five processes that import torch, one after the other: a minute and a half
+@pytest.mark.slow  # five processes, one after another, that import torch
 def test_a_chain_from_a_store_to_a_store(bucket: str, client: Client, tmp_path: Path) -> None:
-    """train -> evaluate -> export -> gen_trt_engine -> inference on the quickstart's digits: no child names a model.
+    """Run train, evaluate, export, gen_trt_engine and inference on the digits of quickstart; no child names a model.
 
-    The engine is built for a GPU that need not be here, and only runs on that: inference is a child of the export.
+    The engine only runs on the GPU that it is built for, so inference is a child of the export.
     """
     pytest.importorskip("tensorrt_rtx", reason="builds the engine")
     write_digits(tmp_path / "digits")
@@ -191,5 +191,5 @@ def test_a_chain_from_a_store_to_a_store(bucket: str, client: Client, tmp_path: 
     rows = list(csv.DictReader((read_text(f"{inference.results_folder}/results.csv") or "").splitlines()))
     right = sum(Path(row["path"]).parent.name == row["class"] for row in rows)
     assert len(rows) == HELD_OUT
-    assert accuracy > 0.15, "ten classes: that is chance"
-    assert abs(right / HELD_OUT - accuracy) <= 2 / HELD_OUT, "what inference ran is not the model that was evaluated"
+    assert accuracy > 0.15, "that is chance for ten classes"
+    assert abs(right / HELD_OUT - accuracy) <= 2 / HELD_OUT, "inference used another model than evaluate"

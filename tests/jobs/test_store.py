@@ -1,4 +1,4 @@
-"""Records of jobs: many clients at once, kill -9 in the middle, and damage from outside."""
+"""Records of jobs under concurrent clients, killed writers and damage."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def store(tmp_path: Path) -> JobStore:
     return made
 
 
-def test_concurrent_clients_lose_nothing(store: JobStore) -> None:
+def test_concurrent_clients_lose_no_update(store: JobStore) -> None:
     first = _ID.format(1)
     clients = [
         subprocess.Popen([sys.executable, "-c", _CREATOR, str(store.root), first, str(number)]) for number in range(4)
@@ -70,7 +70,7 @@ def test_concurrent_clients_lose_nothing(store: JobStore) -> None:
     assert [record.created_at for record in records] == sorted(record.created_at for record in records)
 
 
-def test_kill_9_leaves_a_whole_record_and_no_lock(store: JobStore) -> None:
+def test_a_killed_writer_leaves_a_complete_record_and_no_lock(store: JobStore) -> None:
     first, chance, count = _ID.format(1), random.Random(0), 1
     for _ in range(8):
         writer = subprocess.Popen(
@@ -83,7 +83,7 @@ def test_kill_9_leaves_a_whole_record_and_no_lock(store: JobStore) -> None:
         writer.wait()
         writer.stdout.close()
         with store.update(first) as record:
-            assert len(record.transitions) >= count, "a transition that was on the disk is lost"
+            assert len(record.transitions) >= count, "a transition was lost"
             record.transitions.append(Transition(now(), "PENDING", "after a kill"))
         count = len(store.read(first).transitions)
     assert count > 16, "the writers were killed before they wrote anything"
@@ -97,7 +97,7 @@ def test_transitions_are_append_only(store: JobStore) -> None:
     assert store.read(_ID.format(1)).notices == []
 
 
-def test_a_job_at_its_end_stays_there() -> None:
+def test_a_final_state_does_not_change() -> None:
     record = _record()
     assert record.move("RUNNING", "on")
     assert record.move("CANCELED", "stopped", 130)
@@ -107,14 +107,14 @@ def test_a_job_at_its_end_stays_there() -> None:
     assert [transition.state for transition in job.transitions] == ["PENDING", "RUNNING", "CANCELED"]
 
 
-def test_nobody_else_reads_a_root(store: JobStore) -> None:
+def test_only_the_user_can_read_a_root(store: JobStore) -> None:
     paths = [store.root, *store.root.rglob("*")]
     assert len(paths) == 3
     open_ones = [path for path in paths if stat.S_IMODE(path.stat().st_mode) & 0o077]
     assert open_ones == []
 
 
-def test_a_job_is_found_by_the_beginning_of_its_id(store: JobStore) -> None:
+def test_a_job_is_found_by_the_first_characters_of_its_id(store: JobStore) -> None:
     store.create(make_record("ffff0000-0000-4000-8000-000000000000"))
     assert store.find("ffff") == "ffff0000-0000-4000-8000-000000000000"
     store.create(_record(3))
@@ -144,9 +144,9 @@ def test_a_root_must_be_a_local_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_times_are_shown_in_utc_whatever_a_record_has() -> None:
+def test_times_are_shown_in_utc() -> None:
     record = _record(created_at="2026-01-01T12:00:00+02:00")
-    record.transitions[0] = Transition("2026-01-01T10:00:01", "PENDING", "")  # of an early version, in UTC
+    record.transitions[0] = Transition("2026-01-01T10:00:01", "PENDING", "")  # as early versions wrote UTC
     job = record.to_job()
     assert job.created_at == "2026-01-01T10:00:00.000000+00:00"
     assert job.transitions[0].at == "2026-01-01T10:00:01.000000+00:00"

@@ -1,4 +1,4 @@
-"""Jobs on this machine: the platform contract, and what happens to processes that are killed."""
+"""Jobs on this machine: the contract of platforms, and killed, stopped and foreign processes."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def _stop(identity: dict[str, Any]) -> None:
 
 
 def _running(client: Client, job: Job) -> dict[str, Any]:
-    """The job's process, once it does what it was started for."""
+    """Return the job's process once it has printed its first line."""
     until(lambda: "ready" in client.get_job_logs(job.id), "the job's first line")
     return _process(client, job, "process")
 
 
 def _status_writer(last: str) -> str:
-    """Lines of Python that write the status.json of a run."""
+    """Return Python code that writes the status.json of a run."""
     return f"""
 import json, os, sys, time, pathlib, yaml
 from datetime import datetime
@@ -72,14 +72,14 @@ now = datetime.now()
 line = {{"date": f"{{now.month}}/{{now.day}}/{{now.year}}", "time": f"{{now.hour}}:{{now.minute}}:{{now.second}}"}}
 for status in ("STARTED", {last!r}):
     with (root / "status.json").open("a") as file:
-        file.write(json.dumps(line | {{"status": status, "message": "DataError: said"}}) + "\\n")
+        file.write(json.dumps(line | {{"status": status, "message": "DataError: an image is damaged"}}) + "\\n")
 print("written", flush=True)
 time.sleep(1)
 """
 
 
 @pytest.mark.parametrize(("last", "state"), [("SUCCESS", "COMPLETE"), ("FAILURE", "ERROR"), ("RUNNING", "ERROR")])
-def test_without_its_supervisor_a_job_is_judged_by_what_it_wrote(
+def test_without_its_supervisor_the_outcome_comes_from_status_json(
     client: Client, submit: Submit, run_code: RunCode, tmp_path: Path, last: str, state: str
 ) -> None:
     run_code(_status_writer(last))
@@ -97,7 +97,7 @@ def test_without_its_supervisor_a_job_is_judged_by_what_it_wrote(
         assert (failure.category, failure.evidence) == ("data", "status.json")
 
 
-def test_an_earlier_runs_success_is_not_taken_for_this_one(
+def test_the_success_of_an_earlier_run_is_ignored(
     client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
 ) -> None:
     run_code(SLEEP)
@@ -112,7 +112,7 @@ def test_an_earlier_runs_success_is_not_taken_for_this_one(
     assert client.get_job_status(job.id).status == "ERROR"
 
 
-def test_a_killed_job_is_an_error_that_thinks_of_memory(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_a_killed_job_is_an_error_of_memory(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code(SLEEP)
     job = submit()
     _kill(_process(client, job, "process"))
@@ -134,7 +134,7 @@ def test_a_supervisor_killed_in_the_queue_leaves_an_error(client: Client, submit
     assert done.message == "its supervisor was killed before the job was started"
     third = submit()
     client.cancel_job(first.id)
-    until(lambda: client.get_job_status(third.id).status == "RUNNING", "the turn of the job behind the dead one")
+    until(lambda: client.get_job_status(third.id).status == "RUNNING", "the start of the job after the dead one")
     client.cancel_job(third.id)
     client.wait(third.id, 20)
 
@@ -161,7 +161,7 @@ def test_a_job_without_its_supervisor_keeps_its_slot(client: Client, submit: Sub
     assert client.wait(waiting.id, 20).status == "COMPLETE"
 
 
-def test_a_process_id_used_again_is_not_the_job(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_another_process_with_the_same_id_is_not_the_job(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code(SLEEP)
     job = submit()
     process, supervisor = _running(client, job), _process(client, job, "supervisor")
@@ -169,7 +169,7 @@ def test_a_process_id_used_again_is_not_the_job(client: Client, submit: Submit, 
     _kill(process)
     me = identify(os.getpid())
     assert me is not None
-    with client.store.update(job.id) as record:  # this test's own process has got both numbers
+    with client.store.update(job.id) as record:  # as if this process had got both ids
         again = {**me, "start": me["start"] - 1000}
         record.handle = Handle(again, again)
     assert client.get_job_status(job.id).status == "ERROR"
@@ -201,7 +201,7 @@ def test_jobs_share_gpus(client: Client, submit: Submit, run_code: RunCode, monk
     for job in (one, two):
         until(lambda job=job: client.get_job_logs(job.id), "two jobs at once")
     assert {client.get_job_logs(job.id) for job in (one, two)} == {"4\n", "6\n"}
-    assert client.get_job_status(none.id).status == "PENDING", "a younger job went past an older one"
+    assert client.get_job_status(none.id).status == "PENDING", "a younger job started before an older one"
     assert client.get_job_status(both.id).status == "PENDING"
     client.cancel_job(one.id)
     client.cancel_job(two.id)
@@ -213,7 +213,7 @@ def test_jobs_share_gpus(client: Client, submit: Submit, run_code: RunCode, monk
 
 
 def test_many_clients_share_one_slot(client: Client, images: Path, tmp_path: Path) -> None:
-    """Each job fails where another one runs beside it."""
+    """Each job fails if another one runs at the same time."""
     arguments = [str(client.store.root), str(images / "train"), str(tmp_path / "only one")]
     clients = [subprocess.Popen([sys.executable, "-c", _SUBMITTER, *arguments]) for _ in range(3)]
     assert [one.wait(timeout=60) for one in clients] == [0, 0, 0]
@@ -251,7 +251,7 @@ def test_a_job_of_another_machine_is_unknown_here(client: Client, submit: Submit
         "UNKNOWN",
         "its processes are on elsewhere, which cannot be seen from this machine",
     )
-    assert client.store.read(job.id).state == "RUNNING", "what is unknown was noted"
+    assert client.store.read(job.id).state == "RUNNING", "the unknown state was recorded"
     with client.store.update(job.id) as record:
         record.host = here
     client.cancel_job(job.id)
@@ -267,7 +267,7 @@ def test_a_client_killed_before_the_start_leaves_an_error(client: Client, submit
     assert client.get_job_status("a" * 32).message == "the client died before the job was started"
 
 
-def test_a_client_in_the_background_of_a_shell_starts_jobs_that_hear_ctrl_c(
+def test_a_client_that_ignores_sigint_starts_jobs_that_do_not(
     client: Client, submit: Submit, run_code: RunCode
 ) -> None:
     run_code("import time; print('ready', flush=True); time.sleep(60)")
@@ -279,13 +279,13 @@ def test_a_client_in_the_background_of_a_shell_starts_jobs_that_hear_ctrl_c(
     until(lambda: "ready" in client.get_job_logs(job.id), "the job's first line")
     client.cancel_job(job.id)
     done = client.wait(job.id, 20)
-    assert (done.status, done.exit_code) == ("CANCELED", -signal.SIGINT), "only SIGTERM was heard"
+    assert (done.status, done.exit_code) == ("CANCELED", -signal.SIGINT), "the job ignored SIGINT"
 
 
 def test_a_job_killed_before_its_first_instruction_has_its_exit_code(
     client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
 ) -> None:
-    """Its gate is closed by then, so that the supervisor writes to nobody."""
+    """The supervisor then writes to a pipe that nobody reads."""
     run_code("pass")
     code = (
         "import os, signal, sys\nfrom openmae.jobs.platforms.local import supervisor\n"
@@ -301,7 +301,7 @@ def test_a_job_killed_before_its_first_instruction_has_its_exit_code(
     assert client.get_job_status("a" * 32).exit_code == -9
 
 
-def test_a_preempted_job_says_that_it_can_go_on(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_a_preempted_job_reports_that_it_can_be_resumed(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code("raise SystemExit(75)")
     done = client.wait(submit().id, 20)
     assert (done.status, done.exit_code) == ("CANCELED", 75)
@@ -309,7 +309,7 @@ def test_a_preempted_job_says_that_it_can_go_on(client: Client, submit: Submit, 
     assert done.message.endswith(" resumes from its checkpoint (exit code 75)")
 
 
-def test_a_job_whose_folder_is_deleted_is_is_stopped(
+def test_a_job_whose_folder_is_deleted_is_stopped(
     client: Client, submit: Submit, run_code: RunCode, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "hears").touch()
@@ -325,7 +325,7 @@ def test_a_job_whose_folder_is_deleted_is_is_stopped(
     assert f"The folder of job {job.id} was deleted while it ran." in caplog.text
     assert str(process["pid"]) in caplog.text
     until(lambda: not is_running(process), "the end of the job")
-    assert not (tmp_path / "hears").exists(), "it was not asked to write a checkpoint"
+    assert not (tmp_path / "hears").exists(), "the job received no SIGINT"
     until(lambda: not is_running(supervisor), "the end of the supervisor")
     run_code("pass")
     assert client.wait(submit().id, 20).status == "COMPLETE", "the deleted job kept its slot"
@@ -370,7 +370,7 @@ def test_a_supervisor_that_does_not_respond_is_killed_with_its_job(
     process, supervisor = _running(client, job), _process(client, job, "supervisor")
     monkeypatch.setattr("openmae.jobs.platforms.local.platform.is_stopped", lambda identity: False)
     _stop(supervisor)
-    assert client.cancel_job(job.id).status == "RUNNING", "it was killed before the grace was over"
+    assert client.cancel_job(job.id).status == "RUNNING", "it was killed within the grace period"
     monkeypatch.setattr("openmae.jobs.platforms.local.platform._LAST_SIGNALS", -1.0)
     done = client.wait(job.id, 20)
     assert done.status == "CANCELED"
@@ -379,7 +379,7 @@ def test_a_supervisor_that_does_not_respond_is_killed_with_its_job(
     until(lambda: not is_running(process), "the end of the job")
 
 
-def test_a_stopped_job_hears_its_cancellation(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_a_stopped_job_is_continued_to_be_canceled(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code(SLEEP)
     job = submit()
     _stop(_running(client, job))
@@ -388,14 +388,14 @@ def test_a_stopped_job_hears_its_cancellation(client: Client, submit: Submit, ru
     assert (done.status, done.exit_code) == ("CANCELED", -signal.SIGINT), "it had to be killed"
 
 
-def test_a_stopped_supervisor_holds_up_no_other_job(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_a_stopped_supervisor_blocks_no_other_job(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code(SLEEP)
     first = submit()
     _running(client, first)
     waiting = submit()
     supervisor = _process(client, waiting, "supervisor")
     until(lambda: (client.store.root / ".queue" / f"{waiting.id}.json").exists(), "the entry in the queue")
-    with locked(client.store.root / ".queue" / ".lock"):  # so that it is not stopped while it holds the lock
+    with locked(client.store.root / ".queue" / ".lock"):  # so that it does not hold the lock when it is stopped
         _stop(supervisor)
     run_code("pass")
     third = submit()
@@ -417,7 +417,9 @@ def test_a_lock_that_a_stopped_process_holds_fails_no_waiting_job(
     assert queue.claim("7f") == []
 
 
-def test_a_thousand_dead_jobs_are_looked_at_together(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_dead_jobs_are_checked_with_one_look_at_the_processes(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     me = identify(os.getpid())
     assert me is not None
     dead = {**me, "start": me["start"] - 1000}
@@ -430,5 +432,5 @@ def test_a_thousand_dead_jobs_are_looked_at_together(client: Client, monkeypatch
     )
     monkeypatch.setattr("openmae.jobs.platforms.base._FRESH", 60.0)
     assert [job.status for job in client.list_jobs()] == ["ERROR"] * 30
-    assert len(looks) <= 1, "all processes were looked at for each job"
+    assert len(looks) <= 1, "the processes were listed for each job"
     assert [record.state for record in client.store.records()] == ["ERROR"] * 30

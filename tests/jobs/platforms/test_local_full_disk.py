@@ -1,4 +1,4 @@
-"""Roots of jobs on disks that are full, read-only or faulty: states are shown, and a job can be canceled."""
+"""Roots of jobs on full, read-only or faulty disks: states are shown, and a job can be canceled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A disk of 2 MB, which holds the root of jobs."""
+    """Mount a disk of 2 MB with the root of the jobs."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
@@ -121,10 +121,10 @@ def test_no_job_is_made_on_a_full_disk(
     assert main(["jobs", "submit", "train", f"dataset.train_data_sources={images / 'train'}"]) == 1
     assert f"Fix: Free space in {disk}, or use a folder on another disk." in capsys.readouterr().err
     assert client.list_jobs() == []
-    assert os.listdir(client.store.root) == [], "a part of a job was left"
+    assert os.listdir(client.store.root) == [], "files of a job are left"
 
 
-def test_a_disk_with_little_room_takes_a_job_or_tells_why_not(
+def test_on_an_almost_full_disk_a_job_runs_or_is_refused_with_the_reason(
     client: Client, submit: Submit, run_code: RunCode, disk: Path
 ) -> None:
     run_code("pass")
@@ -148,7 +148,7 @@ def test_a_disk_with_little_room_takes_a_job_or_tells_why_not(
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
-def test_a_state_that_was_found_out_is_shown_where_it_cannot_be_recorded(
+def test_a_state_that_cannot_be_recorded_is_shown(
     client: Client, running: Job, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for which in ("supervisor", "process"):
@@ -192,7 +192,7 @@ def test_a_read_only_root_is_listed(
 
 
 @pytest.mark.parametrize("call", ["mkdir", "open"])
-def test_a_root_that_cannot_be_written_is_told(
+def test_a_root_that_cannot_be_written_is_reported(
     client: Client, submit: Submit, run_code: RunCode, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_code("pass")

@@ -23,7 +23,7 @@ def queue(client: Client) -> Queue:
 
 
 @pytest.mark.parametrize("text", ["{}", "[", "null", '{"id": 3}', "[" * 100_000])
-def test_a_broken_entry_holds_up_no_job(
+def test_a_damaged_entry_blocks_no_job(
     client: Client, submit: Submit, run_code: RunCode, queue: Queue, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     queue.folder.mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def test_a_broken_entry_holds_up_no_job(
     assert f"The queue entry {queue.folder / _OTHER}.json cannot be read" in client.get_job_logs(done.id)
 
 
-def test_a_broken_entry_of_a_running_job_keeps_its_slot(
+def test_a_running_job_with_a_damaged_entry_keeps_its_slot(
     client: Client, submit: Submit, run_code: RunCode, queue: Queue
 ) -> None:
     run_code("import time; print('ready', flush=True); time.sleep(60)")
@@ -51,7 +51,7 @@ def test_a_broken_entry_of_a_running_job_keeps_its_slot(
     assert client.wait(second.id, 20).status == "COMPLETE"
 
 
-def test_a_running_job_with_a_broken_entry_holds_all_gpus(client: Client) -> None:
+def test_a_running_job_with_a_damaged_entry_claims_all_gpus(client: Client) -> None:
     job = make_record()
     client.store.create(job)
     me = identify(os.getpid())
@@ -66,7 +66,7 @@ def test_a_running_job_with_a_broken_entry_holds_all_gpus(client: Client) -> Non
     assert queue.claim(_OTHER) == ["0"]
 
 
-def test_a_deleted_queue_is_made_anew(client: Client, submit: Submit, run_code: RunCode, queue: Queue) -> None:
+def test_a_deleted_queue_is_created_again(client: Client, submit: Submit, run_code: RunCode, queue: Queue) -> None:
     run_code("import time; print('ready', flush=True); time.sleep(60)")
     first, second = submit(), submit()
     until(lambda: "ready" in client.get_job_logs(first.id), "the job's first line")

@@ -1,4 +1,4 @@
-"""Jobs of a Ray that really runs here."""
+"""Jobs of a local Ray cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from openmae.jobs.platforms.ray import RayPlatform
 from openmae.machine import Identity, identify, is_running
 from openmae.results.metrics_csv import read_metrics
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all of them
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all tests
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ class TestRay(ClusterContract):
     capacity = ray_cluster.CPUS
 
 
-def test_one_spec_has_the_loss_of_one_process(client: Client, images: Path, tmp_path: Path) -> None:
-    """By README's command."""
+def test_a_training_job_has_the_losses_of_a_local_run(client: Client, images: Path, tmp_path: Path) -> None:
+    """It is submitted with the command of README."""
     spec = {
         "model": {"arch": "vit_tiny_patch16", "decoder_depth": 1, "decoder_embed_dim": 32},
         "dataset": {
@@ -79,8 +79,8 @@ def test_one_spec_has_the_loss_of_one_process(client: Client, images: Path, tmp_
     assert any(result.path.endswith("report.html") for result in client.list_results(job.id))
 
 
-@pytest.mark.slow(reason="a search of two trainings, each with a start of torch")
-def test_a_search_is_a_job_whose_trainings_are_jobs(client: Client, submit: Submit, tmp_path: Path) -> None:
+@pytest.mark.slow(reason="a search of two trials, each of which imports torch")
+def test_a_search_is_a_job_whose_trials_are_jobs(client: Client, submit: Submit, tmp_path: Path) -> None:
     short = {
         **{"model.arch": "vit_tiny_patch16", "model.decoder_depth": 1, "model.decoder_embed_dim": 32},
         **{"dataset.augmentation.input_size": 32, "dataset.num_workers_per_gpu": 0, "dataset.batch_size": 4},
@@ -97,7 +97,7 @@ def test_a_search_is_a_job_whose_trainings_are_jobs(client: Client, submit: Subm
     assert (tmp_path / "results" / "automl" / "report.html").is_file()
 
 
-def test_GPUs_and_CPUs_are_asked_for_FAKE_GPUS(
+def test_GPUs_and_CPUs_are_requested_FAKE_GPUS(
     client: Client, submit: Submit, run_code: RunCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -115,7 +115,7 @@ def test_GPUs_and_CPUs_are_asked_for_FAKE_GPUS(
         SpecError, match=r"gpu_count: 3 GPUs are requested, but the largest node of the Ray cluster has 2\."
     ):
         submit(gpu_count=3)
-    monkeypatch.setattr(RayPlatform, "_largest", lambda self: (2, 0))  # as where there are none
+    monkeypatch.setattr(RayPlatform, "_largest", lambda self: (2, 0))  # as if it had no GPUs
     without = submit(gpu_count=3)
     assert client.wait(without.id, 40).status == "COMPLETE"
     assert client.get_job_logs(without.id) == "'' 1\n"
@@ -124,7 +124,7 @@ def test_GPUs_and_CPUs_are_asked_for_FAKE_GPUS(
         submit()
 
 
-def test_a_job_that_takes_all_CPUs_runs_alone(
+def test_a_job_that_needs_all_CPUs_runs_alone(
     client: Client, submit: Submit, run_code: RunCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_code(SLEEP)
@@ -140,10 +140,10 @@ def test_a_job_that_takes_all_CPUs_runs_alone(
         assert client.wait(job.id, 40).status == "CANCELED"
 
 
-def test_Ray_is_not_told_what_is_secret(
+def test_secrets_are_not_passed_to_Ray(
     client: Client, submit: Submit, run_code: RunCode, cluster: ray_cluster.Cluster
 ) -> None:
-    """Its dashboard shows what a job was given, and its logs keep it."""
+    """Ray shows what it is given in its dashboard and logs."""
     run_code("import os; print(os.environ['TOKEN'][::-1])")
     job = submit(env_vars={"TOKEN": "s3cr3t-t0ken"})
     assert client.wait(job.id, 40).status == "COMPLETE"
@@ -155,7 +155,7 @@ def test_Ray_is_not_told_what_is_secret(
     assert any(b"OPENMAE_JOB_KEY" in text for text in logs), "that is not where Ray keeps its logs"
     assert not [text for text in (shown, *logs) if b"s3cr3t-t0ken" in text]
     assert not list(client.store.folder(job.id).glob("environment*")), (
-        "the key is known, and what it opens is still there"
+        "Ray has the key, and the encrypted environment was not deleted"
     )
 
 
@@ -171,10 +171,10 @@ time.sleep(60)
 """
 
 
-def test_a_job_that_Ray_stops_has_the_time_for_its_checkpoint(
+def test_a_job_that_Ray_stops_has_time_for_its_checkpoint(
     client: Client, submit: Submit, run_code: RunCode, cluster: ray_cluster.Cluster
 ) -> None:
-    """Ray's own patience is 3 s."""
+    """By default, Ray waits for 3 s."""
     run_code(_PREEMPTED)
     listening = submit()
     run_code("import time; print('ready', flush=True); time.sleep(60)")
@@ -191,7 +191,7 @@ def test_a_job_that_Ray_stops_has_the_time_for_its_checkpoint(
     assert (done.status, done.message) == ("CANCELED", "interrupted by another program (exit code 130)")
 
 
-def test_a_job_whose_part_of_Ray_dies_leaves_nothing_behind(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_if_Rays_part_of_a_job_dies_no_process_is_left(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     job = submit()
     until(lambda: client.get_job_logs(job.id).endswith("\n"), "the job's line")
@@ -201,7 +201,7 @@ def test_a_job_whose_part_of_Ray_dies_leaves_nothing_behind(client: Client, subm
         for path in Path("/proc").glob("[0-9]*/cmdline")
         if path.exists() and path.read_bytes().split(b"\0")[-2:-1] == [job.id.encode()]
     ]
-    assert len(runners) == 2, "one in Ray's process group, and one that looks after the job"
+    assert len(runners) == 2, "one in Ray's process group, and one that supervises the job"
     first = min(runners, key=lambda path: int(path.name))
     os.kill(int((first / "stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
     until(lambda: not is_running(process), "the job's end")
@@ -210,7 +210,7 @@ def test_a_job_whose_part_of_Ray_dies_leaves_nothing_behind(client: Client, subm
     assert done.message.startswith(f"Ray job mae-{job.id}: FAILED: Job supervisor actor died")
 
 
-def test_a_job_whose_folder_the_node_does_not_see_says_so(
+def test_a_root_that_the_node_does_not_see_is_reported(
     client: Client, submit: Submit, run_code: RunCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_code("pass")
@@ -235,7 +235,7 @@ def test_a_job_whose_folder_the_node_does_not_see_says_so(
     assert f"The job could not start: {client.store.folder(job.id)} cannot be seen on " in done.message
 
 
-def test_a_job_that_Ray_does_not_know_is_an_error(
+def test_a_job_that_Ray_no_longer_knows_is_an_error(
     client: Client, submit: Submit, run_code: RunCode, cluster: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_code("pass")
@@ -260,7 +260,7 @@ def test_a_job_that_Ray_does_not_know_is_an_error(
     assert (seen.status, seen.message) == ("ERROR", "the client died before the job was submitted to Ray")
 
 
-def test_a_Ray_that_is_not_there(
+def test_a_cluster_that_cannot_be_reached(
     client: Client, submit: Submit, run_code: RunCode, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_code(SLEEP)
@@ -301,8 +301,8 @@ def test_other_commands_do_not_import_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
-@pytest.mark.slow(reason="starts a second Ray")
-def test_a_Ray_that_was_started_anew_has_forgotten_its_jobs(
+@pytest.mark.slow(reason="restarts the cluster")
+def test_a_restarted_cluster_no_longer_knows_its_jobs(
     client: Client, submit: Submit, run_code: RunCode, cluster: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_code("print('done')")

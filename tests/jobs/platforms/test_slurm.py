@@ -1,4 +1,4 @@
-"""Jobs of a SLURM that really runs here, on two nodes; skipped where its programs are not installed."""
+"""Jobs of a local SLURM cluster of two nodes; skipped if its programs are not installed."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def client(cluster: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 class TestSlurm(ClusterContract):
     capacity = len(slurm_node.NODES)
-    # SLURM itself takes 10 s from SIGTERM to SIGKILL
-    test_a_job_that_does_not_listen_is_killed = pytest.mark.slow(
-        PlatformContract.test_a_job_that_does_not_listen_is_killed
+    # SLURM itself waits 10 s between SIGTERM and SIGKILL
+    test_a_job_that_ignores_signals_is_killed = pytest.mark.slow(
+        PlatformContract.test_a_job_that_ignores_signals_is_killed
     )
 
 
@@ -59,8 +59,8 @@ def test_several_nodes_get_their_variables(client: Client, submit: Submit, run_c
 
 
 @pytest.mark.slow
-def test_two_nodes_run_one_training(client: Client, submit: Submit, tmp_path: Path) -> None:
-    """The loss is that of one process with twice the batch."""
+def test_a_training_run_on_two_nodes(client: Client, submit: Submit, tmp_path: Path) -> None:
+    """The loss is that of one process with twice the batch size."""
     overrides = {
         **{"model.arch": "vit_tiny_patch16", "model.decoder_depth": 1, "model.decoder_embed_dim": 32},
         **{"dataset.augmentation.input_size": 32, "dataset.num_workers_per_gpu": 0, "train.num_epochs": 2},
@@ -89,9 +89,9 @@ def test_two_nodes_run_one_training(client: Client, submit: Submit, tmp_path: Pa
         (["--nodes=1", "--ntasks=2", "--overcommit"], ["1 2 0 0", "1 2 0 1"]),
         (["--nodes=1", "--ntasks=1"], ["1 1 0 None"]),
     ],
-    ids=["a task a node", "a task a process", "one task"],
+    ids=["one task per node", "one task per process", "one task"],
 )
-def test_srun_alone_says_who_is_who(cluster: dict[str, str], options: list[str], expected: list[str]) -> None:
+def test_the_process_topology_comes_from_srun(cluster: dict[str, str], options: list[str], expected: list[str]) -> None:
     code = (
         "from openmae.distributed.topology import find_world\n"
         "world = find_world('train', None, None)\n"
@@ -109,7 +109,7 @@ def test_srun_alone_says_who_is_who(cluster: dict[str, str], options: list[str],
     assert sorted(done.stdout.splitlines()) == expected
 
 
-def test_slurms_own_words_ride_in_the_message(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_the_message_has_the_state_in_slurm(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code("import time; time.sleep(1); raise SystemExit(1)")
     done = client.wait(submit().id, 40)
     assert "SLURM job" in done.message
@@ -133,7 +133,7 @@ def test_without_slurms_commands_it_is_refused(images: Path, tmp_path: Path, mon
         client.create_job("train", spec_overrides={"dataset.train_data_sources": str(images / "train")})
 
 
-def test_a_job_that_slurm_has_forgotten_is_an_error(client: Client, submit: Submit, run_code: RunCode) -> None:
+def test_a_job_that_slurm_no_longer_knows_is_an_error(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code("pass")
     record = client.store.read(client.wait(submit().id, 40).id)
     record = replace(record, id="a" * 32, transitions=record.transitions[:1], exit_code=None)
@@ -164,7 +164,7 @@ _PREEMPTED_ONCE = """
 import os, pathlib, signal, sys, time
 mark = pathlib.Path({mark!r} + os.environ.get("NODE_RANK", ""))
 if mark.exists():
-    print("went on", flush=True)
+    print("resumed", flush=True)
     sys.exit(0)
 mark.touch()
 def stop(*_):
@@ -177,7 +177,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_what_slurm_warns_before_its_time_is_up_is_requeued_and_goes_on(
+def test_a_job_at_its_time_limit_is_requeued_and_resumes(
     nodes: int, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("openmae.jobs.prepare._resources", lambda spec, request: (1, nodes))
@@ -190,11 +190,11 @@ def test_what_slurm_warns_before_its_time_is_up_is_requeued_and_goes_on(
     assert "Requeue=1" in told
     subprocess.run(["scancel", "--signal=USR1", number], check=True)
     until(lambda: client.get_job_status(job.id).status == "PENDING", "the requeueing")
-    # SLURM lets two minutes pass before it starts a job again
+    # SLURM waits two minutes before it starts a job again
     subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now"], check=True)
     done = client.wait(job.id, 60)
     assert (done.status, done.exit_code) == ("COMPLETE", 0), (done, client.get_job_logs(job.id))
-    assert client.get_job_logs(job.id).count("went on") == nodes
+    assert client.get_job_logs(job.id).count("resumed") == nodes
     assert "PENDING" in [transition.state for transition in done.transitions[1:]], "it was not requeued"
 
 
