@@ -68,4 +68,4 @@ def test_a_log_that_does_not_exist_is_empty(tmp_path: Path) -> None:
     assert list(follow_log(tmp_path / "log.txt", 3, lambda: True)) == []
     for read in (lambda: read_log(tmp_path, -1), lambda: follow_log(tmp_path, -1, lambda: True)):
         with pytest.raises(SpecError, match=r"tail: must be 0 or more lines, got -1"):
-            read()
+            next(read())

@@ -68,12 +68,12 @@ class Artifact:
 
     @property
     def best(self) -> bool:
-        """Whether it is the best checkpoint of a training run."""
+        """True for the best checkpoint of a training run."""
         return self.name == "model_best.pth"
 
     @property
     def latest(self) -> bool:
-        """Whether it is the link to the newest checkpoint, or its copy in a store without links."""
+        """True for the link to the newest checkpoint, or its copy in a store without links."""
         return self.kind == "checkpoint" and self.name.endswith("_latest.pth")
 
 
@@ -106,7 +106,7 @@ def list_folder(folder: str) -> list[Artifact]:
 
 
 def list_outputs(folder: str, outputs: Iterable[str]) -> list[Artifact]:
-    """Return all files below a job's folder, then the ``outputs`` that it was told to write elsewhere and that exist.
+    """Return all files below a job's folder, then those of its ``outputs`` elsewhere that exist.
 
     Raises:
         DataError: A store cannot be reached or read.
@@ -183,7 +183,7 @@ def choose_model(
     Args:
         items: The parent's results.
         kinds: Kinds that the key takes.
-        known: Files that the parent was told to write; one of these comes first.
+        known: Files named in the parent's spec as its outputs; one of these comes first.
         where: Name of the parent, for errors.
 
     Raises:
@@ -192,7 +192,7 @@ def choose_model(
     fitting = [item for item in items if item.kind in kinds]
     for item in fitting:
         if item.path in known:
-            return item, "the file that the parent was told to write"
+            return item, "the output file of the parent"
     best = [item for item in fitting if item.best]
     if best:  # the best model of a search is above those of its trials
         return min(best, key=lambda item: (item.path.count("/"), -item.modified)), "the parent's best"

@@ -249,7 +249,7 @@ class Client:
     def delete_job_artifacts(self, job_id: str) -> list[Artifact]:
         """Delete the results of a job. The record and the log stay.
 
-        A results folder that belongs to the job alone is deleted completely. If the spec named it, only files of the
+        A results folder that only this job uses is deleted completely. If the spec named it, only files of the
         kinds that jobs write are deleted.
 
         Returns:

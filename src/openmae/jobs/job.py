@@ -75,7 +75,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the job is in a final state."""
+        """True if the job is in a final state."""
         return self.status in FINAL
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Job:
 
 @dataclass
 class Handle:
-    """What a platform needs to find a job again.
+    """The data with which a platform finds a job again.
 
     Attributes:
         supervisor, process: Processes of a local job; ``process`` is the first one of the action.
@@ -112,7 +112,7 @@ class Record:
         submitter: Process that submitted the job.
         command: Command of the job.
         cwd: Working directory of the job.
-        own_results: Whether ``results_dir`` belongs to this job alone, rather than being named in the spec.
+        own_results: Whether only this job uses ``results_dir``, rather than it being set in the spec.
         outputs: Files that the spec tells the action to write, in addition to ``results_folder``.
         spec: Merged spec, without the value of the encryption key.
         explanation: Origin of each value of the spec.
@@ -166,7 +166,7 @@ class Record:
 
     @property
     def is_search(self) -> bool:
-        """Whether the job is a hyperparameter search."""
+        """True if the job is a hyperparameter search."""
         return "automl" in self.command
 
     def move(self, state: State, message: str, exit_code: int | None = None) -> bool:

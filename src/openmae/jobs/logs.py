@@ -25,24 +25,15 @@ def read_log(path: Path, tail: int | None = None) -> Iterator[str]:
 
     Raises:
         SpecError: ``tail`` is negative.
-        RunError: It cannot be read.
+        RunError: The log cannot be read.
     """
     _check(tail)
-    return _pieces(path, tail)
-
-
-def _check(tail: int | None) -> None:
-    if tail is not None and tail < 0:
-        raise SpecError(f"tail: must be 0 or more lines, got {tail}.", "Leave it out for the complete log.")
-
-
-def _pieces(path: Path, tail: int | None) -> Iterator[str]:
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     try:
         if not path.is_file():
             return
         with path.open("rb") as file:
-            file.seek(_begin(file, tail))
+            file.seek(_find_tail(file, tail))
             while data := file.read(_BLOCK):
                 yield decode(data)
             yield decode(b"", True)
@@ -62,16 +53,12 @@ def follow_log(path: Path, tail: int | None, ended: Callable[[], bool]) -> Itera
         SpecError: ``tail`` is negative.
     """
     _check(tail)
-    return _lines(path, tail, ended)
-
-
-def _lines(path: Path, tail: int | None, ended: Callable[[], bool]) -> Iterator[str]:
     start, rest = None, b""
     while True:
         over = ended()  # before reading, so that nothing is missed
         if path.is_file():
             with path.open("rb") as file:
-                file.seek(_begin(file, tail) if start is None else start)
+                file.seek(_find_tail(file, tail) if start is None else start)
                 while data := file.read(_BLOCK):
                     *lines, rest = (rest + data).split(b"\n")
                     yield from (line.decode("utf-8", errors="replace") for line in lines)
@@ -86,7 +73,12 @@ def _lines(path: Path, tail: int | None, ended: Callable[[], bool]) -> Iterator[
         time.sleep(_POLL)
 
 
-def _begin(file: BinaryIO, tail: int | None) -> int:
+def _check(tail: int | None) -> None:
+    if tail is not None and tail < 0:
+        raise SpecError(f"tail: must be 0 or more lines, got {tail}.", "Leave it out for the complete log.")
+
+
+def _find_tail(file: BinaryIO, tail: int | None) -> int:
     """Return the position of the last ``tail`` lines, searching from the end."""
     if tail is None:
         return 0

@@ -161,7 +161,7 @@ class FailureAnalysis:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss was not finite: the values of the spec are the cause, not the data or the machine."""
+        """True if the loss was not finite: the values of the spec are the cause, not the data or the machine."""
         return self.category == "spec" and re.search(_DIVERGED, self.error, re.IGNORECASE) is not None
 
 

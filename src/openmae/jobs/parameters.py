@@ -69,7 +69,7 @@ _SHORTHANDS_OF = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from.
+    """The origin of a value.
 
     Attributes:
         key: Dotted key.

@@ -1,4 +1,4 @@
-"""Whether a training job becomes a hyperparameter search: an explicit value, a few phrases, or the default.
+"""The policy that makes a training job a hyperparameter search: an explicit value, a few phrases, or the default.
 
 A caller that understands language, such as an agent, should decide by itself and pass the value. The phrases are for
 callers that only have the user's words.
@@ -31,7 +31,7 @@ _OFF = re.compile(
 
 @dataclass(frozen=True)
 class Route:
-    """Where an action runs.
+    """The decision where an action runs.
 
     Attributes:
         policy: The policy of this run; the skill itself does not change.

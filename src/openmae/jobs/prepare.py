@@ -85,7 +85,7 @@ def prepare(request: Request, parent: Record | None, job_id: str, folder: Path) 
     check_sources(spec, action)
     check_key(spec.encryption_key, environment)
     gpus, nodes = _resources(spec, request)
-    if draft.searching:  # on a cluster, its trials are jobs with resources of their own
+    if draft.searching:  # on a cluster, its trials are jobs with their own resources
         gpus, nodes = (gpus * spec.automl.max_concurrent, nodes) if request.platform == "local" else (0, 1)
     if literal_key:
         draft.values["encryption_key"] = SECRET_MARK

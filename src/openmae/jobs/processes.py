@@ -1,4 +1,4 @@
-"""Sessions of processes: each job runs in a session of its own, so that all its processes can be found and stopped."""
+"""Sessions of processes: each job runs in its own session, so that all its processes can be found and stopped."""
 
 from __future__ import annotations
 

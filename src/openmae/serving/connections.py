@@ -82,7 +82,7 @@ class LimitedProtocol(H11Protocol):
 
     @property
     def waits_for_headers(self) -> bool:
-        """Whether there is no request at the moment."""
+        """True while there is no request."""
         return self.cycle is None or self.cycle.response_complete
 
     def _watch(self) -> None:

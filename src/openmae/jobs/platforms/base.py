@@ -89,7 +89,7 @@ class Fresh(Generic[_Answer]):
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return the variables of this process without those of a launcher that started it: a job is a run of its own."""
+    """Return the variables of this process without those of a launcher that started it: a job is a separate run."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
 
 
@@ -125,7 +125,7 @@ def wait(
 ) -> int | None:
     """Wait for the process of a job, and stop it if the job is canceled or its record is deleted.
 
-    The record is read when its file changes. A job without a record is stopped since nobody could see or cancel it.
+    The record is read when its file changes. A job without a record is stopped, since it could not be canceled any more.
 
     Args:
         store: Where the record is.

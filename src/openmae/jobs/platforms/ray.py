@@ -1,7 +1,7 @@
 """Jobs of a Ray cluster, through its job API. All nodes must see the root of the jobs and the data.
 
-RAY_API_SERVER_ADDRESS or RAY_ADDRESS names the cluster. A job is one entry point with CPUs and GPUs of its own, which
-runs ``openmae.jobs.platforms.ray_runner``; Ray queues it until they are free.
+RAY_API_SERVER_ADDRESS or RAY_ADDRESS names the cluster. A job is one entry point, which runs
+``openmae.jobs.platforms.ray_runner``; Ray queues it until its CPUs and GPUs are free.
 """
 
 from __future__ import annotations

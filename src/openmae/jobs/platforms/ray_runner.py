@@ -50,7 +50,7 @@ def main(root: str, job_id: str) -> int:
     """Run one job to its end, and return its exit code.
 
     Ray kills the process group that it started when its own part of the job dies. As on the other platforms, the job
-    runs in a session of its own. So a second process supervises it, and ends it if the first one has been killed.
+    runs in its own session. So a second process supervises it, and ends it if the first one has been killed.
     """
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):  # with handlers, since a job would inherit that they are ignored

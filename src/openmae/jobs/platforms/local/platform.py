@@ -1,4 +1,4 @@
-"""Jobs on this machine: each runs in a session of its own, with a supervisor that outlives the client."""
+"""Jobs on this machine: each runs in its own session, with a supervisor that outlives the client."""
 
 from __future__ import annotations
 

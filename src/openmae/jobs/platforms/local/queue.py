@@ -28,7 +28,7 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class Machine:
-    """What the jobs share.
+    """The resources that the jobs share.
 
     Attributes:
         gpus: GPUs, as named in CUDA_VISIBLE_DEVICES.

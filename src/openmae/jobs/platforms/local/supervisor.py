@@ -104,7 +104,7 @@ def _start(
 
 def _open_gate(job: subprocess.Popen[bytes]) -> None:
     assert job.stdin is not None
-    with suppress(BrokenPipeError):  # it was killed; its exit code says so
+    with suppress(BrokenPipeError):  # it was killed, as its exit code tells
         job.stdin.write(b"go\n")
         job.stdin.flush()
     with suppress(BrokenPipeError):
