@@ -125,7 +125,7 @@ def wait(
 ) -> int | None:
     """Wait for the process of a job, and stop it if the job is canceled or its record is deleted.
 
-    The record is read when its file changes. A job without a record is stopped, since it could not be canceled any more.
+    The record is read when its file changes. Without a record the job is stopped, since it could not be canceled.
 
     Args:
         store: Where the record is.
