@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import psutil
 
@@ -29,11 +30,29 @@ class Identity(TypedDict):
     boot: str
 
 
+class ProcessInfo(NamedTuple):
+    """Start time and status of a process.
+
+    Attributes:
+        start: See ``Identity``.
+        status: One of psutil's constants.
+    """
+
+    start: int
+    status: str
+
+    @property
+    def is_alive(self) -> bool:
+        """False for a process that has ended and was not waited for."""
+        return self.status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+
+
 def usable_cores() -> int:
     """Return the number of cores that this process may use; on macOS, all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@functools.cache
 def boot_id() -> str:
     """Return an id of this boot of the machine, or an empty string where the system has none."""
     with suppress(OSError):
@@ -41,47 +60,38 @@ def boot_id() -> str:
     return ""
 
 
+def inspect(pid: int) -> ProcessInfo | None:
+    """Return start and status of a process, which may be a zombie, or None if there is no such process."""
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            started, status = process.create_time(), str(process.status())
+    except (psutil.Error, ValueError, OverflowError):  # the last two: not a process id
+        return None
+    start = started - psutil.boot_time() if boot_id() else started
+    return ProcessInfo(round(_TICKS * start), status)
+
+
 def identify(pid: int) -> Identity | None:
     """Return the identity of a running process, or None if there is no such process. A zombie does not run."""
-    start = start_of(pid)
-    if start is None or status_of(pid) in ("", psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-        return None
-    return {"pid": pid, "start": start, "boot": boot_id()}
+    found = inspect(pid)
+    return {"pid": pid, "start": found.start, "boot": boot_id()} if found and found.is_alive else None
 
 
 def is_running(identity: Mapping[str, Any] | None) -> bool:
     """Return whether exactly this process is still running; False for None and for an incomplete identity."""
-    if identity is None:
-        return False
-    found = identify(identity["pid"])
-    return found is not None and found["boot"] == identity.get("boot") and same_start(found["start"], identity)
+    found = inspect(identity["pid"]) if identity else None
+    return found is not None and found.is_alive and is_same(found, identity)
 
 
 def is_stopped(identity: Mapping[str, Any] | None) -> bool:
     """Return whether exactly this process is stopped, for example by SIGSTOP or Ctrl-Z."""
-    if identity is None or not is_running(identity):
-        return False
-    return status_of(identity["pid"]) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    found = inspect(identity["pid"]) if identity else None
+    stopped = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    return found is not None and found.status in stopped and is_same(found, identity)
 
 
-def start_of(pid: int) -> int | None:
-    """Return when a process started (see ``Identity``), or None if there is none; a zombie has a start, too."""
-    try:
-        started = psutil.Process(pid).create_time()
-    except (psutil.Error, OSError, ValueError, OverflowError):  # the last two: no valid process id
-        return None
-    return round(_TICKS * (started - psutil.boot_time() if boot_id() else started))
-
-
-def same_start(start: int, identity: Mapping[str, Any]) -> bool:
-    """Return whether a start time is that of ``identity``."""
-    claimed = identity.get("start")
-    return isinstance(claimed, int) and abs(claimed - start) < _TOLERANCE
-
-
-def status_of(pid: int) -> str:
-    """Return psutil's word for the status of a process; empty if there is no such process."""
-    try:
-        return str(psutil.Process(pid).status())
-    except psutil.Error:
-        return ""
+def is_same(found: ProcessInfo, identity: Mapping[str, Any] | None) -> bool:
+    """Return whether a process with the id of ``identity`` is that process."""
+    start = identity.get("start") if identity and identity.get("boot") == boot_id() else None
+    return isinstance(start, int) and abs(start - found.start) < _TOLERANCE

@@ -22,11 +22,13 @@ def child(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Start a shell that leads a session with another process in it."""
     if request.param == "without":
         monkeypatch.setattr(machine, "_BOOT_ID", Path("/no/boot_id"))
+        machine.boot_id.cache_clear()
     process = subprocess.Popen(["/bin/sh", "-c", "sleep 60 & wait"], start_new_session=True)
     yield process
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    machine.boot_id.cache_clear()
 
 
 def test_a_process_is_distinguished_from_others_of_its_id(child: subprocess.Popen[bytes]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from openmae.machine import boot_id, is_running, same_start, start_of, status_of
+from openmae.machine import boot_id, inspect, is_running, is_same
 
 _POLL = 0.05
 
@@ -30,11 +30,11 @@ def session_members(leader: Mapping[str, Any]) -> list[int]:
     Args:
         leader: The identity of the session's first process.
     """
-    start = start_of(leader["pid"])
-    if leader.get("boot") != boot_id() or (start is not None and not same_start(start, leader)):
+    found = inspect(leader["pid"])
+    if leader.get("boot") != boot_id() or (found is not None and not is_same(found, leader)):
         return []
-    dead = ("", psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    return [pid for pid in psutil.pids() if _session(pid) == leader["pid"] and status_of(pid) not in dead]
+    members = [pid for pid in psutil.pids() if _session(pid) == leader["pid"]]
+    return [pid for pid in members if (member := inspect(pid)) is not None and member.is_alive]
 
 
 def signal_session(leader: Mapping[str, Any], number: signal.Signals) -> None:
