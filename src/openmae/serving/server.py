@@ -108,7 +108,7 @@ def _check_packages() -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """Return a socket on the address, before a model is loaded for nothing."""
     if not 0 <= port <= 65535:
-        raise UserError(f"--port must be between 0 and 65535, got {port}.", "The default is 8000.")
+        raise UserError(f"--port must be between 0 and 65535, got {port}.", "Leave it out for 8000.")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)
