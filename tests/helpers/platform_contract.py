@@ -53,15 +53,14 @@ class PlatformContract:
         assert client.get_job_logs(job.id) == "hello from the job\n"
         assert client.get_failure_analysis(job.id) is None
 
-    @pytest.mark.parametrize("code", [1, 2])
-    def test_an_exit_code_is_kept(self, client: Client, submit: Submit, run_code: RunCode, code: int) -> None:
-        run_code(f"import sys; print('SpecError: no'); sys.exit({code})")
+    def test_an_exit_code_is_kept(self, client: Client, submit: Submit, run_code: RunCode) -> None:
+        run_code("import sys; print('SpecError: no'); sys.exit(2)")
         done = client.wait(submit().id, 30)
-        assert (done.status, done.exit_code) == ("ERROR", code)
-        assert {1: "the run failed", 2: "the request was invalid"}[code] in done.message
+        assert (done.status, done.exit_code) == ("ERROR", 2)
+        assert "the request was invalid" in done.message
         failure = client.get_failure_analysis(done.id)
         assert failure is not None
-        assert (failure.category, failure.error, failure.exit_code) == ("spec", "SpecError: no", code)
+        assert (failure.category, failure.error, failure.exit_code) == ("spec", "SpecError: no", 2)
 
     def test_a_canceled_job_can_write_its_checkpoint(
         self, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
@@ -104,28 +103,6 @@ class PlatformContract:
         for job in first:
             client.cancel_job(job.id)
             client.wait(job.id, 40)
-
-    def test_canceling_a_job_that_has_ended_has_no_effect(
-        self, client: Client, submit: Submit, run_code: RunCode
-    ) -> None:
-        run_code("pass")
-        done = client.wait(submit().id, 30)
-        assert client.cancel_job(done.id) == done
-
-    def test_a_log_can_be_followed(self, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path) -> None:
-        go = tmp_path / "go"
-        run_code(
-            f"import os, time\nprint('one', flush=True)\nwhile not os.path.exists({str(go)!r}): time.sleep(.02)\n"
-            "print('two'); print('three', end='')"
-        )
-        job = submit()
-        lines = client.get_job_logs(job.id, follow=True)
-        assert next(lines) == "one"
-        until(lambda: client.get_job_status(job.id).status == "RUNNING", "the line before the job's end")
-        go.touch()
-        assert list(lines) == ["two", "three"]
-        assert client.get_job_logs(job.id, tail=2) == "two\nthree"
-        assert list(client.get_job_logs(job.id, 1, follow=True)) == ["three"]
 
     def test_a_job_outlives_a_killed_client(self, client: Client, images: Path) -> None:
         arguments = [client.platform, str(client.store.root), str(images / "train")]

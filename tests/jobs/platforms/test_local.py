@@ -78,6 +78,28 @@ time.sleep(1)
 """
 
 
+def test_canceling_a_job_that_has_ended_has_no_effect(client: Client, submit: Submit, run_code: RunCode) -> None:
+    run_code("pass")
+    done = client.wait(submit().id, 30)
+    assert client.cancel_job(done.id) == done
+
+
+def test_a_log_can_be_followed(client: Client, submit: Submit, run_code: RunCode, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    run_code(
+        f"import os, time\nprint('one', flush=True)\nwhile not os.path.exists({str(go)!r}): time.sleep(.02)\n"
+        "print('two'); print('three', end='')"
+    )
+    job = submit()
+    lines = client.get_job_logs(job.id, follow=True)
+    assert next(lines) == "one"
+    until(lambda: client.get_job_status(job.id).status == "RUNNING", "the line before the job's end")
+    go.touch()
+    assert list(lines) == ["two", "three"]
+    assert client.get_job_logs(job.id, tail=2) == "two\nthree"
+    assert list(client.get_job_logs(job.id, 1, follow=True)) == ["three"]
+
+
 @pytest.mark.parametrize(("last", "state"), [("SUCCESS", "COMPLETE"), ("FAILURE", "ERROR"), ("RUNNING", "ERROR")])
 def test_without_its_supervisor_the_outcome_comes_from_status_json(
     client: Client, submit: Submit, run_code: RunCode, tmp_path: Path, last: str, state: str

@@ -46,6 +46,7 @@ class TestRay(ClusterContract):
     capacity = ray_cluster.CPUS
 
 
+@pytest.mark.slow(reason="trains twice")
 def test_a_training_job_has_the_losses_of_a_local_run(client: Client, images: Path, tmp_path: Path) -> None:
     """It is submitted with the command of README."""
     spec = {
