@@ -89,14 +89,13 @@ def prepare(request: Request, parent: Record | None, job_id: str, folder: Path) 
         gpus, nodes = (gpus * spec.automl.max_concurrent, nodes) if request.platform == "local" else (0, 1)
     if literal_key:
         draft.values["encryption_key"] = SECRET_MARK
-    explanation = draft.explanation()
-    for item in explanation:
-        item["value"] = _without_password(item["value"])
-    notices = [
-        *_notices(request, parent, literal_key, routed, spec),
-        *([f"gpu_count and num_nodes of the job replace {', '.join(replaced)} of the spec."] if replaced else []),
-        *(f"{key}: {text} yet." for key, text in missing_files(spec, action).items()),
-    ]
+    notices = _notices(request, parent, literal_key, routed, spec)
+    if replaced:
+        notices.append(f"gpu_count and num_nodes of the job replace {', '.join(replaced)} of the spec.")
+    notices += [f"{key}: {text} yet." for key, text in missing_files(spec, action).items()]
+    command = command_of(routed.where, folder / SPEC)
+    if draft.searching:
+        command += ["--platform", request.platform]
     record = Record(
         id=job_id,
         action=action,
@@ -111,12 +110,12 @@ def prepare(request: Request, parent: Record | None, job_id: str, folder: Path) 
         transitions=[Transition(now(), "PENDING", "waiting for its turn")],
         host=socket.gethostname(),
         submitter=identify(os.getpid()),
-        command=command_of(routed.where, folder / SPEC) + (["--platform", request.platform] if draft.searching else []),
+        command=command,
         cwd=os.getcwd(),
         own_results=own_results,
         outputs=_outputs(spec, action),
         spec=nested({key: _without_password(value) for key, value in draft.values.items()}),
-        explanation=explanation,
+        explanation=[{**item, "value": _without_password(item["value"])} for item in draft.explanation()],
         gpus=gpus,
         nodes=nodes,
         processes=getattr(spec, action).num_gpus if action in DEVICES else 1,
