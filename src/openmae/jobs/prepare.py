@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,9 @@ def prepare(request: Request, parent: Record | None, job_id: str, folder: Path) 
     spec = load_spec(tree, action=routed.where)
     check_sources(spec, action)
     check_key(spec.encryption_key, environment)
-    gpus, nodes = _resources(spec, request)
-    if draft.searching:  # on a cluster, its trials are jobs with their own resources
-        gpus, nodes = (gpus * spec.automl.max_concurrent, nodes) if request.platform == "local" else (0, 1)
+    gpus, nodes = _resources(spec, request, draft.searching)
     if literal_key:
         draft.values["encryption_key"] = SECRET_MARK
-    notices = _notices(request, parent, literal_key, routed, spec)
-    if replaced:
-        notices.append(f"gpu_count and num_nodes of the job replace {', '.join(replaced)} of the spec.")
-    notices += [f"{key}: {text} yet." for key, text in missing_files(spec, action).items()]
     command = command_of(routed.where, folder / SPEC)
     if draft.searching:
         command += ["--platform", request.platform]
@@ -106,7 +100,7 @@ def prepare(request: Request, parent: Record | None, job_id: str, folder: Path) 
         results_folder=_absolute(spec.results_folder(routed.where)),
         parent_job_id=parent.id if parent else None,
         exit_code=None,
-        notices=notices,
+        notices=_notices(request, parent, literal_key, routed, spec, replaced),
         transitions=[Transition(now(), "PENDING", "waiting for its turn")],
         host=socket.gethostname(),
         submitter=identify(os.getpid()),
@@ -225,7 +219,7 @@ def _move_key(draft: JobSpec, environment: dict[str, str]) -> bool:
     return True
 
 
-def _resources(spec: ExperimentSpec, request: Request) -> tuple[int, int]:
+def _resources(spec: ExperimentSpec, request: Request, searching: bool) -> tuple[int, int]:
     """Return GPUs per node and nodes. The platform decides which GPUs, so the spec must not."""
     action = request.action
     section = getattr(spec, action)
@@ -240,7 +234,10 @@ def _resources(spec: ExperimentSpec, request: Request) -> tuple[int, int]:
             f"{key}: a platform numbers the GPUs that it gives to a job from 0, got {', '.join(map(str, ids))}.",
             f"Remove {key}, or use 0, 1, ...",
         )
-    return (default if request.gpu_count is None else request.gpu_count), nodes
+    gpus = default if request.gpu_count is None else request.gpu_count
+    if searching:  # on a cluster, its trials are jobs with their own resources
+        return (gpus * spec.automl.max_concurrent, nodes) if request.platform == "local" else (0, 1)
+    return gpus, nodes
 
 
 def _absolute(path: str) -> str:
@@ -271,7 +268,12 @@ def _describe_search(spec: ExperimentSpec) -> str:
 
 
 def _notices(
-    request: Request, parent: Record | None, literal_key: bool, routed: Route, spec: ExperimentSpec
+    request: Request,
+    parent: Record | None,
+    literal_key: bool,
+    routed: Route,
+    spec: ExperimentSpec,
+    replaced: Sequence[str],
 ) -> list[str]:
     notices = []
     if literal_key:
@@ -286,4 +288,6 @@ def _notices(
         notices.append(f"automl_policy has no effect on {request.action}.")
     if parent is not None and parent.state != "COMPLETE":
         notices.append(f"The parent {parent.id} is {parent.state}: its results may still change.")
-    return notices
+    if replaced:
+        notices.append(f"gpu_count and num_nodes of the job replace {', '.join(replaced)} of the spec.")
+    return notices + [f"{key}: {text} yet." for key, text in missing_files(spec, request.action).items()]

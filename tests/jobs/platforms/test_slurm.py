@@ -180,7 +180,7 @@ time.sleep(60)
 def test_a_job_at_its_time_limit_is_requeued_and_resumes(
     nodes: int, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openmae.jobs.prepare._resources", lambda spec, request: (1, nodes))
+    monkeypatch.setattr("openmae.jobs.prepare._resources", lambda *arguments: (1, nodes))
     run_code(_PREEMPTED_ONCE.format(mark=str(tmp_path / "mark"), slow=nodes - 1))
     job = submit()
     until(lambda: client.get_job_logs(job.id).count("ready") == nodes, "the job's first lines")
