@@ -47,7 +47,7 @@ def train(spec: str | Path | Mapping[str, Any] | ExperimentSpec, overrides: Sequ
     """Pretrain or fine-tune, as ``mae train`` does.
 
     Writes checkpoints, ``backbone.safetensors``, ``metrics.csv`` and ``report.html`` into ``<results_dir>/train``. A
-    second call with the same results_dir goes on from the newest checkpoint there, or does nothing if all epochs are
+    second call with the same results_dir resumes from the newest checkpoint there, or does nothing if all epochs are
     trained.
 
     Args:
@@ -102,7 +102,7 @@ def inference(spec: str | Path | Mapping[str, Any] | ExperimentSpec, overrides: 
 
 
 def export(spec: str | Path | Mapping[str, Any] | ExperimentSpec, overrides: Sequence[str] = ()) -> Path:
-    """Write ``export.checkpoint`` as ONNX, proven equal to it, as ``mae export`` does.
+    """Export ``export.checkpoint`` to ONNX and verify the file against it, as ``mae export`` does.
 
     Args:
         spec: a YAML file, nested values, or an ``ExperimentSpec``.
@@ -126,7 +126,7 @@ def gen_trt_engine(spec: str | Path | Mapping[str, Any] | ExperimentSpec, overri
         overrides: dotted keys with YAML values.
 
     Returns:
-        The engine; beside it lies its description, ``<engine>.json``.
+        The engine; its description is written next to it, ``<engine>.json``.
 
     Raises:
         UserError: the spec or the ONNX file cannot be used, or TensorRT is not here.

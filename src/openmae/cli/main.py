@@ -1,6 +1,6 @@
 """``mae``: parse the command, import what it needs and nothing else, turn errors into exit codes.
 
-Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 75 preempted: start it again.
+Exit codes: 0 done, 1 the run failed, 2 invalid input, 130 interrupted, 75 preempted: start it again.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace, *, program: bool) -> int:
     except OutputLostError:
         raise
     except Exception as error:
-        print(_told(args.command, error), file=sys.stderr)
+        print(_describe_unexpected(args.command, error), file=sys.stderr)
         return 1
 
 
@@ -104,7 +104,7 @@ def _interrupted(message: str, code: int, *, program: bool) -> int:
 
 
 def _level(command: str) -> int:
-    """Of the processes that a launcher or several nodes started, one tells what happens; the others tell of errors."""
+    """Return the log level: of several processes of a run only the first reports progress, the others report errors."""
     from openmae.distributed.topology import follows
 
     if not follows():
@@ -226,7 +226,7 @@ def _unrecognized(args: argparse.Namespace, rest: Sequence[str]) -> str:
 
 
 def _spec_section(args: argparse.Namespace) -> str:
-    """The section of a spec that the command reads first."""
+    """Return the section of a spec that the command reads first."""
     action = getattr(args, "action", None) or args.command
     return action if action in _ACTIONS else "train"
 
@@ -304,8 +304,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _told(command: str, error: Exception) -> str:
-    """The message of an error that nobody has explained: of the disk, or a fault in openmae, with its traceback."""
+def _describe_unexpected(command: str, error: Exception) -> str:
+    """Return the message for an unexpected error: a disk error, or a bug, with the traceback in a file."""
     from openmae.storage.atomic import disk_error, fault_of_disk
 
     if fault := fault_of_disk(error):
