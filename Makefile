@@ -25,7 +25,7 @@ $(BIN)/python:
 
 .venv/user.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing OpenMAE into .venv (a few minutes the first time) ...'
-	$(PIP) -e .
+	$(PIP) -e '.[all]'
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
