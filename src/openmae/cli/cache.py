@@ -7,13 +7,15 @@ import sys
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from openmae.cli.parser import Parser
+
 if TYPE_CHECKING:
     from openmae.storage.cache import Entry
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add ``list``, ``clear`` and ``path``."""
-    commands = parser.add_subparsers(dest="cache_command", metavar="COMMAND", required=True)
+    commands = parser.add_commands()
     commands.add_parser("list", help="list the entries, most recently used first").set_defaults(run=_list)
     commands.add_parser("clear", help="remove entries that can be recreated and are not in use").set_defaults(
         run=_clear

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from openmae.cli.parser import Parser
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Parser) -> None:
     """Add ``build``, ``install`` and ``validate``."""
-    commands = parser.add_subparsers(dest="skill_command", metavar="COMMAND", required=True)
+    commands = parser.add_commands()
     build = commands.add_parser("build", help="regenerate the generated files in the source tree")
     build.set_defaults(run=_build)
     install = commands.add_parser("install", help="copy the skill into a folder of skills")
