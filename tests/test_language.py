@@ -24,7 +24,7 @@ PAGES = [
     *sorted((ROOT / "src").rglob("*.html")),
     *sorted((ROOT / "src").rglob("*.j2")),
 ]
-PENDING_PAGES = {"README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs"}
+PENDING_PAGES: set[str] = {"ARCHITECTURE.md"}
 
 # A pattern that must not occur, and what to write instead.
 WORDS = {
@@ -104,6 +104,8 @@ def sources() -> list[Path]:
 
 def pages() -> list[Path]:
     left_out = pending_sources() | PENDING_PAGES
+    if "src/openmae/spec" in left_out:
+        left_out.add("docs/configuration.md")  # generated from the help texts of the spec
     names = {page: page.relative_to(ROOT).as_posix() for page in PAGES}
     return [page for page in PAGES if not any(names[page] == p or names[page].startswith(f"{p}/") for p in left_out)]
 

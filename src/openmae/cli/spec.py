@@ -25,6 +25,7 @@ def add_arguments(parser: Parser) -> None:
     template.set_defaults(run=_template)
     keys = commands.add_parser("keys", help="list all config options: key, type, default, bounds, help")
     keys.add_argument("--action", choices=tuple(ACTIONS), help="list only the options of this action")
+    keys.add_argument("--markdown", action="store_true", help="print Markdown, as in docs/configuration.md")
     keys.set_defaults(run=_keys)
 
 
@@ -48,7 +49,27 @@ def _template(args: argparse.Namespace) -> None:
 def _keys(args: argparse.Namespace) -> None:
     from openmae.spec.describe import KeyRow, keys_table
 
-    print(_table([KeyRow._fields, *keys_table(args.action)]))
+    rows = keys_table(args.action)
+    print(_markdown(rows) if args.markdown else _table([KeyRow._fields, *rows]))
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Format rows as one Markdown table per section."""
+    sections: dict[str, list[str]] = {}
+    for key, *cells in rows:
+        kind, default, bounds, help = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+        row = f"| `{key}` | {kind} | {f'`{default}`' if default else ''} | {bounds} | {help} |"
+        sections.setdefault(key.rpartition(".")[0] or "Top level", []).append(row)
+    lines = [
+        "# Configuration",
+        "",
+        "All config options. `make docs` generates this page from the schema; `mae spec keys`",
+    ]
+    lines += ["prints the same table, and `mae spec template ACTION` a commented spec.", ""]
+    for section, table in sections.items():
+        lines += [f"## {section}", "", "| key | type | default | bounds | description |", "|---|---|---|---|---|"]
+        lines += [*table, ""]
+    return "\n".join(lines[:-1])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
