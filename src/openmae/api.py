@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openmae.models.mae import MaskedAutoencoder
@@ -78,9 +78,6 @@ def train(spec: Spec, overrides: Sequence[str] = ()) -> TrainResult:
         spec: a YAML file, nested values such as ``{"train": {"num_epochs": 3}}``, or an ``ExperimentSpec``.
         overrides: dotted keys with YAML values, such as ``"train.optim.lr=1e-4"``.
 
-    Returns:
-        The metrics of the last epoch, and the paths of the files.
-
     Raises:
         UserError: the spec, the data or a checkpoint cannot be used; nothing was trained. Also a ``ValueError``.
         RunError: training failed, such as on a full disk or a loss that is not finite; the checkpoints are intact.
@@ -120,17 +117,13 @@ def pretrain(
         val_images: images for the validation loss; with class folders also for kNN and linear-probe accuracy.
         options: further config options by dotted key, such as ``{"train.precision": "bf16"}``.
 
-    Returns:
-        The metrics of the last epoch, and the paths of the files.
-
     Raises:
-        UserError, RunError, KeyboardInterrupt: as ``train``.
+        UserError, RunError, KeyboardInterrupt: see ``train``.
 
     Example:
         >>> result = openmae.pretrain("photos", "runs/photos", arch="convnextv2_atto", num_epochs=100)
     """
-    values = locals()
-    return train({}, _overrides("pretrain", values))
+    return _train("pretrain", locals())
 
 
 def finetune(
@@ -150,21 +143,18 @@ def finetune(
 
     Args:
         images: class folders, or images with a ``labels.csv``.
-        results_dir: the run writes to ``<results_dir>/train``, and resumes from there if it was interrupted.
         weights: pretrained weights, such as ``pretrain(...).backbone``. None trains from scratch.
         val_images: labelled images for accuracy, which also selects the best checkpoint.
-        arch: one of ``list_architectures()``; the architecture of ``weights``.
+        arch: the architecture of ``weights``.
+        results_dir: the run writes to ``<results_dir>/train``, and resumes from there if it was interrupted.
         image_size: pixels of a side, or (height, width).
         num_epochs: passes over the images.
         batch_size: images per process and step.
         learning_rate: peak learning rate of the schedule.
         options: further config options by dotted key, such as ``{"dataset.augmentation.mixup": 0}``.
 
-    Returns:
-        The metrics of the last epoch, and the paths of the files.
-
     Raises:
-        UserError, RunError, KeyboardInterrupt: as ``train``.
+        UserError, RunError, KeyboardInterrupt: see ``train``.
 
     Example:
         >>> backbone = "runs/photos/train/backbone.safetensors"
@@ -180,16 +170,13 @@ def finetune(
         >>> 0 <= result["ACC_all"] <= 1
         True
     """
-    values = locals()
-    return train({}, _overrides("finetune", values))
+    return _train("finetune", locals())
 
 
 def evaluate(spec: Spec, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Measure ``evaluate.checkpoint`` on ``dataset.val_data_sources``, like ``mae evaluate``.
 
-    Args:
-        spec: a YAML file, nested values, or an ``ExperimentSpec``.
-        overrides: dotted keys with YAML values.
+    The arguments are those of ``train``.
 
     Returns:
         ``ACC_all``, ``ACC_top5`` and ``val_loss`` of a fine-tuned checkpoint; ``val_loss`` of a pretrained one, and
@@ -209,9 +196,7 @@ def evaluate(spec: Spec, overrides: Sequence[str] = ()) -> dict[str, float]:
 def inference(spec: Spec, overrides: Sequence[str] = ()) -> Path:
     """Run ``inference.checkpoint`` on ``dataset.test_data_sources``, like ``mae inference``.
 
-    Args:
-        spec: a YAML file, nested values, or an ``ExperimentSpec``.
-        overrides: dotted keys with YAML values.
+    The arguments are those of ``train``.
 
     Returns:
         ``results.csv`` (path, class, probability, and the next four classes) of a fine-tuned checkpoint, or
@@ -230,11 +215,9 @@ def inference(spec: Spec, overrides: Sequence[str] = ()) -> Path:
 
 
 def export(spec: Spec, overrides: Sequence[str] = ()) -> Path:
-    """Export ``export.checkpoint`` to ONNX and verify the file against it, like ``mae export``.
+    """Export ``export.checkpoint`` to ONNX and verify the file, like ``mae export``.
 
-    Args:
-        spec: a YAML file, nested values, or an ``ExperimentSpec``.
-        overrides: dotted keys with YAML values.
+    The arguments are those of ``train``.
 
     Returns:
         The ONNX file. Its outputs are ``logits`` (fine-tuned) or ``features`` and ``tokens`` (pretrained).
@@ -253,11 +236,9 @@ def export(spec: Spec, overrides: Sequence[str] = ()) -> Path:
 
 
 def gen_trt_engine(spec: Spec, overrides: Sequence[str] = ()) -> Path:
-    """Build a TensorRT engine from ``gen_trt_engine.onnx_file``, like ``mae gen_trt_engine``.
+    """Build a TensorRT engine from an ONNX file, like ``mae gen_trt_engine``.
 
-    Args:
-        spec: a YAML file, nested values, or an ``ExperimentSpec``.
-        overrides: dotted keys with YAML values.
+    The arguments are those of ``train``.
 
     Returns:
         The engine. Its description is next to it, in ``<engine>.json``.
@@ -276,10 +257,7 @@ def gen_trt_engine(spec: Spec, overrides: Sequence[str] = ()) -> Path:
 
 
 def list_architectures(family: Family | None = None) -> list[str]:
-    """Return the names that ``model.arch`` accepts.
-
-    Args:
-        family: only those of ``"vit"``, ``"hiera"`` or ``"convnextv2"``.
+    """Return the names that ``model.arch`` accepts, of all families or of ``vit``, ``hiera`` or ``convnextv2``.
 
     Example:
         >>> openmae.list_architectures("vit")[:2]
@@ -290,30 +268,14 @@ def list_architectures(family: Family | None = None) -> list[str]:
     return [name for name, row in ARCHITECTURES.items() if family in (None, row.family)]
 
 
-def build_autoencoder(
-    arch: str,
-    input_size: int | tuple[int, int] = 224,
-    *,
-    in_chans: int = 3,
-    patch_size: int | None = None,
-    drop_path_rate: float | None = None,
-    norm_pix_loss: bool = True,
-    decoder_depth: int | None = None,
-    decoder_embed_dim: int | None = None,
-    decoder_attention: Literal["self", "cross"] = "self",
-) -> MaskedAutoencoder:
+def build_autoencoder(arch: str, input_size: int | tuple[int, int] = 224, **options: Any) -> MaskedAutoencoder:
     """Build a randomly initialized masked autoencoder for a training loop of your own.
 
     Args:
         arch: one of ``list_architectures()``.
         input_size: pixels of a side, or (height, width).
-        in_chans: image channels.
-        patch_size: side of a ViT patch in pixels (default: that of the architecture).
-        drop_path_rate: stochastic depth (default: the paper's).
-        norm_pix_loss: predict pixels normalized per patch.
-        decoder_depth: decoder blocks (default: the paper's).
-        decoder_embed_dim: decoder width (default: the paper's).
-        decoder_attention: ``self``: masked tokens attend to all tokens; ``cross``: to the visible tokens only.
+        options: options of the config section ``model``, such as ``in_chans``, ``patch_size``, ``norm_pix_loss``,
+            ``decoder_depth`` and ``decoder_embed_dim``; by default the paper's.
 
     Returns:
         A module whose ``forward(images_BCHW, mask)`` returns the loss and the predictions; ``random_mask`` draws masks.
@@ -333,19 +295,11 @@ def build_autoencoder(
     from openmae.models.build import build_autoencoder as build
     from openmae.spec.load import load_spec
 
-    given = {
-        "arch": arch,
-        "in_chans": in_chans,
-        "patch_size": patch_size,
-        "drop_path_rate": drop_path_rate,
-        "norm_pix_loss": norm_pix_loss,
-        "decoder_depth": decoder_depth,
-        "decoder_embed_dim": decoder_embed_dim,
-        "decoder_attention": decoder_attention,
-    }
-    spec = load_spec({"model": given, "dataset": {"augmentation": {"input_size": input_size}}})
-    resolved = {name: getattr(spec.model, name) for name in (*given, "mask_ratio")}
-    return build(ModelConfig(input_size=spec.dataset.augmentation.size, **resolved))
+    spec = load_spec({"model": {"arch": arch, **options}, "dataset": {"augmentation": {"input_size": input_size}}})
+    values = spec.model.model_dump(exclude={"num_classes"})
+    known = {field.name for field in fields(ModelConfig)}
+    return build(ModelConfig(**{name: value for name, value in values.items() if name in known},
+                             input_size=spec.dataset.augmentation.size))  # fmt: skip
 
 
 _KEYWORDS = {
@@ -361,12 +315,12 @@ _KEYWORDS = {
 }
 
 
-def _overrides(stage: str, keywords: Mapping[str, Any]) -> list[str]:
-    """Return keyword arguments as overrides of a spec; their values are JSON, which is YAML."""
+def _train(stage: str, arguments: Mapping[str, Any]) -> TrainResult:
+    """Train with keyword arguments as overrides of the spec; their values are written as JSON, which is YAML."""
     values = {"train.stage": stage}
-    values |= {key: keywords[name] for name, key in _KEYWORDS.items() if keywords[name] is not None}
-    values |= keywords["options"] or {}
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
+    values |= {key: arguments[name] for name, key in _KEYWORDS.items() if arguments[name] is not None}
+    values |= arguments["options"] or {}
+    return train({}, [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()])
 
 
 def _run(action: str, spec: Any, overrides: Sequence[str]) -> Any:
