@@ -6,28 +6,32 @@ import os
 import signal
 import types
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell starts background processes like this; tests send SIGINT
+# A shell starts background processes with SIGINT ignored; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # The suite runs in as many processes as there are cores. Set before torch is imported, here and in started processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Folders whose tests run actions, export models or start servers.
+_LAUNCHING_FOLDERS = {"actions", "bench", "engines", "faults", "fuzz", "nvidia", "serving", "skill"}
 # Names in the code of a test, of a helper or of a fixture that start a process, a server or a training run.
-_LAUNCHING = {
+_LAUNCHING_NAMES = {
     *("subprocess", "multiprocessing", "Popen", "ProcessPoolExecutor", "fork_server", "spawn"),
-    *("Trainer", "train_action", "launch", "create_job", "uvicorn", "LocalCluster"),
+    *("Trainer", "train_action", "launch", "create_job", "Worker", "TrialJobs", "uvicorn"),
 }
+_TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that ``make check`` leaves out."""
     for item in items:
-        if isinstance(item, pytest.Function) and _launches(item):
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in _LAUNCHING_FOLDERS or (isinstance(item, pytest.Function) and _launches(item)):
             item.add_marker(pytest.mark.launches)
 
 
@@ -48,7 +52,7 @@ def _reaches_launch(function: Any) -> bool:
             continue
         seen.add(code)
         names = _names(code)
-        if names & _LAUNCHING:
+        if names & _LAUNCHING_NAMES:
             return True
         found = (function.__globals__.get(name) for name in names)
         waiting += [value for value in found if getattr(value, "__module__", "").startswith("tests")]

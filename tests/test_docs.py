@@ -132,12 +132,12 @@ def test_shell_examples_run(page: str, folder: Path) -> None:
         run(["bash", "-euc", block], folder)
 
 
-@pytest.mark.slow(reason="trains for 40 epochs")
+@pytest.mark.slow(reason="trains twice")
 def test_python_examples_run(folder: Path) -> None:
     for code in blocks("python-api.md", "python"):
         if "errors" in code or "Client" in code:  # the first must fail, the second needs a store: test_readme.py
             continue
-        run([sys.executable, "-c", code], folder)
+        run([sys.executable, "-c", code.replace("num_epochs=20", "num_epochs=2")], folder)
 
 
 def test_the_example_of_errors_and_models(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
