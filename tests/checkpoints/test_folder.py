@@ -131,13 +131,13 @@ def test_the_copy_is_of_the_moment_and_its_memory_is_used_again():
     host = HostCopy()
     weights = torch.arange(4.0)
     state = {"model": {"w": weights}, "groups": [{"lr": 1.0, "betas": (0.9, 0.95)}], "progress": {"step": 3}}
-    first = host.take(state)
+    first = host.copy(state)
     weights.zero_()
     assert first["model"]["w"].tolist() == [0, 1, 2, 3]
     assert {k: first[k] for k in ("groups", "progress")} == {k: state[k] for k in ("groups", "progress")}
-    second = host.take(state)
+    second = host.copy(state)
     assert second["model"]["w"].data_ptr() == first["model"]["w"].data_ptr()
-    other = host.take({"model": {"w": torch.zeros(2, 3, dtype=torch.int64)}})
+    other = host.copy({"model": {"w": torch.zeros(2, 3, dtype=torch.int64)}})
     assert torch.equal(other["model"]["w"], torch.zeros(2, 3, dtype=torch.int64)), "the shape had changed"
 
 
@@ -329,20 +329,20 @@ def test_a_key_that_does_not_fit_sets_nothing_aside(tmp_path, key):
 def test_going_on_from_an_older_one_sets_the_newer_aside(tmp_path, caplog):
     one, two, three_ = three(tmp_path)
     folder = CheckpointFolder(tmp_path, "vit", keep=3)
-    folder.go_on_from(3, 3)
+    folder.resume_from(3, 3)
     assert list_checkpoints(tmp_path) == [one, two, three_]
     with caplog.at_level(logging.WARNING, "openmae"):
-        folder.go_on_from(1, 1)
+        folder.resume_from(1, 1)
     assert list_checkpoints(tmp_path) == [one]
     assert number_in(folder.latest) == 1
-    assert "The run goes on from epoch 1, step 1: what is newer in" in caplog.text
-    assert f"is set aside as *.superseded ({two.name}, {three_.name})." in caplog.text
+    assert f"The run resumes from epoch 1, step 1: newer checkpoints in {tmp_path} are set aside as" in caplog.text
+    assert f"*.superseded ({two.name}, {three_.name})." in caplog.text
 
 
 def test_no_link_points_at_what_was_set_aside(tmp_path):
     three(tmp_path)
     folder = CheckpointFolder(tmp_path, "vit", keep=3)
-    folder.go_on_from(0, 1)
+    folder.resume_from(0, 1)
     assert not folder.latest.is_symlink()
 
 

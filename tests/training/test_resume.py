@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from openmae.checkpoints.folder import BEST, CheckpointFolder, list_checkpoints
+from openmae.checkpoints.folder import BEST, CheckpointFolder, list_checkpoints, read_training_state
 from openmae.errors import CheckpointError
 from openmae.storage.encryption import Key
 from openmae.training.resume import best_was_set_aside, newest_readable
@@ -50,8 +50,8 @@ def test_what_is_not_finite_is_set_aside(part, key, tmp_path, caplog):
     assert caplog.messages == [
         f"{three} holds weights that are not finite: it is now {three.name}.diverged, and {one.name} is used.",
         f"{two} holds weights that are not finite: it is now {two.name}.diverged, and {one.name} is used.",
-        f"{tmp_path / BEST} holds weights that are not finite: it is now {BEST}.diverged, and the next epoch's takes "
-        "its place.",
+        f"{tmp_path / BEST} holds weights that are not finite: it is now {BEST}.diverged, and the next epoch replaces "
+        "it.",
     ]
     assert best_was_set_aside(tmp_path)
 
@@ -88,6 +88,19 @@ def test_where_some_cannot_be_read_and_none_is_finite_nothing_is_touched(tmp_pat
 def test_a_best_without_a_run_is_not_resumed(tmp_path):
     write(tmp_path, [], best="")
     assert newest_readable(tmp_path) is None
+
+
+def test_sharded_checkpoint_of_an_earlier_version_is_named(tmp_path):
+    (tmp_path / "model_epoch_000_step_00006.shards").mkdir()
+    write(tmp_path, [""])
+    shards = tmp_path / "model_epoch_002_step_00006.shards"
+    assert newest_readable(tmp_path) is not None, "an older sharded checkpoint is ignored"
+    shards.mkdir()
+    for resume in (newest_readable, read_training_state):
+        with pytest.raises(CheckpointError, match="is a sharded checkpoint of an earlier version") as caught:
+            resume(tmp_path if resume is newest_readable else shards)
+        assert str(shards) in caught.value.problem
+        assert f"mae checkpoint consolidate {shards}" in caught.value.fix
 
 
 def spoil(path: Path) -> None:

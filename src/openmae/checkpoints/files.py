@@ -38,10 +38,9 @@ def check_file(path: Path) -> None:
         )
     if path.is_dir():
         if path.suffix == ".shards":
-            raise CheckpointError(
-                f"{path} is a sharded checkpoint, which only training reads.",
-                f"Join it: mae checkpoint consolidate {path}",
-            )
+            from openmae.checkpoints.folder import sharded_error
+
+            raise sharded_error(path)
         inside = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
         fix = f"Name one of its files: {', '.join(inside[:3])}." if inside else "Name a file; it holds no checkpoint."
         raise CheckpointError(f"{path} is a folder, not a checkpoint.", fix)

@@ -22,7 +22,6 @@ from pathlib import Path
 from openmae._version import __version__
 from openmae.cli.automl import add_arguments as add_automl_arguments
 from openmae.cli.cache import add_arguments as add_cache_arguments
-from openmae.cli.checkpoint import add_arguments as add_checkpoint_arguments
 from openmae.cli.dataset import add_dataset_commands, expanded_braces
 from openmae.cli.jobs import SPEC_OPTION
 from openmae.cli.jobs import add_arguments as add_jobs_arguments
@@ -158,7 +157,6 @@ def _parser() -> argparse.ArgumentParser:
         _add_spec_arguments,
     )
     add_jobs_arguments(commands.add_parser("jobs", help="run actions as jobs that feed one another"), _ACTIONS)
-    add_checkpoint_arguments(commands.add_parser("checkpoint", help="join a checkpoint that fsdp wrote in parts"))
     add_cache_arguments(commands.add_parser("cache", help="what is downloaded and extracted: list or clear it"))
     add_skill_arguments(commands.add_parser("skill", help="the folder that coding agents and other runners use"))
     _add_spec_commands(commands.add_parser("spec", help="check a spec, print a template or all options"))
