@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from openmae._version import __version__
 
 if TYPE_CHECKING:
-    from openmae.checkpoints.format import load_backbone
+    from openmae.checkpoints.load import load_backbone
     from openmae.engines.batching import read_images
     from openmae.engines.predictor import open_predictor
     from openmae.spec.load import load_spec
@@ -37,7 +37,7 @@ __all__ = [
 _HOMES = {
     "open_predictor": "openmae.engines.predictor",
     "read_images": "openmae.engines.batching",
-    "load_backbone": "openmae.checkpoints.format",
+    "load_backbone": "openmae.checkpoints.load",
     "load_spec": "openmae.spec.load",
     "ExperimentSpec": "openmae.spec.schema",
 }

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tests.helpers.fault_runs import Server, assert_same_end, last_status, newest, until
 
-from openmae.checkpoints.folder import list_checkpoints, read_training_state
+from openmae.checkpoints.folder import list_checkpoints
+from openmae.checkpoints.format import read_training_state
 
 KILLS = 30
 TWICE = 12

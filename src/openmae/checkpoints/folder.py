@@ -6,12 +6,10 @@ The names are part of the contract: ``model_epoch_EEE_step_SSSSS.pth``, ``<arch>
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,15 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from lightning_fabric.utilities import move_data_to_device
-
+from openmae.checkpoints.damage import sharded
+from openmae.checkpoints.format import read_training_state, write_checkpoint
 from openmae.checkpoints.writer import BackgroundWorker, HostCopy
 from openmae.errors import CheckpointError, RunError, StoppedAtOnce
-from openmae.storage.encryption import Key, created, unlocked
+from openmae.storage.encryption import Key
 
 BEST = "model_best.pth"
-_PASSING = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
 UNREADABLE = ".unreadable"
 SUPERSEDED = ".superseded"
 DIVERGED = ".diverged"
@@ -153,7 +149,7 @@ class CheckpointFolder:
 
     def _write(self, payload: Mapping[str, Any], path: Path, best: bool, rotate: bool) -> None:
         with _replacing(path) as temporary:
-            _dump(payload, temporary, self.key)
+            write_checkpoint(payload, temporary, self.key)
             if best:
                 self._name_best(temporary)
         if path.name == BEST:
@@ -194,16 +190,7 @@ def check_not_sharded(folder: Path) -> None:
     newest = _position(found[-1]) if found else (-1, -1)
     for path in folder.glob(_SHARDED):
         if _position(path.with_suffix(".pth")) > newest:
-            raise sharded_error(path)
-
-
-def sharded_error(path: Path) -> CheckpointError:
-    """Return the error for a checkpoint in shards."""
-    return CheckpointError(
-        f"{path} is a sharded checkpoint of an earlier version; only complete checkpoints are read now.",
-        f"Convert it with that version (mae checkpoint consolidate {path}), or move it elsewhere to resume from an "
-        "older checkpoint.",
-    )
+            raise sharded(path)
 
 
 def set_aside(path: Path, ending: str) -> Path:
@@ -219,22 +206,6 @@ def _position(path: Path) -> tuple[int, int]:
     found = _NAME.fullmatch(path.name)
     assert found is not None
     return int(found[1]), int(found[2])
-
-
-def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = None) -> None:
-    """Write to a temporary name, flush to the disk, rename; a GPU's tensors as a CPU's, so that any machine reads them.
-
-    Raises:
-        RunError: the disk is full or not writable; nothing is left of the attempt.
-    """
-    on_cpu = move_data_to_device(dict(payload), torch.device("cpu"))
-    with _replacing(path) as temporary:
-        _dump(on_cpu, temporary, key)
-
-
-def _dump(payload: Mapping[str, Any], path: Path, key: Key | None) -> None:
-    with created(path, key) as file:
-        torch.save(payload, file)
 
 
 @contextmanager
@@ -281,48 +252,3 @@ def _link(link: Path, target: Path) -> None:
             temporary.symlink_to(target.name)
         except OSError:  # a file system without links
             shutil.copyfile(target, temporary)
-
-
-def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> dict[str, Any]:
-    """The whole payload of a checkpoint that this package wrote.
-
-    Args:
-        path: the file.
-        key: opens it where it is encrypted.
-        lazily: for a look at the plain values: tensors stay in a plain file, which must stay where it is. As torch
-            compares no checksums, this does.
-
-    Raises:
-        CheckpointError: missing, truncated, not written by a training run of this package, or encrypted and not
-            to be opened with this key.
-    """
-    if path.suffix == ".shards" and path.is_dir():
-        raise sharded_error(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"there is no file {str(path)!r}.",
-            "Name a model_epoch_*.pth, or leave the key empty to resume from the newest in results_dir.",
-        )
-    payload: Any
-    try:
-        file = unlocked(path, key)
-        payload = torch.load(file or path, map_location="cpu", weights_only=True, mmap=lazily and not file)
-        if lazily and not file:
-            with zipfile.ZipFile(path) as bundle:
-                if damaged := bundle.testzip():
-                    raise zipfile.BadZipFile(f"{damaged} has another checksum")
-    except (MemoryError, CheckpointError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _PASSING:  # it says nothing of the file
-            raise
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is truncated, damaged or foreign.",
-            "Resume from an older model_epoch_*.pth, or use train.pretrained_model_path for foreign weights.",
-        ) from error
-    if not isinstance(payload, dict) or not {"openmae", "progress", "optimizer"} <= payload.keys():
-        raise CheckpointError(
-            f"{path} holds no training state, so training cannot resume from it.",
-            "Give it as train.pretrained_model_path to start from its weights.",
-        )
-    return payload

@@ -1,78 +1,96 @@
-"""The model that a file holds: what its header says, compared with its tensors, or what their shapes tell.
+"""The model that a file's tensors belong to: checked against the file's header, or derived from their shapes.
 
-A header decides what is allocated, so nothing of it is believed that the tensors do not confirm.
+A header determines what is allocated, so nothing in it is believed unless the tensors confirm it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+import timm
+import torch
 from torch import Tensor
 
 from openmae.checkpoints.foreign_names import NamedWeights
-from openmae.checkpoints.matching import OTHER_ARCHITECTURES, foreign_parts, has_blocks_of, likely_arch, width_of
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
-from openmae.spec.architectures import get_architecture
+from openmae.spec.architectures import ARCHITECTURES, get_architecture
 
-_HIERA_STRIDE = 4  # px of a token
+_HIERA_STRIDE = 4  # px per token
 _DEFAULT_SIDE = 224
+_MAX_SIDE = 2**14  # px; no tensor of a ConvNeXt depends on the image size
 _HEADS = ("head.fc.weight", "head.weight")
 _KERNELS = {"vit": "patch_embed.proj.weight", "hiera": "patch_embed.proj.weight", "convnextv2": "stem.0.weight"}
-_WIDEST = 2**14  # px: what no tensor of a ConvNeXt tells
 _VIT_NORMS = ("norm.weight", "fc_norm.weight")
+OTHER_ARCHITECTURES = (
+    "Use weights of this architecture; DINOv2, DeiT III, EVA and CLIP models, for example, are different ones."
+)
+_FOREIGN_PARTS = (
+    (r"\.(ls[12]\.gamma|gamma(_[12])?)$", "LayerScale"),
+    (r"\breg_tokens?$|register_tokens", "register tokens"),
+    (r"\b[qk]_norm\.", "query and key norms"),
+    (r"rope|rotary|\bfreqs", "rotary positions"),
+    (r"rel_pos|relative_position", "relative positions"),
+    (r"\bdist_token$|head_dist", "a distillation token"),
+    (r"\bnorm_pre\.|norm_post\.", "another norm"),
+    (r"\bmlp\.(w12|w3|fc1_g|fc1_x|norm)\b", "a gated MLP"),
+)
+
+
+def foreign_parts(names: Iterable[str]) -> list[str]:
+    """Return the parts, by the names of their tensors, that no supported architecture has."""
+    names = list(names)
+    return [part for pattern, part in _FOREIGN_PARTS if any(re.search(pattern, name) for name in names)]
+
+
+def likely_arch(weights: NamedWeights) -> str | None:
+    """Return the architecture whose blocks have exactly these names and sizes, or None."""
+    sizes = _block_sizes(weights.backbone)
+    rows = (row for row in ARCHITECTURES.values() if row.family == weights.family)
+    return next((row.name for row in rows if _timm_shape(row.timm_name)[0] == sizes), None)
 
 
 def count_classes(backbone: Mapping[str, Tensor]) -> int:
-    """Outputs of the classifier that a file holds; 0 for none."""
+    """Return the number of outputs of the classifier in a file; 0 if it has none."""
     head = _head(backbone)
     return 0 if head is None else head.shape[0]
 
 
-def _head(backbone: Mapping[str, Tensor]) -> Tensor | None:
-    head = next((backbone[name] for name in _HEADS if name in backbone), None)
-    return head if head is not None and head.ndim == 2 else None
-
-
-def _head_differences(arch: str, backbone: Mapping[str, Tensor]) -> Iterator[tuple[str, object, str]]:
-    """A classifier of another width would be allocated in the model's own."""
-    head = _head(backbone)
-    if head is not None and head.shape[1] != width_of(arch):
-        yield "the classifier's width", width_of(arch), f"the file has a classifier of {list(head.shape)}"
-
-
 def patch_size_of(weights: NamedWeights) -> int | None:
-    """Side of a ViT's patches in pixels; None for the other families."""
+    """Return the side of a ViT's patches in pixels; None for the other families."""
     kernel = weights.backbone.get(_KERNELS["vit"])
     return kernel.shape[-1] if weights.family == "vit" and kernel is not None and kernel.ndim == 4 else None
 
 
 def guess_config(weights: NamedWeights, arch: str | None = None) -> ModelConfig:
-    """The model of another program's file, from the shapes of its tensors.
+    """Derive the model of another program's file from the shapes of its tensors.
 
     A ViT without any final norm is one that NVIDIA TAO has fine-tuned: it classifies the mean of the patch tokens.
 
+    Args:
+        weights: tensors of the file.
+        arch: architecture to assume if the shapes fit none.
+
     Raises:
-        CheckpointError: the shapes fit no architecture.
+        CheckpointError: The shapes fit no architecture.
     """
-    arch = arch or likely_arch(weights)
+    arch = likely_arch(weights) or arch
     if arch is None:
-        kinds = ", ".join(foreign_parts(weights.backbone))
-        raise CheckpointError(
-            f"The weights ({weights.layout} layout) fit no architecture of the table"
-            f"{f': they have {kinds}' if kinds else ''}.",
-            OTHER_ARCHITECTURES if kinds else "Name the nearest: load_backbone(path, arch=...).",
-        )
+        problem = f"The weights ({weights.layout} layout) fit no supported architecture"
+        if parts := foreign_parts(weights.backbone):
+            raise CheckpointError(f"{problem}: they have {', '.join(parts)}.", OTHER_ARCHITECTURES)
+        raise CheckpointError(f"{problem}.", "Name the closest one: load_backbone(path, arch=...).")
     row, backbone, classes = get_architecture(arch), weights.backbone, count_classes(weights.backbone)
     for _, width, found in _head_differences(arch, backbone):
         raise CheckpointError(f"{arch} has {width} features, but {found}.", "Use another checkpoint.")
-    kernel = backbone[_KERNELS[weights.family]]
+    name = _KERNELS[weights.family]
+    kernel = backbone[name]
     if kernel.ndim != 4 or not kernel.numel():
         raise CheckpointError(
-            f"{_KERNELS[weights.family]} has the shape {list(kernel.shape)}, not that of a convolution.",
-            "Use another checkpoint.",
+            f"{name} has the shape {list(kernel.shape)}, not that of a convolution.", "Use another checkpoint."
         )
     if weights.family == "convnextv2":
         return ModelConfig(arch, in_chans=kernel.shape[1], num_classes=classes)
@@ -95,27 +113,27 @@ def guess_config(weights: NamedWeights, arch: str | None = None) -> ModelConfig:
 
 
 def check_header(config: ModelConfig, weights: NamedWeights) -> None:
-    """Compare what a header says of a model with the tensors that come with it.
+    """Compare the model that a header describes with the tensors in the file.
 
     Raises:
-        CheckpointError: they differ; the text names the field, and both values.
+        CheckpointError: They differ; the text names the field and both values.
     """
     wrong = [f"{field} is {said}, but {found}" for field, said, found in _differences(config, weights)]
     if wrong:
         raise CheckpointError(
             f"The header does not fit the tensors of the file: {'; '.join(wrong)}.",
-            "The file is damaged or was made up: use another checkpoint.",
+            "The file is damaged or was manipulated: use another checkpoint.",
         )
 
 
 def _differences(config: ModelConfig, weights: NamedWeights) -> Iterator[tuple[str, object, str]]:
-    """(field, what the header says, what the tensors say)."""
+    """Yield (field, value in the header, what the tensors show)."""
     backbone, row = weights.backbone, config.architecture
     if row.family != weights.family:
         yield "arch", config.arch, f"the tensors are of the {weights.family} family"
         return
-    if not has_blocks_of(weights, config.arch):
-        yield "arch", config.arch, f"the blocks are of {likely_arch(weights) or 'no architecture of the table'}"
+    if _block_sizes(backbone) != _timm_shape(row.timm_name)[0]:
+        yield "arch", config.arch, f"the blocks are of {likely_arch(weights) or 'no supported architecture'}"
     classes = count_classes(backbone)
     if config.num_classes != classes:
         yield "num_classes", config.num_classes, f"the classifier has {classes} outputs"
@@ -133,20 +151,27 @@ def _differences(config: ModelConfig, weights: NamedWeights) -> Iterator[tuple[s
         yield from _decoder_differences(config, weights.rest)
 
 
+def _head_differences(arch: str, backbone: Mapping[str, Tensor]) -> Iterator[tuple[str, object, str]]:
+    """Compare the classifier's width: one of another width would be allocated with the model's own."""
+    head, width = _head(backbone), _timm_shape(ARCHITECTURES[arch].timm_name)[1]
+    if head is not None and head.shape[1] != width:
+        yield "the classifier's width", width, f"the file has a classifier of {list(head.shape)}"
+
+
 def _position_differences(config: ModelConfig, weights: NamedWeights) -> Iterator[tuple[str, object, str]]:
-    positions = weights.backbone.get("pos_embed")
-    if max(config.input_size) > _WIDEST:
-        yield "input_size", list(config.input_size), f"images have up to {_WIDEST} pixels a side"
+    size = list(config.input_size)
+    if max(size) > _MAX_SIDE:
+        yield "input_size", size, f"images have up to {_MAX_SIDE} pixels per side"
     if weights.family == "convnextv2":
         return
+    positions = weights.backbone.get("pos_embed")
     if positions is None or positions.ndim != 3:
-        yield "input_size", list(config.input_size), "the file has no position embedding"
+        yield "input_size", size, "the file has no position embedding"
         return
     is_vit = weights.family == "vit"
     stride = config.unit if is_vit else _HIERA_STRIDE
-    height, width = config.input_size
-    if (height // stride) * (width // stride) + is_vit != positions.shape[1]:
-        yield "input_size", list(config.input_size), f"the position embedding has {positions.shape[1]} tokens"
+    if (size[0] // stride) * (size[1] // stride) + is_vit != positions.shape[1]:
+        yield "input_size", size, f"the position embedding has {positions.shape[1]} tokens"
 
 
 def _decoder_differences(config: ModelConfig, rest: Mapping[str, Tensor]) -> Iterator[tuple[str, object, str]]:
@@ -156,3 +181,20 @@ def _decoder_differences(config: ModelConfig, rest: Mapping[str, Tensor]) -> Ite
     token = rest.get("decoder.mask_token")
     if token is not None and token.shape[-1:] != (config.decoder_embed_dim,):
         yield "decoder_embed_dim", config.decoder_embed_dim, f"the mask token has {list(token.shape)}"
+
+
+def _head(backbone: Mapping[str, Tensor]) -> Tensor | None:
+    head = next((backbone[name] for name in _HEADS if name in backbone), None)
+    return head if head is not None and head.ndim == 2 else None
+
+
+def _block_sizes(backbone: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: value.numel() for name, value in backbone.items() if name.startswith(("blocks.", "stages."))}
+
+
+@functools.cache
+def _timm_shape(timm_name: str) -> tuple[dict[str, int], int]:
+    """Return the sizes of a timm model's block tensors, and the width of its classifier's input."""
+    with torch.device("meta"):
+        model = timm.create_model(timm_name, num_classes=0)
+    return _block_sizes(model.state_dict()), model.num_features

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from openmae.checkpoints.folder import (
-    BEST,
-    DIVERGED,
-    UNREADABLE,
-    check_not_sharded,
-    list_checkpoints,
-    read_training_state,
-    set_aside,
-)
+from openmae.checkpoints.folder import BEST, DIVERGED, UNREADABLE, check_not_sharded, list_checkpoints, set_aside
+from openmae.checkpoints.format import read_training_state
 from openmae.errors import CheckpointError
 from openmae.storage.encryption import Key, is_encrypted
 
 log = logging.getLogger("openmae")
+
+
+class Resumable(NamedTuple):
+    """A checkpoint that a run can resume from, and its content."""
+
+    path: Path
+    payload: dict[str, Any]
 
 
 class NotFiniteError(CheckpointError):
@@ -34,7 +34,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[str, Any]] | None:
+def newest_readable(folder: Path, key: Key | None = None) -> Resumable | None:
     """Return the checkpoint to resume from and its payload, read lazily, or None if there is none.
 
     This is the newest numbered checkpoint, or ``model_best.pth`` if none of them can be used. Damaged checkpoints and
@@ -51,8 +51,8 @@ def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[st
     if found is None and unreadable:
         raise unreadable[0]
     for path, error in refused.items():
-        _set_aside(path, error, f"{found[0].name} is used" if found else "training starts from the beginning")
-    if len(unreadable) < len(refused) and found and found[0].name != BEST and (folder / BEST).is_file():
+        _set_aside(path, error, f"{found.path.name} is used" if found else "training starts from the beginning")
+    if len(unreadable) < len(refused) and found and found.path.name != BEST and (folder / BEST).is_file():
         try:
             read_finite(folder / BEST, key)
         except CheckpointError as error:
@@ -60,9 +60,7 @@ def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[st
     return found
 
 
-def look_for_checkpoint(
-    folder: Path, key: Key | None
-) -> tuple[tuple[Path, dict[str, Any]] | None, dict[Path, CheckpointError]]:
+def look_for_checkpoint(folder: Path, key: Key | None) -> tuple[Resumable | None, dict[Path, CheckpointError]]:
     """Return the checkpoint to resume from with its payload, or None, and the errors of the newer ones.
 
     Raises:
@@ -71,7 +69,7 @@ def look_for_checkpoint(
     refused: dict[Path, CheckpointError] = {}
     for path in _candidates(folder):
         try:
-            return (path, read_finite(path, key)), refused
+            return Resumable(path, read_finite(path, key)), refused
         except CheckpointError as error:
             if key is None and path.exists() and is_encrypted(path):
                 raise
