@@ -52,7 +52,7 @@ def classifier_payload(config: ModelConfig, **header: Any) -> dict[str, Any]:
     return {"openmae": values, "state_dict": behind("model.", build_classifier(config).state_dict())}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pretrained(randomise: Callable[..., None], built: Callable[..., Any]) -> dict[str, MaskedAutoencoder]:
     """A masked autoencoder of each family with random weights."""
     models = {family: built(build_autoencoder, config).eval() for family, config in CONFIGS.items()}
@@ -61,7 +61,7 @@ def pretrained(randomise: Callable[..., None], built: Callable[..., Any]) -> dic
     return models
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def files(pretrained: dict[str, MaskedAutoencoder], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A pretrained checkpoint of each family."""
     folder = tmp_path_factory.mktemp("checkpoints")

@@ -36,7 +36,7 @@ def randomise() -> Callable[..., None]:
     return apply
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built() -> Callable[..., nn.Module]:
     """``built(build, config)`` returns a copy of the first result of ``build(config)``: initialising is slow."""
     models: dict[tuple[Callable, ModelConfig], nn.Module] = {}

@@ -25,15 +25,15 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
+from pydantic import FiniteFloat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
@@ -44,7 +44,8 @@ from openmae.checkpoints.foreign_names import NamedWeights, recognise
 from openmae.checkpoints.shapes import check_header, count_classes, guess_config
 from openmae.checkpoints.unpickling import load_plain
 from openmae.errors import CheckpointError, RunError, blaming
-from openmae.models.build import ModelConfig
+from openmae.models.build import ModelConfig, validate
+from openmae.spec.architectures import get_architecture
 from openmae.storage.atomic import replacing
 from openmae.storage.encryption import Key, created, unlocked
 
@@ -77,8 +78,8 @@ class CheckpointInfo:
     stage: Stage
     model: ModelConfig
     class_names: tuple[str, ...] = ()
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    mean: tuple[FiniteFloat, ...] = ()
+    std: tuple[FiniteFloat, ...] = ()
     spec: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
     begun: Mapping[str, int] = field(default_factory=dict)
@@ -114,35 +115,18 @@ class CheckpointInfo:
                 "Install the version that wrote it, or a newer one.",
             )
         try:
-            info = cls(
-                stage=values["stage"],
-                model=ModelConfig.from_dict(values["model"]),
-                class_names=tuple(values["class_names"]),
-                mean=tuple(values["mean"]),
-                std=tuple(values["std"]),
-                spec=values.get("spec", {}),
-                begun=values.get("begun", {}),
-                version=version,
-            )
-            info._check()
+            known = {item.name for item in fields(cls)}
+            info = validate(cls, {name: value for name, value in values.items() if name in known})
+            get_architecture(info.model.arch)
+            if info.class_names and len(info.class_names) != info.model.num_classes:
+                raise ValueError(f"{len(info.class_names)} class_names for {info.model.num_classes} classes")
+            _check_tree(info.spec)
             return info
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except ValueError as error:
             raise CheckpointError(
-                f"The 'openmae' entry (OpenMAE {version}) is damaged or of another version: {error!r}.",
+                f"The 'openmae' entry (OpenMAE {version}) is damaged or of another version: {error}.",
                 f"This is OpenMAE {__version__}; install the version that wrote the checkpoint.",
             ) from error
-
-    def _check(self) -> None:
-        if self.stage not in ("pretrain", "finetune"):
-            raise ValueError(f"stage is {self.stage!r}")
-        if not all(isinstance(name, str) for name in self.class_names):
-            raise ValueError("class_names are not all text")
-        if self.class_names and len(self.class_names) != self.model.num_classes:
-            raise ValueError(f"{len(self.class_names)} class_names for {self.model.num_classes} classes")
-        for name, numbers in (("mean", self.mean), ("std", self.std)):
-            if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-                raise ValueError(f"{name} is {numbers!r}")
-        _check_tree(self.spec)
 
 
 @dataclass(frozen=True)

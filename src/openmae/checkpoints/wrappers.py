@@ -82,7 +82,8 @@ def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
     entries = {entry: state for entry, state in _entries(raw) if any(map(_FOUND.fullmatch, state))}
     if not entries:
         return _largest(raw)
-    entry, prefix = _choose(entries, wanted)
+    candidates = [(entry, prefix) for entry, state in entries.items() for prefix in _prefixes(state)]
+    entry, prefix = _choose(candidates, wanted)
     state = entries[entry]
     prefixes = tuple(other for other in _prefixes(state) if other != prefix)
     longer = tuple(other for other in prefixes if other.startswith(prefix))
@@ -94,27 +95,25 @@ def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
     return Wrapped(own, entry, prefix, tuple(others), tuple(dict.fromkeys(name.split(".")[0] for name in outside)))
 
 
-def _choose(entries: Mapping[str, State], wanted: str) -> tuple[str, str]:
+def _choose(candidates: list[tuple[str, str]], wanted: str) -> tuple[str, str]:
     """Return the entry and the prefix to use."""
-    if wanted:
-        for entry, state in entries.items():
-            if entry == wanted:
-                return entry, _best(_prefixes(state))
-            for prefix in _prefixes(state):
-                if wanted in (prefix.rstrip("."), f"{entry}.{prefix}".rstrip(".")):
-                    return entry, prefix
-        there = [entry for entry in entries if entry]
-        there += [prefix.rstrip(".") for state in entries.values() for prefix in _prefixes(state) if prefix]
+
+    def preference(candidate: tuple[str, str]) -> tuple[Any, ...]:
+        entry, prefix = candidate
+        usual = entry.split(".")[-1] in _USUAL
+        return bool(entry), _rank(entry), not usual, _rank(prefix), prefix.count(".")
+
+    names = {
+        (entry, prefix): (entry, prefix.rstrip("."), f"{entry}.{prefix}".rstrip(".")) for entry, prefix in candidates
+    }
+    fitting = [candidate for candidate in candidates if not wanted or wanted in names[candidate]]
+    if not fitting:
+        there = dict.fromkeys(name for candidate in candidates for name in names[candidate][:2] if name)
         raise CheckpointError(
             f"The file has no weights under {wanted!r}.",
-            f"It has: {', '.join(dict.fromkeys(there))}." if there else "It is a bare state dict: leave the key empty.",
+            f"It has: {', '.join(there)}." if there else "It is a bare state dict: leave the key empty.",
         )
-    entry = min(entries, key=lambda name: (bool(name), _rank(name), name.split(".")[-1] not in _USUAL))
-    return entry, _best(_prefixes(entries[entry]))
-
-
-def _best(prefixes: list[str]) -> str:
-    return min(prefixes, key=lambda prefix: (_rank(prefix), prefix.count(".")))
+    return min(fitting, key=preference)
 
 
 def _rank(name: str) -> int:

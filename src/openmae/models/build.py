@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import timm
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
 from openmae.models.decoders import ConvNeXtDecoder, CrossAttentionDecoder, Decoder, TransformerDecoder
@@ -15,7 +17,9 @@ from openmae.models.mae import MaskedAutoencoder
 from openmae.spec.architectures import Architecture, Family, get_architecture
 
 _HIERA_Q_POOL = 2  # pooling steps in pretraining; see encoders/hiera.py
-_MAX_COUNT = 2**24  # for every count in a model's description
+_T = TypeVar("_T")
+Count = Annotated[int, Field(strict=True, ge=1, le=2**24)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 _HEAD_STD = 2e-5  # of a new classifier: MAE's and ConvNeXt V2's main_finetune.py, Hiera's .02 * head_init_scale
 
 
@@ -40,19 +44,21 @@ class ModelConfig:
         num_classes: outputs of the classifier; 0 for pretraining.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     arch: str
-    input_size: tuple[int, int] = (224, 224)
-    in_chans: int = 3
-    patch_size: int | None = None
-    drop_path_rate: float = 0.0
-    mask_ratio: float = 0.75
+    input_size: tuple[Count, Count] = (224, 224)
+    in_chans: Count = 3
+    patch_size: Count | None = None
+    drop_path_rate: Fraction = 0.0
+    mask_ratio: Fraction = 0.75
     norm_pix_loss: bool = True
-    decoder_depth: int = 8
-    decoder_embed_dim: int = 512
+    decoder_depth: Count = 8
+    decoder_embed_dim: Count = 512
     decoder_attention: Literal["self", "cross"] = "self"
     global_pool: bool = True
     final_norm: bool = True
-    num_classes: int = 0
+    num_classes: Annotated[int, Field(strict=True, ge=0, le=2**24)] = 0
 
     @property
     def architecture(self) -> Architecture:
@@ -76,28 +82,26 @@ class ModelConfig:
         """Read the values that :meth:`to_dict` returns.
 
         Raises:
-            KeyError: A value is missing.
-            TypeError: A value is of another type, or unknown.
-            ValueError: A value is out of bounds.
+            ValueError: A value is missing, unknown or invalid.
         """
-        height, width = values["input_size"]
-        config = cls(**{**values, "input_size": (height, width)})
+        config = validate(cls, values)
         get_architecture(config.arch)
-        counts = {
-            "input_size": (height, width),
-            "in_chans": (config.in_chans,),
-            "patch_size": (config.patch_size or 1,),
-            "decoder_depth": (config.decoder_depth,),
-            "decoder_embed_dim": (config.decoder_embed_dim,),
-            "num_classes": (config.num_classes + 1,),
-        }
-        for name, numbers in counts.items():
-            if not all(type(number) is int and 1 <= number <= _MAX_COUNT for number in numbers):
-                raise ValueError(f"{name} is {values.get(name)!r}")
-        for name in ("drop_path_rate", "mask_ratio"):
-            if not 0 <= getattr(config, name) <= 1:
-                raise ValueError(f"{name} is {values.get(name)!r}")
         return config
+
+
+def validate(kind: type[_T], values: Any) -> _T:
+    """Make a dataclass from plain values in a file, and check their types and bounds.
+
+    Raises:
+        ValueError: A value is missing, unknown or invalid; the text names the first.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = ".".join(map(str, fault["loc"])) or kind.__name__
+        faults = {"missing": "missing", "unexpected_keyword_argument": "unknown"}
+        raise ValueError(f"{name} is {faults.get(fault['type']) or reprlib.repr(fault['input'])}") from None
 
 
 def build_autoencoder(config: ModelConfig) -> MaskedAutoencoder:
