@@ -23,12 +23,12 @@ from openmae.spec.architectures import ARCHITECTURES
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ({"num_classes": 8_000_000}, "num_classes is 8000000, but the classifier has 2 outputs"),
-        ({"input_size": [4096, 4096]}, r"input_size is \[4096, 4096\], but the position embedding has 5 tokens"),
-        ({"patch_size": 1}, "patch_size is 1, but the patch embedding has 16"),
-        ({"in_chans": 4096}, "in_chans is 4096, but the first convolution takes 3"),
-        ({"arch": "vit_huge_patch14"}, "arch is vit_huge_patch14, but the blocks are of vit_tiny_patch16"),
-        ({"arch": "convnextv2_huge"}, "arch is convnextv2_huge, but the tensors are of the vit family"),
+        ({"num_classes": 8_000_000}, "num_classes is 8000000, but the tensors have 2 outputs"),
+        ({"input_size": [4096, 4096]}, r"input_size is \[4096, 4096\], but the tensors have positions of 5 tokens"),
+        ({"patch_size": 1}, "patch_size is 1, but the tensors have patches of 16"),
+        ({"in_chans": 4096}, "in_chans is 4096, but the tensors have 3 channels"),
+        ({"arch": "vit_huge_patch14"}, "arch is vit_huge_patch14, but the tensors have the shapes of vit_tiny_patch16"),
+        ({"arch": "convnextv2_huge"}, "arch is convnextv2_huge, but the tensors have the shapes of vit_tiny_patch16"),
         ({"num_classes": 10**30}, "damaged or of another version.*num_classes is 10{30}"),
         ({"input_size": [-32, 32]}, r"damaged or of another version.*input_size.0 is -32"),
         ({"input_size": "ab"}, "damaged or of another version"),
@@ -59,9 +59,7 @@ def test_classifier_of_another_width_is_refused_before_it_is_built(
     content = classifier_payload(config, num_classes=300)
     content["state_dict"] |= {"model.head.weight": torch.zeros(300, 2), "model.head.bias": torch.zeros(300)}
     torch.save(content, tmp_path / "f.pth")
-    with pytest.raises(
-        CheckpointError, match=r"classifier's width is 192, but the file has a classifier of \[300, 2\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"has 192 features, but the file has a classifier of \[300, 2\]"):
         load_backbone(tmp_path / "f.pth")
     torch.save({**state, "head.weight": torch.zeros(300, 2)}, tmp_path / "f.pth")
     with pytest.raises(CheckpointError, match=r"has 192 features, but the file has a classifier of \[300, 2\]"):
@@ -74,7 +72,7 @@ def test_decoder_in_header_is_compared_with_tensors(tmp_path: Path) -> None:
     state = behind("model.", build_autoencoder(config).state_dict())
     info = CheckpointInfo("pretrain", replace(config, decoder_depth=4000, decoder_embed_dim=65536))
     torch.save({"openmae": info.to_dict(), "state_dict": state}, tmp_path / "f.pth")
-    text = "decoder_depth is 4000, but the decoder has 1 blocks; decoder_embed_dim is 65536"
+    text = "decoder_depth is 4000, but the tensors have 1 blocks; decoder_embed_dim is 65536"
     with pytest.raises(CheckpointError, match=text):
         read_checkpoint(tmp_path / "f.pth")
 

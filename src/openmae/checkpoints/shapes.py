@@ -83,15 +83,22 @@ def guess_config(weights: NamedWeights, arch: str | None = None) -> ModelConfig:
         if parts := foreign_parts(weights.backbone):
             raise CheckpointError(f"{problem}: they have {', '.join(parts)}.", OTHER_ARCHITECTURES)
         raise CheckpointError(f"{problem}.", "Name the closest one: load_backbone(path, arch=...).")
+    return _config_of(arch, weights)
+
+
+def _config_of(arch: str, weights: NamedWeights) -> ModelConfig:
+    """Return the model of an architecture that the tensors belong to."""
     row, backbone, classes = get_architecture(arch), weights.backbone, count_classes(weights.backbone)
-    for _, width, found in _head_differences(arch, backbone):
-        raise CheckpointError(f"{arch} has {width} features, but {found}.", "Use another checkpoint.")
-    name = _KERNELS[weights.family]
-    kernel = backbone[name]
-    if kernel.ndim != 4 or not kernel.numel():
+    head, width = _head(backbone), _timm_shape(row.timm_name)[1]
+    if head is not None and head.shape[1] != width:  # it would be allocated with the model's width
         raise CheckpointError(
-            f"{name} has the shape {list(kernel.shape)}, not that of a convolution.", "Use another checkpoint."
+            f"{arch} has {width} features, but the file has a classifier of {list(head.shape)}.",
+            "Use another checkpoint.",
         )
+    name = _KERNELS[weights.family]
+    kernel = backbone.get(name)
+    if kernel is None or kernel.ndim != 4 or not kernel.numel():
+        raise CheckpointError(f"{name} is not the weight of a convolution.", "Use another checkpoint.")
     if weights.family == "convnextv2":
         return ModelConfig(arch, in_chans=kernel.shape[1], num_classes=classes)
     is_vit = weights.family == "vit"
@@ -118,7 +125,7 @@ def check_header(config: ModelConfig, weights: NamedWeights) -> None:
     Raises:
         CheckpointError: They differ; the text names the field and both values.
     """
-    wrong = [f"{field} is {said}, but {found}" for field, said, found in _differences(config, weights)]
+    wrong = [f"{field} is {said}, but the tensors have {held}" for field, said, held in _differences(config, weights)]
     if wrong:
         raise CheckpointError(
             f"The header does not fit the tensors of the file: {'; '.join(wrong)}.",
@@ -127,60 +134,32 @@ def check_header(config: ModelConfig, weights: NamedWeights) -> None:
 
 
 def _differences(config: ModelConfig, weights: NamedWeights) -> Iterator[tuple[str, object, str]]:
-    """Yield (field, value in the header, what the tensors show)."""
-    backbone, row = weights.backbone, config.architecture
-    if row.family != weights.family:
-        yield "arch", config.arch, f"the tensors are of the {weights.family} family"
+    """Yield (field, value in the header, what the tensors have)."""
+    row = config.architecture
+    if row.family != weights.family or _block_sizes(weights.backbone) != _timm_shape(row.timm_name)[0]:
+        yield "arch", config.arch, f"the shapes of {likely_arch(weights) or 'no supported architecture'}"
         return
-    if _block_sizes(backbone) != _timm_shape(row.timm_name)[0]:
-        yield "arch", config.arch, f"the blocks are of {likely_arch(weights) or 'no supported architecture'}"
-    classes = count_classes(backbone)
-    if config.num_classes != classes:
-        yield "num_classes", config.num_classes, f"the classifier has {classes} outputs"
-    yield from _head_differences(config.arch, backbone)
-    kernel = backbone.get(_KERNELS[row.family])
-    if kernel is None or kernel.ndim != 4:
-        yield "arch", config.arch, f"the file has no {_KERNELS[row.family]}"
-    else:
-        if kernel.shape[1] != config.in_chans:
-            yield "in_chans", config.in_chans, f"the first convolution takes {kernel.shape[1]}"
-        if row.family == "vit" and kernel.shape[-1] != config.unit:
-            yield "patch_size", config.unit, f"the patch embedding has {kernel.shape[-1]}"
-    yield from _position_differences(config, weights)
-    if weights.rest:
-        yield from _decoder_differences(config, weights.rest)
-
-
-def _head_differences(arch: str, backbone: Mapping[str, Tensor]) -> Iterator[tuple[str, object, str]]:
-    """Compare the classifier's width: one of another width would be allocated with the model's own."""
-    head, width = _head(backbone), _timm_shape(ARCHITECTURES[arch].timm_name)[1]
-    if head is not None and head.shape[1] != width:
-        yield "the classifier's width", width, f"the file has a classifier of {list(head.shape)}"
-
-
-def _position_differences(config: ModelConfig, weights: NamedWeights) -> Iterator[tuple[str, object, str]]:
-    size = list(config.input_size)
+    found, size = _config_of(config.arch, weights), list(config.input_size)
+    if config.num_classes != found.num_classes:
+        yield "num_classes", config.num_classes, f"{found.num_classes} outputs"
+    if config.in_chans != found.in_chans:
+        yield "in_chans", config.in_chans, f"{found.in_chans} channels"
+    if weights.family == "vit" and config.unit != found.unit:
+        yield "patch_size", config.unit, f"patches of {found.unit}"
     if max(size) > _MAX_SIDE:
-        yield "input_size", size, f"images have up to {_MAX_SIDE} pixels per side"
-    if weights.family == "convnextv2":
-        return
-    positions = weights.backbone.get("pos_embed")
-    if positions is None or positions.ndim != 3:
-        yield "input_size", size, "the file has no position embedding"
-        return
-    is_vit = weights.family == "vit"
-    stride = config.unit if is_vit else _HIERA_STRIDE
-    if (size[0] // stride) * (size[1] // stride) + is_vit != positions.shape[1]:
-        yield "input_size", size, f"the position embedding has {positions.shape[1]} tokens"
-
-
-def _decoder_differences(config: ModelConfig, rest: Mapping[str, Tensor]) -> Iterator[tuple[str, object, str]]:
-    blocks = {match[1] for name in rest if (match := re.match(r"decoder\.(?:cross_)?blocks\.(\d+)\.", name))}
-    if len(blocks) != config.decoder_depth:
-        yield "decoder_depth", config.decoder_depth, f"the decoder has {len(blocks)} blocks"
-    token = rest.get("decoder.mask_token")
+        yield "input_size", size, f"at most {_MAX_SIDE} pixels per side"
+    if weights.family != "convnextv2":
+        is_vit, positions = weights.family == "vit", weights.backbone.get("pos_embed")
+        stride = config.unit if is_vit else _HIERA_STRIDE
+        tokens = positions.shape[1] if positions is not None and positions.ndim == 3 else 0
+        if (size[0] // stride) * (size[1] // stride) + is_vit != tokens:
+            yield "input_size", size, f"positions of {tokens} tokens"
+    blocks = {match[1] for name in weights.rest if (match := re.match(r"decoder\.(?:cross_)?blocks\.(\d+)\.", name))}
+    if weights.rest and len(blocks) != config.decoder_depth:
+        yield "decoder_depth", config.decoder_depth, f"{len(blocks)} blocks"
+    token = weights.rest.get("decoder.mask_token")
     if token is not None and token.shape[-1:] != (config.decoder_embed_dim,):
-        yield "decoder_embed_dim", config.decoder_embed_dim, f"the mask token has {list(token.shape)}"
+        yield "decoder_embed_dim", config.decoder_embed_dim, f"a mask token of {list(token.shape)}"
 
 
 def _head(backbone: Mapping[str, Tensor]) -> Tensor | None:
