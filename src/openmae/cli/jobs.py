@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openmae.cli.parser import ACTIONS, Parser, add_spec_arguments
 from openmae.errors import Preempted, RunError, SpecError
 from openmae.jobs.platforms import PLATFORMS
 
@@ -18,28 +19,16 @@ if TYPE_CHECKING:
     from openmae.jobs.client import Client
     from openmae.jobs.job import Job
 
-SPEC_OPTION = ("-e", "--experiment_spec_file", "--experiment_spec")  # the long forms: TAO's, and an older one
 _STYLES = {"COMPLETE": "green", "ERROR": "red", "RUNNING": "cyan", "CANCELED": "yellow", "UNKNOWN": "magenta"}
 _Run = Callable[[argparse.Namespace], None]
 
 
-def add_arguments(parser: argparse.ArgumentParser, actions: Iterable[str]) -> None:
-    """Declare the subcommands; each sets ``run``.
-
-    Args:
-        parser: The parser of ``mae jobs``.
-        actions: Names of the actions.
-    """
-    commands = parser.add_subparsers(dest="jobs_command", metavar="COMMAND", required=True)
+def add_arguments(parser: Parser) -> None:
+    """Declare the subcommands; each sets ``run``."""
+    commands = parser.add_commands()
     submit = _command(commands, "submit", "check an action, then run or queue it as a job", _submit)
-    submit.add_argument("action", choices=tuple(actions), metavar="ACTION", help=", ".join(actions))
-    submit.add_argument(
-        *SPEC_OPTION,
-        dest="experiment_spec",
-        metavar="SPEC",
-        help="YAML file (default: all options have their defaults)",
-    )
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="option, or shorthand such as num_epochs=3")
+    submit.add_argument("action", choices=tuple(ACTIONS), metavar="ACTION", help=", ".join(ACTIONS))
+    add_spec_arguments(submit, "config option, or a shorthand such as num_epochs=3")
     submit.add_argument("--parent", metavar="JOB", help="job whose model this one takes")
     submit.add_argument("--platform", choices=PLATFORMS, default="local", help="where it runs (default: %(default)s)")
     submit.add_argument("--name", help="name shown in lists")
@@ -69,10 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser, actions: Iterable[str]) -> No
     _command(commands, "results", "list the files that a job has written", _results, on_a_job=True)
 
 
-def _command(commands: Any, name: str, help: str, run: _Run, on_a_job: bool = False) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False
-    )
+def _command(commands: Any, name: str, help: str, run: _Run, on_a_job: bool = False) -> Parser:
+    parser: Parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
     parser.add_argument("--root", metavar="DIR", help="folder of the jobs (default: OPENMAE_JOBS, or one of this user)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
