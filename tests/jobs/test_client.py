@@ -14,7 +14,7 @@ from tests.helpers.platform_contract import SLEEP, RunCode, Submit, until
 from openmae.errors import CheckpointError, DataError, RunError, SpecError
 from openmae.jobs import Client, Job
 from openmae.jobs.artifacts import DELETED
-from openmae.jobs.prepare import Request, prepare
+from openmae.jobs.prepare import JobRequest, prepare
 
 SMALL = {
     **{"arch": "vit_tiny_patch16", "image_size": 32, "batch_size": 4, "num_epochs": 1, "stage": "finetune"},
@@ -91,7 +91,7 @@ def test_the_counts_of_a_job_replace_those_of_a_template(
         del specs["dataset"]
     gpus, nodes = counts
     policy = "off" if action == "train" else None
-    request = Request(action, "slurm", specs, automl_policy=policy, gpu_count=gpus, num_nodes=nodes)
+    request = JobRequest(action, "slurm", specs, automl_policy=policy, gpu_count=gpus, num_nodes=nodes)
     record = prepare(request, None, "1", Path("/jobs/1")).record
     found = record.spec[action]
     assert {key: found[key] for key in expected} == expected
@@ -318,7 +318,7 @@ def test_a_key_that_the_job_would_not_find_is_refused(submit: Submit, monkeypatc
 def test_a_key_that_refers_to_a_variable_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAE_SECRET", "hush-hush")
     specs = {"dataset.train_data_sources": "/", "encryption_key": "${oc.env:MAE_SECRET}"}
-    prepared = prepare(Request("train", "local", specs), None, "1", Path("/jobs/1"))
+    prepared = prepare(JobRequest("train", "local", specs), None, "1", Path("/jobs/1"))
     assert prepared.environment["OPENMAE_ENCRYPTION_KEY"] == "hush-hush"
     assert "hush-hush" not in prepared.spec_text + str(prepared.record)
 

@@ -18,11 +18,11 @@ from openmae.jobs import artifacts
 from openmae.jobs.artifacts import Artifact
 from openmae.jobs.job import FINAL, STATES, Job, Record, now
 from openmae.jobs.logs import follow_log, read_log
-from openmae.jobs.outcome import FailureAnalysis, Outcome, analyse
+from openmae.jobs.outcome import FailureAnalysis, JobOutcome, analyse
 from openmae.jobs.platforms import PLATFORMS, open_platform
-from openmae.jobs.platforms.base import Platform
+from openmae.jobs.platforms.common import Platform
 from openmae.jobs.platforms.local.queue import orphans
-from openmae.jobs.prepare import Request, prepare
+from openmae.jobs.prepare import JobRequest, prepare
 from openmae.jobs.store import LOG, SPEC, JobStore, write_durably
 from openmae.storage.atomic import disk_error
 from openmae.storage.urls import is_remote
@@ -97,7 +97,7 @@ class Client:
             UserError: The request is invalid; nothing was started.
             RunError: The platform could not start the job.
         """
-        request = Request(
+        request = JobRequest(
             action, self.platform, specs, spec_overrides, automl_policy, image, gpu_count, num_nodes, env_vars, name
         )
         parent = self._find_parent(parent_job_id) if parent_job_id else None
@@ -299,7 +299,7 @@ class Client:
         record = self.store.read(job_id)
         return self._apply(record, self._observe(record))
 
-    def _apply(self, record: Record, outcome: Outcome | None) -> Job:
+    def _apply(self, record: Record, outcome: JobOutcome | None) -> Job:
         """Return a job after what was observed, and record a change of state if the disk can be written.
 
         A platform's news within a state, and that a job cannot be seen at the moment, are not recorded.
@@ -312,12 +312,12 @@ class Client:
         job = record.to_job()
         return job if outcome is None else replace(job, status=outcome.state, message=outcome.message)
 
-    def _observe(self, record: Record) -> Outcome | None:
+    def _observe(self, record: Record) -> JobOutcome | None:
         if record.state in FINAL:
             return None
         try:
             return self._platform(record.platform).observe(record)
         except OpenMAEError as error:  # also if the platform cannot be used from this machine
-            return Outcome("UNKNOWN", error.problem)
+            return JobOutcome("UNKNOWN", error.problem)
         except OSError as error:
-            return Outcome("UNKNOWN", disk_error(error, self.store.folder(record.id), verb="read").problem)
+            return JobOutcome("UNKNOWN", disk_error(error, self.store.folder(record.id), verb="read").problem)

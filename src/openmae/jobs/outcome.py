@@ -22,7 +22,7 @@ _TAIL = 64 * 1024  # bytes at the end of a log that are analysed
 Category = Literal["data", "spec", "out of memory", "infrastructure", "unknown"]
 
 
-class Outcome(NamedTuple):
+class JobOutcome(NamedTuple):
     """How a job ended, or, while it has not, what its platform reports."""
 
     state: State
@@ -30,23 +30,23 @@ class Outcome(NamedTuple):
     exit_code: int | None = None
 
 
-def conclude(record: Record, code: int) -> Outcome:
+def conclude(record: Record, code: int) -> JobOutcome:
     """Return the outcome of a job from its exit code, which is negative for a signal."""
     if code == 0:
-        return Outcome("COMPLETE", "finished", 0)
+        return JobOutcome("COMPLETE", "finished", 0)
     how = f"ended by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
     if record.cancel_requested:
-        return Outcome("CANCELED", f"canceled ({how})", code)
+        return JobOutcome("CANCELED", f"canceled ({how})", code)
     if code in (130, -signal.SIGINT):
-        return Outcome("CANCELED", f"interrupted by another program ({how})", code)
+        return JobOutcome("CANCELED", f"interrupted by another program ({how})", code)
     if code == Preempted.exit_code:
         same = f"a job with results_dir={record.results_dir} resumes from its checkpoint"
-        return Outcome("CANCELED", f"preempted: {same} ({how})", code)
+        return JobOutcome("CANCELED", f"preempted: {same} ({how})", code)
     meaning = {1: "the run failed", 2: "the request was invalid"}.get(code, "it failed")
-    return Outcome("ERROR", f"{meaning} ({how})", code)
+    return JobOutcome("ERROR", f"{meaning} ({how})", code)
 
 
-def conclude_without_code(record: Record, report: str, *, canceled: bool) -> Outcome:
+def conclude_without_code(record: Record, report: str, *, canceled: bool) -> JobOutcome:
     """Return the outcome of a job that left no exit code: from ``status.json``, else from ``canceled``.
 
     Args:
@@ -55,8 +55,8 @@ def conclude_without_code(record: Record, report: str, *, canceled: bool) -> Out
         canceled: Whether the job was canceled.
     """
     if last_status(record) in ("SUCCESS", "SKIPPED"):
-        return Outcome("COMPLETE", f"finished; {report}", 0)
-    return Outcome("CANCELED" if canceled else "ERROR", report)
+        return JobOutcome("COMPLETE", f"finished; {report}", 0)
+    return JobOutcome("CANCELED" if canceled else "ERROR", report)
 
 
 def read_exit_code(folder: Path) -> int | None:

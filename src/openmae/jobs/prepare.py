@@ -28,7 +28,7 @@ _STOPS_EARLY = ("asha", "hyperband", "bohb")
 
 
 @dataclass(frozen=True)
-class Request:
+class JobRequest:
     """The arguments of ``Client.create_job``, and the platform of the client."""
 
     action: str
@@ -58,7 +58,7 @@ class Prepared:
     environment: dict[str, str]
 
 
-def prepare(request: Request, parent: Record | None, job_id: str, folder: Path) -> Prepared:
+def prepare(request: JobRequest, parent: Record | None, job_id: str, folder: Path) -> Prepared:
     """Merge the spec of a job, infer what was not given, and check it.
 
     Args:
@@ -158,7 +158,7 @@ def check_key(text: str, env_vars: Mapping[str, str]) -> None:
         raise SpecError(f"encryption_key: there is no file {path!r}.", "Write the key to it.")
 
 
-def _check_arguments(request: Request) -> None:
+def _check_arguments(request: JobRequest) -> None:
     if request.action not in ACTIONS:
         raise SpecError(f"action: there is no action {request.action!r}.", f"Use one of: {', '.join(ACTIONS)}.")
     for name, count, least in (("gpu_count", request.gpu_count, 0), ("num_nodes", request.num_nodes, 1)):
@@ -181,7 +181,7 @@ def _check_arguments(request: Request) -> None:
             )
 
 
-def _set_counts(draft: JobSpec, request: Request) -> list[str]:
+def _set_counts(draft: JobSpec, request: JobRequest) -> list[str]:
     """Set ``gpu_count`` and ``num_nodes`` in the section of the action, and return what they replace there."""
     action, replaced = draft.action, []
 
@@ -219,7 +219,7 @@ def _move_key(draft: JobSpec, environment: dict[str, str]) -> bool:
     return True
 
 
-def _resources(spec: ExperimentSpec, request: Request, searching: bool) -> tuple[int, int]:
+def _resources(spec: ExperimentSpec, request: JobRequest, searching: bool) -> tuple[int, int]:
     """Return GPUs per node and nodes. The platform decides which GPUs, so the spec must not."""
     action = request.action
     section = getattr(spec, action)
@@ -268,7 +268,7 @@ def _describe_search(spec: ExperimentSpec) -> str:
 
 
 def _notices(
-    request: Request,
+    request: JobRequest,
     parent: Record | None,
     literal_key: bool,
     routed: Route,

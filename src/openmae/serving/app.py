@@ -56,7 +56,7 @@ class Prediction(BaseModel):
     error: str | None = None
 
 
-class Answer(BaseModel):
+class PredictResponse(BaseModel):
     """The predictions for all images of a request, in order."""
 
     model: str
@@ -69,7 +69,7 @@ class Failure(BaseModel):
     error: str
 
 
-class NoneUsable(Answer):
+class NoneUsable(PredictResponse):
     """A response in which every image has an error."""
 
     error: str
@@ -242,7 +242,7 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
 
     @app.post(
         "/predict",
-        response_model=Answer,
+        response_model=PredictResponse,
         responses=errors,
         openapi_extra={"requestBody": {"content": {"multipart/form-data": form, "image/*": binary}, "required": True}},
     )

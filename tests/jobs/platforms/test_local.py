@@ -452,7 +452,7 @@ def test_many_dead_jobs_are_checked_with_one_look_at_the_processes(
     monkeypatch.setattr(
         "openmae.jobs.platforms.local.platform.living_sessions", lambda: looks.append(1) or processes.living_sessions()
     )
-    monkeypatch.setattr("openmae.jobs.platforms.base._FRESH", 60.0)
+    monkeypatch.setattr("openmae.jobs.platforms.common._FRESH", 60.0)
     assert [job.status for job in client.list_jobs()] == ["ERROR"] * 30
     assert len(looks) <= 1, "the processes were listed for each job"
     assert [record.state for record in client.store.records()] == ["ERROR"] * 30

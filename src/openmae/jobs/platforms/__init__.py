@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from openmae.jobs.platforms.base import Platform
+    from openmae.jobs.platforms.common import Platform
     from openmae.jobs.store import JobStore
 
 PLATFORMS = ("local", "slurm", "ray")

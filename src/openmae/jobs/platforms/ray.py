@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import Record
-from openmae.jobs.outcome import Outcome, conclude, conclude_without_code, read_exit_code, signal_as_minus
-from openmae.jobs.platforms.base import (
+from openmae.jobs.outcome import JobOutcome, conclude, conclude_without_code, read_exit_code, signal_as_minus
+from openmae.jobs.platforms.common import (
     Fresh,
     Platform,
     before_submission,
@@ -100,7 +100,7 @@ class RayPlatform(Platform):
         with self.store.update(job_id) as record:
             record.handle.ray = _address()
 
-    def observe(self, record: Record) -> Outcome | None:
+    def observe(self, record: Record) -> JobOutcome | None:
         """Return the outcome from the exit code, else the state in Ray."""
         code = read_exit_code(self.store.folder(record.id))
         if code is not None:
@@ -111,7 +111,7 @@ class RayPlatform(Platform):
         word = str(details.status.value)
         if word in ("PENDING", "RUNNING"):
             report = f"Ray job {cluster_name(record.id)}: {word}"
-            return Outcome("PENDING" if word == "PENDING" else "RUNNING", report)
+            return JobOutcome("PENDING" if word == "PENDING" else "RUNNING", report)
         return self._conclude(record, details)
 
     def cancel(self, job_id: str) -> None:
@@ -122,7 +122,7 @@ class RayPlatform(Platform):
         with suppress(RunError):  # otherwise Ray starts it later, and it ends at once
             self._ask(lambda ray: ray.stop_job(cluster_name(job_id)))
 
-    def _conclude(self, record: Record, details: Any) -> Outcome | None:
+    def _conclude(self, record: Record, details: Any) -> JobOutcome | None:
         """Return the outcome of a job that has ended in Ray, and had written no exit code before Ray was asked."""
         folder = self.store.folder(record.id)
         withdraw(folder)
@@ -142,13 +142,13 @@ class RayPlatform(Platform):
         found = conclude_without_code(record, report, canceled=canceled)
         return found._replace(message=f"{report}: {lines[0]}") if lines and found.state != "COMPLETE" else found
 
-    def _conclude_unknown(self, record: Record) -> Outcome | None:
+    def _conclude_unknown(self, record: Record) -> JobOutcome | None:
         """Return the outcome of a job that the cluster does not know."""
         submitted_to = record.handle.ray
         if submitted_to is None:
             return before_submission(record, "Ray")
         if submitted_to != _address():
-            return Outcome("UNKNOWN", f"it was submitted to the Ray cluster at {submitted_to}, not at {_address()}")
+            return JobOutcome("UNKNOWN", f"it was submitted to the Ray cluster at {submitted_to}, not at {_address()}")
         withdraw(self.store.folder(record.id))
         report = f"Ray no longer knows {cluster_name(record.id)}, as after a restart"
         return conclude_without_code(record, report, canceled=record.cancel_requested is not None)

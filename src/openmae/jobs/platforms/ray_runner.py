@@ -19,7 +19,7 @@ from cryptography.fernet import Fernet
 
 from openmae.errors import OpenMAEError, Preempted, SpecError
 from openmae.jobs.outcome import EXIT
-from openmae.jobs.platforms.base import wait
+from openmae.jobs.platforms.common import wait
 from openmae.jobs.processes import signal_session
 from openmae.jobs.store import LOG, JobStore, write_durably
 from openmae.machine import identify

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from openmae.errors import Preempted, RunError, SpecError
 from openmae.jobs.job import Record
-from openmae.jobs.outcome import EXIT, Outcome, conclude, conclude_without_code, read_exit_code
-from openmae.jobs.platforms.base import (
+from openmae.jobs.outcome import EXIT, JobOutcome, conclude, conclude_without_code, read_exit_code
+from openmae.jobs.platforms.common import (
     Fresh,
     Platform,
     before_submission,
@@ -85,7 +85,7 @@ class SlurmPlatform(Platform):
         with self.store.update(job_id) as record:
             record.handle.slurm_job = number.partition(";")[0]
 
-    def observe(self, record: Record) -> Outcome | None:
+    def observe(self, record: Record) -> JobOutcome | None:
         """Return the outcome from the exit code, else the state in SLURM."""
         code = read_exit_code(self.store.folder(record.id))
         if code == 0:
@@ -99,15 +99,15 @@ class SlurmPlatform(Platform):
         number, word, reason = (answer or [record.handle.slurm_job or "?", "ended", ""])[:3]
         report = f"SLURM job {number}: {word}" + (f" ({reason})" if reason not in ("", "None") else "")
         if word in _PENDING:
-            return Outcome("PENDING", report)
+            return JobOutcome("PENDING", report)
         if word in _RUNNING and code is None:
-            return Outcome("RUNNING", report)
+            return JobOutcome("RUNNING", report)
         if code is not None and word not in ("TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED"):
             outcome = conclude(record, code)
             return outcome._replace(message=f"{outcome.message}; {report}")
         if record.cancel_requested or word == "CANCELLED":
-            return Outcome("CANCELED", report, code)
-        return Outcome("COMPLETE" if word == "COMPLETED" else "ERROR", report, code)
+            return JobOutcome("CANCELED", report, code)
+        return JobOutcome("COMPLETE" if word == "COMPLETED" else "ERROR", report, code)
 
     def cancel(self, job_id: str) -> None:
         """Send SIGINT to a running job, on which training writes a checkpoint, and cancel it later; others at once."""

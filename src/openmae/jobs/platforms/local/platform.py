@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import Record, parse_time
-from openmae.jobs.outcome import Outcome, conclude_without_code
-from openmae.jobs.platforms.base import Fresh, Platform, cancel_pending, grace_seconds, inherited_environment
+from openmae.jobs.outcome import JobOutcome, conclude_without_code
+from openmae.jobs.platforms.common import Fresh, Platform, cancel_pending, grace_seconds, inherited_environment
 from openmae.jobs.platforms.local.queue import this_machine
 from openmae.jobs.processes import living_sessions, signal_session, stop_session
 from openmae.jobs.store import LOG, JobStore
@@ -73,19 +73,19 @@ class LocalPlatform(Platform):
                 )
             time.sleep(0.02)
 
-    def observe(self, record: Record) -> Outcome | None:
+    def observe(self, record: Record) -> JobOutcome | None:
         """Find out what has happened to a job whose supervisor cannot record it."""
         if record.host != socket.gethostname():
-            return Outcome("UNKNOWN", f"its processes are on {record.host}, which cannot be seen from this machine")
+            return JobOutcome("UNKNOWN", f"its processes are on {record.host}, which cannot be seen from this machine")
         supervisor, process = record.handle.supervisor, record.handle.process
         if is_running(supervisor):
             return self._end_overdue(record)
         if supervisor is None:
             if is_running(record.submitter):
                 return None
-            return Outcome("ERROR", "the client died before the job was started")
+            return JobOutcome("ERROR", "the client died before the job was started")
         if process is None:
-            return Outcome("ERROR", "its supervisor was killed before the job was started")
+            return JobOutcome("ERROR", "its supervisor was killed before the job was started")
         if is_running(process):
             return None
         if process["pid"] in self._sessions.get("all", living_sessions):
@@ -122,7 +122,7 @@ class LocalPlatform(Platform):
         elif supervisor is not None and is_running(supervisor):
             os.kill(supervisor["pid"], signal.SIGTERM)  # it has no job yet
 
-    def _end_overdue(self, record: Record) -> Outcome | None:
+    def _end_overdue(self, record: Record) -> JobOutcome | None:
         """Kill a canceled job and its supervisor if that has not ended the job long after the last signal was due."""
         supervisor = record.handle.supervisor
         if record.cancel_requested is None or record.state != "RUNNING" or supervisor is None:
@@ -139,4 +139,4 @@ class LocalPlatform(Platform):
             "the job with it.",
             *(record.id, supervisor["pid"], patience),
         )
-        return Outcome("CANCELED", "canceled; its supervisor did not respond and was killed")
+        return JobOutcome("CANCELED", "canceled; its supervisor did not respond and was killed")

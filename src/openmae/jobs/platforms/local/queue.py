@@ -40,7 +40,7 @@ class Machine:
 
 
 @dataclass
-class Entry:
+class QueueEntry:
     """A waiting or running job in the queue.
 
     Attributes:
@@ -60,7 +60,7 @@ class Entry:
     process: Identity | None = None
 
     @classmethod
-    def from_dict(cls, values: Any, job_id: str) -> Entry:
+    def from_dict(cls, values: Any, job_id: str) -> QueueEntry:
         """Check the content of a file of the queue and return it as an entry.
 
         Raises:
@@ -122,7 +122,7 @@ class Queue:
     def enter(self, job_id: str, created_at: str, gpus: int, supervisor: Identity) -> None:
         """Add a waiting job."""
         with self._locked():
-            self._write(Entry(job_id, created_at, gpus, supervisor))
+            self._write(QueueEntry(job_id, created_at, gpus, supervisor))
 
     def claim(self, job_id: str) -> list[str] | None:
         """Return the GPUs for a job (an empty list for a slot), or None if it has to wait.
@@ -183,21 +183,21 @@ class Queue:
         with locked(self.folder / ".lock"):
             yield
 
-    def _holds(self, entry: Entry) -> bool:
+    def _holds(self, entry: QueueEntry) -> bool:
         if is_running(entry.supervisor) or (entry.process is not None and session_members(entry.process)):
             return True
         self.leave(entry.id)
         return False
 
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> list[QueueEntry]:
         found = [entry for path in self.folder.glob("*.json") if (entry := self._entry(path.stem)) is not None]
         return sorted(found, key=lambda entry: (parse_time(entry.created_at), entry.id))
 
-    def _entry(self, job_id: str) -> Entry | None:
+    def _entry(self, job_id: str) -> QueueEntry | None:
         """Return an entry. A damaged one is created again from the job's record, so that no other job is affected."""
         path = self._path(job_id)
         try:
-            return Entry.from_dict(read_json(path), job_id)
+            return QueueEntry.from_dict(read_json(path), job_id)
         except FileNotFoundError:  # it has just left
             return None
         except (ValueError, OSError) as error:
@@ -209,7 +209,7 @@ class Queue:
             log.warning("The queue entry %s cannot be read (%s): it was %s.", path, error, done)
             return entry
 
-    def _rebuild(self, job_id: str) -> Entry | None:
+    def _rebuild(self, job_id: str) -> QueueEntry | None:
         """Create an entry from a job's record, which does not say which GPUs a running job has: it claims them all."""
         try:
             record = self._store.read(job_id)
@@ -217,7 +217,9 @@ class Queue:
             return None
         if record.handle.supervisor is None:
             return None
-        entry = Entry(job_id, record.created_at, record.gpus, record.handle.supervisor, process=record.handle.process)
+        entry = QueueEntry(
+            job_id, record.created_at, record.gpus, record.handle.supervisor, process=record.handle.process
+        )
         if entry.process is not None:
             entry.claim = list(self.machine.gpus) if self._needs_gpus(record.gpus) else []
         self._write(entry)
@@ -226,7 +228,7 @@ class Queue:
     def _path(self, job_id: str) -> Path:
         return self.folder / f"{job_id}.json"
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: QueueEntry) -> None:
         write_durably(self._path(entry.id), json.dumps(asdict(entry)))
 
 
@@ -237,7 +239,7 @@ def orphans(store: JobStore) -> list[tuple[str, list[int]]]:
         if os.path.lexists(store.folder(path.stem) / RECORD):
             continue
         with suppress(ValueError, OSError):
-            process = Entry.from_dict(read_json(path), path.stem).process
+            process = QueueEntry.from_dict(read_json(path), path.stem).process
             if process and (pids := session_members(process)):
                 found.append((path.stem, pids))
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 from openmae.errors import OpenMAEError, SpecError
 from openmae.jobs.job import FINAL
 from openmae.jobs.outcome import conclude
-from openmae.jobs.platforms.base import grace_seconds, wait
+from openmae.jobs.platforms.common import grace_seconds, wait
 from openmae.jobs.platforms.local.queue import Queue, this_machine
 from openmae.jobs.processes import signal_session, stop_session
 from openmae.jobs.store import LOG, JobStore

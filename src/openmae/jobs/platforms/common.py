@@ -13,7 +13,7 @@ from typing import ClassVar, Generic, TypeVar
 from openmae.distributed.topology import LAUNCHERS
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import Record
-from openmae.jobs.outcome import Outcome
+from openmae.jobs.outcome import JobOutcome
 from openmae.jobs.processes import stop_session
 from openmae.jobs.store import RECORD, JobStore
 from openmae.machine import Identity, is_running
@@ -60,7 +60,7 @@ class Platform(ABC):
         """
 
     @abstractmethod
-    def observe(self, record: Record) -> Outcome | None:
+    def observe(self, record: Record) -> JobOutcome | None:
         """Return what the platform reports about a job that has not ended; None if the record is up to date."""
 
     @abstractmethod
@@ -103,11 +103,11 @@ def cluster_name(job_id: str) -> str:
     return f"mae-{job_id}"
 
 
-def before_submission(record: Record, cluster: str) -> Outcome | None:
+def before_submission(record: Record, cluster: str) -> JobOutcome | None:
     """Return the outcome of a job that the cluster does not know and whose record has no id of the cluster."""
     if is_running(record.submitter):
         return None
-    return Outcome("ERROR", f"the client died before the job was submitted to {cluster}")
+    return JobOutcome("ERROR", f"the client died before the job was submitted to {cluster}")
 
 
 def cancel_pending(store: JobStore, job_id: str) -> bool:
