@@ -167,8 +167,8 @@ def test_unreadable_newest_checkpoints_are_set_aside(how, key, tmp_path, caplog)
         "model_epoch_003_step_00003.pth.unreadable",
         "vit_latest.pth",
     ]
-    told = f"{three} cannot be read: it is now {three.name}.unreadable, and {one.name} is used."
-    assert told in caplog.messages
+    message = f"{three} cannot be read: it is now {three.name}.unreadable, and {one.name} is used."
+    assert message in caplog.messages
 
 
 def test_nothing_is_renamed_if_no_checkpoint_can_be_read(tmp_path):

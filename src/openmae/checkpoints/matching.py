@@ -40,7 +40,7 @@ class LoadReport:
     Attributes:
         arch: architecture of the model.
         layout: layout of the file.
-        everything: the whole model was asked for, not only its backbone.
+        everything: the complete model was asked for, not only its backbone.
         same_family: the backbone in the file is of the model's family; names of another family match by chance.
         percent: matched values, in percent of the model's and of those in the file that the model lacks.
         missing: counted names that were not found, with the model's shape, and the file's if it differs.
@@ -91,7 +91,7 @@ def match(
         model: a masked autoencoder or a timm model.
         weights: tensors of the file.
         source: model that wrote the weights, if known; else position grids are assumed to be square.
-        everything: count the whole model, not only its backbone.
+        everything: count the complete model, not only its backbone.
 
     Returns:
         The report, and the fitted tensors by the model's names.
@@ -240,7 +240,7 @@ def _fit_first_convolution(value: Tensor, target: Tensor) -> Tensor:
 
 
 def _part_of(name: str, prefix: str) -> str:
-    """Return the part of a model that a tensor belongs to; the decoder stands for fusion heads too."""
+    """Return the part of a model that a tensor belongs to; fusion heads count as "decoder"."""
     inner = name.removeprefix(prefix)
     if not name.startswith(prefix):
         return "decoder"
