@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -104,6 +105,19 @@ def test_sharded_checkpoint_of_an_earlier_version_is_named(tmp_path):
             resume(tmp_path if resume is newest_readable else shards)
         assert str(shards) in caught.value.problem
         assert f"mae checkpoint consolidate {shards}" in caught.value.fix
+
+
+def test_transient_disk_error_sets_nothing_aside(tmp_path, monkeypatch):
+    write(tmp_path, ["", ""])
+    before = sorted(os.listdir(tmp_path))
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("torch.load", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        newest_readable(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def spoil(path: Path) -> None:
