@@ -32,7 +32,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What of a model was found in a checkpoint; ``str()`` is one line.
+    """Report of what a checkpoint gave to a model; ``str()`` is one line.
 
     Values are counted, not tensors, and only those that a file of its layout can hold: a classifier that is absent or
     has other classes, and a final norm that is absent, are not counted but listed in ``fresh``.
@@ -65,13 +65,13 @@ class LoadReport:
 
     @property
     def sufficient(self) -> bool:
-        """Whether the model may be used without ``train.allow_partial_weights``."""
+        """True if the model may be used without ``train.allow_partial_weights``."""
         enough = not self.missing if self.everything else self.percent >= REQUIRED_PERCENT
         return self.same_family and enough and not self.unexpected
 
     @property
     def partial(self) -> bool:
-        """Whether the model may use what matched with ``train.allow_partial_weights``."""
+        """True if the model may use what matched with ``train.allow_partial_weights``."""
         return self.same_family and self.percent > 0 and not self.foreign
 
     def __str__(self) -> str:
@@ -181,7 +181,7 @@ def _foreign_complaint(report: LoadReport, path: Path) -> CheckpointError:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class _PositionGrid:
     """The grid of a position embedding in the model and in the file (None: unknown), and the tokens before it."""
 
     new: tuple[int, int]
@@ -189,14 +189,14 @@ class _Grid:
     num_prefix_tokens: int
 
 
-def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _Grid]:
+def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _PositionGrid]:
     """Return the grids of a model's position embeddings by name."""
 
-    def grid(new: tuple[int, int], split: int, num_prefix_tokens: int) -> _Grid:
+    def grid(new: tuple[int, int], split: int, num_prefix_tokens: int) -> _PositionGrid:
         if source is None:
-            return _Grid(new, None, num_prefix_tokens)
+            return _PositionGrid(new, None, num_prefix_tokens)
         height, width = source.input_size
-        return _Grid(new, (height // source.unit * split, width // source.unit * split), num_prefix_tokens)
+        return _PositionGrid(new, (height // source.unit * split, width // source.unit * split), num_prefix_tokens)
 
     backbone = _backbone_of(model)
     name = "pos_embed" if backbone is model else "encoder.backbone.pos_embed"
@@ -211,7 +211,7 @@ def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _Grid]:
     return grids
 
 
-def _fit(name: str, value: Tensor, target: Tensor, grid: _Grid | None) -> Tensor | None:
+def _fit(name: str, value: Tensor, target: Tensor, grid: _PositionGrid | None) -> Tensor | None:
     """Return the value in the target's shape, or None if it cannot be converted."""
     if grid is not None:
         value = _fit_positions(value, grid)
@@ -222,7 +222,7 @@ def _fit(name: str, value: Tensor, target: Tensor, grid: _Grid | None) -> Tensor
     return value if value.shape == target.shape else None
 
 
-def _fit_positions(value: Tensor, grid: _Grid) -> Tensor:
+def _fit_positions(value: Tensor, grid: _PositionGrid) -> Tensor:
     if value.ndim != 3:
         return value
     tokens = value.shape[1] - grid.num_prefix_tokens
