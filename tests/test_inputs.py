@@ -88,12 +88,12 @@ def test_a_pipe_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch, cap
     finally:
         logging.getLogger("openmae").removeHandler(handler)
         os.close(reading)
-    assert f"Waiting for somebody to write to /dev/fd/{reading}, which is a pipe" in caplog.text
+    assert f"Waiting for data from /dev/fd/{reading}, which is a pipe" in caplog.text
 
 
 def test_a_pipe_without_a_writer(tmp_path: Path) -> None:
     fifo(tmp_path / "spec.yaml")
-    with pytest.raises(OSError, match="it is a pipe that nothing is written to"):
+    with pytest.raises(OSError, match="it is a pipe without a writer"):
         read_file_or_pipe(tmp_path / "spec.yaml", 100)
     with pytest.raises(OSError, match="it is a device, not a regular file"):
         read_file_or_pipe("/dev/zero", 100)

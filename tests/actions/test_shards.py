@@ -7,8 +7,8 @@ import torch
 
 import openmae
 from openmae.cli.main import main
-from openmae.data.index import index_images
-from openmae.data.shards.packing import Packing, pack
+from openmae.data.index import index_folder
+from openmae.data.shards.packing import PackOptions, pack
 from openmae.results.metrics_csv import read_metrics
 
 from .conftest import FAMILIES, SMALL, SMALL_DECODER
@@ -20,7 +20,7 @@ SHORT = (*SMALL, *FAMILIES["vit"], *SMALL_DECODER, "train.num_epochs=2")
 
 @pytest.fixture
 def pattern(photos, tmp_path) -> str:
-    packed = pack(index_images(photos.train, True), tmp_path / "shards", Packing(shard_bytes=30_000))
+    packed = pack(index_folder(photos.train, True), tmp_path / "shards", PackOptions(shard_bytes=30_000))
     assert len(packed.shards) > 1
     return packed.pattern
 

@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from openmae.checkpoints.format import CheckpointInfo, load_backbone, save_backbone
-from openmae.data.image_index import Picture
+from openmae.data.decode import ImageFile
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
@@ -61,7 +61,7 @@ def test_timm_prepares_images_as_our_evaluation_does(
     }  # fmt: skip
     with Image.open(photo) as image:
         theirs = create_transform(**found)(image.convert("RGB"))
-    with Picture(photo) as picture:
+    with ImageFile(photo) as picture:
         ours = EvalTransform(config.input_size)(picture)
     assert (Normaliser(MEAN, STD)(ours[None])[0] - theirs).abs().mean() < 0.03
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.data.image_index import ImageIndex
-from openmae.data.index import index_images
+from openmae.data.index import ImageIndex, index_folder
 
 MakeImages = Callable[[Path, Sequence[str]], Path]
 
@@ -35,4 +34,4 @@ def make_images() -> MakeImages:
 def index(tmp_path: Path, make_images: MakeImages) -> ImageIndex:
     """Fourteen pictures in two class folders."""
     names = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(7)]
-    return index_images(make_images(tmp_path / "set", names), True)
+    return index_folder(make_images(tmp_path / "set", names), True)

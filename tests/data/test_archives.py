@@ -123,7 +123,7 @@ def test_interruption_leaves_nothing_that_looks_done(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(archives.shutil, "copyfileobj", interrupted)
+        patch.setattr(archives._Budget, "take", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resolve_source(str(archive), cache)
     assert not [p for p in cache.iterdir() if p.is_dir()]
@@ -460,7 +460,7 @@ def test_what_follows_a_tar_file_is_not_dropped_in_silence(
     path = tmp_path / "a.tar"
     path.write_bytes(compress(packed("a/1.png")) + b"something else")
     assert files_below(resolve_source(path, cache)) == {"a/1.png", ".openmae-complete"}
-    assert f"{path}: after the end of the tar file there is something that is not read." in caplog.text
+    assert f"{path}: the data after the end of the tar file is not read." in caplog.text
 
 
 @pytest.mark.parametrize("cut", [1, 6, 40])
@@ -494,9 +494,7 @@ def test_members_of_one_name(tmp_path: Path, cache: Path, name: str, caplog: pyt
         zip_of(tmp_path / name, ("a/1.png", b"old"), ("a/1.png", b"new"))
     folder = resolve_source(tmp_path / name, cache)
     assert (folder / "a/1.png").read_bytes() == b"new"
-    assert (
-        f"{tmp_path}/{name} has several members of one name, such as a/1.png: of each name only the last" in caplog.text
-    )
+    assert f"{tmp_path}/{name} has several members with the same name, such as a/1.png; only the last" in caplog.text
 
 
 def test_a_zip_in_a_compression_that_python_does_not_know(tmp_path: Path, cache: Path) -> None:
@@ -508,7 +506,7 @@ def test_a_zip_in_a_compression_that_python_does_not_know(tmp_path: Path, cache:
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         resolve_source(path, cache)
-    assert f"{path}: member 'cat/0.jpg' is compressed by Deflate64, which cannot be read here" in caught.value.problem
+    assert f"{path}: member 'cat/0.jpg' is compressed with Deflate64, which is not supported" in caught.value.problem
     assert caught.value.fix == "Extract it with another program (unzip, 7z) and name the folder, or pack it as .tar."
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from openmae.data.corrupt import CorruptFiles
-from openmae.data.image_index import ImageIndex
+from openmae.data.index import ImageIndex
 from openmae.errors import DataError
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from openmae.data.folder import Skipped, describe_skipped, kind_of, list_folder
-from openmae.data.index import index_images
+from openmae.data.folder import SkippedFiles, describe_skipped, file_kind, list_folder
+from openmae.data.index import index_folder
 from openmae.data.open import open_index
 from openmae.errors import DataError
 
@@ -83,8 +83,8 @@ def test_what_is_skipped_is_counted_by_kind(tmp_path: Path) -> None:
         ".tar.gz": (1, "x.tar.gz"),
         "without a suffix": (1, "README"),
     }
-    assert kind_of("a.b/C.TAR.GZ") == ".tar.gz"
-    assert kind_of(os.fsdecode(b"a.\xe9")) == ".\\xe9"
+    assert file_kind("a.b/C.TAR.GZ") == ".tar.gz"
+    assert file_kind(os.fsdecode(b"a.\xe9")) == ".\\xe9"
 
 
 def test_what_openmae_writes_beside_images_and_shards_is_not_counted(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_source_is_found_by_its_printable_name(tmp_path: Path) -> None:
 
 
 def test_long_lists_of_kinds_are_cut() -> None:
-    some = [Skipped(f".{number}", 1, "x") for number in range(10)]
+    some = [SkippedFiles(f".{number}", 1, "x") for number in range(10)]
     assert describe_skipped(some).endswith("1 .7 (such as x) and 2 more kinds")
 
 
@@ -185,7 +185,7 @@ def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(DataError, match=rf"The folder {tmp_path}/dog.? cannot be read \(Input/output error\), so its"):
-        index_images(tmp_path, None)
+        index_folder(tmp_path, None)
 
 
 # ------------------------------------------------------------------------------------ results of OpenMAE
@@ -220,7 +220,7 @@ def test_images_of_a_user_in_a_results_folder_are_read(tmp_path: Path) -> None:
     as_run(tmp_path / "train")
     listing = list_folder(tmp_path)
     assert listing.images == ["cat/1.png", "dog/1.png", "train/owl/1.png"]
-    assert set(listing.results) == {"cat/dataset.png", "train/curves.png", "train/reconstructions"}
+    assert set(listing.results) == {"cat", "train"}
 
 
 def test_folders_of_systems_are_not_looked_at(tmp_path: Path) -> None:
@@ -233,14 +233,14 @@ def test_results_in_the_source_itself_are_no_images(tmp_path: Path) -> None:
     as_run(tmp_path)
     listing = list_folder(tmp_path)
     assert listing.images == ["cat/1.png", "dog/1.png"]
-    assert listing.results == ("curves.png", "reconstructions")
+    assert listing.results == (".",)
 
 
 def test_results_do_not_change_what_a_wrapped_folder_is(tmp_path: Path) -> None:
     touch(tmp_path, "images/cat/1.png", "images/dog/1.png")
-    before = index_images(tmp_path, None)
+    before = index_folder(tmp_path, None)
     as_run(tmp_path / "results" / "train")
-    assert index_images(tmp_path, None) == before
+    assert index_folder(tmp_path, None) == before
     assert before.class_names == ("cat", "dog")
 
 
@@ -254,4 +254,4 @@ def test_a_status_of_somebody_else_is_no_sign_of_results(tmp_path: Path, content
 def test_a_source_of_nothing_but_results(tmp_path: Path) -> None:
     as_run(tmp_path / "results" / "train")
     with pytest.raises(DataError, match="results/train holds results of OpenMAE, which are not read as images"):
-        index_images(tmp_path, None)
+        index_folder(tmp_path, None)

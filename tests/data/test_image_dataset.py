@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmae.data.image_dataset import AddressedSampler, EvalSampler, ImageDataset
-from openmae.data.image_index import ImageIndex
+from openmae.data.index import ImageIndex
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
 from openmae.errors import DataError
 

@@ -13,8 +13,8 @@ import torch
 
 from openmae.data import loaders
 from openmae.data.image_dataset import Batch
-from openmae.data.image_index import ImageIndex
-from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
+from openmae.data.index import ImageIndex
+from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
 
 AUGMENT = FinetuneTransform(
@@ -24,12 +24,12 @@ AUGMENT = FinetuneTransform(
 
 def train_of(index: ImageIndex, folder: Path, **options: Any) -> TrainingLoader:
     settings = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0, **options}
-    return training_loader(index, AUGMENT, LoaderSettings(**settings), seed=3)
+    return TrainingLoader(index, AUGMENT, LoaderSettings(**settings), seed=3)
 
 
 def val_of(index: ImageIndex, folder: Path, **options: Any) -> EvaluationLoader:
     settings = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0, **options}
-    return evaluation_loader(index, EvalTransform((32, 32)), LoaderSettings(**settings))
+    return EvaluationLoader(index, EvalTransform((32, 32)), LoaderSettings(**settings))
 
 
 def same(a: Iterable[Batch], b: Iterable[Batch]) -> bool:

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from openmae.actions.dataset import check_source, pack_source
-from openmae.data.index import index_images
-from openmae.data.loaders import LoaderSettings, evaluation_loader, training_loader
+from openmae.data.index import index_folder
+from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
+from openmae.data.shards.packing import PackOptions
 from openmae.data.transforms import EvalTransform, PretrainTransform
 
 MakeImages = Callable[..., Path]
@@ -33,29 +34,29 @@ def odd(tmp_path: Path, make_images: MakeImages) -> Path:
 def test_a_training_reports_each_kind_once(
     odd: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    index = index_images(odd, False)
+    index = index_folder(odd, False)
     settings = LoaderSettings(2, tmp_path / "results", 0.0, num_workers=workers)
-    loader = training_loader(index, PretrainTransform((16, 16)), settings, seed=0)
+    loader = TrainingLoader(index, PretrainTransform((16, 16)), settings, seed=0)
     for epoch in range(3):
         assert len(list(loader.from_position(epoch, 0))) == 5
     pages = [text for text in caplog.messages if "pages" in text]
     assert len(pages) == 2
-    assert pages[0] in [f"{odd / name} has 3 pages, of which only the first is read." for name in ("a.tif", "b.tif")]
+    assert pages[0] in [f"{odd / name}: it has several pages; only the first is read." for name in ("a.tif", "b.tif")]
     assert pages[1].startswith("At least 2 images have several pages or frames, of which only the first is read")
-    warned = [text for text in caplog.messages if "Pillow warns" in text]
+    warned = [text for text in caplog.messages if "Pillow warn" in text]
     assert len(warned) == 2
-    assert "jpg is read, although Pillow warns: Corrupt EXIF data." in warned[0]
-    assert warned[1].startswith("At least 2 images are read, although Pillow warns")
-    assert "Warning" not in capfd.readouterr().err, "a process printed what Pillow said"
+    assert "jpg: Pillow warns: Corrupt EXIF data." in warned[0]
+    assert warned[1].startswith("At least 2 images cause a Pillow warning")
+    assert "Warning" not in capfd.readouterr().err, "a process printed a warning of Pillow"
 
 
 def test_an_evaluation_reports_each_kind_once(odd: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = LoaderSettings(4, tmp_path / "results", 0.0)
-    loader = evaluation_loader(index_images(odd, False), EvalTransform((16, 16)), settings)
+    loader = EvaluationLoader(index_folder(odd, False), EvalTransform((16, 16)), settings)
     loader.first(10)
     for _ in range(2):
         assert sum(len(batch.images) for batch in loader) == 10
-    assert caplog.messages[0] == f"{odd / 'a.tif'} has 3 pages, of which only the first is read."
+    assert caplog.messages[0] == f"{odd / 'a.tif'}: it has several pages; only the first is read."
     assert len(caplog.messages) == 4
 
 
@@ -64,7 +65,7 @@ def test_ordinary_images_are_not_remarked_on(
 ) -> None:
     folder = make_images(tmp_path / "set", ["1.png", "2.png", "3.tif"])
     settings = LoaderSettings(2, tmp_path / "results", 0.0)
-    assert list(evaluation_loader(index_images(folder, False), EvalTransform((16, 16)), settings))
+    assert list(EvaluationLoader(index_folder(folder, False), EvalTransform((16, 16)), settings))
     assert caplog.messages == []
 
 
@@ -72,15 +73,15 @@ def test_dataset_check_lists_them(odd: Path, tmp_path: Path, capsys: pytest.Capt
     check_source(str(odd), tmp_path / "results")
     said = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert "several pages 2, of which only the first is read" in said
-    assert "warned of by Pillow 2, such as" in said
+    assert "Pillow warnings 2, such as" in said
     rows = dict(line.split("\t") for line in (tmp_path / "results" / "remarks.txt").read_text().splitlines())
     assert [Path(name).name for name in rows] == ["a.tif", "b.tif", "c.jpg", "d.jpg"]
-    assert rows[str(odd / "b.tif")] == "3 pages, of which only the first is read"
-    assert "3 pages" in (tmp_path / "results" / "report.html").read_text()
+    assert rows[str(odd / "b.tif")] == "it has several pages; only the first is read"
+    assert "several pages" in (tmp_path / "results" / "report.html").read_text()
 
 
 def test_packing_reports_them(odd: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    packed = pack_source(str(odd), tmp_path / "packed", 20)
+    packed = pack_source(str(odd), tmp_path / "packed", PackOptions(size=20))
     assert (packed.images, packed.corrupt) == (10, [])
-    assert f"{odd / 'a.tif'} has 3 pages, of which only the first is read." in caplog.text
+    assert f"{odd / 'a.tif'}: it has several pages; only the first is read." in caplog.text
     assert "At least 2 images have several pages" in caplog.text

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from openmae.data.decode import Picture
+from openmae.data.decode import ImageFile
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import (
     EvalTransform,
@@ -41,7 +41,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def apply(transform: Transform, path: Path, address: tuple[int, int, int] = (0, 0, 0)) -> torch.Tensor:
-    with Picture(path) as picture:
+    with ImageFile(path) as picture:
         return transform(picture, rng_at(*address))
 
 

@@ -21,10 +21,10 @@ from PIL import Image
 from openmae.checkpoints.folder import read_training_state, write_checkpoint
 from openmae.checkpoints.format import read_checkpoint
 from openmae.data.archives import resolve_source
-from openmae.data.decode import CorruptImage, Picture
+from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.formats import READ_FORMATS
-from openmae.data.index import index_images
-from openmae.data.open import index_shards
+from openmae.data.index import index_folder
+from openmae.data.shards.source import index_shards
 from openmae.errors import UserError
 from openmae.spec.load import load_spec
 from openmae.storage.encryption import Key, created, unlocked
@@ -82,7 +82,7 @@ def read_table(content: bytes) -> None:
             (folder / name).touch()
         (folder / "labels.csv").write_bytes(content)
         with contextlib.suppress(UserError):
-            assert index_images(folder, True).labels
+            assert index_folder(folder, True).labels
 
 
 def read_image(content: bytes) -> None:
@@ -91,9 +91,9 @@ def read_image(content: bytes) -> None:
         found: list[bytes | str] = []
         for file in (None, io.BytesIO(content)):
             try:
-                with Picture(folder / "a.png", file) as picture:
+                with ImageFile(folder / "a.png", file) as picture:
                     found.append(picture.pixels(3).tobytes())
-                    assert isinstance(picture.pages, str)
+                    assert isinstance(picture.remarks("a"), list)
             except CorruptImage as error:
                 found.append(error.reason)
         assert not any(isinstance(said, str) and " at 0x" in said for said in found), "it names an object in memory"

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.results.dataset_report import save_dataset_picture
+from openmae.results.dataset_report import save_dataset_figure
 from openmae.results.style import BLUE, RUST
 
 
 def draw(path: Path, counts: dict[str, int], images: int, **options: Any) -> np.ndarray:
     rng = np.random.default_rng(0)
     sizes = rng.integers(20, 6000 if images > 10 else 40, (images, 2))
-    save_dataset_picture(
+    save_dataset_figure(
         path,
         name=options.get("name", "photos"),
         summary="summary",

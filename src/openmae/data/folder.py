@@ -1,4 +1,4 @@
-"""What lies below a folder: the images, and an account of everything that is not read."""
+"""Listing of a folder: its images, and counts of everything that is not read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from openmae.errors import DataError
 from openmae.storage.printable import printable_name
 
 LABELS_FILE = "labels.csv"
-CORRUPT_LIST = "corrupt_files.txt"  # written beside packed shards, and into results
+CORRUPT_LIST = "corrupt_files.txt"  # written into results folders, and beside packed shards
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
 NO_SUFFIX = "without a suffix"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SHOWN = 8  # kinds that a message names
-_START = 4096  # bytes of a file that show what wrote it
+_SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _STATUS_KEYS = {"date", "time", "status"}
-_WRITERS = (("report.html", b'name="generator" content="OpenMAE'), ("README.txt", b"made by mae quickstart"))
-_OF_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+# Images that actions write into their results folders; other images there belong to the user.
 _RESULT_NAMES = frozenset(
     f"{name}.png"
     for name in ("accuracies", "confusion_matrix", "curves", "dataset", "history", "predictions", "profile")
@@ -30,11 +29,11 @@ _RESULT_NAMES = frozenset(
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedFiles:
     """Files of one kind that are not read.
 
     Attributes:
-        kind: their suffix, such as ``.heic``, or what they are.
+        kind: their suffix, such as ``.heic``, or a description.
         count: how many.
         example: one of them, relative to the source, printable.
     """
@@ -48,112 +47,111 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Listing:
+class FolderListing:
     """Names below a folder.
 
     Attributes:
-        images: relative posix paths, sorted; those that are not UTF-8 as ``os.fsdecode`` gives them.
-        skipped: what is not read, the most frequent kind first; results of OpenMAE are not among them.
-        results: folders and pictures that actions of OpenMAE have written, which are not read.
+        images: relative posix paths, sorted; names that are not UTF-8 as ``os.fsdecode`` returns them.
+        skipped: files that are not read, the most frequent kind first.
+        results: folders that contain results of OpenMAE, which are not read.
     """
 
     images: list[str]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[SkippedFiles, ...] = ()
     results: tuple[str, ...] = ()
 
-    def below(self, prefix: str) -> Listing:
+    def below(self, prefix: str) -> FolderListing:
         """Return the listing of a subfolder that holds all of ``images``."""
         shown = printable_name(prefix)
         skipped = tuple(replace(kind, example=kind.example.removeprefix(shown)) for kind in self.skipped)
-        return Listing([path.removeprefix(prefix) for path in self.images], skipped, self.results)
+        return FolderListing([path.removeprefix(prefix) for path in self.images], skipped, self.results)
 
 
 @dataclass
-class Tally:
-    """Counts skipped files by kind."""
+class SkippedCounter:
+    """Counts skipped files by kind, with the first name in alphabetical order as the example of each."""
 
-    _counts: dict[str, int] = field(default_factory=dict)
-    _examples: dict[str, str] = field(default_factory=dict)
+    _found: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
-        """Count files of a kind; the first name in alphabetical order is kept as the example."""
-        self._counts[kind] = self._counts.get(kind, 0) + count
-        self._examples[kind] = min(name, self._examples.get(kind, name))
-
-    def add_file(self, name: str) -> None:
-        """Count a file by its suffix."""
-        self.add(kind_of(name), name)
+        """Count files of a kind."""
+        before, example = self._found.get(kind, (0, name))
+        self._found[kind] = before + count, min(name, example)
 
     def counts(self) -> dict[str, tuple[int, str]]:
-        """Return how many files of each kind there are, and one of them; the most frequent kind first."""
-        kinds = sorted(self._counts, key=lambda kind: (-self._counts[kind], kind))
-        return {kind: (self._counts[kind], self._examples[kind]) for kind in kinds}
+        """Return the number of files of each kind and an example, the most frequent kind first."""
+        return dict(sorted(self._found.items(), key=lambda item: (-item[1][0], item[0])))
 
-    def skipped(self) -> tuple[Skipped, ...]:
+    def skipped(self) -> tuple[SkippedFiles, ...]:
         """Return the kinds, the most frequent one first."""
-        return tuple(Skipped(kind, count, printable_name(name)) for kind, (count, name) in self.counts().items())
+        counts = self.counts().items()
+        return tuple(SkippedFiles(kind, count, printable_name(name)) for kind, (count, name) in counts)
 
 
-def kind_of(name: str) -> str:
-    """Return the suffix of a file in lower case, ``.tar.gz`` in one piece, or "without a suffix"."""
+def file_kind(name: str) -> str:
+    """Return the lower-case suffix of a file (``.tar.gz`` counts as one), or "without a suffix"."""
     stem, suffix = os.path.splitext(os.path.basename(name).lower())
     inner = os.path.splitext(stem)[1]
     return printable_name((inner if suffix in _COMPRESSED and inner == ".tar" else "") + suffix) or NO_SUFFIX
 
 
 def is_visible(name: str) -> bool:
-    """Say whether an entry is neither hidden nor a system's own, such as the extra data of macOS."""
-    return not name.startswith(".") and name not in _OF_SYSTEMS
+    """Return whether an entry is neither hidden nor a folder of the operating system."""
+    return not name.startswith(".") and name not in _SYSTEM_FOLDERS
 
 
 def is_image(name: str) -> bool:
-    """Say whether a file is taken for an image, by its suffix."""
+    """Return whether a file is taken for an image, by its suffix."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def list_folder(folder: Path) -> Listing:
+def list_folder(folder: Path) -> FolderListing:
     """Return the images below ``folder``, and what else is there.
 
-    Links to folders are followed, each folder is read once, under its real name where it has one in ``folder``. Hidden
-    entries and ``__MACOSX`` are skipped, and so are results folders below ``folder``: a training run in the folder of
-    its images must not read its own pictures. Of a folder that holds other images too, only the results are skipped.
+    Links to folders are followed. Each folder is read once, under its real name if that is also below ``folder``.
+    Hidden entries and ``__MACOSX`` are skipped, and so are images in results folders that an action has written: the
+    next training run must not read the reconstructions of the last one.
 
     Raises:
         DataError: a folder cannot be read.
     """
     images: list[str] = []
     results: list[str] = []
-    tally = Tally()
+    skipped = SkippedCounter()
     seen: set[tuple[int, int]] = set()
-    waiting, links = [""], list[str]()
+    waiting, links = [("", False)], list[tuple[str, bool]]()
     while waiting or links:
-        prefix = waiting.pop() if waiting else links.pop(0)
-        where = folder / prefix
-        with _readable(where):
-            facts = os.stat(where)
-            if (facts.st_dev, facts.st_ino) in seen:
-                tally.add(SAME_FOLDER, prefix.rstrip("/"))
+        prefix, in_results = waiting.pop() if waiting else links.pop(0)
+        path = folder / prefix
+        with _explained(path):
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in seen:
+                skipped.add(SAME_FOLDER, prefix.rstrip("/"))
                 continue
-            seen.add((facts.st_dev, facts.st_ino))
-            with os.scandir(where) as found:
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as found:
                 entries = {entry.name: entry for entry in found if is_visible(entry.name)}
-        ours = is_results(where, entries)
-        if ours and prefix and not _holds_images_of_the_user(where):
-            results.append(prefix.rstrip("/"))
-            continue
+        writer = "" if in_results else _results_writer(path, entries)
+        if writer:
+            results.append(prefix.rstrip("/") or ".")
+            if writer != "action":  # jobs and the quickstart also write images of their own
+                continue
+            in_results = True
         for name, entry in entries.items():
-            if ours and name in _RESULT_NAMES:
-                results.append(prefix + name)
-            elif _is_folder(entry):
-                (links if entry.is_symlink() else waiting).append(f"{prefix}{name}/")
-            elif is_image(name):  # a broken link, too: it is an image that is missing, and counts as corrupt
+            if in_results and name in _RESULT_NAMES:
+                continue
+            if _is_folder(entry):
+                (links if entry.is_symlink() else waiting).append((f"{prefix}{name}/", in_results))
+            elif is_image(name):  # also a broken link, which counts as a corrupt image later
                 images.append(prefix + name)
+            elif in_results or name == CORRUPT_LIST or name.endswith(".tar.index.json"):
+                continue
             elif entry.is_symlink() and not os.path.exists(entry.path):
-                tally.add(BROKEN_LINK, prefix + name)
-            elif (prefix or name != LABELS_FILE) and name != CORRUPT_LIST and not name.endswith(".tar.index.json"):
-                tally.add_file(prefix + name)
+                skipped.add(BROKEN_LINK, prefix + name)
+            elif prefix or name != LABELS_FILE:
+                skipped.add(file_kind(name), prefix + name)
         links.sort()
-    return Listing(sorted(images), tally.skipped(), tuple(sorted(results)))
+    return FolderListing(sorted(images), skipped.skipped(), tuple(sorted(results)))
 
 
 def list_entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -162,46 +160,19 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
     Raises:
         DataError: it cannot be read.
     """
-    with _readable(folder), os.scandir(folder) as found:
+    with _explained(folder), os.scandir(folder) as found:
         return [entry for entry in found if is_visible(entry.name)]
 
 
-def is_results(folder: Path, names: Iterable[str]) -> bool:
-    """Say whether an action, a job, a search or the quickstart of OpenMAE has written the folder with ``names``."""
-    names = set(names)
-    if "status.json" in names:
-        start = _start_of(folder / "status.json").partition(b"\n")[0]
-        try:
-            entry = json.loads(start)
-        except (ValueError, RecursionError):
-            entry = None
-        if isinstance(entry, dict) and entry.keys() >= _STATUS_KEYS:
-            return True
-    if {"job.json", "spec.yaml"} <= names:
-        return True
-    return any(name in names and mark in _start_of(folder / name) for name, mark in _WRITERS)
-
-
-def _holds_images_of_the_user(folder: Path) -> bool:
-    """Say whether a results folder also holds images that no action has written."""
-    if (folder / "job.json").exists() or _WRITERS[1][1] in _start_of(folder / _WRITERS[1][0]):
-        return False  # a job's folder, or the quickstart's, which writes images of its own
-    for _, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if is_visible(name) and name not in _RESULT_NAMES]
-        if any(is_visible(name) and is_image(name) and name not in _RESULT_NAMES for name in files):
-            return True
-    return False
-
-
-def describe_skipped(skipped: Sequence[Skipped]) -> str:
+def describe_skipped(skipped: Sequence[SkippedFiles]) -> str:
     """Return the kinds with their numbers and an example each, in one line."""
     more = len(skipped) - _SHOWN
     text = ", ".join(map(str, skipped[:_SHOWN]))
     return f"{text} and {more} more kind{'s' if more > 1 else ''}" if more > 0 else text
 
 
-def how_to_read(skipped: Sequence[Skipped]) -> str:
-    """Return what makes the images among skipped files readable, such as a command; empty where there are none."""
+def how_to_read(skipped: Sequence[SkippedFiles]) -> str:
+    """Return how to make the images among skipped files readable; empty if there are none."""
     ways: dict[str, list[str]] = {}
     for kind in skipped:
         if kind.kind in KNOWN_UNREAD_SUFFIXES:
@@ -209,10 +180,28 @@ def how_to_read(skipped: Sequence[Skipped]) -> str:
     return "; ".join(f"{' '.join(kinds)}: {way}" for way, kinds in ways.items())
 
 
-def _start_of(path: Path) -> bytes:
+def _results_writer(folder: Path, names: Iterable[str]) -> str:
+    """Return which part of OpenMAE has written a folder: ``action``, ``job``, ``quickstart``, or "" for none."""
+    names = set(names)
+    if {"job.json", "spec.yaml"} <= names:
+        return "job"
+    if "README.txt" in names and b"made by mae quickstart" in _first_bytes(folder / "README.txt"):
+        return "quickstart"
+    if "report.html" in names and b'name="generator" content="OpenMAE' in _first_bytes(folder / "report.html"):
+        return "action"
+    if "status.json" in names:
+        try:
+            entry = json.loads(_first_bytes(folder / "status.json").partition(b"\n")[0])
+        except (ValueError, RecursionError):
+            return ""
+        return "action" if isinstance(entry, dict) and entry.keys() >= _STATUS_KEYS else ""
+    return ""
+
+
+def _first_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") if path.is_file() else open(os.devnull, "rb") as file:
-            return file.read(_START)
+            return file.read(4096)
     except OSError:
         return b""
 
@@ -220,35 +209,29 @@ def _start_of(path: Path) -> bytes:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself, or to where nothing may be read
+    except OSError:  # a link to itself, or into a folder without permission
         return False
 
 
 @contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Turn the error of a folder that cannot be read into one that says what to do."""
+def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise DataError(
             f"The folder {printable_name(str(folder))} cannot be read ({error.strerror or error}), so its images would "
             "be missing.",
-            "Give yourself the right to read it (chmod -R u+rX), repair the disk or the mount, or move the folder out "
-            "of the source.",
+            "Grant yourself read permission (chmod -R u+rX), repair the disk or the mount, or move the folder out of "
+            "the source.",
         ) from error
 
 
 def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
-    """Return a number and its noun, followed by the verb for one or for many: ``2 images are``."""
+    """Return a number and its noun, followed by the singular or plural verb: ``2 images are``."""
     return f"{count:,} {noun} {one}".rstrip() if count == 1 else f"{count:,} {noun}s {many}".rstrip()
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
     """Return the first names, printable, and how many more there are."""
-    return join_first([printable_name(name) for name in names[:most]], most, len(names))
-
-
-def join_first(texts: Sequence[str], most: int = 3, total: int = 0) -> str:
-    """Return the first texts, and how many more there are of ``total`` (default: of ``texts``)."""
-    left = (total or len(texts)) - most
-    return ", ".join(texts[:most]) + (f" and {left:,} more" if left > 0 else "")
+    left = len(names) - most
+    return ", ".join(map(printable_name, names[:most])) + (f" and {left:,} more" if left > 0 else "")

@@ -1,4 +1,4 @@
-"""What a data set holds, as a picture: images per class, image sizes, file sizes."""
+"""The figure of a data set: images per class, image sizes, file sizes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NAMED_UP_TO = 24  # classes that have a bar and a name of their own
+_MAX_BARS = 24  # more classes are drawn as one curve
 _POINTS = 4000  # of the scatter plot
 _LEFT, _TOP, _WIDTH, _HEIGHT, _GAP = 0.7, 1.0, 3.0, 2.6, 0.85  # in inches
 
 
-def save_dataset_picture(
+def save_dataset_figure(
     path: Path,
     *,
     name: str,
@@ -32,19 +32,19 @@ def save_dataset_picture(
 ) -> Path:
     """Draw images per class, image sizes and file sizes side by side, and return ``path``.
 
-    Up to 24 classes have a bar each, the largest on top; more are one curve by rank. Of more than 4,000 images the
-    sizes of 4,000 are drawn, spread evenly.
+    Up to 24 classes have a bar each, the largest on top; more are drawn as one curve by rank. Of more than 4,000
+    images, only 4,000 are in the scatter plot of sizes.
 
     Args:
         path: the PNG to write.
-        name: of the data set; its end is shown where it is long.
-        summary: the line beneath the name.
-        class_counts: images by class; empty without labels, and the panel is left out.
-        sizes: [N, 2] width and height of the readable images in pixels.
-        file_sizes: [N] bytes.
+        name: of the data set; a long name is truncated at the start.
+        summary: the line below the name.
+        class_counts: images by class; without labels empty, and the panel is left out.
+        sizes: [N, 2], width and height of the readable images in pixels.
+        file_sizes: [N], in bytes.
     """
     names = [_cut(style.one_line(label), 26) for label in class_counts]
-    bars = 0 < len(names) <= _NAMED_UP_TO
+    bars = 0 < len(names) <= _MAX_BARS
     room = 0.08 + style.text_width(names, 9) if bars else 0.0
     tall = 0.26 * len(names) if bars else _HEIGHT
     height = max(_HEIGHT, tall)
@@ -64,7 +64,7 @@ def save_dataset_picture(
             _draw_file_sizes(_panel(figure, left + _WIDTH + _GAP, height, "File sizes"), file_sizes)
         else:
             axes.set_axis_off()
-            axes.text(0, 1, "no image can be read", transform=axes.transAxes, va="top", color=MUTED)
+            axes.text(0, 1, "no readable image", transform=axes.transAxes, va="top", color=MUTED)
         return style.save_figure(figure, path)
 
 
@@ -104,7 +104,7 @@ def _draw_sizes(axes: Axes, sizes: NDArray[np.int64]) -> None:
     chosen = np.linspace(0, len(sizes) - 1, min(_POINTS, len(sizes))).round().astype(int)
     places, counts = np.unique(sizes[chosen], axis=0, return_counts=True)
     width, height = places.T
-    area = 6 + np.minimum(60, 300 * counts / len(chosen))  # sizes that many images have stand out
+    area = 6 + np.minimum(60, 300 * counts / len(chosen))  # sizes that many images have get larger points
     axes.grid(color=HAIRLINE, linewidth=0.5)
     axes.set_axisbelow(True)
     most = int(sizes.max())
@@ -137,11 +137,11 @@ def _draw_file_sizes(axes: Axes, file_sizes: NDArray[np.int64]) -> None:
     _thousands(axes.yaxis, whole=True)
     middle = float(np.median(kilobytes))
     axes.axvline(middle, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-    _note(axes, f"median {_bytes(1e3 * middle)}, together {_bytes(float(file_sizes.sum()))}")
+    _note(axes, f"median {_bytes(1e3 * middle)}, total {_bytes(float(file_sizes.sum()))}")
 
 
 def _note(axes: Axes, text: str) -> None:
-    """A quiet line level with the panel's title."""
+    """Write a grey line at the height of the panel's title."""
     axes.set_title(text, loc="right", size=8, color=MUTED, pad=8)
 
 
@@ -151,7 +151,7 @@ def _bytes(size: float) -> str:
 
 
 def _thousands(axis: Any, whole: bool = False) -> None:
-    """Few ticks, written out: 1,000 and not 10^3."""
+    """Use few ticks, with labels such as 1,000 rather than 10^3."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if axis.get_scale() == "log":

@@ -18,15 +18,14 @@ import pytest
 from PIL import Image
 
 from openmae.data.decode import CorruptImage
-from openmae.data.folder import Skipped
+from openmae.data.folder import SkippedFiles
 from openmae.data.image_dataset import AddressedSampler, Batch
-from openmae.data.image_index import ImageIndex
-from openmae.data.index import index_images
-from openmae.data.loaders import LoaderSettings, TrainingLoader, evaluation_loader, training_loader
+from openmae.data.index import ImageIndex, index_folder
+from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
 from openmae.data.open import open_index
-from openmae.data.patterns import expand_braces, is_shards
 from openmae.data.shards import reading as shards_module
-from openmae.data.shards.packing import Packing, pack
+from openmae.data.shards.packing import PackOptions, pack
+from openmae.data.shards.patterns import expand_braces, is_shard_pattern
 from openmae.data.shards.reading import WINDOW, windowed_order
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
 from openmae.errors import DataError
@@ -59,12 +58,12 @@ def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
 
 def sharded(index: ImageIndex, out: Path, shard_bytes: int = 20_000) -> str:
     """Pack the images of a folder into several shards; the pattern of their names."""
-    return pack(index, out, Packing(shard_bytes=shard_bytes)).pattern
+    return pack(index, out, PackOptions(shard_bytes=shard_bytes)).pattern
 
 
 def loader(index: ImageIndex, folder: Path, **options: Any) -> TrainingLoader:
     settings = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0, **options}
-    return training_loader(index, AUGMENT, LoaderSettings(**settings), seed=3)
+    return TrainingLoader(index, AUGMENT, LoaderSettings(**settings), seed=3)
 
 
 def plain(batches: Any) -> list[tuple[Any, ...]]:
@@ -91,7 +90,7 @@ def plain(batches: Any) -> list[tuple[Any, ...]]:
 )
 def test_braces_are_expanded_as_a_shell_does(pattern: str, names: list[str]) -> None:
     assert expand_braces(pattern) == names
-    assert is_shards(pattern) == (pattern != "{x}.tar")
+    assert is_shard_pattern(pattern) == (pattern != "{x}.tar")
 
 
 def test_a_folder_may_have_braces_in_its_name(tmp_path: Path, make_images: Any) -> None:
@@ -144,7 +143,7 @@ def test_ranks_see_every_image_once(index: ImageIndex, tmp_path: Path) -> None:
         batches = loader(found, tmp_path, batch_size=7, **options).from_position(0, 0)
         train += [i for batch in batches for i in batch.indices.tolist()]
         settings = LoaderSettings(3, tmp_path, 1.0, **options)
-        val += [i for b in evaluation_loader(found, EvalTransform((32, 32)), settings) for i in b.indices.tolist()]
+        val += [i for b in EvaluationLoader(found, EvalTransform((32, 32)), settings) for i in b.indices.tolist()]
     assert sorted(train) == sorted(val) == list(range(14))
 
 
@@ -216,14 +215,14 @@ def test_classes_are_numbered_over_all_shards(tmp_path: Path) -> None:
     write_tar(tmp_path / "s-1.tar", {"1.png": png(), "1.cls": b"cat", "2.png": png(), "2.cls": b"dog", "x.npy": b"."})
     found = open_index(str(tmp_path / "s-{0..1}.tar"), None)
     assert (found.class_names, found.labels) == (("cat", "dog"), (1, 0, 1))
-    assert found.skipped == (Skipped(".npy", 1, "s-1.tar!x.npy"),)
+    assert found.skipped == (SkippedFiles(".npy", 1, "s-1.tar!x.npy"),)
 
 
 def test_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tar(tmp_path / "s-0.tar", {"1.png": png(), "1.json": b'{"caption": "a dog"}', "2.png": png()})
     pattern = str(tmp_path / "s-{0..0}.tar")
     assert open_index(pattern, None).labels is None
-    with pytest.raises(DataError, match=r"have no labels: 2 of 2 images lie outside .* no .cls or .json") as caught:
+    with pytest.raises(DataError, match=r"have no labels: 2 of 2 images are outside .* no .cls or .json") as caught:
         open_index(pattern, True)
     assert caught.value.fix.startswith("Give every image a .cls or .json")
     write_tar(tmp_path / "s-0.tar", {"1.png": png(), "2.png": png(), "2.cls": b"7"})
@@ -232,7 +231,7 @@ def test_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="openmae"):
         assert open_index(pattern, None).labels == (-1, 0)
     assert "1 of 2 images in" in caplog.text
-    assert "have no label, such as 1.png. kNN and probe accuracy leave them out." in caplog.text
+    assert "have no label, such as 1.png. kNN and probe accuracy ignore them." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -359,10 +358,8 @@ def test_shards_beside_a_picture_are_read(index: ImageIndex, tmp_path: Path, cap
     (tmp_path / "out" / "notes.txt").touch()
     found = open_index(str(tmp_path / "out"), True)
     assert found.labels == index.labels
-    assert found.skipped == (Skipped(".txt", 1, "notes.txt"),)
-    assert f"{tmp_path}/out holds shards and also 1 image: the shards are read, the images are not (preview.png)" in (
-        caplog.text
-    )
+    assert found.skipped == (SkippedFiles(".txt", 1, "notes.txt"),)
+    assert f"{tmp_path}/out holds shards and also 1 image (preview.png): only the shards are read." in (caplog.text)
 
 
 def test_a_tar_file_without_images_does_not_hide_the_images_beside_it(
@@ -385,7 +382,7 @@ def test_an_archive_beside_its_images_is_not_read(
     found = open_index(str(tmp_path / "both"), False)
     assert len(found) == len(index)
     assert found.paths[0] == "images/cat/0.png"
-    assert "holds images and also 1 tar file (images.tar): the images are read, the tar files are not." in caplog.text
+    assert "holds images and also 1 tar file (images.tar): only the images are read." in caplog.text
 
 
 def test_messages_name_an_archive_as_the_user_does(
@@ -396,7 +393,7 @@ def test_messages_name_an_archive_as_the_user_does(
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "set" / "all", "all")
     assert open_index(str(tmp_path / "a.tar.gz"), None).labels is None
-    assert f"{tmp_path}/a.tar.gz/all: the folders 2023, 2024 are dates. They are not taken as classes." in caplog.text
+    assert f"{tmp_path}/a.tar.gz/all: the folders 2023, 2024 are dates. They are not used as classes." in caplog.text
     assert (
         f"{tmp_path}/a.tar.gz: 2 images are read; 1 file of another kind is skipped: 1 .txt (such as notes.txt)."
         in (caplog.text)
@@ -421,10 +418,10 @@ def test_tar_files_joined_into_one_are_read_to_the_last(tmp_path: Path, caplog: 
     found = open_index(str(joined.parent), None)
     assert found.class_names == ("a", "b", "c")
     assert [found.read(number) for number in range(3)] == [png(ord(name)) for name in "abc"]
-    assert "that is not read" not in caplog.text
+    assert "is not read" not in caplog.text
     joined.write_bytes(joined.read_bytes() + b"garbage")
     assert len(open_index(str(joined.parent), None)) == 3
-    assert f"{joined}: after the end of the tar file there is something that is not read." in caplog.text
+    assert f"{joined}: the data after the end of the tar file is not read." in caplog.text
     cut = joined.read_bytes()[: parts[0].stat().st_size + 700]
     joined.write_bytes(cut)
     with pytest.raises(DataError, match="is damaged or cut short"):
@@ -438,8 +435,8 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     monkeypatch.setenv("OPENMAE_CACHE", "/proc/openmae")
     found = open_index(str(tmp_path / "s-{0..0}.tar"), True)
     assert (found.class_names, found.read(0)) == (("x",), png())
-    assert "cannot be kept in /proc/openmae (No such file or directory): it is kept in memory" in caplog.text
-    assert "set OPENMAE_CACHE to a folder that can be written" in caplog.text
+    assert "cannot be written to /proc/openmae (No such file or directory), so the next run" in caplog.text
+    assert "Set OPENMAE_CACHE to a writable folder" in caplog.text
 
 
 def test_an_index_is_made_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -475,9 +472,9 @@ def test_what_comes_next_is_fetched_while_a_batch_is_made(
 ) -> None:
     found = open_index(sharded(index, tmp_path / "out"), True)
     asked: list[tuple[list[str], list[str]]] = []
-    ahead = shards_module.Ahead()
+    ahead = shards_module.ShardPrefetcher()
     monkeypatch.setattr(ahead, "fetch", lambda now, soon: asked.append(([s.name for s in now], [s.name for s in soon])))
-    object.__setattr__(found, "ahead", ahead)
+    object.__setattr__(found, "prefetcher", ahead)
     shard_of = found.shard_of  # type: ignore[attr-defined]
     batches = list(AddressedSampler(14, 2, 0, index=found))
     for batch, (now, soon) in zip(batches, asked, strict=True):
@@ -497,7 +494,7 @@ def test_a_failed_fetch_is_raised_where_the_shard_is_needed(monkeypatch: pytest.
             raise DataError("gone")
 
     monkeypatch.setattr(Shard, "fetch", fetch)
-    ahead = shards_module.Ahead()
+    ahead = shards_module.ShardPrefetcher()
     ahead.fetch(shards[:1], shards[1:])
     with pytest.raises(DataError, match="gone"):
         ahead.fetch(shards[1:2], [])
@@ -507,7 +504,7 @@ def test_a_failed_fetch_is_raised_where_the_shard_is_needed(monkeypatch: pytest.
 
 def test_packing_keeps_the_order_of_index_images(tmp_path: Path, make_images: Any) -> None:
     names = ["b/1.png", "a/x.y.png", "a/x.jpg", "a/x.png"]
-    found = index_images(make_images(tmp_path / "set", names), True)
+    found = index_folder(make_images(tmp_path / "set", names), True)
     opened = open_index(sharded(found, tmp_path / "out"), True)
     keys = [opened.key(number) for number in range(4)]
     assert keys == ["a/x.jpg", "a/x_2.png", "a/x_y.png", "b/1.png"]
