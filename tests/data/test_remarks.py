@@ -15,6 +15,7 @@ from openmae.data.shards.packing import PackOptions
 from openmae.data.transforms import EvalTransform, PretrainTransform
 
 MakeImages = Callable[..., Path]
+LISTED = "`mae dataset check` lists all such images."
 
 
 @pytest.fixture
@@ -40,13 +41,12 @@ def test_a_training_reports_each_kind_once(
     for epoch in range(3):
         assert len(list(loader.from_position(epoch, 0))) == 5
     pages = [text for text in caplog.messages if "pages" in text]
-    assert len(pages) == 2
-    assert pages[0] in [f"{odd / name}: it has several pages; only the first is read." for name in ("a.tif", "b.tif")]
-    assert pages[1].startswith("At least 2 images have several pages or frames, of which only the first is read")
+    some = [f"{odd / name}: it has several pages; only the first is read. {LISTED}" for name in ("a.tif", "b.tif")]
+    assert len(pages) == 1
+    assert pages[0] in some
     warned = [text for text in caplog.messages if "Pillow warn" in text]
-    assert len(warned) == 2
+    assert len(warned) == 1
     assert "jpg: Pillow warns: Corrupt EXIF data." in warned[0]
-    assert warned[1].startswith("At least 2 images cause a Pillow warning")
     assert "Warning" not in capfd.readouterr().err, "a process printed a warning of Pillow"
 
 
@@ -56,8 +56,8 @@ def test_an_evaluation_reports_each_kind_once(odd: Path, tmp_path: Path, caplog:
     loader.first(10)
     for _ in range(2):
         assert sum(len(batch.images) for batch in loader) == 10
-    assert caplog.messages[0] == f"{odd / 'a.tif'}: it has several pages; only the first is read."
-    assert len(caplog.messages) == 4
+    assert caplog.messages[0] == f"{odd / 'a.tif'}: it has several pages; only the first is read. {LISTED}"
+    assert len(caplog.messages) == 2
 
 
 def test_ordinary_images_are_not_remarked_on(
@@ -84,4 +84,3 @@ def test_packing_reports_them(odd: Path, tmp_path: Path, caplog: pytest.LogCaptu
     packed = pack_source(str(odd), tmp_path / "packed", PackOptions(size=20))
     assert (packed.images, packed.corrupt) == (10, [])
     assert f"{odd / 'a.tif'}: it has several pages; only the first is read." in caplog.text
-    assert "At least 2 images have several pages" in caplog.text

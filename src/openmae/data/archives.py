@@ -51,13 +51,23 @@ class StrictTarInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        """Read the next header; raise ReadError for a broken one."""
+        """Read the next header; raise ReadError for a broken one, unless it follows an end mark."""
+        assert isinstance(archive, StrictTar)
         try:
-            return super().fromtarfile(archive)
+            member = super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            archive.ended = True
+            archive.on_skip(tarfile.BLOCKSIZE)
             raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error}, and no end mark") from error
+        except (tarfile.HeaderError, gzip.BadGzipFile) as error:  # type: ignore[attr-defined]
+            bad_content = isinstance(error, gzip.BadGzipFile) and "CRC" in str(error)
+            if bad_content or not archive.ended:
+                raise tarfile.ReadError(f"{error}, and no end mark") from error
+            if not isinstance(error, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
+                log.warning("%s: the data after the end of the tar file is not read.", archive.place)
+            raise tarfile.EmptyHeaderError("end") from error  # type: ignore[attr-defined]
+        archive.ended = False
+        return member
 
     def _proc_member(self, archive: tarfile.TarFile) -> Self:
         if self.type in _METADATA and self.size > _LARGEST_HEADER:  # would be read into memory
@@ -65,44 +75,20 @@ class StrictTarInfo(tarfile.TarInfo):
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
-def concatenated_tars(
-    first: tarfile.TarFile, place: str, count: Callable[[int], None] = lambda size: None
-) -> Iterator[tarfile.TarFile]:
-    """Yield a tar file and those that follow it in the same stream, as ``cat a.tar b.tar`` writes them.
+class StrictTar(tarfile.TarFile):
+    """A tar file that is read to its end, including those that follow it, as ``cat a.tar b.tar`` writes them.
 
-    Each must be read to its end before the next is requested.
-
-    Args:
-        first: at the start of the stream.
-        place: of the stream, for a warning about trailing data.
-        count: receives the number of bytes read between the tar files.
+    Attributes:
+        ended: the last block was an end mark.
+        place: of the file, for messages.
+        on_skip: receives the number of bytes read between the members.
     """
-    part, stream = first, cast("IO[bytes]", first.fileobj)
-    try:
-        while True:
-            yield part
-            start = _next_header(stream, place, count)
-            if start is None:
-                return
-            stream.seek(start)
-            part = tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictTarInfo)  # noqa: SIM115
-    finally:
-        first.close()
 
-
-def _next_header(stream: IO[bytes], place: str, count: Callable[[int], None]) -> int | None:
-    """Return the start of the next tar file after an end mark; None if there is none."""
-    try:
-        while block := stream.read(tarfile.BLOCKSIZE):
-            count(len(block))
-            if block.strip(b"\0"):
-                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-                return stream.tell() - len(block)
-    except (tarfile.HeaderError, gzip.BadGzipFile) as error:  # type: ignore[attr-defined]
-        if isinstance(error, gzip.BadGzipFile) and "CRC" in str(error):
-            raise
-        log.warning("%s: the data after the end of the tar file is not read.", place)
-    return None
+    tarinfo = StrictTarInfo
+    ignore_zeros = True
+    ended = False
+    place = ""
+    on_skip: Callable[[int], object] = staticmethod(lambda size: None)
 
 
 def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None) -> Path:
@@ -294,15 +280,15 @@ def _members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes]]]:
 def _is_tar(archive: Path) -> bool:
     try:
         # Not tarfile.is_tarfile, which reads a first header of any size into memory.
-        tarfile.open(archive, tarinfo=StrictTarInfo).close()
+        StrictTar.open(archive).close()
     except tarfile.TarError:
         return False
     return True
 
 
 def _tar_members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes]]]:
-    first = tarfile.open(archive, tarinfo=StrictTarInfo)  # noqa: SIM115  (concatenated_tars closes it)
-    for tar in concatenated_tars(first, str(archive), budget.take):
+    with StrictTar.open(archive) as tar:
+        tar.place, tar.on_skip = str(archive), budget.take
         for member in tar:
             budget.member()
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps them all

@@ -1,4 +1,4 @@
-"""Records of images that could not be decoded, and of remarks on images that could."""
+"""Records of images that cannot be decoded, and of remarks on images that can."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from openmae.errors import DataError
 from openmae.storage.printable import encodable
 
 log = logging.getLogger("openmae")
-
-_KINDS = {"pages": "have several pages or frames, of which only the first is read", "warning": "cause a Pillow warning"}
 
 
 class CorruptFiles:
@@ -74,9 +72,7 @@ class CorruptFiles:
 
 
 class RemarkLog:
-    """Logs the first remark of each kind, and the number of images with remarks after one pass over the data.
-
-    Of several processes only one logs, and it knows only the images it reads.
+    """Logs the first remark of each kind; of several processes only one logs, and it knows only the images it reads.
 
     Args:
         index: the data set.
@@ -84,19 +80,12 @@ class RemarkLog:
 
     def __init__(self, index: ImageIndex) -> None:
         self._index = index
-        self._paths: dict[str, set[str]] = {}
-        self._counted = False
+        self._kinds: set[str] = set()
 
     def record(self, remarks: Iterable[Remark]) -> None:
         """Add the remarks of a batch."""
         for remark in remarks:
-            if remark.kind not in self._paths:
-                log.warning("%s: %s.", self._index.full_name(remark.path), remark)
-            self._paths.setdefault(remark.kind, set()).add(remark.path)
-
-    def end_pass(self) -> None:
-        """Log the number of images after the first pass over the data, if it is more than one."""
-        for kind, paths in self._paths.items():
-            if len(paths) > 1 and not self._counted:
-                log.warning("At least %d images %s; `mae dataset check` lists them.", len(paths), _KINDS[kind])
-        self._counted = True
+            if remark.kind not in self._kinds:
+                self._kinds.add(remark.kind)
+                name = self._index.full_name(remark.path)
+                log.warning("%s: %s. `mae dataset check` lists all such images.", name, remark)

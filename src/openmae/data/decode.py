@@ -24,6 +24,7 @@ from openmae.inputs import open_regular
 
 MAX_MEGAPIXELS = 179  # Pillow's own limit
 MAX_KEY = "dataset.max_megapixels"
+REMARK_KINDS = ("pages", "warning")
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upright image
 Size = tuple[int, int]  # height, width
@@ -78,7 +79,7 @@ class Remark(NamedTuple):
 
     Attributes:
         path: as in ``ImageIndex.paths``.
-        kind: ``pages`` (the file holds more images than the one that is read) or ``warning`` (from Pillow).
+        kind: one of ``REMARK_KINDS``: the file holds more images than the one that is read, or Pillow warns.
         text: the reason, such as ``several pages``, or the warning.
     """
 

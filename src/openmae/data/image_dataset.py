@@ -9,7 +9,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch.utils.data import Dataset
 
-from openmae.data.decode import CorruptImage, Remark
+from openmae.data.decode import REMARK_KINDS, CorruptImage, Remark
 from openmae.data.index import ImageIndex
 from openmae.data.transforms import Transform, rng_at
 from openmae.errors import DataError
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
         indices: int64 [B]; positions in the index of the data set.
         epoch: the epoch that the sampler addressed.
         corrupt: (relative path, reason) of files that could not be decoded.
-        remarks: on images that were decoded, each image once.
+        remarks: on images that were decoded, the first of each kind per process.
     """
 
     images: torch.Tensor
@@ -66,7 +66,7 @@ class ImageDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.replace_corrupt = replace_corrupt
-        self._remarked: set[int] = set()  # by this process
+        self._remarked: set[str] = set()  # kinds of remarks that this process has made
 
     def __len__(self) -> int:
         return len(self.index)
@@ -81,8 +81,9 @@ class ImageDataset(Dataset[Sample]):
             try:
                 with self.index.open(number) as image:
                     tensor = self.transform(image, rng_at(self.seed, epoch, wanted))
-                    if number not in self._remarked and (remarks := image.remarks(self.index.paths[number])):
-                        self._remarked.add(number)
+                    if len(self._remarked) < len(REMARK_KINDS):
+                        remarks = [r for r in image.remarks(self.index.paths[number]) if r.kind not in self._remarked]
+                        self._remarked.update(remark.kind for remark in remarks)
                 break
             except CorruptImage as error:
                 corrupt.append((self.index.paths[number], error.reason))

@@ -76,7 +76,6 @@ class _Loader:
             self._corrupt.record(batch.corrupt)
             self._remarks.record(batch.remarks)
             yield batch
-        self._remarks.end_pass()
 
     def _loaded(self) -> Iterator[Batch]:
         workers = self._loader.num_workers

@@ -128,7 +128,6 @@ def _pack(
             label = -1 if index.labels is None else index.labels[number]
             writer.add(index.key(number), stored.content, stored.suffix, label)
             result.images += 1
-        remarks.end_pass()
         if not result.images:
             path, reason = result.corrupt[0]
             raise DataError(

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from openmae.data.archives import StrictTarInfo, concatenated_tars
+from openmae.data.archives import StrictTar
 from openmae.data.folder import SkippedCounter, file_kind, is_image, is_visible
 from openmae.data.index import sort_class_names
 from openmae.errors import DataError
@@ -201,20 +201,20 @@ def _scan(shard: str, stream: BinaryIO) -> TarIndex:
     images: list[tarfile.TarInfo] = []
     labels = _Labels()
     skipped = SkippedCounter()
-    first = tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictTarInfo)  # noqa: SIM115
-    for tar in concatenated_tars(first, shard):
-        for member in tar:
-            if member.isdir() or not all(part == "." or is_visible(part) for part in member.name.split("/")):
-                continue
-            if member.islnk() or member.issym() or member.issparse():
-                raise DataError(
-                    f"{shard}: member {member.name!r} is a link or a sparse file.",
-                    "Pack it again, with plain files only (tar --hard-dereference --dereference).",
-                )
-            if member.isfile() and is_image(member.name):
-                images.append(member)
-            elif not (member.isfile() and labels.add(tar, member)):
-                skipped.add(file_kind(member.name), member.name)
+    tar = StrictTar.open(fileobj=stream, mode="r:")
+    tar.place = shard
+    for member in tar:
+        if member.isdir() or not all(part == "." or is_visible(part) for part in member.name.split("/")):
+            continue
+        if member.islnk() or member.issym() or member.issparse():
+            raise DataError(
+                f"{shard}: member {member.name!r} is a link or a sparse file.",
+                "Pack it again, with plain files only (tar --hard-dereference --dereference).",
+            )
+        if member.isfile() and is_image(member.name):
+            images.append(member)
+        elif not (member.isfile() and labels.add(tar, member)):
+            skipped.add(file_kind(member.name), member.name)
     others = sum(count for count, _ in skipped.counts().values())
     if not images:
         raise NoImagesError(
