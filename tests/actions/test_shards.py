@@ -1,4 +1,4 @@
-"""Training from shards: what the same images give as loose files, bit for bit, also when it is resumed."""
+"""Training from shards equals training from a folder bit for bit, also when it is resumed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def losses(folder) -> list[float]:
 
 
 def assert_same_weights(ours, theirs) -> None:
-    """After the last step of all."""
+    """Return the weights after the last step."""
     paths = [max(folder.glob("train/model_epoch_*.pth")) for folder in (ours, theirs)]
     assert paths[0].name == paths[1].name
     mine, others = (torch.load(path, weights_only=True)["state_dict"] for path in paths)

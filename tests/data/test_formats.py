@@ -1,4 +1,4 @@
-"""One table of images for every reader: folders, archives, shards, packing, the check_images and uploads."""
+"""The table of formats is the same for folders, archives, shards, packing, checking and uploads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def encoded(kind: str, seed: int = 0, size: tuple[int, int] = (24, 20)) -> bytes
     return stream.getvalue()
 
 
-def test_the_table() -> None:
+def test_format_table() -> None:
     assert set(ALWAYS) <= set(READ_FORMATS)
     assert len(FORMAT_TITLES) == len(READ_FORMATS)
     assert {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"} <= IMAGE_SUFFIXES
@@ -57,7 +57,7 @@ def test_the_table() -> None:
     assert "EPS" not in READ_FORMATS, "its decoder runs a program"
 
 
-def test_without_the_extra_heic_is_known_and_the_command_named() -> None:
+def test_without_pillow_heif_the_command_is_named() -> None:
     program = (
         "import sys; sys.modules['pillow_heif'] = None\n"
         "from openmae.data.formats import *\n"
@@ -98,18 +98,18 @@ _TRANSFORM = EvalTransform((16, 16))
 
 
 def from_file(path: Path) -> torch.Tensor:
-    with ImageFile(path) as picture:
-        return _TRANSFORM(picture)
+    with ImageFile(path) as image_file:
+        return _TRANSFORM(image_file)
 
 
 def from_memory(path: Path) -> torch.Tensor:
-    with ImageFile(path, io.BytesIO(path.read_bytes())) as picture:
-        return _TRANSFORM(picture)
+    with ImageFile(path, io.BytesIO(path.read_bytes())) as image_file:
+        return _TRANSFORM(image_file)
 
 
 def from_index(path: Path) -> torch.Tensor:
-    with ImageIndex(path.parent, (path.name,)).open(0) as picture:
-        return _TRANSFORM(picture)
+    with ImageIndex(path.parent, (path.name,)).open(0) as image_file:
+        return _TRANSFORM(image_file)
 
 
 def from_upload(path: Path) -> torch.Tensor:
@@ -118,7 +118,7 @@ def from_upload(path: Path) -> torch.Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(kind=st.sampled_from((*READ_FORMATS, *UNREAD)), suffix=st.sampled_from(sorted(IMAGE_SUFFIXES)))
-def test_every_reader_takes_the_same_content_under_every_name(
+def test_all_readers_agree_for_every_format_and_name(
     tmp_path_factory: pytest.TempPathFactory, kind: str, suffix: str
 ) -> None:
     path = tmp_path_factory.mktemp("any") / f"image{suffix}"
@@ -147,7 +147,7 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
-def test_folder_archive_shards_and_survey_agree(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_archive_and_shards_agree(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
     folder = index_folder(mixed, True)
     assert len(folder) == 2 * len(READ_FORMATS)
@@ -175,6 +175,6 @@ def test_no_reader_runs_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / f"a{suffix}").write_bytes(encoded("EPS"))
     index = index_folder(tmp_path, False)
     for number in range(len(index)):
-        with pytest.raises(CorruptImage, match=r"PostScript \(EPS\)"), index.open(number) as picture:
-            picture.pixels()
+        with pytest.raises(CorruptImage, match=r"PostScript \(EPS\)"), index.open(number) as image_file:
+            image_file.pixels()
     assert len(check_images(index).corrupt) == 3

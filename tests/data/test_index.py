@@ -22,7 +22,7 @@ def test_class_folders(tmp_path: Path, make_images: MakeImages) -> None:
     assert len(index) == 3
 
 
-def test_wrapping_folder_is_stepped_into(tmp_path: Path, make_images: MakeImages) -> None:
+def test_single_inner_folder_is_indexed(tmp_path: Path, make_images: MakeImages) -> None:
     make_images(tmp_path, ["images_train/data/dog/2.png", "images_train/data/cat/1.png"])
     (tmp_path / ".openmae-complete").touch()
     index = index_folder(tmp_path, True)
@@ -60,7 +60,7 @@ def test_loose_images_have_no_labels(tmp_path: Path, make_images: MakeImages, ca
         ),
     ],
 )
-def test_folders_that_are_no_classes(
+def test_folders_that_are_not_classes(
     tmp_path: Path, make_images: MakeImages, caplog: pytest.LogCaptureFixture, names: list[str], why: str
 ) -> None:
     make_images(tmp_path, [f"{name}.png" for name in names])
@@ -90,7 +90,9 @@ def test_folders_that_may_be_classes(tmp_path: Path, make_images: MakeImages, na
     assert index_folder(tmp_path, None).class_names == tuple(sorted(names))
 
 
-def test_classes_that_look_alike(tmp_path: Path, make_images: MakeImages, caplog: pytest.LogCaptureFixture) -> None:
+def test_class_names_that_differ_only_in_case(
+    tmp_path: Path, make_images: MakeImages, caplog: pytest.LogCaptureFixture
+) -> None:
     make_images(tmp_path, ["Cat/1.png", "cat/1.png", "caf\u00e9/1.png", "cafe\u0301/2.png"])
     index = index_folder(tmp_path, True)
     assert index.class_names == ("Cat", "caf\u00e9", "cat"), "two forms of one name are one class"
@@ -110,7 +112,7 @@ def test_no_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Labels.csv", "labels.tsv", "label.csv", "labels.xlsx"])
-def test_a_table_of_another_name_is_not_passed_over_in_silence(
+def test_table_with_another_name_is_reported(
     tmp_path: Path, make_images: MakeImages, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     make_images(tmp_path, ["cat/1.png", "dog/1.png"])
@@ -119,7 +121,7 @@ def test_a_table_of_another_name_is_not_passed_over_in_silence(
     assert f"{tmp_path}/{name} is not read. Labels are only read from a table named labels.csv." in caplog.text
 
 
-def test_archives_in_place_of_images(tmp_path: Path) -> None:
+def test_archives_instead_of_images(tmp_path: Path) -> None:
     for name in ("s-0.tar.gz", "s-1.tar.gz"):
         (tmp_path / name).touch()
     with pytest.raises(DataError, match=r"holds no images \(.*\), but 2 .tar.gz \(such as s-0.tar.gz\)") as caught:
@@ -128,7 +130,7 @@ def test_archives_in_place_of_images(tmp_path: Path) -> None:
     assert "decompress them into plain .tar files" in caught.value.fix
 
 
-def test_a_report_lists_what_is_not_read(tmp_path: Path, make_images: MakeImages) -> None:
+def test_report_lists_skipped_files(tmp_path: Path, make_images: MakeImages) -> None:
     assert skipped_files_table([index_folder(make_images(tmp_path / "a", ["1.png"]), None)]) == []
     (tmp_path / "a" / "x.svg").touch()
     (table,) = skipped_files_table([index_folder(tmp_path / "a", None)])

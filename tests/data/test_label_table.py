@@ -1,4 +1,4 @@
-"""labels.csv is read as it was meant, or refused with the cause and what to do."""
+"""Variants of labels.csv that are read, and errors for those that are not."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def table(header: str = "path,label", row: str = "{path},{label}", end: str = "\
         table().replace("cat", "{folder}/cat"),
     ],
 )
-def test_tables_as_people_write_them(tmp_path: Path, make_images: MakeImages, content: str | bytes) -> None:
+def test_table_variants(tmp_path: Path, make_images: MakeImages, content: str | bytes) -> None:
     make_images(tmp_path, [path for path, _ in ROWS])
     text = content.replace("{folder}", str(tmp_path)).encode() if isinstance(content, str) else content
     (tmp_path / "labels.csv").write_bytes(text)
@@ -140,7 +140,7 @@ def test_tables_as_people_write_them(tmp_path: Path, make_images: MakeImages, co
         ),
     ],
 )
-def test_labels_that_may_be_a_mistake(
+def test_suspicious_labels(
     tmp_path: Path,
     make_images: MakeImages,
     caplog: pytest.LogCaptureFixture,

@@ -1,4 +1,4 @@
-"""What reads a stranger's bytes: each target takes some, and raises only if something is wrong with us; no tests."""
+"""Fuzz targets: readers of untrusted bytes, which must only raise documented errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WAS_RUN = Path(tempfile.gettempdir()) / "openmae-was-run"
 
 
 class Target(NamedTuple):
-    """A reader, and contents that it takes."""
+    """A reader and valid contents for it."""
 
     read: Callable[[bytes], None]
     seeds: tuple[bytes, ...]
@@ -42,7 +42,7 @@ class Target(NamedTuple):
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder; nothing may be written beside it."""
+    """Yield a folder, and check that nothing is written beside it."""
     outside = Path(tempfile.mkdtemp())
     folder = outside / "inside"
     folder.mkdir()
@@ -91,9 +91,9 @@ def read_image(content: bytes) -> None:
         found: list[bytes | str] = []
         for file in (None, io.BytesIO(content)):
             try:
-                with ImageFile(folder / "a.png", file) as picture:
-                    found.append(picture.pixels(3).tobytes())
-                    assert isinstance(picture.remarks("a"), list)
+                with ImageFile(folder / "a.png", file) as image_file:
+                    found.append(image_file.pixels(3).tobytes())
+                    assert isinstance(image_file.remarks("a"), list)
             except CorruptImage as error:
                 found.append(error.reason)
         assert not any(isinstance(said, str) and " at 0x" in said for said in found), "it names an object in memory"
