@@ -14,10 +14,16 @@ from PIL import ExifTags, Image, PngImagePlugin
 from PIL import ImageFile as PillowImageFile
 from PIL.PngImagePlugin import PngInfo
 
-from openmae.data.decode import CorruptImage, ImageFile, NotAnImage, TooManyPixels, decode, describe_error
+from openmae.data.decode import CorruptImage, ImageFile, NotAnImage, Pixels, TooManyPixels, describe_error
 from openmae.data.index import ImageIndex
 
 RED, TEAL = (200, 30, 40), (20, 150, 140)
+
+
+def decode(path: Path, in_chans: int = 3) -> Pixels:
+    """Decode the entire image."""
+    with ImageFile(path) as image_file:
+        return image_file.pixels(in_chans)
 
 
 def halves(mode: str = "RGB", size: tuple[int, int] = (64, 32)) -> Image.Image:

@@ -257,12 +257,6 @@ def read_header(path: Path, file: BinaryIO, max_pixels: int) -> Image.Image:
     return image
 
 
-def decode(path: Path, in_chans: int = 3) -> Pixels:
-    """Decode an image file: [H, W, in_chans], upright; see ``ImageFile.pixels``."""
-    with ImageFile(path) as image:
-        return image.pixels(in_chans)
-
-
 def check_length(path: Path, file: BinaryIO, max_pixels: int) -> None:
     """Raise ``CorruptImage`` if a file is too long to be read into memory, such as a sparse file of 64 GB."""
     length = file.seek(0, io.SEEK_END)

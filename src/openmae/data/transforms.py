@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,21 +32,6 @@ _STREAMS = {"augment": 0, "shuffle": 1}
 _ERASE_AREA = (0.02, 1 / 3)
 _ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 _LUMA = (0.299, 0.587, 0.114)
-
-
-class Transform(Protocol):
-    """A function from an open image file and its random numbers to a tensor [C, H, W]."""
-
-    @property
-    def size(self) -> Size:
-        """(height, width) of the output."""
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the output."""
-
-    def __call__(self, file: ImageFile, rng: np.random.Generator) -> torch.Tensor:
-        """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
 
 
 def rng_at(
@@ -181,6 +166,9 @@ class EvalTransform:
         mode: Literal["bilinear", "bicubic"] = "bilinear" if self.interpolation == "bilinear" else "bicubic"
         # At twice the resolution: a box is rounded to whole pixels of the scaled-down JPEG.
         return _crop_and_resize(file, self.in_chans, box, self.size, mode, finer=2)
+
+
+Transform = PretrainTransform | FinetuneTransform | EvalTransform
 
 
 def crop_pct(size: Size) -> float:

@@ -204,8 +204,6 @@ def _skipped(shards: Sequence[Shard], indexes: Sequence[TarIndex]) -> tuple[Skip
     for shard, index in zip(shards, indexes, strict=True):
         for kind, (count, example) in index.skipped.items():
             counter.add(kind, f"{shard.name}{MEMBER}{example}", count)
-        if index.others and not index.skipped:  # written by an older version of OpenMAE
-            counter.add("other", shard.name, index.others)
     return counter.skipped()
 
 

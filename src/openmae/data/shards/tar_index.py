@@ -107,8 +107,7 @@ class TarIndex:
         labels: position of each image's class in ``classes``; -1 without a label.
         classes: class names: of the entire data set if ``mae dataset pack`` wrote the shard, otherwise those in the
             .cls and .json members of the shard.
-        others: members that are neither an image nor a label.
-        skipped: these by kind, with their number and an example.
+        skipped: members that are neither an image nor a label, by kind, with their number and an example.
         faults: images whose .cls or .json cannot be read, and that have no other label.
         fault: the reason for the first of them.
         shared: images that share the label of a sample with other images.
@@ -120,7 +119,6 @@ class TarIndex:
     sizes: list[int]
     labels: list[int]
     classes: list[str]
-    others: int = 0
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
     faults: int = 0
     fault: str = ""
@@ -141,6 +139,7 @@ class TarIndex:
             content = json.loads(text)
             if content.pop("format") != FORMAT or content["bytes"] != bytes:
                 return None
+            content.pop("others", None)  # from older versions of OpenMAE
             skipped = {str(kind): (int(n), str(example)) for kind, (n, example) in content.pop("skipped", {}).items()}
             index = cls(**content, skipped=skipped)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -215,8 +214,8 @@ def _scan(shard: str, stream: BinaryIO) -> TarIndex:
             images.append(member)
         elif not (member.isfile() and labels.add(tar, member)):
             skipped.add(file_kind(member.name), member.name)
-    others = sum(count for count, _ in skipped.counts().values())
     if not images:
+        others = sum(count for count, _ in skipped.counts().values())
         raise NoImagesError(
             f"The shard {shard} holds no images ({others} other files).", "Leave it out, or write or copy it again."
         )
@@ -231,7 +230,6 @@ def _scan(shard: str, stream: BinaryIO) -> TarIndex:
         sizes=[image.size for image in images],
         labels=[-1 if name is None else number[name] for name in found],
         classes=classes,
-        others=others,
         skipped=skipped.counts(),
         faults=len(faults),
         fault=faults[0] if faults else "",
