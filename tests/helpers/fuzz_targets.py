@@ -93,7 +93,7 @@ def read_image(content: bytes) -> None:
             try:
                 with ImageFile(folder / "a.png", file) as image_file:
                     found.append(image_file.pixels(3).tobytes())
-                    assert isinstance(image_file.remarks("a"), list)
+                    assert isinstance(image_file.further_images, str)
             except CorruptImage as error:
                 found.append(error.reason)
         assert not any(isinstance(said, str) and " at 0x" in said for said in found), "it names an object in memory"

@@ -75,7 +75,7 @@ def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS
     for name, lines in (
         (CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in result.corrupt]),
         (DUPLICATES_LIST, ["\t".join(group) for group in result.duplicates]),
-        (REMARKS_LIST, [f"{remark.path}\t{remark}" for remark in result.remarks]),
+        (REMARKS_LIST, ["\t".join(row) for row in _remarks(result)]),
     ):
         (folder / name).unlink(missing_ok=True)
         if lines:
@@ -135,16 +135,20 @@ def _summary(result: CheckResult) -> list[tuple[str, str]]:
             ("format", ", ".join(f"{kind} {count:,}" for kind, count in result.formats.most_common(4))),
         ]
     rows.append(("corrupt", f"{len(result.corrupt):,} ({len(result.corrupt) / len(index):.2%})"))
-    for kind, title in (("pages", "several pages"), ("warning", "Pillow warnings")):
-        if found := [remark for remark in result.remarks if remark.kind == kind]:
-            only = ", of which only the first is read" if kind == "pages" else ""
-            rows.append((title, f"{len(found):,}{only}, such as {found[0].path} ({found[0].text})"))
+    if result.further:
+        path, text = result.further[0]
+        only = "of which only the first is read"
+        rows.append(("several pages", f"{len(result.further):,}, {only}, such as {path} ({text})"))
     groups = counted(len(result.duplicates), "group")
     rows.append(("duplicate", f"{result.redundant:,} ({groups} with equal content)"))
     if result.contradictions:
         how = "are in several class folders" if by_folder else "have several labels"
         rows.append(("contradictory", f"{counted(result.contradictions, 'group')} of duplicates {how}"))
     return rows
+
+
+def _remarks(result: CheckResult) -> list[tuple[str, str]]:
+    return [(path, f"{text}, of which only the first is read") for path, text in result.further]
 
 
 def _range(values: Sequence[float] | np.ndarray) -> str:
@@ -175,7 +179,7 @@ def _sections(result: CheckResult, rows: Sequence[tuple[str, str]], figure: Path
     for title, columns, cells, name in (
         ("Corrupt files", ("file", "reason"), result.corrupt, CORRUPT_LIST),
         ("Duplicates", ("kept", "the same"), [(g[0], ", ".join(g[1:4])) for g in result.duplicates], DUPLICATES_LIST),
-        ("Remarks", ("file", "remark"), [(remark.path, str(remark)) for remark in result.remarks], REMARKS_LIST),
+        ("Remarks", ("file", "remark"), _remarks(result), REMARKS_LIST),
     ):
         if cells:
             sections.append(Table(title, columns, cells[:_LISTED], f"{len(cells):,} in all, listed in {name}."))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from openmae.data.decode import CorruptImage, ImageFile, Remark
+from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.index import ImageIndex
 from openmae.data.parallel import map_ordered
 from openmae.data.shards.reading import ShardedIndex
@@ -30,7 +30,7 @@ class CheckResult:
         file_sizes: int64 [N], of the readable images, in bytes.
         formats: number of images by format and mode, such as "JPEG RGB".
         corrupt: (name, reason) of images that cannot be decoded.
-        remarks: on readable images, by name.
+        further: (name, description) of readable files with several images, of which the first is read.
         duplicates: groups of readable images with equal bytes, by name.
         contradictions: number of ``duplicates`` with different labels.
     """
@@ -40,7 +40,7 @@ class CheckResult:
     file_sizes: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     formats: Counter[str] = field(default_factory=Counter)
     corrupt: list[tuple[str, str]] = field(default_factory=list)
-    remarks: list[Remark] = field(default_factory=list)
+    further: list[tuple[str, str]] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     contradictions: int = 0
 
@@ -73,7 +73,7 @@ class _Image(NamedTuple):
     length: int
     size: tuple[int, int]  # width, height
     format: str
-    remarks: list[Remark]
+    further: str
 
 
 def check_images(index: ImageIndex, advance: Callable[[], object] = lambda: None) -> CheckResult:
@@ -94,7 +94,8 @@ def check_images(index: ImageIndex, advance: Callable[[], object] = lambda: None
         groups[image.digest].append(number)
         readable.append(image)
         result.formats[image.format] += 1
-        result.remarks += image.remarks
+        if image.further:
+            result.further.append((index.full_name(index.paths[number]), image.further))
     result.sizes = np.array([image.size for image in readable], np.int64).reshape(-1, 2)
     result.file_sizes = np.array([image.length for image in readable], np.int64)
     same = [group for group in groups.values() if len(group) > 1]
@@ -110,8 +111,8 @@ def _check(index: ImageIndex, number: int) -> _Image | CorruptImage:
         with ImageFile(index.file(number), io.BytesIO(content), index.max_pixels) as image:
             image.pixels(at_least=(1, 1))  # reads a JPEG completely, at the lowest resolution
             height, width = image.size
-            remarks = image.remarks(index.full_name(index.paths[number]))
             digest = hashlib.sha256(content).digest()[:16]
-            return _Image(digest, len(content), (width, height), f"{image.format} {image.mode}", remarks)
+            kind = f"{image.format} {image.mode}"
+            return _Image(digest, len(content), (width, height), kind, image.further_images)
     except CorruptImage as error:
         return error

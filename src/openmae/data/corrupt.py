@@ -1,4 +1,4 @@
-"""Records of images that cannot be decoded, and of remarks on images that can."""
+"""Record of images that cannot be decoded, and a notice on files with several images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from openmae.data.decode import MAX_KEY, Remark
+from openmae.data.decode import MAX_KEY
 from openmae.data.folder import CORRUPT_LIST
 from openmae.data.index import ImageIndex
 from openmae.errors import DataError
@@ -71,21 +71,9 @@ class CorruptFiles:
         )
 
 
-class RemarkLog:
-    """Logs the first remark of each kind; of several processes only one logs, and it knows only the images it reads.
-
-    Args:
-        index: the data set.
-    """
-
-    def __init__(self, index: ImageIndex) -> None:
-        self._index = index
-        self._kinds: set[str] = set()
-
-    def record(self, remarks: Iterable[Remark]) -> None:
-        """Add the remarks of a batch."""
-        for remark in remarks:
-            if remark.kind not in self._kinds:
-                self._kinds.add(remark.kind)
-                name = self._index.full_name(remark.path)
-                log.warning("%s: %s. `mae dataset check` lists all such images.", name, remark)
+def warn_of_further_images(index: ImageIndex, path: str, further: str) -> None:
+    """Log that only the first image of a file is read; ``further`` as in ``ImageFile.further_images``."""
+    log.warning(
+        "%s has %s, of which only the first is read. `mae dataset check` lists all such files.",
+        *(index.full_name(path), further),
+    )

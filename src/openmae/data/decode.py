@@ -5,18 +5,15 @@ from __future__ import annotations
 import io
 import logging
 import math
-import os
 import re
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
-import PIL
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from openmae.data.formats import READ_FORMATS, SIGNATURE_BYTES, recognise, why_not_read
@@ -24,14 +21,15 @@ from openmae.inputs import open_regular
 
 MAX_MEGAPIXELS = 179  # Pillow's own limit
 MAX_KEY = "dataset.max_megapixels"
-REMARK_KINDS = ("pages", "warning")
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upright image
 Size = tuple[int, int]  # height, width
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 log = logging.getLogger("openmae")
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise every process prints Pillow's errors
+# Otherwise every process prints Pillow's messages on files that it can read (broken EXIF, ...).
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Image generators store prompts of several MB in PNG files. Pillow refuses more than 1 MiB per text, and 64 MiB in all.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -74,25 +72,6 @@ class TooManyPixels(CorruptImage):
         self.max_pixels = max_pixels
 
 
-class Remark(NamedTuple):
-    """Something unusual about an image that was decoded.
-
-    Attributes:
-        path: as in ``ImageIndex.paths``.
-        kind: one of ``REMARK_KINDS``: the file holds more images than the one that is read, or Pillow warns.
-        text: the reason, such as ``several pages``, or the warning.
-    """
-
-    path: str
-    kind: str
-    text: str
-
-    def __str__(self) -> str:
-        if self.kind == "pages":
-            return f"it has {self.text}; only the first is read"
-        return f"Pillow warns: {self.text}"
-
-
 class ImageFile:
     """An image file whose header has been read: the size is known, pixels are decoded on request.
 
@@ -108,7 +87,6 @@ class ImageFile:
         mode: Pillow's name of the pixel format in the file.
         size: (height, width) of the upright image.
         transparent: the file may have transparent parts.
-        warnings: Pillow's warnings so far.
 
     Raises:
         CorruptImage: on opening or decoding, for any error in the file.
@@ -118,7 +96,6 @@ class ImageFile:
         self, path: Path, content: BinaryIO | None = None, max_pixels: int = MAX_MEGAPIXELS * 1_000_000
     ) -> None:
         self.path = path
-        self.warnings: list[str] = []
         with self._decoding():
             self._file = open_regular(path) if content is None else content
             try:
@@ -174,17 +151,18 @@ class ImageFile:
                 image = image.crop((left, top, right, bottom))
             return self._to_channels(image, in_chans)
 
-    def remarks(self, path: str) -> list[Remark]:
-        """Return what is unusual about this image, under the name ``path``. Call it after ``pixels``."""
-        found = []
+    @property
+    def further_images(self) -> str:
+        """What the file holds in addition to the image that is read, such as ``several pages``; empty for nothing.
+
+        Read it after ``pixels``. Further images in a phone's JPEG (depth, brightness) do not count.
+        """
         try:  # only the first image of the file has been decoded, the others may be damaged
-            # A phone's JPEG (MPO) has further images for depth and brightness, which do not count.
             if self.format != "MPO" and getattr(self._image, "is_animated", False):
-                nouns = {"TIFF": "pages", "HEIF": "images"}
-                found.append(Remark(path, "pages", f"several {nouns.get(self.format, 'frames')}"))
+                return {"TIFF": "several pages", "HEIF": "several images"}.get(self.format, "several frames")
         except Exception:
-            log.debug("%s: further images in the file cannot be read", path, exc_info=True)
-        return found + [Remark(path, "warning", text) for text in self.warnings[:1]]
+            log.debug("%s: further images in the file cannot be read", self.path, exc_info=True)
+        return ""
 
     def _to_channels(self, image: Image.Image, in_chans: int) -> Pixels:
         if image.mode.startswith("I;16"):
@@ -209,8 +187,7 @@ class ImageFile:
     @contextmanager
     def _decoding(self) -> Iterator[None]:
         try:
-            with _collect_warnings(self.warnings):
-                yield
+            yield
         except (MemoryError, CorruptImage):
             raise
         except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, ...
@@ -304,36 +281,3 @@ def _sample_type(file: Image.Image) -> str:
     bits = int(file.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
     kind = int(file.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0])
     return _TIFF_SAMPLES.get(kind, "{}-bit numbers of an unknown kind").format(bits)
-
-
-# ------------------------------------------------------------------------------------ Pillow's warnings
-
-_thread = threading.local()  # .texts: where the warnings of this thread go
-_show_default = warnings.showwarning
-
-
-@contextmanager
-def _collect_warnings(texts: list[str]) -> Iterator[None]:
-    """Append Pillow's warnings in this thread to ``texts``; other warnings are shown as usual.
-
-    ``warnings.catch_warnings`` changes the filters of all threads.
-    """
-    global _show_default
-    if warnings.showwarning is not _show_warning:  # not installed yet, or replaced since
-        _show_default = warnings.showwarning
-        warnings.showwarning = _show_warning
-        warnings.filterwarnings("always", module=r"PIL\.")  # the default is once per line of code
-    before = getattr(_thread, "texts", None)
-    _thread.texts = texts
-    try:
-        yield
-    finally:
-        _thread.texts = before
-
-
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, *args: Any, **options: Any) -> None:
-    texts = getattr(_thread, "texts", None)
-    if texts is None or os.path.dirname(filename) != os.path.dirname(PIL.__file__):
-        _show_default(message, category, filename, *args, **options)
-    elif not issubclass(category, Image.DecompressionBombWarning):  # ``max_pixels`` is the limit here
-        texts.append(" ".join(str(message).split()))

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch.utils.data import Dataset
 
-from openmae.data.decode import REMARK_KINDS, CorruptImage, Remark
+from openmae.data.decode import CorruptImage
 from openmae.data.index import ImageIndex
 from openmae.data.transforms import Transform, rng_at
 from openmae.errors import DataError
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
         indices: int64 [B]; positions in the index of the data set.
         epoch: the epoch that the sampler addressed.
         corrupt: (relative path, reason) of files that could not be decoded.
-        remarks: on images that were decoded, the first of each kind per process.
+        further: (relative path, description) of a file with several images; the first one that a process reads.
     """
 
     images: torch.Tensor
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     indices: torch.Tensor
     epoch: int
     corrupt: list[tuple[str, str]]
-    remarks: Sequence[Remark] = ()
+    further: Sequence[tuple[str, str]] = ()
 
 
 class Sample(TypedDict):
@@ -47,7 +47,7 @@ class Sample(TypedDict):
     index: int
     epoch: int
     corrupt: list[tuple[str, str]]
-    remarks: list[Remark]
+    further: list[tuple[str, str]]
 
 
 class ImageDataset(Dataset[Sample]):
@@ -66,7 +66,7 @@ class ImageDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.replace_corrupt = replace_corrupt
-        self._remarked: set[str] = set()  # kinds of remarks that this process has made
+        self._reported = False  # that a file has several images, by this process
 
     def __len__(self) -> int:
         return len(self.index)
@@ -75,20 +75,19 @@ class ImageDataset(Dataset[Sample]):
         epoch, wanted = address
         tries = min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1
         corrupt: list[tuple[str, str]] = []
-        remarks: list[Remark] = []
+        further: list[tuple[str, str]] = []
         tensor = None
         for number in ((wanted + step) % len(self) for step in range(tries)):
             try:
                 with self.index.open(number) as image:
                     tensor = self.transform(image, rng_at(self.seed, epoch, wanted))
-                    if len(self._remarked) < len(REMARK_KINDS):
-                        remarks = [r for r in image.remarks(self.index.paths[number]) if r.kind not in self._remarked]
-                        self._remarked.update(remark.kind for remark in remarks)
+                    if not self._reported and (text := image.further_images):
+                        further, self._reported = [(self.index.paths[number], text)], True
                 break
             except CorruptImage as error:
                 corrupt.append((self.index.paths[number], error.reason))
         label = -1 if self.index.labels is None else self.index.labels[number]
-        return Sample(image=tensor, label=label, index=number, epoch=epoch, corrupt=corrupt, remarks=remarks)
+        return Sample(image=tensor, label=label, index=number, epoch=epoch, corrupt=corrupt, further=further)
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Stack samples into a ``Batch``, without those that have no image."""
@@ -103,7 +102,7 @@ class ImageDataset(Dataset[Sample]):
             indices=torch.tensor([sample["index"] for sample in readable], dtype=torch.int64),
             epoch=samples[0]["epoch"] if samples else 0,
             corrupt=[file for sample in samples for file in sample["corrupt"]],
-            remarks=[remark for sample in samples for remark in sample["remarks"]],
+            further=[file for sample in samples for file in sample["further"]],
         )
 
 

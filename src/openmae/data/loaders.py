@@ -17,7 +17,7 @@ from types import TracebackType
 import torch
 from torch.utils.data import DataLoader
 
-from openmae.data.corrupt import CorruptFiles, RemarkLog
+from openmae.data.corrupt import CorruptFiles, warn_of_further_images
 from openmae.data.image_dataset import AddressedSampler, Batch, EvalSampler, ImageDataset
 from openmae.data.index import ImageIndex
 from openmae.data.transforms import Transform
@@ -48,14 +48,14 @@ class LoaderSettings:
 
 
 class _Loader:
-    """A ``DataLoader`` that records corrupt files and remarks."""
+    """A ``DataLoader`` that records corrupt files, and warns of the first file with several images."""
 
     def __init__(
         self, dataset: ImageDataset, sampler: AddressedSampler | EvalSampler, settings: LoaderSettings
     ) -> None:
         self.dataset = dataset
         self._corrupt = CorruptFiles(dataset.index, settings.results, settings.max_corrupt_fraction)
-        self._remarks = RemarkLog(dataset.index)
+        self._warned = False
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -74,8 +74,13 @@ class _Loader:
     def _batches(self) -> Iterator[Batch]:
         for batch in self._loaded():
             self._corrupt.record(batch.corrupt)
-            self._remarks.record(batch.remarks)
+            self._warn_of_further_images(batch)
             yield batch
+
+    def _warn_of_further_images(self, batch: Batch) -> None:
+        if batch.further and not self._warned:
+            self._warned = True
+            warn_of_further_images(self.dataset.index, *batch.further[0])
 
     def _loaded(self) -> Iterator[Batch]:
         workers = self._loader.num_workers
@@ -144,7 +149,7 @@ class EvaluationLoader(_Loader):
         samples = (self.dataset[0, index] for offset in range(step) for index in range(offset, length, step))
         readable = (sample for sample in samples if sample["image"] is not None)
         batch = self.dataset.collate(list(islice(readable, count)))
-        self._remarks.record(batch.remarks)
+        self._warn_of_further_images(batch)
         return batch
 
 

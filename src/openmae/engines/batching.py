@@ -71,8 +71,8 @@ def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels:
         try:
             with ImageFile(Path(path), max_pixels=round(max_megapixels * 1_000_000)) as file:
                 images.append(transform(file))
-                for remark in file.remarks(str(path)):
-                    log.warning("%s: %s.", path, remark)
+                if file.further_images:
+                    log.warning("%s has %s, of which only the first is read.", path, file.further_images)
         except TooManyPixels as error:
             raise DataError(
                 f"{path} has {error.got} pixels, more than max_megapixels={max_megapixels:g} allows.",

@@ -19,8 +19,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from openmae.data.corrupt import RemarkLog
-from openmae.data.decode import CorruptImage, ImageFile, Remark
+from openmae.data.corrupt import warn_of_further_images
+from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.folder import CORRUPT_LIST
 from openmae.data.index import ImageIndex
 from openmae.data.parallel import map_ordered
@@ -116,7 +116,7 @@ def _pack(
         )
     for leftover in out.glob(".packing-*/"):  # from a process that was killed; the lock is held
         shutil.rmtree(leftover)
-    result, remarks = PackResult(), RemarkLog(index)
+    result, warned = PackResult(), False
     with tempfile.TemporaryDirectory(prefix=".packing-", dir=out) as folder:
         writer = _ShardWriter(Path(folder), name, index.class_names, options.shard_bytes)
         for number, stored in enumerate(map_ordered(partial(_stored, index, options), len(index))):
@@ -124,7 +124,9 @@ def _pack(
             if isinstance(stored, CorruptImage):
                 result.corrupt.append((index.full_name(index.paths[number]), stored.reason))
                 continue
-            remarks.record(stored.remarks)
+            if stored.further and not warned:
+                warned = True
+                warn_of_further_images(index, index.paths[number], stored.further)
             label = -1 if index.labels is None else index.labels[number]
             writer.add(index.key(number), stored.content, stored.suffix, label)
             result.images += 1
@@ -154,7 +156,7 @@ class _Stored(NamedTuple):
 
     content: bytes
     suffix: str
-    remarks: list[Remark]
+    further: str
 
 
 def _stored(index: ImageIndex, options: PackOptions, number: int) -> _Stored | CorruptImage:
@@ -166,7 +168,7 @@ def _stored(index: ImageIndex, options: PackOptions, number: int) -> _Stored | C
                 content, suffix = _scaled_down(image, options.size, options.quality)
             else:
                 image.pixels(at_least=(1, 1))  # reads a JPEG completely, at the lowest resolution
-            return _Stored(content, suffix, image.remarks(index.paths[number]))
+            return _Stored(content, suffix, image.further_images)
     except CorruptImage as error:
         return error
 
