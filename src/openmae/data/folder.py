@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
@@ -59,12 +59,6 @@ class FolderListing:
     images: list[str]
     skipped: tuple[SkippedFiles, ...] = ()
     results: tuple[str, ...] = ()
-
-    def below(self, prefix: str) -> FolderListing:
-        """Return the listing of a subfolder that holds all of ``images``."""
-        shown = printable_name(prefix)
-        skipped = tuple(replace(kind, example=kind.example.removeprefix(shown)) for kind in self.skipped)
-        return FolderListing([path.removeprefix(prefix) for path in self.images], skipped, self.results)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -39,19 +39,10 @@ class Batch(NamedTuple):
     further: Sequence[tuple[str, str]] = ()
 
 
-class Sample(TypedDict):
-    """An item of ``ImageDataset``; ``image`` is None if no file could be decoded."""
+class ImageDataset(Dataset[Batch]):
+    """The transformed images of an index, each as a batch of one, or of none if no file could be decoded.
 
-    image: torch.Tensor | None
-    label: int
-    index: int
-    epoch: int
-    corrupt: list[tuple[str, str]]
-    further: list[tuple[str, str]]
-
-
-class ImageDataset(Dataset[Sample]):
-    """The transformed images of an index. Sample (epoch, i) does not depend on when or where it is made.
+    Item (epoch, i) does not depend on when or where it is made.
 
     Args:
         index: the images and their labels.
@@ -71,38 +62,43 @@ class ImageDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, address: Address) -> Sample:
+    def __getitem__(self, address: Address) -> Batch:
         epoch, wanted = address
-        tries = min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1
         corrupt: list[tuple[str, str]] = []
-        further: list[tuple[str, str]] = []
-        tensor = None
-        for number in ((wanted + step) % len(self) for step in range(tries)):
+        for step in range(min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1):
+            number = (wanted + step) % len(self)
+            path = self.index.paths[number]
             try:
                 with self.index.open(number) as image:
-                    tensor = self.transform(image, rng_at(self.seed, epoch, wanted))
-                    if not self._reported and (text := image.further_images):
-                        further, self._reported = [(self.index.paths[number], text)], True
-                break
+                    pixels = self.transform(image, rng_at(self.seed, epoch, wanted))
+                    further = [] if self._reported or not image.further_images else [(path, image.further_images)]
             except CorruptImage as error:
-                corrupt.append((self.index.paths[number], error.reason))
-        label = -1 if self.index.labels is None else self.index.labels[number]
-        return Sample(image=tensor, label=label, index=number, epoch=epoch, corrupt=corrupt, further=further)
+                corrupt.append((path, error.reason))
+                continue
+            self._reported = self._reported or bool(further)
+            label = -1 if self.index.labels is None else self.index.labels[number]
+            return Batch(pixels[None], torch.tensor([label]), torch.tensor([number]), epoch, corrupt, further)
+        return self._empty(epoch, corrupt)
 
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Stack samples into a ``Batch``, without those that have no image."""
-        images = [sample["image"] for sample in samples if sample["image"] is not None]
-        readable = [sample for sample in samples if sample["image"] is not None]
+    def _empty(self, epoch: int, corrupt: list[tuple[str, str]]) -> Batch:
+        none = torch.empty(0, dtype=torch.int64)
+        images = torch.empty(0, self.transform.in_chans, *self.transform.size, dtype=torch.uint8)
+        return Batch(images, none, none, epoch, corrupt)
+
+    def collate(self, batches: Sequence[Batch]) -> Batch:
+        """Join batches of one epoch."""
+        batches = batches or [self._empty(0, [])]
+        readable = [batch for batch in batches if len(batch.images)] or batches[:1]
+        images = [batch.images for batch in readable]
         if any(image.is_floating_point() for image in images):
             images = [image.float() for image in images]
-        empty = torch.empty(0, self.transform.in_chans, *self.transform.size, dtype=torch.uint8)
         return Batch(
-            images=torch.stack(images) if images else empty,
-            labels=torch.tensor([sample["label"] for sample in readable], dtype=torch.int64),
-            indices=torch.tensor([sample["index"] for sample in readable], dtype=torch.int64),
-            epoch=samples[0]["epoch"] if samples else 0,
-            corrupt=[file for sample in samples for file in sample["corrupt"]],
-            further=[file for sample in samples for file in sample["further"]],
+            images=torch.cat(images),
+            labels=torch.cat([batch.labels for batch in readable]),
+            indices=torch.cat([batch.indices for batch in readable]),
+            epoch=batches[0].epoch,
+            corrupt=[file for batch in batches for file in batch.corrupt],
+            further=[file for batch in batches for file in batch.further],
         )
 
 

@@ -317,7 +317,7 @@ def _unwrapped(folder: Path) -> tuple[Path, FolderListing]:
         if not any(entry.is_dir() or entry.name == LABELS_FILE for entry in inner):
             break
         prefix += f"{entries[0].name}/"
-    return folder / prefix, listing.below(prefix)
+    return folder / prefix, replace(listing, images=[path.removeprefix(prefix) for path in listing.images])
 
 
 def _only_results(listing: FolderListing, path: str) -> bool:

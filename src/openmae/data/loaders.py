@@ -147,7 +147,7 @@ class EvaluationLoader(_Loader):
         length = len(self.dataset)
         step = max(1, length // count)
         samples = (self.dataset[0, index] for offset in range(step) for index in range(offset, length, step))
-        readable = (sample for sample in samples if sample["image"] is not None)
+        readable = (sample for sample in samples if len(sample.images))
         batch = self.dataset.collate(list(islice(readable, count)))
         self._warn_of_further_images(batch)
         return batch

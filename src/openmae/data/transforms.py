@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -259,24 +258,18 @@ def _at_least_one_bit(level: float, hparams: dict[str, Any], level_fn: Callable[
     return (max(1, level_fn(level, hparams)[0]),)
 
 
-@contextmanager
-def _seed_globals(rng: np.random.Generator) -> Iterator[None]:
-    """Seed the global generators that timm uses, and restore them afterwards."""
+def _apply_policy(policy: ImagePolicy, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    pixels = image.permute(1, 2, 0).round().to(torch.uint8).numpy()
+    # timm draws from the global generators: seed them, and restore them afterwards.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     seed = int(rng.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)
     try:
-        yield
+        augmented = policy(Image.fromarray(pixels if image.shape[0] == 3 else pixels[..., 0]))
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-def _apply_policy(policy: ImagePolicy, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    pixels = image.permute(1, 2, 0).round().to(torch.uint8).numpy()
-    with _seed_globals(rng):
-        augmented = policy(Image.fromarray(pixels if image.shape[0] == 3 else pixels[..., 0]))
     result = torch.from_numpy(np.array(augmented)).reshape(pixels.shape).permute(2, 0, 1)
     return result.to(image.dtype)
 
