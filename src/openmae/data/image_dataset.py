@@ -71,13 +71,14 @@ class ImageDataset(Dataset[Batch]):
             try:
                 with self.index.open(number) as image:
                     pixels = self.transform(image, rng_at(self.seed, epoch, wanted))
-                    further = [] if self._reported or not image.further_images else [(path, image.further_images)]
+                    further = "" if self._reported else image.further_images
             except CorruptImage as error:
                 corrupt.append((path, error.reason))
                 continue
-            self._reported = self._reported or bool(further)
+            self._reported = self._reported or further != ""
             label = -1 if self.index.labels is None else self.index.labels[number]
-            return Batch(pixels[None], torch.tensor([label]), torch.tensor([number]), epoch, corrupt, further)
+            several = [(path, further)] if further else []
+            return Batch(pixels[None], torch.tensor([label]), torch.tensor([number]), epoch, corrupt, several)
         return self._empty(epoch, corrupt)
 
     def _empty(self, epoch: int, corrupt: list[tuple[str, str]]) -> Batch:
