@@ -24,8 +24,8 @@ from openmae.data.image_dataset import Batch, ImageDataset
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import LoaderSettings, TrainingLoader
 from openmae.data.normalise import Normaliser
+from openmae.data.shards.indexing import index_shards
 from openmae.data.shards.packing import PackOptions, pack
-from openmae.data.shards.source import index_shards
 from openmae.data.transforms import FinetuneTransform, PretrainTransform, Transform, _fix_posterize
 
 from .measure import Comparison, compare

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.helpers.shards import sharded
 
-from openmae.data.folder import SkippedFiles
+from openmae.data.folder_listing import SkippedFiles
 from openmae.data.index import ImageIndex
 from openmae.data.open import open_index
 

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openmae.checkpoints.folder import read_training_state, write_checkpoint
-from openmae.checkpoints.format import read_checkpoint
+from openmae.checkpoints.format import read_checkpoint, read_training_state, write_checkpoint
 from openmae.data.archives import resolve_source
 from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.formats import READ_FORMATS
 from openmae.data.index import index_folder
-from openmae.data.shards.source import index_shards
+from openmae.data.shards.indexing import index_shards
 from openmae.errors import UserError
 from openmae.spec.load import load_spec
 from openmae.storage.encryption import Key, created, unlocked

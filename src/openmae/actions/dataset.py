@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 
 from openmae.data.check import CheckResult, check_images
 from openmae.data.decode import MAX_MEGAPIXELS
-from openmae.data.folder import CORRUPT_LIST, counted, describe_skipped, first_names
+from openmae.data.folder_listing import CORRUPT_LIST, counted, describe_skipped, first_names
 from openmae.data.index import skipped_files_table
 from openmae.data.open import open_index
 from openmae.data.shards.packing import PackOptions, PackResult, pack

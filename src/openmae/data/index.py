@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, ImageFile, check_length, describe_error
-from openmae.data.folder import (
+from openmae.data.folder_listing import (
     LABELS_FILE,
     FolderListing,
     SkippedFiles,

@@ -47,7 +47,7 @@ class LoaderSettings:
     world_size: int = 1
 
 
-class _Loader:
+class _RecordingLoader:
     """A ``DataLoader`` that records corrupt files, and warns of the first file with several images."""
 
     def __init__(
@@ -96,7 +96,7 @@ class _Loader:
             yield from batches
 
 
-class TrainingLoader(_Loader):
+class TrainingLoader(_RecordingLoader):
     """Shuffled batches of one size, addressed by (seed, epoch), that can start at any position of a run.
 
     Args:
@@ -126,7 +126,7 @@ class TrainingLoader(_Loader):
         return self.dataset.index.paths[index]
 
 
-class EvaluationLoader(_Loader):
+class EvaluationLoader(_RecordingLoader):
     """Every image once, in order, without corrupt ones.
 
     Args:

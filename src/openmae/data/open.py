@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from openmae.data.archives import resolve_source
-from openmae.data.folder import FolderListing, counted, first_names, list_entries, list_folder
+from openmae.data.folder_listing import FolderListing, counted, first_names, list_entries, list_folder
 from openmae.data.index import ImageIndex, index_folder, log_skipped
+from openmae.data.shards.indexing import index_shards
 from openmae.data.shards.patterns import expand_braces, is_shard_pattern
-from openmae.data.shards.source import index_shards
 from openmae.data.shards.tar_index import NoImagesError
 from openmae.errors import DataError
 from openmae.storage import cache

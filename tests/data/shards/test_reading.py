@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.shards import png, sharded, write_tar
 
 from openmae.data.decode import CorruptImage
-from openmae.data.folder import SkippedFiles
+from openmae.data.folder_listing import SkippedFiles
 from openmae.data.image_dataset import AddressedSampler, Batch
 from openmae.data.index import ImageIndex, index_folder
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader

@@ -21,7 +21,7 @@ from PIL import Image
 
 from openmae.data.corrupt import warn_of_further_images
 from openmae.data.decode import CorruptImage, ImageFile
-from openmae.data.folder import CORRUPT_LIST
+from openmae.data.folder_listing import CORRUPT_LIST
 from openmae.data.index import ImageIndex
 from openmae.data.parallel import map_ordered
 from openmae.data.shards.tar_index import BLOCK, TarIndex, index_file

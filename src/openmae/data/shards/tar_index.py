@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from openmae.data.archives import StrictTar
-from openmae.data.folder import SkippedCounter, file_kind, is_image, is_visible
+from openmae.data.folder_listing import SkippedCounter, file_kind, is_image, is_visible
 from openmae.data.index import sort_class_names
 from openmae.errors import DataError
 from openmae.storage.printable import printable_name

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from openmae.data.folder import SkippedFiles, describe_skipped, file_kind, list_folder
+from openmae.data.folder_listing import SkippedFiles, describe_skipped, file_kind, list_folder
 from openmae.data.index import index_folder
 from openmae.data.open import open_index
 from openmae.errors import DataError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openmae.data.folder import SkippedCounter, SkippedFiles, counted
+from openmae.data.folder_listing import SkippedCounter, SkippedFiles, counted
 from openmae.data.formats import IMAGE_SUFFIXES
 from openmae.data.index import label_by_folder, sort_class_names, warn_of_odd_classes
 from openmae.data.shards.reading import MEMBER, ShardedIndex, ShardPrefetcher
