@@ -1,6 +1,6 @@
 """Opening of files that a user names: regular files, and pipes where they make sense.
 
-Opening a named pipe blocks until somebody writes to it, and a device such as /dev/zero never ends. A data set may
+Opening a named pipe blocks until a program writes to it, and a device such as /dev/zero never ends. A data set may
 contain both under any name, so readers use these functions instead of ``open``.
 """
 

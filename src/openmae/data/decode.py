@@ -153,7 +153,7 @@ class ImageFile:
 
     @property
     def further_images(self) -> str:
-        """What the file holds in addition to the image that is read, such as ``several pages``; empty for nothing.
+        """A description of a file with more than the image that is read, such as ``several pages``; otherwise empty.
 
         Read it after ``pixels``. Further images in a phone's JPEG (depth, brightness) do not count.
         """

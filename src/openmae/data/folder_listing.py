@@ -14,7 +14,7 @@ from openmae.errors import DataError
 from openmae.storage.printable import printable_name
 
 LABELS_FILE = "labels.csv"
-CORRUPT_LIST = "corrupt_files.txt"  # written into results folders, and beside packed shards
+CORRUPT_LIST = "corrupt_files.txt"  # written into results folders, and next to packed shards
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
 NO_SUFFIX = "without a suffix"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -128,7 +128,7 @@ def list_folder(folder: Path) -> FolderListing:
         writer = "" if in_results else _results_writer(path, entries)
         if writer:
             results.append(prefix.rstrip("/") or ".")
-            if writer != "action":  # jobs and the quickstart also write images of their own
+            if writer != "action":  # jobs and the quickstart may write any image
                 continue
             in_results = True
         for name, entry in entries.items():

@@ -15,7 +15,7 @@ from openmae.data.transforms import Transform, rng_at
 from openmae.errors import DataError
 
 Address = tuple[int, int]  # epoch, index
-_MAX_TRIES = 16  # images that are tried in place of a corrupt one
+_MAX_TRIES = 16  # images that are tried instead of a corrupt one
 
 
 class Batch(NamedTuple):
@@ -48,7 +48,7 @@ class ImageDataset(Dataset[Batch]):
         index: the images and their labels.
         transform: from an open image to a tensor.
         seed: the transform's random numbers follow from it, the epoch and i.
-        replace_corrupt: return the next readable image in place of a corrupt one (training). Otherwise a corrupt image
+        replace_corrupt: return the next readable image instead of a corrupt one (training). Otherwise a corrupt image
             is left out of its batch, so that no image counts twice (evaluation).
     """
 

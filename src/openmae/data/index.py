@@ -304,7 +304,7 @@ def _no_images(folder: Path, listing: FolderListing) -> DataError:
 
 
 def _unwrapped(folder: Path) -> tuple[Path, FolderListing]:
-    """List a folder, or the only folder in it unless that is a class folder (without folders or labels of its own).
+    """List a folder, or the only folder in it if that contains folders or a labels.csv and so is not a class folder.
 
     Folders with nothing but results of OpenMAE are ignored: the first run must not change what the second one reads.
     """

@@ -70,7 +70,7 @@ def _open_folder(folder: Path, labelled: bool | None, shown: str) -> ImageIndex:
     except NoImagesError:
         if not listing.images:
             raise
-        log.warning("%s: its tar files hold no images (%s); the images beside them are read.", shown, names)
+        log.warning("%s: its tar files hold no images (%s); the images next to them are read.", shown, names)
         return index_folder(folder, labelled, shown)
     if listing.images:
         log.warning(
@@ -83,9 +83,9 @@ def _open_folder(folder: Path, labelled: bool | None, shown: str) -> ImageIndex:
 
 
 def _shards_are_larger(folder: Path, tars: Sequence[str], listing: FolderListing) -> bool:
-    """Return whether the shards are more than twice as large as the images beside them.
+    """Return whether the shards are more than twice as large as the images next to them.
 
-    An archive that was extracted and left beside its images has about their size.
+    An archive that was extracted and left next to its images has about their size.
     """
     left = sum(map(_size, tars)) / 2
     for path in listing.images:

@@ -27,7 +27,7 @@ log = logging.getLogger("openmae")
 _LOOKUPS = 16  # at the same time
 _INDEXES = "indexes.jsonl"
 
-_Status = tuple[str, int, bool]  # stamp, size in bytes and whether there is an index beside a shard
+_Status = tuple[str, int, bool]  # stamp, size in bytes and whether there is an index next to a shard
 
 
 def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> ShardedIndex:
@@ -134,7 +134,7 @@ def _remote_status(places: Sequence[str]) -> list[_Status | None]:
 
 
 def _indexes_of(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:
-    """Use the index beside a local shard; for other shards one in the cache, which is made if necessary."""
+    """Use the index next to a local shard; for other shards one in the cache, which is made if necessary."""
     found = [_index_beside(shard) for shard in shards]
     lacking = [shard for shard, index in zip(shards, found, strict=True) if index is None]
     if lacking:
@@ -185,7 +185,7 @@ def _new_indexes(shards: Sequence[Shard]) -> list[TarIndex]:
 
 
 def _new_index(shard: Shard) -> TarIndex:
-    """Read the index beside a remote shard, or scan the shard."""
+    """Read the index next to a remote shard, or scan the shard."""
     if shard.remote and shard.indexed:
         from openmae.storage.filesystem import ask, open_filesystem
 
@@ -240,7 +240,7 @@ def _labels(
         example = printable_name(members[labels.index(-1)])
         text = f"{unlabelled:,} of {len(labels):,} images in {pattern} have no label, such as {example}"
         if labelled:
-            raise DataError(f"{text}.", "Write a .cls beside each, or leave them out.")
+            raise DataError(f"{text}.", "Write a .cls next to each, or leave them out.")
         log.warning("%s. kNN and probe accuracy ignore them.", text)
     if unlabelled == len(labels):
         return None, (), ""

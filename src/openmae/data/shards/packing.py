@@ -1,4 +1,4 @@
-"""Packing of an index into WebDataset shards, with an index beside each."""
+"""Packing of an index into WebDataset shards, with an index next to each."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def pack(
     """Write the images of ``index`` to ``out``/NAME-000000.tar, NAME-000001.tar, ..., where NAME is that of the folder.
 
     Images keep their order. The key of an image is its path, with underscores for dots in the name, since WebDataset
-    ends a key at the first dot. Its .cls holds the number of its class, whose name is in the index beside the shard.
+    ends a key at the first dot. Its .cls holds the number of its class, whose name is in the index next to the shard.
     The same images give the same bytes. Every image is decoded once; corrupt ones are left out and listed in
     ``corrupt_files.txt``. Shards have temporary names until all of them are complete.
 
@@ -195,7 +195,7 @@ def _scaled_down(file: ImageFile, size: int, quality: int) -> tuple[bytes, str]:
 
 
 class _ShardWriter:
-    """Writes samples to numbered tar files, and an index beside each."""
+    """Writes samples to numbered tar files, and an index next to each."""
 
     def __init__(self, folder: Path, name: str, classes: tuple[str, ...], shard_bytes: int) -> None:
         self._folder, self._name, self._classes, self._shard_bytes = folder, name, list(classes), shard_bytes

@@ -1,7 +1,7 @@
 """The index of a shard: which images a tar file holds and where, so that each can be read without unpacking.
 
-An index is made by one pass over the headers of the tar file and kept as JSON: beside the shard if ``mae dataset pack``
-wrote it, otherwise in the cache.
+An index is made by one pass over the headers of the tar file and kept as JSON: next to the shard if
+``mae dataset pack`` wrote it, otherwise in the cache.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shard:
         place: a local path or a URL.
         stamp: changes whenever the shard does.
         bytes: its size.
-        indexed: there is an index beside it.
+        indexed: there is an index next to it.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Shard:
 
     @property
     def remote(self) -> bool:
-        """Whether the shard is at a URL."""
+        """True for a shard at a URL."""
         return is_remote(self.place)
 
     def fetch(self) -> None:
@@ -149,7 +149,7 @@ class TarIndex:
 
 
 def index_file(shard: str) -> str:
-    """Return the path or URL of the index beside a shard."""
+    """Return the path or URL of the index next to a shard."""
     path, mark, query = shard.partition("?") if is_remote(shard) else (shard, "", "")
     return f"{path}.index.json{mark}{query}"
 
@@ -169,7 +169,7 @@ def scan_tar(shard: Shard) -> TarIndex:
     skipped. Several tar files that were concatenated into one are all read.
 
     Raises:
-        DataError: the shard is not a plain tar file, is cut short, has no images or contains links, or cannot be read.
+        DataError: the shard is not a plain tar file, is truncated, has no images or contains links, or cannot be read.
     """
     place = printable_name(redact(shard.place))
     try:
