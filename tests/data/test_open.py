@@ -44,7 +44,7 @@ def test_a_tar_file_without_images_does_not_hide_the_images_beside_it(
     with tarfile.open(tmp_path / "both" / "videos.tar", "w") as tar:
         tar.add(tmp_path / "clip.mp4", "clip.mp4")
     assert open_index(str(tmp_path / "both"), True).labels == index.labels
-    assert "both: its tar files hold no images (videos.tar); the images beside them are read." in caplog.text
+    assert "both: its tar files hold no images (videos.tar); the images next to them are read." in caplog.text
 
 
 def test_an_archive_beside_its_images_is_not_read(
