@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from openmae.data.image_dataset import Batch, ImageDataset
-from openmae.data.image_index import ImageIndex
-from openmae.data.loaders import LoaderSettings, training_loader
+from openmae.data.index import ImageIndex
+from openmae.data.loaders import LoaderSettings, TrainingLoader
 from openmae.data.normalise import Normaliser
-from openmae.data.open import index_shards
-from openmae.data.shards.packing import Packing, pack
-from openmae.data.transforms import FinetuneTransform, PretrainTransform, Transform, _mend_posterize
+from openmae.data.shards.indexing import index_shards
+from openmae.data.shards.packing import PackOptions, pack
+from openmae.data.transforms import FinetuneTransform, PretrainTransform, Transform, _fix_posterize
 
 from .measure import Comparison, compare
 from .pretrain import told
@@ -159,7 +159,7 @@ def timm_transform() -> Callable[[Image.Image], Tensor]:
         std=_STD,
     )
     for transform in composed.transforms:
-        _mend_posterize(transform)  # or Pillow 13 refuses what timm asks for now and then
+        _fix_posterize(transform)  # or Pillow 13 refuses what timm asks for now and then
     return composed
 
 
@@ -173,7 +173,7 @@ def _pretraining(paths: list[Path], quick: bool, index: ImageIndex | None = None
 def _packed(paths: Sequence[Path]) -> ImageIndex:
     """The same images as ``mae dataset pack --size`` writes them."""
     folder = paths[0].parent
-    shards = pack(_index(paths), folder / "packed", Packing(PACKED)).shards
+    shards = pack(_index(paths), folder / "packed", PackOptions(PACKED)).shards
     return index_shards([str(path) for path in shards], False, "packed")
 
 
@@ -237,7 +237,7 @@ def _loaders(folder: Path, paths: list[Path], batch: int) -> Contestants:
         persistent_workers=True,
     )
     settings = LoaderSettings(batch, folder, max_corrupt_fraction=0.0, num_workers=WORKERS)
-    ours = training_loader(_index(paths), our_transform(finetuning=False), settings, seed=0)
+    ours = TrainingLoader(_index(paths), our_transform(finetuning=False), settings, seed=0)
     epoch = 0
 
     def openmae() -> int:

@@ -1,4 +1,4 @@
-"""Files that a user names: regular ones, and pipes where they make sense."""
+"""Only regular files are opened, and pipes where they make sense."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, make: Callable[[Path], No
         assert caught.value.strerror == f"it is {kind}, not a regular file"
 
 
-def test_a_fifo_in_place_of_a_file_that_was_just_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fifo_that_replaces_a_file_after_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fifo(tmp_path / "x.png")
     monkeypatch.setattr(inputs, "irregular", lambda path: None)
     with pytest.raises(OSError, match="named pipe"):
@@ -72,7 +72,7 @@ def test_a_pipe_with_a_writer_is_read_to_its_end() -> None:
         os.close(reading)
 
 
-def test_a_pipe_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_for_a_pipe_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     reading, writing = os.pipe()
     monkeypatch.setattr(inputs, "_PATIENCE", 0)
 
@@ -88,12 +88,12 @@ def test_a_pipe_that_is_waited_for_is_named(monkeypatch: pytest.MonkeyPatch, cap
     finally:
         logging.getLogger("openmae").removeHandler(handler)
         os.close(reading)
-    assert f"Waiting for somebody to write to /dev/fd/{reading}, which is a pipe" in caplog.text
+    assert f"Waiting for data from /dev/fd/{reading}, which is a pipe" in caplog.text
 
 
 def test_a_pipe_without_a_writer(tmp_path: Path) -> None:
     fifo(tmp_path / "spec.yaml")
-    with pytest.raises(OSError, match="it is a pipe that nothing is written to"):
+    with pytest.raises(OSError, match="it is a pipe without a writer"):
         read_file_or_pipe(tmp_path / "spec.yaml", 100)
     with pytest.raises(OSError, match="it is a device, not a regular file"):
         read_file_or_pipe("/dev/zero", 100)

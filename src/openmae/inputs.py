@@ -1,7 +1,7 @@
-"""Opening what a user names: regular files, and a pipe only where one makes sense.
+"""Opening of files that a user names: regular files, and pipes where they make sense.
 
-A named pipe would block until somebody writes to it, and a device such as /dev/zero never ends. Both may be in a data
-set or behind a link, under any name, so that readers ask here instead of calling ``open``.
+Opening a named pipe blocks until a program writes to it, and a device such as /dev/zero never ends. A data set may
+contain both under any name, so readers use these functions instead of ``open``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import os
 import select
 import stat
-from pathlib import Path
 from typing import BinaryIO
 
 log = logging.getLogger("openmae")
@@ -23,34 +22,30 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-_PATIENCE = 3  # seconds before it is said that a pipe is waited for
+_PATIENCE = 3  # seconds until a message names the pipe that is waited for
 
 
 def irregular(path: str | os.PathLike[str]) -> str | None:
-    """Return what ``path`` is if it is neither a regular file nor a folder, such as "a named pipe (FIFO)", else None.
+    """Return the kind of ``path``, such as "a named pipe (FIFO)"; None for a regular file or a folder.
 
     Raises:
-        OSError: there is no such file, or it cannot be looked at.
+        OSError: the file does not exist or its status cannot be read.
     """
     return _kind(os.stat(path).st_mode)
-
-
-def _kind(mode: int) -> str | None:
-    return next((name for check, name in _KINDS if check(mode)), None)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading bytes.
 
     Raises:
-        OSError: as ``open`` does; also for a pipe, a socket or a device, whose ``strerror`` says what it is.
+        OSError: as ``open`` does; also for a pipe, a socket or a device, with the kind in ``strerror``.
     """
-    if kind := irregular(path):  # before it is opened, which would let a writer to the pipe go on
-        raise _irregular(path, kind)
+    if kind := irregular(path):  # before opening it, which would unblock a writer to the pipe
+        raise _not_regular(path, kind)
     descriptor = os.open(path, _FLAGS)
     try:
-        if kind := _kind(os.fstat(descriptor).st_mode):  # exchanged meanwhile
-            raise _irregular(path, kind)
+        if kind := _kind(os.fstat(descriptor).st_mode):  # replaced since
+            raise _not_regular(path, kind)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -58,43 +53,42 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_file_or_pipe(path: str | os.PathLike[str], most: int) -> bytes:
-    """Read a regular file, or a pipe that somebody writes to: ``<(command)`` of a shell, or /dev/stdin.
+    """Read a regular file, or a pipe that has a writer: ``<(command)`` in a shell, or /dev/stdin.
 
     Args:
         path: of the file.
-        most: bytes that are read; the rest is left.
+        most: the largest number of bytes to read.
 
     Raises:
-        OSError: as ``open_regular``; also for a pipe that has no writer.
+        OSError: as ``open_regular``; also for a pipe without a writer.
     """
     if not stat.S_ISFIFO(os.stat(path).st_mode):
         with open_regular(path) as file:
             return file.read(most)
     descriptor = os.open(path, _FLAGS)
+    content, logged = b"", False
     try:
-        return _read_pipe(descriptor, Path(path), most)
+        while len(content) < most:
+            try:
+                part = os.read(descriptor, 1 << 16)
+            except BlockingIOError:  # there is a writer that has not written yet
+                if not select.select([descriptor], [], [], _PATIENCE)[0] and not logged:
+                    log.warning("Waiting for data from %s, which is a pipe (Ctrl-C stops).", os.fspath(path))
+                    logged = True
+                continue
+            if not part and not content:
+                raise OSError(errno.EPIPE, "it is a pipe without a writer", os.fspath(path))
+            if not part:
+                break
+            content += part
+        return content[:most]
     finally:
         os.close(descriptor)
 
 
-def _read_pipe(descriptor: int, path: Path, most: int) -> bytes:
-    content = b""
-    told = False
-    while len(content) < most:
-        try:
-            part = os.read(descriptor, 1 << 16)
-        except BlockingIOError:  # it has a writer, who has not written
-            if not select.select([descriptor], [], [], _PATIENCE)[0] and not told:
-                log.warning("Waiting for somebody to write to %s, which is a pipe (Ctrl-C stops it).", path)
-                told = True
-            continue
-        if not part and not content:
-            raise OSError(errno.EPIPE, "it is a pipe that nothing is written to", str(path))
-        if not part:
-            break
-        content += part
-    return content[:most]
+def _kind(mode: int) -> str | None:
+    return next((name for check, name in _KINDS if check(mode)), None)
 
 
-def _irregular(path: str | os.PathLike[str], kind: str) -> OSError:
+def _not_regular(path: str | os.PathLike[str], kind: str) -> OSError:
     return OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))

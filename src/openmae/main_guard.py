@@ -1,11 +1,11 @@
-"""Scripts without ``if __name__ == "__main__":``: a process that multiprocessing spawns imports the script again.
+"""Detection of scripts without ``if __name__ == "__main__":``.
 
-Such a script calls OpenMAE a second time, in the new process. That process ends at once and leaves a mark in a file, so
-that its parent can explain what happened:
+A process that multiprocessing spawns imports the script again. Without the guard, the script calls OpenMAE a second
+time, in the new process. That process exits and leaves a mark in a file, so that its parent can explain the failure:
 
     parent: watch_for_reruns() -> OPENMAE_RERUN=FILE -> starts a process
     child:  imports the script -> openmae.train() -> end_if_rerun() -> writes to FILE, exits
-    parent: the process is gone -> FILE is not empty -> SpecError
+    parent: the process is gone -> FILE exists -> SpecError
 """
 
 from __future__ import annotations
@@ -21,37 +21,38 @@ from pathlib import Path
 from openmae.errors import SpecError
 
 _VARIABLE = "OPENMAE_RERUN"
-_FIX = (
-    "Put the call below a guard, so that only the script itself runs it:\n"
-    '    if __name__ == "__main__":\n'
-    "        openmae.train(...)"
-)
 
 
 def end_if_rerun() -> None:
-    """End this process if it was spawned, and imports the user's script again instead of running its own work."""
+    """Exit if this process was spawned and is importing the user's script."""
     if not getattr(multiprocessing.current_process(), "_inheriting", False):
         return
     mark = os.environ.get(_VARIABLE)
     if mark:
-        with suppress(OSError):  # the parent knows already, and has removed the folder
+        with suppress(OSError):  # the parent has failed already and removed the folder
             Path(mark).write_text("rerun", encoding="utf-8")
-    else:  # a parent that was not OpenMAE, or a fork server that is older than the call
-        print(_rerun("A process"), file=sys.stderr, flush=True)
+    else:  # the parent is not OpenMAE, or a fork server that was started before the call
+        print(_no_guard("A process"), file=sys.stderr, flush=True)
     os._exit(1)
 
 
 @contextmanager
-def watch_for_reruns(what: str) -> Iterator[None]:
-    """While entered, explain the failure of processes that are started and import the user's script again.
+def watch_for_reruns(cause: str) -> Iterator[None]:
+    """Explain the failure of processes that are started in the block and import the user's script.
 
     Args:
-        what: needs the processes, for messages: ``train.num_gpus=2``.
+        cause: the setting that needs the processes, for messages: ``train.num_gpus=2``.
 
     Raises:
         SpecError: the script calls OpenMAE when it is imported, or cannot be imported.
     """
-    _check_importable(what)
+    main = sys.modules.get("__main__")
+    script = getattr(main, "__file__", None)
+    if script is not None and getattr(main, "__spec__", None) is None and not os.path.exists(script):
+        raise SpecError(
+            f"{cause} starts processes that import the main script, but there is no file {script}.",
+            "Save the script as a file and run that; a script read from standard input cannot be imported.",
+        )
     with tempfile.TemporaryDirectory(prefix="openmae-") as folder:
         mark = Path(folder, "rerun")
         before = os.environ.get(_VARIABLE)
@@ -60,7 +61,7 @@ def watch_for_reruns(what: str) -> Iterator[None]:
             yield
         except Exception:
             if mark.exists():
-                raise _rerun(what) from None
+                raise _no_guard(cause) from None
             raise
         finally:
             if before is None:
@@ -69,20 +70,12 @@ def watch_for_reruns(what: str) -> Iterator[None]:
                 os.environ[_VARIABLE] = before
 
 
-def _check_importable(what: str) -> None:
-    main = sys.modules.get("__main__")
-    script = getattr(main, "__file__", None)
-    if script is not None and getattr(main, "__spec__", None) is None and not os.path.exists(script):
-        raise SpecError(
-            f"{what} starts processes that import the main script, and there is no file {script}.",
-            "Save the script as a file and run that; a script that is read from standard input cannot be imported.",
-        )
-
-
-def _rerun(what: str) -> SpecError:
+def _no_guard(cause: str) -> SpecError:
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     return SpecError(
-        f"{what} starts processes that import the main script{f' ({script})' if script else ''}, "
+        f"{cause} starts processes that import the main script{f' ({script})' if script else ''}, "
         'and it calls OpenMAE outside `if __name__ == "__main__":`.',
-        _FIX,
+        "Put the call below a guard, so that only the script itself runs it:\n"
+        '    if __name__ == "__main__":\n'
+        "        openmae.train(...)",
     )

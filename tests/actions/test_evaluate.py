@@ -14,8 +14,7 @@ import yaml
 import openmae
 from openmae.actions.evaluate import match_classes
 from openmae.cli.main import main
-from openmae.data.image_index import ImageIndex
-from openmae.data.index import index_images
+from openmae.data.index import ImageIndex, index_folder
 from openmae.errors import DataError
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
@@ -125,7 +124,7 @@ def test_a_part_of_the_classes_keeps_their_numbers(trained, photos, tmp_path):
 
 
 def test_classes_are_matched_by_name(photos, caplog):
-    index = index_images(photos.two_classes, True)
+    index = index_folder(photos.two_classes, True)
     assert index.labels == (0, 1)
     matched = match_classes(index, ("blue", "green", "red"))
     assert matched.labels == (0, 2)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import openmae
 from openmae.cli.main import main
-from openmae.data.decode import Picture
+from openmae.data.decode import ImageFile
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
 from openmae.results.status import read_status
@@ -35,7 +35,7 @@ def model_input(folder, names, size):
     transform = EvalTransform((size, size))
     pictures = []
     for name in names:
-        with Picture(folder / name) as picture:
+        with ImageFile(folder / name) as picture:
             pictures.append(transform(picture))
     return Normaliser((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(torch.stack(pictures))
 

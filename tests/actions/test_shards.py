@@ -1,4 +1,4 @@
-"""Training from shards: what the same images give as loose files, bit for bit, also when it is resumed."""
+"""Training from shards equals training from a folder bit for bit, also when it is resumed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 import openmae
 from openmae.cli.main import main
-from openmae.data.index import index_images
-from openmae.data.shards.packing import Packing, pack
+from openmae.data.index import index_folder
+from openmae.data.shards.packing import PackOptions, pack
 from openmae.results.metrics_csv import read_metrics
 
 from .conftest import FAMILIES, SMALL, SMALL_DECODER
@@ -20,7 +20,7 @@ SHORT = (*SMALL, *FAMILIES["vit"], *SMALL_DECODER, "train.num_epochs=2")
 
 @pytest.fixture
 def pattern(photos, tmp_path) -> str:
-    packed = pack(index_images(photos.train, True), tmp_path / "shards", Packing(shard_bytes=30_000))
+    packed = pack(index_folder(photos.train, True), tmp_path / "shards", PackOptions(shard_bytes=30_000))
     assert len(packed.shards) > 1
     return packed.pattern
 
@@ -35,7 +35,7 @@ def losses(folder) -> list[float]:
 
 
 def assert_same_weights(ours, theirs) -> None:
-    """After the last step of all."""
+    """Return the weights after the last step."""
     paths = [max(folder.glob("train/model_epoch_*.pth")) for folder in (ours, theirs)]
     assert paths[0].name == paths[1].name
     mine, others = (torch.load(path, weights_only=True)["state_dict"] for path in paths)

@@ -57,7 +57,7 @@ def test_packed_photographs_are_smaller_and_give_the_same_batches(tmp_path: Path
     paths = bench_input.write_photographs(tmp_path, (1920, 1080), 4)
     packed = bench_input._packed(paths)
     assert len(packed) == 4
-    with packed.picture(0) as picture:
+    with packed.open(0) as picture:
         assert picture.pixels().shape[:2] == (512, 910)
     contestants = bench_input._pretraining(paths, quick=True, index=packed)
     assert {name: call().shape for name, call in contestants.items()} == dict.fromkeys(contestants, (4, 3, 224, 224))

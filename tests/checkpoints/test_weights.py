@@ -21,7 +21,7 @@ from torch import nn
 import openmae
 from openmae.checkpoints.format import CheckpointInfo, read_checkpoint, save_backbone
 from openmae.checkpoints.weights import load_backbone, load_into
-from openmae.data.image_index import Picture
+from openmae.data.decode import ImageFile
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
 from openmae.errors import CheckpointError, SpecError
@@ -189,7 +189,7 @@ def test_timm_prepares_images_as_evaluation_does(config: ModelConfig, kept: floa
     }  # fmt: skip
     with Image.open(photo) as image:
         theirs = create_transform(**found)(image.convert("RGB"))
-    with Picture(photo) as picture:
+    with ImageFile(photo) as picture:
         ours = EvalTransform(config.input_size)(picture)
     assert (Normaliser(MEAN, STD)(ours[None])[0] - theirs).abs().mean() < 0.03
 

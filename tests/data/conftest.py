@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.data.image_index import ImageIndex
-from openmae.data.index import index_images
+from openmae.data.index import ImageIndex, index_folder
 
 MakeImages = Callable[[Path, Sequence[str]], Path]
 
 
 @pytest.fixture
 def make_images() -> MakeImages:
-    """Write a different small picture, gradient and noise, under every relative name."""
+    """Write a different small image, gradient and noise, under every relative name."""
 
     def make(folder: Path, names: Sequence[str]) -> Path:
         for number, name in enumerate(names):
@@ -33,6 +32,13 @@ def make_images() -> MakeImages:
 
 @pytest.fixture
 def index(tmp_path: Path, make_images: MakeImages) -> ImageIndex:
-    """Fourteen pictures in two class folders."""
+    """Fourteen images in two class folders."""
     names = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(7)]
-    return index_images(make_images(tmp_path / "set", names), True)
+    return index_folder(make_images(tmp_path / "set", names), True)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set the cache to an empty folder."""
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -56,7 +56,7 @@ def files_below(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_folder_is_itself(tmp_path: Path) -> None:
+def test_folder_is_returned_unchanged(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     assert resolve_source(str(tmp_path)) == tmp_path
 
@@ -103,7 +103,7 @@ def test_cache_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert folder.parent == tmp_path / "mine" / "sources"
 
 
-def test_half_done_extraction_is_done_again(tmp_path: Path, cache: Path) -> None:
+def test_incomplete_extraction_is_repeated(tmp_path: Path, cache: Path) -> None:
     archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png"))
     folder = resolve_source(str(archive), cache)
     (folder / ".openmae-complete").unlink()
@@ -114,23 +114,21 @@ def test_half_done_extraction_is_done_again(tmp_path: Path, cache: Path) -> None
     assert not abandoned.exists()
 
 
-def test_interruption_leaves_nothing_that_looks_done(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_extraction_leaves_no_entry(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png"))
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(archives.shutil, "copyfileobj", interrupted)
+        patch.setattr(archives._Budget, "take", interrupted)
         with pytest.raises(KeyboardInterrupt):
             resolve_source(str(archive), cache)
     assert not [p for p in cache.iterdir() if p.is_dir()]
     assert "2.png" in files_below(resolve_source(str(archive), cache))
 
 
-def test_many_at_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_extraction_runs_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tar_of(tmp_path / "set.tar", *(regular(f"{i}.png") for i in range(50)))
     extracted: list[Path] = []
     real = archives._extract
@@ -205,7 +203,7 @@ def test_damaged_archives(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [1024, 1100, 1600], ids=["at a header", "in a header", "in a file"])
-def test_cut_tar(tmp_path: Path, cache: Path, kept: int) -> None:
+def test_truncated_tar(tmp_path: Path, cache: Path, kept: int) -> None:
     archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png", b"x" * 512), regular("3.png"))
     archive.write_bytes(archive.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"set.tar is damaged or cut short"):
@@ -221,14 +219,14 @@ def test_tar_with_a_broken_header(tmp_path: Path, cache: Path) -> None:
         resolve_source(str(archive), cache)
 
 
-def test_file_that_is_no_archive(tmp_path: Path, cache: Path) -> None:
+def test_file_that_is_not_an_archive(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(DataError, match=r"notes.txt is a file but not an archive") as caught:
         resolve_source(str(tmp_path / "notes.txt"), cache)
     assert ".tar, .tar.gz, .tgz or .zip" in caught.value.fix
 
 
-def test_archive_by_content_not_by_name(tmp_path: Path, cache: Path) -> None:
+def test_archive_is_recognised_by_content(tmp_path: Path, cache: Path) -> None:
     inner = zip_of(tmp_path / "inner.zip", ("a.png", b"x")).read_bytes()
     archive = tar_of(tmp_path / "really_a_tar.zip", regular("inner.zip", inner))
     assert "inner.zip" in files_below(resolve_source(str(archive), cache))
@@ -244,7 +242,7 @@ def test_empty_sources(tmp_path: Path, cache: Path) -> None:
         resolve_source("", cache)
 
 
-def test_missing_source_names_near_ones(tmp_path: Path) -> None:
+def test_missing_source_suggests_similar_names(tmp_path: Path) -> None:
     (tmp_path / "images_train").mkdir()
     with pytest.raises(DataError, match=r"There is no file or folder .*image_train") as caught:
         resolve_source(str(tmp_path / "image_train"))
@@ -273,7 +271,9 @@ def bomb_zip(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [bomb_tar, bomb_zip])
-def test_a_bomb(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Path]) -> None:
+def test_decompression_bomb_is_refused(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Path]
+) -> None:
     monkeypatch.setattr(archives, "FREE_BYTES", 1 << 20)
     archive = make(tmp_path / ("set.zip" if make is bomb_zip else "set.tar.gz"))
     with pytest.raises(DataError, match="holds more than 200 times its own size; nothing was extracted") as caught:
@@ -282,7 +282,7 @@ def test_a_bomb(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, ma
     assert not [p for p in cache.iterdir() if p.is_dir()]
 
 
-def test_more_than_the_cache_may_take(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_larger_than_the_cache_is_refused(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMAE_CACHE_GB", "0.01")
     with pytest.raises(DataError, match=r"holds more than the 10 MB that the cache may take") as caught:
         resolve_source(str(bomb_tar(tmp_path / "set.tar.gz")), cache)
@@ -299,7 +299,7 @@ def test_more_than_the_cache_may_take(tmp_path: Path, cache: Path, monkeypatch: 
         ("set.zip", b"", ""),
     ],
 )
-def test_a_million_members(
+def test_too_many_tiny_members_are_refused(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, kind: str
 ) -> None:
     monkeypatch.setattr(archives, "FREE_MEMBERS", 1000)
@@ -316,7 +316,7 @@ def test_a_million_members(
 
 
 @pytest.mark.slow  # half a minute: most of it to write the archive
-def test_a_million_members_indeed(tmp_path: Path, cache: Path) -> None:
+def test_archive_with_a_million_members_is_refused(tmp_path: Path, cache: Path) -> None:
     with gzip.open(tmp_path / "set.tar.gz", "wb", compresslevel=1) as out:
         for number in range(1_000_000):
             out.write(tarfile.TarInfo(f"{number % 100}/{number}.png").tobuf(tarfile.USTAR_FORMAT))
@@ -326,14 +326,14 @@ def test_a_million_members_indeed(tmp_path: Path, cache: Path) -> None:
     assert not [p for p in cache.iterdir() if p.is_dir()]
 
 
-def test_many_small_pictures_are_no_attack(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_small_images_are_accepted(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "FREE_MEMBERS", 1000)
     archive = tar_of(tmp_path / "set.tar.gz", *(regular(f"{i}.png", os.urandom(600)) for i in range(1500)))
     assert len(files_below(resolve_source(str(archive), cache))) == 1501
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
-def test_a_header_that_would_fill_the_memory(tmp_path: Path, cache: Path, kind: bytes) -> None:
+def test_huge_tar_header_is_refused(tmp_path: Path, cache: Path, kind: bytes) -> None:
     with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as tar:
         first, _ = regular("1.png")
         tar.addfile(first, io.BytesIO())
@@ -344,7 +344,7 @@ def test_a_header_that_would_fill_the_memory(tmp_path: Path, cache: Path, kind: 
         resolve_source(str(tmp_path / "set.tar.gz"), cache)
 
 
-def test_a_scheme_that_is_not_read() -> None:
+def test_unsupported_scheme() -> None:
     with pytest.raises(DataError, match=r"ftp://host/set.zip: ftp:// cannot be read") as caught:
         resolve_source("ftp://user:hunter2@host/set.zip")
     assert "Use s3://, gs://, https:// or a local path." in caught.value.fix
@@ -353,7 +353,7 @@ def test_a_scheme_that_is_not_read() -> None:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str]]:
-    """A folder, and the address that it has on a web server."""
+    """A folder, and its URL on a web server."""
     folder = tmp_path / "served"
     folder.mkdir()
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "mine"))
@@ -435,7 +435,7 @@ def packed(*names: str) -> bytes:
         ("a.tar.xz", lzma.compress),
     ],
 )
-def test_tar_files_joined_into_one(
+def test_concatenated_tar_files(
     tmp_path: Path, cache: Path, name: str, compress: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     content = packed("a/1.png", "a/2.png") + packed("b/1.png") + bytes(60 * 512) + packed("c/1.png")
@@ -446,7 +446,7 @@ def test_tar_files_joined_into_one(
 
 
 @pytest.mark.parametrize("joined", [True, False])
-def test_compressed_tar_files_joined_into_one(tmp_path: Path, cache: Path, joined: bool) -> None:
+def test_concatenated_compressed_tar_files(tmp_path: Path, cache: Path, joined: bool) -> None:
     content = gzip.compress(packed("a/1.png")) + (gzip.compress(packed("b/1.png")) if joined else b"")
     (tmp_path / "a.tar.gz").write_bytes(content)
     found = files_below(resolve_source(tmp_path / "a.tar.gz", cache))
@@ -454,31 +454,31 @@ def test_compressed_tar_files_joined_into_one(tmp_path: Path, cache: Path, joine
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
-def test_what_follows_a_tar_file_is_not_dropped_in_silence(
+def test_trailing_data_is_reported(
     tmp_path: Path, cache: Path, compress: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(compress(packed("a/1.png")) + b"something else")
     assert files_below(resolve_source(path, cache)) == {"a/1.png", ".openmae-complete"}
-    assert f"{path}: after the end of the tar file there is something that is not read." in caplog.text
+    assert f"{path}: the data after the end of the tar file is not read." in caplog.text
 
 
 @pytest.mark.parametrize("cut", [1, 6, 40])
-def test_a_joined_archive_that_is_cut(tmp_path: Path, cache: Path, cut: int) -> None:
+def test_truncated_concatenated_archive(tmp_path: Path, cache: Path, cut: int) -> None:
     content = gzip.compress(packed("a/1.png")) + gzip.compress(packed("b/1.png"))
     (tmp_path / "a.tar.gz").write_bytes(content[:-cut])
     with pytest.raises(DataError, match=r"damaged or cut short after . files"):
         resolve_source(tmp_path / "a.tar.gz", cache)
 
 
-def test_a_link_in_a_joined_archive_is_refused(tmp_path: Path, cache: Path) -> None:
+def test_link_in_a_concatenated_archive_is_refused(tmp_path: Path, cache: Path) -> None:
     evil = tar_of(tmp_path / "evil.tar", special("x.png", tarfile.SYMTYPE, "/etc/passwd")).read_bytes()
     (tmp_path / "a.tar").write_bytes(packed("a/1.png") + evil)
     with pytest.raises(DataError, match=r"member 'x.png' is a link to '/etc/passwd'; nothing was extracted"):
         resolve_source(tmp_path / "a.tar", cache)
 
 
-def test_a_tail_of_zeros_counts_as_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trailing_zeros_count_as_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "FREE_BYTES", 10**5)
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(packed("a/1.png") + bytes(10**6)))
     with pytest.raises(DataError, match="holds more than 200 times its own size"):
@@ -487,19 +487,17 @@ def test_a_tail_of_zeros_counts_as_content(tmp_path: Path, cache: Path, monkeypa
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", ["a.tar", "a.zip"])
-def test_members_of_one_name(tmp_path: Path, cache: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_members_with_the_same_name(tmp_path: Path, cache: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     if name == "a.tar":
         tar_of(tmp_path / name, regular("a/1.png", b"old"), regular("a/1.png", b"new"))
     else:
         zip_of(tmp_path / name, ("a/1.png", b"old"), ("a/1.png", b"new"))
     folder = resolve_source(tmp_path / name, cache)
     assert (folder / "a/1.png").read_bytes() == b"new"
-    assert (
-        f"{tmp_path}/{name} has several members of one name, such as a/1.png: of each name only the last" in caplog.text
-    )
+    assert f"{tmp_path}/{name} has several members with the same name, such as a/1.png; only the last" in caplog.text
 
 
-def test_a_zip_in_a_compression_that_python_does_not_know(tmp_path: Path, cache: Path) -> None:
+def test_unsupported_zip_compression(tmp_path: Path, cache: Path) -> None:
     path = zip_of(tmp_path / "a.zip", ("cat/0.jpg", b"x" * 100))
     content = bytearray(path.read_bytes())
     content[8:10] = struct.pack("<H", 9)
@@ -508,23 +506,23 @@ def test_a_zip_in_a_compression_that_python_does_not_know(tmp_path: Path, cache:
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         resolve_source(path, cache)
-    assert f"{path}: member 'cat/0.jpg' is compressed by Deflate64, which cannot be read here" in caught.value.problem
+    assert f"{path}: member 'cat/0.jpg' is compressed with Deflate64, which is not supported" in caught.value.problem
     assert caught.value.fix == "Extract it with another program (unzip, 7z) and name the folder, or pack it as .tar."
 
 
-def test_an_archive_whose_name_is_not_utf8(tmp_path: Path, cache: Path) -> None:
+def test_archive_with_a_name_that_is_not_utf8(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.tar")
     path.write_bytes(packed("a/1.png", os.fsdecode(b"a/\xe9.png")))
     assert files_below(resolve_source(path, cache)) == {"a/1.png", "a/\udce9.png", ".openmae-complete"}
 
 
 @pytest.mark.parametrize("source", ["a\0b", "~nobody-of-that-name/x", "x" * 5000])
-def test_names_that_no_file_can_have(source: str) -> None:
+def test_impossible_file_names(source: str) -> None:
     with pytest.raises(DataError):
         resolve_source(source)
 
 
-def test_an_archive_that_is_a_pipe_or_a_device(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.tar")
     (tmp_path / "b.zip").symlink_to("/dev/zero")
     for name, kind in (("a.tar", "a named pipe (FIFO)"), ("b.zip", "a device")):

@@ -1,4 +1,4 @@
-"""One table of images for every reader: folders, archives, shards, packing, the survey and uploads."""
+"""The table of formats is the same for folders, archives, shards, packing, checking and uploads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
-from openmae.data.check import survey
-from openmae.data.decode import CorruptImage, NotAnImage, Picture
+from openmae.data.check import check_images
+from openmae.data.decode import CorruptImage, ImageFile, NotAnImage
 from openmae.data.formats import (
     FORMAT_TITLES,
     IMAGE_SUFFIXES,
@@ -26,10 +26,9 @@ from openmae.data.formats import (
     recognise,
     why_not_read,
 )
-from openmae.data.image_index import ImageIndex
-from openmae.data.index import index_images
+from openmae.data.index import ImageIndex, index_folder
 from openmae.data.open import open_index
-from openmae.data.shards.packing import Packing, pack
+from openmae.data.shards.packing import PackOptions, pack
 from openmae.data.transforms import EvalTransform
 from openmae.serving.uploads import Upload, decode_upload
 
@@ -46,7 +45,7 @@ def encoded(kind: str, seed: int = 0, size: tuple[int, int] = (24, 20)) -> bytes
     return stream.getvalue()
 
 
-def test_the_table() -> None:
+def test_format_table() -> None:
     assert set(ALWAYS) <= set(READ_FORMATS)
     assert len(FORMAT_TITLES) == len(READ_FORMATS)
     assert {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"} <= IMAGE_SUFFIXES
@@ -58,7 +57,7 @@ def test_the_table() -> None:
     assert "EPS" not in READ_FORMATS, "its decoder runs a program"
 
 
-def test_without_the_extra_heic_is_known_and_the_command_named() -> None:
+def test_without_pillow_heif_the_command_is_named() -> None:
     program = (
         "import sys; sys.modules['pillow_heif'] = None\n"
         "from openmae.data.formats import *\n"
@@ -82,7 +81,7 @@ def test_content_is_recognised(kind: str) -> None:
     ("start", "reason"),
     [
         (b"", "the file is empty (0 bytes)"),
-        (bytes(256), "the file holds zeros instead of an image"),
+        (bytes(256), "the file contains only zeros"),
         (b"%!PS-Adobe-3.0 EPSF", "its content is a PostScript (EPS) file, not an image that can be read (JPEG, "),
         (b"\n<!DOCTYPE html><html>", "its content is a web page, not an image"),
         (b"version https://git-lfs.github.com/spec/v1", "its content is a Git LFS pointer (git lfs pull fetches"),
@@ -99,18 +98,18 @@ _TRANSFORM = EvalTransform((16, 16))
 
 
 def from_file(path: Path) -> torch.Tensor:
-    with Picture(path) as picture:
-        return _TRANSFORM(picture)
+    with ImageFile(path) as image_file:
+        return _TRANSFORM(image_file)
 
 
 def from_memory(path: Path) -> torch.Tensor:
-    with Picture(path, io.BytesIO(path.read_bytes())) as picture:
-        return _TRANSFORM(picture)
+    with ImageFile(path, io.BytesIO(path.read_bytes())) as image_file:
+        return _TRANSFORM(image_file)
 
 
 def from_index(path: Path) -> torch.Tensor:
-    with ImageIndex(path.parent, (path.name,)).picture(0) as picture:
-        return _TRANSFORM(picture)
+    with ImageIndex(path.parent, (path.name,)).open(0) as image_file:
+        return _TRANSFORM(image_file)
 
 
 def from_upload(path: Path) -> torch.Tensor:
@@ -119,7 +118,7 @@ def from_upload(path: Path) -> torch.Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(kind=st.sampled_from((*READ_FORMATS, *UNREAD)), suffix=st.sampled_from(sorted(IMAGE_SUFFIXES)))
-def test_every_reader_takes_the_same_content_under_every_name(
+def test_all_readers_agree_for_every_format_and_name(
     tmp_path_factory: pytest.TempPathFactory, kind: str, suffix: str
 ) -> None:
     path = tmp_path_factory.mktemp("any") / f"image{suffix}"
@@ -148,21 +147,21 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
-def test_folder_archive_shards_and_survey_agree(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_archive_and_shards_agree(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
-    folder = index_images(mixed, True)
+    folder = index_folder(mixed, True)
     assert len(folder) == 2 * len(READ_FORMATS)
-    assert survey(folder).corrupt == []
+    assert check_images(folder).corrupt == []
     archive = open_index(shutil.make_archive(str(tmp_path / "set"), "zip", mixed), True)
-    packed = pack(folder, tmp_path / "packed", Packing())
+    packed = pack(folder, tmp_path / "packed", PackOptions())
     assert packed.corrupt == []
     shards = open_index(packed.pattern, True)
-    assert survey(shards).corrupt == []
+    assert check_images(shards).corrupt == []
     for index in (archive, shards):
         assert len(index) == len(folder)
         assert index.class_names == folder.class_names
         for number in range(len(folder)):
-            with folder.picture(number) as wanted, index.picture(number) as found:
+            with folder.open(number) as wanted, index.open(number) as found:
                 np.testing.assert_array_equal(found.pixels(), wanted.pixels())
 
 
@@ -174,8 +173,8 @@ def test_no_reader_runs_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(subprocess, "Popen", run)
     for suffix in (".jpg", ".tif", ".gif"):
         (tmp_path / f"a{suffix}").write_bytes(encoded("EPS"))
-    index = index_images(tmp_path, False)
+    index = index_folder(tmp_path, False)
     for number in range(len(index)):
-        with pytest.raises(CorruptImage, match=r"PostScript \(EPS\)"), index.picture(number) as picture:
-            picture.pixels()
-    assert len(survey(index).corrupt) == 3
+        with pytest.raises(CorruptImage, match=r"PostScript \(EPS\)"), index.open(number) as image_file:
+            image_file.pixels()
+    assert len(check_images(index).corrupt) == 3

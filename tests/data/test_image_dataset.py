@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmae.data.image_dataset import AddressedSampler, EvalSampler, ImageDataset
-from openmae.data.image_index import ImageIndex
+from openmae.data.index import ImageIndex
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
 from openmae.errors import DataError
 
@@ -91,6 +91,11 @@ def test_unlabelled(index: ImageIndex) -> None:
     assert dataset.collate([dataset[0, 1], dataset[0, 2]]).labels.tolist() == [-1, -1]
 
 
+def test_empty_batch(index: ImageIndex) -> None:
+    batch = ImageDataset(index, CROP).collate([])
+    assert (batch.images.shape, batch.labels.tolist(), batch.corrupt) == ((0, 3, 32, 32), [], [])
+
+
 def test_eight_and_sixteen_bits_in_one_batch(index: ImageIndex) -> None:
     from PIL import Image
 
@@ -103,5 +108,5 @@ def test_eight_and_sixteen_bits_in_one_batch(index: ImageIndex) -> None:
 
 def test_pickles(index: ImageIndex) -> None:
     dataset = ImageDataset(index, AUGMENT)
-    image = pickle.loads(pickle.dumps(dataset))[1, 2]["image"]
-    assert torch.equal(image, dataset[1, 2]["image"])
+    image = pickle.loads(pickle.dumps(dataset))[1, 2].images
+    assert torch.equal(image, dataset[1, 2].images)

@@ -1,4 +1,4 @@
-"""labels.csv is read as it was meant, or refused with the cause and what to do."""
+"""Variants of labels.csv that are read, and errors for those that are not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from openmae.data.index import index_images
+from openmae.data.index import index_folder
 from openmae.errors import DataError
 
 MakeImages = Callable[..., Path]
@@ -19,7 +19,7 @@ def test_labels_table(tmp_path: Path, make_images: MakeImages, caplog: pytest.Lo
     (tmp_path / "labels.csv").write_text(
         'path, label, note\n3.png,ten,b\n./2.png,9,\n"x/1.png",ten,a\n', encoding="utf-8-sig"
     )
-    index = index_images(tmp_path, None)
+    index = index_folder(tmp_path, None)
     assert index.paths == ("2.png", "3.png", "x/1.png")
     assert index.labels == (0, 1, 1)
     assert index.class_names == ("9", "ten")
@@ -29,7 +29,7 @@ def test_labels_table(tmp_path: Path, make_images: MakeImages, caplog: pytest.Lo
 def test_integer_labels_are_ordered_by_value(tmp_path: Path, make_images: MakeImages) -> None:
     make_images(tmp_path, ["1.png", "2.png"])
     (tmp_path / "labels.csv").write_text("path,label\n1.png,10\n2.png,9\n")
-    assert index_images(tmp_path, True).class_names == ("9", "10")
+    assert index_folder(tmp_path, True).class_names == ("9", "10")
 
 
 BAD_TABLES = {
@@ -58,17 +58,17 @@ BAD_TABLES = {
     "case differs": (
         "path,label\n1.PNG,a\n",
         "do not exist: 1.PNG. 1.png, which exists, differs in upper and lower case or Unicode form.\n"
-        "  Fix: Write 1.png in place of 1.PNG, and so on.",
+        "  Fix: Write 1.png instead of 1.PNG, and so on.",
     ),
     "no suffix": ("path,label\n1,a\n", "do not exist: 1. 1.png, which exists, differs in its suffix."),
     "no folder": ("path,label\nin.png,a\n", "do not exist: in.png. x/in.png, which exists, is in a folder."),
     "other columns": (
         "image_id,label\n1,a\n",
-        "found: image_id, label.\n  Fix: Rename the columns that hold the path of each image, with its suffix",
+        "found: image_id, label.\n  Fix: Rename the column of image paths (with suffix: cat/1.jpg) to path",
     ),
     "comma in a path": (
         "path,label\na,b.png,cat\n",
-        "line 2 has 3 cells, but the first line names 2 columns.\n  Fix: Put a path or label that holds a ',' between",
+        "line 2 has 3 cells, but the first line names 2 columns.\n  Fix: Put a path or label that contains ','",
     ),
     "no image": (
         "path,label\n1.png,a\nreadme.txt,a\n",
@@ -84,7 +84,7 @@ def test_bad_labels_table(tmp_path: Path, make_images: MakeImages, table: str | 
     (tmp_path / "readme.txt").touch()
     (tmp_path / "labels.csv").write_bytes(table.encode() if isinstance(table, str) else table)
     with pytest.raises(DataError) as caught:
-        index_images(tmp_path, True)
+        index_folder(tmp_path, True)
     assert text in str(caught.value)
     assert caught.value.fix
 
@@ -118,11 +118,11 @@ def table(header: str = "path,label", row: str = "{path},{label}", end: str = "\
         table().replace("cat", "{folder}/cat"),
     ],
 )
-def test_tables_as_people_write_them(tmp_path: Path, make_images: MakeImages, content: str | bytes) -> None:
+def test_table_variants(tmp_path: Path, make_images: MakeImages, content: str | bytes) -> None:
     make_images(tmp_path, [path for path, _ in ROWS])
     text = content.replace("{folder}", str(tmp_path)).encode() if isinstance(content, str) else content
     (tmp_path / "labels.csv").write_bytes(text)
-    index = index_images(tmp_path, True)
+    index = index_folder(tmp_path, True)
     assert index.paths == tuple(path for path, _ in ROWS)
     assert (index.class_names, index.labels, index.labelled_by) == (("a", "b"), (0, 0, 1, 1), "labels.csv")
 
@@ -132,7 +132,7 @@ def test_tables_as_people_write_them(tmp_path: Path, make_images: MakeImages, co
     [
         (("0.0", "10.0", "2.0"), ("0", "2", "10"), "labels such as 0.0 are read as integers"),
         (("0.0", "0.5", "1.0"), ("0.0", "0.5", "1.0"), ""),
-        (("-10", "-1", "0"), ("-10", "-1", "0"), "-1 is taken as a class. If it means 'no label', remove"),
+        (("-10", "-1", "0"), ("-10", "-1", "0"), "-1 is used as a class. If it means 'no label', remove"),
         (
             ("a", "A", "b"),
             ("A", "a", "b"),
@@ -140,7 +140,7 @@ def test_tables_as_people_write_them(tmp_path: Path, make_images: MakeImages, co
         ),
     ],
 )
-def test_labels_that_may_be_a_mistake(
+def test_suspicious_labels(
     tmp_path: Path,
     make_images: MakeImages,
     caplog: pytest.LogCaptureFixture,
@@ -151,7 +151,7 @@ def test_labels_that_may_be_a_mistake(
     make_images(tmp_path, ["1.png", "2.png", "3.png"])
     rows = "".join(f"{number}.png,{label}\n" for number, label in enumerate(labels, 1))
     (tmp_path / "labels.csv").write_text(f"path,label\n{rows}")
-    assert index_images(tmp_path, True).class_names == classes
+    assert index_folder(tmp_path, True).class_names == classes
     assert notice in caplog.text
     assert bool(notice) == bool(caplog.text)
 
@@ -159,8 +159,8 @@ def test_labels_that_may_be_a_mistake(
 def test_repeated_rows_are_counted(tmp_path: Path, make_images: MakeImages, caplog: pytest.LogCaptureFixture) -> None:
     make_images(tmp_path, ["1.png", "2.png"])
     (tmp_path / "labels.csv").write_text("path,label\n1.png,a\n2.png,b\n./1.png,a\n")
-    assert len(index_images(tmp_path, True)) == 2
-    assert "1 row repeats an earlier one, such as that of ./1.png; each image is taken once." in caplog.text
+    assert len(index_folder(tmp_path, True)) == 2
+    assert "1 row repeats an earlier one, such as that of ./1.png; each image is used once." in caplog.text
 
 
 def test_names_that_are_not_utf8_can_be_written(tmp_path: Path, make_images: MakeImages) -> None:
@@ -168,7 +168,7 @@ def test_names_that_are_not_utf8_can_be_written(tmp_path: Path, make_images: Mak
     make_images(tmp_path, names)
     rows = "caf\\xe9.png,a\nnew\\x0aline.png,a\na\\b.png,b\n"
     (tmp_path / "labels.csv").write_text(f"path,label\n{rows}")
-    assert index_images(tmp_path, True).paths == tuple(sorted(names))
+    assert index_folder(tmp_path, True).paths == tuple(sorted(names))
 
 
 def test_a_file_without_a_suffix_may_be_listed(tmp_path: Path, make_images: MakeImages) -> None:
@@ -176,4 +176,4 @@ def test_a_file_without_a_suffix_may_be_listed(tmp_path: Path, make_images: Make
     (tmp_path / "1.png").rename(tmp_path / "1")
     (tmp_path / "x.png").touch()
     (tmp_path / "labels.csv").write_text("path,label\n1,a\n")
-    assert index_images(tmp_path, True).paths == ("1",)
+    assert index_folder(tmp_path, True).paths == ("1",)

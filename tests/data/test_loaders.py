@@ -13,8 +13,8 @@ import torch
 
 from openmae.data import loaders
 from openmae.data.image_dataset import Batch
-from openmae.data.image_index import ImageIndex
-from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
+from openmae.data.index import ImageIndex
+from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
 
 AUGMENT = FinetuneTransform(
@@ -24,12 +24,12 @@ AUGMENT = FinetuneTransform(
 
 def train_of(index: ImageIndex, folder: Path, **options: Any) -> TrainingLoader:
     settings = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0, **options}
-    return training_loader(index, AUGMENT, LoaderSettings(**settings), seed=3)
+    return TrainingLoader(index, AUGMENT, LoaderSettings(**settings), seed=3)
 
 
 def val_of(index: ImageIndex, folder: Path, **options: Any) -> EvaluationLoader:
     settings = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0, **options}
-    return evaluation_loader(index, EvalTransform((32, 32)), LoaderSettings(**settings))
+    return EvaluationLoader(index, EvalTransform((32, 32)), LoaderSettings(**settings))
 
 
 def same(a: Iterable[Batch], b: Iterable[Batch]) -> bool:
@@ -67,7 +67,7 @@ def test_epochs_differ(index: ImageIndex, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_any_place_of_the_run_can_be_taken_up(index: ImageIndex, tmp_path: Path, workers: int) -> None:
+def test_loader_starts_at_any_position(index: ImageIndex, tmp_path: Path, workers: int) -> None:
     whole, resumed = train_of(index, tmp_path), train_of(index, tmp_path, num_workers=workers)
     epoch = list(whole.from_position(1, 0))
     for done in range(len(whole) + 1):
@@ -85,7 +85,7 @@ def test_ranks_share_the_validation_set(index: ImageIndex, tmp_path: Path) -> No
     assert seen == [list(range(0, 14, 2)), list(range(1, 14, 2))]
 
 
-def test_pictures_are_spread_over_the_set(index: ImageIndex, tmp_path: Path) -> None:
+def test_first_images_are_spread_over_the_set(index: ImageIndex, tmp_path: Path) -> None:
     assert val_of(index, tmp_path).first(3).indices.tolist() == [0, 4, 8]
     assert val_of(index, tmp_path).first(99).indices.tolist() == list(range(14))
     for number in (0, 4):
@@ -114,7 +114,7 @@ def test_corrupt_image_is_left_out_in_evaluation(index: ImageIndex, tmp_path: Pa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows shares handles, not descriptors")
-def test_a_connection_that_the_training_process_drops_prints_no_traceback(
+def test_lost_connection_prints_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "excepthook", loaders._ignore_lost_connections)

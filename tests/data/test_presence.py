@@ -1,4 +1,4 @@
-"""Paths of a spec that do not exist: all of them, for the action at hand."""
+"""All missing paths of an action are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def found(action: str, *overrides: str) -> dict[str, str]:
     return {**missing_sources(spec, action), **missing_files(spec, action)}
 
 
-def test_every_path_of_an_action_is_looked_at(tmp_path: Path) -> None:
+def test_every_path_of_an_action_is_checked(tmp_path: Path) -> None:
     sources = [f"dataset.{name}_data_sources={tmp_path}/{name}" for name in ("train", "val", "test")]
     files = ["evaluate.checkpoint=e.pth", "export.checkpoint=x.pth", "train.pretrained_model_path=p.pth"]
     (tmp_path / "val").mkdir()
@@ -46,11 +46,11 @@ def test_every_path_of_an_action_is_looked_at(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source", ["s3://bucket/train", "S3://bucket/train", "https://host/a.tar", "timm:vit_tiny_patch16_224.mae"]
 )
-def test_what_is_no_local_path_is_left_to_whatever_opens_it(source: str) -> None:
+def test_urls_are_not_checked(source: str) -> None:
     assert found("train", f"train.pretrained_model_path={source}") == {}
 
 
-def test_shards_are_counted(tmp_path: Path) -> None:
+def test_missing_shards_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a-01.tar").touch()
     pattern = f"dataset.train_data_sources={tmp_path}/a-{{00..03}}.tar"
     assert (
@@ -58,8 +58,8 @@ def test_shards_are_counted(tmp_path: Path) -> None:
     )
 
 
-def test_the_check_of_a_spec_names_them_and_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A spec is often checked on another machine than the one that runs it."""
+def test_spec_check_reports_missing_paths_and_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A spec may be checked on a machine without the data."""
     sources = [f"dataset.{name}_data_sources={tmp_path}/{name}" for name in ("train", "val")]
     assert main(["spec", "check", *sources]) == 0
     told = capsys.readouterr().err
@@ -67,7 +67,7 @@ def test_the_check_of_a_spec_names_them_and_passes(tmp_path: Path, capsys: pytes
         assert f"dataset.{name}_data_sources: there is nothing at '{tmp_path}/{name}' on this machine." in told
 
 
-def test_an_action_names_them_all_before_it_makes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_action_reports_all_missing_paths_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sources = [f"dataset.{name}_data_sources={tmp_path}/{name}" for name in ("train", "val")]
     assert main(["train", *sources, "train.pretrained_model_path=p.pth", f"results_dir={tmp_path}/results"]) == 2
     told = capsys.readouterr().err
@@ -76,7 +76,7 @@ def test_an_action_names_them_all_before_it_makes_a_folder(tmp_path: Path, capsy
     assert not (tmp_path / "results").exists()
 
 
-def test_a_name_that_is_not_utf8_is_found_as_it_is_printed(tmp_path: Path) -> None:
+def test_name_that_is_not_utf8_in_printable_form(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
     assert found("train", rf"dataset.train_data_sources={tmp_path}/caf\xe9") == {}
     assert set(found("train", rf"dataset.train_data_sources={tmp_path}/caf\xe8")) == {"dataset.train_data_sources"}

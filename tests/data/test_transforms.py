@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from openmae.data.decode import Picture
+from openmae.data.decode import ImageFile
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import (
     EvalTransform,
@@ -41,8 +41,8 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def apply(transform: Transform, path: Path, address: tuple[int, int, int] = (0, 0, 0)) -> torch.Tensor:
-    with Picture(path) as picture:
-        return transform(picture, rng_at(*address))
+    with ImageFile(path) as image_file:
+        return transform(image_file, rng_at(*address))
 
 
 def finetune(size: tuple[int, int] = (64, 48), in_chans: int = 3, **options: object) -> FinetuneTransform:
@@ -54,7 +54,7 @@ def finetune(size: tuple[int, int] = (64, 48), in_chans: int = 3, **options: obj
 # ----------------------------------------------------------------------------------------- randomness
 
 
-def test_random_numbers_belong_to_their_address() -> None:
+def test_random_numbers_depend_only_on_the_address() -> None:
     draws = {
         (seed, epoch, index, stream): rng_at(seed, epoch, index, stream).random()
         for seed in (-1, 0, 1, 2**63)
@@ -125,7 +125,7 @@ def test_centre_box_is_centred(size: tuple[int, int], out: tuple[int, int]) -> N
     ("size", "kept"),
     [((112, 112), 0.875), ((224, 224), 0.875), ((240, 240), 1.0), ((384, 384), 1.0), ((224, 448), 1.0)],
 )
-def test_evaluation_keeps_what_the_official_code_keeps(size: tuple[int, int], kept: float) -> None:
+def test_crop_fraction_equals_official_code(size: tuple[int, int], kept: float) -> None:
     """MAE's util/datasets.py: ``crop_pct = 224 / 256 if input_size <= 224 else 1.0``."""
     assert crop_pct(size) == kept
     assert centre_box((1000, 2000), (256, 256)) == (500, 0, 1500, 1000)
@@ -139,7 +139,7 @@ def test_pretraining_and_evaluation_are_bicubic_unless_set(photo: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [112, 256])
-def test_evaluation_is_the_official_transform(side: int, photo: Path) -> None:
+def test_evaluation_equals_official_transform(side: int, photo: Path) -> None:
     """MAE's util/datasets.py on torchvision: resize the short side, crop the centre."""
     from torchvision import transforms
 
@@ -156,7 +156,7 @@ def test_evaluation_is_the_official_transform(side: int, photo: Path) -> None:
     assert (ours - expected).abs().mean() < 2.0
 
 
-def test_centre_box_is_the_usual_one() -> None:
+def test_centre_box_equals_resize_and_crop() -> None:
     # resize the short side to 256, crop 224
     assert centre_box((256, 256), (224, 224)) == (16, 16, 240, 240)
     assert centre_box((512, 1024), (224, 224)) == (288, 32, 736, 480)
@@ -186,7 +186,7 @@ def test_flip_probability(photo: Path) -> None:
     assert torch.equal(apply(PretrainTransform((32, 32), hflip=1), photo).flip(-1), plain)
 
 
-def test_scaled_jpeg_looks_like_the_full_one(tmp_path: Path) -> None:
+def test_scaled_jpeg_resembles_the_full_one(tmp_path: Path) -> None:
     rows, columns = np.mgrid[0:1000, 0:1600]
     pixels = np.stack([rows / 4, columns / 7, 128 + 100 * np.sin(columns / 60)], axis=-1).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
@@ -234,7 +234,7 @@ def test_unknown_policy(policy: str) -> None:
     assert "rand-m9-mstd0.5-inc1" in caught.value.fix
 
 
-def test_four_channels_go_without_a_policy(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_policy_for_four_channels(caplog: pytest.LogCaptureFixture) -> None:
     finetune(in_chans=4, auto_aug=POLICY)
     assert "auto_aug is off: it works on 1 or 3 channels, not on 4" in caplog.text
     caplog.clear()

@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["openmae", "yaml", "omegaconf", "tarfil
 
 
 def main() -> None:
-    """Until something is found, or the time is over."""
+    """Run until an input fails or the time is over."""
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         sys.exit(f"{__doc__}\nTARGET is one of: {', '.join(TARGETS)}")
     target = TARGETS[sys.argv[1]]

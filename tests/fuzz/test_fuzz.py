@@ -1,4 +1,4 @@
-"""Files that somebody else made: whatever is in them is a mistake of theirs, never a crash of ours.
+"""Random content of untrusted files leads to errors with a message, never to a crash.
 
 OPENMAE_FUZZ=50 looks fifty times as long. What it finds becomes an ``@example``.
 """
@@ -42,7 +42,7 @@ LONGER = int(os.environ.get("OPENMAE_FUZZ", "1"))
 
 
 def fuzz(examples: int) -> settings:
-    """So many examples, each within seconds; the same ones in every run, unless it looks longer."""
+    """Return settings with a number of examples, the same in every run by default."""
     return settings(
         max_examples=examples * LONGER,
         deadline=20_000,
@@ -53,7 +53,7 @@ def fuzz(examples: int) -> settings:
 
 
 def changed(content: bytes) -> st.SearchStrategy[bytes]:
-    """The same with a few bytes changed, cut off, or put in between."""
+    """Return the content with a few bytes changed, removed or inserted."""
     places = st.integers(0, len(content))
 
     def apply(edits: list[tuple[int, int, bytes]]) -> bytes:
@@ -194,7 +194,7 @@ def test_a_zip_member_without_a_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", [b"PK\1\2", b"PK\3\4"], ids=["in the directory", "in its own header"])
-def test_a_zip_name_that_is_no_utf8(header: bytes, tmp_path: Path) -> None:
+def test_zip_name_that_is_not_utf8(header: bytes, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
         bundle.writestr("\u00e9", b"x")
     content = bytearray((tmp_path / "a.zip").read_bytes())

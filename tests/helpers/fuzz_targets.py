@@ -1,4 +1,4 @@
-"""What reads a stranger's bytes: each target takes some, and raises only if something is wrong with us; no tests."""
+"""Fuzz targets: readers of untrusted bytes, which must only raise documented errors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from PIL import Image
 
 from openmae.checkpoints.format import read_checkpoint, read_training_state, write_checkpoint
 from openmae.data.archives import resolve_source
-from openmae.data.decode import CorruptImage, Picture
+from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.formats import READ_FORMATS
-from openmae.data.index import index_images
-from openmae.data.open import index_shards
+from openmae.data.index import index_folder
+from openmae.data.shards.indexing import index_shards
 from openmae.errors import UserError
 from openmae.spec.load import load_spec
 from openmae.storage.encryption import Key, created, unlocked
@@ -33,7 +33,7 @@ WAS_RUN = Path(tempfile.gettempdir()) / "openmae-was-run"
 
 
 class Target(NamedTuple):
-    """A reader, and contents that it takes."""
+    """A reader and valid contents for it."""
 
     read: Callable[[bytes], None]
     seeds: tuple[bytes, ...]
@@ -41,7 +41,7 @@ class Target(NamedTuple):
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder; nothing may be written beside it."""
+    """Yield a folder, and check that nothing is written beside it."""
     outside = Path(tempfile.mkdtemp())
     folder = outside / "inside"
     folder.mkdir()
@@ -81,7 +81,7 @@ def read_table(content: bytes) -> None:
             (folder / name).touch()
         (folder / "labels.csv").write_bytes(content)
         with contextlib.suppress(UserError):
-            assert index_images(folder, True).labels
+            assert index_folder(folder, True).labels
 
 
 def read_image(content: bytes) -> None:
@@ -90,9 +90,9 @@ def read_image(content: bytes) -> None:
         found: list[bytes | str] = []
         for file in (None, io.BytesIO(content)):
             try:
-                with Picture(folder / "a.png", file) as picture:
-                    found.append(picture.pixels(3).tobytes())
-                    assert isinstance(picture.pages, str)
+                with ImageFile(folder / "a.png", file) as image_file:
+                    found.append(image_file.pixels(3).tobytes())
+                    assert isinstance(image_file.further_images, str)
             except CorruptImage as error:
                 found.append(error.reason)
         assert not any(isinstance(said, str) and " at 0x" in said for said in found), "it names an object in memory"

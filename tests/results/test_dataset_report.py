@@ -1,4 +1,4 @@
-"""The picture of a data set, from no readable image to a thousand classes."""
+"""The figure of a data set, from no readable image to a thousand classes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.results.dataset_report import save_dataset_picture
+from openmae.results.dataset_report import save_dataset_figure
 from openmae.results.style import BLUE, RUST
 
 
 def draw(path: Path, counts: dict[str, int], images: int, **options: Any) -> np.ndarray:
     rng = np.random.default_rng(0)
     sizes = rng.integers(20, 6000 if images > 10 else 40, (images, 2))
-    save_dataset_picture(
+    save_dataset_figure(
         path,
         name=options.get("name", "photos"),
         summary="summary",
@@ -44,9 +44,9 @@ def near(pixels: np.ndarray, colour: str) -> int:
         ({"$5_note^2$": 1, "ключ": 2}, 3),
     ],
 )
-def test_every_kind_of_set_is_drawn(tmp_path: Path, counts: dict[str, int], images: int) -> None:
+def test_figure_for_every_kind_of_data_set(tmp_path: Path, counts: dict[str, int], images: int) -> None:
     pixels = draw(tmp_path / "a.png", counts, images)
-    assert pixels.shape[1] > 1.3 * pixels.shape[0], "the picture is not wider than tall"
+    assert pixels.shape[1] > 1.3 * pixels.shape[0], "the figure is not wider than tall"
     assert (near(pixels, BLUE) > 500) == (images > 0 or bool(counts))
 
 
@@ -56,11 +56,11 @@ def test_bars_are_as_long_as_classes_are_large(tmp_path: Path) -> None:
     assert half / equal == pytest.approx(0.75, abs=0.01)
 
 
-def test_an_empty_class_stands_out(tmp_path: Path) -> None:
+def test_empty_class_is_highlighted(tmp_path: Path) -> None:
     assert near(draw(tmp_path / "a.png", {"a": 5, "b": 0}, 0), RUST) > 20
     assert near(draw(tmp_path / "b.png", {"a": 5, "b": 5}, 0), RUST) == 0
 
 
-def test_a_long_name_leaves_the_width_as_it_is(tmp_path: Path) -> None:
+def test_long_name_does_not_change_the_width(tmp_path: Path) -> None:
     short, long = (draw(tmp_path / "a.png", {}, 3, name=name).shape for name in ("photos", "/data" * 100))
     assert short == long

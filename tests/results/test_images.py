@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from openmae.results import curves, style
-from openmae.results.dataset_report import save_dataset_picture
+from openmae.results.dataset_report import save_dataset_figure
 from openmae.results.images import (
     reconstruction_grid,
     save_bar_comparison,
@@ -246,7 +246,7 @@ class TestText:
     @pytest.mark.filterwarnings("error")
     def test_data_set(self, tmp_path: Path) -> None:
         sizes = np.array([[10, 20], [300, 400]])
-        path = save_dataset_picture(
+        path = save_dataset_figure(
             tmp_path / "d.png",
             name="W" * 300,
             summary="W" * 200,

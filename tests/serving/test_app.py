@@ -23,7 +23,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from torch import Tensor
 
-from openmae.data.decode import Picture
+from openmae.data.decode import ImageFile
 from openmae.data.formats import FORMAT_TITLES
 from openmae.data.transforms import EvalTransform
 from openmae.serving.app import create_app
@@ -103,7 +103,7 @@ def test_images_are_preprocessed_as_in_inference(
     Image.fromarray(rng.integers(0, 65535, (40, 50), dtype=np.uint16)).save(tmp_path / "b.png")
     transform = EvalTransform(model.card.model.input_size, 3, model.card.interpolation)
     for name in ("a.jpg", "b.png"):
-        with Picture(tmp_path / name) as picture:
+        with ImageFile(tmp_path / name) as picture:
             expected = transform(picture)
         assert client.post("/predict", files=form((name, (tmp_path / name).read_bytes()))).status_code == 200
         torch.testing.assert_close(
@@ -203,8 +203,8 @@ def test_an_image_with_too_many_pixels(
     model: Any, encode: Encode, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], got: str
 ) -> None:
     decoded = []
-    original = Picture.pixels
-    monkeypatch.setattr(Picture, "pixels", lambda self, *rest: decoded.append(self.path) or original(self, *rest))
+    original = ImageFile.pixels
+    monkeypatch.setattr(ImageFile, "pixels", lambda self, *rest: decoded.append(self.path) or original(self, *rest))
     with TestClient(create_app(model, Settings(max_pixels=1_000_000))) as client:
         files = form(("bomb.png", png_header(*size)))
         answer = client.post("/predict", files=files)

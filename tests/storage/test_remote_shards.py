@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.data.index import index_images
-from openmae.data.loaders import LoaderSettings, training_loader
+from openmae.data.index import index_folder
+from openmae.data.loaders import LoaderSettings, TrainingLoader
 from openmae.data.open import open_index
-from openmae.data.shards.packing import Packing, pack
+from openmae.data.shards.packing import PackOptions, pack
 from openmae.data.shards.reading import ShardedIndex
-from openmae.data.shards.tar_index import _opened_remote
+from openmae.data.shards.tar_index import _open_remote
 from openmae.data.transforms import PretrainTransform
 from openmae.errors import DataError
 from openmae.storage import cache
@@ -25,9 +25,9 @@ from openmae.storage import cache
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Nothing stays open from one test to the next."""
-    _opened_remote.cache_clear()
+    _open_remote.cache_clear()
     yield
-    _opened_remote.cache_clear()
+    _open_remote.cache_clear()
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def packed(tmp_path: Path) -> list[Path]:
         path = tmp_path / "photos" / ("cat" if number % 3 else "dog") / f"{number:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise[: 8 + number % 17]).save(path)
-    return pack(index_images(tmp_path / "photos", True), tmp_path / "set", Packing(shard_bytes=8_500)).shards
+    return pack(index_folder(tmp_path / "photos", True), tmp_path / "set", PackOptions(shard_bytes=8_500)).shards
 
 
 def upload(store: Any, bucket: str, shards: list[Path], *, indexed: bool = True) -> str:
@@ -49,7 +49,7 @@ def upload(store: Any, bucket: str, shards: list[Path], *, indexed: bool = True)
 
 def batches(index: Any, folder: Path, workers: int = 0, done: int = 0) -> list[tuple[Any, ...]]:
     settings = LoaderSettings(4, folder, 1.0, num_workers=workers)
-    loader = training_loader(index, PretrainTransform((16, 16)), settings, seed=5)
+    loader = TrainingLoader(index, PretrainTransform((16, 16)), settings, seed=5)
     found = loader.from_position(2, done)
     return [(b.images.numpy().tobytes(), b.labels.tolist(), b.indices.tolist()) for b in found]
 
@@ -85,7 +85,7 @@ def test_a_cache_smaller_than_the_set_is_enough(store, bucket, packed, tmp_path,
     found = open_index(upload(store, bucket, packed), True)
     whole = batches(found, tmp_path)
     cache.clear()
-    _opened_remote.cache_clear()
+    _open_remote.cache_clear()
     monkeypatch.setenv("OPENMAE_CACHE_GB", str(5 * 24e3 / 1e9))
     assert batches(found, tmp_path) == whole
     assert 0 < len(remote_files()) < len(packed), "the cache keeps its bound"
@@ -111,7 +111,7 @@ def test_a_run_keeps_the_terminal_for_its_own_bar(store, bucket, packed, tmp_pat
         cache.clear()
         caplog.clear()
         for workers in (0, 2):
-            _opened_remote.cache_clear()
+            _open_remote.cache_clear()
             cache.clear()
             batches(found, tmp_path, workers=workers)
             assert len(remote_files()) == len(packed), "the run has fetched nothing"

@@ -67,7 +67,7 @@ def test_a_script_from_standard_input_is_told_to_become_a_file(tiny_overrides, t
     script.write_text(SCRIPT.format(method="fork", overrides=tiny_overrides(tmp_path / "run", {"train.num_gpus": 2})))
     done = run_script(script, stdin=True)
     assert done.returncode == 1
-    assert "num_gpus=2 starts processes that import the main script, and there is no file <stdin>." in done.stdout
+    assert "num_gpus=2 starts processes that import the main script, but there is no file <stdin>." in done.stdout
     assert "Save the script as a file" in done.stdout
 
 

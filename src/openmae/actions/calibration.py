@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from openmae.actions.sources import open_images
-from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
+from openmae.data.loaders import EvaluationLoader, LoaderSettings
 from openmae.engines.batching import as_input, eval_transform, fill_up
 from openmae.engines.metadata import ModelCard
 from openmae.spec.deployment import CalibrationSpec
@@ -41,7 +41,7 @@ def calibration_batches(
         count = min(-(-(settings.total - number) // len(sources)), len(index))  # an equal share of each
         if count > 0:
             index = index.subset(np.linspace(0, len(index) - 1, count).round().astype(int))
-            loaders.append(evaluation_loader(index, eval_transform(card), LoaderSettings(size, folder, _MAX_CORRUPT)))
+            loaders.append(EvaluationLoader(index, eval_transform(card), LoaderSettings(size, folder, _MAX_CORRUPT)))
     return chain.from_iterable(_inputs(loader, card) for loader in loaders)
 
 

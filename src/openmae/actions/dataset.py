@@ -1,4 +1,4 @@
-"""What ``mae dataset pack`` and ``mae dataset check`` do and print."""
+"""The actions behind ``mae dataset pack`` and ``mae dataset check``."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as RichTable
 
-from openmae.data.check import Survey, survey
+from openmae.data.check import CheckResult, check_images
 from openmae.data.decode import MAX_MEGAPIXELS
-from openmae.data.folder import CORRUPT_LIST, counted, describe_skipped, first_names, join_first
-from openmae.data.index import unread_table
+from openmae.data.folder_listing import CORRUPT_LIST, counted, describe_skipped, first_names
+from openmae.data.index import skipped_files_table
 from openmae.data.open import open_index
-from openmae.data.shards.packing import Packed, Packing, pack
+from openmae.data.shards.packing import PackOptions, PackResult, pack
 from openmae.errors import UserError
-from openmae.results.dataset_report import save_dataset_picture
-from openmae.results.report import Cell, Numbers, Picture, Section, Table, write_report
+from openmae.results.dataset_report import save_dataset_figure
+from openmae.results.report import Numbers, Picture, Section, Table, write_report
 from openmae.storage.atomic import make_folder, write_atomically
 from openmae.storage.printable import printable_name
 from openmae.storage.urls import is_remote
 
 DUPLICATES_LIST = "duplicate_files.txt"
 REMARKS_LIST = "remarks.txt"
-_LISTED = 100  # rows of a table in the report; the lists beside it have all
+_LISTED = 100  # rows of a table in the report; the text files list all
 
 log = logging.getLogger("openmae")
 
@@ -37,24 +37,22 @@ log = logging.getLogger("openmae")
 def pack_source(
     source: str,
     out: Path,
-    size: int | None = None,
+    options: PackOptions | None = None,
     *,
-    shard_mb: int = 256,
-    quality: int = 95,
     overwrite: bool = False,
     max_megapixels: int = MAX_MEGAPIXELS,
-) -> Packed:
-    """Pack a source into shards and print how to name them; see ``packing.pack``.
+) -> PackResult:
+    """Pack a source into shards, and print how to name them in a spec; see ``packing.pack``.
 
     Raises:
-        UserError: the source cannot be used, or ``out`` is not a local folder that shards can be written to.
+        UserError: the source cannot be used, or ``out`` is not a writable local folder.
         RunError: the disk is full.
     """
     if is_remote(str(out)) or ":/" in str(out):
-        raise UserError(f"OUT must be a local folder, not {out}.", "Pack into a local folder and copy that.")
+        raise UserError(f"OUT must be a local folder, not {out}.", "Pack into a local folder, then copy it.")
     index = replace(open_index(source, None), max_pixels=max_megapixels * 1_000_000)
     with _progress("Packing", len(index)) as advance:
-        packed = pack(index, out, Packing(size, shard_mb * 1_000_000, quality), overwrite=overwrite, advance=advance)
+        packed = pack(index, out, options or PackOptions(), overwrite=overwrite, advance=advance)
     total = sum(shard.stat().st_size for shard in packed.shards)
     labels = f"{len(index.class_names)} classes" if index.labels is not None else "no labels"
     print(f"{packed.images:,} images ({labels}) in {counted(len(packed.shards), 'shard')}, {total / 1e6:,.1f} MB:")
@@ -64,137 +62,133 @@ def pack_source(
     return packed
 
 
-def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS) -> Survey:
-    """Look at every image of a source; print a table, write a picture and ``report.html`` to ``folder``.
+def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS) -> CheckResult:
+    """Check every image of a source; print a table, and write lists, a figure and ``report.html`` to ``folder``.
 
     Raises:
-        UserError: the source cannot be used, or nothing can be written to ``folder``.
+        UserError: the source cannot be used, or ``folder`` cannot be written.
     """
     index = replace(open_index(source, None), max_pixels=max_megapixels * 1_000_000)
     make_folder(folder)
     with _progress("Checking", len(index)) as advance:
-        found = survey(index, advance)
+        result = check_images(index, advance)
     for name, lines in (
-        (CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in found.corrupt]),
-        (DUPLICATES_LIST, ["\t".join(group) for group in found.duplicates]),
-        (REMARKS_LIST, ["\t".join(row) for row in _remark_rows(found)]),
+        (CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in result.corrupt]),
+        (DUPLICATES_LIST, ["\t".join(group) for group in result.duplicates]),
+        (REMARKS_LIST, ["\t".join(row) for row in _remarks(result)]),
     ):
         (folder / name).unlink(missing_ok=True)
         if lines:
             write_atomically(folder / name, "".join(f"{line}\n" for line in lines))
-    rows = summary(found)
-    table = RichTable("", "", title=found.place, title_justify="left", show_header=False)
+    rows = _summary(result)
+    table = RichTable("", "", title=index.place, title_justify="left", show_header=False)
     for row in rows:
         table.add_row(*row)
     Console(markup=False, emoji=False, highlight=False).print(table)
-    picture = save_dataset_picture(
+    figure = save_dataset_figure(
         folder / "dataset.png",
-        name=found.place,
-        summary=headline(found),
-        class_counts=found.class_counts,
-        sizes=np.stack([found.widths, found.heights], axis=1),
-        file_sizes=found.file_sizes,
+        name=index.place,
+        summary=_headline(result),
+        class_counts=result.class_counts,
+        sizes=result.sizes,
+        file_sizes=result.file_sizes,
     )
-    write_report(folder, "Data set", _sections(found, rows, picture, unread_table([index])), subtitle=found.place)
+    write_report(folder, "Data set", _sections(result, rows, figure), subtitle=index.place)
     log.info("Results are in %s; open report.html there.", folder)
-    return found
+    return result
 
 
-def headline(found: Survey) -> str:
-    """What matters most, in a line."""
-    parts = [f"{found.images:,} images"]
-    if found.class_counts:
-        parts.append(f"{len(found.class_counts):,} classes")
-    parts.append(f"{len(found.corrupt):,} corrupt" if found.corrupt else "none corrupt")
-    parts.append(f"{found.redundant:,} duplicate" if found.duplicates else "no duplicates")
+def _headline(result: CheckResult) -> str:
+    parts = [f"{len(result.index):,} images"]
+    if result.class_counts:
+        parts.append(f"{len(result.class_counts):,} classes")
+    parts.append(f"{len(result.corrupt):,} corrupt" if result.corrupt else "none corrupt")
+    parts.append(f"{result.redundant:,} duplicate" if result.duplicates else "no duplicates")
     return " · ".join(parts)
 
 
-def summary(found: Survey) -> list[tuple[str, str]]:
-    """The table that is printed: what, and how much of it."""
-    rows = [("images", f"{found.images:,}")]
-    if found.shard_counts:
-        rows.append(("shards", f"{len(found.shard_counts):,}, of {_spread(list(found.shard_counts.values()))} images"))
-    if found.skipped:
-        count = sum(kind.count for kind in found.skipped)
-        rows.append(("skipped", f"{count:,}, which are not read: {describe_skipped(found.skipped)}"))
-    if found.results:
-        rows.append(("results of OpenMAE", f"not read: {first_names(found.results)}"))
-    if found.class_counts:
-        counts = list(found.class_counts.values())
-        by = f"; taken from {found.labelled_by}"
-        if found.labelled_by == "folders":
-            by = f"; taken from the folders {join_first(list(found.class_counts))}"
-        rows.append(("classes", f"{len(counts):,}, of {_spread(counts)} images{by}"))
-        if found.unlabelled:
-            rows.append(("without a label", f"{found.unlabelled:,}"))
+def _summary(result: CheckResult) -> list[tuple[str, str]]:
+    """Return the rows of the printed table."""
+    index, classes = result.index, result.class_counts
+    by_folder = index.labelled_by == "folders"
+    rows = [("images", f"{len(index):,}")]
+    if result.shard_counts:
+        rows.append(("shards", f"{len(result.shard_counts):,}, of {_range([*result.shard_counts.values()])} images"))
+    if index.skipped:
+        count = sum(kind.count for kind in index.skipped)
+        rows.append(("skipped", f"{count:,}, which are not read: {describe_skipped(index.skipped)}"))
+    if index.results:
+        rows.append(("results of OpenMAE", f"not read: {first_names(index.results)}"))
+    if classes:
+        origin = f"the folders {first_names(list(classes))}" if by_folder else index.labelled_by
+        rows.append(("classes", f"{len(classes):,}, of {_range([*classes.values()])} images; taken from {origin}"))
+        if index.unlabelled:
+            rows.append(("without a label", f"{len(index.unlabelled):,}"))
     else:
         rows.append(("classes", "no labels"))
-    if len(found.widths):
+    if len(result.sizes):
+        total = result.file_sizes.sum() / 1e9
         rows += [
-            ("width", f"{_spread(found.widths)} pixels"),
-            ("height", f"{_spread(found.heights)} pixels"),
-            ("file size", f"{_spread(found.file_sizes / 1e3)} kB, {found.file_sizes.sum() / 1e9:,.3f} GB together"),
-            ("format", ", ".join(f"{kind} {count:,}" for kind, count in found.formats.most_common(4))),
+            ("width", f"{_range(result.sizes[:, 0])} pixels"),
+            ("height", f"{_range(result.sizes[:, 1])} pixels"),
+            ("file size", f"{_range(result.file_sizes / 1e3)} kB, {total:,.3f} GB in total"),
+            ("format", ", ".join(f"{kind} {count:,}" for kind, count in result.formats.most_common(4))),
         ]
-    rows.append(("corrupt", f"{len(found.corrupt):,} ({len(found.corrupt) / found.images:.2%})"))
-    for kind, title in (("pages", "several pages"), ("warning", "warned of by Pillow")):
-        if several := [f"{remark.path} ({remark.text})" for remark in found.remarks if remark.kind == kind]:
-            only = ", of which only the first is read" if kind == "pages" else ""
-            rows.append((title, f"{len(several):,}{only}, such as {several[0]}"))
-    rows.append(("duplicate", f"{found.redundant:,} ({counted(len(found.duplicates), 'group')} of the same content)"))
-    if found.contradictions:
-        how = "lie in several class folders" if found.labelled_by == "folders" else "have several labels"
-        rows.append(("contradictory", f"{counted(found.contradictions, 'group')} of duplicates {how}"))
+    rows.append(("corrupt", f"{len(result.corrupt):,} ({len(result.corrupt) / len(index):.2%})"))
+    if result.further:
+        path, text = result.further[0]
+        only = "of which only the first is read"
+        rows.append(("several pages", f"{len(result.further):,}, {only}, such as {path} ({text})"))
+    groups = counted(len(result.duplicates), "group")
+    rows.append(("duplicate", f"{result.redundant:,} ({groups} with equal content)"))
+    if result.contradictions:
+        how = "are in several class folders" if by_folder else "have several labels"
+        rows.append(("contradictory", f"{counted(result.contradictions, 'group')} of duplicates {how}"))
     return rows
 
 
-def _spread(values: Sequence[float] | np.ndarray) -> str:
+def _remarks(result: CheckResult) -> list[tuple[str, str]]:
+    return [(path, f"{text}, of which only the first is read") for path, text in result.further]
+
+
+def _range(values: Sequence[float] | np.ndarray) -> str:
     least, middle, most = (f"{value:,.0f}" for value in np.percentile(values, [0, 50, 100]))
     return least if least == most else f"{least} to {most} (median {middle})"
 
 
-def _sections(
-    found: Survey, rows: Sequence[tuple[str, str]], picture: Path, unread: Sequence[Section]
-) -> list[Section]:
+def _sections(result: CheckResult, rows: Sequence[tuple[str, str]], figure: Path) -> list[Section]:
+    classes = sorted(result.class_counts.items(), key=lambda item: -item[1])
     numbers = {
-        "images": f"{found.images:,}",
-        **({"classes": f"{len(found.class_counts):,}"} if found.class_counts else {}),
-        "corrupt": f"{len(found.corrupt):,}",
-        "duplicate": f"{found.redundant:,}",
+        "images": f"{len(result.index):,}",
+        **({"classes": f"{len(classes):,}"} if classes else {}),
+        "corrupt": f"{len(result.corrupt):,}",
+        "duplicate": f"{result.redundant:,}",
     }
     sections: list[Section] = [
         Numbers("", numbers),
-        Picture("Overview", picture, "Images per class, image sizes and file sizes."),
+        Picture("Overview", figure, "Images per class, image sizes and file sizes."),
         Table("Figures", ("", ""), rows),
     ]
-    if found.class_counts:
-        classes: list[list[Cell]] = [[*item] for item in sorted(found.class_counts.items(), key=lambda item: -item[1])]
-        caption = f"The {_LISTED} largest and the {_LISTED} smallest of {len(classes):,} classes."
-        if len(classes) <= 2 * _LISTED:
-            caption = ""
-        else:
+    if classes:
+        caption = ""
+        if len(classes) > 2 * _LISTED:
+            caption = f"The {_LISTED} largest and the {_LISTED} smallest of {len(classes):,} classes."
             classes = classes[:_LISTED] + classes[-_LISTED:]
         sections.append(Table("Classes", ("class", "images"), classes, caption))
-    sections += unread
+    sections += skipped_files_table([result.index])
     for title, columns, cells, name in (
-        ("Corrupt files", ("file", "reason"), [list(row) for row in found.corrupt], CORRUPT_LIST),
-        ("Duplicates", ("kept", "the same"), [[g[0], ", ".join(g[1:4])] for g in found.duplicates], DUPLICATES_LIST),
-        ("Remarks", ("file", "remark"), _remark_rows(found), REMARKS_LIST),
+        ("Corrupt files", ("file", "reason"), result.corrupt, CORRUPT_LIST),
+        ("Duplicates", ("kept", "the same"), [(g[0], ", ".join(g[1:4])) for g in result.duplicates], DUPLICATES_LIST),
+        ("Remarks", ("file", "remark"), _remarks(result), REMARKS_LIST),
     ):
         if cells:
-            sections.append(Table(title, columns, cells[:_LISTED], f"{len(cells):,} in all; {name} lists them."))
+            sections.append(Table(title, columns, cells[:_LISTED], f"{len(cells):,} in all, listed in {name}."))
     return sections
-
-
-def _remark_rows(found: Survey) -> list[list[str]]:
-    said = {"pages": "{}, of which only the first is read", "warning": "Pillow warns: {}"}
-    return [[remark.path, said[remark.kind].format(remark.text)] for remark in found.remarks]
 
 
 @contextmanager
 def _progress(verb: str, total: int) -> Iterator[Callable[[], object]]:
-    """A bar on a terminal; gives what is to be called after each image."""
+    """Show a progress bar on a terminal; yield the function to call after each image."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(verb, total=total)

@@ -13,9 +13,8 @@ from openmae.actions.run import begin_results, running, show_table, watched
 from openmae.actions.sections import classifier_report, pretrained_report
 from openmae.actions.sources import match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
-from openmae.data.image_index import ImageIndex
-from openmae.data.index import unread_table
-from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
+from openmae.data.index import ImageIndex, skipped_files_table
+from openmae.data.loaders import EvaluationLoader, LoaderSettings
 from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.engines.batching import eval_transform
@@ -62,7 +61,7 @@ class Request:
             rank=fabric.global_rank,
             world_size=fabric.world_size,
         )
-        return evaluation_loader(self.index, eval_transform(self.model.card), settings)
+        return EvaluationLoader(self.index, eval_transform(self.model.card), settings)
 
     def pretrain_task(self, fabric: Fabric) -> PretrainTask | None:
         """The autoencoder on the device, with the spec's masks; None for an exported model, which has no decoder."""
@@ -151,7 +150,7 @@ def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
         if task is not None:
             picture = request.folder / "reconstructions" / "validation.png"
             reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
-        unread = unread_table([request.index])
+        unread = skipped_files_table([request.index])
         pretrained_report(request.folder, request.info, len(request.index), metrics, picture, unread)
     return metrics
 
@@ -165,5 +164,7 @@ def _evaluate_classifier(fabric: Fabric, request: Request) -> dict[str, float]:
         confusion = np.zeros((len(names), len(names)), dtype=np.int64)
         np.add.at(confusion, (predictions.labels, predictions.classes[:, 0]), 1)
         picture = save_confusion_matrix(confusion, names, request.folder / "confusion_matrix.png")
-        classifier_report(request.folder, request.info, metrics, confusion, picture, unread_table([request.index]))
+        classifier_report(
+            request.folder, request.info, metrics, confusion, picture, skipped_files_table([request.index])
+        )
     return metrics

@@ -21,7 +21,7 @@ from openmae.actions.sections import export_report
 from openmae.actions.sources import match_classes, open_images
 from openmae.checkpoints.format import BACKBONE, CheckpointInfo, save_backbone
 from openmae.checkpoints.weights import check_size
-from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
+from openmae.data.loaders import EvaluationLoader, LoaderSettings
 from openmae.engines.batching import eval_transform
 from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
@@ -222,7 +222,7 @@ def _validation(spec: ExperimentSpec, card: ModelCard, folder: Path) -> Evaluati
     settings = LoaderSettings(
         dataset.batch_size, folder, dataset.max_corrupt_fraction, num_workers=dataset.num_workers_per_gpu
     )
-    return evaluation_loader(index, eval_transform(card), settings)
+    return EvaluationLoader(index, eval_transform(card), settings)
 
 
 def _write(job: _Job, proto: ModelProto) -> tuple[Rows, dict[str, float]]:

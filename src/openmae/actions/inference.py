@@ -19,7 +19,7 @@ from openmae.actions.run import begin_results, running, show_table, watched
 from openmae.actions.sections import embedding_report, inference_report
 from openmae.actions.sources import open_images
 from openmae.data.image_dataset import Batch
-from openmae.data.index import unread_table
+from openmae.data.index import skipped_files_table
 from openmae.distributed.launch import build_fabric, launch
 from openmae.results.images import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
@@ -80,7 +80,7 @@ def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
         rows = _result_rows(predictions, request)
         write_atomically(request.folder / RESULTS, _as_csv(rows))
         sheet = _draw_sheet(predictions, request, loader.first(_SHEET))
-        inference_report(request.folder, request.info, rows, sheet, unread_table([request.index]))
+        inference_report(request.folder, request.info, rows, sheet, skipped_files_table([request.index]))
     seen = {name: f"{count:,} images" for name, count in counts.most_common(_CLASSES)}
     return seen if len(counts) <= _CLASSES else {**seen, "...": f"{len(counts) - _CLASSES} more classes"}
 
@@ -131,7 +131,7 @@ def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
         if task is not None:
             picture = request.folder / "reconstructions" / "test.png"
             reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
-        embedding_report(request.folder, request.info, vectors.shape, picture, unread_table([request.index]))
+        embedding_report(request.folder, request.info, vectors.shape, picture, skipped_files_table([request.index]))
     return {"embeddings": f"{len(vectors):,} of {vectors.shape[1]:,} numbers each"}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from openmae.actions.sources import class_count, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
 from openmae.data.image_dataset import AddressedSampler
-from openmae.data.image_index import ImageIndex
+from openmae.data.index import ImageIndex
 from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig
 from openmae.spec.describe import fields

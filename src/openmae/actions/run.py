@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from openmae.actions.staging import local_place
-from openmae.data.folder import CORRUPT_LIST
+from openmae.data.folder_listing import CORRUPT_LIST
 from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources

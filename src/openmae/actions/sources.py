@@ -7,7 +7,7 @@ from dataclasses import replace
 from unicodedata import normalize
 
 from openmae.data.decode import MAX_MEGAPIXELS
-from openmae.data.image_index import ImageIndex
+from openmae.data.index import ImageIndex
 from openmae.data.open import open_index
 from openmae.errors import DataError, SpecError, blaming
 from openmae.spec.schema import ExperimentSpec

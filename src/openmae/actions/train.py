@@ -23,8 +23,8 @@ from openmae.checkpoints.folder import CheckpointFolder
 from openmae.checkpoints.format import BACKBONE, Checkpoint, read_checkpoint, read_training_state, save_backbone
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.checkpoints.weights import load_into
-from openmae.data.index import unread_table
-from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
+from openmae.data.index import skipped_files_table
+from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform, Transform
 from openmae.distributed.fsdp import shard
@@ -284,11 +284,11 @@ def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoad
         world_size=fabric.world_size,
     )
     augmentation = spec.dataset.augmentation
-    train = training_loader(plan.train, _train_transform(plan), settings, spec.train.seed)
+    train = TrainingLoader(plan.train, _train_transform(plan), settings, spec.train.seed)
     if plan.val is None:
         return train, None
     transform = EvalTransform(augmentation.size, spec.model.in_chans)
-    return train, evaluation_loader(plan.val, transform, settings)
+    return train, EvaluationLoader(plan.val, transform, settings)
 
 
 def _train_transform(plan: Plan) -> Transform:
@@ -336,7 +336,7 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
     save_backbone(plan.folder / BACKBONE, backbone.state_dict(), plan.info, plan.key)
     picture = None
     if isinstance(trainer.task, PretrainTask):
-        loader = trainer.val_loader or evaluation_loader(
+        loader = trainer.val_loader or EvaluationLoader(
             plan.train,
             EvalTransform(plan.config.input_size, plan.config.in_chans),
             LoaderSettings(batch_size=PICTURES, results=plan.folder, max_corrupt_fraction=1.0),
@@ -344,5 +344,5 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
         picture = plan.folder / "reconstructions" / "last.png"
         assert isinstance(model, MaskedAutoencoder)
         reconstruction_grid(*trainer.task.reconstruct(fabric, loader.first(PICTURES), model), picture)
-    unread = unread_table(index for index in (plan.train, plan.val) if index is not None)
+    unread = skipped_files_table(index for index in (plan.train, plan.val) if index is not None)
     train_report(plan.folder, plan.info, rows, picture, breakdown, unread)

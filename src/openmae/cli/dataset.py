@@ -1,4 +1,4 @@
-"""``mae dataset``: pack images into shards, check what a source holds. Nothing heavy is imported until one runs."""
+"""The ``mae dataset`` commands. Imports of torch, numpy and Pillow wait until a command runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from openmae.cli.parser import Parser
 def add_arguments(parser: Parser) -> None:
     """Define ``mae dataset pack`` and ``mae dataset check``."""
     commands = parser.add_commands()
-    pack = commands.add_parser("pack", help="write images into WebDataset shards")
+    pack = commands.add_parser("pack", help="pack images into WebDataset shards")
     add = pack.add_argument
-    add("source", metavar="FOLDER", help="a folder of images, or anything else that dataset.train_data_sources takes")
+    add("source", metavar="FOLDER", help="a folder of images, or any other source of dataset.train_data_sources")
     add("out", type=Path, metavar="OUT", help="a local folder for the shards OUT-000000.tar, OUT-000001.tar, ...")
-    add(
-        "--size", type=_number(1, 65_535), metavar="N", help="scale larger images so that the shorter side has N pixels"
-    )
-    add("--shard-mb", type=_number(1, 1_000_000), default=256, metavar="N", help="megabytes a shard (default: 256)")
-    add("--quality", type=_number(1, 100), default=95, metavar="N", help="of the JPEG of a scaled image (default: 95)")
-    add("--overwrite", action="store_true", help="replace the shards that are in OUT")
+    add("--size", type=_number(1, 65_535), metavar="N", help="scale larger images down to a shorter side of N pixels")
+    add("--shard-mb", type=_number(1, 1_000_000), default=256, metavar="N", help="megabytes per shard (default: 256)")
+    add("--quality", type=_number(1, 100), default=95, metavar="N", help="JPEG quality of scaled images (default: 95)")
+    add("--overwrite", action="store_true", help="replace existing shards in OUT")
     _add_max_megapixels(pack)
     pack.set_defaults(run=_run_pack)
     check = commands.add_parser("check", help="count images, classes, corrupt and duplicate files")
@@ -37,12 +35,12 @@ def _add_max_megapixels(parser: Parser) -> None:
         type=_number(1, 100_000),
         default=179,
         metavar="N",
-        help="millions of pixels of the largest image that is decoded, as dataset.max_megapixels (default: 179)",
+        help="millions of pixels of the largest image to decode, as dataset.max_megapixels (default: 179)",
     )
 
 
 def expanded_braces(overrides: Sequence[str]) -> str:
-    """Say what is wrong where a shell has made many overrides of one unquoted pattern of shards, else ""."""
+    """Return an error message if the shell has expanded an unquoted pattern of shards, otherwise ""."""
     sources: dict[str, set[str]] = {}
     for key, _, value in (item.partition("=") for item in overrides):
         if key.endswith("_data_sources") and value.endswith(".tar"):
@@ -60,7 +58,7 @@ def _number(least: int, most: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must lie between {least} and {most}, not {value}")
+            raise argparse.ArgumentTypeError(f"must be between {least} and {most}, not {value}")
         return value
 
     return number
@@ -68,9 +66,10 @@ def _number(least: int, most: int) -> Callable[[str], int]:
 
 def _run_pack(args: argparse.Namespace) -> None:
     from openmae.actions.dataset import pack_source
+    from openmae.data.shards.packing import PackOptions
 
-    sizes = {"shard_mb": args.shard_mb, "quality": args.quality, "max_megapixels": args.max_megapixels}
-    pack_source(args.source, args.out, args.size, overwrite=args.overwrite, **sizes)
+    options = PackOptions(args.size, args.shard_mb * 1_000_000, args.quality)
+    pack_source(args.source, args.out, options, overwrite=args.overwrite, max_megapixels=args.max_megapixels)
 
 
 def _run_check(args: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""Data sources, decoding of images, transforms and loaders."""

@@ -1,7 +1,4 @@
-"""The pixels of one image, the same for every reader: folders, shards, packing, inference and serving.
-
-Pixels are decoded once, cropped and scaled as early as the file format allows, and stay 8-bit unless the file has more.
-"""
+"""Decoding of one image, the same for folders, shards, packing, inference and serving."""
 
 from __future__ import annotations
 
@@ -9,20 +6,17 @@ import io
 import logging
 import math
 import re
-import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from openmae.data.formats import READ_FORMATS, SIGNATURE_BYTES, recognise, why_not_read
-from openmae.data.pillow_warnings import collected
-from openmae.data.tiff import count_pages, deep_pixels, depth_of
 from openmae.inputs import open_regular
 
 MAX_MEGAPIXELS = 179  # Pillow's own limit
@@ -32,19 +26,26 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upr
 Size = tuple[int, int]  # height, width
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
-_PIXEL_BYTES, _OTHER_BYTES = 16, 1 << 26  # of a file: four channels of 32 bits, and texts and profiles
-_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+log = logging.getLogger("openmae")
+# Otherwise every process prints Pillow's messages on files that it can read (broken EXIF, ...).
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # or every process would print its errors
-_MEANT = {  # what Pillow says, and what that means for the file
+# Image generators store prompts of several MB in PNG files. Pillow refuses more than 1 MiB per text, and 64 MiB in all.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+# Memory that a file of N pixels may take: four channels of 32 bits, plus texts and profiles.
+_BYTES_PER_PIXEL, _EXTRA_BYTES = 16, 1 << 26
+_PILLOW_TEXTS = {
     "not identified by this driver": "its header is damaged",
     "unknown pixel mode": "its combination of bits, sample format and colour space is not supported; save it as 8-bit "
     "grey or RGB, or as unsigned 16-bit grey",
 }
 _OBJECT = re.compile(r"<[^<>]* object at 0x[0-9a-f]+>")
+_TIFF_SAMPLES = {1: "unsigned {}-bit integers", 2: "signed {}-bit integers", 3: "{}-bit floating-point numbers"}
 
 
-class CorruptImage(Exception):  # noqa: N818  (what it is, rather than what went wrong)
+class CorruptImage(Exception):  # noqa: N818
     """An image file that cannot be decoded: ``path`` and ``reason``."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -57,11 +58,11 @@ class CorruptImage(Exception):  # noqa: N818  (what it is, rather than what went
 
 
 class NotAnImage(CorruptImage):
-    """A file whose content is of no format that is read."""
+    """A file whose content is not in a supported format."""
 
 
 class TooManyPixels(CorruptImage):
-    """An image with more pixels than are allowed: ``got`` says how many it has."""
+    """An image with more pixels than allowed; ``got`` describes how many it has."""
 
     def __init__(self, path: Path, got: str, max_pixels: int) -> None:
         limit = f"{MAX_KEY}={max_pixels / 1e6:g}"
@@ -71,68 +72,64 @@ class TooManyPixels(CorruptImage):
         self.max_pixels = max_pixels
 
 
-class Picture:
-    """An image file with its header read: the upright size is known, pixels are decoded on request.
+class ImageFile:
+    """An image file whose header has been read: the size is known, pixels are decoded on request.
 
     Use it as a context manager, so that the file is closed.
 
     Args:
-        path: of the file, or the name of ``content``.
-        content: an open file to be read in place of ``path``; it is closed with the picture.
+        path: of the file, or a name for ``content``.
+        content: an open file to read instead of ``path``; it is closed with this object.
         max_pixels: the largest width x height.
 
     Attributes:
         format: Pillow's name of the format.
-        mode: of the pixels as the file stores them.
+        mode: Pillow's name of the pixel format in the file.
         size: (height, width) of the upright image.
         transparent: the file may have transparent parts.
-        warnings: what Pillow warned of so far.
 
     Raises:
-        CorruptImage: on opening or decoding, whatever ails the file.
+        CorruptImage: on opening or decoding, for any error in the file.
     """
 
     def __init__(
         self, path: Path, content: BinaryIO | None = None, max_pixels: int = MAX_MEGAPIXELS * 1_000_000
     ) -> None:
         self.path = path
-        self.warnings: list[str] = []
         with self._decoding():
             self._file = open_regular(path) if content is None else content
             try:
                 self._image = read_header(path, self._file, max_pixels)
-                self._orientation = _orientation(self._image)  # for which Pillow may decode a PNG to its end
+                self._orientation = _orientation(self._image)
             except BaseException:
                 self._file.close()
                 raise
         self.format, self.mode = self._image.format or "", self._image.mode
         self.transparent = self._image.has_transparency_data
         width, height = self._image.size
-        self._turned = self._orientation >= 5  # the stored image lies on its side
-        self.size: Size = (width, height) if self._turned else (height, width)
+        self._rotated = self._orientation >= 5  # width and height are exchanged
+        self.size: Size = (width, height) if self._rotated else (height, width)
 
-    def __enter__(self) -> Picture:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._image.close()
         self._file.close()
 
     def pixels(self, in_chans: int = 3, box: Box | None = None, at_least: Size | None = None) -> Pixels:
-        """Decode the part of the upright image inside ``box``; to be called once.
+        """Decode the part of the upright image inside ``box``. May be called once.
 
         Args:
-            in_chans: 1 (grey), 3 (RGB) or 4 (RGBA). Transparent parts turn white for 1 and 3; an image
-                without transparency is opaque for 4.
-            box: default the whole image.
-            at_least: (height, width) that the caller will scale the box down to. A JPEG is then decoded
-                at 1/2, 1/4 or 1/8 scale where that leaves the box at least as large.
+            in_chans: 1 (grey), 3 (RGB) or 4 (RGBA). For 1 and 3, transparent parts become white; for 4, an image
+                without transparency is opaque.
+            box: default: the entire image.
+            at_least: (height, width) to which the caller will scale the box down. A JPEG is then decoded at 1/2, 1/4
+                or 1/8 scale if the box stays at least that large.
 
         Returns:
-            [H, W, in_chans], uint8; for grey files of 9 to 16 bits float32 on the same scale, 0 to 255.
-            (Pillow reduces 16-bit colour files to 8 bits.)
+            [H, W, in_chans], uint8; float32 in 0..255 for grey files of 9 to 16 bits. (Pillow reduces 16-bit colour
+            files to 8 bits.)
         """
         height, width = self.size
         left, top, right, bottom = box or (0, 0, width, height)
@@ -142,11 +139,11 @@ class Picture:
                 wanted_w = math.ceil(width * at_least[1] / (right - left))
                 self._image.draft(
                     "L" if in_chans == 1 else "RGB",
-                    (wanted_h, wanted_w) if self._turned else (wanted_w, wanted_h),
+                    (wanted_h, wanted_w) if self._rotated else (wanted_w, wanted_h),
                 )
-            self._load()
+            self._image.load()
             image = ImageOps.exif_transpose(self._image) if self._orientation > 1 else self._image
-            if image.size != (width, height):  # drafted
+            if image.size != (width, height):  # decoded at a smaller scale
                 x, y = image.width / width, image.height / height
                 left, top = min(round(left * x), image.width - 1), min(round(top * y), image.height - 1)
                 right, bottom = max(round(right * x), left + 1), max(round(bottom * y), top + 1)
@@ -155,40 +152,27 @@ class Picture:
             return self._to_channels(image, in_chans)
 
     @property
-    def pages(self) -> str:
-        """What the file holds more of than the one image that is read, such as "3 pages"; else empty.
+    def further_images(self) -> str:
+        """A description of a file with more than the image that is read, such as ``several pages``; otherwise empty.
 
-        To be asked after ``pixels``. The several images of a phone's JPEG (depth, brightness) do not count.
+        Read it after ``pixels``. Further images in a phone's JPEG (depth, brightness) do not count.
         """
-        count, noun = 1, "frames"
-        try:
-            if self.format == "TIFF":
-                count, noun = count_pages(self._file), "pages"
-            elif self.format != "MPO" and getattr(self._image, "is_animated", False):
-                count, noun = getattr(self._image, "n_frames", 1), "images" if self.format == "HEIF" else "frames"
-        except Exception:  # the first one was sound, and what follows is not looked at
-            return ""
-        return f"{count:,} {noun}" if count > 1 else ""
-
-    def _load(self) -> None:
-        try:
-            self._image.load()
-        except ValueError:
-            if self.format != "PNG":
-                raise
-            # Text that follows the pixels is too large for Pillow: once more, without it.
-            self._image = _opened(_without_text(self._file), "PNG")
-            self._image.load()
+        try:  # only the first image of the file has been decoded, the others may be damaged
+            if self.format != "MPO" and getattr(self._image, "is_animated", False):
+                return {"TIFF": "several pages", "HEIF": "several images"}.get(self.format, "several frames")
+        except Exception:
+            log.debug("%s: further images in the file cannot be read", self.path, exc_info=True)
+        return ""
 
     def _to_channels(self, image: Image.Image, in_chans: int) -> Pixels:
         if image.mode.startswith("I;16"):
-            planes = np.repeat(deep_pixels(image, depth_of(self._image))[..., None], in_chans, axis=-1)
+            planes = np.repeat(_deep_grey(image, self._image)[..., None], in_chans, axis=-1)
             if in_chans == 4:
                 planes[..., 3] = 255
             return planes
         if image.mode in ("I", "F"):
             raise ValueError(
-                f"its pixels are {depth_of(self._image).words}, and the file does not say which values are black and "
+                f"its pixels are {_sample_type(self._image)}, and the file does not say which values are black and "
                 "white; scale them to 0..65535 and save them as unsigned 16-bit integers, or to 0..255 as 8-bit"
             )
         if in_chans == 4:
@@ -203,16 +187,15 @@ class Picture:
     @contextmanager
     def _decoding(self) -> Iterator[None]:
         try:
-            with collected(self.warnings):
-                yield
+            yield
         except (MemoryError, CorruptImage):
             raise
         except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, ...
-            raise CorruptImage(self.path, in_words(error)) from error
+            raise CorruptImage(self.path, describe_error(error)) from error
 
 
 def read_header(path: Path, file: BinaryIO, max_pixels: int) -> Image.Image:
-    """Recognise an open file and read its header, without decoding any pixel.
+    """Recognise the format of an open file and read its header, without decoding any pixel.
 
     Args:
         path: of the file, for messages.
@@ -220,20 +203,29 @@ def read_header(path: Path, file: BinaryIO, max_pixels: int) -> Image.Image:
         max_pixels: the largest width x height.
 
     Raises:
-        NotAnImage: the content is of no format that is read.
+        NotAnImage: the content is not in a supported format.
         TooManyPixels: the image is larger than ``max_pixels``.
-        Exception: whatever a decoder raises for a damaged header.
+        Exception: any error of a decoder in a damaged header.
     """
     file.seek(0)
     start = file.read(SIGNATURE_BYTES)
     kind = recognise(start)
     if kind is None or kind not in READ_FORMATS:
         raise NotAnImage(path, why_not_read(start))
-    if kind != "TIFF":  # which may have many pages, and is not read as a whole
+    if kind != "TIFF":  # a TIFF may have many pages, and only one of them is read
         check_length(path, file, max_pixels)
-    _prepare_pillow(kind, max_pixels)
+    if kind == "HEIF" and "HEIF" not in Image.OPEN:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = math.ceil(max_pixels / 2)  # per process; Pillow refuses more than twice as many
+    if kind not in Image.OPEN:
+        Image.init()
+    file.seek(0)
     try:
-        image = _opened(file, kind)
+        # Image.open would hide the reader's error behind "cannot identify image file".
+        image = Image.OPEN[kind][0](file, "")
     except Image.DecompressionBombError as error:
         raise TooManyPixels(path, "too many", max_pixels) from error
     if image.width * image.height > max_pixels:
@@ -242,77 +234,30 @@ def read_header(path: Path, file: BinaryIO, max_pixels: int) -> Image.Image:
     return image
 
 
-def decode(path: Path, in_chans: int = 3) -> Pixels:
-    """Decode the whole image: [H, W, in_chans], upright; see ``Picture.pixels``."""
-    with Picture(path) as picture:
-        return picture.pixels(in_chans)
-
-
 def check_length(path: Path, file: BinaryIO, max_pixels: int) -> None:
-    """Raise a CorruptImage for a file that is too long to be read into memory, such as one that is mostly a hole."""
+    """Raise ``CorruptImage`` if a file is too long to be read into memory, such as a sparse file of 64 GB."""
     length = file.seek(0, io.SEEK_END)
     file.seek(0)
-    most = _PIXEL_BYTES * max_pixels + _OTHER_BYTES
+    most = _BYTES_PER_PIXEL * max_pixels + _EXTRA_BYTES
     if length > most:
         limit = f"the {most:,} that an image of {MAX_KEY}={max_pixels / 1e6:g} may take"
         raise CorruptImage(path, f"the file has {length:,} bytes, more than {limit}")
 
 
-def in_words(error: Exception) -> str:
-    """Say what an error of a decoder means for the file, without names of objects in memory."""
+def describe_error(error: Exception) -> str:
+    """Return what a decoder's error means for the file, without addresses of objects in memory."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(_OBJECT.sub("the file", f"{error}").split())
-    for said, meant in _MEANT.items():
+    for said, meant in _PILLOW_TEXTS.items():
         text = text.replace(said, meant)
     if text and isinstance(error, OSError | SyntaxError | ValueError):
         return text
     return f"the file is damaged ({type(error).__name__}{': ' if text else ''}{text})"
 
 
-def _prepare_pillow(kind: str, max_pixels: int) -> None:
-    """Let Pillow open ``kind``, and so many pixels; its limit is the process's, and is only ever raised."""
-    if kind == "HEIF" and "HEIF" not in Image.OPEN:
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = math.ceil(max_pixels / 2)  # Pillow refuses what has twice as many
-
-
-def _opened(file: BinaryIO, kind: str) -> Image.Image:
-    """Read the header of a file of one format by that format's reader.
-
-    ``Image.open`` would ask the same reader, but keep its error for itself and say "cannot identify image file".
-    """
-    if kind not in Image.OPEN:
-        Image.init()
-    reader = Image.OPEN[kind][0]
-    file.seek(0)
-    try:
-        return reader(file, "")
-    except ValueError:
-        if kind != "PNG":
-            raise
-        return reader(_without_text(file), "")
-
-
-def _without_text(file: BinaryIO) -> BinaryIO:
-    """Copy a PNG without its texts and its colour profile, which may be larger than Pillow reads, or than memory."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    kept = [file.read(8)]
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if kind in _TEXT_CHUNKS:
-            file.seek(length + 4, io.SEEK_CUR)
-        else:
-            kept += [head, file.read(min(length + 4, size))]
-    return io.BytesIO(b"".join(kept))
-
-
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8. Pillow itself turns a TIFF while it loads it."""
+    """Return the EXIF orientation, 1 to 8. Pillow itself rotates a TIFF while it loads it."""
     if image.format == "TIFF":
         return 1
     try:
@@ -320,3 +265,19 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # a broken EXIF block raises anything, and the pixels may still be sound
         return 1
     return value if value in range(1, 9) else 1
+
+
+def _deep_grey(image: Image.Image, file: Image.Image) -> npt.NDArray[np.float32]:
+    """Scale a grey image of 9 to 16 bits to 0..255: float32 [H, W]; a TIFF says which values are black and white."""
+    tags: Any = file.tag_v2 if isinstance(file, TiffImagePlugin.TiffImageFile) else {}
+    white = 2 ** int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]) - 1
+    grey = np.minimum(np.array(image, dtype=np.float32) / np.float32(white / 255), np.float32(255))
+    return 255 - grey if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0 else grey
+
+
+def _sample_type(file: Image.Image) -> str:
+    if not isinstance(file, TiffImagePlugin.TiffImageFile):
+        return "32-bit numbers"
+    bits = int(file.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+    kind = int(file.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0])
+    return _TIFF_SAMPLES.get(kind, "{}-bit numbers of an unknown kind").format(bits)

@@ -1,8 +1,8 @@
-"""Which images are read: one table for folders, archives, shards, packing and serving.
+"""Image formats that are read: one table for folders, archives, shards, packing and serving.
 
-A file is recognised by its first bytes and never by its name, so that the same bytes are the same image everywhere. The
-suffix only decides which files of a folder or an archive are taken for images. Decoders that run other programs (EPS)
-and formats without a signature (TGA) are left out.
+A format is recognised by the first bytes of a file, never by its name. The suffix only decides which files of a folder
+or an archive are taken for images. Decoders that run other programs (EPS) and formats without a signature (TGA) are
+left out.
 """
 
 from __future__ import annotations
@@ -13,19 +13,11 @@ from typing import NamedTuple
 
 from PIL import features
 
-SIGNATURE_BYTES = 256  # of the start of a file, enough to recognise it
-_HEIF = "pip install 'openmae[heif]'"
-_NEWER_PILLOW = "pip install --upgrade pillow"
+SIGNATURE_BYTES = 256  # enough to recognise a format
 
 
 class _Format(NamedTuple):
-    """One accepted format.
-
-    Attributes:
-        title: name in messages.
-        suffixes: of files that are taken for images of this format.
-        module: of ``PIL.features`` that decodes it; empty: every Pillow does.
-    """
+    """A supported format: its name in messages, its suffixes, and the module of ``PIL.features`` that decodes it."""
 
     title: str
     suffixes: tuple[str, ...]
@@ -41,11 +33,11 @@ _FORMATS: Mapping[str, _Format] = {  # by Pillow's name
     "GIF": _Format("GIF", (".gif",)),
     "AVIF": _Format("AVIF", (".avif",), "avif"),
     "JPEG2000": _Format("JPEG 2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "jpg_2000"),
-    "HEIF": _Format("HEIC", (".heic", ".heif", ".hif")),  # by pillow-heif, the extra "heif"
+    "HEIF": _Format("HEIC", (".heic", ".heif", ".hif")),  # decoded by pillow-heif
 }
 
 _RAW = ".cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .orf .rw2 .raf .pef .srw .x3f .3fr .iiq .erf .kdc .mrw"
-_DRAWN = ".svg .svgz .eps .wmf .emf"
+_VECTOR = ".svg .svgz .eps .wmf .emf"
 _OTHERS = (
     ".tga .psd .psb .xcf .ico .icns .cur .ppm .pgm .pbm .pnm .pfm .pcx .dds .exr .hdr .jxl .jxr .wdp .dcm .nii .fits "
     ".sgi .ras .xbm .xpm .qoi .bpg .flif .djvu"
@@ -63,58 +55,57 @@ _SIGNATURES = (  # a signature, and Pillow's name of the format
 )
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
-_OTHER_CONTENT = (  # what files named as images are found to hold
+_OTHER_CONTENT = (  # found in files that are named like images
     (b"%!PS", "a PostScript (EPS) file"),
     (b"%PDF", "a PDF file"),
     (b"8BPS", "a Photoshop file"),
     (b"PK\x03\x04", "a zip archive"),
     (b"\x1f\x8b", "a gzip archive"),
     (b"<svg", "an SVG drawing"),
-    (b"<!DOCTYPE", "a web page"),
     (b"<!doctype", "a web page"),
     (b"<html", "a web page"),
     (b"<?xml", "an XML file"),
     (b"version https://git-lfs", "a Git LFS pointer (git lfs pull fetches the file)"),
     (b"\0\0\1\0", "an icon (ICO)"),
     (b"\xff\x0a", "a JPEG XL file"),
-    (b"\0\0\0\x0cJXL ", "a JPEG XL file"),
-    *((b"P%d" % number, "a Netpbm file (PBM, PGM, PPM)") for number in range(1, 8)),
+    (b"\0\0\0\x0cjxl ", "a JPEG XL file"),
+    *((b"p%d" % number, "a Netpbm file (PBM, PGM, PPM)") for number in range(1, 8)),
 )
 
 
-def _lacking(name: str) -> str:
-    """Return the command that makes a format readable; empty where it is."""
+def _missing_decoder(name: str) -> str:
+    """Return the command that installs the decoder of a format; empty if it is installed."""
     if name == "HEIF":
-        return "" if importlib.util.find_spec("pillow_heif") is not None else _HEIF
+        return "" if importlib.util.find_spec("pillow_heif") is not None else "pip install 'openmae[heif]'"
     module = _FORMATS[name].module
-    known = {*features.modules, *features.codecs}  # an older Pillow has not heard of all
-    return "" if not module or (module in known and features.check(module)) else _NEWER_PILLOW
+    known = {*features.modules, *features.codecs}  # an older Pillow does not have all of them
+    return "" if not module or (module in known and features.check(module)) else "pip install --upgrade pillow"
 
 
-_LACKING: Mapping[str, str] = {name: _lacking(name) for name in _FORMATS}
+_MISSING: Mapping[str, str] = {name: _missing_decoder(name) for name in _FORMATS}
 
-READ_FORMATS: tuple[str, ...] = tuple(name for name, command in _LACKING.items() if not command)
+READ_FORMATS: tuple[str, ...] = tuple(name for name, command in _MISSING.items() if not command)
 """Pillow's names of the formats that this installation reads."""
 
 FORMAT_TITLES: tuple[str, ...] = tuple(_FORMATS[name].title for name in READ_FORMATS)
-"""The same as messages and help texts name them."""
+"""The same formats as messages and help texts name them."""
 
 IMAGE_SUFFIXES: frozenset[str] = frozenset(suffix for name in READ_FORMATS for suffix in _FORMATS[name].suffixes)
 """Lower-case suffixes of the files that are taken for images."""
 
 KNOWN_UNREAD_SUFFIXES: Mapping[str, str] = {
     **dict.fromkeys(_RAW.split(), "develop them to JPEG, PNG or TIFF"),
-    **dict.fromkeys(_DRAWN.split(), "render them to PNG"),
+    **dict.fromkeys(_VECTOR.split(), "render them to PNG"),
     **dict.fromkeys(_OTHERS.split(), "convert them to JPEG, PNG or TIFF"),
-    **{suffix: command for name, command in _LACKING.items() if command for suffix in _FORMATS[name].suffixes},
+    **{suffix: command for name, command in _MISSING.items() if command for suffix in _FORMATS[name].suffixes},
 }
-"""Lower-case suffixes of images that are not read, and what to do: a command, or ``convert them to ...``."""
+"""Lower-case suffixes of images that are not read, and how to make them readable."""
 
 
 def recognise(start: bytes) -> str | None:
-    """Return Pillow's name of the format of a file that begins with ``start``; None for what is not in the table.
+    """Return Pillow's name of the format of a file that begins with ``start``; None if it is not in the table.
 
-    The format may be one that this installation does not read; see ``READ_FORMATS``.
+    This installation may lack a decoder for the format; see ``READ_FORMATS``.
     """
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return "WEBP"
@@ -126,14 +117,14 @@ def recognise(start: bytes) -> str | None:
 
 
 def why_not_read(start: bytes) -> str:
-    """Say why a file that begins with ``start`` is not read, where ``recognise`` gives nothing in ``READ_FORMATS``."""
+    """Return why a file that begins with ``start`` is not read."""
     if not start:
         return "the file is empty (0 bytes)"
     name = recognise(start)
     if name is not None:
-        return f"its content is {_FORMATS[name].title}; to read it: {_LACKING[name]}"
+        return f"its content is {_FORMATS[name].title}; to read it: {_MISSING[name]}"
     if not start.strip(b"\0"):
-        return "the file holds zeros instead of an image"
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    other = next((f"{name}, not " for signature, name in _OTHER_CONTENT if text.startswith(signature)), "not ")
+        return "the file contains only zeros"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    other = next((f"{name}, not " for signature, name in _OTHER_CONTENT if text.startswith(signature.lower())), "not ")
     return f"its content is {other}an image that can be read ({', '.join(FORMAT_TITLES)})"

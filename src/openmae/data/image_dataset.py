@@ -1,35 +1,34 @@
-"""From an index to batches: the data set and the order in which it is read."""
+"""The PyTorch data set over an index, and the samplers that order it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
 from openmae.data.decode import CorruptImage
-from openmae.data.image_index import ImageIndex
-from openmae.data.remarks import Remark, remarks_on
+from openmae.data.index import ImageIndex
 from openmae.data.transforms import Transform, rng_at
 from openmae.errors import DataError
 
 Address = tuple[int, int]  # epoch, index
-_MAX_TRIES = 16  # neighbours tried in place of a corrupt file
+_MAX_TRIES = 16  # images that are tried instead of a corrupt one
 
 
 class Batch(NamedTuple):
     """One batch.
 
     Attributes:
-        images: [B, C, H, W], uint8, or float32 in 0..255 if one of them has 16 bits. B may be 0 in
-            evaluation, where ranks run equally many batches and corrupt files are left out.
-        labels: int64 [B]; -1 without labels.
-        indices: int64 [B]; places in the index of the data set.
+        images: [B, C, H, W], uint8, or float32 in 0..255 if one of them has 16 bits. B may be 0 in evaluation, where
+            all ranks run equally many batches and corrupt files are left out.
+        labels: int64 [B]; -1 for an image without a label.
+        indices: int64 [B]; positions in the index of the data set.
         epoch: the epoch that the sampler addressed.
-        corrupt: (relative path, reason) of files that could not be decoded, for ``CorruptFiles.record``.
-        remarks: on files that were decoded, each once, for ``Remarks.record``.
+        corrupt: (relative path, reason) of files that could not be decoded.
+        further: (relative path, description) of a file with several images; the first one that a process reads.
     """
 
     images: torch.Tensor
@@ -37,29 +36,20 @@ class Batch(NamedTuple):
     indices: torch.Tensor
     epoch: int
     corrupt: list[tuple[str, str]]
-    remarks: Sequence[Remark] = ()
+    further: Sequence[tuple[str, str]] = ()
 
 
-class Sample(TypedDict):
-    """What ``ImageDataset`` gives: ``image`` is None where no file could be decoded."""
+class ImageDataset(Dataset[Batch]):
+    """The transformed images of an index, each as a batch of one, or of none if no file could be decoded.
 
-    image: torch.Tensor | None
-    label: int
-    index: int
-    epoch: int
-    corrupt: list[tuple[str, str]]
-    remarks: list[Remark]
-
-
-class ImageDataset(Dataset[Sample]):
-    """The images of an index, transformed; sample (epoch, i) is the same whenever and wherever it is made.
+    Item (epoch, i) does not depend on when or where it is made.
 
     Args:
         index: the images and their labels.
-        transform: what makes a tensor of an opened picture.
-        seed: what the transform's random numbers follow from, with epoch and i.
-        replace_corrupt: give the next readable image in place of a corrupt one (training). Otherwise the
-            corrupt one is left out of its batch, so that nothing is counted twice (evaluation).
+        transform: from an open image to a tensor.
+        seed: the transform's random numbers follow from it, the epoch and i.
+        replace_corrupt: return the next readable image instead of a corrupt one (training). Otherwise a corrupt image
+            is left out of its batch, so that no image counts twice (evaluation).
     """
 
     def __init__(self, index: ImageIndex, transform: Transform, seed: int = 0, replace_corrupt: bool = False) -> None:
@@ -67,57 +57,63 @@ class ImageDataset(Dataset[Sample]):
         self.transform = transform
         self.seed = seed
         self.replace_corrupt = replace_corrupt
-        self._remarked: set[int] = set()  # of this process
+        self._reported = False  # that a file has several images, by this process
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, address: Address) -> Sample:
+    def __getitem__(self, address: Address) -> Batch:
         epoch, wanted = address
-        tries = min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1
         corrupt: list[tuple[str, str]] = []
-        remarks: list[Remark] = []
-        image = None
-        for number in ((wanted + step) % len(self) for step in range(tries)):
+        for step in range(min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1):
+            number = (wanted + step) % len(self)
+            path = self.index.paths[number]
             try:
-                with self.index.picture(number) as picture:
-                    image = self.transform(picture, rng_at(self.seed, epoch, wanted))
-                    if number not in self._remarked and (remarks := remarks_on(picture, self.index.paths[number])):
-                        self._remarked.add(number)
-                break
+                with self.index.open(number) as image:
+                    pixels = self.transform(image, rng_at(self.seed, epoch, wanted))
+                    further = "" if self._reported else image.further_images
             except CorruptImage as error:
-                corrupt.append((self.index.paths[number], error.reason))
-        label = -1 if self.index.labels is None else self.index.labels[number]
-        return Sample(image=image, label=label, index=number, epoch=epoch, corrupt=corrupt, remarks=remarks)
+                corrupt.append((path, error.reason))
+                continue
+            self._reported = self._reported or further != ""
+            label = -1 if self.index.labels is None else self.index.labels[number]
+            several = [(path, further)] if further else []
+            return Batch(pixels[None], torch.tensor([label]), torch.tensor([number]), epoch, corrupt, several)
+        return self._empty(epoch, corrupt)
 
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Stack samples into a ``Batch``, without those that have no image."""
-        images = [sample["image"] for sample in samples if sample["image"] is not None]
-        good = [sample for sample in samples if sample["image"] is not None]
+    def _empty(self, epoch: int, corrupt: list[tuple[str, str]]) -> Batch:
+        none = torch.empty(0, dtype=torch.int64)
+        images = torch.empty(0, self.transform.in_chans, *self.transform.size, dtype=torch.uint8)
+        return Batch(images, none, none, epoch, corrupt)
+
+    def collate(self, batches: Sequence[Batch]) -> Batch:
+        """Join batches of one epoch."""
+        batches = batches or [self._empty(0, [])]
+        readable = [batch for batch in batches if len(batch.images)] or batches[:1]
+        images = [batch.images for batch in readable]
         if any(image.is_floating_point() for image in images):
             images = [image.float() for image in images]
-        empty = torch.empty(0, self.transform.in_chans, *self.transform.size, dtype=torch.uint8)
         return Batch(
-            images=torch.stack(images) if images else empty,
-            labels=torch.tensor([sample["label"] for sample in good], dtype=torch.int64),
-            indices=torch.tensor([sample["index"] for sample in good], dtype=torch.int64),
-            epoch=samples[0]["epoch"] if samples else 0,
-            corrupt=[file for sample in samples for file in sample["corrupt"]],
-            remarks=[remark for sample in samples for remark in sample["remarks"]],
+            images=torch.cat(images),
+            labels=torch.cat([batch.labels for batch in readable]),
+            indices=torch.cat([batch.indices for batch in readable]),
+            epoch=batches[0].epoch,
+            corrupt=[file for batch in batches for file in batch.corrupt],
+            further=[file for batch in batches for file in batch.further],
         )
 
 
 class AddressedSampler:
     """Batches of (epoch, index) for training, shuffled by (seed, epoch) and split over ranks.
 
-    The last, incomplete batch is dropped. Step ``b`` of an epoch takes the same images on one rank as on
-    several together. Each iteration runs one epoch, from the position on, and leaves the position at the
-    next epoch's start; ``len()`` is always the whole epoch's.
+    The last, incomplete batch is dropped. Step ``b`` of an epoch takes the same images on one rank as on several ranks
+    together. Each iteration covers one epoch, starting at the current position, and moves the position to the start of
+    the next epoch; ``len()`` is always that of a complete epoch.
 
     Args:
         length: images in the data set.
         batch_size: images per batch and rank.
-        index: the data set, where it has a say in the order (remote shards) and is to get ready what comes next.
+        index: the data set, if it restricts the order (remote shards) or prepares images in advance.
 
     Raises:
         DataError: the data set is smaller than one batch on every rank.
@@ -156,24 +152,24 @@ class AddressedSampler:
         self._position = (epoch + batches_done // len(self), batches_done % len(self))
 
     def __iter__(self) -> Iterator[list[Address]]:
-        # A generator, so that the position moves on at the first batch only: DataLoader calls iter() twice.
+        # A generator, so that the position changes with the first batch only: DataLoader calls iter() twice.
         epoch, done = self._position
         self._position = (epoch + 1, 0)
         rng = rng_at(self.seed, epoch, stream="shuffle")
         order = self._index.shuffled(rng) if self._index is not None else rng.permutation(self.length)
         for batch in range(done, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
-            mine = order[start : start + self.batch_size]
+            now = order[start : start + self.batch_size]
             if self._index is not None:
-                self._index.prepare(mine, order[start + self.batch_size :])
-            yield [(epoch, int(index)) for index in mine]
+                self._index.prepare(now, order[start + self.batch_size :])
+            yield [(epoch, int(index)) for index in now]
 
 
 class EvalSampler:
     """Batches of (0, index) in order, every image once, split over ranks.
 
-    All ranks give equally many batches (a collective call in the model would hang otherwise), so that a
-    rank's last batch may be empty. ``index`` is the data set, where it is to get ready what comes next.
+    All ranks have equally many batches (otherwise a collective call in the model would hang), so that the last batch of
+    a rank may be empty. ``index`` is the data set, if it prepares images in advance.
     """
 
     def __init__(
@@ -189,9 +185,9 @@ class EvalSampler:
         return math.ceil(self.length / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[Address]]:
-        mine = range(self.rank, self.length, self.world_size)
+        indices = range(self.rank, self.length, self.world_size)
         for batch in range(len(self)):
-            now = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+            now = indices[batch * self.batch_size : (batch + 1) * self.batch_size]
             if self._index is not None:
-                self._index.prepare(now, mine[(batch + 1) * self.batch_size :])
+                self._index.prepare(now, indices[(batch + 1) * self.batch_size :])
             yield [(0, index) for index in now]

@@ -1,68 +1,153 @@
-"""From a local folder to an index of its images and their labels."""
+"""The index of a data source: where its images are, and how they are labelled."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
-from openmae.data.folder import (
+import numpy as np
+import numpy.typing as npt
+
+from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, ImageFile, check_length, describe_error
+from openmae.data.folder_listing import (
     LABELS_FILE,
-    Listing,
+    FolderListing,
+    SkippedFiles,
     counted,
     describe_skipped,
     first_names,
     how_to_read,
-    join_first,
     list_entries,
     list_folder,
 )
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
-from openmae.data.image_index import ImageIndex
 from openmae.data.label_table import read_label_table
 from openmae.errors import DataError
+from openmae.inputs import open_regular
 from openmae.results.report import Cell, Table
 from openmae.storage.printable import printable_name, same_name
 
 log = logging.getLogger("openmae")
 
+Numbers = Sequence[int] | npt.NDArray[np.int64]
+
 _LAYOUTS = f"Make one folder per class (cat/1.jpg, dog/2.jpg), or a {LABELS_FILE} with columns path,label."
 _YEAR = r"(19|20)\d\d"
 _MONTH = r"(0?[1-9]|1[0-2])"
-_MONTHS = (
-    "jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|"
-    "aug(ust)?|sept?(ember)?|oct(ober)?|nov(ember)?|dec(ember)?"
-)
-_DATE = re.compile(
-    rf"{_YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?[0-3]\d)?(\D.*)?)?|"
-    rf"(\d\d?[-_. ]+)?({_MONTHS})\.?([-_. ]*{_YEAR})?",
-    re.IGNORECASE,
-)
-_CAMERA = re.compile(r"(?!\d{8}$)[1-9]\d\d[A-Z0-9_]{5}")  # DCF: 100CANON, 101APPLE
+_DATE = re.compile(rf"{_YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?[0-3]\d)?(\D.*)?)?")
+_CAMERA = re.compile(r"(?!\d{8}$)[1-9]\d\d[A-Z0-9_]{5}")  # DCF standard: 100CANON, 101APPLE
 _TABLES = frozenset({".csv", ".tsv", ".txt", ".xls", ".xlsx", ".json"})
-_PARTS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation"])
+_SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation"])
 
 
-def index_images(folder: Path, labelled: bool | None, shown: str = "") -> ImageIndex:
+@dataclass(frozen=True)
+class ImageIndex:
+    """The images below a folder, in the same order on every machine.
+
+    Attributes:
+        root: the folder.
+        paths: posix paths relative to ``root``, sorted.
+        labels: the class number of each path, -1 for an image without a label; None for an unlabelled source.
+        class_names: names by class number; empty without labels.
+        labelled_by: the origin of the labels, such as "folders"; empty without labels.
+        skipped: files of the source that are not read, by kind.
+        results: folders in the source that hold results of OpenMAE and are not read.
+        max_pixels: width x height of the largest image that is decoded.
+    """
+
+    root: Path
+    paths: tuple[str, ...]
+    labels: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] = ()
+    labelled_by: str = field(default="", compare=False)
+    skipped: tuple[SkippedFiles, ...] = field(default=(), compare=False)
+    results: tuple[str, ...] = field(default=(), compare=False)
+    max_pixels: int = MAX_MEGAPIXELS * 1_000_000
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def place(self) -> str:
+        """The source, as messages name it."""
+        return printable_name(str(self.root))
+
+    @property
+    def unlabelled(self) -> list[int]:
+        """The numbers of images without a label in a labelled source."""
+        return [number for number, label in enumerate(self.labels or ()) if label < 0]
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of the files' names, order and classes: ``1,281,167 images (3f2a91c0)``."""
+        content = "\n".join((*self.paths, *self.class_names, *map(str, self.labels or ())))
+        return f"{len(self):,} images ({hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:8]})"
+
+    def full_name(self, path: str) -> str:
+        """Return the printable name of one of ``paths`` in lists that span several data sets."""
+        return printable_name(str(self.root / path))
+
+    def holds(self, full_name: str) -> bool:
+        """Return whether ``full_name`` may belong to this data set."""
+        return full_name.startswith(f"{self.place}{os.sep}")
+
+    def file(self, number: int) -> Path:
+        """Return the full path of image ``number``."""
+        return self.root / self.paths[number]
+
+    def open(self, number: int) -> ImageFile:
+        """Open image ``number``; raises CorruptImage if its header cannot be read."""
+        return ImageFile(self.file(number), max_pixels=self.max_pixels)
+
+    def read(self, number: int) -> bytes:
+        """Return the encoded bytes of image ``number``; raises CorruptImage if they cannot be read."""
+        try:
+            with open_regular(self.file(number)) as file:
+                check_length(self.file(number), file, self.max_pixels)
+                return file.read()
+        except OSError as error:
+            raise CorruptImage(self.file(number), describe_error(error)) from error
+
+    def key(self, number: int) -> str:
+        """Return the path of image ``number`` within the data set, independent of the kind of source."""
+        return self.paths[number]
+
+    def subset(self, numbers: Numbers) -> Self:
+        """Return an index of the images ``numbers``, in that order."""
+        labels = None if self.labels is None else tuple(self.labels[number] for number in numbers)
+        return replace(self, paths=tuple(self.paths[number] for number in numbers), labels=labels)
+
+    def shuffled(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Return the order of an epoch: a permutation of the numbers of all images, int64 [N]."""
+        return rng.permutation(len(self))
+
+    def prepare(self, now: Numbers, soon: Numbers) -> None:
+        """Make the images ``now`` readable, and start to prepare those needed ``soon``. Files need no preparation."""
+
+
+def index_folder(folder: Path, labelled: bool | None, shown: str = "") -> ImageIndex:
     """Index the images below ``folder``.
 
-    Labels come from ``labels.csv`` (columns path,label) or else from class folders: the first folder of each path names
-    the class. Class numbers follow the sorted names (by value where all are integers). One wrapping folder, as archives
-    often have, is stepped into.
+    Labels come from ``labels.csv`` (columns path,label), otherwise from class folders: the first folder of each path
+    names the class. Class numbers follow the sorted names (by value if all are integers). If the folder contains only
+    one folder, as archives often do, that one is indexed instead.
 
     Args:
         folder: a local folder (see ``resolve_source``).
-        labelled: True demands a label for every image, False ignores labels, None takes them when there are any: a
+        labelled: True demands a label for every image, False ignores labels, None uses labels if there are any: a
             labels.csv, or two or more class folders.
-        shown: how messages name the folder; default: by its path.
+        shown: name of the folder in messages; default: its path.
 
     Raises:
-        DataError: a folder cannot be read, no images, no labels where they are demanded, or a labels.csv that does not
-            fit.
+        DataError: a folder cannot be read, there are no images, labels are demanded but missing, or the labels.csv
+            does not match the images.
     """
     root, listing = _unwrapped(folder)
     paths = tuple(listing.images)
@@ -74,86 +159,85 @@ def index_images(folder: Path, labelled: bool | None, shown: str = "") -> ImageI
     table = root / LABELS_FILE
     if table.is_file():
         label_of = read_label_table(table, paths)
-        names = class_order(set(label_of.values()))
+        names = sort_class_names(set(label_of.values()))
         warn_of_odd_classes(names, str(table))
         number = {name: i for i, name in enumerate(names)}
         labels = tuple(number[label] for label in label_of.values())
         return replace(index, paths=tuple(label_of), labels=labels, class_names=tuple(names), labelled_by=LABELS_FILE)
     place = (shown or str(folder)) + str(root).removeprefix(str(folder))
-    _warn_of_other_tables(root, place)
+    for entry in list_entries(root):
+        stem, suffix = os.path.splitext(entry.name.lower())
+        if stem in ("label", "labels") and suffix in _TABLES:
+            other = printable_name(f"{place}/{entry.name}")
+            log.warning("%s is not read. Labels are only read from a table named %s.", other, LABELS_FILE)
     numbers, classes = label_by_folder(paths, labelled, place, (f"no {LABELS_FILE}", _LAYOUTS))
     return replace(index, labels=numbers, class_names=classes, labelled_by="folders" if classes else "")
 
 
 def label_by_folder(
-    paths: Sequence[str], labelled: bool | None, place: str, otherwise: tuple[str, str]
+    paths: Sequence[str], labelled: bool | None, place: str, alternative: tuple[str, str]
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """Return the class number of each path, after its first folder, and the names of the classes, sorted.
+    """Return the class number of each path, given by its first folder, and the sorted names of the classes.
 
     Args:
         paths: posix, relative.
-        labelled: True demands a label for each, None takes them where there are two or more class folders; an image
-            outside of them then has -1.
-        place: the folder that the paths are relative to, or how messages name it.
-        otherwise: what else would have labelled them and is not there, and what to do.
+        labelled: True demands a label for each, None uses class folders if there are two or more; an image outside of
+            them then has the number -1.
+        place: the folder that the paths are relative to, as messages name it.
+        alternative: the other kind of label that was not found, and the fix that an error proposes.
 
     Raises:
-        DataError: no labels where they are demanded.
+        DataError: labels are demanded but missing.
     """
     folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
-    name_of = {folder: _class_name(folder) for folder in set(folders)}
+    name_of = {folder: unicodedata.normalize("NFC", printable_name(folder)) for folder in set(folders)}
     class_of = [name_of[folder] for folder in folders]
     names = sorted(set(class_of) - {""})
     loose = [path for path, name in zip(paths, class_of, strict=True) if not name]
     shown = printable_name(place)
     if labelled and loose:
-        what = f"{len(loose)} of {len(paths)} images lie outside of class folders, such as {printable_name(loose[0])}"
-        raise DataError(f"The images in {shown} have no labels: {what}; {otherwise[0]}.", otherwise[1])
+        what = f"{len(loose)} of {len(paths)} images are outside of class folders, such as {printable_name(loose[0])}"
+        raise DataError(f"The images in {shown} have no labels: {what}; {alternative[0]}.", alternative[1])
     why_not = _why_no_classes(names, os.path.basename(place.rstrip("/")))
     if labelled is None and (len(names) < 2 or why_not):
         if why_not:
-            log.warning("%s: %s. They are not taken as classes.", shown, why_not)
+            log.warning("%s: %s. They are not used as classes.", shown, why_not)
         return None, ()
     if why_not:
-        log.warning("%s: %s, but they are taken as classes.", shown, why_not)
+        log.warning("%s: %s, but they are used as classes.", shown, why_not)
     warn_of_odd_classes(names, shown)
     if loose:
         log.warning(
-            "%s: %s of %s images lie outside of the %d class folders and have no label: %s. kNN and probe accuracy "
-            "leave them out.",
+            "%s: %s of %s images are outside of the %d class folders and have no label: %s. kNN and probe accuracy "
+            "ignore them.",
             *(shown, f"{len(loose):,}", f"{len(paths):,}", len(names), first_names(loose)),
         )
     number = {name: i for i, name in enumerate(names)} | {"": -1}
     return tuple(number[name] for name in class_of), tuple(names)
 
 
-def class_order(names: Collection[str]) -> list[str]:
-    """Sort class names; by value where all are integers."""
+def sort_class_names(names: Collection[str]) -> list[str]:
+    """Sort class names; by value if all are integers."""
     numeric = all(name.removeprefix("-").isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
 
 
 def warn_of_odd_classes(names: Collection[str], place: str) -> None:
-    """Log what may be a mistake in the names of classes: names that a person takes for one, and a class -1."""
+    """Log class names that may be a mistake: names that differ only in case, and a class -1."""
     alike: dict[str, list[str]] = {}
     for name in sorted(names):
         alike.setdefault(same_name(name), []).append(name)
     if groups := [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]:
         log.warning(
-            "%s: these names of classes differ only in upper and lower case, and are different classes: %s.",
+            "%s: these class names differ only in upper and lower case, and are different classes: %s.",
             *(place, ", ".join(groups[:3])),
         )
     if "-1" in names and all(name.removeprefix("-").isdecimal() for name in names):
-        log.warning("%s: -1 is taken as a class. If it means 'no label', remove those images.", place)
+        log.warning("%s: -1 is used as a class. If it means 'no label', remove those images.", place)
 
 
-def report_skipped(index: ImageIndex, place: str) -> None:
-    """Log what of a source is not read: files of other kinds, and results of earlier runs.
-
-    Args:
-        index: of the source.
-        place: the source, as the user named it.
-    """
+def log_skipped(index: ImageIndex, place: str) -> None:
+    """Log which files of a source are not read; ``place`` is the source as the user named it."""
     place = printable_name(place)
     if index.results:
         log.warning("%s: results of OpenMAE are not read as images: %s.", place, first_names(index.results))
@@ -168,8 +252,8 @@ def report_skipped(index: ImageIndex, place: str) -> None:
         )
 
 
-def unread_table(indexes: Iterable[ImageIndex]) -> list[Table]:
-    """Return a table for a report of what is not read of some sources; nothing where everything is read."""
+def skipped_files_table(indexes: Iterable[ImageIndex]) -> list[Table]:
+    """Return a report's table of the files that are not read; empty if everything is read."""
     rows: list[list[Cell]] = []
     for index in indexes:
         rows += [
@@ -182,76 +266,61 @@ def unread_table(indexes: Iterable[ImageIndex]) -> list[Table]:
     return [Table("Files that are not read", columns, rows)] if rows else []
 
 
-def _class_name(folder: str) -> str:
-    return unicodedata.normalize("NFC", printable_name(folder))
-
-
-def _warn_of_other_tables(root: Path, place: str) -> None:
-    for entry in list_entries(root):
-        stem, suffix = os.path.splitext(entry.name.lower())
-        if stem in ("label", "labels") and suffix in _TABLES:
-            log.warning(
-                "%s is not read: a table of labels is named %s.", printable_name(f"{place}/{entry.name}"), LABELS_FILE
-            )
-
-
-def _why_no_classes(names: Sequence[str], above: str) -> str:
-    """Why folders are hardly classes; empty where they may be."""
-    some = f"the folders {join_first(names, 4)}"
+def _why_no_classes(names: Sequence[str], parent: str) -> str:
+    """Return why folders are unlikely to be classes; empty if they may be."""
+    some = f"the folders {first_names(names, 4)}"
     if len(names) < 2:
         return ""
-    if all(map(_DATE.fullmatch, names)) or (
-        re.fullmatch(_YEAR, above) and all(re.fullmatch(_MONTH, name) for name in names)
-    ):
+    months = re.fullmatch(_YEAR, parent) and all(re.fullmatch(_MONTH, name) for name in names)
+    if months or all(map(_DATE.fullmatch, names)):
         return f"{some} are dates"
     if all(map(_CAMERA.fullmatch, names)):
-        return f"{some} are a camera's"
-    if all(name.lower().removeprefix("images_") in _PARTS for name in names):
-        return f"{some} look like parts of a data set, each of which is a source"
+        return f"{some} are named by a camera"
+    if all(name.lower().removeprefix("images_") in _SPLITS for name in names):
+        return f"{some} look like splits of a data set, each of which is a source"
     return ""
 
 
-def _no_images(folder: Path, listing: Listing) -> DataError:
+def _no_images(folder: Path, listing: FolderListing) -> DataError:
     kinds = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
     problem = f"The folder {printable_name(str(folder))} holds no images ({kinds})"
     fix = "Put images into it, or name another folder."
     if listing.results:
         return DataError(
             f"{problem}: {first_names(listing.results)} holds results of OpenMAE, which are not read as images.",
-            "Name the folder of the images, or put the images elsewhere than the results.",
+            "Name the folder of the images, or keep images and results in different folders.",
         )
     if not listing.skipped:
         return DataError(f"{problem}.", fix)
     archives = [kind for kind in listing.skipped if kind.kind in (".tar", ".tar.gz", ".tgz", ".zip", ".tar.zst")]
     if archives:
         example = printable_name(str(folder / archives[0].example))
-        fix = f"Name one archive ({example}): it is extracted."
+        fix = f"Name one archive ({example}); it is extracted."
         if archives[0].count > 1:
-            fix += " Several are read as shards when they are plain .tar files in one folder: decompress them there."
+            fix += " To read several as shards, decompress them into plain .tar files in one folder."
     elif way := how_to_read(listing.skipped):
         fix = f"{way[0].upper()}{way[1:]}."
     return DataError(f"{problem}, but {describe_skipped(listing.skipped)}.", fix)
 
 
-def _unwrapped(folder: Path) -> tuple[Path, Listing]:
-    """Step into a lone folder, unless it is itself a class folder (one without folders or labels), and list it.
+def _unwrapped(folder: Path) -> tuple[Path, FolderListing]:
+    """List a folder, or the only folder in it if that contains folders or a labels.csv and so is not a class folder.
 
-    Results of OpenMAE beside a lone folder do not count: the first run must not change what the second one reads.
+    Folders with nothing but results of OpenMAE are ignored: the first run must not change what the second one reads.
     """
     listing, prefix = list_folder(folder), ""
     while True:
-        entries = list_entries(folder / prefix)
-        rest = [entry for entry in entries if not _only_results(listing, prefix + entry.name)]
-        if len(rest) != 1 or not rest[0].is_dir():
+        entries = [entry for entry in list_entries(folder / prefix) if not _only_results(listing, prefix + entry.name)]
+        if len(entries) != 1 or not entries[0].is_dir():
             break
-        inner = list_entries(Path(rest[0].path))
+        inner = list_entries(Path(entries[0].path))
         if not any(entry.is_dir() or entry.name == LABELS_FILE for entry in inner):
             break
-        prefix += f"{rest[0].name}/"
-    return folder / prefix, listing.below(prefix)
+        prefix += f"{entries[0].name}/"
+    return folder / prefix, replace(listing, images=[path.removeprefix(prefix) for path in listing.images])
 
 
-def _only_results(listing: Listing, path: str) -> bool:
+def _only_results(listing: FolderListing, path: str) -> bool:
     below = f"{path}/"
     return any(f"{result}/".startswith(below) for result in listing.results) and not any(
         image.startswith(below) for image in listing.images

@@ -1,4 +1,4 @@
-"""Loaders: one process's share of the batches, from any place of the run on."""
+"""Loaders: the batches of one process, from any position of a run."""
 
 from __future__ import annotations
 
@@ -17,103 +17,26 @@ from types import TracebackType
 import torch
 from torch.utils.data import DataLoader
 
-from openmae.data.corrupt import CorruptFiles
-from openmae.data.image_dataset import AddressedSampler, Batch, EvalSampler, ImageDataset, Sample
-from openmae.data.image_index import ImageIndex
-from openmae.data.remarks import Remarks
+from openmae.data.corrupt import CorruptFiles, warn_of_further_images
+from openmae.data.image_dataset import AddressedSampler, Batch, EvalSampler, ImageDataset
+from openmae.data.index import ImageIndex
 from openmae.data.transforms import Transform
 from openmae.main_guard import watch_for_reruns
 
-_UPDATE = 10.0  # seconds that an update and its checkpoint may take
-
-
-class TrainingLoader:
-    """Shuffled batches of one size, addressed by (seed, epoch); a place in the run can be taken up again.
-
-    Args:
-        dataset: made with ``replace_corrupt=True``.
-        sampler: the order.
-        num_workers: processes; 0 loads in this one, with the same result to the bit.
-        corrupt: counts what could not be decoded, as batches are taken.
-    """
-
-    def __init__(
-        self, dataset: ImageDataset, sampler: AddressedSampler, num_workers: int, corrupt: CorruptFiles
-    ) -> None:
-        self.dataset = dataset
-        self._sampler = sampler
-        self._corrupt = corrupt
-        self._remarks = Remarks(dataset.index)
-        self._loader = _data_loader(dataset, sampler, num_workers)
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return len(self._sampler)
-
-    def from_position(self, epoch: int, batches_done: int) -> Iterator[Batch]:
-        """The rest of an epoch's batches."""
-        if batches_done >= len(self):
-            return
-        self._sampler.set_position(epoch, batches_done)
-        for batch in _batches(self._loader):
-            self._corrupt.record(batch.corrupt)
-            self._remarks.record(batch.remarks)
-            yield batch
-        self._remarks.end_pass()
-
-    def file_of(self, index: int) -> str:
-        """The path of an image, relative to the data set."""
-        return self.dataset.index.paths[index]
-
-
-class EvaluationLoader:
-    """Every image once, in order, corrupt ones left out.
-
-    Args:
-        dataset: made with ``replace_corrupt=False``.
-        sampler: the order.
-        num_workers: processes.
-        corrupt: counts what could not be decoded.
-    """
-
-    def __init__(self, dataset: ImageDataset, sampler: EvalSampler, num_workers: int, corrupt: CorruptFiles) -> None:
-        self.dataset = dataset
-        self._corrupt = corrupt
-        self._remarks = Remarks(dataset.index)
-        self._loader = _data_loader(dataset, sampler, num_workers)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in _batches(self._loader):
-            self._corrupt.record(batch.corrupt)
-            self._remarks.record(batch.remarks)
-            if len(batch.images):
-                yield batch
-        self._remarks.end_pass()
-
-    def first(self, count: int) -> Batch:
-        """A batch of readable images spread evenly over the data set, for pictures."""
-        length = len(self.dataset)
-        step = max(1, length // count)
-        samples = (self.dataset[0, index] for offset in range(step) for index in range(offset, length, step))
-        readable = (sample for sample in samples if sample["image"] is not None)
-        batch = self.dataset.collate(list(islice(readable, count)))
-        self._remarks.record(batch.remarks)
-        return batch
+_UPDATE_SECONDS = 10.0  # an update and its checkpoint may take this long
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """What a process's loaders have in common.
+    """Settings that the loaders of a process share.
 
     Attributes:
-        batch_size: images of a batch, of one process.
+        batch_size: images per batch and process.
         results: folder of the list of corrupt files.
-        max_corrupt_fraction: the largest bearable share of a data set.
-        num_workers: processes that load; 0 loads in this one.
-        rank, world_size: which share of the batches.
+        max_corrupt_fraction: the largest tolerated fraction of corrupt files.
+        num_workers: worker processes; 0 loads in this process, with bit-equal results.
+        rank: of this process.
+        world_size: number of processes.
     """
 
     batch_size: int
@@ -124,60 +47,117 @@ class LoaderSettings:
     world_size: int = 1
 
 
-def training_loader(index: ImageIndex, transform: Transform, settings: LoaderSettings, seed: int) -> TrainingLoader:
-    """A loader over the images of ``index``, shuffled.
+class _RecordingLoader:
+    """A ``DataLoader`` that records corrupt files, and warns of the first file with several images."""
+
+    def __init__(
+        self, dataset: ImageDataset, sampler: AddressedSampler | EvalSampler, settings: LoaderSettings
+    ) -> None:
+        self.dataset = dataset
+        self._corrupt = CorruptFiles(dataset.index, settings.results, settings.max_corrupt_fraction)
+        self._warned = False
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=dataset.collate,
+            num_workers=settings.num_workers,
+            persistent_workers=settings.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_init_worker if settings.num_workers else None,
+            # A loader draws seeds, more often without workers than with them, so it must not use the global generator.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def _batches(self) -> Iterator[Batch]:
+        for batch in self._loaded():
+            self._corrupt.record(batch.corrupt)
+            self._warn_of_further_images(batch)
+            yield batch
+
+    def _warn_of_further_images(self, batch: Batch) -> None:
+        if batch.further and not self._warned:
+            self._warned = True
+            warn_of_further_images(self.dataset.index, *batch.further[0])
+
+    def _loaded(self) -> Iterator[Batch]:
+        workers = self._loader.num_workers
+        if not workers or multiprocessing.get_start_method() == "fork":
+            yield from self._loader
+            return
+        # Workers that are not forked import the user's script first.
+        with watch_for_reruns(f"dataset.num_workers_per_gpu={workers}"):
+            batches = iter(self._loader)
+            first = next(batches, None)
+        if first is not None:
+            yield first
+            yield from batches
+
+
+class TrainingLoader(_RecordingLoader):
+    """Shuffled batches of one size, addressed by (seed, epoch), that can start at any position of a run.
+
+    Args:
+        index: the images.
+        transform: makes tensors of them.
+        settings: of this process.
+        seed: of the order and the transform.
 
     Raises:
         DataError: fewer images than one batch on every process.
     """
-    dataset = ImageDataset(index, transform, seed, replace_corrupt=True)
-    sampler = AddressedSampler(len(index), settings.batch_size, seed, settings.rank, settings.world_size, index)
-    corrupt = CorruptFiles(index, settings.results, settings.max_corrupt_fraction)
-    return TrainingLoader(dataset, sampler, settings.num_workers, corrupt)
+
+    def __init__(self, index: ImageIndex, transform: Transform, settings: LoaderSettings, seed: int) -> None:
+        self._sampler = AddressedSampler(
+            len(index), settings.batch_size, seed, settings.rank, settings.world_size, index
+        )
+        super().__init__(ImageDataset(index, transform, seed, replace_corrupt=True), self._sampler, settings)
+
+    def from_position(self, epoch: int, batches_done: int) -> Iterator[Batch]:
+        """Yield the remaining batches of an epoch."""
+        if batches_done < len(self):
+            self._sampler.set_position(epoch, batches_done)
+            yield from self._batches()
+
+    def file_of(self, index: int) -> str:
+        """Return the path of an image, relative to the data set."""
+        return self.dataset.index.paths[index]
 
 
-def evaluation_loader(index: ImageIndex, transform: Transform, settings: LoaderSettings) -> EvaluationLoader:
-    """A loader over the images of ``index``, in order."""
-    dataset = ImageDataset(index, transform)
-    sampler = EvalSampler(len(index), settings.batch_size, settings.rank, settings.world_size, index)
-    corrupt = CorruptFiles(index, settings.results, settings.max_corrupt_fraction)
-    return EvaluationLoader(dataset, sampler, settings.num_workers, corrupt)
+class EvaluationLoader(_RecordingLoader):
+    """Every image once, in order, without corrupt ones.
+
+    Args:
+        index: the images.
+        transform: makes tensors of them.
+        settings: of this process.
+    """
+
+    def __init__(self, index: ImageIndex, transform: Transform, settings: LoaderSettings) -> None:
+        sampler = EvalSampler(len(index), settings.batch_size, settings.rank, settings.world_size, index)
+        super().__init__(ImageDataset(index, transform), sampler, settings)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch in self._batches() if len(batch.images))
+
+    def first(self, count: int) -> Batch:
+        """Return a batch of readable images spread evenly over the data set, for display."""
+        length = len(self.dataset)
+        step = max(1, length // count)
+        samples = (self.dataset[0, index] for offset in range(step) for index in range(offset, length, step))
+        readable = (sample for sample in samples if len(sample.images))
+        batch = self.dataset.collate(list(islice(readable, count)))
+        self._warn_of_further_images(batch)
+        return batch
 
 
-def _data_loader(
-    dataset: ImageDataset, sampler: AddressedSampler | EvalSampler, num_workers: int
-) -> DataLoader[Sample]:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=dataset.collate,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_interrupts_to_the_loop if num_workers else None,
-        # Its own generator: a loader draws a base seed, more often without workers than with them, and would shift the
-        # global generator.
-        generator=torch.Generator().manual_seed(0),
-    )
+def _init_worker(worker: int) -> None:
+    """Keep a worker alive on signals that are sent to all processes, so that the update under way can finish.
 
-
-def _batches(loader: DataLoader[Sample]) -> Iterator[Batch]:
-    """What the loader gives. Workers that are not forked import the user's script before they load anything."""
-    if not loader.num_workers or multiprocessing.get_start_method() == "fork":
-        yield from loader
-        return
-    with watch_for_reruns(f"dataset.num_workers_per_gpu={loader.num_workers}"):
-        batches = iter(loader)
-        first = next(batches, None)
-    if first is not None:
-        yield first
-        yield from batches
-
-
-def _leave_interrupts_to_the_loop(worker: int) -> None:
-    """A terminal sends Ctrl-C to every process, SLURM what announces a preemption.
-
-    Workers that died of it would fail the update under way. SIGTERM is how the loop itself ends a worker that hangs.
+    A terminal sends Ctrl-C (SIGINT) to every process, and SLURM announces a preemption to all (SIGUSR1). SIGTERM ends a
+    worker only if the training process sends it.
     """
     sys.excepthook = _ignore_lost_connections
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -186,11 +166,11 @@ def _leave_interrupts_to_the_loop(worker: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for_the_loop, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm, args=(parent.pid,), daemon=True).start()
 
 
 def _ignore_lost_connections(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Stay silent when the training process stops in the middle of fetching a batch; it reports the reason itself.
+    """Print no traceback if the training process stops while it fetches a batch; it reports the reason itself.
 
     The thread of ``multiprocessing.resource_sharer`` that hands out batches passes a lost connection to this hook.
     """
@@ -198,11 +178,11 @@ def _ignore_lost_connections(kind: type[BaseException], error: BaseException, tr
         sys.__excepthook__(kind, error, traceback)
 
 
-def _end_for_the_loop(loop: int | None) -> None:
+def _exit_on_sigterm(parent: int | None) -> None:
     if hasattr(signal, "sigwaitinfo"):
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != loop:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
-    else:  # macOS does not say who sent it: leave the loop the time to finish its update
+    else:  # macOS does not report the sender: give the training process time to finish its update
         signal.sigwait({signal.SIGTERM})
-        time.sleep(_UPDATE)
+        time.sleep(_UPDATE_SECONDS)
     os._exit(0)

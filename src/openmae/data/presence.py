@@ -1,27 +1,27 @@
-"""Which files and folders that an action will read are not there, as far as this machine can see."""
+"""Files and folders that an action reads but that do not exist on this machine."""
 
 from __future__ import annotations
 
 import os
 import re
 
-from openmae.data.patterns import expand_braces, is_shards
+from openmae.data.shards.patterns import expand_braces, is_shard_pattern
 from openmae.errors import DataError
 from openmae.spec.option import KEY_IN_FILE
 from openmae.spec.rules import READS, SOURCES, value_of
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.printable import original_name
 
-_SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # of a URL, or of what is no path
+_SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # a URL or another name that is not a path
 
 
 def missing_sources(spec: ExperimentSpec, action: str) -> dict[str, str]:
-    """Return what is wrong with each local data source of an action that does not exist, by key."""
+    """Return a message for each local data source of an action that does not exist, by key."""
     return _missing({f"dataset.{name}": _texts(spec, f"dataset.{name}") for name in SOURCES.get(action, ())})
 
 
 def missing_files(spec: ExperimentSpec, action: str) -> dict[str, str]:
-    """Return the same for checkpoints, exported models, calibration images and a key file."""
+    """Return a message for each missing checkpoint, exported model, calibration folder or key file, by key."""
     paths = {key: _texts(spec, key) for key in READS.get(action, ())}
     if action == "gen_trt_engine" and spec.gen_trt_engine.tensorrt.data_type == "int8":
         calibration = spec.gen_trt_engine.tensorrt.calibration
@@ -49,7 +49,7 @@ def _missing(paths: dict[str, tuple[str, ...]]) -> dict[str, str]:
 
 
 def _exists(path: str) -> bool:
-    """Say whether a path is there, as it is written or with ``\\xhh`` for bytes that are not UTF-8."""
+    r"""Return whether a path exists, as written or with ``\xhh`` for bytes that are not UTF-8."""
     return os.path.exists(path) or os.path.exists(original_name(path))
 
 
@@ -57,7 +57,7 @@ def _places(value: str) -> list[str]:
     if _SCHEME.match(value):
         return []
     try:
-        places = expand_braces(value) if is_shards(value) else [value]
-    except DataError:  # opening it says what is wrong
+        places = expand_braces(value) if is_shard_pattern(value) else [value]
+    except DataError:  # opening the source explains the error
         return []
     return [os.path.expanduser(place) for place in places if not _SCHEME.match(place)]

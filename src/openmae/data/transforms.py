@@ -1,8 +1,7 @@
-"""From an image file to a tensor of the model's size: pretraining, fine-tuning and evaluation.
+"""Transforms from an image file to a tensor of the model's size, for pretraining, fine-tuning and evaluation.
 
-Randomness is addressed: everything random about a sample follows from (seed, epoch, index), so neither the
-number of workers nor an interruption changes it. Tensors stay uint8 until they are on the device, where
-``data.normalise`` finishes the work on the whole batch.
+Randomness is addressed: everything random about a sample follows from (seed, epoch, index), so neither the number of
+workers nor an interruption changes it. Tensors stay uint8 until ``Normaliser`` converts the batch on the device.
 """
 
 from __future__ import annotations
@@ -10,18 +9,17 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from openmae.data.decode import Box, Picture, Size
+from openmae.data.decode import Box, ImageFile, Size
 from openmae.errors import SpecError
 
 log = logging.getLogger("openmae")
@@ -30,30 +28,17 @@ Interpolation = Literal["bilinear", "bicubic", "random"]
 ImagePolicy = Callable[[Image.Image], Image.Image]
 
 _STREAMS = {"augment": 0, "shuffle": 1}
-_CROP_PCT, _CROPPED_UP_TO = 224 / 256, 224  # px: MAE's util/datasets.py
 _ERASE_AREA = (0.02, 1 / 3)
 _ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
 _LUMA = (0.299, 0.587, 0.114)
 
 
-class Transform(Protocol):
-    """What a data set asks of a transform: an open picture and its random numbers in, [C, H, W] out."""
-
-    @property
-    def size(self) -> Size: ...
-
-    @property
-    def in_chans(self) -> int: ...
-
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor: ...
-
-
 def rng_at(
     seed: int, epoch: int, index: int = 0, stream: Literal["augment", "shuffle"] = "augment"
 ) -> np.random.Generator:
-    """Return the random numbers that belong to (seed, epoch, index), whatever was drawn before.
+    """Return the random generator of (seed, epoch, index), independent of earlier draws.
 
-    Philox is a counter-based generator: the seed is its key, the address its counter.
+    Philox is counter-based: the seed is its key, the address its counter.
     """
     key = np.array([seed % 2**64, _STREAMS[stream]], dtype=np.uint64)
     counter = np.array([0, 0, index, epoch], dtype=np.uint64)
@@ -70,7 +55,7 @@ class PretrainTransform:
         scale: bounds of the crop's share of the image area.
         ratio: bounds of the crop's width / height.
         hflip: probability of a horizontal flip.
-        interpolation: bilinear, bicubic, or random (one of them for each sample); always antialiased.
+        interpolation: bilinear, bicubic, or random (one of the two per sample); always antialiased.
     """
 
     size: Size
@@ -80,12 +65,12 @@ class PretrainTransform:
     hflip: float = 0.5
     interpolation: Interpolation = "bicubic"
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor:
+    def __call__(self, file: ImageFile, rng: np.random.Generator) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
-        box = random_box(picture.size, self.scale, self.ratio, rng)
+        box = random_box(file.size, self.scale, self.ratio, rng)
         flip = rng.random() < self.hflip
         bicubic = self.interpolation == "bicubic" or (self.interpolation == "random" and rng.random() < 0.5)
-        image = _cut(picture, self.in_chans, box, self.size, "bicubic" if bicubic else "bilinear")
+        image = _crop_and_resize(file, self.in_chans, box, self.size, "bicubic" if bicubic else "bilinear")
         return image.flip(-1) if flip else image
 
 
@@ -94,11 +79,11 @@ class FinetuneTransform:
 
     Args:
         crop: the random crop and flip.
-        mean, std: per channel, in 0..1; what a policy fills corners with, and how erasing scales its noise.
-        auto_aug: a timm policy such as ``rand-m9-mstd0.5-inc1``, or "" for none. It works on 8-bit images of
-            1 or 3 channels: 16-bit files are rounded to 8 bits, 4 channels go without it (a notice says so).
-        color_jitter: brightness, contrast and saturation change by factors from 1 - c to 1 + c.
-        re_prob: probability of erasing a rectangle to noise (Zhong et al. 2017, arXiv:1708.04896).
+        mean, std: per channel, in 0..1; the colour of empty corners, and the scale of the noise of erasing.
+        auto_aug: a timm policy such as ``rand-m9-mstd0.5-inc1``, or "" for none. It works on 8-bit images of 1 or 3
+            channels: 16-bit files are rounded to 8 bits; with 4 channels it is off, with a warning.
+        color_jitter: c; brightness, contrast and saturation change by factors from 1 - c to 1 + c.
+        re_prob: probability of random erasing (Zhong et al. 2017, arXiv:1708.04896).
 
     Raises:
         SpecError: timm cannot read ``auto_aug``.
@@ -123,15 +108,17 @@ class FinetuneTransform:
 
     @property
     def size(self) -> Size:
+        """(height, width) of the output."""
         return self.crop.size
 
     @property
     def in_chans(self) -> int:
+        """Channels of the output."""
         return self.crop.in_chans
 
-    def __call__(self, picture: Picture, rng: np.random.Generator) -> torch.Tensor:
+    def __call__(self, file: ImageFile, rng: np.random.Generator) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
-        image = self.crop(picture, rng)
+        image = self.crop(file, rng)
         if self._policy is not None:
             image = _apply_policy(self._policy, image, rng)
         if self.color_jitter > 0:
@@ -158,15 +145,13 @@ class FinetuneTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize, and crop the centre; the same for every action.
-
-    The usual resize-then-crop, done as one crop-and-resize of the centre with the output's aspect ratio.
+    """Resize and centre crop, in one step, the same for every action.
 
     Args:
         size: (height, width) of the output.
         in_chans: 1, 3 or 4.
         interpolation: random means bicubic.
-        kept: share of the image's sides that the crop keeps; None for the one that :func:`crop_pct` gives.
+        kept: fraction of the image's sides that the crop keeps; None for that of :func:`crop_pct`.
     """
 
     size: Size
@@ -174,24 +159,27 @@ class EvalTransform:
     interpolation: Interpolation = "bicubic"
     kept: float | None = None
 
-    def __call__(self, picture: Picture, rng: np.random.Generator | None = None) -> torch.Tensor:
+    def __call__(self, file: ImageFile, rng: np.random.Generator | None = None) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file. Nothing is random."""
-        box = centre_box(picture.size, self.size, self.kept)
+        box = centre_box(file.size, self.size, self.kept)
         mode: Literal["bilinear", "bicubic"] = "bilinear" if self.interpolation == "bilinear" else "bicubic"
-        # Twice finer than needed: a box rounds to whole pixels of the scaled-down JPEG.
-        return _cut(picture, self.in_chans, box, self.size, mode, finer=2)
+        # At twice the resolution: a box is rounded to whole pixels of the scaled-down JPEG.
+        return _crop_and_resize(file, self.in_chans, box, self.size, mode, finer=2)
+
+
+Transform = PretrainTransform | FinetuneTransform | EvalTransform
 
 
 def crop_pct(size: Size) -> float:
-    """Return the share of the sides that evaluation keeps: 87.5 % up to 224 px, all of them above, as MAE's code."""
-    return _CROP_PCT if max(size) <= _CROPPED_UP_TO else 1.0
+    """Return the fraction of the sides that evaluation keeps: 0.875 up to 224 px, 1 above (MAE's util/datasets.py)."""
+    return 224 / 256 if max(size) <= 224 else 1.0
 
 
 def random_box(size: Size, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> Box:
-    """Draw a crop: its area share uniform in ``scale``, its width / height log-uniform in ``ratio``.
+    """Draw a crop: its fraction of the area is uniform in ``scale``, its width / height log-uniform in ``ratio``.
 
-    After ten draws that do not fit, the largest centred crop within ``ratio`` is taken (torchvision's rule,
-    from Szegedy et al. 2015, arXiv:1409.4842).
+    After ten draws that do not fit, return the largest centred crop within ``ratio`` (as torchvision does, from
+    Szegedy et al. 2015, arXiv:1409.4842).
     """
     height, width = size
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
@@ -207,7 +195,7 @@ def random_box(size: Size, scale: tuple[float, float], ratio: tuple[float, float
 
 
 def centre_box(size: Size, out: Size, kept: float | None = None) -> Box:
-    """Return the centre of an image of ``size`` that evaluation at ``out`` looks at; ``kept`` as in EvalTransform."""
+    """Return the box that evaluation at size ``out`` crops; ``kept`` as in EvalTransform."""
     height, width = size
     unit = min(height / out[0], width / out[1]) * (crop_pct(out) if kept is None else kept)
     return _centred(size, min(width, round(out[1] * unit)), min(height, round(out[0] * unit)))
@@ -219,25 +207,22 @@ def _centred(size: Size, w: int, h: int) -> Box:
     return left, top, left + w, top + h
 
 
-def _cut(
-    picture: Picture,
+def _crop_and_resize(
+    file: ImageFile,
     in_chans: int,
     box: Box,
     size: Size,
     mode: Literal["bilinear", "bicubic"],
     finer: int = 1,
 ) -> torch.Tensor:
-    """Decode, crop and resize to ``size``; a JPEG is decoded at ``finer`` times the resolution at least."""
+    """Decode, crop and resize to ``size``; a JPEG is decoded at least at ``finer`` times that size."""
     at_least = finer * size[0], finer * size[1]
-    pixels = torch.from_numpy(picture.pixels(in_chans, box, at_least)).permute(2, 0, 1)
+    pixels = torch.from_numpy(file.pixels(in_chans, box, at_least)).permute(2, 0, 1)
     if pixels.shape[1:] != size:
         pixels = F.interpolate(pixels[None], size, mode=mode, antialias=True)[0]
         if pixels.is_floating_point():
             pixels = pixels.clamp_(0, 255)  # bicubic overshoots
     return pixels
-
-
-# ----------------------------------------------------------------------------- augmentation of a tensor
 
 
 def _timm_policy(config: str, params: dict[str, object]) -> ImagePolicy:
@@ -257,12 +242,12 @@ def _timm_policy(config: str, params: dict[str, object]) -> ImagePolicy:
             f"dataset.augmentation.auto_aug: timm cannot read the policy {config!r} ({error}).",
             "Use one such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original-mstd0.5, or '' for none.",
         ) from error
-    _mend_posterize(policy)
+    _fix_posterize(policy)
     return policy
 
 
-def _mend_posterize(policy: Any) -> None:
-    """Keep at least one bit: timm's random magnitudes reach 0 bits, which Pillow refuses since version 13."""
+def _fix_posterize(policy: Any) -> None:
+    """Keep at least one bit: timm's random magnitudes include 0 bits, which Pillow 13 rejects."""
     groups = [getattr(policy, "ops", []), *getattr(policy, "policy", [])]
     for op in (op for group in groups for op in group):
         if op.name.startswith("Posterize"):
@@ -273,30 +258,24 @@ def _at_least_one_bit(level: float, hparams: dict[str, Any], level_fn: Callable[
     return (max(1, level_fn(level, hparams)[0]),)
 
 
-@contextmanager
-def _global_randomness(rng: np.random.Generator) -> Iterator[None]:
-    """Seed the generators that timm draws from, and give them back as they were."""
-    ours, numpys = random.getstate(), np.random.get_state()
+def _apply_policy(policy: ImagePolicy, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    pixels = image.permute(1, 2, 0).round().to(torch.uint8).numpy()
+    # timm draws from the global generators: seed them, and restore them afterwards.
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     seed = int(rng.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)
     try:
-        yield
-    finally:
-        random.setstate(ours)
-        np.random.set_state(numpys)
-
-
-def _apply_policy(policy: ImagePolicy, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    pixels = image.permute(1, 2, 0).round().to(torch.uint8).numpy()
-    with _global_randomness(rng):
         augmented = policy(Image.fromarray(pixels if image.shape[0] == 3 else pixels[..., 0]))
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
     result = torch.from_numpy(np.array(augmented)).reshape(pixels.shape).permute(2, 0, 1)
     return result.to(image.dtype)
 
 
 def _jitter(image: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
-    """Scale brightness, contrast and saturation, in random order; alpha stays as it is."""
+    """Scale brightness, contrast and saturation in random order; alpha does not change."""
     colour = image[:3].to(torch.float32)
     luma = torch.tensor(_LUMA if colour.shape[0] == 3 else (1.0,)).view(-1, 1, 1)
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3)
@@ -310,7 +289,7 @@ def _jitter(image: torch.Tensor, strength: float, rng: np.random.Generator) -> t
 
 
 def _erase(image: torch.Tensor, mean: Sequence[float], std: Sequence[float], rng: np.random.Generator) -> torch.Tensor:
-    """Fill one rectangle with noise that is standard normal once normalised (cut off at black and white)."""
+    """Fill one rectangle with noise that is standard normal after normalisation (clipped at black and white)."""
     chans, height, width = image.shape
     for _ in range(10):
         area = rng.uniform(*_ERASE_AREA) * height * width

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, Picture, TooManyPixels
+from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, ImageFile, TooManyPixels
 from openmae.data.normalise import Normaliser
-from openmae.data.remarks import remarks_on
 from openmae.data.transforms import EvalTransform
 from openmae.engines.metadata import ModelCard
 from openmae.errors import DataError
+
+log = logging.getLogger("openmae")
 
 
 def as_input(images_BCHW: Tensor, card: ModelCard) -> Tensor:
@@ -67,10 +69,10 @@ def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels:
     images = []
     for path in paths:
         try:
-            with Picture(Path(path), max_pixels=round(max_megapixels * 1_000_000)) as picture:
-                images.append(transform(picture))
-                for remark in remarks_on(picture, str(path)):
-                    remark.log(str(path))
+            with ImageFile(Path(path), max_pixels=round(max_megapixels * 1_000_000)) as file:
+                images.append(transform(file))
+                if file.further_images:
+                    log.warning("%s has %s, of which only the first is read.", path, file.further_images)
         except TooManyPixels as error:
             raise DataError(
                 f"{path} has {error.got} pixels, more than max_megapixels={max_megapixels:g} allows.",

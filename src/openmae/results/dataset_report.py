@@ -1,4 +1,4 @@
-"""What a data set holds, as a picture: images per class, image sizes, file sizes."""
+"""The figure of a data set: images per class, image sizes, file sizes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.filesize import decimal
 
 from openmae.results import style
 from openmae.results.style import BLUE, EMPTY, GREY, HAIRLINE, MUTED, RUST
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NAMED_UP_TO = 24  # classes that have a bar and a name of their own
+_MAX_BARS = 24  # more classes are drawn as one curve
 _POINTS = 4000  # of the scatter plot
 _LEFT, _TOP, _WIDTH, _HEIGHT, _GAP = 0.7, 1.0, 3.0, 2.6, 0.85  # in inches
 
 
-def save_dataset_picture(
+def save_dataset_figure(
     path: Path,
     *,
     name: str,
@@ -32,19 +33,19 @@ def save_dataset_picture(
 ) -> Path:
     """Draw images per class, image sizes and file sizes side by side, and return ``path``.
 
-    Up to 24 classes have a bar each, the largest on top; more are one curve by rank. Of more than 4,000 images the
-    sizes of 4,000 are drawn, spread evenly.
+    Up to 24 classes have a bar each, the largest on top; more are drawn as one curve by rank. Of more than 4,000
+    images, only 4,000 are in the scatter plot of sizes.
 
     Args:
         path: the PNG to write.
-        name: of the data set; its end is shown where it is long.
-        summary: the line beneath the name.
-        class_counts: images by class; empty without labels, and the panel is left out.
-        sizes: [N, 2] width and height of the readable images in pixels.
-        file_sizes: [N] bytes.
+        name: of the data set; a long name is truncated at the start.
+        summary: the line below the name.
+        class_counts: images by class; without labels empty, and the panel is left out.
+        sizes: [N, 2], width and height of the readable images in pixels.
+        file_sizes: [N], in bytes.
     """
     names = [_cut(style.one_line(label), 26) for label in class_counts]
-    bars = 0 < len(names) <= _NAMED_UP_TO
+    bars = 0 < len(names) <= _MAX_BARS
     room = 0.08 + style.text_width(names, 9) if bars else 0.0
     tall = 0.26 * len(names) if bars else _HEIGHT
     height = max(_HEIGHT, tall)
@@ -53,7 +54,9 @@ def save_dataset_picture(
     total = left + panels * _WIDTH + (panels - 1) * _GAP + 0.35
     with style.drawing():
         figure = style.new_figure(total, _TOP + height + 0.6)
-        style.headline(figure, _cut(style.one_line(name), int(total * 9), keep_end=True), summary)
+        title = style.one_line(name)
+        most = int(total * 9)
+        style.headline(figure, title if len(title) <= most else f"…{title[1 - most :]}", summary)
         if class_counts:
             axes = _panel(figure, left, tall, "Images per class")
             (_draw_bars if bars else _draw_ranks)(axes, names, np.array(list(class_counts.values())))
@@ -64,7 +67,7 @@ def save_dataset_picture(
             _draw_file_sizes(_panel(figure, left + _WIDTH + _GAP, height, "File sizes"), file_sizes)
         else:
             axes.set_axis_off()
-            axes.text(0, 1, "no image can be read", transform=axes.transAxes, va="top", color=MUTED)
+            axes.text(0, 1, "no readable image", transform=axes.transAxes, va="top", color=MUTED)
         return style.save_figure(figure, path)
 
 
@@ -103,67 +106,54 @@ def _draw_ranks(axes: Axes, names: list[str], counts: NDArray[np.int64]) -> None
 def _draw_sizes(axes: Axes, sizes: NDArray[np.int64]) -> None:
     chosen = np.linspace(0, len(sizes) - 1, min(_POINTS, len(sizes))).round().astype(int)
     places, counts = np.unique(sizes[chosen], axis=0, return_counts=True)
-    width, height = places.T
-    area = 6 + np.minimum(60, 300 * counts / len(chosen))  # sizes that many images have stand out
+    area = 6 + np.minimum(60, 300 * counts / len(chosen))  # sizes that many images have get larger points
     axes.grid(color=HAIRLINE, linewidth=0.5)
     axes.set_axisbelow(True)
-    most = int(sizes.max())
-    if most > 12 * int(sizes.min()):
+    least, most = int(sizes.min()), int(sizes.max())
+    limits = (0.0, most * 1.1)
+    if most > 12 * least:
         axes.set(xscale="log", yscale="log")
-        limits = (int(sizes.min()) / 1.4, most * 1.4)
-    else:
-        limits = (0, most * 1.1)
+        limits = (least / 1.4, most * 1.4)
     axes.plot(limits, limits, color=GREY, linewidth=0.8, zorder=1)
-    axes.scatter(width, height, s=area, color=BLUE, alpha=0.35 if len(places) > 30 else 0.7, linewidth=0, zorder=2)
-    axes.set(xlim=limits, ylim=limits)
-    axes.set_xlabel("width in pixels")
-    axes.set_ylabel("height in pixels")
+    axes.scatter(
+        places[:, 0], places[:, 1], s=area, color=BLUE, alpha=0.35 if len(places) > 30 else 0.7, linewidth=0, zorder=2
+    )
+    axes.set(xlim=limits, ylim=limits, xlabel="width in pixels", ylabel="height in pixels")
     for axis in (axes.xaxis, axes.yaxis):
         _thousands(axis)
 
 
 def _draw_file_sizes(axes: Axes, file_sizes: NDArray[np.int64]) -> None:
     kilobytes = np.maximum(file_sizes, 1) / 1e3
-    low, high = float(kilobytes.min()), float(kilobytes.max())
+    low, high, middle = float(kilobytes.min()), float(kilobytes.max()), float(np.median(kilobytes))
+    bins = int(np.clip(2 * np.sqrt(len(kilobytes)), 6, 32)) + 1
     wide = high > 12 * low
-    bins = int(np.clip(2 * np.sqrt(len(kilobytes)), 6, 32))
-    edges = np.geomspace(low / 1.02, high * 1.02, bins + 1) if wide else np.linspace(low * 0.98, high * 1.02, bins + 1)
+    edges = np.geomspace(low / 1.02, high * 1.02, bins) if wide else np.linspace(low * 0.98, high * 1.02, bins)
     axes.hist(kilobytes, bins=edges.tolist(), color=BLUE, linewidth=0)
-    if wide:
-        axes.set_xscale("log")
-    axes.set_xlabel("kilobytes")
-    axes.set_ylabel("images")
+    axes.set(xscale="log" if wide else "linear", xlabel="kilobytes", ylabel="images")
     _thousands(axes.xaxis)
     _thousands(axes.yaxis, whole=True)
-    middle = float(np.median(kilobytes))
     axes.axvline(middle, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
-    _note(axes, f"median {_bytes(1e3 * middle)}, together {_bytes(float(file_sizes.sum()))}")
+    _note(axes, f"median {decimal(int(1e3 * middle))}, total {decimal(int(file_sizes.sum()))}")
 
 
 def _note(axes: Axes, text: str) -> None:
-    """A quiet line level with the panel's title."""
+    """Write a grey line at the height of the panel's title."""
     axes.set_title(text, loc="right", size=8, color=MUTED, pad=8)
 
 
-def _bytes(size: float) -> str:
-    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if size >= unit), (1e3, "kB"))
-    return f"{size / unit:,.3g} {name}"
-
-
 def _thousands(axis: Any, whole: bool = False) -> None:
-    """Few ticks, written out: 1,000 and not 10^3."""
+    """Use few ticks, with labels such as 1,000 rather than 10^3."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+    low, high = axis.get_view_interval()
     if axis.get_scale() == "log":
-        low, high = axis.get_view_interval()
         axis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5), numticks=6))
         axis.set_minor_formatter(NullFormatter())
     else:
-        axis.set_major_locator(MaxNLocator(5, integer=axis.get_view_interval()[1] >= 3 or whole))
+        axis.set_major_locator(MaxNLocator(5, integer=high >= 3 or whole))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def _cut(text: str, most: int, keep_end: bool = False) -> str:
-    if len(text) <= most:
-        return text
-    return f"…{text[1 - most :]}" if keep_end else f"{text[: most - 1]}…"
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

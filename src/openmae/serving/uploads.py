@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from torch import Tensor
 
-from openmae.data.decode import CorruptImage, NotAnImage, Picture, TooManyPixels, read_header
+from openmae.data.decode import CorruptImage, ImageFile, NotAnImage, TooManyPixels, read_header
 from openmae.data.formats import FORMAT_TITLES
 from openmae.data.transforms import EvalTransform
 from openmae.serving.settings import Settings
@@ -226,8 +226,8 @@ def decode_upload(upload: Upload, transform: EvalTransform, max_pixels: int) -> 
     """
     try:
         upload.file.seek(0)
-        with Picture(Path(upload.name), upload.file, max_pixels) as picture:
-            return transform(picture)
+        with ImageFile(Path(upload.name), upload.file, max_pixels) as file:
+            return transform(file)
     except TooManyPixels as error:
         raise _too_many_pixels(upload.name, error) from error
     except NotAnImage as error:

@@ -1,32 +1,27 @@
-"""Shards are read where they lie, and give what the same images give as loose files."""
+"""Shards give the same samples as the same images in a folder."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import pickle
-import shutil
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from tests.helpers.shards import png, sharded, write_tar
 
 from openmae.data.decode import CorruptImage
-from openmae.data.folder import Skipped
+from openmae.data.folder_listing import SkippedFiles
 from openmae.data.image_dataset import AddressedSampler, Batch
-from openmae.data.image_index import ImageIndex
-from openmae.data.index import index_images
-from openmae.data.loaders import LoaderSettings, TrainingLoader, evaluation_loader, training_loader
+from openmae.data.index import ImageIndex, index_folder
+from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
 from openmae.data.open import open_index
-from openmae.data.patterns import expand_braces, is_shards
 from openmae.data.shards import reading as shards_module
-from openmae.data.shards.packing import Packing, pack
 from openmae.data.shards.reading import WINDOW, windowed_order
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform
 from openmae.errors import DataError
@@ -34,37 +29,9 @@ from openmae.errors import DataError
 AUGMENT = FinetuneTransform(PretrainTransform((32, 32)), (0.5,) * 3, (0.2,) * 3, auto_aug="rand-m9-mstd0.5-inc1")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def png(seed: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    noise = np.random.default_rng(seed).integers(0, 255, (20, 24, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def sharded(index: ImageIndex, out: Path, shard_bytes: int = 20_000) -> str:
-    """Pack the images of a folder into several shards; the pattern of their names."""
-    return pack(index, out, Packing(shard_bytes=shard_bytes)).pattern
-
-
 def loader(index: ImageIndex, folder: Path, **options: Any) -> TrainingLoader:
     settings = {"batch_size": 4, "results": folder, "max_corrupt_fraction": 1.0, **options}
-    return training_loader(index, AUGMENT, LoaderSettings(**settings), seed=3)
+    return TrainingLoader(index, AUGMENT, LoaderSettings(**settings), seed=3)
 
 
 def plain(batches: Any) -> list[tuple[Any, ...]]:
@@ -74,42 +41,11 @@ def plain(batches: Any) -> list[tuple[Any, ...]]:
     return [of(batch) for batch in batches]
 
 
-# ------------------------------------------------------------------------------------------- patterns
-
-
-@pytest.mark.parametrize(
-    ("pattern", "names"),
-    [
-        ("t-{000..002}.tar", ["t-000.tar", "t-001.tar", "t-002.tar"]),
-        ("t-{8..11}.tar", ["t-8.tar", "t-9.tar", "t-10.tar", "t-11.tar"]),
-        ("t-{08..10}.tar", ["t-08.tar", "t-09.tar", "t-10.tar"]),
-        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
-        ("{a-{0..1},b}.tar", ["a-0.tar", "a-1.tar", "b.tar"]),
-        ("s3://b/{x,y}.tar", ["s3://b/x.tar", "s3://b/y.tar"]),
-        ("{x}.tar", ["{x}.tar"]),
-    ],
-)
-def test_braces_are_expanded_as_a_shell_does(pattern: str, names: list[str]) -> None:
-    assert expand_braces(pattern) == names
-    assert is_shards(pattern) == (pattern != "{x}.tar")
-
-
-def test_a_folder_may_have_braces_in_its_name(tmp_path: Path, make_images: Any) -> None:
-    make_images(tmp_path / "{a,b}", ["1.png"])
-    assert len(open_index(str(tmp_path / "{a,b}"), None)) == 1
-
-
-@pytest.mark.parametrize("pattern", ["t-{9..2}.tar", "t-{0..99999999}.tar"])
-def test_ranges_that_make_no_sense(pattern: str) -> None:
-    with pytest.raises(DataError, match="must run upwards, over at most 1,000,000 numbers"):
-        expand_braces(pattern)
-
-
 # --------------------------------------------------------------------------- the same as loose files
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_shards_give_what_the_folder_gives(index: ImageIndex, tmp_path: Path, with_index: bool) -> None:
+def test_shards_equal_the_folder(index: ImageIndex, tmp_path: Path, with_index: bool) -> None:
     pattern = sharded(index, tmp_path / "out")
     if not with_index:
         for path in (tmp_path / "out").glob("*.json"):
@@ -144,7 +80,7 @@ def test_ranks_see_every_image_once(index: ImageIndex, tmp_path: Path) -> None:
         batches = loader(found, tmp_path, batch_size=7, **options).from_position(0, 0)
         train += [i for batch in batches for i in batch.indices.tolist()]
         settings = LoaderSettings(3, tmp_path, 1.0, **options)
-        val += [i for b in evaluation_loader(found, EvalTransform((32, 32)), settings) for i in b.indices.tolist()]
+        val += [i for b in EvaluationLoader(found, EvalTransform((32, 32)), settings) for i in b.indices.tolist()]
     assert sorted(train) == sorted(val) == list(range(14))
 
 
@@ -165,7 +101,7 @@ def test_a_corrupt_image_is_named_by_shard_and_key(index: ImageIndex, tmp_path: 
         list(loader(other, tmp_path, batch_size=5, max_corrupt_fraction=0.1).from_position(0, 0))
 
 
-def test_a_shard_that_changed_under_a_run_is_noticed(tmp_path: Path) -> None:
+def test_shard_that_changes_during_a_run_is_noticed(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a-0.tar", {"1.png": png(1), "2.png": png(2)})
     found = open_index(str(tmp_path / "a-{0..0}.tar"), None)
     write_tar(path, {"0.txt": b"x", "1.png": png(1)})
@@ -174,7 +110,7 @@ def test_a_shard_that_changed_under_a_run_is_noticed(tmp_path: Path) -> None:
     assert open_index(str(tmp_path / "a-{0..0}.tar"), None).paths == ("a-0.tar!1.png",)
 
 
-def test_an_index_that_lies_is_not_believed(index: ImageIndex, tmp_path: Path) -> None:
+def test_wrong_index_is_ignored(index: ImageIndex, tmp_path: Path) -> None:
     pattern = sharded(index, tmp_path / "out")
     right = open_index(pattern, True)
     for content in ("{", "null", '{"format":"openmae-shard-1"}', '{"format":"other"}'):
@@ -216,14 +152,14 @@ def test_classes_are_numbered_over_all_shards(tmp_path: Path) -> None:
     write_tar(tmp_path / "s-1.tar", {"1.png": png(), "1.cls": b"cat", "2.png": png(), "2.cls": b"dog", "x.npy": b"."})
     found = open_index(str(tmp_path / "s-{0..1}.tar"), None)
     assert (found.class_names, found.labels) == (("cat", "dog"), (1, 0, 1))
-    assert found.skipped == (Skipped(".npy", 1, "s-1.tar!x.npy"),)
+    assert found.skipped == (SkippedFiles(".npy", 1, "s-1.tar!x.npy"),)
 
 
 def test_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tar(tmp_path / "s-0.tar", {"1.png": png(), "1.json": b'{"caption": "a dog"}', "2.png": png()})
     pattern = str(tmp_path / "s-{0..0}.tar")
     assert open_index(pattern, None).labels is None
-    with pytest.raises(DataError, match=r"have no labels: 2 of 2 images lie outside .* no .cls or .json") as caught:
+    with pytest.raises(DataError, match=r"have no labels: 2 of 2 images are outside .* no .cls or .json") as caught:
         open_index(pattern, True)
     assert caught.value.fix.startswith("Give every image a .cls or .json")
     write_tar(tmp_path / "s-0.tar", {"1.png": png(), "2.png": png(), "2.cls": b"7"})
@@ -232,7 +168,7 @@ def test_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="openmae"):
         assert open_index(pattern, None).labels == (-1, 0)
     assert "1 of 2 images in" in caplog.text
-    assert "have no label, such as 1.png. kNN and probe accuracy leave them out." in caplog.text
+    assert "have no label, such as 1.png. kNN and probe accuracy ignore them." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -252,7 +188,7 @@ def test_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         ("1.json", b'{"label": true}', "'1.json' is not a JSON object with an integer or a text"),
     ],
 )
-def test_a_label_that_cannot_be_read_matters_to_who_needs_labels(
+def test_unreadable_label_is_an_error_only_if_labels_are_needed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes, text: str
 ) -> None:
     write_tar(tmp_path / "s-0.tar", {"1.png": png(), name: content, "2.png": png(), "2.cls": b"7"})
@@ -280,7 +216,7 @@ def test_images_of_one_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "2 images share a sample with another one" in caplog.text
 
 
-def test_members_apart_from_their_labels(tmp_path: Path) -> None:
+def test_labels_far_from_their_images(tmp_path: Path) -> None:
     images = {f"{number}.png": png(number) for number in range(3)}
     write_tar(tmp_path / "s-0.tar", images | {f"{number}.cls": b"%d" % (number % 2) for number in range(3)})
     assert open_index(str(tmp_path / "s-{0..0}.tar"), True).labels == (0, 1, 0)
@@ -328,7 +264,7 @@ def link(path: Path) -> None:
     ],
     ids=["missing", "empty", "cut early", "cut late", "no members", "no images", "compressed", "no tar", "link"],
 )
-def test_a_bad_shard_is_named(tmp_path: Path, spoil: Callable[[Path], object], text: str) -> None:
+def test_bad_shard_is_named(tmp_path: Path, spoil: Callable[[Path], object], text: str) -> None:
     for number in range(3):
         write_tar(tmp_path / f"s-{number}.tar", {"1.png": png(number), "2.png": png(9)})
     spoil(tmp_path / "s-1.tar")
@@ -341,79 +277,14 @@ def test_a_bad_shard_is_named(tmp_path: Path, spoil: Callable[[Path], object], t
     ("pattern", "text"),
     [("s-{0..1}.zip", "but a shard is a plain .tar file"), ("{s-0,s-0}.tar", r"names .*s-0.tar twice")],
 )
-def test_patterns_that_are_refused(tmp_path: Path, pattern: str, text: str) -> None:
+def test_refused_patterns(tmp_path: Path, pattern: str, text: str) -> None:
     with pytest.raises(DataError, match=text):
         open_index(f"{tmp_path}/{pattern}", None)
     with pytest.raises(DataError, match="there is no way to read ftp://"):
         open_index("ftp://host/s-{0..1}.tar", None)
 
 
-def test_a_folder_of_shards_is_a_source(index: ImageIndex, tmp_path: Path) -> None:
-    sharded(index, tmp_path / "out")
-    assert open_index(str(tmp_path / "out"), True).labels == index.labels
-
-
-def test_shards_beside_a_picture_are_read(index: ImageIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sharded(index, tmp_path / "out")
-    shutil.copy(index.file(0), tmp_path / "out" / "preview.png")
-    (tmp_path / "out" / "notes.txt").touch()
-    found = open_index(str(tmp_path / "out"), True)
-    assert found.labels == index.labels
-    assert found.skipped == (Skipped(".txt", 1, "notes.txt"),)
-    assert f"{tmp_path}/out holds shards and also 1 image: the shards are read, the images are not (preview.png)" in (
-        caplog.text
-    )
-
-
-def test_a_tar_file_without_images_does_not_hide_the_images_beside_it(
-    index: ImageIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(index.root, tmp_path / "both")
-    (tmp_path / "clip.mp4").write_bytes(bytes(10**6))
-    with tarfile.open(tmp_path / "both" / "videos.tar", "w") as tar:
-        tar.add(tmp_path / "clip.mp4", "clip.mp4")
-    assert open_index(str(tmp_path / "both"), True).labels == index.labels
-    assert "both: its tar files hold no images (videos.tar); the images beside them are read." in caplog.text
-
-
-def test_an_archive_beside_its_images_is_not_read(
-    index: ImageIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(index.root, tmp_path / "both" / "images")
-    with tarfile.open(tmp_path / "both" / "images.tar", "w") as tar:
-        tar.add(index.root, "images")
-    found = open_index(str(tmp_path / "both"), False)
-    assert len(found) == len(index)
-    assert found.paths[0] == "images/cat/0.png"
-    assert "holds images and also 1 tar file (images.tar): the images are read, the tar files are not." in caplog.text
-
-
-def test_messages_name_an_archive_as_the_user_does(
-    tmp_path: Path, make_images: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_images(tmp_path / "set", ["all/2023/1.png", "all/2024/1.png", "all/x.txt.png"])
-    (tmp_path / "set" / "all" / "x.txt.png").rename(tmp_path / "set" / "all" / "notes.txt")
-    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
-        tar.add(tmp_path / "set" / "all", "all")
-    assert open_index(str(tmp_path / "a.tar.gz"), None).labels is None
-    assert f"{tmp_path}/a.tar.gz/all: the folders 2023, 2024 are dates. They are not taken as classes." in caplog.text
-    assert (
-        f"{tmp_path}/a.tar.gz: 2 images are read; 1 file of another kind is skipped: 1 .txt (such as notes.txt)."
-        in (caplog.text)
-    )
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert not [text for text in warnings if "/cache/" in text]
-
-
-def test_results_beside_shards_are_not_read(index: ImageIndex, tmp_path: Path) -> None:
-    sharded(index, tmp_path / "out")
-    (tmp_path / "out" / "results" / "train").mkdir(parents=True)
-    shutil.copy(index.file(0), tmp_path / "out" / "results" / "train" / "curves.png")
-    (tmp_path / "out" / "results" / "train" / "status.json").write_text('{"date": "", "time": "", "status": ""}\n')
-    assert open_index(str(tmp_path / "out"), True).results == ("results/train",)
-
-
-def test_tar_files_joined_into_one_are_read_to_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_concatenated_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parts = [write_tar(tmp_path / f"{name}.tar", {f"{name}/1.png": png(ord(name))}) for name in "abc"]
     joined = tmp_path / "set" / "s-0.tar"
     joined.parent.mkdir()
@@ -421,25 +292,23 @@ def test_tar_files_joined_into_one_are_read_to_the_last(tmp_path: Path, caplog: 
     found = open_index(str(joined.parent), None)
     assert found.class_names == ("a", "b", "c")
     assert [found.read(number) for number in range(3)] == [png(ord(name)) for name in "abc"]
-    assert "that is not read" not in caplog.text
+    assert "is not read" not in caplog.text
     joined.write_bytes(joined.read_bytes() + b"garbage")
     assert len(open_index(str(joined.parent), None)) == 3
-    assert f"{joined}: after the end of the tar file there is something that is not read." in caplog.text
+    assert f"{joined}: the data after the end of the tar file is not read." in caplog.text
     cut = joined.read_bytes()[: parts[0].stat().st_size + 700]
     joined.write_bytes(cut)
     with pytest.raises(DataError, match="is damaged or cut short"):
         open_index(str(joined.parent), None)
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     write_tar(tmp_path / "s-0.tar", {"1.png": png(), "1.cls": b"x"})
     monkeypatch.setenv("OPENMAE_CACHE", "/proc/openmae")
     found = open_index(str(tmp_path / "s-{0..0}.tar"), True)
     assert (found.class_names, found.read(0)) == (("x",), png())
-    assert "cannot be kept in /proc/openmae (No such file or directory): it is kept in memory" in caplog.text
-    assert "set OPENMAE_CACHE to a folder that can be written" in caplog.text
+    assert "cannot be written to /proc/openmae (No such file or directory), so the next run" in caplog.text
+    assert "Set OPENMAE_CACHE to a writable folder" in caplog.text
 
 
 def test_an_index_is_made_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -470,14 +339,12 @@ def test_windowed_order_needs_few_shards_at_a_time() -> None:
     assert neighbours.mean() < 0.3, "images of a shard are not mixed with others"
 
 
-def test_what_comes_next_is_fetched_while_a_batch_is_made(
-    index: ImageIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_shards_are_prefetched(index: ImageIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = open_index(sharded(index, tmp_path / "out"), True)
     asked: list[tuple[list[str], list[str]]] = []
-    ahead = shards_module.Ahead()
+    ahead = shards_module.ShardPrefetcher()
     monkeypatch.setattr(ahead, "fetch", lambda now, soon: asked.append(([s.name for s in now], [s.name for s in soon])))
-    object.__setattr__(found, "ahead", ahead)
+    object.__setattr__(found, "prefetcher", ahead)
     shard_of = found.shard_of  # type: ignore[attr-defined]
     batches = list(AddressedSampler(14, 2, 0, index=found))
     for batch, (now, soon) in zip(batches, asked, strict=True):
@@ -485,7 +352,7 @@ def test_what_comes_next_is_fetched_while_a_batch_is_made(
         assert soon or batch == batches[-1]
 
 
-def test_a_failed_fetch_is_raised_where_the_shard_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_is_raised_when_the_shard_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     from openmae.data.shards.tar_index import Shard
 
     shards = [Shard(name, f"s3://b/{name}", "", 1, False) for name in "abc"]
@@ -497,7 +364,7 @@ def test_a_failed_fetch_is_raised_where_the_shard_is_needed(monkeypatch: pytest.
             raise DataError("gone")
 
     monkeypatch.setattr(Shard, "fetch", fetch)
-    ahead = shards_module.Ahead()
+    ahead = shards_module.ShardPrefetcher()
     ahead.fetch(shards[:1], shards[1:])
     with pytest.raises(DataError, match="gone"):
         ahead.fetch(shards[1:2], [])
@@ -507,14 +374,14 @@ def test_a_failed_fetch_is_raised_where_the_shard_is_needed(monkeypatch: pytest.
 
 def test_packing_keeps_the_order_of_index_images(tmp_path: Path, make_images: Any) -> None:
     names = ["b/1.png", "a/x.y.png", "a/x.jpg", "a/x.png"]
-    found = index_images(make_images(tmp_path / "set", names), True)
+    found = index_folder(make_images(tmp_path / "set", names), True)
     opened = open_index(sharded(found, tmp_path / "out"), True)
     keys = [opened.key(number) for number in range(4)]
     assert keys == ["a/x.jpg", "a/x_2.png", "a/x_y.png", "b/1.png"]
     assert [opened.read(n) for n in range(4)] == [found.read(n) for n in range(4)]
 
 
-def test_a_shard_that_is_a_pipe(tmp_path: Path) -> None:
+def test_shard_that_is_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a-0.tar")
     for source in (str(tmp_path / "a-{0..0}.tar"), str(tmp_path)):
         with pytest.raises(DataError, match=r"The shard .*a-0\.tar is a named pipe \(FIFO\), not a tar file"):

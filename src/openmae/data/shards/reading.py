@@ -1,20 +1,18 @@
-"""Images in WebDataset shards, read where they lie.
+"""Images in WebDataset shards, read without unpacking.
 
-A shard is a tar file that its index (``tar_index``) turns into random access: one ``pread`` an image, no unpacking. So
-shards are an ``ImageIndex`` like any other, and everything that is promised of folders holds: the order and the
-augmentation are addressed by (seed, epoch, index), ranks and workers share the batches, a run resumes at a sample and
-equals an uninterrupted one bit for bit.
+With its index (``tar_index``), a shard supports random access: one ``pread`` per image. A ``ShardedIndex`` is therefore
+an ``ImageIndex`` like any other, with the same guarantees: order and augmentation are addressed by (seed, epoch,
+index), ranks and workers split the batches, and a resumed run equals an uninterrupted one bit for bit.
 
-Order. Local shards are shuffled whole, as folders are: the same images give the same run from either. Reading them at
-random costs no more than loose files do (one seek an image instead of two or more, and one open file a shard).
+Local shards are shuffled like files: the same images give the same run from either. Random reads cost no more than
+with separate files (one seek per image, and one open file per shard).
 
-Remote shards are fetched whole, one after the other, into the cache, and read there: a request for each image would
-cost one round trip and one billed request each, and a stream could not be resumed at a sample. An epoch over all
-images at random would need all shards at once, so theirs is an order that ``WINDOW`` shards suffice for: the shards
-are permuted, and the images of a shard are spread at random over ``WINDOW`` shards' worth of images from the shard's
-place on. That order, too, is one permutation that follows from (seed, epoch). While a batch is made a thread fetches
-the shards that come next. Every node fetches every shard, since a step takes the same images on one rank as on
-several; the cache must have room for about ``WINDOW`` + 3 shards, or it fetches some of them again and again.
+Remote shards are downloaded completely, one at a time, into the cache, and read there: single images would cost one
+billed request each, and a stream cannot be resumed at a sample. A random order over all images would need all shards at
+once. Instead, the shards are permuted, and the images of a shard are spread at random over ``WINDOW`` shards' worth of
+images from the shard's position on. This order, too, is a permutation that follows from (seed, epoch). While a batch is
+made, a thread downloads the next shards. Every node downloads every shard, since a step takes the same images on one
+rank as on several. The cache needs space for about ``WINDOW`` + 3 shards, otherwise shards are downloaded repeatedly.
 """
 
 from __future__ import annotations
@@ -30,27 +28,29 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from openmae.data.decode import CorruptImage, Picture
-from openmae.data.image_index import ImageIndex, Numbers
+from openmae.data.decode import CorruptImage, ImageFile
+from openmae.data.index import ImageIndex, Numbers
 from openmae.data.shards.tar_index import Shard, read_member
 from openmae.storage.printable import printable_name
 from openmae.storage.urls import redact
 
 WINDOW = 8  # remote shards whose images are shuffled together
-MEMBER = "!"  # between the name of a shard and of an image in it
+MEMBER = "!"  # separates the names of a shard and of an image in it
 
 
 @dataclass(frozen=True, eq=False)
 class ShardedIndex(ImageIndex):
-    """The images of shards: by shard in the order of their names, within it as they lie.
+    """The images of shards, in the order of the shards and of the members of each.
 
     Paths are ``NAME.tar!cat/1.jpg``; ``root`` is the folder of the shards, empty for remote ones.
 
     Attributes:
-        pattern: as the user wrote it, without secrets.
+        pattern: the source as the user wrote it, without secrets.
         shards: the tar files.
-        shard_of: int32 [N], which shard each image is in.
-        offsets, sizes: int64 [N], where its bytes are.
+        shard_of: int32 [N], the shard of each image.
+        offsets: int64 [N], the first byte of each image.
+        sizes: int64 [N], the bytes of each image.
+        prefetcher: downloads remote shards; None for local ones.
     """
 
     pattern: str = ""
@@ -58,64 +58,72 @@ class ShardedIndex(ImageIndex):
     shard_of: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     offsets: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     sizes: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    ahead: Ahead | None = None
+    prefetcher: ShardPrefetcher | None = None
 
     @property
     def place(self) -> str:
+        """The source, as messages name it."""
         return self.pattern
 
     def full_name(self, path: str) -> str:
+        """Return the printable name of one of ``paths`` in lists that span several data sets."""
         shard, _, member = path.partition(MEMBER)
         return f"{self._shard_names()[shard]}{MEMBER}{printable_name(member)}"
 
     def holds(self, full_name: str) -> bool:
+        """Return whether ``full_name`` may belong to this data set."""
         return any(full_name.startswith(f"{name}{MEMBER}") for name in self._shard_names().values())
 
     def _shard_names(self) -> dict[str, str]:
         return {shard.name: printable_name(redact(shard.place)) for shard in self.shards}
 
     def file(self, number: int) -> Path:
-        """Return the name of image ``number``, which is no file of its own."""
+        """Return the name of image ``number``, which is not a file."""
         return self.root / self.paths[number]
 
-    def picture(self, number: int) -> Picture:
-        return Picture(self.file(number), io.BytesIO(self.read(number)), self.max_pixels)
+    def open(self, number: int) -> ImageFile:
+        """Open image ``number``; raises CorruptImage if its header cannot be read."""
+        return ImageFile(self.file(number), io.BytesIO(self.read(number)), self.max_pixels)
 
     def read(self, number: int) -> bytes:
+        """Return the encoded bytes of image ``number``; raises CorruptImage if they cannot be read."""
         shard = self.shards[self.shard_of[number]]
-        offset, size = int(self.offsets[number]), int(self.sizes[number])
-        content = read_member(shard, offset, size)
+        content = read_member(shard, int(self.offsets[number]), int(self.sizes[number]))
         if content is None:
             raise CorruptImage(self.file(number), f"{printable_name(shard.name)} has changed since it was indexed")
         return content
 
     def key(self, number: int) -> str:
+        """Return the path of image ``number`` within the data set, without the shard."""
         return self.paths[number].partition(MEMBER)[2]
 
     def subset(self, numbers: Numbers) -> Self:
+        """Return an index of the images ``numbers``, in that order."""
         chosen = super().subset(numbers)
         places = np.asarray(numbers, dtype=np.int64)
         return replace(chosen, shard_of=self.shard_of[places], offsets=self.offsets[places], sizes=self.sizes[places])
 
     def shuffled(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        if self.ahead is None or len(self.shards) <= WINDOW:
+        """Return the order of an epoch, int64 [N]; see the module docstring."""
+        if self.prefetcher is None or len(self.shards) <= WINDOW:
             return rng.permutation(len(self))
         return windowed_order(self.shard_of, len(self.shards), rng)
 
     def prepare(self, now: Numbers, soon: Numbers) -> None:
-        if self.ahead is not None:
+        """Download the shards of the images ``now``, and start with those needed ``soon``."""
+        if self.prefetcher is not None:
             reach = 2 * len(self) // len(self.shards)
             first = self.shard_of[np.asarray(now, dtype=np.int64)]
             later = self.shard_of[np.asarray(soon[:reach], dtype=np.int64)]
-            self.ahead.fetch(*([self.shards[i] for i in dict.fromkeys(part.tolist())] for part in (first, later)))
+            self.prefetcher.fetch(*([self.shards[i] for i in dict.fromkeys(part.tolist())] for part in (first, later)))
 
 
 def windowed_order(shard_of: npt.NDArray[np.int32], shards: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return a permutation of images that has about ``WINDOW`` shards under way at any place, int64 [N].
+    """Return a permutation of images that needs about ``WINDOW`` shards at any position, int64 [N].
 
     Args:
-        shard_of: [N], which of the ``shards`` each image is in.
-        shards: how many.
+        shard_of: [N], the shard of each image.
+        shards: number of shards.
         rng: of the epoch.
     """
     queue = rng.permutation(shards)
@@ -126,26 +134,26 @@ def windowed_order(shard_of: npt.NDArray[np.int32], shards: int, rng: np.random.
     return np.argsort(start[shard_of] + spread * rng.random(len(shard_of)), kind="stable")
 
 
-class Ahead:
-    """Fetches remote shards, one at a time, in threads of the process that knows the order.
+class ShardPrefetcher:
+    """Downloads remote shards, one at a time, in threads of the process that knows the order.
 
-    Threads of their own and not a pool's: one that waits for a slow store must not hold up the end of the program.
+    The threads are daemons, not those of a pool: waiting for a slow store must not delay the end of the program.
     """
 
     def __init__(self) -> None:
         self._fetched: dict[Shard, Future[None]] = {}
 
-    def __reduce__(self) -> tuple[type[Ahead], tuple[()]]:
-        return Ahead, ()  # a process that this one starts has none of its threads
+    def __reduce__(self) -> tuple[type[ShardPrefetcher], tuple[()]]:
+        return ShardPrefetcher, ()  # the threads stay in this process
 
     def fetch(self, now: Sequence[Shard], soon: Sequence[Shard]) -> None:
-        """Fetch shards, and wait for those that are needed ``now``.
+        """Download shards, and wait for those that are needed ``now``.
 
         Raises:
-            DataError: one of these cannot be had.
+            DataError: one of these cannot be downloaded.
         """
         wanted = list(dict.fromkeys((*now, *soon)))
-        # What is left behind is forgotten: the cache may have let go of it when it is wanted again.
+        # Forget all others: the cache may have deleted them by the time they are needed again.
         self._fetched = {shard: self._fetched[shard] for shard in wanted if shard in self._fetched}
         for shard in wanted:
             if shard not in self._fetched:
@@ -160,4 +168,4 @@ class Ahead:
             shard.fetch()
             future.set_result(None)
         except BaseException as error:
-            future.set_exception(error)  # raised where the shard is waited for
+            future.set_exception(error)  # raised to those who wait for the shard

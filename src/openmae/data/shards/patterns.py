@@ -1,4 +1,4 @@
-"""Names of shards as a shell would expand them: ``train-{000000..000099}.tar``."""
+"""Patterns of shard names, as a shell would expand them: ``train-{000000..000099}.tar``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def is_shards(source: str) -> bool:
-    """Say whether ``source`` is a pattern of shards, rather than one folder or file (which may have braces, too)."""
+def is_shard_pattern(source: str) -> bool:
+    """Return whether ``source`` is a pattern of shards, not one folder or file whose name contains braces."""
     return _first_group(source) is not None and not os.path.exists(os.path.expanduser(source))
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand ``{a,b}`` and ``{000..099}`` as a shell does, the first group slowest.
+    """Expand ``{a,b}`` and ``{000..099}`` as a shell does; the first group varies slowest.
 
     Raises:
         DataError: a range that runs backwards, or more than a million names.
@@ -41,7 +41,7 @@ def _numbers(pattern: str, ends: re.Match[str]) -> list[str]:
     if not first <= last < first + _MOST_SHARDS:
         raise DataError(
             f"The range {{{ends[0]}}} in {pattern} must run upwards, over at most {_MOST_SHARDS:,} numbers.",
-            f"Write {{{min(first, last)}..{max(first, last)}}} where that is meant, or split the set.",
+            f"Write {{{min(first, last)}..{max(first, last)}}} if that is meant, or split the set.",
         )
     padded = any(len(end) > 1 and end.startswith("0") for end in ends.groups())
     width = max(map(len, ends.groups())) if padded else 0
@@ -49,13 +49,13 @@ def _numbers(pattern: str, ends: re.Match[str]) -> list[str]:
 
 
 def _first_group(pattern: str) -> tuple[int, int, list[str]] | None:
-    """Where the first group begins and ends, and its parts; braces without a comma or a range stand for themselves."""
-    for start in (place for place, sign in enumerate(pattern) if sign == "{"):
+    """Return start, end and parts of the first group; braces without a comma or a range are literal."""
+    for start in (place for place, char in enumerate(pattern) if char == "{"):
         depth, parts, begin = 0, [], start + 1
         for place in range(start, len(pattern)):
-            sign = pattern[place]
-            depth += (sign == "{") - (sign == "}")
-            if (sign == "," and depth == 1) or depth == 0:
+            char = pattern[place]
+            depth += (char == "{") - (char == "}")
+            if (char == "," and depth == 1) or depth == 0:
                 parts.append(pattern[begin:place])
                 begin = place + 1
             if depth == 0:

@@ -1,4 +1,4 @@
-"""A folder's images are found, and everything else in it is counted."""
+"""Listing of folders: images, skipped files and results."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from openmae.data.folder import Skipped, describe_skipped, kind_of, list_folder
-from openmae.data.index import index_images
+from openmae.data.folder_listing import SkippedFiles, describe_skipped, file_kind, list_folder
+from openmae.data.index import index_folder
 from openmae.data.open import open_index
 from openmae.errors import DataError
 
 
 def touch(folder: Path, *names: str) -> Path:
-    """Write empty files: an index looks at names only."""
+    """Write empty files; an index only needs names."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,14 +32,14 @@ def kinds(folder: Path) -> dict[str, tuple[int, str]]:
     return {kind.kind: (kind.count, kind.example) for kind in list_folder(folder).skipped}
 
 
-def test_images_are_sorted_any_case_no_hidden(tmp_path: Path) -> None:
+def test_images_are_sorted_and_hidden_files_skipped(tmp_path: Path) -> None:
     wanted = ["B/2.JPG", "a.jpeg", "b/deep/er/1.png", "c.BMP", "d.tif", "e.tiff", "f.WebP"]
     touch(tmp_path, *wanted, ".hidden.png", ".git/x.png", "__MACOSX/._a.jpg", "__MACOSX/b.jpg", "notes.txt")
     assert list_folder(tmp_path).images == sorted(wanted)
     assert kinds(tmp_path) == {".txt": (1, "notes.txt")}
 
 
-def test_links_to_folders_are_followed_without_going_round(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     touch(tmp_path / "elsewhere", "1.png")
     touch(tmp_path / "set", "0.png")
     (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
@@ -54,7 +54,7 @@ def test_a_folder_is_read_under_its_real_name(tmp_path: Path) -> None:
     assert list_folder(tmp_path).images == ["dog/1.png", "zebra/1.png"]
 
 
-def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+def test_broken_links(tmp_path: Path) -> None:
     touch(tmp_path, "0.png")
     for name, target in (("1.png", "gone.png"), ("folder", "/nowhere/x"), ("self", "self"), ("me.png", "me.png")):
         (tmp_path / name).symlink_to(target)
@@ -62,7 +62,7 @@ def test_links_that_lead_nowhere(tmp_path: Path) -> None:
     assert kinds(tmp_path) == {"broken link": (2, "folder")}
 
 
-def test_what_is_skipped_is_counted_by_kind(tmp_path: Path) -> None:
+def test_skipped_files_are_counted_by_kind(tmp_path: Path) -> None:
     touch(
         tmp_path,
         "a/1.jpg",
@@ -83,11 +83,11 @@ def test_what_is_skipped_is_counted_by_kind(tmp_path: Path) -> None:
         ".tar.gz": (1, "x.tar.gz"),
         "without a suffix": (1, "README"),
     }
-    assert kind_of("a.b/C.TAR.GZ") == ".tar.gz"
-    assert kind_of(os.fsdecode(b"a.\xe9")) == ".\\xe9"
+    assert file_kind("a.b/C.TAR.GZ") == ".tar.gz"
+    assert file_kind(os.fsdecode(b"a.\xe9")) == ".\\xe9"
 
 
-def test_what_openmae_writes_beside_images_and_shards_is_not_counted(tmp_path: Path) -> None:
+def test_files_of_openmae_are_not_counted_as_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg", "labels.csv", "corrupt_files.txt", "s.tar.index.json")
     assert kinds(tmp_path) == {}
 
@@ -99,12 +99,12 @@ def test_a_source_is_found_by_its_printable_name(tmp_path: Path) -> None:
     assert index.file(0).exists()
 
 
-def test_long_lists_of_kinds_are_cut() -> None:
-    some = [Skipped(f".{number}", 1, "x") for number in range(10)]
+def test_long_lists_of_kinds_are_truncated() -> None:
+    some = [SkippedFiles(f".{number}", 1, "x") for number in range(10)]
     assert describe_skipped(some).endswith("1 .7 (such as x) and 2 more kinds")
 
 
-def test_a_source_says_what_it_skips(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "1.jpg", "2.jpg", *(f"{number}.cr2" for number in range(3)), "notes.txt")
     index = open_index(str(tmp_path), False)
     assert len(index) == 2
@@ -128,7 +128,7 @@ def shared() -> Iterator[Path]:
 
 @contextmanager
 def without_rights() -> Iterator[None]:
-    """Act as a user who is not root, to whom permissions apply."""
+    """Act as another user than root, to whom permissions apply."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -149,9 +149,7 @@ def deny_listing(folder: Path) -> None:
 
 @pytest.mark.parametrize("deny", [deny_everything, deny_listing])
 @pytest.mark.parametrize("name", ["set/dog", "set/cat/deep", "set"])
-def test_a_folder_without_the_right_to_read_it_is_an_error(
-    shared: Path, name: str, deny: Callable[[Path], None]
-) -> None:
+def test_folder_without_read_permission_is_an_error(shared: Path, name: str, deny: Callable[[Path], None]) -> None:
     touch(shared, "set/cat/1.png", "set/cat/deep/1.png", "set/dog/1.png")
     deny(shared / name)
     try:
@@ -164,7 +162,7 @@ def test_a_folder_without_the_right_to_read_it_is_an_error(
 
 
 @pytest.mark.parametrize("name", ["set", "set.tar", "set/a.tar"])
-def test_a_source_in_a_folder_without_rights_is_an_error(shared: Path, name: str) -> None:
+def test_source_in_a_folder_without_permission_is_an_error(shared: Path, name: str) -> None:
     touch(shared, f"closed/{name}")
     (shared / "closed").chmod(0)
     try:
@@ -174,7 +172,7 @@ def test_a_source_in_a_folder_without_rights_is_an_error(shared: Path, name: str
         (shared / "closed").chmod(0o755)
 
 
-def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_failure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "cat/1.png", "dog/1.png")
     scandir = os.scandir
 
@@ -185,7 +183,7 @@ def test_a_disk_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(DataError, match=rf"The folder {tmp_path}/dog.? cannot be read \(Input/output error\), so its"):
-        index_images(tmp_path, None)
+        index_folder(tmp_path, None)
 
 
 # ------------------------------------------------------------------------------------ results of OpenMAE
@@ -198,7 +196,7 @@ def as_run(folder: Path, *pictures: str) -> None:
     (folder / "status.json").write_text(STATUS)
 
 
-def test_results_below_the_source_are_no_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_results_below_the_source_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "1.png", "2.png")
     before = open_index(str(tmp_path), None).paths
     as_run(tmp_path / "results" / "train")
@@ -220,38 +218,38 @@ def test_images_of_a_user_in_a_results_folder_are_read(tmp_path: Path) -> None:
     as_run(tmp_path / "train")
     listing = list_folder(tmp_path)
     assert listing.images == ["cat/1.png", "dog/1.png", "train/owl/1.png"]
-    assert set(listing.results) == {"cat/dataset.png", "train/curves.png", "train/reconstructions"}
+    assert set(listing.results) == {"cat", "train"}
 
 
-def test_folders_of_systems_are_not_looked_at(tmp_path: Path) -> None:
+def test_system_folders_are_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "1.png", "lost+found/2.png", "$RECYCLE.BIN/3.png")
     assert list_folder(tmp_path).images == ["1.png"]
 
 
-def test_results_in_the_source_itself_are_no_images(tmp_path: Path) -> None:
+def test_results_in_the_source_itself_are_not_read(tmp_path: Path) -> None:
     touch(tmp_path, "cat/1.png", "dog/1.png")
     as_run(tmp_path)
     listing = list_folder(tmp_path)
     assert listing.images == ["cat/1.png", "dog/1.png"]
-    assert listing.results == ("curves.png", "reconstructions")
+    assert listing.results == (".",)
 
 
-def test_results_do_not_change_what_a_wrapped_folder_is(tmp_path: Path) -> None:
+def test_results_do_not_affect_a_single_inner_folder(tmp_path: Path) -> None:
     touch(tmp_path, "images/cat/1.png", "images/dog/1.png")
-    before = index_images(tmp_path, None)
+    before = index_folder(tmp_path, None)
     as_run(tmp_path / "results" / "train")
-    assert index_images(tmp_path, None) == before
+    assert index_folder(tmp_path, None) == before
     assert before.class_names == ("cat", "dog")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "[" * 3000, '{"status": "STARTED"}\n'])
-def test_a_status_of_somebody_else_is_no_sign_of_results(tmp_path: Path, content: str) -> None:
+def test_status_file_of_another_program_is_no_sign_of_results(tmp_path: Path, content: str) -> None:
     touch(tmp_path, "a/1.png")
     (tmp_path / "a" / "status.json").write_text(content)
     assert list_folder(tmp_path).images == ["a/1.png"]
 
 
-def test_a_source_of_nothing_but_results(tmp_path: Path) -> None:
+def test_source_with_only_results(tmp_path: Path) -> None:
     as_run(tmp_path / "results" / "train")
     with pytest.raises(DataError, match="results/train holds results of OpenMAE, which are not read as images"):
-        index_images(tmp_path, None)
+        index_folder(tmp_path, None)

@@ -1,0 +1,231 @@
+"""Listing of a folder: its images, and counts of everything that is not read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
+from openmae.errors import DataError
+from openmae.storage.printable import printable_name
+
+LABELS_FILE = "labels.csv"
+CORRUPT_LIST = "corrupt_files.txt"  # written into results folders, and next to packed shards
+BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
+NO_SUFFIX = "without a suffix"
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_SHOWN = 8  # kinds that a message names
+_SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+_STATUS_KEYS = {"date", "time", "status"}
+# Images that actions write into their results folders; other images there belong to the user.
+_RESULT_NAMES = frozenset(
+    f"{name}.png"
+    for name in ("accuracies", "confusion_matrix", "curves", "dataset", "history", "predictions", "profile")
+) | {"reconstructions", "pictures"}
+
+
+@dataclass(frozen=True)
+class SkippedFiles:
+    """Files of one kind that are not read.
+
+    Attributes:
+        kind: their suffix, such as ``.heic``, or a description.
+        count: how many.
+        example: one of them, relative to the source, printable.
+    """
+
+    kind: str
+    count: int
+    example: str
+
+    def __str__(self) -> str:
+        return f"{self.count:,} {self.kind} (such as {self.example})"
+
+
+@dataclass(frozen=True)
+class FolderListing:
+    """Names below a folder.
+
+    Attributes:
+        images: relative posix paths, sorted; names that are not UTF-8 as ``os.fsdecode`` returns them.
+        skipped: files that are not read, the most frequent kind first.
+        results: folders that contain results of OpenMAE, which are not read.
+    """
+
+    images: list[str]
+    skipped: tuple[SkippedFiles, ...] = ()
+    results: tuple[str, ...] = ()
+
+
+@dataclass
+class SkippedCounter:
+    """Counts skipped files by kind, with the first name in alphabetical order as the example of each."""
+
+    _found: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str, count: int = 1) -> None:
+        """Count files of a kind."""
+        before, example = self._found.get(kind, (0, name))
+        self._found[kind] = before + count, min(name, example)
+
+    def counts(self) -> dict[str, tuple[int, str]]:
+        """Return the number of files of each kind and an example, the most frequent kind first."""
+        return dict(sorted(self._found.items(), key=lambda item: (-item[1][0], item[0])))
+
+    def skipped(self) -> tuple[SkippedFiles, ...]:
+        """Return the kinds, the most frequent one first."""
+        counts = self.counts().items()
+        return tuple(SkippedFiles(kind, count, printable_name(name)) for kind, (count, name) in counts)
+
+
+def file_kind(name: str) -> str:
+    """Return the lower-case suffix of a file (``.tar.gz`` counts as one), or "without a suffix"."""
+    stem, suffix = os.path.splitext(os.path.basename(name).lower())
+    inner = os.path.splitext(stem)[1]
+    return printable_name((inner if suffix in _COMPRESSED and inner == ".tar" else "") + suffix) or NO_SUFFIX
+
+
+def is_visible(name: str) -> bool:
+    """Return whether an entry is neither hidden nor a folder of the operating system."""
+    return not name.startswith(".") and name not in _SYSTEM_FOLDERS
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is taken for an image, by its suffix."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def list_folder(folder: Path) -> FolderListing:
+    """Return the images below ``folder``, and what else is there.
+
+    Links to folders are followed. Each folder is read once, under its real name if that is also below ``folder``.
+    Hidden entries and ``__MACOSX`` are skipped, and so are images in results folders that an action has written: the
+    next training run must not read the reconstructions of the last one.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    images: list[str] = []
+    results: list[str] = []
+    skipped = SkippedCounter()
+    seen: set[tuple[int, int]] = set()
+    waiting, links = [("", False)], list[tuple[str, bool]]()
+    while waiting or links:
+        prefix, in_results = waiting.pop() if waiting else links.pop(0)
+        path = folder / prefix
+        with _explained(path):
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in seen:
+                skipped.add(SAME_FOLDER, prefix.rstrip("/"))
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as found:
+                entries = {entry.name: entry for entry in found if is_visible(entry.name)}
+        writer = "" if in_results else _results_writer(path, entries)
+        if writer:
+            results.append(prefix.rstrip("/") or ".")
+            if writer != "action":  # jobs and the quickstart may write any image
+                continue
+            in_results = True
+        for name, entry in entries.items():
+            if in_results and name in _RESULT_NAMES:
+                continue
+            if _is_folder(entry):
+                (links if entry.is_symlink() else waiting).append((f"{prefix}{name}/", in_results))
+            elif is_image(name):  # also a broken link, which counts as a corrupt image later
+                images.append(prefix + name)
+            elif in_results or name == CORRUPT_LIST or name.endswith(".tar.index.json"):
+                continue
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                skipped.add(BROKEN_LINK, prefix + name)
+            elif prefix or name != LABELS_FILE:
+                skipped.add(file_kind(name), prefix + name)
+        links.sort()
+    return FolderListing(sorted(images), skipped.skipped(), tuple(sorted(results)))
+
+
+def list_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the visible entries of a folder.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _explained(folder), os.scandir(folder) as found:
+        return [entry for entry in found if is_visible(entry.name)]
+
+
+def describe_skipped(skipped: Sequence[SkippedFiles]) -> str:
+    """Return the kinds with their numbers and an example each, in one line."""
+    more = len(skipped) - _SHOWN
+    text = ", ".join(map(str, skipped[:_SHOWN]))
+    return f"{text} and {more} more kind{'s' if more > 1 else ''}" if more > 0 else text
+
+
+def how_to_read(skipped: Sequence[SkippedFiles]) -> str:
+    """Return how to make the images among skipped files readable; empty if there are none."""
+    ways: dict[str, list[str]] = {}
+    for kind in skipped:
+        if kind.kind in KNOWN_UNREAD_SUFFIXES:
+            ways.setdefault(KNOWN_UNREAD_SUFFIXES[kind.kind], []).append(kind.kind)
+    return "; ".join(f"{' '.join(kinds)}: {way}" for way, kinds in ways.items())
+
+
+def _results_writer(folder: Path, names: Iterable[str]) -> str:
+    """Return which part of OpenMAE has written a folder: ``action``, ``job``, ``quickstart``, or "" for none."""
+    names = set(names)
+    if {"job.json", "spec.yaml"} <= names:
+        return "job"
+    if "README.txt" in names and b"made by mae quickstart" in _first_bytes(folder / "README.txt"):
+        return "quickstart"
+    if "report.html" in names and b'name="generator" content="OpenMAE' in _first_bytes(folder / "report.html"):
+        return "action"
+    if "status.json" in names:
+        try:
+            entry = json.loads(_first_bytes(folder / "status.json").partition(b"\n")[0])
+        except (ValueError, RecursionError):
+            return ""
+        return "action" if isinstance(entry, dict) and entry.keys() >= _STATUS_KEYS else ""
+    return ""
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") if path.is_file() else open(os.devnull, "rb") as file:
+            return file.read(4096)
+    except OSError:
+        return b""
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder without permission
+        return False
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"The folder {printable_name(str(folder))} cannot be read ({error.strerror or error}), so its images would "
+            "be missing.",
+            "Grant yourself read permission (chmod -R u+rX), repair the disk or the mount, or move the folder out of "
+            "the source.",
+        ) from error
+
+
+def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
+    """Return a number and its noun, followed by the singular or plural verb: ``2 images are``."""
+    return f"{count:,} {noun} {one}".rstrip() if count == 1 else f"{count:,} {noun}s {many}".rstrip()
+
+
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, printable, and how many more there are."""
+    left = len(names) - most
+    return ", ".join(map(printable_name, names[:most])) + (f" and {left:,} more" if left > 0 else "")
