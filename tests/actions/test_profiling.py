@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from openmae.actions.profiling import acting_monitor, acting_precision
+from openmae.actions.profiling import acting_precision
 from openmae.cli.main import main
 from openmae.spec.load import load_spec
 from openmae.training.pretrain import PretrainTask
@@ -57,21 +57,6 @@ def test_a_profiled_run_says_what_its_time_goes_to(command, tmp_path, capsys):
 )
 def test_the_precision_that_is_told_is_the_one_that_acts(overrides, on_gpu, precision):
     assert acting_precision(load_spec(None, overrides), on_gpu) == precision
-
-
-@pytest.mark.parametrize(
-    ("overrides", "monitor"),
-    [
-        ([], "train_loss"),
-        (["dataset.val_data_sources=x", "train.optim.monitor_name=val_loss"], "val_loss"),
-        (["dataset.val_data_sources=x"], "train_loss"),
-        (["dataset.val_data_sources=x", "train.stage=finetune"], "ACC_all"),
-        (["dataset.val_data_sources=x", "train.stage=finetune", "train.optim.monitor_name=train_loss"], "train_loss"),
-        (["train.stage=finetune"], "train_loss"),
-    ],
-)
-def test_the_monitor_that_is_told_is_the_one_that_acts(overrides, monitor):
-    assert acting_monitor(load_spec(None, ["dataset.batch_size=2", *overrides])) == monitor
 
 
 def test_a_run_that_was_cut_leaves_its_profile_too_and_goes_on_without(command, monkeypatch, tmp_path, capsys):

@@ -410,7 +410,7 @@ def test_where_parts_cannot_be_written(tiny_overrides, tmp_path, caplog):
     with pytest.raises(SpecError, match=r"train\.sharded_checkpoints.*results_dir is in a store\. Set it to false"):
         load_spec(None, tiny_overrides("s3://bucket/run", changes), action="train")
     load_spec(None, tiny_overrides(tmp_path, {"train.sharded_checkpoints": "true"}), action="train")
-    assert "train.sharded_checkpoints does not act without train.distributed_strategy=fsdp." in caplog.text
+    assert "train.sharded_checkpoints has no effect without train.distributed_strategy=fsdp." in caplog.text
 
 
 @pytest.fixture(scope="module")

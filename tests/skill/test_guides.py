@@ -15,8 +15,8 @@ import yaml
 from openmae.cli.main import main
 from openmae.jobs.policy import route
 from openmae.skill import FOLDER
+from openmae.spec.actions import ACTIONS
 from openmae.spec.load import load_spec
-from openmae.spec.schema import ACTIONS
 
 GUIDES = {
     path.name: path.read_text(encoding="utf-8") for path in (FOLDER / "SKILL.md", *FOLDER.rglob("tao-deploy-*.md"))
@@ -212,4 +212,4 @@ def test_templates_can_be_filled_in_and_used(place):
         for section, values in filled[action].items():
             spec[section].update(values)
         resolved = load_spec(spec, action=action)
-        assert not (action != "train" and resolved.typed("model.arch")), "the checkpoint decides the architecture"
+        assert not (action != "train" and resolved.is_set("model.arch")), "the checkpoint decides the architecture"

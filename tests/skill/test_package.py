@@ -16,11 +16,10 @@ import yaml
 from openmae import __version__
 from openmae.cli.skill import add_arguments
 from openmae.errors import UserError
-from openmae.jobs import parameters
 from openmae.skill import COMMAND, FOLDER, NAME
-from openmae.skill.info import SHORTHANDS, skill_info
+from openmae.skill.info import skill_info
 from openmae.skill.package import build, differences, render
-from openmae.spec.schema import ACTIONS
+from openmae.spec.actions import ACTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,8 +74,7 @@ def test_every_action_has_its_files():
         assert all((FOLDER / path).is_file() for path in entry.values()), entry
 
 
-def test_shorthands_are_those_of_jobs():
-    assert set(SHORTHANDS) == set(parameters._SHORTHANDS)
+def test_shorthands():
     assert skill_info()["spec_shorthand_keys"]["image_size"] == "dataset.augmentation.input_size"
 
 

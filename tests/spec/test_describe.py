@@ -2,9 +2,9 @@ import pytest
 import yaml
 
 from openmae.errors import UserError
-from openmae.spec.describe import REQUIRED, fields, keys_table, sections, template
+from openmae.spec.actions import ACTIONS, TABLE
+from openmae.spec.describe import fields, keys_table, sections, template
 from openmae.spec.load import load_spec, to_dict
-from openmae.spec.schema import ACTIONS
 
 
 def test_the_table_tells_type_default_bounds_and_help():
@@ -44,11 +44,11 @@ def test_sections():
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_template_loads_once_it_is_filled_in(action, caplog):
     text = template(action)
-    assert text.count("???") - 1 == len(REQUIRED[action])  # the header names ??? too
+    assert text.count("???") - 1 == len(TABLE[action].required)  # the header names ??? too
     spec = load_spec(yaml.safe_load(text.replace(": ???", ": path")), action=action)
     assert not caplog.records
     assert all(line == line.rstrip() for line in text.splitlines())
-    groups = [f"{group[0]}=path" for group in REQUIRED[action]]
+    groups = [f"{group[0]}=path" for group in TABLE[action].required]
     assert to_dict(spec) == to_dict(load_spec(None, groups, action))
 
 

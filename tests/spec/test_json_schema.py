@@ -12,10 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from openmae.errors import UserError
-from openmae.spec.describe import REQUIRED, fields
+from openmae.spec.actions import ACTIONS, TABLE
+from openmae.spec.describe import fields
 from openmae.spec.json_schema import action_schema, leaves
 from openmae.spec.load import load_spec
-from openmae.spec.schema import ACTIONS, ExperimentSpec
+from openmae.spec.schema import ExperimentSpec
 
 PUBLISHED = list(
     csv.DictReader((Path(__file__).parent / "data/published_keys.tsv").open(), delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -204,7 +205,7 @@ def test_the_default_is_a_template_that_loads(action):
     if action in sources:
         assert spec["dataset"][f"{sources[action]}_data_sources"] == ""
         spec["dataset"][f"{sources[action]}_data_sources"] = "photos"
-    for group in REQUIRED[action]:
+    for group in TABLE[action].required:
         section, name = group[0].split(".", 1)
         if section == action:
             assert spec[section][name] == "???", group[0]
@@ -214,7 +215,7 @@ def test_the_default_is_a_template_that_loads(action):
         unset = load_spec({"dataset": {"train_data_sources": "photos"}}, action="train")
         assert loaded.model_dump() == unset.model_dump(), "the template changes what acts"
     else:
-        assert not any(loaded.typed(key) for key in fields() if key.startswith(("model.", "train.")))
+        assert not any(loaded.is_set(key) for key in fields() if key.startswith(("model.", "train.")))
 
 
 def test_no_template_has_a_checkpointer():

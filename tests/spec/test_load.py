@@ -11,8 +11,8 @@ from openmae.errors import SpecError
 from openmae.spec import yaml_reader
 from openmae.spec.describe import choices, fields
 from openmae.spec.load import find_refusals, load_spec, to_dict, to_yaml
-from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 
 TRAIN = ["dataset.train_data_sources=photos"]
 FINETUNE = [*TRAIN, "train.stage=finetune", "dataset.batch_size=8"]
@@ -63,8 +63,8 @@ def test_published_specs_load_unchanged(write):
         action="train",
     )
     assert spec.train.gpu_ids == (0, 1, 2, 3)
-    assert spec.typed("model.num_classes")
-    assert not spec.typed("evaluate.checkpoint")
+    assert spec.is_set("model.num_classes")
+    assert not spec.is_set("evaluate.checkpoint")
     assert spec.evaluate.checkpoint == ""
 
 
@@ -85,13 +85,13 @@ def test_an_empty_file_and_nothing_are_the_defaults(write):
 
 def test_null_unsets(write):
     path = write("train: {pretrained_model_path: null, num_epochs: 3}\nmodel:\n")
-    assert not load_spec(path).typed("train.pretrained_model_path")
+    assert not load_spec(path).is_set("train.pretrained_model_path")
     assert load_spec(path, ["train.num_epochs="]).train.num_epochs == 10
 
 
 def test_a_key_twice_names_both_lines(write):
     text = mistakes(write("train:\n  num_epochs: 1\nmodel:\n  arch: vit_base_patch16\ntrain:\n  seed: 3\n"))
-    assert "train (line 5): stands twice, on lines 1 and 5. Keep one" in text
+    assert "train (line 5): occurs twice, on lines 1 and 5. Keep one" in text
 
 
 def test_a_key_twice_hides_what_may_follow_from_it(write):
@@ -129,8 +129,8 @@ def test_a_spec_that_is_a_pipe_a_device_or_huge(tmp_path, monkeypatch):
     assert "pipe.yaml cannot be read: it is a pipe that nothing is written to." in mistakes(tmp_path / "pipe.yaml")
     assert "endless.yaml cannot be read: it is a device, not a regular" in mistakes(tmp_path / "endless.yaml")
     (tmp_path / "large.yaml").write_bytes(b"#" * 2000)
-    monkeypatch.setattr(yaml_reader, "_LARGEST_FILE", 1000)
-    assert "large.yaml has more than 0.001 MB, too much for a spec" in mistakes(tmp_path / "large.yaml")
+    monkeypatch.setattr(yaml_reader, "_MAX_FILE_SIZE", 1000)
+    assert "large.yaml has more than 0.001 MB, which is too large for a spec" in mistakes(tmp_path / "large.yaml")
 
 
 def test_a_spec_from_a_pipe():
@@ -171,7 +171,7 @@ def test_interpolation(write, monkeypatch):
 
 def test_interpolation_of_something_missing_is_missing(write):
     path = write("evaluate:\n  checkpoint: ${train.pretrained_model_path}\ntrain:\n  pretrained_model_path: ???\n")
-    assert not load_spec(path).typed("evaluate.checkpoint")
+    assert not load_spec(path).is_set("evaluate.checkpoint")
 
 
 def test_interpolations_that_lead_nowhere_are_named():
@@ -203,7 +203,7 @@ def test_overrides_replace_the_file(write):
     spec = load_spec(path, ["train.optim.lr=2e-3", "train.gpu_ids=[2,3]", "dataset.augmentation={hflip: 0}"])
     assert (spec.train.num_epochs, spec.train.optim.lr, spec.train.num_gpus) == (3, 2e-3, 2)
     assert spec.dataset.augmentation.hflip == 0
-    assert spec.typed("dataset.augmentation.hflip")
+    assert spec.is_set("dataset.augmentation.hflip")
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_overrides_replace_the_file(write):
         ("train.gpu_ids=[1", "train.gpu_ids: '[1' is not valid YAML"),
         (
             "dataset.train_data_sources=caf\udce9",
-            "dataset.train_data_sources: 'caf\\udce9' holds bytes that are not UTF-8. Rename it, or, of a data source, "
-            "write caf\\xe9.",
+            "dataset.train_data_sources: 'caf\\udce9' contains bytes that are not UTF-8. Rename it, or write caf\\xe9 "
+            "for a data source.",
         ),
         ("train=3", "train (override): is a section and must have keys below it, got 3."),
         ("nothing=3", "nothing (override): there is no such key. `mae spec keys` lists all keys."),
@@ -294,7 +294,7 @@ def test_mean_and_std_follow_the_channels(channels, mean, std):
 def test_the_two_places_of_mask_ratio_and_norm_pix_loss():
     spec = load_spec({"train": {"mask_ratio": 0.5, "norm_pix_loss": False}})
     assert (spec.model.mask_ratio, spec.model.norm_pix_loss) == (0.5, False)
-    assert spec.typed("model.mask_ratio")
+    assert spec.is_set("model.mask_ratio")
     load_spec({"train": {"mask_ratio": 0.5}, "model": {"mask_ratio": 0.5}})
 
 
@@ -328,9 +328,9 @@ def test_a_spec_can_be_loaded_again_with_other_overrides():
     spec = load_spec(None, ["model.arch=vit_base_patch16", "train.num_gpus=4"]).replaced({"model.num_classes": 7})
     again = load_spec(spec, ["model.arch=hiera_tiny_224", "train.num_gpus=2"])
     assert (again.model.mask_ratio, again.train.gpu_ids, again.model.num_classes) == (0.6, (0, 1), 7)
-    assert again.typed("model.arch")
-    assert not again.typed("model.num_classes")
-    assert not again.typed("model.mask_ratio")
+    assert again.is_set("model.arch")
+    assert not again.is_set("model.num_classes")
+    assert not again.is_set("model.mask_ratio")
 
 
 def test_refusals_of_other_values_leave_out_the_specs_own_faults():

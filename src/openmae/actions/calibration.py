@@ -12,7 +12,7 @@ from openmae.actions.sources import open_images
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.engines.batching import as_input, eval_transform, fill_up
 from openmae.engines.metadata import ModelCard
-from openmae.spec.deployment import CalibrationSpec
+from openmae.spec.sections.deploy import CalibrationSpec
 
 _MAX_CORRUPT = 0.5  # a calibration set is a sample anyway
 

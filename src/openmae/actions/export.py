@@ -138,16 +138,16 @@ def _tell(spec: ExperimentSpec, info: CheckpointInfo, card: ModelCard) -> None:
             height,
             width,
         )
-    if spec.typed("dataset.augmentation.input_size") and spec.dataset.augmentation.size != (height, width):
+    if spec.is_set("dataset.augmentation.input_size") and spec.dataset.augmentation.size != (height, width):
         log.warning(
             "dataset.augmentation.input_size does not act here, the file takes %dx%d: set export.input_height and "
             "export.input_width.",
             height,
             width,
         )
-    if spec.typed("dataset.augmentation.interpolation"):
+    if spec.is_set("dataset.augmentation.interpolation"):
         log.warning("dataset.augmentation.interpolation does not act here: images are resized bicubically.")
-    if spec.typed("export.gpu_id") and export.gpu_id and _device(spec).type == "cpu":
+    if spec.is_set("export.gpu_id") and export.gpu_id and _device(spec).type == "cpu":
         log.warning("export.gpu_id does not act: the export runs on the CPU.")
 
 

@@ -144,7 +144,7 @@ def _profile(spec: ExperimentSpec, source: Source) -> Profile:
         asked[f"{_SECTION}.batch_size"] = section.batch_size
     if source.batch != -1:
         for key, value in asked.items():
-            if spec.typed(key) and value != source.batch:
+            if spec.is_set(key) and value != source.batch:
                 raise SpecError(
                     f"{key} is {value}, but {source.path} takes batches of {source.batch} alone.",
                     f"Remove {key}, or export the model with export.batch_size=-1 for batches of any size.",
@@ -181,14 +181,14 @@ def _without_effect(
     cast = [precision for precision in precisions if precision != source.precision]
     if section.timing_cache and backend.name == "tensorrt_rtx":
         yield f"{_SECTION}.timing_cache does not act: tensorrt_rtx times nothing while it builds."
-    if spec.typed(f"{_SECTION}.gpu_id") and backend.gpu is None:
+    if spec.is_set(f"{_SECTION}.gpu_id") and backend.gpu is None:
         yield f"{_SECTION}.gpu_id does not act: the engine is built ahead of time, without a GPU."
     if options.layers_precision and not cast:
         yield f"{_TENSORRT}.layers_precision does not act: every node has the precision that the ONNX file gives it."
     if options.calibration.sources and "int8" not in cast:
         why = "the ONNX file is int8 already" if source.precision == "int8" else f"the engine is {precisions[0]}"
         yield f"{_CALIBRATION} does not act: {why}."
-    if section.batch_size not in (-1, options.opt_batch_size) and spec.typed(f"{_TENSORRT}.opt_batch_size"):
+    if section.batch_size not in (-1, options.opt_batch_size) and spec.is_set(f"{_TENSORRT}.opt_batch_size"):
         yield f"{_TENSORRT}.opt_batch_size does not act: {_SECTION}.batch_size={section.batch_size} is the only batch."
 
 

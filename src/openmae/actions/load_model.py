@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,13 +38,12 @@ from openmae.errors import CheckpointError, SpecError, blaming
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.models.mae import MaskedAutoencoder
 from openmae.spec.architectures import visible_units
-from openmae.spec.load import DEFAULT_MEAN, DEFAULT_STD
-from openmae.spec.rules import INERT
+from openmae.spec.describe import fields, traits
+from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import get
 from openmae.storage.encryption import Key, resolve_key
 
-_DECODER = ("decoder_depth", "decoder_embed_dim", "decoder_attention")
-_MODEL_KEYS = ("arch", "in_chans", "patch_size", "global_pool", *_DECODER, "norm_pix_loss")
 _NO_KEYS = ("input_size", "final_norm")  # of a model's shape, but not options of the spec's model section
 _SIZE = "dataset.augmentation.input_size"
 
@@ -117,7 +116,7 @@ def _open_exported(spec: ExperimentSpec, key: str, path: Path, secret: Key | Non
     with blaming(key):
         card = read_exported_card(path, secret)
     size, more = spec.dataset.augmentation.size, []
-    if spec.typed(_SIZE) and size != card.model.input_size:
+    if spec.is_set(_SIZE) and size != card.model.input_size:
         (height, width), (own_height, own_width) = size, card.model.input_size
         more.append(
             SpecError(
@@ -127,7 +126,7 @@ def _open_exported(spec: ExperimentSpec, key: str, path: Path, secret: Key | Non
             )
         )
     check_request(spec, key, path, card.info, more)
-    if spec.typed("model.mask_ratio"):
+    if spec.is_set("model.mask_ratio"):
         log.warning("model.mask_ratio does not act: an exported model masks nothing.")
     return TrainedModel(path, card, card.info, None, secret)
 
@@ -141,9 +140,9 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
                 f"Give the checkpoint beside it, such as {checkpoint.path.with_name(BEST)}.",
             )
     config = info.model
-    if spec.typed(_SIZE):
+    if spec.is_set(_SIZE):
         config = replace(config, input_size=spec.dataset.augmentation.size)
-    if spec.model.mask_ratio is not None and spec.typed("model.mask_ratio"):
+    if spec.model.mask_ratio is not None and spec.is_set("model.mask_ratio"):
         config = replace(config, mask_ratio=spec.model.mask_ratio)
     more = []
     try:
@@ -178,10 +177,10 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
     checkpoint = read_checkpoint(path, secret)
     if checkpoint.info is not None:
         return checkpoint, checkpoint.info
-    pretrains = spec.typed("train.stage") and spec.train.stage == "pretrain"
+    pretrains = spec.is_set("train.stage") and spec.train.stage == "pretrain"
     if not checkpoint.num_classes or pretrains:
         raise refuse_foreign(checkpoint)
-    typed = spec.model.arch if spec.typed("model.arch") else None
+    typed = spec.model.arch if spec.is_set("model.arch") else None
     config = guess_config(checkpoint.weights, likely_arch(checkpoint.weights) or typed)
     augmentation = spec.dataset.augmentation
     if config.architecture.family == "convnextv2":
@@ -218,8 +217,8 @@ def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
         "dataset.augmentation.std": info.std,
     }
     for key in ("train.seed", "dataset.augmentation.interpolation", "dataset.batch_size"):
-        trained = _look_up(info.spec, key)
-        if trained is not None and not spec.typed(key):
+        trained = get(info.spec, key)
+        if trained is not None and not spec.is_set(key):
             values[key] = trained
     return spec.replaced(values)
 
@@ -240,15 +239,17 @@ def check_request(
         SpecError: with all that does not fit.
     """
     said: dict[str, tuple[Any, Any]] = {"train.stage": (spec.train.stage, info.stage)}
-    for name in _MODEL_KEYS:
-        if f"model.{name}" not in INERT[info.stage]:
-            said[f"model.{name}"] = (getattr(spec.model, name), getattr(info.model, name))
+    for key in fields():
+        section, _, name = key.partition(".")
+        fixed = section == "model" and traits(key).on_resume == "refuse" and key != "model.mask_ratio"
+        if fixed and info.stage in traits(key).stages:
+            said[key] = (getattr(spec.model, name), getattr(info.model, name))
     said["model.patch_size"] = (spec.model.patch_size, info.model.unit)
     if info.model.num_classes:
         said["model.num_classes"] = (spec.model.num_classes, info.model.num_classes)
     for name in ("mean", "std"):
         said[f"dataset.augmentation.{name}"] = (getattr(spec.dataset.augmentation, name), getattr(info, name))
-    wrong = {key: values for key, values in said.items() if spec.typed(key) and None is not values[0] != values[1]}
+    wrong = {key: values for key, values in said.items() if spec.is_set(key) and None is not values[0] != values[1]}
     problems = [
         f"{key} is {asked}, but {named_by} ({path}) holds {key}={held}." for key, (asked, held) in wrong.items()
     ]
@@ -260,13 +261,6 @@ def check_request(
     fixes += [error.fix for error in more]
     if problems:
         raise SpecError("\n".join(problems), " ".join(fixes))
-
-
-def _look_up(tree: Mapping[str, Any], key: str) -> Any:
-    value: Any = tree
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def _check_geometry(config: ModelConfig) -> None:

@@ -17,10 +17,11 @@ from openmae.data.image_dataset import AddressedSampler
 from openmae.data.image_index import ImageIndex
 from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig
-from openmae.spec.describe import fields
+from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
-from openmae.spec.rules import INERT
+from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import flatten
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.elastic import Share, accumulation_for
 from openmae.training.resume import best_was_set_aside, newest_checkpoint, newest_readable, read_finite
@@ -29,23 +30,6 @@ log = logging.getLogger("openmae")
 
 _IMAGES = "train_images"
 
-#: What may change between the parts of one run without a word: its length, its pace, its place.
-_RHYTHM = frozenset(
-    {
-        "model.num_classes",
-        "dataset.num_workers_per_gpu",
-        "dataset.max_corrupt_fraction",
-        "dataset.max_megapixels",
-        "dataset.test_data_sources",
-        *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "results_dir", "precision")),
-        *("train.distributed_strategy", "train.sharded_checkpoints"),
-        *(key for key in fields() if key.startswith("train.checkpointer.")),
-        *(f"train.checkpoint_{name}" for name in ("interval", "interval_unit")),
-        *(f"train.{name}" for name in ("keep_checkpoints", "validation_interval", "allow_partial_weights")),
-        *(f"train.{name}" for name in ("stop_after_epoch", "compile", "profile")),
-        "train.resume_training_checkpoint_path",
-    }
-)
 _ACCUMULATION = "train.accum_grad_batches"
 
 
@@ -106,7 +90,7 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     with blaming("dataset.batch_size"):
         processes = spec.train.num_gpus * spec.train.num_nodes
         AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, processes)
-    if not spec.typed("dataset.batch_size"):
+    if not spec.is_set("dataset.batch_size"):
         log.warning(
             "dataset.batch_size is %d, the published default: set it to what memory holds, such as 64.",
             spec.dataset.batch_size,
@@ -121,13 +105,13 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     if finetune:
         spec = spec.replaced({"model.num_classes": class_count(spec, train)})
     config = _model_config(spec)
-    augmentation = spec.dataset.augmentation
+    values = resolve(spec)
     info = CheckpointInfo(
         stage=spec.train.stage,
         model=config,
         class_names=train.class_names if finetune else (),
-        mean=tuple(augmentation.mean or ()),
-        std=tuple(augmentation.std or ()),
+        mean=values.mean,
+        std=values.std,
         spec=to_dict(spec),
         begun=begun,
     )
@@ -239,48 +223,34 @@ def _defaults() -> dict[str, Any]:
 
 def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What shapes the result of a training, by dotted key; unset keys are left out."""
-    found: dict[str, Any] = {}
-
-    def walk(tree: Mapping[str, Any], prefix: str) -> None:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                walk(value, f"{prefix}{name}.")
-            elif value not in (None, "") and f"{prefix}{name}" not in _RHYTHM:
-                found[f"{prefix}{name}"] = value
-
-    walk({section: spec.get(section, {}) for section in ("model", "dataset", "train")}, "")
-    return found
+    values = flatten({section: spec.get(section, {}) for section in ("model", "dataset", "train")})
+    known = [key for key in values if key in fields() and traits(key).on_resume != "allow"]
+    return {key: values[key] for key in known if values[key] not in (None, "")}
 
 
 def _identity(info: CheckpointInfo) -> dict[str, Any]:
     """What may not change when a run is resumed, by its key."""
     model = {f"model.{key}": value for key, value in info.model.to_dict().items()}
     size = model.pop("model.input_size")
-    free = ("model.drop_path_rate", "model.num_classes", *INERT[info.stage])
-    shape = {key: value for key, value in model.items() if key not in free}
+    final_norm = {key: model.pop(key) for key in ("model.final_norm",) if key in model}
+    shape = {k: v for k, v in model.items() if traits(k).on_resume == "refuse" and info.stage in traits(k).stages}
     names = {"class names": ", ".join(info.class_names)} if info.class_names else {}
-    return {"train.stage": info.stage, **shape, "dataset.augmentation.input_size": size, **names}
+    return {"train.stage": info.stage, **shape, **final_norm, "dataset.augmentation.input_size": size, **names}
 
 
 def _model_config(spec: ExperimentSpec) -> ModelConfig:
-    model = spec.model
+    model, values = spec.model, resolve(spec)
     return ModelConfig(
         arch=model.arch,
         input_size=spec.dataset.augmentation.size,
         in_chans=model.in_chans,
         patch_size=model.patch_size,
-        drop_path_rate=resolved(model.drop_path_rate),
-        mask_ratio=resolved(model.mask_ratio),
+        drop_path_rate=values.drop_path_rate,
+        mask_ratio=values.mask_ratio,
         norm_pix_loss=model.norm_pix_loss,
-        decoder_depth=resolved(model.decoder_depth),
-        decoder_embed_dim=resolved(model.decoder_embed_dim),
+        decoder_depth=values.decoder_depth,
+        decoder_embed_dim=values.decoder_embed_dim,
         decoder_attention=model.decoder_attention,
         global_pool=model.global_pool,
         num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,
     )
-
-
-def resolved(value: Any) -> Any:
-    """A value that ``load_spec`` has filled in."""
-    assert value is not None, "load_spec fills in what the architecture decides"
-    return value

@@ -14,8 +14,9 @@ from openmae.distributed import launch
 from openmae.distributed.launch import describe_device, world_of
 from openmae.machine import usable_cores
 from openmae.results.profile import Breakdown, Phase, advice, write_breakdown
-from openmae.spec.rules import value_of
+from openmae.spec.metrics import monitored_metric
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.training.profiler import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
 
 PROFILE = "profile.json"
@@ -59,7 +60,7 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
     finetune, family = spec.train.stage == "finetune", spec.model.architecture.family
     on_gpu = fabric.device.type == "cuda"
     keys = _KEYS if finetune or family == "convnextv2" else (*_KEYS, *_DECODER)
-    acting = {"train.precision": acting_precision(spec, on_gpu), "train.optim.monitor_name": acting_monitor(spec)}
+    acting = {"train.precision": acting_precision(spec, on_gpu), "train.optim.monitor_name": monitored_metric(spec)}
     phases = {}
     for name in (*STEP_PHASES, *PAUSES):
         seconds, times = measured.seconds[name], measured.per_step.get(name)
@@ -86,12 +87,3 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
 def acting_precision(spec: ExperimentSpec, on_gpu: bool) -> str:
     """The precision that acts in a training of this spec."""
     return launch.acting_precision(spec.train.precision, spec.train.distributed_strategy == "fsdp", on_gpu)
-
-
-def acting_monitor(spec: ExperimentSpec) -> str:
-    """The monitor that acts: train_loss without validation, else as asked for; a classifier's default is ACC_all."""
-    if not spec.dataset.val_data_sources:
-        return "train_loss"
-    if spec.train.stage == "finetune" and not spec.typed("train.optim.monitor_name"):
-        return "ACC_all"
-    return spec.train.optim.monitor_name

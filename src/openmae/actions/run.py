@@ -24,9 +24,10 @@ from openmae.data.presence import missing_files, missing_sources
 from openmae.distributed.topology import World, find_world, gpus_per_node
 from openmae.errors import DataError, OpenMAEError, Preempted, RunError
 from openmae.results.status import StatusLog
+from openmae.spec.actions import DEVICES
 from openmae.spec.load import to_yaml
-from openmae.spec.rules import value_of
-from openmae.spec.schema import DEVICES, ExperimentSpec
+from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.storage.atomic import FULL, disk_error, fault_of_disk, write_atomically
 from openmae.storage.memory_folder import remove_abandoned
 
@@ -124,7 +125,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
 
 def _refuse_missing(spec: ExperimentSpec, action: str) -> None:
     """Name all paths that do not exist at once; a single one is explained by whatever opens it."""
-    missing = {**missing_sources(spec, "train" if action == "automl" else action), **missing_files(spec, action)}
+    missing = {**missing_sources(spec, action), **missing_files(spec, action)}
     if len(missing) > 1:
         raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the paths.")
 
@@ -134,14 +135,14 @@ def _placed(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:
     if action not in DEVICES:
         return spec, World()
     own, key = getattr(spec, action), f"{action}."
-    counted = spec.typed(f"{key}num_gpus") or (spec.typed(f"{key}gpu_ids") and own.gpu_ids != (0,))
-    nodes = own.num_nodes if spec.typed(f"{key}num_nodes") else None
+    counted = spec.is_set(f"{key}num_gpus") or (spec.is_set(f"{key}gpu_ids") and own.gpu_ids != (0,))
+    nodes = own.num_nodes if spec.is_set(f"{key}num_nodes") else None
     world = find_world(action, own.num_gpus if counted else None, nodes)
     values: dict[str, Any] = {f"{key}num_nodes": world.nodes}
     if world.per_node != own.num_gpus or gpus_per_node():  # else the user may choose among a node's GPUs
         values |= {f"{key}num_gpus": world.per_node, f"{key}gpu_ids": tuple(range(world.per_node))}
     replaced = [f"{name}={_plain(value_of(spec, name))}" for name in values if value_of(spec, name) != values[name]]
-    replaced = [item for item in replaced if spec.typed(item.partition("=")[0])]
+    replaced = [item for item in replaced if spec.is_set(item.partition("=")[0])]
     if replaced and world.leads:
         log.warning(
             "%s set %d process(es) on each of %d node(s). This replaces %s of the spec.",

@@ -14,6 +14,7 @@ from openmae.results.images import save_curves
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown, table_rows
 from openmae.results.report import Cell, Code, Numbers, Picture, Section, Table, Text, write_report
+from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, is_share, label
 
 _READING = """import pyarrow.parquet as pq
 import numpy as np
@@ -46,15 +47,6 @@ _LOAD = "session = onnxruntime.InferenceSession({file!r})"
 _LOAD_ENCRYPTED = """from openmae.storage.encryption import read_bytes, resolve_key
 
 session = onnxruntime.InferenceSession(read_bytes({file!r}, resolve_key("env:NAME")))"""
-_SHARES = ("ACC_all", "ACC_top5", "knn_acc", "probe_acc")
-_LABELS = {
-    "ACC_all": "top-1 accuracy",
-    "ACC_top5": "top-5 accuracy",
-    "knn_acc": "kNN accuracy",
-    "probe_acc": "linear probe accuracy",
-    "val_loss": "validation loss",
-    "train_loss_epoch": "training loss",
-}
 _RECONSTRUCTION = (
     "From the visible units in the second column the model predicted the masked ones in the third; the last column "
     "puts the two together. Pixel normalisation is undone with the original's own mean and deviation."
@@ -64,6 +56,7 @@ _PROBES = (
     "They say how well the embeddings part the classes."
 )
 _MOST_ROWS = 50
+_SHOWN = (*(name for name in METRICS if name != "train_loss"), EPOCH_TRAIN_LOSS)  # in this order
 
 
 def train_report(
@@ -76,7 +69,7 @@ def train_report(
 ) -> Path:
     """After training: numbers, curves, reconstructions, what the time went to, recipe, files not read, spec."""
     rows = read_metrics(folder / "metrics.csv")
-    last = {name: row[name] for row in rows for name in _LABELS if name in row}
+    last = {name: row[name] for row in rows for name in _SHOWN if name in row}
     sections: list[Section] = [_numbers("At the end", last)] if last else []
     if rows:
         curves = save_curves(rows, folder / "curves.png")
@@ -159,9 +152,9 @@ def classifier_report(
 def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
     """Images, precision, recall and F1 of each class, the weakest first; a class without images shows dashes."""
     rows: list[tuple[str, int, float | None, float | None, float | None]] = []
-    for label, name in enumerate(class_names):
+    for number, name in enumerate(class_names):
         right, images, guesses = (
-            int(n) for n in (confusion[label, label], confusion[label].sum(), confusion[:, label].sum())
+            int(n) for n in (confusion[number, number], confusion[number].sum(), confusion[:, number].sum())
         )
         f1 = 2 * right / (images + guesses) if images + guesses else None
         rows.append((name, images, right / guesses if guesses else None, right / images if images else None, f1))
@@ -232,13 +225,12 @@ def _result_cells(row: Sequence[str]) -> list[Cell]:
 
 
 def _numbers(title: str, metrics: Mapping[str, float]) -> Numbers:
-    """The metrics in the order of ``_LABELS``, as text."""
-    known = {name: metrics[name] for name in _LABELS if name in metrics} | dict(metrics)
-    return Numbers(title, {_LABELS.get(name, name): _text(name, value) for name, value in known.items()})
+    known = {name: metrics[name] for name in _SHOWN if name in metrics} | dict(metrics)
+    return Numbers(title, {label(name): _text(name, value) for name, value in known.items()})
 
 
 def _text(name: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if name in _SHARES else f"{value:.4f}"
+    return f"{100 * value:.1f} %" if is_share(name) else f"{value:.4f}"
 
 
 def _write(folder: Path, action: str, info: CheckpointInfo, sections: Sequence[Section]) -> Path:

@@ -46,7 +46,7 @@ def class_count(spec: ExperimentSpec, index: ImageIndex) -> int:
             "Name the folder above the class folders, or add images of another class.",
         )
     typed = spec.model.num_classes
-    if typed is None or not spec.typed("model.num_classes"):
+    if typed is None or not spec.is_set("model.num_classes"):
         log.info("model.num_classes=%d, from the data: %s", found, shorten(index.class_names))
     elif typed != found:
         raise SpecError(

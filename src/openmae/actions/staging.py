@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from openmae.errors import CheckpointError, RunError, SpecError, blaming
-from openmae.spec.describe import fields
-from openmae.spec.option import EXPAND_USER
-from openmae.spec.rules import READS, value_of
+from openmae.spec.actions import ROWS
+from openmae.spec.describe import fields, file_use
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.storage import cache
 from openmae.storage.atomic import make_folder
 from openmae.storage.encryption import Key, resolve_key
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 EXCLUDES_VARIABLE = "OPENMAE_UPLOAD_EXCLUDES"
 
-_WRITES = {"export": "export.onnx_file", "gen_trt_engine": "gen_trt_engine.trt_engine"}
 _BESIDE = {".onnx": (".data",), ".engine": (".json",), ".plan": (".json",), ".trt": (".json",)}
 _AT_THE_END = ("backbone.safetensors", "report.html")  # of a training
 _NUMBERED = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
@@ -147,7 +146,7 @@ def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Ite
         stack.enter_context(cache.holding())
         target = spec.results_folder(action)
         key_of = f"{action}.results_dir" if getattr(spec, action).results_dir else "results_dir"
-        paths = {key: str(value_of(spec, key)) for key, field in fields().items() if EXPAND_USER in field.metadata}
+        paths = {key: str(value_of(spec, key)) for key in fields() if file_use(key)}
         remote = {key: value for key, value in paths.items() if is_remote(value)}
         uploads = ExitStack()
         secret = resolve_key(spec.encryption_key) if is_remote(target) and action == "train" else None
@@ -170,8 +169,9 @@ def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Ite
             place = Place(spec, make_folder(Path(target)), target, uploads)
             if leads and action != "automl":
                 stack.enter_context(locked_folder(place.folder, key_of))
-        local = {key: _fetched(key, remote[key]) for key in READS[action] if key in remote}
-        if (key := _WRITES.get(action, "")) in remote:
+        inputs, output = [file.key for file in ROWS[action].inputs], ROWS[action].output
+        local = {key: _fetched(key, remote[key]) for key in inputs if key in remote}
+        if (key := output.key if output else "") in remote:
             local[key] = _to_write(spec, key, remote[key], target, place, stack)
         if remote:
             shown = {key: redact(value) for key, value in remote.items()}

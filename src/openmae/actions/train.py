@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from torch import nn
 
-from openmae.actions.plan import Plan, make_plan, resolved
+from openmae.actions.plan import Plan, make_plan
 from openmae.actions.profiling import leave_profile
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import train_report
@@ -36,6 +36,8 @@ from openmae.results.images import reconstruction_grid
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
+from openmae.spec.metrics import EPOCH_TRAIN_LOSS, monitored_metric
+from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
 from openmae.training.elastic import Share, same_place
 from openmae.training.finetune import FinetuneTask
@@ -96,7 +98,7 @@ def _nothing_left(plan: Plan) -> bool:
 
 def _last_metrics(folder: Path) -> dict[str, float]:
     epochs = [row for row in read_metrics(folder / "metrics.csv") if "train_loss" not in row]
-    names = {"train_loss_epoch": "train_loss"}
+    names = {EPOCH_TRAIN_LOSS: "train_loss"}
     last = epochs[-1] if epochs else {}
     return {names.get(name, name): value for name, value in last.items() if name not in ("step", "epoch")}
 
@@ -123,7 +125,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     )
     settings = _loop_settings(plan, fabric)
     groups = _groups(plan, model)
-    optimizer = build_adamw(groups, settings.lr, optim.momentum, resolved(optim.beta2))
+    optimizer = build_adamw(groups, settings.lr, optim.momentum, resolve(spec).beta2)
     images = (len(plan.train), len(plan.val) if plan.val else 0)
     rows = recipe_rows(fabric, task, config, groups, schedule, settings, images, spec.dataset.batch_size)
     outputs = _outputs(fabric, plan, state)
@@ -212,7 +214,7 @@ def _load_pretrained(model: nn.Module, plan: Plan) -> None:
 def _check_patches(checkpoint: Checkpoint, plan: Plan) -> None:
     """Resample the patch embedding only for a user who has chosen the size of the patches."""
     held, unit = patch_size_of(checkpoint.weights), plan.config.unit
-    if held in (None, unit) or plan.config.architecture.family != "vit" or plan.spec.typed("model.patch_size"):
+    if held in (None, unit) or plan.config.architecture.family != "vit" or plan.spec.is_set("model.patch_size"):
         return
     raise CheckpointError(
         f"{checkpoint.path} has patches of {held} pixels, and {plan.config.arch} has {unit}.",
@@ -248,19 +250,13 @@ def _loop_settings(plan: Plan, fabric: Fabric) -> LoopSettings:
 
 def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
     spec, normalise = plan.spec, Normaliser(plan.info.mean, plan.info.std)
-    monitor: str = spec.train.optim.monitor_name
-    if plan.val is None and monitor == "val_loss":
-        log.warning("train.optim.monitor_name=val_loss needs dataset.val_data_sources: train_loss is monitored.")
-        monitor = "train_loss"
     if plan.config.num_classes:
-        if plan.val is not None and not spec.typed("train.optim.monitor_name"):
-            monitor = "ACC_all"
         return FinetuneTask(
             model,
             normalise,
             augmentation=spec.dataset.augmentation,
             num_classes=plan.config.num_classes,
-            monitor=monitor,
+            monitor=monitored_metric(spec),
         )
     assert isinstance(model, MaskedAutoencoder)
     return PretrainTask(
@@ -268,7 +264,7 @@ def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
         normalise,
         mask_ratio=plan.config.mask_ratio,
         seed=spec.train.seed,
-        monitor=monitor,
+        monitor=monitored_metric(spec),
         targets=spec.model.decoder_targets,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from openmae.data.transforms import crop_pct
-from openmae.spec.load import DEFAULT_MEAN, DEFAULT_STD
+from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD
 
 if TYPE_CHECKING:
     from openmae.checkpoints.format import CheckpointInfo

@@ -32,14 +32,9 @@ from openmae.main_guard import end_if_rerun
 from openmae.results.console import notices_on_stderr
 from openmae.results.streams import OutputLostError, guarded, open_standard_streams
 from openmae.serving.settings import Settings
+from openmae.spec.actions import DEVICES, SEARCH, TABLE
 
-_ACTIONS = {
-    "train": "pretrain or fine-tune a backbone",
-    "evaluate": "measure a trained model on validation images",
-    "inference": "classify or embed test images",
-    "export": "write a trained model as ONNX",
-    "gen_trt_engine": "build a TensorRT engine from ONNX",
-}
+_ACTIONS = {name: action.title for name, action in TABLE.items()}
 _WORK = {*_ACTIONS, "quickstart", "serve", "automl"}  # what they print only accompanies what they do
 _EXAMPLES = """\
 examples:
@@ -109,8 +104,6 @@ def _level(command: str) -> int:
 
     if not follows():
         return logging.INFO
-    from openmae.spec.schema import DEVICES
-
     return logging.ERROR if command in DEVICES else logging.INFO
 
 
@@ -154,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_dataset_commands(commands.add_parser("dataset", help="pack images into shards, check what a source holds"))
     add_automl_arguments(
-        commands.add_parser("automl", help="search for the best training options", allow_abbrev=False),
+        commands.add_parser("automl", help=SEARCH.title, allow_abbrev=False),
         _add_spec_arguments,
     )
     add_jobs_arguments(commands.add_parser("jobs", help="run actions as jobs that feed one another"), _ACTIONS)
@@ -271,8 +264,7 @@ def _run_check(args: argparse.Namespace) -> None:
     from openmae.spec.load import load_spec, to_yaml
 
     spec, action = load_spec(args.experiment_spec, args.overrides, action=args.action), args.action
-    data_of = "train" if action == "automl" else action
-    for key, text in {**missing_sources(spec, data_of), **missing_files(spec, action)}.items():
+    for key, text in {**missing_sources(spec, action), **missing_files(spec, action)}.items():
         logging.getLogger("openmae").warning("%s: %s on this machine.", key, text)
     print(to_yaml(spec), end="")
 

@@ -14,10 +14,9 @@ from openmae._version import __version__
 from openmae.errors import UserError
 from openmae.skill import COMMAND, FOLDER, NAME
 from openmae.skill.info import DEPLOY, DEPLOY_ACTIONS, data_rows, deploy_info, parameter_rows, skill_info
-from openmae.spec.describe import fields
+from openmae.spec.actions import ACTIONS
+from openmae.spec.describe import fields, traits
 from openmae.spec.json_schema import SCHEMA_VERSION, action_schema
-from openmae.spec.option import Search
-from openmae.spec.schema import ACTIONS
 from openmae.spec.yaml_reader import write_text
 
 _MARK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -163,11 +162,9 @@ def _parameter_table() -> str:
 def _search_ranges() -> str:
     """Return ``custom_param_ranges`` for NVIDIA's runner: numbers between which its samplers draw uniformly."""
     ranges: dict[str, dict[str, Any]] = {}
-    for key, field in fields().items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("automl") is True:
-            search = extra["search"]
-            assert isinstance(search, Search), key
+    for key in fields():
+        search = traits(key).search
+        if traits(key).automl is True and search is not None:
             ranges[key] = {"valid_min": search.low, "valid_max": search.high}
     # Their samplers compare with another key only where both are searched, else with this key's own default.
     ranges["train.optim.warmup_epochs"] |= {"valid_max": fields()["train.num_epochs"].default // 5, "depends_on": ""}

@@ -1,0 +1,134 @@
+"""The section ``model``: the backbone, and the decoder that pretraining adds to it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from openmae.spec.architectures import Architecture, get_architecture
+from openmae.spec.option import FINETUNE, PRETRAIN, ArchName, Search, Section, option
+
+
+class ModelSpec(Section):
+    """``model``."""
+
+    arch: ArchName = option(
+        "convnextv2_base",
+        "architecture of the backbone",
+        popular=True,
+        on_resume="refuse",
+        shapes_model=True,
+        changes_loss=True,
+    )
+    num_classes: int | None = option(
+        None,
+        "number of classes for fine-tuning; unset: as in the data",
+        ge=1,
+        automl=False,
+        stages=FINETUNE,
+        on_resume="allow",
+        shapes_model=True,
+    )
+    in_chans: Literal[1, 3, 4] = option(
+        3,
+        "image channels: 1 grey, 3 RGB, 4 RGB and alpha",
+        automl=False,
+        in_tao=False,
+        on_resume="refuse",
+        shapes_model=True,
+    )
+    patch_size: int | None = option(
+        None,
+        "side of a ViT patch in pixels; unset: as in the name",
+        ge=1,
+        automl=False,
+        in_tao=False,
+        on_resume="refuse",
+        shapes_model=True,
+    )
+    mask_ratio: float | None = option(
+        None,
+        "share of mask units hidden in pretraining; unset: 0.75 ViT, 0.6 Hiera and ConvNeXt V2",
+        gt=0,
+        lt=1,
+        search=Search(0.4, 0.9),
+        stages=PRETRAIN,
+        on_resume="refuse",
+        changes_loss=True,
+    )
+    norm_pix_loss: bool = option(
+        True,
+        "normalise the pixels of each patch before computing the loss",
+        stages=PRETRAIN,
+        on_resume="refuse",
+        changes_loss=True,
+        ignored_by_tao=PRETRAIN,
+    )
+    decoder_depth: int | None = option(
+        None,
+        "decoder blocks; unset: 8 ViT and Hiera, 1 ConvNeXt V2",
+        ge=1,
+        search=Search(1, 8),
+        stages=PRETRAIN,
+        on_resume="refuse",
+        shapes_model=True,
+        changes_loss=True,
+        ignored_by_tao=PRETRAIN,
+    )
+    decoder_embed_dim: int | None = option(
+        None,
+        "decoder width; unset: 512",
+        ge=1,
+        search=Search(128, 512, step=64),
+        stages=PRETRAIN,
+        on_resume="refuse",
+        shapes_model=True,
+        changes_loss=True,
+        ignored_by_tao=PRETRAIN,
+    )
+    decoder_attention: Literal["self", "cross"] = option(
+        "self",
+        "tokens that masked tokens attend to in the decoder: self: all tokens; cross: visible tokens only, as in "
+        "CrossMAE, which is faster (ViT and Hiera)",
+        automl=False,
+        in_tao=False,
+        stages=PRETRAIN,
+        on_resume="refuse",
+        shapes_model=True,
+    )
+    decoder_targets: float = option(
+        1.0,
+        "share of the masked units that a training step predicts, drawn anew in each step; validation predicts all. "
+        "A lower share is faster and learns from less",
+        gt=0,
+        le=1,
+        search=Search(0.25, 1.0),
+        in_tao=False,
+        stages=PRETRAIN,
+        changes_loss=True,
+    )
+    drop_path_rate: float | None = option(
+        None,
+        "stochastic depth; unset: as in the paper for pretraining, 0.1 for fine-tuning",
+        ge=0,
+        lt=1,
+        search=Search(0.0, 0.4),
+        ignored_by_tao=("pretrain", "finetune"),
+    )
+    global_pool: bool = option(
+        True,
+        "classify the mean of the tokens; false: the class token (ViT only)",
+        stages=FINETUNE,
+        on_resume="refuse",
+        shapes_model=True,
+        ignored_by_tao=FINETUNE,
+    )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of ``arch`` in the table of architectures."""
+        return get_architecture(self.arch)
+
+    @property
+    def mask_unit(self) -> int:
+        """Side in pixels of the square that is masked as one: a patch for ViT."""
+        return self.patch_size or self.architecture.mask_unit
