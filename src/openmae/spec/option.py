@@ -17,6 +17,10 @@ from openmae.spec.architectures import ARCHITECTURES, get_architecture
 Stage = Literal["pretrain", "finetune"]
 PRETRAIN: tuple[Stage, ...] = ("pretrain",)
 FINETUNE: tuple[Stage, ...] = ("finetune",)
+# Traits that several options share:
+EXECUTION: dict[str, Any] = {"automl": False, "on_resume": "allow", "in_search": False}  # where and how long it runs
+SHAPE: dict[str, Any] = {"on_resume": "refuse", "shapes_model": True}
+TAO_NAME: dict[str, Any] = {"compat": True, "on_resume": "allow"}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from openmae.spec.option import (
+    EXECUTION,
     FINETUNE,
     PRETRAIN,
     AutoAugment,
@@ -22,11 +23,7 @@ class AugmentationSpec(Section):
     """``dataset.augmentation``."""
 
     input_size: InputSize = option(
-        224,
-        "image size in pixels: a number, or [height, width]",
-        popular=True,
-        automl=False,
-        on_resume="refuse",
+        224, "image size in pixels: a number, or [height, width]", popular=True, automl=False, on_resume="refuse"
     )
     mean: tuple[float, ...] | None = option(None, "mean of each channel, 0 to 1; unset: ImageNet's", automl=False)
     std: Deviations = option(None, "standard deviation of each channel; unset: ImageNet's", automl=False)
@@ -128,15 +125,7 @@ class DatasetSpec(Section):
         "", "images for inference: a folder, an archive, or shards", on_resume="allow", in_search=False
     )
     batch_size: int = option(1, "images per batch and device", ge=1, popular=True)
-    num_workers_per_gpu: int = option(
-        2,
-        "workers that load images, per device",
-        ge=0,
-        le=256,
-        automl=False,
-        on_resume="allow",
-        in_search=False,
-    )
+    num_workers_per_gpu: int = option(2, "workers that load images, per device", ge=0, le=256, **EXECUTION)
     max_corrupt_fraction: float = option(
         0.01,
         "share of unreadable images above which the run fails",

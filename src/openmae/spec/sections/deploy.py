@@ -148,10 +148,7 @@ class GenTrtEngineSpec(Section):
         in_tao=False,
     )
     compute_capability: Texts = option(
-        (),
-        "GPUs that tensorrt_rtx builds for, such as sm_89, or current; unset: current",
-        automl=False,
-        in_tao=False,
+        (), "GPUs that tensorrt_rtx builds for, such as sm_89, or current; unset: current", automl=False, in_tao=False
     )
     batch_size: BatchOrAuto = option(-1, "images per batch; -1: min_batch_size to max_batch_size", ge=-1)
     input_channel: int | None = option(None, "accepted; the ONNX file decides", ge=1, no_effect=_ONNX_DECIDES)

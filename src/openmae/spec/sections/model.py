@@ -5,20 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from openmae.spec.architectures import Architecture, get_architecture
-from openmae.spec.option import FINETUNE, PRETRAIN, ArchName, Search, Section, option
+from openmae.spec.option import FINETUNE, PRETRAIN, SHAPE, ArchName, Search, Section, option
 
 
 class ModelSpec(Section):
     """``model``."""
 
-    arch: ArchName = option(
-        "convnextv2_base",
-        "architecture of the backbone",
-        popular=True,
-        on_resume="refuse",
-        shapes_model=True,
-        changes_loss=True,
-    )
+    arch: ArchName = option("convnextv2_base", "architecture of the backbone", popular=True, changes_loss=True, **SHAPE)
     num_classes: int | None = option(
         None,
         "number of classes for fine-tuning; unset: as in the data",
@@ -29,21 +22,10 @@ class ModelSpec(Section):
         shapes_model=True,
     )
     in_chans: Literal[1, 3, 4] = option(
-        3,
-        "image channels: 1 grey, 3 RGB, 4 RGB and alpha",
-        automl=False,
-        in_tao=False,
-        on_resume="refuse",
-        shapes_model=True,
+        3, "image channels: 1 grey, 3 RGB, 4 RGB and alpha", automl=False, in_tao=False, **SHAPE
     )
     patch_size: int | None = option(
-        None,
-        "side of a ViT patch in pixels; unset: as in the name",
-        ge=1,
-        automl=False,
-        in_tao=False,
-        on_resume="refuse",
-        shapes_model=True,
+        None, "side of a ViT patch in pixels; unset: as in the name", ge=1, automl=False, in_tao=False, **SHAPE
     )
     mask_ratio: float | None = option(
         None,
@@ -69,10 +51,9 @@ class ModelSpec(Section):
         ge=1,
         search=Search(1, 8),
         stages=PRETRAIN,
-        on_resume="refuse",
-        shapes_model=True,
         changes_loss=True,
         ignored_by_tao=PRETRAIN,
+        **SHAPE,
     )
     decoder_embed_dim: int | None = option(
         None,
@@ -80,10 +61,9 @@ class ModelSpec(Section):
         ge=1,
         search=Search(128, 512, step=64),
         stages=PRETRAIN,
-        on_resume="refuse",
-        shapes_model=True,
         changes_loss=True,
         ignored_by_tao=PRETRAIN,
+        **SHAPE,
     )
     decoder_attention: Literal["self", "cross"] = option(
         "self",
@@ -92,8 +72,7 @@ class ModelSpec(Section):
         automl=False,
         in_tao=False,
         stages=PRETRAIN,
-        on_resume="refuse",
-        shapes_model=True,
+        **SHAPE,
     )
     decoder_targets: float = option(
         1.0,
@@ -118,9 +97,8 @@ class ModelSpec(Section):
         True,
         "classify the mean of the tokens; false: the class token (ViT only)",
         stages=FINETUNE,
-        on_resume="refuse",
-        shapes_model=True,
         ignored_by_tao=FINETUNE,
+        **SHAPE,
     )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from openmae.spec.option import Section, option
+from openmae.spec.option import TAO_NAME, Section, option
 
 Monitor = Literal["", "train_loss", "val_loss", "ACC_all", "acc"]
 _TOPK = "train.checkpointer.enable_topk=true"
@@ -15,48 +15,27 @@ class CheckpointerSpec(Section):
     """``train.checkpointer``: the choice of the best checkpoint (nvidia-tao-core 7.3)."""
 
     enable_topk: bool = option(
-        False, "apply monitor and replace_periodic; model_best.pth is always written", compat=True, on_resume="allow"
+        False, "apply monitor and replace_periodic; model_best.pth is always written", **TAO_NAME
     )
     replace_periodic: bool = option(
-        False,
-        "keep one checkpoint in addition to the best: train.keep_checkpoints=1",
-        compat=True,
-        on_resume="allow",
-        needs=_TOPK,
+        False, "keep one checkpoint in addition to the best: train.keep_checkpoints=1", needs=_TOPK, **TAO_NAME
     )
     monitor: Monitor = option(
         "",
         "metric that picks model_best.pth, instead of train.optim.monitor_name; acc is TAO's name for ACC_all",
-        compat=True,
-        on_resume="allow",
         needs=_TOPK,
+        **TAO_NAME,
     )
     mode: Literal["", "min", "max"] = option(
-        "", "direction of the metric, which must be the true one", compat=True, on_resume="allow", needs=_TOPK
+        "", "direction of the metric, which must be the true one", needs=_TOPK, **TAO_NAME
     )
-    save_top_k: int = option(
-        1, "accepted; one best checkpoint is kept", ge=1, compat=True, on_resume="allow", no_effect=_ONE_BEST
-    )
+    save_top_k: int = option(1, "accepted; one best checkpoint is kept", ge=1, no_effect=_ONE_BEST, **TAO_NAME)
     filename: str = option(
-        "model_best_{epoch:03d}",
-        "accepted; the best checkpoint is model_best.pth",
-        compat=True,
-        on_resume="allow",
-        no_effect=_ONE_BEST,
+        "model_best_{epoch:03d}", "accepted; the best checkpoint is model_best.pth", no_effect=_ONE_BEST, **TAO_NAME
     )
-    dirpath: str = option(
-        "",
-        "accepted; the best checkpoint is in the results folder",
-        compat=True,
-        on_resume="allow",
-        no_effect=_ONE_BEST,
-    )
+    dirpath: str = option("", "accepted; the best checkpoint is in the results folder", no_effect=_ONE_BEST, **TAO_NAME)
     auto_insert_metric_name: bool = option(
-        False,
-        "accepted; the names of checkpoints are fixed",
-        compat=True,
-        on_resume="allow",
-        no_effect=_ONE_BEST,
+        False, "accepted; the names of checkpoints are fixed", no_effect=_ONE_BEST, **TAO_NAME
     )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from openmae.spec.option import (
+    EXECUTION,
     FINETUNE,
     PRETRAIN,
     GpuIds,
@@ -31,21 +32,10 @@ class OptimSpec(Section):
     )
     weight_decay: float = option(0.05, "weight decay", automl=True, ge=0, le=1, search=Search(1e-3, 0.3, log=True))
     momentum: float = option(
-        0.9,
-        "AdamW's beta1",
-        automl=True,
-        gt=0,
-        lt=1,
-        search=Search(0.8, 0.98),
-        ignored_by_tao=("pretrain", "finetune"),
+        0.9, "AdamW's beta1", automl=True, gt=0, lt=1, search=Search(0.8, 0.98), ignored_by_tao=("pretrain", "finetune")
     )
     beta2: float | None = option(
-        None,
-        "AdamW's beta2; unset: 0.95 pretrain, 0.999 finetune",
-        gt=0,
-        lt=1,
-        search=Search(0.9, 0.999),
-        in_tao=False,
+        None, "AdamW's beta2; unset: 0.95 pretrain, 0.999 finetune", gt=0, lt=1, search=Search(0.9, 0.999), in_tao=False
     )
     layer_decay: float = option(
         0.75,
@@ -118,44 +108,20 @@ class TrainSpec(Section):
         automl=False,
         on_resume="refuse",
     )
-    num_epochs: int = option(
-        10,
-        "passes over the training images",
-        popular=True,
-        ge=1,
-        automl=False,
-        on_resume="allow",
-        in_search=False,
-    )
-    num_gpus: int = option(
-        1,
-        "GPUs per node; without a GPU, CPU processes",
-        popular=True,
-        ge=1,
-        automl=False,
-        on_resume="allow",
-        in_search=False,
-    )
+    num_epochs: int = option(10, "passes over the training images", popular=True, ge=1, **EXECUTION)
+    num_gpus: int = option(1, "GPUs per node; without a GPU, CPU processes", popular=True, ge=1, **EXECUTION)
     gpu_ids: GpuIds = option((0,), "GPUs of a node to use, by number", automl=False, on_resume="allow", in_search=False)
     num_nodes: int = option(1, "nodes", ge=1, automl=False, on_resume="allow", in_search=False)
-    distributed_strategy: Literal["ddp", "fsdp"] = option(
-        "ddp", "strategy for several devices", automl=False, on_resume="allow", in_search=False
-    )
+    distributed_strategy: Literal["ddp", "fsdp"] = option("ddp", "strategy for several devices", **EXECUTION)
     precision: Literal["fp16", "bf16", "fp32"] = option(
         "fp32", "arithmetic of the forward pass", popular=True, automl=False, on_resume="allow"
     )
     seed: int = option(
         1234, "seed of weights, masks, order and augmentation; -1: a new one for each run", ge=-1, automl=False
     )
-    results_dir: OutputPath = option(
-        "", "folder for results of train; unset: <results_dir>/train", automl=False, on_resume="allow", in_search=False
-    )
+    results_dir: OutputPath = option("", "folder for results of train; unset: <results_dir>/train", **EXECUTION)
     pretrained_model_path: InputPath = option(
-        "",
-        "checkpoint whose weights training starts from",
-        popular=True,
-        automl=False,
-        ignored_by_tao=PRETRAIN,
+        "", "checkpoint whose weights training starts from", popular=True, automl=False, ignored_by_tao=PRETRAIN
     )
     pretrained_weights_key: str = option(
         "",
@@ -173,31 +139,19 @@ class TrainSpec(Section):
         needs="train.pretrained_model_path",
     )
     resume_training_checkpoint_path: InputPath = option(
-        "", "checkpoint of an interrupted run to resume from", automl=False, on_resume="allow", in_search=False
+        "", "checkpoint of an interrupted run to resume from", **EXECUTION
     )
-    checkpoint_interval: int = option(
-        1, "epochs or steps between checkpoints", ge=1, automl=False, on_resume="allow", in_search=False
-    )
-    checkpoint_interval_unit: Literal["epoch", "step"] = option(
-        "epoch", "unit of checkpoint_interval", automl=False, on_resume="allow", in_search=False
-    )
+    checkpoint_interval: int = option(1, "epochs or steps between checkpoints", ge=1, **EXECUTION)
+    checkpoint_interval_unit: Literal["epoch", "step"] = option("epoch", "unit of checkpoint_interval", **EXECUTION)
     keep_checkpoints: int = option(
-        3,
-        "number of newest checkpoints to keep, in addition to the best one",
-        ge=1,
-        automl=False,
-        in_tao=False,
-        on_resume="allow",
-        in_search=False,
+        3, "number of newest checkpoints to keep, in addition to the best one", ge=1, in_tao=False, **EXECUTION
     )
     sharded_checkpoints: bool = option(
         False,
         "fsdp: each process writes its part of a checkpoint; the last and the best are complete",
-        automl=False,
         in_tao=False,
-        on_resume="allow",
-        in_search=False,
         needs="train.distributed_strategy=fsdp",
+        **EXECUTION,
     )
     validation_interval: int = option(
         1, "epochs between validations", ge=1, automl=False, on_resume="allow", needs="dataset.val_data_sources"
@@ -224,10 +178,8 @@ class TrainSpec(Section):
         None,
         "pause after this epoch of num_epochs; the same command without it resumes",
         ge=1,
-        automl=False,
         in_tao=False,
-        on_resume="allow",
-        in_search=False,
+        **EXECUTION,
     )
     freeze: tuple[str, ...] = option((), "names of modules whose weights are not trained", automl=False)
     compile: bool = option(
