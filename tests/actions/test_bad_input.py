@@ -88,7 +88,7 @@ DATA_MISTAKES = [
     (
         "train",
         (*CLASSES, "dataset.train_data_sources={photos.one_class}"),
-        ("needs two classes or more", "holds one: red", "add images of another class"),
+        ("needs two classes or more", "has one: red", "add images of another class"),
     ),
     (
         "train",
@@ -139,12 +139,12 @@ CHECKPOINT_MISTAKES = [
     (
         "evaluate",
         (*EVALUATE, f"evaluate.{PRE}", "dataset.augmentation.input_size=40"),
-        ("40x40 is not a multiple of 16", "the checkpoint's vit_tiny_patch16", "such as 32 or 48"),
+        ("must be a multiple of 16", "vit_tiny_patch16's patches, got 40x40", "40 -> 32 or 48"),
     ),
     (
         "evaluate",
         (*EVALUATE, f"evaluate.{PRE}", "train.mask_ratio=0.95"),
-        ("model.mask_ratio: 0.95 leaves 0 of 4 units visible",),
+        ("model.mask_ratio: must leave some mask units visible and some masked, but 0.95 leaves 0 of 4",),
     ),
     *(
         (action, (*sources, f"{action}.checkpoint={{made}}/{name}"), (f"{action}.checkpoint: ", name, text))

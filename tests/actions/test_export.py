@@ -155,9 +155,9 @@ def test_what_does_not_act_is_told(exported, trained, tmp_path, capsys):
     assert main(["export", *request, *settings, *size, f"results_dir={tmp_path}"]) == 0
     text = capsys.readouterr().err
     assert "trained at 32x32 and is exported for 48x32: measure with mae evaluate" in text
-    assert "dataset.augmentation.input_size does not act here, the file takes 48x32" in text
-    assert "dataset.augmentation.interpolation does not act here" in text
-    assert "export.gpu_id does not act: the export runs on the CPU." in text
+    assert "dataset.augmentation.input_size has no effect on `mae export`, and the file takes 48x32" in text
+    assert "dataset.augmentation.interpolation has no effect on `mae export`" in text
+    assert "export.gpu_id has no effect: the export runs on the CPU." in text
 
 
 def test_the_reports_script_runs_as_it_stands(exported, photos, tmp_path, monkeypatch):
@@ -226,12 +226,12 @@ CHECKPOINT = "export.checkpoint={checkpoint}"
 @pytest.mark.parametrize(
     ("overrides", "texts"),
     [
-        ((CHECKPOINT, "export.onnx_file={there}"), ("exists, and is not replaced unasked", "export.overwrite=true")),
+        ((CHECKPOINT, "export.onnx_file={there}"), ("already exists.", "export.overwrite=true")),
         (
             (CHECKPOINT, "export.onnx_file={root}/model.pb"),
-            ("must be the name of a file that ends in .onnx", "model.onnx"),
+            ("must be a file name that ends in .onnx", "model.onnx"),
         ),
-        ((CHECKPOINT, "export.onnx_file={root}"), ("must be the name of a file", "{root}/model.onnx")),
+        ((CHECKPOINT, "export.onnx_file={root}"), ("must be a file name", "{root}/model.onnx")),
         ((CHECKPOINT, "export.onnx_file={new}", "export.format=xdl"), ("only onnx can be written, got xdl",)),
         (
             (CHECKPOINT, "export.onnx_file={new}", "export.quantize=int8"),

@@ -184,7 +184,7 @@ def test_a_classifier_that_does_not_fit_the_request_is_refused(photos: Any, tmp_
     assert "holds model.arch=vit_tiny_patch16" in said
     assert "holds model.num_classes=3" in refused("evaluate", [*common, source, "model.num_classes=4"])
     two = refused("evaluate", [*common, f"dataset.val_data_sources={photos.two_classes}"])
-    assert f"dataset.val_data_sources has 2 classes, but {path} tells 3 classes apart" in two
+    assert f"dataset.val_data_sources has 2 classes, but {path} has 3 classes" in two
     said = refused("evaluate", [*common, source, "train.stage=pretrain"])
     assert "weights of another program" in said
 

@@ -195,21 +195,21 @@ def test_batches_that_the_file_does_not_take(request_for, tmp_path, refused, cha
     write_model(tmp_path / "model.onnx", 4)
     text = refused("gen_trt_engine", request_for(**changes))
     value = next(iter(changes.values()))
-    assert f"{key} is {value}, but {tmp_path / 'model.onnx'} takes batches of 4 alone." in text
+    assert f"{key} is {value}, but {tmp_path / 'model.onnx'} takes batches of 4 only." in text
     assert "export.batch_size=-1" in text
 
 
 @pytest.mark.parametrize(
     ("changes", "notice"),
     [
-        ({"timing_cache": "t.cache"}, "timing_cache does not act: tensorrt_rtx times nothing while it builds."),
-        ({"gpu_id": 0}, "gpu_id does not act: the engine is built ahead of time, without a GPU."),
-        (tensorrt(layers_precision="[stem*:fp32]"), "layers_precision does not act: every node has the precision"),
-        ({"tensorrt.calibration.images": "photos"}, "calibration does not act: the engine is fp32."),
-        ({"batch_size": 4, **tensorrt(opt_batch_size=2)}, "opt_batch_size does not act: gen_trt_engine.batch_size=4"),
+        ({"timing_cache": "t.cache"}, "timing_cache has no effect: tensorrt_rtx does not time kernels"),
+        ({"gpu_id": 0}, "gpu_id has no effect: the engine is built without a GPU."),
+        (tensorrt(layers_precision="[stem*:fp32]"), "layers_precision has no effect: nodes have the precision"),
+        ({"tensorrt.calibration.images": "photos"}, "calibration has no effect: the engine is fp32."),
+        ({"batch_size": 4, **tensorrt(opt_batch_size=2)}, "opt_batch_size has no effect: gen_trt_engine.batch_size=4"),
     ],
 )
-def test_what_does_not_act_says_so(request_for, caplog, changes, notice):
+def test_options_without_effect_are_reported(request_for, caplog, changes, notice):
     with caplog.at_level(logging.WARNING, "openmae"):
         assert main(["gen_trt_engine", *request_for(**{**tensorrt(data_type="fp32"), **changes})]) == 0
     assert [message for message in caplog.messages if notice in message], f"no notice, but {caplog.messages}"
@@ -285,7 +285,7 @@ def test_a_wrong_request_writes_nothing(request_for, tmp_path, refused):
     older = tmp_path / "older.engine"
     older.write_bytes(b"older")
     text = refused("gen_trt_engine", request_for(trt_engine=older))
-    assert f"{older} exists, and is not replaced unasked." in text
+    assert f"{older} already exists." in text
     assert "gen_trt_engine.overwrite=true" in text
     assert older.read_bytes() == b"older"
     (tmp_path / "file").write_text("no folder")

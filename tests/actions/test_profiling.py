@@ -26,7 +26,7 @@ def command(trained, tmp_path):
 def test_a_profiled_run_says_what_its_time_goes_to(command, tmp_path, capsys):
     assert main([*command, "train.num_epochs=4"]) == 0
     text = capsys.readouterr().err
-    assert "where the time goes" in text
+    assert "\nProfile\n" in text
     assert "5 steps after 3 of warm-up" in text
     profile = json.loads((tmp_path / "train" / "profile.json").read_text())
     assert profile["steps"] == 5  # of 8
@@ -39,7 +39,7 @@ def test_a_profiled_run_says_what_its_time_goes_to(command, tmp_path, capsys):
     assert "bounds this run" in profile["advice"][0]
     assert " ".join(profile["advice"][0].split()) in " ".join(text.split())
     html = (tmp_path / "train" / "report.html").read_text()
-    assert "Where the time goes" in html
+    assert "<h2>Profile</h2>" in html
     assert "95th percentile" in html
     assert profile["advice"][0] in html
     assert html.count("<img") == 3
@@ -75,13 +75,13 @@ def test_a_run_that_was_cut_leaves_its_profile_too_and_goes_on_without(command, 
     assert main([*command, "train.num_epochs=3", "train.profile=false"]) == 0
     text = capsys.readouterr().err
     assert "other settings" not in text
-    assert "where the time goes" not in text
-    assert "Where the time goes" not in (tmp_path / "train" / "report.html").read_text()
+    assert "\nProfile\n" not in text
+    assert "<h2>Profile</h2>" not in (tmp_path / "train" / "report.html").read_text()
 
 
 def test_a_run_that_is_too_short_to_profile_is_told(command, tmp_path, capsys):
     assert main([*command, "train.num_epochs=1"]) == 0
-    assert "nothing was measured, as the run made no step after 3 of warm-up" in " ".join(
+    assert "nothing was measured, since the run ended within the 3 warmup steps" in " ".join(
         capsys.readouterr().err.split()
     )
     assert not (tmp_path / "train" / "profile.json").exists()

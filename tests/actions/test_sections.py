@@ -49,7 +49,7 @@ def test_after_evaluating(trained, photos, stage, texts, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "texts"),
-    [("pretrain", ("read_table", "dimensions")), ("finetune", ("Some of the images", "second class"))],
+    [("pretrain", ("read_table", "dimensions")), ("finetune", ("Examples", "second class"))],
 )
 def test_after_inference(trained, photos, stage, texts, tmp_path):
     spec = {

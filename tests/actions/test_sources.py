@@ -31,7 +31,7 @@ def test_the_number_of_classes_comes_from_the_data(photos, caplog):
     assert class_count(load_spec(None, ["model.num_classes=3"]), index) == 3
     with pytest.raises(SpecError, match=r"model.num_classes is 4, but the data has 3 classes"):
         class_count(load_spec(None, ["model.num_classes=4"]), index)
-    with pytest.raises(DataError, match=r"two classes or more, but .* holds one: red"):
+    with pytest.raises(DataError, match=r"two classes or more, but .* has one: red"):
         class_count(load_spec(None), open_images(str(photos.one_class), "k", labelled=True))
 
 

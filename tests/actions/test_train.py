@@ -280,7 +280,7 @@ def test_an_unfinished_run_goes_on_with_other_settings_aloud(caplog):
     infos = [CheckpointInfo("pretrain", ModelConfig("vit_tiny_patch16"), spec=spec) for spec in (before, now)]
     earlier = plan.Earlier("results_dir", Path("runs/train/model.pth"), infos[0], 1, None)
     plan._compare_settings(earlier, infos[1], finished=False)
-    assert "The run in runs/train goes on with other settings: train.optim.lr was 0.1 and is 0.2." in caplog.text
+    assert "The run in runs/train resumes with other settings: train.optim.lr was 0.1 and is 0.2." in caplog.text
     assert "pretrained_model_path" not in caplog.text, "a resumed run needs it no more"
 
 

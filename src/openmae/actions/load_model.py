@@ -1,4 +1,4 @@
-"""The trained model that evaluate and inference look at: a checkpoint, an ONNX file or a TensorRT engine."""
+"""The trained model of evaluate, inference and export: a checkpoint, an ONNX file or a TensorRT engine."""
 
 from __future__ import annotations
 
@@ -35,32 +35,30 @@ from openmae.engines.predictor import (
 )
 from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES
 from openmae.errors import CheckpointError, SpecError, blaming
-from openmae.models.build import ModelConfig, build_autoencoder
+from openmae.models.build import build_autoencoder
 from openmae.models.mae import MaskedAutoencoder
-from openmae.spec.architectures import visible_units
+from openmae.spec.actions import TABLE
 from openmae.spec.describe import fields, traits
 from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD
+from openmae.spec.rules import find_geometry_problems
 from openmae.spec.schema import ExperimentSpec
-from openmae.spec.tree import get
+from openmae.spec.tree import get, value_of
 from openmae.storage.encryption import Key, resolve_key
-
-_NO_KEYS = ("input_size", "final_norm")  # of a model's shape, but not options of the spec's model section
-_SIZE = "dataset.augmentation.input_size"
 
 log = logging.getLogger("openmae")
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model that was found to fit the request; it can be sent to other processes.
+    """A model that fits the spec; it can be sent to other processes.
 
     Attributes:
         path: its file.
-        card: what it is.
-        info: the same as a checkpoint puts it, with the settings that act.
-        network: a checkpoint's model with its weights, in eval mode: a ``MaskedAutoencoder`` (pretrain) or a
+        card: its metadata.
+        info: its metadata as in checkpoints, with the settings of the spec.
+        network: the model of a checkpoint with its weights, in eval mode: a ``MaskedAutoencoder`` (pretrain) or a
             ``DeployedModel`` (finetune); None for ONNX and TensorRT.
-        key: opens the file where it is encrypted.
+        key: decrypts the file.
     """
 
     path: Path
@@ -70,7 +68,7 @@ class TrainedModel:
     key: Key | None
 
     def outputs(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """From images as the data set gives them to logits ``[B, K]`` (finetune) or embeddings ``[B, D]``."""
+        """Return a function from images of a data set to logits ``[B, K]`` (finetune) or embeddings ``[B, D]``."""
         if isinstance(self.network, MaskedAutoencoder):
             encoder, normalise = self.network.encoder, Normaliser(self.card.mean, self.card.std)
             return lambda images: encoder.embed(normalise(images))
@@ -84,24 +82,22 @@ class TrainedModel:
         return lambda images: predictor(images)[name]
 
     def named(self, class_names: tuple[str, ...]) -> TrainedModel:
-        """The same model with names for its classes, where its file has none."""
+        """Return the model with names for its classes."""
         card, info = replace(self.card, class_names=class_names), replace(self.info, class_names=class_names)
         return replace(self, card=card, info=info)
 
 
 def open_model(spec: ExperimentSpec, action: Literal["evaluate", "inference"]) -> TrainedModel:
-    """The model that ``<action>.checkpoint`` or ``<action>.trt_engine`` names.
+    """Open the model that ``<action>.checkpoint`` or ``<action>.trt_engine`` names.
 
-    What the file says of the model stands; for a checkpoint, the spec may change the input size and the mask ratio.
+    The file decides the model; for a checkpoint, the spec may change the input size and the mask ratio.
 
     Raises:
-        SpecError: the spec says otherwise (stage, architecture, classes, channels), or no unit would be visible.
+        SpecError: the spec contradicts the file (stage, architecture, classes, channels), or no unit would be visible.
         CheckpointError: the file cannot be used.
     """
-    section = getattr(spec, action)
-    key, path = ("checkpoint", section.checkpoint) if section.checkpoint else ("trt_engine", section.trt_engine)
-    key, path = f"{action}.{key}", Path(path)
-    secret = resolve_key(spec.encryption_key)
+    key = next(file.key for file in TABLE[action].inputs if value_of(spec, file.key))
+    path, secret = Path(value_of(spec, key)), resolve_key(spec.encryption_key)
     if exported_kind(path):
         return _open_exported(spec, key, path, secret)
     if key.endswith("trt_engine"):
@@ -116,18 +112,18 @@ def _open_exported(spec: ExperimentSpec, key: str, path: Path, secret: Key | Non
     with blaming(key):
         card = read_exported_card(path, secret)
     size, more = spec.dataset.augmentation.size, []
-    if spec.is_set(_SIZE) and size != card.model.input_size:
-        (height, width), (own_height, own_width) = size, card.model.input_size
+    if spec.is_set("dataset.augmentation.input_size") and size != card.model.input_size:
+        (height, width), own = size, "x".join(map(str, card.model.input_size))
         more.append(
             SpecError(
-                f"{_SIZE} is {height}x{width}, but {path} takes images of {own_height}x{own_width}.",
-                f"Remove {_SIZE}, or export the checkpoint with export.input_height={height} "
+                f"dataset.augmentation.input_size is {height}x{width}, but {path} takes images of {own}.",
+                f"Remove dataset.augmentation.input_size, or export the checkpoint with export.input_height={height} "
                 f"export.input_width={width}.",
             )
         )
     check_request(spec, key, path, card.info, more)
     if spec.is_set("model.mask_ratio"):
-        log.warning("model.mask_ratio does not act: an exported model masks nothing.")
+        log.warning("model.mask_ratio has no effect: an exported model masks nothing.")
     return TrainedModel(path, card, card.info, None, secret)
 
 
@@ -137,22 +133,23 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
         if info.stage == "pretrain" and not checkpoint.weights.rest:
             raise CheckpointError(
                 f"{path} holds only the backbone, and {key.split('.')[0]} also reconstructs images.",
-                f"Give the checkpoint beside it, such as {checkpoint.path.with_name(BEST)}.",
+                f"Give a checkpoint of the same run, such as {checkpoint.path.with_name(BEST)}.",
             )
     config = info.model
-    if spec.is_set(_SIZE):
+    if spec.is_set("dataset.augmentation.input_size"):
         config = replace(config, input_size=spec.dataset.augmentation.size)
     if spec.model.mask_ratio is not None and spec.is_set("model.mask_ratio"):
         config = replace(config, mask_ratio=spec.model.mask_ratio)
     more = []
-    try:
-        if info.stage == "pretrain":
-            _check_geometry(config)
-        else:
-            with blaming(_SIZE):
+    if info.stage == "pretrain":
+        found = find_geometry_problems(resolve_model(spec, replace(info, model=config)))
+        more = [SpecError(f"{problem.key}: {problem.text}") for problem in found]
+    else:
+        try:
+            with blaming("dataset.augmentation.input_size"):
                 check_size(config)
-    except SpecError as error:
-        more.append(error)
+        except SpecError as error:
+            more.append(error)
     check_request(spec, key, path, info, more)
     info = replace(info, model=config)
     if key.startswith("inference"):
@@ -167,12 +164,12 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
 
 
 def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[Checkpoint, CheckpointInfo]:
-    """A checkpoint, and what it says about itself; of another program's classifier, what its tensors and the spec say.
+    """Read a checkpoint and its metadata; the metadata of another program's classifier come from tensors and spec.
 
-    NVIDIA TAO's files are such classifiers: they do not name their classes, so ``class_names`` is empty.
+    Such classifiers, as NVIDIA TAO writes them, do not name their classes, so that ``class_names`` is empty.
 
     Raises:
-        CheckpointError: the file cannot be used, or holds no classifier of another program.
+        CheckpointError: the file cannot be used, or another program wrote it and it is not a classifier.
     """
     checkpoint = read_checkpoint(path, secret)
     if checkpoint.info is not None:
@@ -180,8 +177,8 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
     pretrains = spec.is_set("train.stage") and spec.train.stage == "pretrain"
     if not checkpoint.num_classes or pretrains:
         raise refuse_foreign(checkpoint)
-    typed = spec.model.arch if spec.is_set("model.arch") else None
-    config = guess_config(checkpoint.weights, likely_arch(checkpoint.weights) or typed)
+    named = spec.model.arch if spec.is_set("model.arch") else None
+    config = guess_config(checkpoint.weights, likely_arch(checkpoint.weights) or named)
     augmentation = spec.dataset.augmentation
     if config.architecture.family == "convnextv2":
         config = replace(config, input_size=augmentation.size)  # any size fits its tensors
@@ -192,7 +189,7 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
 
 
 def number_classes(info: CheckpointInfo) -> CheckpointInfo:
-    """Number the classes of another program's classifier, with a notice."""
+    """Return the metadata with numbers as class names if the checkpoint has none, with a notice."""
     if info.stage == "pretrain" or info.class_names:
         return info
     count = info.model.num_classes
@@ -201,18 +198,17 @@ def number_classes(info: CheckpointInfo) -> CheckpointInfo:
 
 
 def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
-    """The spec with the checkpoint's own settings in place of defaults that do not act.
+    """Return the spec with the settings of the checkpoint instead of defaults.
 
-    The seed fixes the masks of validation: with the training's own, evaluation gives the training's numbers. The batch
-    size is one that the training's machine could take.
+    With the seed of the training, which fixes the masks of validation, evaluation gives the numbers of the training.
+    The batch size of the training fits into memory.
     """
-    shape = {key: value for key, value in info.model.to_dict().items() if key not in _NO_KEYS}
-    model = {f"model.{key}": value for key, value in shape.items()}
+    shape = info.model.to_dict()
     values: dict[str, Any] = {
-        **model,
+        **{f"model.{name}": value for name, value in shape.items() if f"model.{name}" in fields()},
         "model.num_classes": info.model.num_classes or None,
         "train.stage": info.stage,
-        _SIZE: info.model.input_size,
+        "dataset.augmentation.input_size": info.model.input_size,
         "dataset.augmentation.mean": info.mean,
         "dataset.augmentation.std": info.std,
     }
@@ -226,58 +222,38 @@ def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
 def check_request(
     spec: ExperimentSpec, named_by: str, path: Path, info: CheckpointInfo, more: Sequence[SpecError] = ()
 ) -> None:
-    """Compare what was typed with what the file holds.
+    """Compare the options that the user set with the model in a file.
 
     Args:
-        spec: the request.
-        named_by: key that names the file.
-        path: of the file.
-        info: what it holds.
-        more: what else is wrong with the request.
+        spec: resolved.
+        named_by: the key that names the file.
+        path: the file.
+        info: its metadata.
+        more: other errors to report together.
 
     Raises:
-        SpecError: with all that does not fit.
+        SpecError: lists everything that does not fit.
     """
-    said: dict[str, tuple[Any, Any]] = {"train.stage": (spec.train.stage, info.stage)}
+    pairs: dict[str, tuple[Any, Any]] = {"train.stage": (spec.train.stage, info.stage)}
     for key in fields():
         section, _, name = key.partition(".")
         fixed = section == "model" and traits(key).on_resume == "refuse" and key != "model.mask_ratio"
         if fixed and info.stage in traits(key).stages:
-            said[key] = (getattr(spec.model, name), getattr(info.model, name))
-    said["model.patch_size"] = (spec.model.patch_size, info.model.unit)
+            pairs[key] = (getattr(spec.model, name), getattr(info.model, name))
+    pairs["model.patch_size"] = (spec.model.patch_size, info.model.unit)
     if info.model.num_classes:
-        said["model.num_classes"] = (spec.model.num_classes, info.model.num_classes)
+        pairs["model.num_classes"] = (spec.model.num_classes, info.model.num_classes)
     for name in ("mean", "std"):
-        said[f"dataset.augmentation.{name}"] = (getattr(spec.dataset.augmentation, name), getattr(info, name))
-    wrong = {key: values for key, values in said.items() if spec.is_set(key) and None is not values[0] != values[1]}
+        pairs[f"dataset.augmentation.{name}"] = (getattr(spec.dataset.augmentation, name), getattr(info, name))
+    wrong = {key: values for key, values in pairs.items() if spec.is_set(key) and None is not values[0] != values[1]}
     problems = [
         f"{key} is {asked}, but {named_by} ({path}) holds {key}={held}." for key, (asked, held) in wrong.items()
     ]
     fixes = []
     if wrong:
         asked = " and ".join(f"{key}={value}" for key, (value, _) in wrong.items())
-        fixes.append(f"Remove {', '.join(wrong)} (the checkpoint knows its own), or give a checkpoint with {asked}.")
+        fixes.append(f"Remove {', '.join(wrong)} (the checkpoint has its own), or give a checkpoint with {asked}.")
     problems += [error.problem for error in more]
     fixes += [error.fix for error in more]
     if problems:
         raise SpecError("\n".join(problems), " ".join(fixes))
-
-
-def _check_geometry(config: ModelConfig) -> None:
-    """The rules of ``spec.checks`` for masking, for a model that the spec did not know of."""
-    (height, width), unit = config.input_size, config.unit
-    if height % unit or width % unit:
-        near = " or ".join(str(max(unit, side // unit * unit)) for side in (height, height + unit))
-        raise SpecError(
-            f"{_SIZE}: {height}x{width} is not a multiple of {unit}, the side of the units of the checkpoint's "
-            f"{config.arch}.",
-            f"Use multiples of {unit}, such as {near}, or leave input_size out: the checkpoint knows its own.",
-        )
-    units = (height // unit) * (width // unit)
-    visible = visible_units(units, config.mask_ratio)
-    if not 0 < visible < units:
-        raise SpecError(
-            f"model.mask_ratio: {config.mask_ratio:g} leaves {visible} of {units} units visible ({height}x{width} "
-            f"pixels, {unit} pixels a unit); some must be visible and some masked.",
-            f"Use another model.mask_ratio, or a larger {_SIZE}.",
-        )

@@ -34,7 +34,7 @@ def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]
         if action in (None, section):
             yield from _devices(spec, section)
     if _knows_geometry(spec, action):
-        yield from _geometry(spec)
+        yield from find_geometry_problems(spec)
     if action in (None, "export"):
         yield from _export(spec)
     if action in (None, "gen_trt_engine"):
@@ -181,7 +181,8 @@ def _knows_geometry(spec: ExperimentSpec, action: str | None) -> bool:
     return action in ("evaluate", "inference") and all(map(spec.is_set, keys))
 
 
-def _geometry(spec: ExperimentSpec) -> Iterator[Problem]:
+def find_geometry_problems(spec: ExperimentSpec) -> Iterator[Problem]:
+    """Yield why an image size does not fit the units of the model, or no unit would be visible or masked."""
     unit, model = spec.model.mask_unit, spec.model
     height, width = size = spec.dataset.augmentation.size
     parts = ("model.arch", "model.patch_size", "model.in_chans")
