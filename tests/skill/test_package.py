@@ -1,4 +1,4 @@
-"""What is generated is as it would be made now, ships in the wheel, and can be copied out."""
+"""The generated files are up to date, ship in the wheel, and can be installed elsewhere."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def run(*argv: str) -> None:
     args.run(args)
 
 
-def test_the_committed_skill_is_as_it_would_be_made():
+def test_the_committed_skill_is_up_to_date():
     wrong = differences()
-    assert not wrong, f"{', '.join(wrong)} in {FOLDER} is not what would be made now: run `{COMMAND}`"
+    assert not wrong, f"{', '.join(wrong)} in {FOLDER} is outdated: run `{COMMAND}`"
 
 
-def test_building_mends_what_differs(skill):
+def test_build_updates_outdated_files(skill):
     (skill / "schemas/train.schema.json").write_text("{}")
     (skill / "references/spec_template_export.yaml").unlink()
     (skill / "SKILL.md").write_text(
@@ -51,14 +51,14 @@ def test_building_mends_what_differs(skill):
     broken = ["SKILL.md", "references/spec_template_export.yaml", "schemas/train.schema.json"]
     assert differences(skill) == [*broken[:1], "notes.txt", *broken[1:]]
     assert sorted(build(skill)) == broken
-    assert differences(skill) == ["notes.txt"], "a file that nobody knows is not ours to delete, but is said"
+    assert differences(skill) == ["notes.txt"], "an unknown file is reported and not deleted"
     assert build(skill) == []
 
 
-def test_a_place_that_nothing_fills_is_an_error(skill):
+def test_an_unknown_placeholder_is_an_error(skill):
     path = skill / "SKILL.md"
     path.write_text(path.read_text().replace("generated: data", "generated: dates"))
-    with pytest.raises(UserError, match="nothing fills a place named 'dates'"):
+    with pytest.raises(UserError, match="there is no generated part 'dates'"):
         render(skill)
 
 
@@ -130,7 +130,7 @@ def test_install_copies_it_and_replaces_only_when_asked(tmp_path, capsys):
         run("install", str(tmp_path / "other"), "--overwrite")
 
 
-def test_validate_says_every_breach(skill, capsys):
+def test_validate_reports_every_breach(skill, capsys):
     run("validate", str(skill))
     assert "keeps to the contract" in capsys.readouterr().out
     (skill / "schemas/manifest.json").unlink()

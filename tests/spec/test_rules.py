@@ -47,7 +47,7 @@ def notices(caplog, overrides, action="train"):
         ("evaluate.batch_size=0", "must be -1 (automatic) or at least 1, got 0."),
         ("train.gpu_ids=[0,0]", "must name at least one GPU, each once, counted from 0, got [0, 0]."),
         ("train.optim.milestones=[9,3]", "must be epochs in ascending order, 1 or more, got [9, 3]."),
-        ("dataset.augmentation.std=[0,1,1]", "must hold numbers > 0, got [0, 1, 1]."),
+        ("dataset.augmentation.std=[0,1,1]", "must contain numbers > 0, got [0, 1, 1]."),
         ("dataset.augmentation.input_size=a", "must be a number of pixels, or [height, width], got 'a'."),
         ("dataset.augmentation.input_size=[]", "must be a number of pixels, or [height, width], got []."),
         ("dataset.augmentation.cutmix_minmax=[.8,.2]", "must be [min, max] with 0 <= min <= max <= 1"),

@@ -130,8 +130,7 @@ def _with_class_names(model: TrainedModel, index: ImageIndex) -> TrainedModel:
     names, count = index.class_names, model.info.model.num_classes
     if len(names) != count:
         raise DataError(
-            f"dataset.val_data_sources has {len(names)} classes, but {model.path} has {count} classes and does not name "
-            "them.",
+            f"dataset.val_data_sources has {len(names)} classes, but {model.path} has {count} classes without names.",
             "Give images with a folder for each class that it was trained on: classes are numbered in the order of "
             "the folder names.",
         )

@@ -1,4 +1,4 @@
-"""The content of ``skill_info.yaml``: the actions, the spec keys each reads and writes, how to start it as a script."""
+"""The content of ``skill_info.yaml``: the actions, their inputs and outputs, and how a runner starts them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _EXCLUDED = [".*", "*.tmp"]  # files that are still being written
 
 
 def skill_info() -> dict[str, Any]:
-    """``references/skill_info.yaml``."""
+    """Return the content of ``references/skill_info.yaml``."""
     return {
-        **_head(NAME, "Pretrain, fine-tune, measure, run and export masked autoencoders (ViT, Hiera, ConvNeXt V2)."),
+        **_head(NAME, "Pretrain, fine-tune, evaluate, run and export masked autoencoders (ViT, Hiera, ConvNeXt V2)."),
         "automl_enabled": True,
         "dataset_type": "image_classification",
         "data_format": "ssl",
@@ -40,7 +40,7 @@ def skill_info() -> dict[str, Any]:
 
 
 def deploy_info() -> dict[str, Any]:
-    """``references/tao-deploy-mask-auto-encoder.skill_info.yaml``."""
+    """Return the content of ``references/tao-deploy-mask-auto-encoder.skill_info.yaml``."""
     return {
         **_head(DEPLOY, "Build a TensorRT engine from a masked autoencoder's ONNX file."),
         "automl_enabled": False,
@@ -56,12 +56,12 @@ def _parameters(action: str) -> dict[str, str]:
 
 
 def parameter_rows() -> list[tuple[str, str, str]]:
-    """(action, key, function), as the table of SKILL.md has them."""
+    """Return (action, key, function) for the table of SKILL.md."""
     return [(action, key, function) for action in ACTIONS for key, function in _parameters(action).items()]
 
 
 def data_rows() -> list[tuple[str, str, str, str]]:
-    """(action, key, source, file)."""
+    """Return (action, key, source, file) for the table of SKILL.md."""
     return [(action, data.key, data.source, data.file) for action in ACTIONS for data in _sources(action)]
 
 
@@ -103,7 +103,7 @@ def _input(action: str, key: str, kind: str) -> dict[str, Any]:
 
 
 def _meaning(word: str) -> str:
-    """The key that a shorthand stands for, as jobs read it."""
+    """Return the key that a shorthand stands for."""
     (key,) = expand_shorthand("gen_trt_engine" if word.startswith("trt_") else "train", word, None)
     return key
 

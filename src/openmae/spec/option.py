@@ -194,7 +194,7 @@ def _distinct(ids: tuple[int, ...]) -> tuple[int, ...]:
 
 def _positive(values: tuple[float, ...] | None) -> tuple[float, ...] | None:
     if values and min(values) <= 0:
-        raise broken("must hold numbers > 0")
+        raise broken("must contain numbers > 0")
     return values
 
 
