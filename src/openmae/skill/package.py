@@ -22,7 +22,7 @@ from openmae.spec.yaml_reader import write_text
 _MARK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _VERSION = re.compile(r'(?m)^(  version: )".*"$')
 _TEMPLATE_HEAD = {
-    "train": "# Options that may be set to their defaults. Set the data sources, and keep the options that you change.\n",
+    "train": "# Options that may be set to their defaults. Set the data sources, and keep those that you change.\n",
     "other": "# Set what is ???, and the data source. The checkpoint decides the shape of the model.\n",
 }
 
