@@ -286,7 +286,7 @@ def test_a_results_folder_that_cannot_be_written(action, place, fill, refused: R
     assert (tmp_path / "file").read_text() == "a file"
 
 
-def test_a_full_disk_is_told(monkeypatch, fill, tmp_path, capsys):
+def test_a_full_disk_is_reported(monkeypatch, fill, tmp_path, capsys):
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "embeddings.parquet")
 
@@ -298,7 +298,7 @@ def test_a_full_disk_is_told(monkeypatch, fill, tmp_path, capsys):
     assert read_status(tmp_path / "inference" / "status.json")[-1]["status"] == "FAILURE"
 
 
-def test_a_run_goes_on_only_as_what_it_was(trained, photos, fill, refused: Refused, tmp_path):
+def test_a_run_resumes_only_with_the_same_model(trained, photos, fill, refused: Refused, tmp_path):
     folder = tmp_path / "train"
     shutil.copytree(trained("vit", "pretrain").folder, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.name != "status.json"}

@@ -144,7 +144,7 @@ def test_load_backbone_is_tao_s_own_forward(tao: tuple[Path, nn.Module, str, int
         assert torch.allclose(openmae.load_backbone(path)(images), model(images), atol=1e-5)
 
 
-def test_evaluate_inference_and_export_give_tao_s_answers(
+def test_evaluate_inference_and_export_agree_with_tao(
     tao: tuple[Path, nn.Module, str, int], photos: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, model, arch, size = tao
@@ -195,7 +195,7 @@ def test_a_backbone_of_another_program_is_not_evaluated(tmp_path: Path) -> None:
         read_trained(load_spec(None), tmp_path / "f.pth", None)
 
 
-def test_training_names_the_weights_that_it_takes_and_the_patches_that_do_not_fit(
+def test_training_reports_loaded_weights_and_other_patch_sizes(
     photos: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=0)

@@ -111,7 +111,7 @@ def test_an_engine_its_sidecar_and_a_report(request_for, tmp_path, capsys):
     load_spec(tmp_path / "results" / "gen_trt_engine" / "experiment.yaml", action="gen_trt_engine")
 
 
-def test_names_without_a_suffix_are_taken_as_they_are(request_for, tmp_path):
+def test_names_without_a_suffix(request_for, tmp_path):
     """NVIDIA's SDK names output files after their keys."""
     (tmp_path / "model.onnx").rename(tmp_path / "export_onnx_file")
     engine = tmp_path / "out" / "gen_trt_engine_trt_engine"
@@ -128,7 +128,7 @@ def test_int8_is_calibrated_with_images(request_for, tmp_path, photos):
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["engine"]["data_type"] == "int8"
 
 
-def test_int8_is_calibrated_by_the_names_of_tao(request_for, tmp_path, photos, caplog):
+def test_int8_calibration_with_the_names_of_tao(request_for, tmp_path, photos, caplog):
     """Six batches of two, shared by two folders; the cache is said to have no effect."""
     names = {"cal_image_dir": [str(photos.plain)] * 2, "cal_batch_size": 2, "cal_batches": 6, "cal_cache_file": "c.bin"}
     calibration = {f"tensorrt.calibration.{name}": value for name, value in names.items()}
@@ -160,7 +160,7 @@ def test_int8_needs_images(request_for, tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_foreign_file_is_built_without_a_card(request_for, tmp_path):
+def test_a_foreign_file_is_built_without_metadata(request_for, tmp_path):
     write_model(tmp_path / "model.onnx", card=None)
     assert main(["gen_trt_engine", *request_for(**tensorrt(data_type="fp32"))]) == 0
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["card"] is None
@@ -191,7 +191,7 @@ def test_the_batches_of_the_engine(request_for, tmp_path, batch, changes, profil
         (tensorrt(max_batch_size=8), "gen_trt_engine.tensorrt.max_batch_size"),
     ],
 )
-def test_batches_that_the_file_does_not_take(request_for, tmp_path, refused, changes, key):
+def test_batch_sizes_that_the_file_does_not_support(request_for, tmp_path, refused, changes, key):
     write_model(tmp_path / "model.onnx", 4)
     text = refused("gen_trt_engine", request_for(**changes))
     value = next(iter(changes.values()))
@@ -223,7 +223,7 @@ def test_the_default_data_type_without_a_gpu_is_fp16(request_for, tmp_path, capl
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["engine"]["data_type"] == "fp16"
 
 
-def test_of_two_engines_the_faster_is_kept_FAKE_gpu(request_for, tmp_path, monkeypatch, capsys):
+def test_the_faster_of_two_engines_is_kept_FAKE_gpu(request_for, tmp_path, monkeypatch, capsys):
     """On a GPU both are built and timed; here the times are made up."""
     backend = choose_backend("tensorrt_rtx", ["sm_89"], 0)
     present = SimpleNamespace(
@@ -251,7 +251,7 @@ def test_of_two_engines_the_faster_is_kept_FAKE_gpu(request_for, tmp_path, monke
 
 
 @pytest.mark.parametrize(("error", "code"), [(RunError("It failed."), 1), (KeyboardInterrupt(), 130)])
-def test_a_failed_build_leaves_the_older_engine_alone(request_for, tmp_path, monkeypatch, error, code):
+def test_a_failed_build_keeps_the_old_engine(request_for, tmp_path, monkeypatch, error, code):
     engine = tmp_path / "out" / "model.engine"
     engine.parent.mkdir()
     engine.write_bytes(b"older")
@@ -266,7 +266,7 @@ def test_a_failed_build_leaves_the_older_engine_alone(request_for, tmp_path, mon
     assert status(tmp_path)[-1]["status"] == "FAILURE"
 
 
-def test_a_wrong_request_writes_nothing(request_for, tmp_path, refused):
+def test_invalid_input_writes_nothing(request_for, tmp_path, refused):
     assert "gen_trt_engine.compute_capability: current, or unset" in refused(
         "gen_trt_engine", request_for(compute_capability="[]")
     )

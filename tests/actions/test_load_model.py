@@ -22,7 +22,7 @@ def spec_for(checkpoint, *overrides, source=None):
     return load_spec(source, [*settings, *overrides], action="evaluate")
 
 
-def test_what_the_checkpoint_says_stands(trained):
+def test_the_checkpoint_decides_the_model(trained):
     run = trained("vit", "pretrain")
     model = open_model(spec_for(run.checkpoint), "evaluate")
     assert isinstance(model.network, MaskedAutoencoder)
@@ -43,20 +43,20 @@ def test_the_mask_ratio_may_be_another(trained, key, value):
     assert model.info.model.mask_ratio == value
 
 
-def test_the_same_said_again_is_fine(trained):
+def test_repeating_the_checkpoint_is_allowed(trained):
     run = trained("vit", "finetune")
     said = ["model.arch=vit_tiny_patch16", "model.patch_size=16", "model.num_classes=3", "train.stage=finetune"]
     open_model(spec_for(run.checkpoint, *said), "evaluate")
     open_model(spec_for(run.checkpoint, source=run.folder / "experiment.yaml"), "evaluate")
 
 
-def test_a_decoder_is_asked_of_a_pretrained_model_only(trained):
+def test_decoder_options_of_a_classifier_are_ignored(trained):
     open_model(spec_for(trained("vit", "finetune").checkpoint, "model.decoder_depth=4"), "evaluate")
     with pytest.raises(SpecError, match=r"model.decoder_depth is 4, but evaluate.checkpoint .* holds .*=1"):
         open_model(spec_for(trained("vit", "pretrain").checkpoint, "model.decoder_depth=4"), "evaluate")
 
 
-def test_a_decoder_with_cross_attention_is_one_everywhere(photos, tmp_path, capsys):
+def test_cross_attention_in_all_actions(photos, tmp_path, capsys):
     """Trained, gone on with, validated, its pictures drawn; and refused as another one."""
     changes = [f"results_dir={tmp_path}", "model.decoder_attention=cross", "model.decoder_targets=0.5"]
     command = ["train", *train_arguments(photos, "vit", "pretrain"), "dataset.augmentation.input_size=64", *changes]
@@ -82,14 +82,14 @@ def test_a_decoder_with_cross_attention_is_one_everywhere(photos, tmp_path, caps
         open_model(spec_for(checkpoint, "model.decoder_attention=self"), "evaluate")
 
 
-def test_one_option_needs_no_others_beside_it(trained):
+def test_one_option_needs_no_others(trained):
     checkpoint = trained("vit", "finetune").checkpoint
     open_model(spec_for(checkpoint, "model.patch_size=16"), "evaluate")
     with pytest.raises(SpecError, match=r"mean is \(0.5,\), but evaluate.checkpoint"):
         open_model(spec_for(checkpoint, "dataset.augmentation.mean=[0.5]"), "evaluate")
 
 
-def test_the_backbone_alone_cannot_reconstruct(trained, photos, refused, tmp_path):
+def test_a_backbone_cannot_reconstruct(trained, photos, refused, tmp_path):
     run = trained("vit", "pretrain")
     backbone = run.folder / "backbone.safetensors"
     text = refused(

@@ -23,7 +23,7 @@ def command(trained, tmp_path):
     return ["train", *overrides, f"results_dir={tmp_path}", "train.profile=true"]
 
 
-def test_a_profiled_run_says_what_its_time_goes_to(command, tmp_path, capsys):
+def test_profile(command, tmp_path, capsys):
     assert main([*command, "train.num_epochs=4"]) == 0
     text = capsys.readouterr().err
     assert "\nProfile\n" in text
@@ -55,11 +55,11 @@ def test_a_profiled_run_says_what_its_time_goes_to(command, tmp_path, capsys):
         (["train.distributed_strategy=fsdp", "train.precision=bf16"], False, "fp32"),
     ],
 )
-def test_the_precision_that_is_told_is_the_one_that_acts(overrides, on_gpu, precision):
+def test_the_reported_precision_is_the_actual_one(overrides, on_gpu, precision):
     assert acting_precision(load_spec(None, overrides), on_gpu) == precision
 
 
-def test_a_run_that_was_cut_leaves_its_profile_too_and_goes_on_without(command, monkeypatch, tmp_path, capsys):
+def test_an_interrupted_run_writes_its_profile_and_resumes_without(command, monkeypatch, tmp_path, capsys):
     original, calls = PretrainTask.training_loss, []
 
     def training_loss(task, *arguments):
@@ -79,7 +79,7 @@ def test_a_run_that_was_cut_leaves_its_profile_too_and_goes_on_without(command, 
     assert "<h2>Profile</h2>" not in (tmp_path / "train" / "report.html").read_text()
 
 
-def test_a_run_that_is_too_short_to_profile_is_told(command, tmp_path, capsys):
+def test_a_run_too_short_to_profile(command, tmp_path, capsys):
     assert main([*command, "train.num_epochs=1"]) == 0
     assert "nothing was measured, since the run ended within the 3 warmup steps" in " ".join(
         capsys.readouterr().err.split()

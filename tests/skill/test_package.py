@@ -62,7 +62,7 @@ def test_an_unknown_placeholder_is_an_error(skill):
         render(skill)
 
 
-def test_the_version_is_the_package_s():
+def test_the_version_is_that_of_the_package():
     front = yaml.safe_load((FOLDER / "SKILL.md").read_text().split("---\n")[1])
     assert front["metadata"]["version"] == __version__
 
@@ -78,7 +78,7 @@ def test_shorthands():
     assert skill_info()["spec_shorthand_keys"]["image_size"] == "dataset.augmentation.input_size"
 
 
-def test_spec_params_are_the_contract_s_table():
+def test_spec_params_are_those_of_the_contract():
     expected = {
         "train": {
             "encryption_key": "key",
@@ -114,7 +114,7 @@ def test_spec_params_are_the_contract_s_table():
     assert skill_info()["spec_params"] == expected
 
 
-def test_install_copies_it_and_replaces_only_when_asked(tmp_path, capsys):
+def test_install_replaces_only_with_overwrite(tmp_path, capsys):
     run("install", str(tmp_path / "skills"))
     target = tmp_path / "skills" / NAME
     assert capsys.readouterr().out == f"{target}\n"
@@ -150,7 +150,7 @@ def test_the_commands_import_nothing_heavy_before_they_run():
     assert done.stdout == "[]\n"
 
 
-def test_the_wheel_holds_it(tmp_path):
+def test_the_wheel_contains_the_skill(tmp_path):
     pytest.importorskip("hatchling", reason="builds the wheel without a network")
     code = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -200,7 +200,7 @@ def test_the_deploy_reference_is_needed(skill):
     assert find_breaches(skill) == ["references: there is no tao-deploy-*.md"]
 
 
-def test_rubbish_is_a_breach_and_no_crash(skill):
+def test_garbage_is_a_breach(skill):
     for path in [p for p in skill.rglob("*") if p.is_file()]:
         before = path.read_bytes()
         for rubbish in (b"", b"[1, 2]", b"\xff\xfe", b"{", b"actions: 3\n", b'{"properties": {"a": 1}, "evals": 1}'):

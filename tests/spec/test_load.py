@@ -68,7 +68,7 @@ def test_published_specs_load_unchanged(write):
     assert spec.evaluate.checkpoint == ""
 
 
-def test_numbers_as_people_mean_them(write):
+def test_numbers_in_yaml(write):
     path = write("""\
         train: {optim: {lr: 1e-4, weight_decay: .5}, num_epochs: 1e2}
         wandb: {name: 007, group: 2026-01-31, entity: 12:30, run_id: 5}
@@ -79,7 +79,7 @@ def test_numbers_as_people_mean_them(write):
     assert (wandb.name, wandb.group, wandb.entity, wandb.run_id) == ("007", "2026-01-31", "12:30", "5")
 
 
-def test_an_empty_file_and_nothing_are_the_defaults(write):
+def test_an_empty_file_gives_the_defaults(write):
     assert to_dict(load_spec(write(""))) == to_dict(load_spec(None)) == to_dict(load_spec({}))
 
 
@@ -89,12 +89,12 @@ def test_null_unsets(write):
     assert load_spec(path, ["train.num_epochs="]).train.num_epochs == 10
 
 
-def test_a_key_twice_names_both_lines(write):
+def test_a_duplicate_key_names_both_lines(write):
     text = mistakes(write("train:\n  num_epochs: 1\nmodel:\n  arch: vit_base_patch16\ntrain:\n  seed: 3\n"))
     assert "train (line 5): occurs twice, on lines 1 and 5. Keep one" in text
 
 
-def test_a_key_twice_hides_what_may_follow_from_it(write):
+def test_a_duplicate_key_hides_its_consequences(write):
     path = write("dataset: {train_data_sources: photos}\ndataset: {batch_size: 2}\n")
     assert "has a mistake:" in mistakes(path, action="train")
 
@@ -115,7 +115,7 @@ def test_broken_yaml(write, text, message):
     assert mistakes(path).startswith(f"{path} {message}")
 
 
-def test_files_that_are_no_spec(tmp_path):
+def test_files_that_are_not_specs(tmp_path):
     assert "There is no spec file" in mistakes(tmp_path / "nope.yaml")
     assert "is a folder, not a spec file" in mistakes(tmp_path)
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
@@ -174,7 +174,7 @@ def test_interpolation_of_something_missing_is_missing(write):
     assert not load_spec(path).is_set("evaluate.checkpoint")
 
 
-def test_interpolations_that_lead_nowhere_are_named():
+def test_invalid_interpolations_are_reported():
     text = mistakes(
         {
             "train": {"pretrained_model_path": "${nope.key}", "results_dir": "${train.results_dir}"},
@@ -189,7 +189,7 @@ def test_interpolations_that_lead_nowhere_are_named():
     assert "evaluate.checkpoint: '${oc.env:MAE_NOT_SET_ANYWHERE}' cannot be resolved: Environment" in text
 
 
-def test_the_users_mapping_stays_as_it_was():
+def test_a_given_mapping_is_not_changed():
     source = {"train": {"freeze": ["${model.arch}"], "mask_ratio": 0.5}}
     assert load_spec(source).train.freeze == ("convnextv2_base",)
     assert source == {"train": {"freeze": ["${model.arch}"], "mask_ratio": 0.5}}
@@ -271,7 +271,7 @@ def test_overrides_and_yaml_round_trip(lr, epochs, flip, freeze, name, tmp_path)
         (["model.mask_ratio=.5", "model.drop_path_rate=.3", "train.optim.beta2=.9"], (0.5, 1, 512, 0.3, 0.9)),
     ],
 )
-def test_the_architecture_and_the_stage_decide_what_is_unset(overrides, expected):
+def test_dependent_defaults(overrides, expected):
     spec = load_spec(None, ["dataset.batch_size=2", *overrides])
     model = spec.model
     decoder = (model.decoder_depth, model.decoder_embed_dim)
@@ -291,14 +291,14 @@ def test_mean_and_std_follow_the_channels(channels, mean, std):
     assert (augment.mean, augment.std) == (mean, std)
 
 
-def test_the_two_places_of_mask_ratio_and_norm_pix_loss():
+def test_aliases_of_mask_ratio_and_norm_pix_loss():
     spec = load_spec({"train": {"mask_ratio": 0.5, "norm_pix_loss": False}})
     assert (spec.model.mask_ratio, spec.model.norm_pix_loss) == (0.5, False)
     assert spec.is_set("model.mask_ratio")
     load_spec({"train": {"mask_ratio": 0.5}, "model": {"mask_ratio": 0.5}})
 
 
-def test_gpus_follow_what_was_typed():
+def test_num_gpus_and_gpu_ids_follow_each_other():
     def gpus(*overrides):
         train = load_spec(None, overrides).train
         return train.num_gpus, train.gpu_ids
@@ -310,7 +310,7 @@ def test_gpus_follow_what_was_typed():
     assert gpus("train.gpu_ids=[3]", "train.num_gpus=1") == (1, (3,))
 
 
-def test_the_resolved_spec_loads_back_as_it_was(tmp_path, caplog):
+def test_the_resolved_spec_loads_back_unchanged(tmp_path, caplog):
     overrides = [*FINETUNE, "model.arch=vit_tiny_patch16", "train.num_gpus=2", "train.optim.base_lr=1e-3"]
     spec = load_spec(None, [*overrides, "train.optim.lr_scheduler=cosine"], "train")
     text = to_yaml(spec)
@@ -333,7 +333,7 @@ def test_a_spec_can_be_loaded_again_with_other_overrides():
     assert not again.is_set("model.mask_ratio")
 
 
-def test_refusals_of_other_values_leave_out_the_specs_own_faults():
+def test_find_refusals_ignores_existing_problems():
     """Wherever these stand among the others."""
     spec = load_spec(None, ["model.arch=convnextv2_atto", "dataset.train_data_sources=photos"], "train")
     spec = spec.replaced({"train.optim.monitor_name": "val_loss"})
@@ -343,7 +343,7 @@ def test_refusals_of_other_values_leave_out_the_specs_own_faults():
 
 
 @pytest.mark.parametrize("change", [str.upper, str.lower, str.title], ids=["upper", "lower", "title"])
-def test_choices_are_taken_in_any_case(change):
+def test_choices_in_any_case(change):
     found = 0
     for key, field in fields().items():
         for choice in choices(field):
@@ -395,6 +395,6 @@ def test_a_key_that_is_not_text():
 
 
 @pytest.mark.parametrize(("path", "reason"), [("a\0b", "embedded null"), ("x" * 5000, "File name too long")])
-def test_a_path_that_no_file_can_have(path, reason):
+def test_an_impossible_path(path, reason):
     with pytest.raises(SpecError, match=f"cannot be read: {reason}"):
         load_spec(path)

@@ -150,7 +150,7 @@ def test_a_secret_is_not_repeated(override):
 
 
 @pytest.mark.parametrize("line", ["encryption_key: *hunter2", "encryption_key: !hunter2 x", "encryption_key: 'hunter2"])
-def test_a_secret_that_is_no_yaml_is_not_repeated(tmp_path, line):
+def test_a_secret_in_invalid_yaml_is_not_repeated(tmp_path, line):
     (tmp_path / "spec.yaml").write_text(f"results_dir: a\n{line}\n")
     with pytest.raises(SpecError) as caught:
         load_spec(tmp_path / "spec.yaml")
@@ -176,7 +176,7 @@ def test_mixup_needs_an_even_batch():
     load_spec(None, [*TRAIN, "dataset.batch_size=7"], "train")
 
 
-def test_all_mistakes_come_together_by_line(tmp_path):
+def test_all_mistakes_are_reported_by_line(tmp_path):
     text = dedent("""\
         model: {arch: vit_base_patch16, patch: 8}
         train:
@@ -206,7 +206,7 @@ def test_all_mistakes_come_together_by_line(tmp_path):
         ("gen_trt_engine", ["gen_trt_engine.onnx_file", "gen_trt_engine.trt_engine"]),
     ],
 )
-def test_what_an_action_cannot_do_without(action, keys):
+def test_required_keys(action, keys):
     text = mistakes({action: {"results_dir": "???"}}, (), action)
     for key in keys:
         assert f"{key}: `mae {action}` needs it" in text
@@ -228,7 +228,7 @@ def test_an_engine_for_one_batch_needs_no_range():
     load_spec(None, [*given, *within], "gen_trt_engine")
 
 
-def test_what_is_read_may_be_remote_and_what_is_written_in_a_store():
+def test_remote_inputs_and_outputs():
     given = ["dataset.train_data_sources=https://host/set.zip", "train.pretrained_model_path=https://x/y.pth"]
     assert (
         load_spec(None, [*given, "results_dir=s3://bucket/x"], "train").results_folder("train") == "s3://bucket/x/train"
@@ -237,14 +237,14 @@ def test_what_is_read_may_be_remote_and_what_is_written_in_a_store():
     load_spec(None, given, "export")
 
 
-def test_what_an_action_does_not_use_does_not_stop_it():
+def test_problems_of_other_actions_are_ignored():
     overrides = ["dataset.val_data_sources=photos", "evaluate.checkpoint=m.pth", "train.stage=finetune"]
     overrides += ["dataset.train_data_sources=s3://b/x", "train.distributed_strategy=fsdp", "train.ema_decay=.9"]
     load_spec(None, overrides, "evaluate")
 
 
 @pytest.mark.parametrize(("action", "spoken_of"), [("evaluate", True), ("inference", True), ("train", False)])
-def test_what_only_a_training_step_does_is_told_of_where_nothing_is_trained(caplog, action, spoken_of):
+def test_decoder_targets_has_no_effect_outside_training(caplog, action, spoken_of):
     given = [f"dataset.{name}_data_sources=photos" for name in ("train", "val", "test")]
     given += ["evaluate.checkpoint=m.pth", "inference.checkpoint=m.pth"]
     said = f"model.decoder_targets has no effect on `mae {action}`: only a training step predicts a share of the units."
@@ -252,7 +252,7 @@ def test_what_only_a_training_step_does_is_told_of_where_nothing_is_trained(capl
     assert not notices(caplog, given, action)
 
 
-def test_a_trained_model_brings_its_geometry_along():
+def test_geometry_of_a_trained_model():
     overrides = ["dataset.val_data_sources=photos", "evaluate.checkpoint=m.pth"]
     overrides += ["dataset.augmentation.input_size=72"]
     load_spec(None, overrides, "evaluate")
@@ -336,7 +336,7 @@ def test_cross_attention_needs_a_decoder_with_attention() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -0.5, 1.5])
-def test_the_share_of_targets_is_a_share(value: float) -> None:
+def test_bounds_of_decoder_targets(value: float) -> None:
     with pytest.raises(SpecError, match=r"model\.decoder_targets .*must be a number > 0 and <= 1, got"):
         load_spec(None, [f"model.decoder_targets={value}"])
 
@@ -372,8 +372,6 @@ def test_width_of_a_transformer_decoder() -> None:
         (["train.validation_interval=2"], "has no effect without dataset.val_data_sources."),
     ],
 )
-def test_what_another_option_replaces_or_lacks(
-    overrides: list[str], text: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_options_without_effect(overrides: list[str], text: str, caplog: pytest.LogCaptureFixture) -> None:
     load_spec(None, ["train.stage=finetune", "dataset.batch_size=2", *overrides])
     assert text in caplog.text

@@ -35,7 +35,7 @@ PUBLISHED = {
 }
 
 
-def test_the_published_section_loads_without_a_word(caplog):
+def test_the_published_section_loads_without_a_notice(caplog):
     spec = load_spec({"train": {"checkpointer": PUBLISHED}, "dataset": {"train_data_sources": "x"}}, action="train")
     assert spec.train.keep_checkpoints == 3
     assert "checkpointer" not in caplog.text
@@ -89,7 +89,7 @@ def test_replacing_periodic_checkpoints_keeps_one():
         (("period=3",), "train.checkpointer.period (override): there is no such key."),
     ],
 )
-def test_what_cannot_be_monitored_is_refused(overrides, text):
+def test_invalid_monitors_are_refused(overrides, text):
     with pytest.raises(SpecError) as caught:
         checked(TOPK, *(f"train.checkpointer.{item}" for item in overrides))
     assert text in str(caught.value)
@@ -116,7 +116,7 @@ def test_what_cannot_be_monitored_is_refused(overrides, text):
         ),
     ],
 )
-def test_what_has_no_effect_is_said(overrides, notice, caplog):
+def test_options_without_effect_are_reported(overrides, notice, caplog):
     checked(*overrides)
     assert notice in caplog.text
 
@@ -144,7 +144,7 @@ IGNORED = {
         (["model.arch=convnextv2_tiny", "model.drop_path_rate=0.1"], "model.decoder_embed_dim=256 (default 512), "),
     ],
 )
-def test_what_tao_ignores_and_acts_here_is_said_of_a_file(overrides, expected, tmp_path, caplog):
+def test_options_that_tao_ignores_are_reported_for_a_file(overrides, expected, tmp_path, caplog):
     path = tmp_path / "spec.yaml"
     path.write_text(json.dumps(IGNORED))
     load_spec(path, overrides, action="train")
@@ -152,7 +152,7 @@ def test_what_tao_ignores_and_acts_here_is_said_of_a_file(overrides, expected, t
     assert "momentum" not in caplog.text, "it is the default"
 
 
-def test_it_is_not_said_of_overrides_of_a_mapping_or_of_another_action(tmp_path, caplog):
+def test_ignored_options_are_reported_for_files_and_training_only(tmp_path, caplog):
     load_spec(IGNORED, action="train")
     path = tmp_path / "spec.yaml"
     path.write_text(json.dumps(IGNORED))
@@ -162,14 +162,14 @@ def test_it_is_not_said_of_overrides_of_a_mapping_or_of_another_action(tmp_path,
     assert "TAO ignores" not in caplog.text
 
 
-def test_it_is_not_said_of_a_file_that_was_written_for_openmae(tmp_path, caplog):
+def test_ignored_options_are_not_reported_for_openmae_specs(tmp_path, caplog):
     path = tmp_path / "spec.yaml"
     path.write_text(json.dumps({**IGNORED, "model": {**IGNORED["model"], "in_chans": 1}}))
     load_spec(path, action="train")
     assert "TAO ignores" not in caplog.text
 
 
-def test_no_published_key_is_taken_for_one_that_tao_does_not_have():
+def test_published_keys_are_in_tao():
     published = {line.split("\t")[0] for line in KEYS.read_text(encoding="utf-8").splitlines()}
     marked = {key for key in fields() if not traits(key).in_tao}
     assert len(marked) > 20

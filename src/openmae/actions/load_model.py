@@ -39,7 +39,7 @@ from openmae.models.build import build_autoencoder
 from openmae.models.mae import MaskedAutoencoder
 from openmae.spec.actions import TABLE
 from openmae.spec.describe import fields, traits
-from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD
+from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD, resolve
 from openmae.spec.rules import find_geometry_problems
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get, value_of
@@ -179,13 +179,13 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
         raise refuse_foreign(checkpoint)
     named = spec.model.arch if spec.is_set("model.arch") else None
     config = guess_config(checkpoint.weights, likely_arch(checkpoint.weights) or named)
-    augmentation = spec.dataset.augmentation
     if config.architecture.family == "convnextv2":
-        config = replace(config, input_size=augmentation.size)  # any size fits its tensors
-    mean, std = augmentation.mean or (), augmentation.std or ()
+        config = replace(config, input_size=spec.dataset.augmentation.size)  # any size fits its tensors
+    values = resolve(spec)
+    mean, std = values.mean, values.std
     if len(mean) != config.in_chans:
         mean, std = DEFAULT_MEAN.get(config.in_chans, ()), DEFAULT_STD.get(config.in_chans, ())
-    return checkpoint, CheckpointInfo("finetune", config, (), tuple(mean), tuple(std))
+    return checkpoint, CheckpointInfo("finetune", config, (), mean, std)
 
 
 def number_classes(info: CheckpointInfo) -> CheckpointInfo:
