@@ -131,7 +131,12 @@ def test_the_orchestrator_replaces_numbers_of_the_spec(
 
 
 @pytest.mark.parametrize(
-    "streams", ["2>&1 >/dev/null | true", ">&- 2>&-", ">/dev/full 2>/dev/full"], ids=["pipe", "closed", "full"]
+    "streams",
+    [
+        pytest.param("2>&1 >/dev/null | true", id="pipe", marks=pytest.mark.slow),
+        pytest.param(">&- 2>&-", id="closed"),
+        pytest.param(">/dev/full 2>/dev/full", id="full", marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_survives_a_closed_output(trained, tmp_path, streams):
     words = [sys.executable, "-m", "openmae", "train", *trained("vit", "pretrain").overrides]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 from lightning_fabric import Fabric
 
 from openmae.actions.load_model import TrainedModel, open_model, resolve_model
-from openmae.actions.run import begin_results, running, show_table, with_progress
+from openmae.actions.run import Run, begin_results, running, show_table, with_progress
 from openmae.actions.sections import classifier_report, pretrained_report
 from openmae.actions.sources import match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
@@ -26,6 +28,7 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.training.finetune import predict, score
 from openmae.training.pretrain import PretrainTask, embed, probe
 
+Result = TypeVar("Result")
 PICTURES = 8  # images in a reconstruction grid
 
 
@@ -33,11 +36,16 @@ PICTURES = 8  # images in a reconstruction grid
 class Request:
     """The input of each process of evaluate and inference."""
 
+    action: Literal["evaluate", "inference"]
     spec: ExperimentSpec
     folder: Path
     model: TrainedModel
     index: ImageIndex
-    batch_size: int
+
+    @property
+    def title(self) -> str:
+        """The title of the printed table."""
+        return f"{self.info.model.arch} ({self.info.stage}) on {len(self.index):,} images"
 
     @property
     def info(self) -> CheckpointInfo:
@@ -55,7 +63,7 @@ class Request:
         check_agreement(fabric, lambda: {"set of images": self.index.digest, "model": file})
         dataset = self.spec.dataset
         settings = LoaderSettings(
-            batch_size=self.batch_size,
+            batch_size=self.spec.batch_size(self.action),
             results=self.folder,
             max_corrupt_fraction=dataset.max_corrupt_fraction,
             num_workers=dataset.num_workers_per_gpu,
@@ -77,6 +85,14 @@ class Request:
             seed=self.spec.train.seed,
             monitor="val_loss",
         )
+
+    def launch(self, this_run: Run, work: Callable[[Fabric, Request], Result]) -> Result:
+        """Write ``experiment.yaml``, and do the work on the devices of the spec."""
+        section = getattr(self.spec, self.action)
+        fabric = build_fabric(self.action, section.num_gpus, section.gpu_ids, section.num_nodes)
+        if this_run.leads:
+            begin_results(this_run.folder, self.spec)
+        return launch(fabric, work, self)
 
 
 def run(spec: ExperimentSpec) -> dict[str, float]:
@@ -107,17 +123,11 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
             if not info.class_names:
                 model = _with_class_names(model, index)
             index = match_classes(index, model.info.class_names)
-        request = Request(spec, this_run.folder, model, index, spec.batch_size("evaluate"))
-        section = spec.evaluate
-        fabric = build_fabric("evaluate", section.num_gpus, section.gpu_ids, section.num_nodes)
-        if this_run.leads:
-            begin_results(this_run.folder, spec)
-        work = _evaluate_classifier if info.stage == "finetune" else _evaluate_pretrained
-        metrics = launch(fabric, work, request)
+        request = Request("evaluate", spec, this_run.folder, model, index)
+        metrics = request.launch(this_run, _evaluate_classifier if info.stage == "finetune" else _evaluate_pretrained)
         if this_run.leads:
             this_run.status.write("RUNNING", f"Evaluated on {len(index)} images", kpi=metrics)
-            title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
-            show_table(title, [(name, f"{value:.4f}") for name, value in metrics.items()])
+            show_table(request.title, [(name, f"{value:.4f}") for name, value in metrics.items()])
     return metrics
 
 

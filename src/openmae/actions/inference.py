@@ -15,12 +15,11 @@ from lightning_fabric import Fabric
 
 from openmae.actions.evaluate import PICTURES, Request
 from openmae.actions.load_model import open_model, resolve_model
-from openmae.actions.run import begin_results, running, show_table, with_progress
+from openmae.actions.run import running, show_table, with_progress
 from openmae.actions.sections import embedding_report, inference_report
 from openmae.actions.sources import open_images
 from openmae.data.image_dataset import Batch
 from openmae.data.index import unread_table
-from openmae.distributed.launch import build_fabric, launch
 from openmae.results.images import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.atomic import replacing, write_atomically
@@ -57,16 +56,11 @@ def run(spec: ExperimentSpec) -> Path:
         spec = resolve_model(spec, info)
         source, largest = spec.dataset.test_data_sources, spec.dataset.max_megapixels
         index = open_images(source, "dataset.test_data_sources", labelled=False, largest=largest)
-        request = Request(spec, this_run.folder, model, index, spec.batch_size("inference"))
-        section = spec.inference
-        fabric = build_fabric("inference", section.num_gpus, section.gpu_ids, section.num_nodes)
-        if this_run.leads:
-            begin_results(this_run.folder, spec)
-        found = launch(fabric, _classify if info.stage == "finetune" else _embed, request)
+        request = Request("inference", spec, this_run.folder, model, index)
+        found = request.launch(this_run, _classify if info.stage == "finetune" else _embed)
         path = this_run.folder / (RESULTS if info.stage == "finetune" else EMBEDDINGS)
         if this_run.leads:
-            title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
-            show_table(title, [*found.items(), ("written", str(path))])
+            show_table(request.title, [*found.items(), ("written", str(path))])
     return path
 
 

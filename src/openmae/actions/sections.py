@@ -56,7 +56,7 @@ _PROBES = (
     "They measure how well the embeddings separate the classes."
 )
 _MOST_ROWS = 50
-_SHOWN = (*(name for name in METRICS if name != "train_loss"), EPOCH_TRAIN_LOSS)  # in this order
+_SHOWN = tuple(EPOCH_TRAIN_LOSS if name == "train_loss" else name for name in METRICS)  # in this order
 
 
 def train_report(

@@ -27,6 +27,7 @@ from openmae.errors import DataError, RunError, SpecError, UserError, blaming
 from openmae.jobs.artifacts import list_folder, newest_checkpoint
 from openmae.spec.describe import fields
 from openmae.spec.load import to_dict
+from openmae.spec.metrics import METRICS
 from openmae.spec.option import is_secret
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get, has, nest, value_of
@@ -168,7 +169,7 @@ def count_images(spec: ExperimentSpec) -> dict[str, int]:
             val = open_index(spec.dataset.val_data_sources, labelled=finetune or None)
         counts.update(val=len(val), classes=len(val.class_names))
     metric = make_objective(spec).metric
-    if metric in ("knn_acc", "probe_acc") and not counts["classes"]:
+    if METRICS[metric].needs == "validation images with classes" and not counts["classes"]:
         raise DataError(
             f"automl.metric: {metric} needs classes, but the images of dataset.val_data_sources have none.",
             "Make one folder per class, or judge by automl.metric=val_loss.",

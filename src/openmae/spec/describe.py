@@ -75,6 +75,7 @@ def unused_by(stage: str) -> tuple[str, ...]:
     return tuple(key for key in fields() if stage not in traits(key).stages)
 
 
+@cache
 def file_use(key: str) -> FileUse | None:
     """Return the use of the file or folder that an option names; None for an option that names none."""
     return next((item for item in fields()[key].metadata if isinstance(item, FileUse)), None)

@@ -52,10 +52,10 @@ METRICS = {
     for metric in (
         Metric("ACC_all", "top-1 accuracy", "top-1", "share", ("finetune",)),
         Metric("ACC_top5", "top-5 accuracy", "top-5", "share", ("finetune",)),
-        Metric("knn_acc", "kNN accuracy", "kNN", "share", ("pretrain",)),
         Metric("probe_acc", "linear probe accuracy", "linear probe", "share", ("pretrain",)),
-        Metric("val_loss", "validation loss", "validation", "loss", ("pretrain", "finetune"), "validation images"),
+        Metric("knn_acc", "kNN accuracy", "kNN", "share", ("pretrain",)),
         Metric("train_loss", "training loss", "train", "loss", ("pretrain", "finetune"), ""),
+        Metric("val_loss", "validation loss", "validation", "loss", ("pretrain", "finetune"), "validation images"),
     )
 }
 
