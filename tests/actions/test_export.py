@@ -154,7 +154,7 @@ def test_options_without_effect_are_reported(exported, trained, tmp_path, capsys
     size = ["export.input_height=48", "export.input_width=32"]
     assert main(["export", *request, *settings, *size, f"results_dir={tmp_path}"]) == 0
     text = capsys.readouterr().err
-    assert "trained at 32x32 and is exported for 48x32: measure with mae evaluate" in text
+    assert "trained at 32x32 and is exported for 48x32: measure its accuracy with mae evaluate" in text
     assert "dataset.augmentation.input_size has no effect on `mae export`, and the file takes 48x32" in text
     assert "dataset.augmentation.interpolation has no effect on `mae export`" in text
     assert "export.gpu_id has no effect: the export runs on the CPU." in text
@@ -235,13 +235,13 @@ CHECKPOINT = "export.checkpoint={checkpoint}"
         ((CHECKPOINT, "export.onnx_file={new}", "export.format=xdl"), ("only onnx can be written, got xdl",)),
         (
             (CHECKPOINT, "export.onnx_file={new}", "export.quantize=int8"),
-            ("export.calibration.images", "Name a folder"),
+            ("export.calibration.images", "Give a folder"),
         ),
         (
             (CHECKPOINT, "export.onnx_file={there}/x.onnx"),
             ("export.onnx_file: cannot write to",),
         ),
-        ((CHECKPOINT, "export.onnx_file={beside}"), ("beside.onnx.data exists, and is not replaced",)),
+        ((CHECKPOINT, "export.onnx_file={beside}"), ("beside.onnx.data already exists",)),
         (("export.checkpoint={there}", "export.onnx_file={new}"), ("there.onnx is an ONNX file, not a checkpoint",)),
         (
             (CHECKPOINT, "export.onnx_file={new}", "export.input_channel=1"),

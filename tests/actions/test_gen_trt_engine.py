@@ -129,13 +129,13 @@ def test_int8_is_calibrated_with_images(request_for, tmp_path, photos):
 
 
 def test_int8_calibration_with_the_names_of_tao(request_for, tmp_path, photos, caplog):
-    """Six batches of two, shared by two folders; the cache is said to have no effect."""
+    """Six batches of two, shared by two folders; the cache has no effect."""
     names = {"cal_image_dir": [str(photos.plain)] * 2, "cal_batch_size": 2, "cal_batches": 6, "cal_cache_file": "c.bin"}
     calibration = {f"tensorrt.calibration.{name}": value for name, value in names.items()}
     request = request_for(**tensorrt(data_type="INT8"), **calibration)
     assert main(["gen_trt_engine", *request]) == 0
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["engine"]["data_type"] == "int8"
-    assert "calibration.cal_cache_file has no effect: the ranges are part of the engine" in caplog.text
+    assert "calibration.cal_cache_file has no effect because the ranges are part of the engine" in caplog.text
     spec = load_spec(None, request, action="gen_trt_engine")
     settings = spec.gen_trt_engine.tensorrt.calibration
     assert (settings.sources, settings.total, settings.batch_size) == ((str(photos.plain),) * 2, 12, 2)
@@ -148,11 +148,11 @@ def test_int8_calibration_with_the_names_of_tao(request_for, tmp_path, photos, c
 
 def test_int8_needs_images(request_for, tmp_path, refused):
     text = refused("gen_trt_engine", request_for(**tensorrt(data_type="int8")))
-    assert "there are no images to calibrate with: gen_trt_engine.tensorrt.calibration.images is not set" in text
+    assert "there are no images: gen_trt_engine.tensorrt.calibration.images is not set" in text
     assert "export.quantize=int8" in text
     write_model(tmp_path / "model.onnx", card=None)
     text = refused("gen_trt_engine", request_for(**tensorrt(data_type="int8")))
-    assert "is not of mae export: how images are prepared for it is not known, so it cannot be calibrated" in text
+    assert "was not written by mae export: it cannot be calibrated, since its preprocessing is unknown" in text
     write_model(tmp_path / "model.onnx")
     missing = {"tensorrt.calibration.images": tmp_path / "none"}
     text = refused("gen_trt_engine", request_for(**tensorrt(data_type="int8"), **missing))

@@ -143,7 +143,8 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
     more = []
     if info.stage == "pretrain":
         found = find_geometry_problems(resolve_model(spec, replace(info, model=config)))
-        more = [SpecError(f"{problem.key}: {problem.text}") for problem in found]
+        fix = "Or remove the option: the checkpoint has its own value."
+        more = [SpecError(f"{problem.key}: {problem.text}", fix) for problem in found]
     else:
         try:
             with blaming("dataset.augmentation.input_size"):
