@@ -60,8 +60,7 @@ class Traits:
         search: the range to search; None: the user has to give one, or it has choices, which are all tried.
         cond: a sign and the key of another option, which is a bound of this one: ``< train.num_epochs``.
         popular: active in templates.
-        in_tao: TAO has the option.
-        ignored_by_tao: the stages in which TAO accepts the option and ignores it.
+        tao: what TAO does with the option.
     """
 
     stages: tuple[Stage, ...] = ("pretrain", "finetune")
@@ -76,8 +75,17 @@ class Traits:
     search: Search | None = None
     cond: str = ""
     popular: bool = False
-    in_tao: bool = True
-    ignored_by_tao: tuple[Stage, ...] = ()
+    tao: Literal["applies", "lacks", "ignores", "ignores in pretraining"] = "applies"
+
+    @property
+    def in_tao(self) -> bool:
+        """Whether TAO has the option."""
+        return self.tao != "lacks"
+
+    @property
+    def ignored_by_tao(self) -> tuple[Stage, ...]:
+        """The stages in which OpenMAE uses the option and TAO ignores it."""
+        return {"ignores": self.stages, "ignores in pretraining": PRETRAIN}.get(self.tao, ())
 
     @property
     def condition(self) -> tuple[str, tuple[str, ...]]:
@@ -118,7 +126,9 @@ def option(
         traits: attributes of ``Traits``.
     """
     declared = Traits(**traits)
-    help += "" if declared.in_tao else " (not in TAO)"
+    notes = ["finetune"] if declared.stages == FINETUNE else []
+    notes += [] if declared.in_tao else ["not in TAO"]
+    help += f" ({', '.join(notes)})" if notes else ""
     return Field(default, description=help, json_schema_extra={"traits": declared}, gt=gt, ge=ge, lt=lt, le=le)  # type: ignore[dict-item]
 
 
@@ -205,6 +215,9 @@ def _timm_policy(name: str) -> str:
 
 
 ArchName = Annotated[str, AfterValidator(_known_arch), Field(json_schema_extra={"enum": list(ARCHITECTURES)})]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 InputSize = Annotated[int | tuple[int, int], BeforeValidator(_side_or_sides), TypeWords("integer or [height, width]")]
 SharePair = Annotated[tuple[float, float], BeforeValidator(_number_or_pair), TypeWords("number or [min, max]")]
 EngineType = Annotated[Literal["fp32", "fp16", "bf16", "int8", "fp32,fp16"], BeforeValidator(_lower)]

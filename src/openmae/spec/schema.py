@@ -43,7 +43,7 @@ class ExperimentSpec(Section):
     encryption_key: Secret = option(
         "", "key that encrypts written models and decrypts those that are read: env:NAME, file:PATH or the key"
     )
-    model_name: str = option("", "accepted; it has no effect", compat=True, no_effect="the architecture is model.arch")
+    model_name: str = option("", "accepted; it has no effect", no_effect="the architecture is model.arch", compat=True)
     model: ModelSpec = option(ModelSpec(), "the network")
     dataset: DatasetSpec = option(DatasetSpec(), "the images")
     train: TrainSpec = option(TrainSpec(), "training")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from openmae.spec.option import KEY_IN_ENVIRONMENT, OutputPath, Section, Texts, broken, option
+from openmae.spec.option import KEY_IN_ENVIRONMENT, Count, OutputPath, Section, Texts, broken, option
 from openmae.spec.tree import flatten
 
 Algorithm = Literal["bayesian", "random", "grid", "hyperband", "asha", "bohb", "pbt", "cmaes"]
@@ -42,7 +42,7 @@ class AutomlSpec(Section):
     """``automl``: a search in which every trial is a training job."""
 
     algorithm: Algorithm = option("bayesian", "search algorithm; asha, hyperband and bohb stop bad trials early")
-    max_recommendations: int = option(20, "number of trials; the first one has the spec's own values", ge=1)
+    max_recommendations: Count = option(20, "number of trials; the first one has the spec's own values")
     max_epochs: int | None = option(None, "epochs of a complete trial; unset: train.num_epochs", ge=1)
     metric: str = option("", "metric to optimise; unset: train_loss for pretraining, ACC_all for fine-tuning")
     direction: Literal["", "minimize", "maximize"] = option("", "unset: as the metric requires")
@@ -52,7 +52,7 @@ class AutomlSpec(Section):
         3, "asha, hyperband, bohb: 1 of this many trials continues, for this many times the epochs", ge=2
     )
     population_size: int = option(5, "pbt: trials of a generation", ge=2)
-    max_concurrent: int = option(1, "trials that run at the same time, in each worker", ge=1)
+    max_concurrent: Count = option(1, "trials that run at the same time, in each worker")
     timeout: float = option(0.0, "seconds after which a trial is stopped; 0: never", ge=0)
     seed: int = option(1234, "seed of the search", ge=0)
     keep_all: bool = option(False, "keep the checkpoints of trials that cannot win")

@@ -7,13 +7,15 @@ from typing import Any, Literal
 from openmae.spec.option import (
     EXECUTION,
     FINETUNE,
-    PRETRAIN,
     AutoAugment,
+    Count,
     Deviations,
     InputPath,
     InputSize,
+    PositiveShare,
     Search,
     Section,
+    Share,
     SharePair,
     option,
 )
@@ -27,11 +29,9 @@ class AugmentationSpec(Section):
     )
     mean: tuple[float, ...] | None = option(None, "mean of each channel, 0 to 1; unset: ImageNet's", automl=False)
     std: Deviations = option(None, "standard deviation of each channel; unset: ImageNet's", automl=False)
-    min_scale: float = option(
+    min_scale: PositiveShare = option(
         0.1,
         "smallest share of the area that a random crop keeps",
-        gt=0,
-        le=1,
         search=Search(0.08, 0.8),
         cond="<= dataset.augmentation.max_scale",
         changes_loss=True,
@@ -48,56 +48,44 @@ class AugmentationSpec(Section):
         "smallest width / height of a random crop",
         gt=0,
         le=100,
+        tao="ignores in pretraining",
         cond="<= dataset.augmentation.max_ratio",
-        ignored_by_tao=PRETRAIN,
     )
     max_ratio: float = option(
         1.33,
         "largest width / height of a random crop",
         gt=0,
         le=100,
+        tao="ignores in pretraining",
         cond=">= dataset.augmentation.min_ratio",
-        ignored_by_tao=PRETRAIN,
     )
     interpolation: Literal["bilinear", "bicubic", "random"] = option(
-        "bilinear",
-        "resampling filter of training crops (finetune); pretraining and evaluation use bicubic",
-        stages=FINETUNE,
+        "bilinear", "resampling filter of training crops; pretraining and evaluation use bicubic", stages=FINETUNE
     )
-    hflip: float = option(
-        0.5, "probability of a horizontal flip", ge=0, le=1, search=Search(0.0, 0.5), ignored_by_tao=PRETRAIN
+    hflip: Share = option(
+        0.5, "probability of a horizontal flip", tao="ignores in pretraining", search=Search(0.0, 0.5)
     )
     color_jitter: float = option(
-        0.0, "strength of colour jitter, 0: off (finetune)", ge=0, le=10, search=Search(0, 0.4), stages=FINETUNE
+        0.0, "strength of colour jitter, 0: off", ge=0, le=10, stages=FINETUNE, search=Search(0, 0.4)
     )
-    auto_aug: AutoAugment = option(
-        "rand-m9-mstd0.5-inc1", "timm's augmentation policy, empty: off (finetune)", stages=FINETUNE
-    )
-    re_prob: float = option(
-        0.0, "probability of random erasing (finetune)", ge=0, le=1, search=Search(0.0, 0.4), stages=FINETUNE
-    )
-    smoothing: float = option(0.1, "label smoothing (finetune)", ge=0, lt=1, search=Search(0.0, 0.2), stages=FINETUNE)
-    mixup: float = option(0.8, "Mixup's alpha, 0: off (finetune)", ge=0, search=Search(0.0, 1.0), stages=FINETUNE)
-    cutmix: float = option(1.0, "CutMix's alpha, 0: off (finetune)", ge=0, search=Search(0.0, 1.0), stages=FINETUNE)
+    auto_aug: AutoAugment = option("rand-m9-mstd0.5-inc1", "timm's augmentation policy, empty: off", stages=FINETUNE)
+    re_prob: Share = option(0.0, "probability of random erasing", stages=FINETUNE, search=Search(0.0, 0.4))
+    smoothing: float = option(0.1, "label smoothing", ge=0, lt=1, stages=FINETUNE, search=Search(0.0, 0.2))
+    mixup: float = option(0.8, "Mixup's alpha, 0: off", ge=0, stages=FINETUNE, search=Search(0.0, 1.0))
+    cutmix: float = option(1.0, "CutMix's alpha, 0: off", ge=0, stages=FINETUNE, search=Search(0.0, 1.0))
     cutmix_minmax: SharePair | None = option(
-        None,
-        "[min, max] side of CutMix's box as a share of the image; replaces cutmix's alpha (finetune)",
-        stages=FINETUNE,
+        None, "[min, max] side of CutMix's box as a share of the image; replaces cutmix's alpha", stages=FINETUNE
     )
-    mixup_prob: float = option(
-        1.0, "probability that a batch is mixed (finetune)", ge=0, le=1, search=Search(0.2, 1.0), stages=FINETUNE
-    )
-    mixup_switch_prob: float = option(
+    mixup_prob: Share = option(1.0, "probability that a batch is mixed", stages=FINETUNE, search=Search(0.2, 1.0))
+    mixup_switch_prob: Share = option(
         0.5,
-        "probability of CutMix if Mixup and CutMix are both on (finetune)",
-        ge=0,
-        le=1,
-        search=Search(0.2, 0.8),
-        needs="dataset.augmentation.mixup>0",
+        "probability of CutMix if Mixup and CutMix are both on",
         stages=FINETUNE,
+        needs="dataset.augmentation.mixup>0",
+        search=Search(0.2, 0.8),
     )
     mixup_mode: Literal["batch", "pair", "elem"] = option(
-        "batch", "images that get the same mixing weight (finetune)", stages=FINETUNE
+        "batch", "images that get the same mixing weight", stages=FINETUNE
     )
 
     @property
@@ -124,27 +112,21 @@ class DatasetSpec(Section):
     test_data_sources: InputPath = option(
         "", "images for inference: a folder, an archive, or shards", on_resume="allow", in_search=False
     )
-    batch_size: int = option(1, "images per batch and device", ge=1, popular=True)
+    batch_size: Count = option(1, "images per batch and device", popular=True)
     num_workers_per_gpu: int = option(2, "workers that load images, per device", ge=0, le=256, **EXECUTION)
-    max_corrupt_fraction: float = option(
-        0.01,
-        "share of unreadable images above which the run fails",
-        ge=0,
-        le=1,
-        automl=False,
-        in_tao=False,
-        on_resume="allow",
+    max_corrupt_fraction: Share = option(
+        0.01, "share of unreadable images above which the run fails", tao="lacks", automl=False, on_resume="allow"
     )
     max_megapixels: int = option(
         179,
         "images with more megapixels count as unreadable",
         ge=1,
         le=100_000,
+        tao="lacks",
         automl=False,
-        in_tao=False,
         on_resume="allow",
     )
     augmentation: AugmentationSpec = option(AugmentationSpec(), "transforms of each image")
     segment: dict[str, Any] | None = option(
-        None, "accepted; it has no effect", compat=True, no_effect="it belongs to another task of TAO"
+        None, "accepted; it has no effect", no_effect="it belongs to another task of TAO", compat=True
     )

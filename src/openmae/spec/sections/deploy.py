@@ -7,6 +7,7 @@ from typing import Literal
 
 from openmae.spec.option import (
     BatchOrAuto,
+    Count,
     EngineType,
     GpuIds,
     InputPath,
@@ -26,9 +27,9 @@ class EvaluateSpec(Section):
     checkpoint: InputPath = option("", "checkpoint to evaluate", popular=True)
     trt_engine: InputPath = option("", "TensorRT engine or ONNX file to evaluate instead of a checkpoint")
     batch_size: BatchOrAuto = option(-1, "images per batch; -1: dataset.batch_size", ge=-1)
-    num_gpus: int = option(1, "GPUs per node", ge=1)
+    num_gpus: Count = option(1, "GPUs per node")
     gpu_ids: GpuIds = option((0,), "GPUs of a node to use, by number", automl=False)
-    num_nodes: int = option(1, "nodes", ge=1)
+    num_nodes: Count = option(1, "nodes")
     results_dir: OutputPath = option("", "folder for results of evaluate; unset: <results_dir>/evaluate")
 
 
@@ -38,18 +39,18 @@ class InferenceSpec(Section):
     checkpoint: InputPath = option("", "checkpoint to run", popular=True)
     trt_engine: InputPath = option("", "TensorRT engine or ONNX file to run instead of a checkpoint")
     batch_size: BatchOrAuto = option(-1, "images per batch; -1: dataset.batch_size", ge=-1)
-    num_gpus: int = option(1, "GPUs per node", ge=1)
+    num_gpus: Count = option(1, "GPUs per node")
     gpu_ids: GpuIds = option((0,), "GPUs of a node to use, by number", automl=False)
-    num_nodes: int = option(1, "nodes", ge=1)
+    num_nodes: Count = option(1, "nodes")
     results_dir: OutputPath = option("", "folder for results of inference; unset: <results_dir>/inference")
 
 
 class CalibrationSpec(Section):
     """Images from which the ranges of the activations are measured for int8."""
 
-    images: InputPath = option("", "folder or archive of images like those that the model will see", in_tao=False)
-    count: int = option(256, "number of images to use, spread evenly over the set", ge=1, in_tao=False)
-    batch: int = option(8, "images per batch during calibration", ge=1, in_tao=False)
+    images: InputPath = option("", "folder or archive of images like those that the model will see", tao="lacks")
+    count: Count = option(256, "number of images to use, spread evenly over the set", tao="lacks")
+    batch: Count = option(8, "images per batch during calibration", tao="lacks")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -74,8 +75,8 @@ class EngineCalibrationSpec(CalibrationSpec):
     cal_cache_file: str = option(
         "",
         "accepted; the ranges are part of the engine, and no cache is written",
-        compat=True,
         no_effect="the ranges are part of the engine, and no cache is written",
+        compat=True,
     )
     cal_batch_size: int | None = option(None, "TAO's name for batch", ge=1, compat=True)
     cal_batches: int | None = option(
@@ -109,12 +110,12 @@ class ExportSpec(Section):
     input_height: int | None = option(None, "image height in pixels; unset: the checkpoint's", ge=32)
     input_width: int | None = option(None, "image width in pixels; unset: the checkpoint's", ge=32)
     include_preprocessing: bool = option(
-        False, "take uint8 images [N, H, W, C] and normalise them in the model", in_tao=False
+        False, "take uint8 images [N, H, W, C] and normalise them in the model", tao="lacks"
     )
-    quantize: Literal["none", "fp16", "int8"] = option("none", "precision of weights and arithmetic", in_tao=False)
+    quantize: Literal["none", "fp16", "int8"] = option("none", "precision of weights and arithmetic", tao="lacks")
     calibration: CalibrationSpec = option(CalibrationSpec(), "images for int8 calibration")
-    overwrite: bool = option(False, "replace onnx_file if it exists", in_tao=False)
-    opset_version: int = option(17, "ONNX operator set", ge=1)
+    overwrite: bool = option(False, "replace onnx_file if it exists", tao="lacks")
+    opset_version: Count = option(17, "ONNX operator set")
     on_cpu: bool = option(False, "export on the CPU")
     gpu_id: int = option(0, "GPU to export on", ge=0)
     verbose: bool = option(False, "print the exporter's messages")
@@ -128,9 +129,9 @@ class TensorRTSpec(Section):
         "fp32,fp16", "precision of the engine; fp32,fp16: fp16 where it is faster", popular=True
     )
     workspace_size: int = option(1024, "memory that the builder may use, in MiB; 0: no limit", ge=0)
-    min_batch_size: int = option(1, "smallest batch", ge=1)
-    opt_batch_size: int = option(1, "batch that the engine is optimised for", ge=1)
-    max_batch_size: int = option(1, "largest batch", ge=1)
+    min_batch_size: Count = option(1, "smallest batch")
+    opt_batch_size: Count = option(1, "batch that the engine is optimised for")
+    max_batch_size: Count = option(1, "largest batch")
     layers_precision: tuple[str, ...] = option(
         (), "nodes that keep another precision, as name:fp32, where * matches any characters", automl=False
     )
@@ -145,16 +146,16 @@ class GenTrtEngineSpec(Section):
     backend: Literal["auto", "tensorrt", "tensorrt_rtx"] = option(
         "auto",
         "builder; auto: tensorrt if it is installed and there is a GPU, else tensorrt_rtx, which needs no GPU",
-        in_tao=False,
+        tao="lacks",
     )
     compute_capability: Texts = option(
-        (), "GPUs that tensorrt_rtx builds for, such as sm_89, or current; unset: current", automl=False, in_tao=False
+        (), "GPUs that tensorrt_rtx builds for, such as sm_89, or current; unset: current", tao="lacks", automl=False
     )
     batch_size: BatchOrAuto = option(-1, "images per batch; -1: min_batch_size to max_batch_size", ge=-1)
     input_channel: int | None = option(None, "accepted; the ONNX file decides", ge=1, no_effect=_ONNX_DECIDES)
     input_height: int | None = option(None, "accepted; the ONNX file decides", ge=1, no_effect=_ONNX_DECIDES)
     input_width: int | None = option(None, "accepted; the ONNX file decides", ge=1, no_effect=_ONNX_DECIDES)
-    overwrite: bool = option(False, "replace trt_engine if it exists", in_tao=False)
+    overwrite: bool = option(False, "replace trt_engine if it exists", tao="lacks")
     gpu_id: int = option(0, "GPU to build on", ge=0)
     timing_cache: LocalFile = option("", "file of TensorRT's timing cache, read and written")
     verbose: bool = option(False, "print the builder's messages")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from openmae.spec.architectures import Architecture, get_architecture
-from openmae.spec.option import FINETUNE, PRETRAIN, SHAPE, ArchName, Search, Section, option
+from openmae.spec.option import FINETUNE, PRETRAIN, SHAPE, ArchName, PositiveShare, Search, Section, option
 
 
 class ModelSpec(Section):
@@ -16,24 +16,24 @@ class ModelSpec(Section):
         None,
         "number of classes for fine-tuning; unset: as in the data",
         ge=1,
-        automl=False,
         stages=FINETUNE,
+        automl=False,
         on_resume="allow",
         shapes_model=True,
     )
     in_chans: Literal[1, 3, 4] = option(
-        3, "image channels: 1 grey, 3 RGB, 4 RGB and alpha", automl=False, in_tao=False, **SHAPE
+        3, "image channels: 1 grey, 3 RGB, 4 RGB and alpha", tao="lacks", automl=False, **SHAPE
     )
     patch_size: int | None = option(
-        None, "side of a ViT patch in pixels; unset: as in the name", ge=1, automl=False, in_tao=False, **SHAPE
+        None, "side of a ViT patch in pixels; unset: as in the name", ge=1, tao="lacks", automl=False, **SHAPE
     )
     mask_ratio: float | None = option(
         None,
         "share of mask units hidden in pretraining; unset: 0.75 ViT, 0.6 Hiera and ConvNeXt V2",
         gt=0,
         lt=1,
-        search=Search(0.4, 0.9),
         stages=PRETRAIN,
+        search=Search(0.4, 0.9),
         on_resume="refuse",
         changes_loss=True,
     )
@@ -41,48 +41,46 @@ class ModelSpec(Section):
         True,
         "normalise the pixels of each patch before computing the loss",
         stages=PRETRAIN,
+        tao="ignores",
         on_resume="refuse",
         changes_loss=True,
-        ignored_by_tao=PRETRAIN,
     )
     decoder_depth: int | None = option(
         None,
         "decoder blocks; unset: 8 ViT and Hiera, 1 ConvNeXt V2",
         ge=1,
-        search=Search(1, 8),
         stages=PRETRAIN,
+        tao="ignores",
+        search=Search(1, 8),
         changes_loss=True,
-        ignored_by_tao=PRETRAIN,
         **SHAPE,
     )
     decoder_embed_dim: int | None = option(
         None,
         "decoder width; unset: 512",
         ge=1,
-        search=Search(128, 512, step=64),
         stages=PRETRAIN,
+        tao="ignores",
+        search=Search(128, 512, step=64),
         changes_loss=True,
-        ignored_by_tao=PRETRAIN,
         **SHAPE,
     )
     decoder_attention: Literal["self", "cross"] = option(
         "self",
         "tokens that masked tokens attend to in the decoder: self: all tokens; cross: visible tokens only, as in "
         "CrossMAE, which is faster (ViT and Hiera)",
-        automl=False,
-        in_tao=False,
         stages=PRETRAIN,
+        tao="lacks",
+        automl=False,
         **SHAPE,
     )
-    decoder_targets: float = option(
+    decoder_targets: PositiveShare = option(
         1.0,
         "share of the masked units that a training step predicts, drawn anew in each step; validation predicts all. "
         "A lower share is faster and learns from less",
-        gt=0,
-        le=1,
-        search=Search(0.25, 1.0),
-        in_tao=False,
         stages=PRETRAIN,
+        tao="lacks",
+        search=Search(0.25, 1.0),
         changes_loss=True,
     )
     drop_path_rate: float | None = option(
@@ -90,14 +88,14 @@ class ModelSpec(Section):
         "stochastic depth; unset: as in the paper for pretraining, 0.1 for fine-tuning",
         ge=0,
         lt=1,
+        tao="ignores",
         search=Search(0.0, 0.4),
-        ignored_by_tao=("pretrain", "finetune"),
     )
     global_pool: bool = option(
         True,
-        "classify the mean of the tokens; false: the class token (ViT only)",
+        "classify the mean of the tokens; false: the class token, ViT only",
         stages=FINETUNE,
-        ignored_by_tao=FINETUNE,
+        tao="ignores",
         **SHAPE,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from openmae.spec.option import TAO_NAME, Section, option
+from openmae.spec.option import TAO_NAME, Count, Section, option
 
 Monitor = Literal["", "train_loss", "val_loss", "ACC_all", "acc"]
 _TOPK = "train.checkpointer.enable_topk=true"
@@ -29,7 +29,7 @@ class CheckpointerSpec(Section):
     mode: Literal["", "min", "max"] = option(
         "", "direction of the metric, which must be the true one", needs=_TOPK, **TAO_NAME
     )
-    save_top_k: int = option(1, "accepted; one best checkpoint is kept", ge=1, no_effect=_ONE_BEST, **TAO_NAME)
+    save_top_k: Count = option(1, "accepted; one best checkpoint is kept", no_effect=_ONE_BEST, **TAO_NAME)
     filename: str = option(
         "model_best_{epoch:03d}", "accepted; the best checkpoint is model_best.pth", no_effect=_ONE_BEST, **TAO_NAME
     )
