@@ -88,7 +88,7 @@ DATA_MISTAKES = [
     (
         "train",
         (*CLASSES, "dataset.train_data_sources={photos.one_class}"),
-        ("needs two classes or more", "has one: red", "add images of another class"),
+        ("needs two classes or more", "holds one: red", "add images of another class"),
     ),
     (
         "train",
@@ -139,19 +139,19 @@ CHECKPOINT_MISTAKES = [
     (
         "evaluate",
         (*EVALUATE, f"evaluate.{PRE}", "dataset.augmentation.input_size=40"),
-        ("must be a multiple of 16", "vit_tiny_patch16's patches, got 40x40", "40 -> 32 or 48"),
+        ("input size 40x40 is not a multiple of 16", "vit_tiny_patch16's units", "Use 32x32"),
     ),
     (
         "evaluate",
         (*EVALUATE, f"evaluate.{PRE}", "train.mask_ratio=0.95"),
-        ("model.mask_ratio: must leave some mask units visible and some masked, but 0.95 leaves 0 of 4",),
+        ("model.mask_ratio", "0.95 of 4 leaves no unit visible"),
     ),
     *(
         (action, (*sources, f"{action}.checkpoint={{made}}/{name}"), (f"{action}.checkpoint: ", name, text))
         for action, sources in (("evaluate", EVALUATE), ("inference", INFER))
         for name, text in (
             ("none.pth", "No checkpoint at"),
-            ("cut.pth", "is cut off or damaged"),
+            ("cut.pth", "is truncated or damaged"),
             ("text.pth", "begins with the text 'hello"),
             ("nothing.pth", "is empty (0 bytes)"),
         )
@@ -182,15 +182,15 @@ CHECKPOINT_MISTAKES = [
             (
                 "pretrained_model_path",
                 "train.pretrained_model_path: ",
-                (("none.pth", "No checkpoint at"), ("cut.pth", "is cut off"), ("text.pth", "begins with the text")),
+                (("none.pth", "No checkpoint at"), ("cut.pth", "is truncated"), ("text.pth", "begins with the text")),
             ),
             (
                 "resume_training_checkpoint_path",
                 "train.resume_training_checkpoint_path: ",
                 (
-                    ("none.pth", "there is no file"),
-                    ("cut.pth", "truncated, damaged or foreign"),
-                    ("text.pth", "truncated, damaged or foreign"),
+                    ("none.pth", "No checkpoint at"),
+                    ("cut.pth", "is truncated or damaged"),
+                    ("text.pth", "begins with the text"),
                     ("timm.pth", "holds no training state"),
                 ),
             ),
@@ -286,7 +286,7 @@ def test_a_results_folder_that_cannot_be_written(action, place, fill, refused: R
     assert (tmp_path / "file").read_text() == "a file"
 
 
-def test_a_full_disk_is_reported(monkeypatch, fill, tmp_path, capsys):
+def test_a_full_disk_is_told(monkeypatch, fill, tmp_path, capsys):
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "embeddings.parquet")
 
@@ -298,7 +298,7 @@ def test_a_full_disk_is_reported(monkeypatch, fill, tmp_path, capsys):
     assert read_status(tmp_path / "inference" / "status.json")[-1]["status"] == "FAILURE"
 
 
-def test_a_run_resumes_only_with_the_same_model(trained, photos, fill, refused: Refused, tmp_path):
+def test_a_run_goes_on_only_as_what_it_was(trained, photos, fill, refused: Refused, tmp_path):
     folder = tmp_path / "train"
     shutil.copytree(trained("vit", "pretrain").folder, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.name != "status.json"}

@@ -12,16 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from openmae.checkpoints.folder import BEST
-from openmae.checkpoints.format import (
-    Checkpoint,
-    CheckpointInfo,
-    check_size,
-    load_into,
-    read_checkpoint,
-    refuse_foreign,
-)
-from openmae.checkpoints.matching import likely_arch
-from openmae.checkpoints.shapes import guess_config
+from openmae.checkpoints.format import Checkpoint, CheckpointInfo, read_checkpoint
+from openmae.checkpoints.load import check_size, load_into
 from openmae.data.normalise import Normaliser
 from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
@@ -37,10 +29,10 @@ from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES
 from openmae.errors import CheckpointError, SpecError, blaming
 from openmae.models.build import build_autoencoder
 from openmae.models.mae import MaskedAutoencoder
+from openmae.models.masking import count_visible
 from openmae.spec.actions import TABLE
 from openmae.spec.describe import fields, traits
 from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD, resolve
-from openmae.spec.rules import find_geometry_problems
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get, value_of
 from openmae.storage.encryption import Key, resolve_key
@@ -133,7 +125,7 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
         if info.stage == "pretrain" and not checkpoint.weights.rest:
             raise CheckpointError(
                 f"{path} holds only the backbone, and {key.split('.')[0]} also reconstructs images.",
-                f"Give a checkpoint of the same run, such as {checkpoint.path.with_name(BEST)}.",
+                f"Give a checkpoint of the same run, such as {path.with_name(BEST)}.",
             )
     config = info.model
     if spec.is_set("dataset.augmentation.input_size"):
@@ -141,16 +133,15 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
     if spec.model.mask_ratio is not None and spec.is_set("model.mask_ratio"):
         config = replace(config, mask_ratio=spec.model.mask_ratio)
     more = []
-    if info.stage == "pretrain":
-        found = find_geometry_problems(resolve_model(spec, replace(info, model=config)))
-        fix = "Or remove the option: the checkpoint has its own value."
-        more = [SpecError(f"{problem.key}: {problem.text}", fix) for problem in found]
-    else:
-        try:
-            with blaming("dataset.augmentation.input_size"):
-                check_size(config)
-        except SpecError as error:
-            more.append(error)
+    masked = info.stage == "pretrain"
+    try:
+        with blaming("dataset.augmentation.input_size"):
+            check_size(config, masked=masked)
+        if masked:
+            rows, columns = (side // config.unit for side in config.input_size)
+            count_visible(rows * columns, config.mask_ratio)
+    except SpecError as error:
+        more.append(error)
     check_request(spec, key, path, info, more)
     info = replace(info, model=config)
     if key.startswith("inference"):
@@ -173,13 +164,10 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
         CheckpointError: the file cannot be used, or another program wrote it and it is not a classifier.
     """
     checkpoint = read_checkpoint(path, secret)
-    if checkpoint.info is not None:
-        return checkpoint, checkpoint.info
     pretrains = spec.is_set("train.stage") and spec.train.stage == "pretrain"
-    if not checkpoint.num_classes or pretrains:
-        raise refuse_foreign(checkpoint)
-    named = spec.model.arch if spec.is_set("model.arch") else None
-    config = guess_config(checkpoint.weights, likely_arch(checkpoint.weights) or named)
+    if checkpoint.info is not None or not checkpoint.num_classes or pretrains:
+        return checkpoint, checkpoint.own_info()
+    config = checkpoint.config(spec.model.arch if spec.is_set("model.arch") else None)
     if config.architecture.family == "convnextv2":
         config = replace(config, input_size=spec.dataset.augmentation.size)  # any size fits its tensors
     values = resolve(spec)

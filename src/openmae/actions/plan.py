@@ -23,7 +23,7 @@ from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import flatten
 from openmae.storage.encryption import Key, resolve_key
-from openmae.training.elastic import Share, accumulation_for
+from openmae.training.elastic import BatchLayout, accumulation_for
 from openmae.training.resume import best_was_set_aside, newest_checkpoint, newest_readable, read_finite
 
 log = logging.getLogger("openmae")
@@ -191,8 +191,8 @@ def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[Experime
         The spec, and how the run began; empty if neither processes nor accumulation have changed since, or the user
         changes the accumulation.
     """
-    last, now = Share.of(earlier.info.spec), Share.of(to_dict(spec))
-    begun = Share(**earlier.info.begun) if earlier.info.begun else last
+    last, now = BatchLayout.of(earlier.info.spec), BatchLayout.of(to_dict(spec))
+    begun = BatchLayout(**earlier.info.begun) if earlier.info.begun else last
     same = now.processes == begun.processes == last.processes
     if same or now.accumulated not in (begun.accumulated, last.accumulated):  # experiment.yaml has that of the last run
         return spec, {}

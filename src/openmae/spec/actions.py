@@ -137,7 +137,7 @@ TABLE = {
         ),
         Action(
             "inference",
-            "classify or embed test images",
+            "classify test images, or compute embeddings",
             data=(Data("dataset.test_data_sources", "inference_dataset", "images_test.tar.gz"),),
             inputs=(Input("inference.checkpoint", ("checkpoint",)), Input("inference.trt_engine", ("engine", "onnx"))),
             has_devices=True,
@@ -145,7 +145,7 @@ TABLE = {
         ),
         Action(
             "export",
-            "write a trained model as ONNX",
+            "export a trained model to ONNX",
             produces="onnx",
             data=(
                 Data("dataset.val_data_sources", "eval_dataset", "images_val.tar.gz", required=False, in_skill=False),
@@ -159,7 +159,7 @@ TABLE = {
         ),
         Action(
             "gen_trt_engine",
-            "build a TensorRT engine from ONNX",
+            "build a TensorRT engine from an ONNX file",
             produces="engine",
             inputs=(Input("gen_trt_engine.onnx_file", ("onnx",)),),
             output=Output("gen_trt_engine.trt_engine", "create_engine_file", "model.engine"),

@@ -37,6 +37,7 @@ log = logging.getLogger("openmae")
 
 Source = str | Path | Mapping[str, Any] | ExperimentSpec | None
 
+_REMOVED = {"train.sharded_checkpoints": "checkpoints are always complete"}
 #: Keys of TAO's published schema that mean the same as another key.
 ALIASES = {"train.mask_ratio": "model.mask_ratio", "train.norm_pix_loss": "model.norm_pix_loss"}
 
@@ -217,6 +218,8 @@ def _explain(path: tuple[str, ...], value: Any, detail: Any) -> str:
 
 def _unknown(path: tuple[str, ...]) -> str:
     key = ".".join(path)
+    if key in _REMOVED:
+        return f"this option was removed: {_REMOVED[key]}. Remove the key."
     if any("." in part for part in path) and key in fields():
         section, name = key.rsplit(".", 1)
         return f"a file has sections, not dotted keys. Write {name}: below {section}: instead."

@@ -34,7 +34,7 @@ def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]
         if action in (None, section):
             yield from _devices(spec, section)
     if _knows_geometry(spec, action):
-        yield from find_geometry_problems(spec)
+        yield from _geometry(spec)
     if action in (None, "export"):
         yield from _export(spec)
     if action in (None, "gen_trt_engine"):
@@ -129,17 +129,6 @@ def _training(spec: ExperimentSpec) -> Iterator[Problem]:
             "Set it to 0, or use train.distributed_strategy=ddp.",
             also=("train.distributed_strategy", "train.stage"),
         )
-    if (
-        train.distributed_strategy == "fsdp"
-        and train.sharded_checkpoints
-        and spec.results_folder("train").lower().startswith(_REMOTE)
-    ):
-        yield Problem(
-            "train.sharded_checkpoints",
-            "the processes write the parts of a checkpoint into one folder, but results_dir is in a store. "
-            "Set it to false, or give results_dir a path on a file system that all nodes share.",
-            also=("results_dir", "train.results_dir"),
-        )
     if train.optim.monitor_name == "val_loss" and not spec.dataset.val_data_sources:
         yield Problem(
             "train.optim.monitor_name",
@@ -181,8 +170,7 @@ def _knows_geometry(spec: ExperimentSpec, action: str | None) -> bool:
     return action in ("evaluate", "inference") and all(map(spec.is_set, keys))
 
 
-def find_geometry_problems(spec: ExperimentSpec) -> Iterator[Problem]:
-    """Yield why an image size does not fit the units of the model, or no unit would be visible or masked."""
+def _geometry(spec: ExperimentSpec) -> Iterator[Problem]:
     unit, model = spec.model.mask_unit, spec.model
     height, width = size = spec.dataset.augmentation.size
     parts = ("model.arch", "model.patch_size", "model.in_chans")

@@ -142,13 +142,6 @@ class TrainSpec(Section):
     keep_checkpoints: Count = option(
         3, "number of newest checkpoints to keep, in addition to the best one", tao="lacks", **EXECUTION
     )
-    sharded_checkpoints: bool = option(
-        False,
-        "fsdp: each process writes its part of a checkpoint; the last and the best are complete",
-        needs="train.distributed_strategy=fsdp",
-        tao="lacks",
-        **EXECUTION,
-    )
     validation_interval: Count = option(
         1, "epochs between validations", needs="dataset.val_data_sources", automl=False, on_resume="allow"
     )
