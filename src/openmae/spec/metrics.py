@@ -23,7 +23,7 @@ class Metric:
     Attributes:
         name: as it is written down.
         label: its name in reports.
-        short: its name beside a curve.
+        short: its name at a curve.
         kind: a share is in [0, 1], shown as a percentage, and best at its maximum; a loss is best at its minimum.
         stages: those that measure it.
         needs: data that it is measured on, in addition to the training images.
@@ -38,7 +38,7 @@ class Metric:
 
     @property
     def is_share(self) -> bool:
-        """Whether values are in [0, 1] and shown as percentages."""
+        """True for values in [0, 1], which are shown as percentages."""
         return self.kind == "share"
 
     @property

@@ -79,7 +79,7 @@ class Traits:
 
     @property
     def in_tao(self) -> bool:
-        """Whether TAO has the option."""
+        """True if TAO has the option."""
         return self.tao != "lacks"
 
     @property

@@ -95,12 +95,12 @@ class AugmentationSpec(Section):
 
     @property
     def cuts(self) -> bool:
-        """Whether CutMix is on."""
+        """True if CutMix is on."""
         return self.cutmix > 0 or self.cutmix_minmax is not None
 
     @property
     def mixes(self) -> bool:
-        """Whether batches are mixed by Mixup or CutMix."""
+        """True if batches are mixed by Mixup or CutMix."""
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cuts)
 
 

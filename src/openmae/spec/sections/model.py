@@ -76,7 +76,7 @@ class ModelSpec(Section):
     )
     decoder_targets: PositiveShare = option(
         1.0,
-        "share of the masked units that a training step predicts, drawn anew in each step; validation predicts all. "
+        "share of the masked units that a training step predicts, drawn again in each step; validation predicts all. "
         "A lower share is faster and learns from less",
         stages=PRETRAIN,
         tao="lacks",
