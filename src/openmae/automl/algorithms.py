@@ -16,15 +16,14 @@ from optuna.trial import FrozenTrial
 
 from openmae.automl.space import Parameter, Space
 from openmae.errors import SpecError
-from openmae.spec.automl import AutomlSpec
+from openmae.spec.describe import traits
+from openmae.spec.sections.automl import AutomlSpec
 
 STOPS_EARLY = ("asha", "hyperband", "bohb")
 _RUNGS = 3  # lengths of training
 _JUDGED = 3  # epochs, where there are enough, before which none is judged: the warmup says little (docs/benchmarks.md)
 _GAUSSIAN = 50  # recommendations up to which a Gaussian process is fitted: it learns more from few, and costs more
 _QUANTILE = 0.25  # of a population that gives up its weights, and of that which hands them on
-_LIKE = tuple(f"model.{name}" for name in ("decoder_targets", "drop_path_rate", "mask_ratio", "norm_pix_loss"))
-# another value, the same weights
 _PERTURB = (0.8, 1.25)
 _RESAMPLE = 0.25  # chance that a population's option is drawn anew instead
 
@@ -52,7 +51,7 @@ class Algorithm:
             SpecError: weights are to be handed on between models of different shapes, or there is no second generation
                 to take them; a grid's points would differ in what does not act.
         """
-        shapes = [item.key for item in self.space.parameters if item.key.startswith("model.") and item.key not in _LIKE]
+        shapes = [item.key for item in self.space.parameters if traits(item.key).shapes_model]
         if self.name == "pbt" and shapes:
             raise SpecError(
                 f"automl.algorithm: pbt hands weights on, so that it cannot search {', '.join(shapes)}.",

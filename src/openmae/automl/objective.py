@@ -8,22 +8,15 @@ from typing import Literal
 
 from openmae.errors import SpecError
 from openmae.results.status import read_status
+from openmae.spec.actions import TABLE
+from openmae.spec.describe import traits
+from openmae.spec.metrics import METRICS, metrics_of, monitored_metric
 from openmae.spec.schema import ExperimentSpec
 
-_SHARES = ("ACC_all", "ACC_top5", "knn_acc", "probe_acc")
-_OF_STAGE = {
-    "pretrain": ("train_loss", "val_loss", "knn_acc", "probe_acc"),
-    "finetune": ("ACC_all", "ACC_top5", "val_loss", "train_loss"),
-}
 MISLEADS = (
     "train_loss compares reconstructions of the same difficulty only: a lower mask ratio leaves more to copy from, "
     "and blurs less, so its loss is lower whether or not the features are better. Across mask ratios, decoders or "
     "norm_pix_loss, use validation images with classes and automl.metric=knn_acc."
-)
-_CHANGES_THE_TASK = (
-    *(f"model.{name}" for name in ("mask_ratio", "norm_pix_loss", "arch")),
-    *(f"model.decoder_{name}" for name in ("depth", "embed_dim", "targets")),
-    "dataset.augmentation.min_scale",
 )
 
 
@@ -49,7 +42,7 @@ class Objective:
     @property
     def is_share(self) -> bool:
         """Whether its values are shares in [0, 1], best read as per cent."""
-        return self.metric in _SHARES
+        return METRICS[self.metric].is_share
 
     def shown(self, value: float | None) -> str:
         """A value as people read it."""
@@ -77,32 +70,29 @@ def make_objective(spec: ExperimentSpec) -> Objective:
         SpecError: the stage has no such metric, or it needs validation images that are not there.
     """
     stage, has_val = spec.train.stage, bool(spec.dataset.val_data_sources)
-    metric = spec.automl.metric or ("ACC_all" if stage == "finetune" else "train_loss")
-    if metric not in _OF_STAGE[stage]:
+    metric = spec.automl.metric or TABLE["train"].metrics[stage]
+    if metric not in metrics_of(stage):
         raise SpecError(
-            f"automl.metric: {stage} has no metric {metric!r}.", f"Use one of: {', '.join(_OF_STAGE[stage])}."
+            f"automl.metric: {stage} has no metric {metric!r}.", f"Use one of: {', '.join(metrics_of(stage))}."
         )
-    if metric != "train_loss" and not has_val:
-        what = "validation images with classes" if metric in _SHARES else "validation images"
+    row = METRICS[metric]
+    if row.needs and not has_val:
         raise SpecError(
-            f"automl.metric: {metric} is measured on {what}, but dataset.val_data_sources is not set.",
+            f"automl.metric: {metric} is measured on {row.needs}, but dataset.val_data_sources is not set.",
             "Set it" + (", or judge by automl.metric=train_loss." if stage == "pretrain" else "."),
         )
-    maximize = metric in _SHARES if not spec.automl.direction else spec.automl.direction == "maximize"
-    if maximize != (metric in _SHARES):
-        right = "maximize" if metric in _SHARES else "minimize"
+    if spec.automl.direction not in ("", row.direction):
         raise SpecError(
-            f"automl.direction: {metric} is better when {'larger' if right == 'maximize' else 'smaller'}, "
+            f"automl.direction: {metric} is better when {'larger' if row.is_share else 'smaller'}, "
             f"got {spec.automl.direction}.",
-            f"Remove automl.direction, or set it to {right}.",
+            f"Remove automl.direction, or set it to {row.direction}.",
         )
-    typed = spec.typed("train.optim.monitor_name")
-    monitor = "ACC_all" if stage == "finetune" and has_val and not typed else spec.train.optim.monitor_name
     # a generation of a population is judged by where it has come to, and not by the weights that it began with
-    return Objective(metric, maximize, of_best_epoch=metric == monitor and spec.automl.algorithm != "pbt")
+    best = metric == monitored_metric(spec) and spec.automl.algorithm != "pbt"
+    return Objective(metric, row.is_share, of_best_epoch=best)
 
 
 def misleading(spec: ExperimentSpec, objective: Objective, searched: tuple[str, ...]) -> str:
     """Why the metric says little of what is searched; empty where it is a fair judge."""
-    of_pixels = objective.metric in ("train_loss", "val_loss") and spec.train.stage == "pretrain"
-    return MISLEADS if of_pixels and any(key in _CHANGES_THE_TASK for key in searched) else ""
+    of_pixels = not objective.is_share and spec.train.stage == "pretrain"
+    return MISLEADS if of_pixels and any(traits(key).changes_loss for key in searched) else ""

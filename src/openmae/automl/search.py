@@ -25,12 +25,12 @@ from openmae.data.open import open_index
 from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import DataError, RunError, SpecError, UserError, blaming
 from openmae.jobs.artifacts import list_folder, newest_checkpoint
-from openmae.jobs.parameters import nested
 from openmae.spec.describe import fields
 from openmae.spec.load import to_dict
+from openmae.spec.metrics import METRICS
 from openmae.spec.option import is_secret
-from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import get, has, nest, value_of
 from openmae.spec.yaml_reader import write_text
 from openmae.storage import cache
 from openmae.storage.atomic import make_folder, write_atomically
@@ -169,7 +169,7 @@ def count_images(spec: ExperimentSpec) -> dict[str, int]:
             val = open_index(spec.dataset.val_data_sources, labelled=finetune or None)
         counts.update(val=len(val), classes=len(val.class_names))
     metric = make_objective(spec).metric
-    if metric in ("knn_acc", "probe_acc") and not counts["classes"]:
+    if METRICS[metric].needs == "validation images with classes" and not counts["classes"]:
         raise DataError(
             f"automl.metric: {metric} needs classes, but the images of dataset.val_data_sources have none.",
             "Make one folder per class, or judge by automl.metric=val_loss.",
@@ -278,14 +278,10 @@ def best_spec(search: Search, params: Mapping[str, Any]) -> str:
         "results_dir": (spec.shown.get("results_dir") or spec.results_dir or "results").rstrip("/") + "/best"
     }
     for key in fields():
-        if spec.typed(key) and not key.startswith("automl.") and key not in ("results_dir", "train.results_dir"):
-            *above, name = key.split(".")
-            section = resolved
-            for part in above:
-                section = section.get(part, {})
-            if name in section:  # an empty text is left out there
-                values[key] = section[name]
-    return write_text(nested({**values, **params, "train.num_epochs": search.study.algorithm.epochs}))
+        own = spec.is_set(key) and not key.startswith("automl.") and key not in ("results_dir", "train.results_dir")
+        if own and has(resolved, key):  # to_dict leaves empty texts out
+            values[key] = get(resolved, key)
+    return write_text(nest({**values, **params, "train.num_epochs": search.study.algorithm.epochs}))
 
 
 def _tell_next(search: Search) -> None:

@@ -129,7 +129,7 @@ def importances(study: Study) -> dict[str, float]:
 
 
 def _misleading(spec: ExperimentSpec, study: Study, keys: Sequence[str], counts: Mapping[str, int]) -> list[Section]:
-    pretraining = spec.train.stage == "pretrain" and study.objective.metric in ("train_loss", "val_loss")
+    pretraining = spec.train.stage == "pretrain" and not study.objective.is_share
     if misleading(spec, study.objective, tuple(keys)) or (pretraining and counts["classes"]):
         return [Text("What this metric does not say", MISLEADS)]
     return []

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from openmae.errors import SpecError
 from openmae.spec.architectures import ARCHITECTURES
-from openmae.spec.describe import choices, fields, why_illegal
+from openmae.spec.describe import choices, fields, traits, unused_by, why_illegal
 from openmae.spec.load import ALIASES, find_refusals
-from openmae.spec.option import Search
-from openmae.spec.rules import INERT, inert_keys, value_of
+from openmae.spec.notices import inert_keys
+from openmae.spec.option import Search, meets
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -76,7 +77,7 @@ class Parameter:
         if self.needs is None:
             return True
         key, wanted = self.needs
-        return key in drawn and _meets(drawn[key], wanted)
+        return key in drawn and meets(drawn[key], wanted)
 
     @property
     def range_words(self) -> str:
@@ -138,7 +139,7 @@ def make_space(spec: ExperimentSpec) -> Space:
     """
     named = [_full(key) for key in spec.automl.parameters]
     ranges = {_full(key): value for key, value in spec.automl.ranges.items()}
-    wanted = named or [key for key, field in fields().items() if _flag(field) is True]
+    wanted = named or [key for key in fields() if traits(key).automl is True]
     unused = [key for key in ranges if key not in wanted]
     problems = [
         f"automl.ranges.{key}: {_unknown(key) or 'it is not among automl.parameters. Add it there, or remove it.'}"
@@ -177,17 +178,6 @@ def _full(key: str) -> str:
     return ALIASES.get(key, key)
 
 
-def _extra(key: str) -> Mapping[str, Any]:
-    extra = fields()[key].json_schema_extra
-    assert isinstance(extra, dict)
-    return extra
-
-
-def _flag(field: Any) -> bool | None:
-    flag: bool | None = field.json_schema_extra["automl"]
-    return flag
-
-
 def _unknown(key: str) -> str:
     if key in fields():
         return ""
@@ -199,47 +189,31 @@ def _unknown(key: str) -> str:
 def _never(key: str) -> str:
     if key == _SHARES_OF_BUDGET:
         return "it is the budget of a recommendation, not a value to search. Set automl.max_epochs."
-    if not key.startswith(_SEARCHED) or _flag(fields()[key]) is False:
+    if not key.startswith(_SEARCHED) or traits(key).automl is False:
         return "it is never searched: it says what is trained and where, not how well. Set it in the spec."
     return ""
 
 
 def _inert(spec: ExperimentSpec, key: str, wanted: list[str]) -> str:
-    if key in INERT[spec.train.stage]:
+    if key in unused_by(spec.train.stage):
         return f"it does not act in the {spec.train.stage} stage."
     if key == "train.optim.lr" and spec.train.optim.base_lr is not None:
         return "train.optim.base_lr replaces it. Search train.optim.base_lr, with a range of your own."
-    need = _extra(key)["needs"]
-    if need is not None:
-        other, values = _parsed(need)
-        if other in wanted:
-            return ""
-        if not _meets(value_of(spec, other), values):
-            return f"it does not act without {need}."
-    if key == "train.optim.base_lr" and spec.typed("train.optim.lr"):
+    other, values = traits(key).condition
+    if other in wanted:
+        return ""
+    if other and not meets(value_of(spec, other), values):
+        return f"it does not act without {traits(key).needs}."
+    if key == "train.optim.base_lr" and spec.is_set("train.optim.lr"):
         return "train.optim.lr is set, and both set the learning rate. Remove that one."
     return "another option of the spec replaces it, or turns it off." if key in inert_keys(spec) else ""
 
 
-def _parsed(need: str) -> tuple[str, tuple[str, ...]]:
-    """``key=a|b`` or ``key>0`` as the key and what its value has to be."""
-    if need.endswith(">0"):
-        return need.removesuffix(">0"), (">0",)
-    key, _, values = need.partition("=")
-    return key, tuple(values.split("|"))
-
-
-def _meets(value: Any, wanted: tuple[str, ...]) -> bool:
-    return (value or 0) > 0 if wanted == (">0",) else str(value) in wanted
-
-
 def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wanted: list[str]) -> Parameter | str:
     """The option as it is searched, or what is wrong."""
-    extra = _extra(key)
     own: Any = value_of(spec, key)
-    search: Search = extra["search"] or Search()
-    need = _parsed(extra["needs"]) if extra["needs"] else None
-    needs = need if need is not None and need[0] in wanted else None
+    search = traits(key).search or Search()
+    needs = traits(key).condition if traits(key).condition[0] in wanted else None
     known = choices(fields()[key]) or (("True", "False") if fields()[key].annotation is bool else ())
     if given is not None and (problem := why_illegal(key, given)):
         return f"automl.ranges.{key}: {problem}"
@@ -324,7 +298,7 @@ def _on_grid(step: float, low: float, high: float, own: Any) -> tuple[float, flo
 
 
 def _conditions(key: str) -> Iterator[tuple[str, str]]:
-    cond = _extra(key)["cond"]
+    cond = traits(key).cond
     if cond:
         sign = next(sign for sign in _SIGNS if cond.startswith(sign))
         yield sign, cond.removeprefix(sign).strip()

@@ -31,9 +31,10 @@ from openmae.automl.space import Space
 from openmae.errors import SpecError
 from openmae.machine import boot_id, identify, is_running
 from openmae.results.trials import Trial as Shown
-from openmae.spec.describe import fields
+from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import get
 
 TRIALS = "trials"
 BEAT = 15.0  # seconds between signs of life
@@ -44,16 +45,6 @@ NUMBER, FOLDER, SOURCES = "recommendation", "folder", "sources"
 EPOCHS, SECONDS, CAUSE, TRIES = "epochs", "seconds", "cause", "tries"
 _WORKER = "worker"
 _NAME = ".study"  # in the folder: which study its trainings are of
-# Says where and how a training runs, not what comes out.
-_HARMLESS = frozenset(
-    {
-        "dataset.test_data_sources",
-        "dataset.num_workers_per_gpu",
-        *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "distributed_strategy")),
-        *(f"train.{name}" for name in ("checkpoint_interval", "checkpoint_interval_unit", "keep_checkpoints")),
-        *(f"train.{name}" for name in ("results_dir", "resume_training_checkpoint_path", "stop_after_epoch")),
-    }
-)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -350,19 +341,13 @@ def _facts(spec: ExperimentSpec, algorithm: Algorithm, objective: Objective) -> 
         facts["automl.population_size"] = settings.population_size
     if name in ("pbt", "grid"):  # the lengths of generations, and the points, follow from it
         facts["automl.max_recommendations"] = settings.max_recommendations
-    fixed = {"model", "dataset", "train"}
-    tree = to_dict(spec)
+    values = to_dict(spec)
     for key in fields():
-        value = _at(tree, key)
-        if key.split(".")[0] in fixed and key not in _HARMLESS and key not in searched and value is not None:
+        value = get(values, key)
+        training = key.startswith(("model.", "dataset.", "train."))
+        if training and traits(key).in_search and key not in searched and value is not None:
             facts[key] = value
     return facts
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
 
 
 def _is_default(key: str, value: Any) -> bool:

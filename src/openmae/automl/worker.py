@@ -30,8 +30,8 @@ from openmae.jobs.platforms.local.queue import SLOTS
 from openmae.machine import boot_id, usable_cores
 from openmae.spec.describe import fields
 from openmae.spec.from_environment import environment_of
-from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 
 EQUAL_FAILURES = 3  # in a row, with one cause, that end a search: the next would fail as well
 _POLL = 0.5  # seconds
@@ -60,10 +60,10 @@ class Trainings:
         # machines that share the folder must not take one another's processes for dead ones
         self.client = Client(platform, root=folder / TRAININGS / (this_machine() if platform == "local" else platform))
         left_out = ("automl.", "wandb.run_id")  # one run of Weights & Biases cannot be all of them
-        typed = {key: value_of(spec, key) for key in fields() if spec.typed(key) and not key.startswith(left_out)}
+        typed = {key: value_of(spec, key) for key in fields() if spec.is_set(key) and not key.startswith(left_out)}
         kept = {key: text for key, text in spec.shown.items() if key in typed and key != "encryption_key"}
         self._specs = {**typed, **kept, "results_dir": str(folder)}  # a job takes care of a key itself
-        self._wandb = {key: value for key, value in _WANDB.items() if not spec.typed(key)}
+        self._wandb = {key: value for key, value in _WANDB.items() if not spec.is_set(key)}
         at_once = spec.automl.max_concurrent
         self._environment = {SLOTS: "1000", **environment_of(kept.values())}  # a worker counts its own jobs
         if platform == "local" and "OMP_NUM_THREADS" not in os.environ and at_once > 1:

@@ -7,22 +7,23 @@ import re
 
 from openmae.data.shards.patterns import expand_braces, is_shard_pattern
 from openmae.errors import DataError
+from openmae.spec.actions import ROWS
 from openmae.spec.option import KEY_IN_FILE
-from openmae.spec.rules import READS, SOURCES, value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.storage.printable import original_name
 
 _SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # a URL or another name that is not a path
 
 
 def missing_sources(spec: ExperimentSpec, action: str) -> dict[str, str]:
-    """Return a message for each local data source of an action that does not exist, by key."""
-    return _missing({f"dataset.{name}": _texts(spec, f"dataset.{name}") for name in SOURCES.get(action, ())})
+    """Return what is wrong with each local data source of an action that does not exist, by key."""
+    return _missing({data.key: _texts(spec, data.key) for data in ROWS[action].data})
 
 
 def missing_files(spec: ExperimentSpec, action: str) -> dict[str, str]:
-    """Return a message for each missing checkpoint, exported model, calibration folder or key file, by key."""
-    paths = {key: _texts(spec, key) for key in READS.get(action, ())}
+    """Return the same for checkpoints, exported models, calibration images and a key file."""
+    paths = {file.key: _texts(spec, file.key) for file in ROWS[action].inputs}
     if action == "gen_trt_engine" and spec.gen_trt_engine.tensorrt.data_type == "int8":
         calibration = spec.gen_trt_engine.tensorrt.calibration
         name = "cal_image_dir" if calibration.cal_image_dir else "images"

@@ -16,55 +16,14 @@ import yaml
 from openmae.errors import SpecError
 from openmae.jobs.artifacts import below, choose_model, list_folder, list_outputs, newest_checkpoint, read_text
 from openmae.jobs.job import Record
-from openmae.spec.describe import REQUIRED
+from openmae.spec.actions import SHORTHANDS, TABLE, expand_shorthand
 from openmae.spec.option import SECRET_MARK, is_secret
+from openmae.spec.tree import NotASectionError, Tree, flatten, get, put
 from openmae.storage.urls import is_remote
 
-Tree = dict[str, Any]
 KEY_VARIABLE = "OPENMAE_ENCRYPTION_KEY"
-KINDS = {"train": "checkpoint", "export": "onnx", "gen_trt_engine": "engine"}  # that an action writes for its children
-#: Kinds of model that a key takes from a parent.
-TAKES = {
-    "train.pretrained_model_path": ("checkpoint",),
-    "evaluate.checkpoint": ("checkpoint",),
-    "evaluate.trt_engine": ("engine", "onnx"),
-    "inference.checkpoint": ("checkpoint",),
-    "inference.trt_engine": ("engine", "onnx"),
-    "export.checkpoint": ("checkpoint",),
-    "gen_trt_engine.onnx_file": ("onnx",),
-}
-#: The contract's table without ``encryption_key`` and ``results_dir``, which every action has.
-FILLED = {
-    "train": {
-        "train.resume_training_checkpoint_path": "resume_model",
-        "train.pretrained_model_path": "ptm_if_no_resume_model",
-    },
-    "evaluate": {"evaluate.checkpoint": "parent_model", "evaluate.trt_engine": "parent_model"},
-    "inference": {"inference.checkpoint": "parent_model", "inference.trt_engine": "parent_model"},
-    "export": {"export.checkpoint": "parent_model", "export.onnx_file": "create_onnx_file"},
-    "gen_trt_engine": {
-        "gen_trt_engine.onnx_file": "parent_model",
-        "gen_trt_engine.trt_engine": "create_engine_file",
-    },
-}
 CARRIED = ("train.stage", "model.arch", "model.num_classes", "dataset.augmentation.input_size")
 _SHAPE = ("model.patch_size", "model.in_chans")  # carried if the parent sets them
-_SHORTHANDS = {
-    "num_epochs": "train.num_epochs",
-    "batch_size": "dataset.batch_size",
-    "learning_rate": "train.optim.lr",
-    "num_classes": "model.num_classes",
-    "stage": "train.stage",
-    "arch": "model.arch",
-    "image_size": "dataset.augmentation.input_size",
-    "resume_checkpoint": "train.resume_training_checkpoint_path",
-    "trt_data_type": "gen_trt_engine.tensorrt.data_type",
-    "trt_engine": "{action}.trt_engine",
-}
-_SHORTHANDS_OF = {
-    "export": {"batch_size": "export.batch_size"},
-    "gen_trt_engine": {"batch_size": "gen_trt_engine.batch_size"},
-}
 
 
 @dataclass(frozen=True)
@@ -150,10 +109,12 @@ def merge(
         dotted: dict[str, tuple[Any, str]] = {}
         for name, value in given.items():
             key = str(name)
-            if key in _SHORTHANDS:
-                short |= {k: (v, f"shorthand {key} in {source}") for k, v in _expand(action, key, value).items()}
+            if key in SHORTHANDS:
+                short |= {
+                    k: (v, f"shorthand {key} in {source}") for k, v in expand_shorthand(action, key, value).items()
+                }
             else:
-                found = {k: (v, f"given in {source}") for k, v in _flatten(value, key).items()}
+                found = {k: (v, f"given in {source}") for k, v in flatten({key: value}).items()}
                 (dotted if "." in key else nested_keys).update(found)
         for layer in (short, nested_keys | dotted):
             for key, (value, why) in layer.items():
@@ -180,12 +141,12 @@ def fill(spec: JobSpec, parent: Record | None, own_results: str) -> None:
         spec.put("results_dir", own_results, "output_dir", "this job's results folder")
     else:
         spec.values["results_dir"] = _absolute(spec.values["results_dir"])
-    if parent is not None and parent.action not in KINDS:
+    if parent is not None and not TABLE[parent.action].produces:
         raise SpecError(
             f"parent_job_id: {parent.id} is a job of {parent.action}, whose results have no model.",
             "Use a train, export or gen_trt_engine job.",
         )
-    for key, function in FILLED[spec.action].items():
+    for key, function in TABLE[spec.action].filled.items():
         if not spec.is_set(key):
             value, why = _FUNCTIONS[function](spec, key, parent)
             spec.put(key, value, function, why)
@@ -210,14 +171,17 @@ def _set_key(spec: JobSpec, parent: Record | None) -> None:
 def _parent_model(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
     if parent is None:
         return None, "there is no parent_job_id"
-    if KINDS[parent.action] not in TAKES[key]:
-        return None, f"a job of {parent.action} writes {KINDS[parent.action]}, which does not fit"
-    given = [other for other in FILLED[spec.action] if other != key and other in TAKES and spec.is_set(other)]
+    inputs = TABLE[spec.action].inputs
+    kinds = next(item.kinds for item in inputs if item.key == key)
+    produced = TABLE[parent.action].produces
+    if produced not in kinds:
+        return None, f"a job of {parent.action} writes {produced}, which does not fit"
+    given = [item.key for item in inputs if item.key != key and spec.is_set(item.key)]
     if given and spec.action in ("evaluate", "inference"):
         return None, f"{given[0]} is set, and only one of them is used"
     held = list_outputs(parent.results_folder, parent.outputs)
     where = f"{key}: job {parent.id} ({parent.action}, {parent.state})"
-    chosen, why = choose_model(held, TAKES[key], parent.outputs, where)
+    chosen, why = choose_model(held, kinds, parent.outputs, where)
     return chosen.path, f"{why} (job {parent.id})"
 
 
@@ -238,34 +202,33 @@ def _ptm_if_no_resume_model(spec: JobSpec, key: str, parent: Record | None) -> t
     return _parent_model(spec, key, parent)
 
 
-def _create_onnx_file(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
-    return below(spec.folder, "model.onnx"), "in this job's results folder"
-
-
-def _create_engine_file(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
-    return below(spec.folder, "model.engine"), "in this job's results folder"
+def _create_file(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
+    output = TABLE[spec.action].output
+    assert output is not None
+    return below(spec.folder, output.file), "in this job's results folder"
 
 
 _FUNCTIONS = {
     "parent_model": _parent_model,
     "resume_model": _resume_model,
     "ptm_if_no_resume_model": _ptm_if_no_resume_model,
-    "create_onnx_file": _create_onnx_file,
-    "create_engine_file": _create_engine_file,
+    "create_onnx_file": _create_file,
+    "create_engine_file": _create_file,
 }
 
 
 def _require_model(spec: JobSpec, parent: Record) -> None:
     """Refuse a parent whose model no key of the action takes."""
-    for group in REQUIRED[spec.action]:
-        if group[0] in TAKES and not any(map(spec.is_set, group)):
-            kinds = sorted({kind for key in group for kind in TAKES[key]})
-            wanted = " or ".join(action for action, kind in KINDS.items() if kind in kinds)
-            raise SpecError(
-                f"parent_job_id: {spec.action} takes {' or '.join(kinds)}, but {parent.id} is a job of "
-                f"{parent.action}, which writes {KINDS[parent.action]}.",
-                f"Use a job of {wanted} as the parent, or set {' or '.join(group)}.",
-            )
+    action = TABLE[spec.action]
+    keys = [item.key for item in action.inputs]
+    if action.needs_input and not any(map(spec.is_set, keys)):
+        kinds = sorted({kind for item in action.inputs for kind in item.kinds})
+        wanted = " or ".join(name for name, other in TABLE.items() if other.produces in kinds)
+        raise SpecError(
+            f"parent_job_id: {spec.action} takes {' or '.join(kinds)}, but {parent.id} is a job of {parent.action}, "
+            f"which writes {TABLE[parent.action].produces}.",
+            f"Use a job of {wanted} as the parent, or set {' or '.join(keys)}.",
+        )
 
 
 def _carry(spec: JobSpec, parent: Record) -> None:
@@ -296,8 +259,8 @@ def _read_parent_spec(parent: Record) -> tuple[dict[str, Any], str]:
                 "Restore it, or remove it and set model.arch and train.stage in the spec.",
             ) from error
         if isinstance(tree, dict):
-            return _flatten(tree), "resolved spec"
-    return _flatten(parent.spec), "spec"
+            return flatten(tree), "resolved spec"
+    return flatten(parent.spec), "spec"
 
 
 def _absolute(path: str) -> str:
@@ -312,39 +275,12 @@ def nested(values: Mapping[str, Any]) -> Tree:
     """
     tree: Tree = {}
     for key, value in values.items():
-        *parents, name = key.split(".")
-        section = tree
-        for part in parents:
-            inner = section.setdefault(part, {})
-            if not isinstance(inner, dict):
-                raise SpecError(
-                    f"{key}: cannot be set, since {part} is {inner!r} and not a section.",
-                    f"Give {part} as a mapping, or leave it out.",
-                )
-            section = inner
-        if isinstance(section.get(name), dict) and section[name]:
+        if isinstance(get(tree, key), dict):
             raise SpecError(f"{key}: is a section, but a plain value is given for it too.", "Remove one of them.")
-        section[name] = value
+        try:
+            put(tree, key, value)
+        except NotASectionError as error:
+            raise SpecError(
+                f"{key}: cannot be set, since {error}.", f"Give {error.section} as a mapping, or leave it out."
+            ) from error
     return tree
-
-
-def _expand(action: str, word: str, value: Any) -> dict[str, Any]:
-    """Return the keys that a shorthand stands for, with their values."""
-    if word == "trt_engine" and action not in ("evaluate", "inference", "gen_trt_engine"):
-        raise SpecError(
-            f"trt_engine: the shorthand has no meaning for {action}.",
-            "Use it with gen_trt_engine, evaluate, inference.",
-        )
-    if word == "image_size" and action == "export":
-        sides = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
-        return dict(zip(("export.input_height", "export.input_width"), sides, strict=True))
-    return {_SHORTHANDS_OF.get(action, {}).get(word, _SHORTHANDS[word]).format(action=action): value}
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {path: value}
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        found |= _flatten(inner, f"{path}.{name}" if path else str(name))
-    return found

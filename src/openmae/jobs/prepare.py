@@ -17,10 +17,11 @@ from openmae.jobs.parameters import KEY_VARIABLE, JobSpec, fill, merge, nested
 from openmae.jobs.policy import Route, route
 from openmae.jobs.store import SPEC
 from openmae.machine import identify
+from openmae.spec.actions import ACTIONS, DEVICES, get_action
 from openmae.spec.load import load_spec
 from openmae.spec.option import KEY_IN_ENVIRONMENT, KEY_IN_FILE, SECRET_MARK, is_secret
-from openmae.spec.rules import SOURCES, value_of
-from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
+from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.spec.yaml_reader import write_text
 from openmae.storage.urls import is_remote, redact
 
@@ -133,12 +134,12 @@ def check_sources(spec: ExperimentSpec, action: str) -> None:
     missing = missing_sources(spec, action)
     if missing:
         raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the path.")
-    for name in SOURCES.get(action, ()):
-        source = str(value_of(spec, f"dataset.{name}"))
+    for data in get_action(action).data:
+        source = str(value_of(spec, data.key))
         if is_remote(source) and "{" not in source:  # not a pattern of shards
             from openmae.storage.listing import require
 
-            with blaming(f"dataset.{name}"):
+            with blaming(data.key):
                 require(source)
 
 
@@ -245,8 +246,8 @@ def _absolute(path: str) -> str:
 
 
 def _outputs(spec: ExperimentSpec, action: str) -> list[str]:
-    written = {"export": spec.export.onnx_file, "gen_trt_engine": spec.gen_trt_engine.trt_engine}.get(action)
-    return [_absolute(written)] if written else []
+    output = get_action(action).output
+    return [_absolute(value_of(spec, output.key))] if output else []
 
 
 def _without_password(value: Any) -> Any:

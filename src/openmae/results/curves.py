@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from openmae.results import style
 from openmae.results.metrics_csv import series
 from openmae.results.style import BLUE, HAIRLINE, MUTED
+from openmae.spec.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,12 +58,14 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("Loss", {"train_loss": "train", "val_loss": "validation"}, log_axis=True, noisy=True, epoch_mean="_epoch"),
     _Panel(
-        "Accuracy",
-        {"ACC_all": "top-1", "ACC_top5": "top-5", "probe_acc": "linear probe", "knn_acc": "kNN"},
-        _percent,
+        "Loss",
+        {metric.name: metric.short for metric in METRICS.values() if not metric.is_share},
+        log_axis=True,
+        noisy=True,
+        epoch_mean="_epoch",
     ),
+    _Panel("Accuracy", {metric.name: metric.short for metric in METRICS.values() if metric.is_share}, _percent),
     _Panel("Learning rate", {}, from_zero=True, peak=True),  # its last value is near 0 by design
     _Panel("Images per second", {"images_per_s": ""}, from_zero=True, noisy=True),
     _Panel("Time spent waiting for data", {"data_wait": ""}, _percent, from_zero=True, noisy=True),
