@@ -13,8 +13,8 @@ from tests.helpers.platform_contract import SLEEP, Submit, Tiny, until
 
 from openmae.errors import CheckpointError, DataError, RunError, SpecError
 from openmae.jobs import Client, Job
-from openmae.jobs.artifacts import DELETED
 from openmae.jobs.prepare import Request, make_request
+from openmae.storage import layout
 
 SMALL = {
     **{"arch": "vit_tiny_patch16", "image_size": 32, "batch_size": 4, "num_epochs": 1, "stage": "finetune"},
@@ -142,7 +142,7 @@ def test_a_training_of_a_search_is_a_parent_like_any_other(
         )
         for number in range(2)
     )
-    for job, name in ((kept, "model_best.pth"), (pruned, DELETED)):
+    for job, name in ((kept, "model_best.pth"), (pruned, layout.CHECKPOINTS_DELETED)):
         Path(job.results_folder).mkdir(parents=True)
         Path(job.results_folder, name).write_text("Recommendation 1 of the search was pruned after epoch 3 of 9.\n")
     export = {"export.onnx_file": str(client.store.root / "m.onnx")}

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from openmae.errors import RunError, UserError
-from openmae.storage import lock
+from openmae.storage import layout, lock
 from openmae.storage.filesystem import ask
-from openmae.storage.lock import HOLDER, LOCK, StoreLock, locked_folder
+from openmae.storage.lock import StoreLock, locked_folder
 
 HOLD = """
 import sys
@@ -46,7 +46,7 @@ def test_the_second_is_told_who_the_first_is(tmp_path):
     finally:
         process.kill()
         process.wait()
-    holder = json.loads((tmp_path / HOLDER).read_text())
+    holder = json.loads((tmp_path / layout.LOCK_HOLDER).read_text())
     assert holder["pid"] == process.pid
     assert caught.value.problem == (
         f"train.results_dir: another run is writing to {tmp_path}: process {process.pid} on {holder['host']}, started "
@@ -60,7 +60,7 @@ def test_a_killed_one_blocks_nobody(tmp_path):
     process.kill()
     process.wait()
     with locked_folder(tmp_path, "results_dir"):
-        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / layout.LOCK_HOLDER).read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir()), "a file of the lock is left"
 
 
@@ -74,21 +74,21 @@ def test_a_file_that_its_holder_has_deleted_is_no_lock(tmp_path, monkeypatch):
             first.kill()
             first.wait()
             acquired = acquire(self, *arguments, **options)
-            (tmp_path / LOCK).unlink()
+            (tmp_path / layout.LOCK).unlink()
             return acquired
         return acquire(self, *arguments, **options)
 
     monkeypatch.setattr(lock.FileLock, "acquire", acquire_late)
     with locked_folder(tmp_path, "results_dir"):
         assert len(tries) == 4, "taken, and not current; taken again"
-        assert (tmp_path / LOCK).exists()
+        assert (tmp_path / layout.LOCK).exists()
 
 
 def test_the_children_of_a_killed_one_are_waited_for(tmp_path, monkeypatch):
     """Forked ones may have inherited the lock; they end soon after their parent."""
     child = hold(tmp_path)
-    holder = json.loads((tmp_path / HOLDER).read_text())
-    (tmp_path / HOLDER).write_text(json.dumps({**holder, "start": "1"}))  # their parent, which is dead
+    holder = json.loads((tmp_path / layout.LOCK_HOLDER).read_text())
+    (tmp_path / layout.LOCK_HOLDER).write_text(json.dumps({**holder, "start": "1"}))  # their parent, which is dead
     looks = []
 
     def look(seconds):
@@ -124,7 +124,7 @@ def test_a_file_system_without_flock_does_not_keep_the_marker_of_a_killed_run(tm
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr("fcntl.flock", none)
-    (tmp_path / lock.LOCK).write_text("1\nanother-host\n")
+    (tmp_path / layout.LOCK).write_text("1\nanother-host\n")
     with locked_folder(tmp_path, "results_dir"):
         assert "is on a file system without locks" in caplog.text
 
@@ -150,7 +150,7 @@ def never(error: RunError) -> None:
 
 
 def body(store, bucket) -> dict[str, object]:
-    return json.loads(store.get(bucket, f"runs/train/{HOLDER}"))
+    return json.loads(store.get(bucket, f"runs/train/{layout.LOCK_HOLDER}"))
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_a_store_s_lock_is_released(store, bucket, url):
 
 def put(store, bucket, **facts) -> None:
     holder = {**lock._myself(), "token": "theirs", **facts}
-    store.put(bucket, {f"runs/train/{HOLDER}": json.dumps(holder).encode()})
+    store.put(bucket, {f"runs/train/{layout.LOCK_HOLDER}": json.dumps(holder).encode()})
 
 
 def test_a_store_s_lock_of_a_dead_process_is_taken_over_at_once(store, bucket, url, monkeypatch, caplog):
@@ -219,7 +219,7 @@ def test_a_living_holder_on_another_machine_is_named(store, bucket, url, clock):
 
 def test_a_holder_on_another_machine_that_ends_is_followed(store, bucket, url, clock):
     put(store, bucket, machine="another")
-    clock.then = lambda: store.client.delete_object(Bucket=bucket, Key=f"runs/train/{HOLDER}")
+    clock.then = lambda: store.client.delete_object(Bucket=bucket, Key=f"runs/train/{layout.LOCK_HOLDER}")
     with StoreLock(url, "results_dir", never):
         pass
     assert clock.now < lock.STALE

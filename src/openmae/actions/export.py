@@ -19,7 +19,7 @@ from openmae.actions.load_model import check_request, number_classes, read_train
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import export_report
 from openmae.actions.sources import match_classes, open_images
-from openmae.checkpoints.format import BACKBONE, CheckpointInfo, check_size, save_backbone
+from openmae.checkpoints.format import CheckpointInfo, check_size, save_backbone
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.engines.batching import eval_transform
 from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
@@ -40,6 +40,7 @@ from openmae.engines.precision import to_half, to_int8
 from openmae.engines.predictor import OnnxPredictor, Predictor, TorchPredictor, card_of
 from openmae.errors import SpecError, blaming
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.storage.atomic import disk_errors, make_folder
 from openmae.storage.encryption import Key, resolve_key, temporaries_in_memory
 
@@ -76,7 +77,7 @@ def run(spec: ExperimentSpec) -> Path:
             exported = OnnxPredictor(job.target, torch.device("cpu"), job.key)
             more_rows, more_kpi = _fidelity(job.model, job.card, exported, job.validation)
             rows, kpi = [*rows, *more_rows], kpi | more_kpi
-        backbone = save_backbone(this_run.folder / BACKBONE, job.model.backbone.state_dict(), job.info, job.key)
+        backbone = save_backbone(this_run.folder / layout.BACKBONE, job.model.backbone.state_dict(), job.info, job.key)
         this_run.status.write("RUNNING", f"Exported to {job.target}", kpi=kpi)
         rows = [*rows, ("written", str(job.target)), ("backbone for timm", str(backbone))]
         show_table(f"{job.card.model.arch} ({job.card.stage}) as ONNX", rows)

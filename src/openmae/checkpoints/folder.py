@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,15 +37,12 @@ from openmae.checkpoints.parts import (
 from openmae.checkpoints.writer import BackgroundWorker, HostCopy
 from openmae.distributed.watchdog import answer_seconds
 from openmae.errors import CheckpointError, RunError, StoppedAtOnce
+from openmae.storage import layout
+from openmae.storage.atomic import replacing
 from openmae.storage.encryption import Key, created
 
-BEST = "model_best.pth"
 _PASSING = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
-UNREADABLE = ".unreadable"
-SUPERSEDED = ".superseded"
-DIVERGED = ".diverged"
 _STOP_SECONDS = 5.0  # for what is being written, when a run is to stop at once
-_NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.(pth|shards)")
 
 log = logging.getLogger("openmae")
 
@@ -65,7 +61,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, arch: str, keep: int, key: Key | None = None) -> None:
         self.folder = folder
-        self.latest = folder / f"{arch}_latest.pth"
+        self.latest = folder / layout.latest_name(arch)
         self.keep = keep
         self.key = key
         self._host, self._writer = HostCopy(), BackgroundWorker()
@@ -103,7 +99,7 @@ class CheckpointFolder:
         Raises:
             RunError: the one before could not be written; what was there is untouched.
         """
-        path = self._path(epoch, step, ".pth")
+        path = self.folder / layout.checkpoint_name(epoch, step)
         self._begin(payload, path, best, rotate)
         return path
 
@@ -114,7 +110,7 @@ class CheckpointFolder:
             RunError: it cannot be made, or the checkpoint before could not be written.
         """
         self.wait()
-        path = self._path(epoch, step, SHARDS)
+        path = self.folder / layout.checkpoint_name(epoch, step, SHARDS)
         with _explaining(path):
             put_back(self.folder)
             clear_begun(self.folder)
@@ -147,7 +143,7 @@ class CheckpointFolder:
             RunError: the one before could not be written, or this process does not see the folder of process 0.
         """
         self.wait()
-        path = self._path(epoch, step, SHARDS)
+        path = self.folder / layout.checkpoint_name(epoch, step, SHARDS)
         if not _hidden(path).is_dir():
             raise RunError(
                 f"Process {ranks[0]} does not see the folder in {self.folder} that process 0 has made for {path.name}.",
@@ -160,7 +156,7 @@ class CheckpointFolder:
 
     def save_best(self, payload: Mapping[str, Any]) -> None:
         """As :meth:`save`, of a ``model_best.pth`` that is no checkpoint besides."""
-        self._begin(payload, self.folder / BEST, best=False, rotate=False)
+        self._begin(payload, self.folder / layout.BEST, best=False, rotate=False)
 
     def wait(self) -> None:
         """Return when everything is written.
@@ -176,11 +172,11 @@ class CheckpointFolder:
         clear_begun(self.folder)
         newer = [path for path in list_checkpoints(self.folder) if _place(path) > (epoch, step)]
         for path in newer:
-            set_aside(path, SUPERSEDED)
+            set_aside(path, layout.SUPERSEDED)
         if newer:
             log.warning(
                 "The run goes on from epoch %d, step %d: what is newer in %s is set aside as *%s (%s).",
-                epoch, step, self.folder, SUPERSEDED, ", ".join(path.name for path in newer),
+                epoch, step, self.folder, layout.SUPERSEDED, ", ".join(path.name for path in newer),
             )  # fmt: skip
         self._repair_link()
 
@@ -193,11 +189,11 @@ class CheckpointFolder:
         self.wait()
         for path in list_checkpoints(self.folder):
             if _place(path)[1] >= step:
-                set_aside(path, DIVERGED)
-        best = self.folder / BEST
+                set_aside(path, layout.DIVERGED)
+        best = self.folder / layout.BEST
         with suppress(CheckpointError):  # missing, or of no training
             if read_training_state(best, self.key, lazily=True)["progress"]["step"] >= step:
-                set_aside(best, DIVERGED)
+                set_aside(best, layout.DIVERGED)
         self._repair_link()
         left = list_checkpoints(self.folder) or [path for path in (best,) if path.is_file()]
         return left[-1].name if left else ""
@@ -211,9 +207,6 @@ class CheckpointFolder:
             else:
                 self.latest.unlink()
 
-    def _path(self, epoch: int, step: int, suffix: str) -> Path:
-        return self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}{suffix}"
-
     def _begin(self, payload: Mapping[str, Any], path: Path, best: bool, rotate: bool) -> None:
         self.wait()
         self._writer.start(partial(self._write, self._host.take(payload), path, best, rotate))
@@ -223,7 +216,7 @@ class CheckpointFolder:
             _dump(payload, temporary, self.key)
             if best:
                 self._name_best(temporary)
-        if path.name == BEST:
+        if path.name == layout.BEST:
             return
         _point(self.latest, path)
         if rotate:
@@ -234,7 +227,7 @@ class CheckpointFolder:
         try:
             with _explaining(path):
                 if copy["best"]:
-                    with _replacing(self.folder / BEST) as temporary:
+                    with _replacing(self.folder / layout.BEST) as temporary:
                         _dump(copy["best"], temporary, self.key)
                 write_part(copy["rows"], hidden, rank, ranks, self.key)
                 if rank:
@@ -261,7 +254,7 @@ class CheckpointFolder:
                 log.warning("%s cannot be dropped (%s): it only takes room.", old, reason(error))
 
     def _name_best(self, written: Path) -> None:
-        with _replacing(self.folder / BEST) as temporary:
+        with _replacing(self.folder / layout.BEST) as temporary:
             try:
                 os.link(written, temporary)
             except OSError:  # a file system without hard links
@@ -270,8 +263,7 @@ class CheckpointFolder:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The numbered checkpoints of a folder, oldest first by (epoch, step); a whole one stands after its parts."""
-    found = (path for path in folder.glob("model_epoch_*") if _NAME.fullmatch(path.name))
-    return sorted(found, key=lambda path: (_place(path), path.suffix != SHARDS))
+    return [folder / name for name in layout.sort_checkpoints(os.listdir(folder))] if folder.is_dir() else []
 
 
 def set_aside(path: Path, ending: str) -> Path:
@@ -291,9 +283,9 @@ def set_aside(path: Path, ending: str) -> Path:
 
 def _place(path: Path) -> tuple[int, int]:
     """The epoch and the step in a checkpoint's name."""
-    found = _NAME.fullmatch(path.name)
-    assert found is not None
-    return int(found[1]), int(found[2])
+    place = layout.checkpoint_progress(path.name)
+    assert place is not None
+    return place
 
 
 def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = None) -> None:
@@ -315,15 +307,8 @@ def _dump(payload: Mapping[str, Any], path: Path, key: Key | None) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write, which then takes the place of ``path`` in one move."""
-    temporary = _hidden(path)
-    try:
-        with _explaining(path):
-            temporary.unlink(missing_ok=True)  # a killed run left it
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        with suppress(OSError):  # a file system that has turned read-only
-            temporary.unlink(missing_ok=True)
+    with _explaining(path), replacing(path, single_writer=True) as temporary:
+        yield temporary
 
 
 def _hidden(path: Path) -> Path:

@@ -34,7 +34,6 @@ from openmae.storage.encryption import Key, created, resolve_key, unlocked
 
 Stage = Literal["pretrain", "finetune"]
 FORMAT = 1
-BACKBONE = "backbone.safetensors"  # in a results folder
 _DEEPEST, _LARGEST = 50, 100_000  # levels and values of the spec in a header
 
 log = logging.getLogger("openmae")

@@ -161,9 +161,9 @@ def _logs(args: argparse.Namespace) -> None:
         print(json.dumps({"log": client.get_job_logs(args.job, args.tail)}))
         return
     from openmae.jobs.logs import read_log
-    from openmae.jobs.store import LOG
+    from openmae.storage import layout
 
-    for piece in read_log(client.store.folder(client.get_job_status(args.job).id) / LOG, args.tail):
+    for piece in read_log(client.store.folder(client.get_job_status(args.job).id) / layout.JOB_LOG, args.tail):
         print(piece, end="")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openmae.errors import CheckpointError, DataError
+from openmae.storage import layout
 from openmae.storage.atomic import delete_folder
 from openmae.storage.urls import is_remote, join, redact
 
@@ -19,8 +20,12 @@ Kind = Literal[
     "checkpoint", "onnx", "engine", "weights", "spec", "status", "metrics", "report", "picture", "predictions",
     "events", "parts", "other",
 ]  # fmt: skip
-DELETED = "checkpoints_deleted.txt"  # in the folder of a training whose checkpoints a search deleted: why
-_NAMES: dict[str, Kind] = {"status.json": "status", "experiment.yaml": "spec", "corrupt_files.txt": "report"}
+_NAMES: dict[str, Kind] = {
+    layout.STATUS: "status",
+    layout.SPEC: "spec",
+    layout.CORRUPT_LIST: "report",
+    layout.PREDICTIONS: "predictions",
+}
 _SUFFIXES: dict[str, Kind] = {
     ".pth": "checkpoint",
     ".onnx": "onnx",
@@ -32,8 +37,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".parquet": "predictions",
     ".npy": "predictions",
 }
-_IN_PARTS = re.compile(r"model_epoch_\d+_step_\d+\.shards(\..+)?")  # also what training has set aside
-_NUMBERED = re.compile(r".*epoch_(\d+)_step_(\d+)\.\w+")
+_NUMBERED = re.compile(r".*epoch_(\d+)_step_(\d+)\.\w+")  # TAO's names too
 _SHOWN = 12  # files that an error lists
 
 
@@ -66,21 +70,19 @@ class Artifact:
     @property
     def best(self) -> bool:
         """Whether training called it its best."""
-        return self.name == "model_best.pth"
+        return self.name == layout.BEST
 
     @property
     def latest(self) -> bool:
         """Whether it is the link to the newest checkpoint, or the copy of it that a store without links has."""
-        return self.kind == "checkpoint" and self.name.endswith("_latest.pth")
+        return self.kind == "checkpoint" and layout.is_latest(self.name)
 
 
 def artifact(path: str, size: int = 0, modified: float = 0.0, link: bool = False) -> Artifact:
     """Classify a file by its name."""
     name = path.rpartition("/")[2]
     kind = _NAMES.get(name) or _SUFFIXES.get(os.path.splitext(name)[1].lower(), "other")
-    if name == "results.csv":
-        kind = "predictions"
-    if _IN_PARTS.fullmatch(name):
+    if layout.is_numbered(name) and layout.SHARDS_SUFFIX in name:
         kind = "parts"
     if name.startswith("events.out.tfevents"):
         kind = "events"
@@ -188,7 +190,9 @@ def choose_model(
     latest = [item for item in fitting if item.latest or item.kind != "checkpoint"]
     if latest:
         return max(latest, key=lambda item: (item.modified, item.path)), "the newest that the parent has"
-    deleted = [read_text(item.path) for item in items if item.name == DELETED and "checkpoint" in kinds]
+    deleted = [
+        read_text(item.path) for item in items if item.name == layout.CHECKPOINTS_DELETED and "checkpoint" in kinds
+    ]
     if deleted and deleted[0]:
         raise CheckpointError(
             f"parent_job_id: {where} holds no checkpoint to take. {deleted[0].strip()}",

@@ -26,8 +26,9 @@ from openmae.jobs.platforms.base import Observation, Platform
 from openmae.jobs.platforms.local.queue import orphans
 from openmae.jobs.prepare import Request, make_request
 from openmae.jobs.processes import identify
-from openmae.jobs.store import LOG, SPEC, JobStore, write_durably
-from openmae.storage.atomic import disk_error
+from openmae.jobs.store import JobStore
+from openmae.storage import layout
+from openmae.storage.atomic import disk_error, write_durably
 from openmae.storage.urls import is_remote
 
 ROOT = "OPENMAE_JOBS"
@@ -113,12 +114,12 @@ class Client:
         for notice in prepared.facts["notices"]:
             log.warning("%s", notice)
         folder = self.store.folder(job_id)
-        command = command_of(prepared.facts["command"], folder / SPEC)
+        command = command_of(prepared.facts["command"], folder / layout.JOB_SPEC)
         if prepared.facts["command"] == "automl":
             command += ["--platform", self.platform]
         self.store.create(_new_record(job_id, self.platform, prepared.facts, command))
         try:
-            write_durably(folder / SPEC, prepared.spec_text)
+            write_durably(folder / layout.JOB_SPEC, prepared.spec_text)
             platform.submit(job_id, prepared.environment)
         except RunError as error:
             try:
@@ -172,7 +173,7 @@ class Client:
         Raises:
             SpecError: there is no such job, or ``tail`` is negative.
         """
-        path = self.store.folder(self._record(job_id)["id"]) / LOG
+        path = self.store.folder(self._record(job_id)["id"]) / layout.JOB_LOG
         if follow:
             return follow_log(path, tail, lambda: self._shown(path.parent.name).finished)
         return "".join(read_log(path, tail))
@@ -228,7 +229,7 @@ class Client:
         job = self.get_job_status(job_id)
         if job.status != "ERROR":
             return None
-        return analyse(self.store.read(job.id), self.store.folder(job.id) / LOG)
+        return analyse(self.store.read(job.id), self.store.folder(job.id) / layout.JOB_LOG)
 
     def explain_job(self, job_id: str) -> list[dict[str, Any]]:
         """Where every value of a job's spec came from: ``key``, ``value``, ``function``, ``why``, by key.

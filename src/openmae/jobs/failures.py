@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from openmae.jobs.job import Record
 from openmae.jobs.outcome import status_lines
+from openmae.storage import layout
 
 Category = Literal["data", "spec", "out of memory", "infrastructure", "unknown"]
 _TAIL = 64 * 1024  # bytes of the log that are looked at
@@ -84,7 +85,7 @@ def analyse(record: Record, log: Path) -> FailureAnalysis:
     told = [str(line.get("message", "")) for line in status_lines(record) if line.get("status") == "FAILURE"]
     tail = log_tail(log)
     if told:
-        error, evidence = told[-1], "status.json"
+        error, evidence = told[-1], layout.STATUS
     else:
         error = last_error(tail.splitlines())
         evidence = "log" if error else "platform"

@@ -10,6 +10,7 @@ from typing import Any
 
 from openmae.jobs.artifacts import below, modified, read_text
 from openmae.jobs.job import State, moment
+from openmae.storage import layout
 
 EXIT = "exit_code"  # in a job's folder, on clusters
 _QUARTER = 15 * 60.0  # seconds
@@ -22,7 +23,7 @@ def status_lines(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         DataError: the results are in a remote store that cannot be read.
     """
     began = next((item["at"] for item in record["transitions"] if item["state"] == "RUNNING"), None)
-    path = below(record["results_folder"], "status.json")
+    path = below(record["results_folder"], layout.STATUS)
     text = read_text(path) if began else None
     if not began or text is None:
         return []

@@ -17,6 +17,7 @@ from openmae.errors import SpecError
 from openmae.jobs.artifacts import Artifact, below, choose_model, list_folder, newest_checkpoint, read_text
 from openmae.spec.describe import REQUIRED
 from openmae.spec.option import SECRET_MARK, is_secret
+from openmae.storage import layout
 from openmae.storage.urls import is_remote
 
 Tree = dict[str, Any]
@@ -332,11 +333,11 @@ def _ptm(filled: Filled, key: str, parent: Parent | None, model: _Model | None) 
 
 
 def _create_onnx_file(filled: Filled, key: str, parent: Parent | None, model: _Model | None) -> None:
-    filled.put(key, below(action_folder(filled), "model.onnx"), "create_onnx_file", "in this job's results folder")
+    filled.put(key, below(action_folder(filled), layout.ONNX_MODEL), "create_onnx_file", "in this job's results folder")
 
 
 def _create_engine_file(filled: Filled, key: str, parent: Parent | None, model: _Model | None) -> None:
-    filled.put(key, below(action_folder(filled), "model.engine"), "create_engine_file", "in this job's results folder")
+    filled.put(key, below(action_folder(filled), layout.ENGINE), "create_engine_file", "in this job's results folder")
 
 
 _FUNCTIONS = {
@@ -378,7 +379,7 @@ def _carry(filled: Filled, parent: Parent) -> None:
 def _known_of(parent: Parent) -> tuple[dict[str, Any], str]:
     """What a parent says of its model: training's resolved spec knows all; of others only what they were told."""
     if parent.action == "train":
-        text = read_text(below(parent.folder, "best.yaml")) or read_text(below(parent.folder, "experiment.yaml"))
+        text = read_text(below(parent.folder, layout.BEST_SPEC)) or read_text(below(parent.folder, layout.SPEC))
         try:
             tree = yaml.safe_load(text) if text else None
         except (yaml.YAMLError, RecursionError) as error:

@@ -18,14 +18,14 @@ from filelock import FileLock
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import FINAL, Record, checked, moment, state_of
-from openmae.storage.atomic import FULL, UNWRITTEN, disk_error, disk_errors
+from openmae.storage import layout
+from openmae.storage.atomic import FULL, UNWRITTEN, disk_error, disk_errors, write_durably
 
 try:
     import fcntl
 except ImportError:  # Windows, and some sandboxes
     fcntl = None  # type: ignore[assignment]
 
-RECORD, SPEC, LOG = "job.json", "spec.yaml", "log.txt"
 PATIENCE = 30.0  # seconds for a lock that is held for milliseconds
 _TURN = 0.01  # seconds between two tries
 _RESERVE, _RESERVED = ".reserve", 64 * 1024  # bytes: a few versions of a record
@@ -94,7 +94,7 @@ class JobStore:
             SpecError: there is no such job.
             RunError: the file is damaged, belongs to another job, or was written by a newer version.
         """
-        path = self.folder(job_id) / RECORD
+        path = self.folder(job_id) / layout.JOB_RECORD
         if not _ID.fullmatch(job_id) or not path.parent.is_dir() or not os.path.lexists(path):
             raise SpecError(f"There is no job {job_id!r} in {self.root}.", "`mae jobs list` shows all jobs.")
         try:
@@ -115,7 +115,7 @@ class JobStore:
         Raises:
             SpecError: none or several begin with it.
         """
-        if _ID.fullmatch(text) and (self.folder(text) / RECORD).is_file():
+        if _ID.fullmatch(text) and (self.folder(text) / layout.JOB_RECORD).is_file():
             return text
         found = [job_id for job_id in self.ids() if text and job_id.startswith(text)]
         if len(found) == 1:
@@ -134,14 +134,14 @@ class JobStore:
             names = os.listdir(self.root)
         except OSError as error:
             raise disk_error(error, self.root, verb="read") from error
-        return [name for name in names if os.path.lexists(self.root / name / RECORD)]
+        return [name for name in names if os.path.lexists(self.root / name / layout.JOB_RECORD)]
 
     def records(self) -> list[Record]:
         """All records, oldest first; one that cannot be read is left out with a warning that names it."""
         found = []
         for job_id in self.ids():
             if not _ID.fullmatch(job_id):
-                log.warning("%s is no job: the name of its folder is no id.", self.folder(job_id) / RECORD)
+                log.warning("%s is no job: the name of its folder is no id.", self.folder(job_id) / layout.JOB_RECORD)
                 continue
             try:
                 found.append(self.read(job_id))
@@ -182,7 +182,7 @@ class JobStore:
 
     def _write(self, record: Record) -> None:
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-        path, reserve = self.folder(record["id"]) / RECORD, self.folder(record["id"]) / _RESERVE
+        path, reserve = self.folder(record["id"]) / layout.JOB_RECORD, self.folder(record["id"]) / _RESERVE
         try:
             write_durably(path, text)
         except RunError as error:
@@ -249,29 +249,3 @@ def read_json(path: Path) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"JSON has no {name}")
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write ``path`` so that it is there whole after a power cut; only the user may read it.
-
-    Raises:
-        RunError: the disk is full or faulty, or the user may not write there; what was there is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

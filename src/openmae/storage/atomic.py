@@ -164,26 +164,66 @@ def _is_out_of_inodes(folder: str) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its place when the block ends without an error.
+def replacing(
+    path: Path, *, durable: bool = False, private: bool = False, single_writer: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``, and rename it to ``path`` when the block ends without an error.
 
-    A reader sees the old file or the new one, never a part; a full disk leaves the old one. The file gets the
-    permissions of any new file, whatever wrote it (safetensors would let nobody else read it).
+    Readers see the old file or the new one, never a part of it; on a full disk the old one remains. The block creates
+    the file, or a link.
+
+    Args:
+        path: file to create or replace; its folder is created.
+        durable: flush the file and its folder to the disk, so that it survives a power failure.
+        private: only the user may read the file. Otherwise it gets the permissions of any new file, even where the
+            block writes it with others, as safetensors does.
+        single_writer: no other process writes ``path``, so the temporary file of a killed process can be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp" if single_writer else f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        permissions = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(permissions)
-        os.replace(temporary, path)
-    finally:
         temporary.unlink(missing_ok=True)
+        temporary.touch(0o600 if private else 0o666)
+        mode = temporary.stat().st_mode
+        if not private:
+            temporary.unlink()  # so that the block may create a link
+        yield temporary
+        if not temporary.is_symlink():
+            temporary.chmod(mode)
+            if durable:
+                flush_to_disk(temporary)
+        os.replace(temporary, path)
+        if durable:
+            flush_to_disk(path.parent)
+    finally:
+        with suppress(OSError):  # a file system that has become read-only
+            temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Write ``text`` to ``path``, whole or not at all, and return the path; a name in it need not be UTF-8."""
-    with replacing(path) as temporary:
+def flush_to_disk(path: Path) -> None:
+    """Make sure that the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = False, private: bool = False) -> Path:
+    """Write ``text`` to ``path``, all of it or nothing, and return the path; see ``replacing``.
+
+    File names in the text need not be valid UTF-8: see ``encodable``.
+    """
+    with replacing(path, durable=durable, private=private) as temporary:
         temporary.write_text(encodable(text), encoding="utf-8", newline="")
     return path
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that it survives a power failure and only the user may read it.
+
+    Raises:
+        RunError: the disk is full or faulty, or the user may not write there; the old file is unchanged.
+    """
+    with disk_errors(path):
+        write_atomically(path, text, durable=True, private=True)

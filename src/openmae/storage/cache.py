@@ -17,6 +17,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from openmae.errors import DataError
+from openmae.storage.atomic import write_atomically
 
 try:
     import fcntl
@@ -313,9 +314,7 @@ def _read_marker(marker: Path) -> dict:
 
 def _mark(folder: Path, origin: str) -> None:
     text = json.dumps({"origin": origin, "size": _size_below(folder), "made": int(time.time())})
-    temporary = folder / f"{MARKER}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / MARKER)
+    write_atomically(folder / MARKER, text)
 
 
 def _size_below(folder: Path) -> int:

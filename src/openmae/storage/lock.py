@@ -26,10 +26,10 @@ import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from openmae.errors import DataError, RunError, UserError, blaming
+from openmae.storage import layout
 from openmae.storage.atomic import disk_error
 from openmae.storage.urls import join, redact, scheme_of
 
-LOCK, HOLDER = ".openmae.lock", ".openmae.lock.json"
 BEAT = 15.0  # seconds between two heartbeats
 STALE = 60.0  # seconds without one
 GRACE = 15.0  # seconds in which the children of a killed process end, which have inherited its file lock
@@ -57,14 +57,14 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
         lock = _acquire(folder, key)
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise disk_error(error, folder / LOCK, key) from error
+            raise disk_error(error, folder / layout.LOCK, key) from error
         log.warning("%s is on a file system without locks: do not start two runs in it.", folder)
     try:
         with suppress(OSError):  # a full disk: the lock holds, and does not tell whose it is
-            (folder / HOLDER).write_text(json.dumps(_myself()), encoding="utf-8")
+            (folder / layout.LOCK_HOLDER).write_text(json.dumps(_myself()), encoding="utf-8")
         yield
     finally:
-        for name in (HOLDER, LOCK):
+        for name in (layout.LOCK_HOLDER, layout.LOCK):
             with suppress(OSError):
                 (folder / name).unlink(missing_ok=True)
         if lock is not None:
@@ -74,7 +74,7 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
 def _acquire(folder: Path, key: str) -> BaseFileLock:
     deadline = time.monotonic() + GRACE
     while True:
-        lock = FileLock(folder / LOCK, timeout=0)
+        lock = FileLock(folder / layout.LOCK, timeout=0)
         try:
             lock.acquire()
             if isinstance(lock, SoftFileLock):
@@ -83,7 +83,7 @@ def _acquire(folder: Path, key: str) -> BaseFileLock:
         except Timeout:
             if isinstance(lock, SoftFileLock):  # no flock here: the marker of a killed run would block for ever
                 raise NotImplementedError from None
-            holder = _read_holder(folder / HOLDER)
+            holder = _read_holder(folder / layout.LOCK_HOLDER)
             if (holder and not _is_dead(holder)) or time.monotonic() > deadline:
                 with blaming(key):
                     raise _taken(holder, str(folder), key) from None
@@ -97,7 +97,7 @@ def _acquire(folder: Path, key: str) -> BaseFileLock:
 def _is_current(folder: Path) -> bool:
     """Whether the file that this process has locked is still the one of that name: its last holder deletes it."""
     try:
-        FileLock(folder / LOCK, timeout=0).acquire().lock.release()
+        FileLock(folder / layout.LOCK, timeout=0).acquire().lock.release()
     except Timeout:
         return True
     return False
@@ -127,7 +127,7 @@ class StoreLock:
         self._on_lost = on_lost
         with blaming(key):
             self._filesystem: Any = open_filesystem(url)
-        self._path = self._filesystem._strip_protocol(join(url, HOLDER))
+        self._path = self._filesystem._strip_protocol(join(url, layout.LOCK_HOLDER))
         self._conditional = scheme_of(url) == "s3"
         self._me = {**_myself(), "token": uuid.uuid4().hex, "beat": 0}
         self._version = ""

@@ -18,15 +18,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from openmae.errors import DataError, RunError, StoppedAtOnce
+from openmae.storage import layout
+from openmae.storage.atomic import write_atomically
 from openmae.storage.download import download
 from openmae.storage.filesystem import ask, is_transient, open_filesystem
 from openmae.storage.listing import Found, list_files
-from openmae.storage.lock import HOLDER
 from openmae.storage.transfer import ChangedError
 from openmae.storage.urls import join, redact, scheme_of
 
-STATUS = "status.json"
-RECORD = ".openmae-uploaded.json"
 STATUS_SECONDS = 20.0  # between two uploads of the status
 GROWING_SECONDS = 30.0  # between two uploads of another file that goes on changing
 _LOOK_SECONDS = 1.0
@@ -36,7 +35,6 @@ _STOP_SECONDS = 5.0  # at the end, for an upload under way when a run is to stop
 _TRIES = 5
 _PART = 8 << 20  # bytes of a part of a large upload
 _PARTS_AT_ONCE = 4
-_CHECKPOINT = re.compile(r"\.pth$")
 
 log = logging.getLogger("openmae")
 
@@ -78,8 +76,8 @@ class Mirror:
         Raises:
             DataError: it cannot.
         """
-        if (self.local / STATUS).exists():
-            self._send(STATUS, tries=1)
+        if (self.local / layout.STATUS).exists():
+            self._send(layout.STATUS, tries=1)
         self._thread.start()
         return self
 
@@ -93,8 +91,8 @@ class Mirror:
                 log.warning("What was not uploaded yet to %s is in %s.", redact(self.url), self.local)
                 return
             self.finish(patiently=error is None)
-            self._send_changed([STATUS])
-            if STATUS in self._failed:
+            self._send_changed([layout.STATUS])
+            if layout.STATUS in self._failed:
                 raise self._failure()
             self.complete = not self._abandoned
         except (RunError, DataError) as failure:
@@ -115,7 +113,7 @@ class Mirror:
         self._answered = time.monotonic() if patiently else None
         with self._busy:
             self._failed.clear()
-            self._send_changed(name for name in self._names() if name != STATUS)
+            self._send_changed(name for name in self._names() if name != layout.STATUS)
             self._forget_removed()
         if self._failed:
             raise self._failure()
@@ -154,8 +152,8 @@ class Mirror:
         """What to upload now; with a checkpoint, whatever else has changed as well, however short ago it was sent."""
         names = self._names()
         due = [name for name in names if self._is_due(name) and self._has_changed(name)]
-        if any(_CHECKPOINT.search(name) for name in due):
-            return [name for name in names if name in due or not _CHECKPOINT.search(name)]
+        if any(name.endswith(layout.WEIGHTS_SUFFIX) for name in due):
+            return [name for name in names if name in due or not name.endswith(layout.WEIGHTS_SUFFIX)]
         return due
 
     def _has_changed(self, name: str) -> bool:
@@ -166,7 +164,7 @@ class Mirror:
         now = time.monotonic()
         if name in self._failed:
             return now - self._failed[name][0] > _RETRY_SECONDS
-        interval = STATUS_SECONDS if name == STATUS else GROWING_SECONDS
+        interval = STATUS_SECONDS if name == layout.STATUS else GROWING_SECONDS
         return now - self._sent.get(name, -math.inf) > interval
 
     def _names(self) -> list[str]:
@@ -180,7 +178,10 @@ class Mirror:
             below = Path(place).relative_to(self.local).as_posix()
             found += [name if below == "." else f"{below}/{name}" for name in files if not name.startswith(".")]
         wanted = [name for name in found if not any(fnmatch(name, pattern) for pattern in self._excludes)]
-        return sorted(wanted, key=lambda name: ((self.local / name).is_symlink(), bool(_CHECKPOINT.search(name)), name))
+        return sorted(
+            wanted,
+            key=lambda name: ((self.local / name).is_symlink(), bool(name.endswith(layout.WEIGHTS_SUFFIX)), name),
+        )
 
     def _send_changed(self, names: Iterable[str]) -> None:
         gone: DataError | None = None  # the store answers no more: no other file is tried
@@ -193,7 +194,7 @@ class Mirror:
             try:
                 if gone is not None:
                     raise gone
-                if failed is not None and _CHECKPOINT.search(name):
+                if failed is not None and name.endswith(layout.WEIGHTS_SUFFIX):
                     raise failed  # a checkpoint must not be there without its rows
                 self._send(name, tries=_TRIES)
             except DataError as error:
@@ -215,7 +216,7 @@ class Mirror:
             if (mark := _mark(path)) is None:
                 return
             try:
-                watch = None if name == STATUS else self._send_status_if_due
+                watch = None if name == layout.STATUS else self._send_status_if_due
                 version = ask(self.url, self._put(name, path, mark), limit=math.inf, watch=watch)
                 self._record.keep(name, mark, version)
                 break
@@ -234,18 +235,18 @@ class Mirror:
     def _answers(self) -> bool:
         """Whether the store does, or it is but one file that fails."""
         try:
-            ask(self.url, self._filesystem._info(self._there(STATUS)))
+            ask(self.url, self._filesystem._info(self._there(layout.STATUS)))
         except DataError as error:
             return not _is_passing(error)
         return True
 
     def _send_status_if_due(self) -> None:
         """Called while a large file is on its way."""
-        mark = _mark(self.local / STATUS)
-        if self._stop.is_set() or mark is None or not self._is_due(STATUS):
+        mark = _mark(self.local / layout.STATUS)
+        if self._stop.is_set() or mark is None or not self._is_due(layout.STATUS):
             return
-        if self._record.marks.get(STATUS, {}).get("mark") != mark:
-            self._send_changed([STATUS])
+        if self._record.marks.get(layout.STATUS, {}).get("mark") != mark:
+            self._send_changed([layout.STATUS])
 
     async def _put(self, name: str, path: Path, mark: list[int]) -> str:
         """Upload a file and return its version there; a second name of what is there already is copied by the store."""
@@ -301,7 +302,7 @@ def pull(url: str, local: Path, wanted: Callable[[Collection[str]], Collection[s
 
 
 def _pull(url: str, local: Path, wanted: Callable[[Collection[str]], Collection[str]]) -> None:
-    record, there = _Record(local), {file.name: file for file in list_files(url) if file.name != HOLDER}
+    record, there = _Record(local), {file.name: file for file in list_files(url) if file.name != layout.LOCK_HOLDER}
     for name in [name for name in record.marks if name not in there]:
         (local / name).unlink(missing_ok=True)
         record.drop(name, ())
@@ -326,7 +327,7 @@ class _Record:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / RECORD
+        self._path = folder / layout.UPLOAD_RECORD
         try:
             facts = json.loads(self._path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError, RecursionError):
@@ -353,9 +354,7 @@ class _Record:
         return next(same, None)
 
     def _write(self) -> None:
-        temporary = self._path.with_name(f"{RECORD}.tmp")
-        temporary.write_text(json.dumps({"marks": self.marks, "left": self.left}), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_atomically(self._path, json.dumps({"marks": self.marks, "left": self.left}))
 
 
 def _is_passing(error: DataError) -> bool:

@@ -22,7 +22,9 @@ from openmae.errors import OpenMAEError, SpecError
 from openmae.jobs.outcome import EXIT
 from openmae.jobs.platforms.supervisor import PREEMPTED, wait
 from openmae.jobs.processes import identify, signal_session
-from openmae.jobs.store import LOG, JobStore, write_durably
+from openmae.jobs.store import JobStore
+from openmae.storage import layout
+from openmae.storage.atomic import write_durably
 
 SEALED = "environment.sealed"
 KEY, THREADS = "OPENMAE_JOB_KEY", "OMP_NUM_THREADS"
@@ -101,7 +103,7 @@ def _take_environment(folder: Path) -> bool:
 def _run(store: JobStore, job_id: str, parent: int, told: Sequence[int]) -> int | None:
     """The job's exit code; None where ``parent`` was killed. What was ``told`` before it began, it is told at once."""
     record = store.read(job_id)
-    with Path(store.folder(job_id), LOG).open("ab") as log:
+    with Path(store.folder(job_id), layout.JOB_LOG).open("ab") as log:
         job = subprocess.Popen(
             record["command"],
             stdin=subprocess.DEVNULL,

@@ -18,7 +18,9 @@ from openmae.jobs.outcome import EXIT, exit_code, signal_as_minus, unseen_end
 from openmae.jobs.platforms.base import Observation, inherited_environment
 from openmae.jobs.platforms.supervisor import PREEMPTED, conclude, grace_seconds
 from openmae.jobs.processes import alive
-from openmae.jobs.store import LOG, JobStore, write_durably
+from openmae.jobs.store import JobStore
+from openmae.storage import layout
+from openmae.storage.atomic import write_durably
 
 SCRIPT = "job.sh"
 _NEEDED = ("sbatch", "squeue", "scancel", "sinfo")
@@ -74,7 +76,7 @@ class SlurmPlatform:
         write_durably(folder / SCRIPT, _script(record, folder))
         options = [
             *("--parsable", f"--job-name={_name(job_id)}", f"--nodes={record['nodes']}", "--ntasks-per-node=1"),
-            *(f"--output={folder / LOG}", f"--chdir={record['cwd']}", "--open-mode=append", "--export=ALL"),
+            *(f"--output={folder / layout.JOB_LOG}", f"--chdir={record['cwd']}", "--open-mode=append", "--export=ALL"),
             *([f"--gpus-per-node={gpus}"] if gpus else []),
             *(["--requeue", f"--signal=USR1@{_WARNING}"] if _goes_on(record) else []),
         ]

@@ -18,7 +18,8 @@ from openmae.errors import OpenMAEError, Preempted, RunError, SpecError
 from openmae.jobs.job import FINAL, Record, State, move, state_of
 from openmae.jobs.platforms.local.queue import Queue, this_machine
 from openmae.jobs.processes import Identity, identify, signal_session
-from openmae.jobs.store import LOG, RECORD, JobStore
+from openmae.jobs.store import JobStore
+from openmae.storage import layout
 
 PREEMPTED = Preempted.exit_code
 GRACE = "OPENMAE_JOB_GRACE"  # seconds from Ctrl-C to SIGTERM
@@ -106,7 +107,7 @@ def _start(
     with store.update(job_id) as record:
         if state_of(record) != "PENDING":
             return None
-        with Path(store.folder(job_id), LOG).open("ab") as log:
+        with Path(store.folder(job_id), layout.JOB_LOG).open("ab") as log:
             job = subprocess.Popen(
                 [*_GATE, *record["command"]],
                 stdin=subprocess.PIPE,
@@ -144,7 +145,7 @@ def wait(
 
     A job whose record was deleted is stopped as well: nobody could see or cancel it any more.
     """
-    path, seen = store.folder(job_id) / RECORD, 0
+    path, seen = store.folder(job_id) / layout.JOB_RECORD, 0
     while True:
         with suppress(subprocess.TimeoutExpired):
             return job.wait(timeout=_POLL)

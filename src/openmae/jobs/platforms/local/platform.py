@@ -21,7 +21,8 @@ from openmae.jobs.platforms.base import Observation, inherited_environment
 from openmae.jobs.platforms.local.queue import this_machine
 from openmae.jobs.platforms.supervisor import grace_seconds
 from openmae.jobs.processes import alive, living_sessions, signal_session, stop_session, stopped
-from openmae.jobs.store import LOG, JobStore
+from openmae.jobs.store import JobStore
+from openmae.storage import layout
 from openmae.storage.atomic import disk_errors
 
 _PATIENCE = 60.0  # seconds until a supervisor has to have shown itself
@@ -53,7 +54,10 @@ class LocalPlatform:
 
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
         """See ``Platform``."""
-        with disk_errors(self.store.folder(job_id) / LOG), (self.store.folder(job_id) / LOG).open("ab") as log:
+        with (
+            disk_errors(self.store.folder(job_id) / layout.JOB_LOG),
+            (self.store.folder(job_id) / layout.JOB_LOG).open("ab") as log,
+        ):
             supervisor = subprocess.Popen(
                 [sys.executable, "-m", "openmae.jobs.platforms.supervisor", str(self.store.root), job_id],
                 stdin=subprocess.DEVNULL,
@@ -70,7 +74,7 @@ class LocalPlatform:
                 self.store.try_to_write(job_id)  # a full disk keeps its error from the log
                 raise RunError(
                     f"The supervisor of job {job_id} did not start (exit code {supervisor.returncode}).",
-                    f"See {self.store.folder(job_id) / LOG}.",
+                    f"See {self.store.folder(job_id) / layout.JOB_LOG}.",
                 )
             time.sleep(0.02)
 

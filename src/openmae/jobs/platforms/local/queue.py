@@ -16,8 +16,9 @@ from typing import Any
 from openmae.errors import OpenMAEError, SpecError
 from openmae.jobs.job import check_identity, moment
 from openmae.jobs.processes import Identity, alive, session_of, stopped
-from openmae.jobs.store import RECORD, JobStore, LockHeldError, locked, read_json, write_durably
-from openmae.storage.atomic import disk_errors
+from openmae.jobs.store import JobStore, LockHeldError, locked, read_json
+from openmae.storage import layout
+from openmae.storage.atomic import disk_errors, write_durably
 
 SLOTS = "OPENMAE_JOB_SLOTS"
 FOLDER = ".queue"
@@ -201,7 +202,7 @@ def orphans(store: JobStore) -> list[tuple[str, list[int]]]:
     """Jobs whose folder was deleted while they ran, each with its living processes."""
     found = []
     for path in sorted((store.root / FOLDER).glob("*.json")):
-        if os.path.lexists(store.folder(path.stem) / RECORD):
+        if os.path.lexists(store.folder(path.stem) / layout.JOB_RECORD):
             continue
         with suppress(ValueError, OSError):
             process = _checked(read_json(path), path.stem)["process"]
