@@ -45,7 +45,7 @@ def test_what_is_not_there(store, bucket):
     assert "There is nothing at" in refused(f"s3://{bucket}/a/b")
     text = refused("s3://no-such-bucket-at-all/x")
     assert "there is no bucket 'no-such-bucket-at-all'" in text
-    assert "'Not_A_Bucket!' is no name of a bucket" in refused("s3://Not_A_Bucket!/x")
+    assert "'Not_A_Bucket!' is not a valid bucket name" in refused("s3://Not_A_Bucket!/x")
 
 
 def test_what_is_there_is_found_without_being_listed(store, bucket, web, monkeypatch):

@@ -41,7 +41,7 @@ def test_secrets_are_not_shown(url, shown):
     [
         ("s3:///key", "s3:///key names no bucket"),
         ("https://?x", "names no host"),
-        ("ftp://h/x", "there is no way to read ftp://"),
+        ("ftp://h/x", "ftp:// is not supported"),
         ("s3://KEY:hunter2@bucket/a", "credentials do not belong in a s3:// URL"),
     ],
 )
