@@ -353,6 +353,6 @@ def test_a_run_that_stops_at_once_uploads_nothing_more(store, bucket, folder, ca
     mirror._thread.join()
     (folder / "model.pth").write_bytes(b"weights")
     mirror.__exit__(StoppedAtOnce, StoppedAtOnce(), None)
-    assert f"What was not uploaded yet to s3://{bucket}/run is in {folder}." in caplog.text
+    assert f"Files that were not uploaded to s3://{bucket}/run yet are in {folder}." in caplog.text
     assert not mirror.complete
     assert store.names(bucket) == ["run/status.json"]

@@ -125,7 +125,7 @@ class Place:
         """What is uploaded need not be kept."""
         for mirror in self.loss.mirrors:
             if mirror.complete:
-                cache.mark_uploaded(mirror.local.parent, redact(mirror.url))
+                cache.mark_complete(mirror.local.parent, redact(mirror.url))
 
 
 @contextmanager
