@@ -77,7 +77,7 @@ def test_metadata_that_is_no_json_is_an_error():
 def test_metadata_nested_beyond_reading_is_an_error():
     with pytest.raises(CheckpointError, match="metadata is damaged"):
         ModelCard.from_metadata({**CARD.to_metadata(), "mean": "[" * 100_000})
-    with pytest.raises(CheckpointError, match="metadata is no mapping"):
+    with pytest.raises(CheckpointError, match="metadata is not a mapping"):
         ModelCard.from_dict([1])
 
 

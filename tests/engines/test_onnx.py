@@ -74,7 +74,7 @@ def test_an_opset_that_cannot_be_had_is_told(small, caplog):
         proto = onnx_module._lowered(copy.deepcopy(small[2]), 15)
     assert opset_of(proto) == 17
     assert caplog.messages == [
-        "export.opset_version=15 cannot be had (No Previous Version of LayerNormalization exists): 17 was written."
+        "export.opset_version=15 is not possible (No Previous Version of LayerNormalization exists): 17 was written."
     ]
 
 
@@ -82,7 +82,7 @@ def test_an_opset_of_the_future_is_an_error(deployed):
     newest = onnx.defs.onnx_opset_version()
     with pytest.raises(SpecError) as error:
         trace(*deployed("vit_tiny_patch16", "finetune"), newest + 1, device=CPU)
-    assert f"knows operator sets up to {newest}, got {newest + 1}" in str(error.value)
+    assert f"supports operator sets up to {newest}, got {newest + 1}" in str(error.value)
     assert f"Set export.opset_version to 17 (widely read) or up to {newest}." in str(error.value)
 
 
@@ -104,7 +104,7 @@ def test_a_difference_to_torch_fails_and_removes_the_file(small, tmp_path, monke
     with pytest.raises(RunError) as error, writing(changed, tmp_path / "model.onnx") as file:
         compare(model, card, file)
     assert "ONNX Runtime's logits differs from torch's by" in str(error.value)
-    assert "at most 0.0001 of the largest output is borne. The file was removed." in str(error.value)
+    assert "at most 0.0001 of the largest output is accepted. The file was removed." in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -151,7 +151,7 @@ def test_a_faulty_graph_fails_and_leaves_the_old_file(small, tmp_path):
     faulty = onnx.ModelProto()
     faulty.CopyFrom(proto)
     faulty.graph.node[0].op_type = "NoSuchOperator"
-    text = "onnx finds the graph faulty: No Op registered for NoSuchOperator"
+    text = "onnx rejects the graph: No Op registered for NoSuchOperator"
     with pytest.raises(RunError, match=text), writing(faulty, tmp_path / "model.onnx"):
         pytest.fail("a faulty graph was given out")
     assert (tmp_path / "model.onnx").read_bytes() == b"the old one"
@@ -178,9 +178,9 @@ def test_weights_too_large_for_one_file_lie_beside_it(small, tmp_path, monkeypat
     ("content", "text"),
     [
         (None, "No ONNX file at"),
-        (b"", "model.onnx is no ONNX file, or damaged (ValueError: it has no nodes)"),
-        (b"hello, I am a text", "model.onnx is no ONNX file, or damaged"),
-        (b"PK\x03\x04", "model.onnx is no ONNX file, or damaged"),
+        (b"", "model.onnx is not an ONNX file, or damaged (ValueError: it has no nodes)"),
+        (b"hello, I am a text", "model.onnx is not an ONNX file, or damaged"),
+        (b"PK\x03\x04", "model.onnx is not an ONNX file, or damaged"),
     ],
 )
 def test_what_is_no_onnx_is_an_error(tmp_path, content, text):
@@ -195,7 +195,7 @@ def test_what_is_no_onnx_is_an_error(tmp_path, content, text):
 def test_a_truncated_file_is_an_error(small, tmp_path):
     _, _, proto = small
     (tmp_path / "model.onnx").write_bytes(proto.SerializeToString()[:-5000])
-    with pytest.raises(CheckpointError, match="is no ONNX file, or damaged"):
+    with pytest.raises(CheckpointError, match="is not an ONNX file, or damaged"):
         read_onnx(tmp_path / "model.onnx")
 
 
@@ -216,5 +216,5 @@ def test_anothers_file_is_an_error(small, tmp_path):
     other.CopyFrom(proto)
     del other.metadata_props[:]
     onnx.save_model(other, tmp_path / "model.onnx")
-    with pytest.raises(CheckpointError, match="carries no metadata of OpenMAE"):
+    with pytest.raises(CheckpointError, match="has no metadata of OpenMAE"):
         read_onnx_card(tmp_path / "model.onnx")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -162,5 +163,14 @@ def test_web_servers(web, status, text):
 
 def test_a_package_that_is_missing():
     text = refused("gs://bucket/set.zip")
-    assert "gs:// needs a package that is not installed" in text
+    assert "gs:// needs gcsfs; missing: gcsfs." in text
     assert "pip install 'openmae[gs]'" in text
+
+
+@pytest.mark.parametrize(("package", "url"), [("s3fs", "s3://bucket/set.zip"), ("aiohttp", "https://host/set.zip")])
+def test_a_package_of_the_s3_extra_that_is_missing(monkeypatch, clean_environment, package, url):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError) as caught:
+        open_filesystem(url)
+    assert caught.value.problem.endswith(f":// needs {package}; missing: {package}.")
+    assert caught.value.fix == "pip install 'openmae[s3]'"

@@ -10,9 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
-import onnx
 import torch
-from onnx import ModelProto
 
 from openmae.actions.calibration import calibration_batches
 from openmae.actions.load_model import check_request, number_classes, read_trained, resolve_model
@@ -22,15 +20,16 @@ from openmae.actions.sources import match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo, check_size, save_backbone
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.engines.batching import eval_transform
-from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
+from openmae.engines.metadata import FEATURES, LOGITS, ONNX_SUFFIXES, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.onnx import (
     LARGEST_PROTOBUF,
-    ONNX_SUFFIXES,
+    ModelProto,
     compare,
     cosine,
     file_bytes,
     likeness,
+    onnx,
     opset_of,
     trace,
     weights_path,

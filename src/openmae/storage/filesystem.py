@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
+import importlib
 import math
 import os
 import ssl
@@ -22,7 +23,7 @@ T = TypeVar("T")
 ANSWER_LIMIT = 20.0  # seconds for a question about what is there; a command takes some to start before it asks
 CONNECTIONS = 32
 
-_EXTRAS = {"s3": "s3", "gs": "gs", "http": "s3", "https": "s3"}
+_PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "http": ("aiohttp", "s3"), "https": ("aiohttp", "s3")}
 _CREDENTIALS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("ACCESS_KEY", "SECRET_KEY"))
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_REGION")
@@ -55,20 +56,21 @@ def open_filesystem(url: str) -> AsyncFileSystem:
     """
     url = checked(url)
     scheme = scheme_of(url)
-    options: dict[str, Any] = {"use_listings_cache": False}
+    package, extra = _PACKAGES[scheme]
     try:
         import fsspec
 
-        if scheme == "s3":
-            options |= _s3_options(url)
-        elif is_web(url):
-            options["client_kwargs"] = _http_options()
-        filesystem: AsyncFileSystem = fsspec.filesystem(scheme, **options)
+        importlib.import_module(package)
     except ImportError as error:
         raise DataError(
-            f"{redact(url)}: {scheme}:// needs a package that is not installed ({error.name or error}).",
-            f"pip install 'openmae[{_EXTRAS[scheme]}]'",
+            f"{redact(url)}: {scheme}:// needs {package}; missing: {error.name}.", f"pip install 'openmae[{extra}]'"
         ) from error
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme == "s3":
+        options |= _s3_options(url)
+    elif is_web(url):
+        options["client_kwargs"] = _http_options()
+    filesystem: AsyncFileSystem = fsspec.filesystem(scheme, **options)
     if scheme == "s3":
         filesystem.retries = 2  # transfers retry by themselves, and questions have a time limit
     return filesystem

@@ -51,7 +51,7 @@ def test_current_needs_a_gpu(no_gpu, capabilities):
     text = refusal("auto", capabilities, 0)
     assert "current, or unset, means the GPU that is present, and no GPU was found" in text
     assert "gen_trt_engine.compute_capability=[sm_89]" in text
-    assert "knows sm_75, sm_80, sm_86, sm_89, sm_120, sm_121" in text
+    assert "supports sm_75, sm_80, sm_86, sm_89, sm_120, sm_121" in text
 
 
 def test_current_is_the_gpu_that_is_here(gpu):
@@ -65,10 +65,10 @@ def test_current_is_the_gpu_that_is_here(gpu):
 def test_a_capability_that_the_builder_does_not_know(gpu):
     text = refusal("tensorrt_rtx", ["sm_99"], 0)
     assert "cannot build for sm_99" in text
-    assert "It knows sm_75, sm_80, sm_86, sm_89, sm_120, sm_121." in text
+    assert "It supports sm_75, sm_80, sm_86, sm_89, sm_120, sm_121." in text
     gpu(9, 0)
     assert "build on it with gen_trt_engine.backend=tensorrt" in refusal("auto", [], 0)
-    assert "'ada' is no compute capability" in refusal("auto", ["ada"], 0)
+    assert "'ada' is not a compute capability" in refusal("auto", ["ada"], 0)
 
 
 def test_a_builder_that_is_not_installed(gpu, monkeypatch):
@@ -77,7 +77,7 @@ def test_a_builder_that_is_not_installed(gpu, monkeypatch):
     assert "tensorrt is not installed." in refusal("tensorrt", [], 0)
     assert choose_backend("auto", [], 0).name == "tensorrt_rtx"
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    assert "tensorrt_rtx is not installed.\n  Fix: Run pip install openmae[tensorrt-rtx]." in refusal("auto", [], 0)
+    assert "tensorrt_rtx is not installed.\n  Fix: Run pip install 'openmae[tensorrt-rtx]'." in refusal("auto", [], 0)
 
 
 def test_a_gpu_that_is_not_there(gpu):
@@ -168,7 +168,7 @@ def test_classic_tensorrt_without_a_gpu_FAKE(classic, no_gpu):
 
 def test_classic_tensorrt_that_is_too_old_FAKE(classic, monkeypatch, caplog):
     monkeypatch.setattr(FakeTensorRT, "__version__", "8.6.1")
-    assert "tensorrt 8.6.1 is too old: 10.0 or later is needed" in refusal("tensorrt", [], 0)
+    assert "tensorrt 8.6.1 is too old; 10.0 or later is required" in refusal("tensorrt", [], 0)
     with caplog.at_level(logging.INFO, "openmae"):
         assert choose_backend("auto", ["sm_89"], 0).name == "tensorrt_rtx"
 
@@ -202,7 +202,7 @@ def test_a_timing_cache_is_taken_up_or_begun_anew_FAKE(classic, tmp_path, caplog
     assert not any(call[0] == "workspace" for call in classic.calls), "0 sets no limit"
     classic.takes_cache = False
     build_engine(tmp_path / "a.onnx", backend, settings)
-    assert "t.cache is of another TensorRT or GPU, or damaged; it is begun anew" in caplog.text
+    assert "t.cache is damaged or of another TensorRT or GPU; it is replaced" in caplog.text
     assert classic.calls.count(("timing cache", b"", False)) == 1
 
 

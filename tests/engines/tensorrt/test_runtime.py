@@ -95,7 +95,7 @@ def fake(monkeypatch):
     module = FakeRuntime()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
     monkeypatch.setattr(runtime, "_open_device", lambda device, info, path: torch.device("cpu"))
-    monkeypatch.setattr(runtime, "_on", lambda device: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(runtime, "_execute", lambda context, device: context.execute())
     return module
 
@@ -167,7 +167,7 @@ def test_a_batch_that_fails_FAKE_runtime(fake, tmp_path):
 
 def test_the_time_of_a_batch_FAKE_runtime(fake, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(runtime, "_wait", waits.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     path = write_engine(tmp_path, profile=Profile(1, 3, 4))
     engine = runtime.LoadedEngine(path.read_bytes(), read_sidecar(path)[1], torch.device("cpu"), "it")
     assert 0 < engine.seconds_per_batch() < 1
@@ -183,14 +183,14 @@ def test_an_engine_that_the_runtime_refuses_FAKE_runtime(fake, tmp_path):
 
 def test_another_version_of_tensorrt_FAKE_runtime(fake, tmp_path):
     text = refusal(write_engine(tmp_path, builder_version="1.3.0"))
-    assert "was built with tensorrt_rtx 1.3.0, and an engine runs with no other; installed is 1.7.1." in text
+    assert "was built with tensorrt_rtx 1.3.0 and runs with that version only; 1.7.1 is installed." in text
     assert "or install tensorrt_rtx 1.3.0." in text
 
 
 def test_tensorrt_that_is_not_installed_FAKE_runtime(fake, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     text = refusal(write_engine(tmp_path), kind=SpecError)
-    assert "tensorrt_rtx is not installed.\n  Fix: Run pip install openmae[tensorrt-rtx]." in text
+    assert "tensorrt_rtx is not installed.\n  Fix: Run pip install 'openmae[tensorrt-rtx]'." in text
 
 
 def test_an_engine_without_its_sidecar(tmp_path):
@@ -217,7 +217,7 @@ def test_the_sidecar_of_another_engine(tmp_path):
 
 
 def test_an_engine_of_a_foreign_onnx_file(tmp_path):
-    with pytest.raises(CheckpointError, match="its classes and preprocessing are not known"):
+    with pytest.raises(CheckpointError, match="its classes and preprocessing are unknown"):
         read_engine_card(write_engine(tmp_path, card=None))
 
 
