@@ -48,7 +48,7 @@ def small(deployed):
 
 
 @pytest.mark.parametrize(("arch", "stage", "opset", "settings"), CASES)
-def test_the_file_is_equal_to_torch(deployed, tmp_path, arch, stage, opset, settings):
+def test_outputs_equal_torch(deployed, tmp_path, arch, stage, opset, settings):
     model, card = deployed(arch, stage, **settings)
     proto = trace(model, card, opset, device=CPU)
     with writing(proto, tmp_path / "model.onnx") as file:
@@ -69,7 +69,7 @@ def test_the_file_is_equal_to_torch(deployed, tmp_path, arch, stage, opset, sett
     assert read_card(written) == card
 
 
-def test_an_opset_that_cannot_be_had_is_told(small, caplog):
+def test_an_opset_that_is_not_possible_is_reported(small, caplog):
     with caplog.at_level(logging.WARNING, "openmae"):
         proto = onnx_module._lowered(copy.deepcopy(small[2]), 15)
     assert opset_of(proto) == 17
@@ -78,7 +78,7 @@ def test_an_opset_that_cannot_be_had_is_told(small, caplog):
     ]
 
 
-def test_an_opset_of_the_future_is_an_error(deployed):
+def test_an_unknown_opset_is_an_error(deployed):
     newest = onnx.defs.onnx_opset_version()
     with pytest.raises(SpecError) as error:
         trace(*deployed("vit_tiny_patch16", "finetune"), newest + 1, device=CPU)
@@ -86,7 +86,7 @@ def test_an_opset_of_the_future_is_an_error(deployed):
     assert f"Set export.opset_version to 17 (widely read) or up to {newest}." in str(error.value)
 
 
-def test_the_file_tells_nothing_of_the_machine(small):
+def test_the_file_holds_no_paths_of_this_machine(small):
     _, _, proto = small
     content = proto.SerializeToString()
     for secret in (str(Path(torch.__file__).parent), str(Path(onnx_module.__file__).parent), "stack_trace"):
@@ -108,7 +108,7 @@ def test_a_difference_to_torch_fails_and_removes_the_file(small, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_small_outputs_are_no_excuse(deployed, tmp_path):
+def test_small_outputs_are_compared_too(deployed, tmp_path):
     """A fresh head's logits are tiny: a file without a head would be within an absolute tolerance."""
     model, card = deployed("vit_tiny_patch16", "finetune")
     small = copy.deepcopy(model)
@@ -145,7 +145,7 @@ def test_nodes_are_named_after_their_modules(small):
     assert len(names) == len(small[2].graph.node), "names are not unique"
 
 
-def test_a_faulty_graph_fails_and_leaves_the_old_file(small, tmp_path):
+def test_an_invalid_graph_fails_and_leaves_the_old_file(small, tmp_path):
     _, _, proto = small
     (tmp_path / "model.onnx").write_bytes(b"the old one")
     faulty = onnx.ModelProto()
@@ -158,7 +158,7 @@ def test_a_faulty_graph_fails_and_leaves_the_old_file(small, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_weights_too_large_for_one_file_lie_beside_it(small, tmp_path, monkeypatch):
+def test_weights_too_large_for_one_file_are_in_a_second_file(small, tmp_path, monkeypatch):
     model, card, proto = small
     monkeypatch.setattr(onnx_module, "LARGEST_PROTOBUF", 1_000_000)
     path = tmp_path / "model.onnx"
@@ -183,7 +183,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(small, tmp_path, monkeypat
         (b"PK\x03\x04", "model.onnx is not an ONNX file, or damaged"),
     ],
 )
-def test_what_is_no_onnx_is_an_error(tmp_path, content, text):
+def test_other_files_are_an_error(tmp_path, content, text):
     path = tmp_path / "model.onnx"
     if content is not None:
         path.write_bytes(content)
@@ -210,7 +210,7 @@ def test_missing_weights_are_named(small, tmp_path, monkeypatch):
     assert "model.onnx.data" in str(error.value)
 
 
-def test_anothers_file_is_an_error(small, tmp_path):
+def test_a_file_of_another_program_is_an_error(small, tmp_path):
     _, _, proto = small
     other = onnx.ModelProto()
     other.CopyFrom(proto)

@@ -172,7 +172,7 @@ def test_results_that_are_not_uploaded_are_kept(monkeypatch, capsys):
     assert not entry.exists()
 
 
-def test_the_command(capsys):
+def test_the_cache_command(capsys):
     assert main(["cache", "path"]) == 0
     assert capsys.readouterr().out.strip() == str(cache.root())
     made("model.pth", 2_000_000)

@@ -142,7 +142,7 @@ def test_store_that_breaks_connections(wire, store, bucket, small_pieces):
     assert wire.cuts < 5
 
 
-def test_slow_answers(web, small_pieces):
+def test_slow_responses(web, small_pieces):
     web.files["/m.bin"] = RANDOM[:600_000]
     web.delay = 0.7
     assert fetch(f"{web.url}/m.bin").read_bytes() == RANDOM[:600_000]
@@ -350,6 +350,7 @@ def measured(big: str, small: str, megabytes: int) -> tuple[int, int]:
 
 
 @needs_proc
+@pytest.mark.slow  # 96 MiB through a server in Python, in a process of its own
 def test_memory_stays_bounded(store, bucket):
     megabytes = 96
     block = os.urandom(8 << 20)

@@ -93,12 +93,12 @@ def test_a_file_of_version_1_opens(tmp_path):
     assert decrypt_independently(bytes.fromhex(VECTOR), SECRET) == b"weights"
 
 
-def test_the_cost_of_a_guess(monkeypatch):
+def test_key_derivation_is_expensive(monkeypatch):
     monkeypatch.undo()
     assert Key(SECRET).new_header()[16:20] == bytes((1, 15, 8, 1))
 
 
-def test_reading_here_and_there(tmp_path):
+def test_random_access(tmp_path):
     content = os.urandom(2 * MIB + 100)
     with unlocked(encrypt(tmp_path / "f", content), Key(SECRET)) as file:
         for place, count in [(2 * MIB - 3, 10), (5, 3), (MIB - 1, MIB + 2), (2 * MIB + 90, 50), (3 * MIB, 1), (0, 0)]:
@@ -120,7 +120,7 @@ def test_torch_saves_and_loads_through_it(tmp_path):
     assert found["c"] == payload["c"]
 
 
-def test_two_files_of_a_key_share_no_cipher(tmp_path):
+def test_two_files_of_a_key_have_different_ciphers(tmp_path):
     """One derivation serves all that a process writes: only the salt of scrypt may be the same."""
     key = Key(SECRET)
     one, other = (encrypt(tmp_path / name, b"same", key).read_bytes() for name in "ab")
@@ -213,7 +213,7 @@ def test_a_header_cannot_ask_for_much_memory(sealed):
         refuse(path, content[:place] + bytes((value,)) + content[place + 1 :], key)
 
 
-def test_what_changes_after_it_was_authenticated_is_found(sealed):
+def test_a_change_after_authentication_is_detected(sealed):
     path, content, key = sealed
     path.write_bytes(content)
     file = unlocked(path, key)
@@ -241,7 +241,7 @@ def test_a_plain_file_is_reported_once(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("content", [b"", b"P", b"\x80\x02", b"safetensors?", bytes(range(100, 200))])
-def test_other_files_are_not_taken_for_encrypted_ones(tmp_path, content):
+def test_other_files_are_not_mistaken_for_encrypted_ones(tmp_path, content):
     (tmp_path / "f").write_bytes(content)
     assert not is_encrypted(tmp_path / "f")
 
@@ -283,7 +283,7 @@ print((peak() - before) // 1024)
     assert int(found.stdout) < 48, f"{found.stdout.strip()} MiB for a file of 150 MiB"
 
 
-def test_where_keys_come_from(tmp_path, monkeypatch):
+def test_sources_of_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", SECRET.decode())
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "key").write_bytes(SECRET + b"\r\n")
@@ -321,7 +321,7 @@ def _large(folder: Path) -> str:
         (_large, "large' is no key: it is larger than 64 KiB."),
     ],
 )
-def test_no_key_where_it_should_be(tmp_path, monkeypatch, text: Callable[[Path], str], message):
+def test_a_missing_key_is_an_error(tmp_path, monkeypatch, text: Callable[[Path], str], message):
     monkeypatch.setenv("EMPTY_KEY", "")
     with pytest.raises(SpecError) as caught:
         resolve_key(text(tmp_path))
@@ -329,7 +329,7 @@ def test_no_key_where_it_should_be(tmp_path, monkeypatch, text: Callable[[Path],
     assert caught.value.problem.startswith("encryption_key: the ")
 
 
-def test_a_key_shows_nothing_and_travels(tmp_path):
+def test_a_key_can_be_pickled_and_is_not_shown(tmp_path):
     key = Key(SECRET)
     assert repr(key) == str(key) == f"{key!r}" == "Key(***)"
     assert read_bytes(encrypt(tmp_path / "f", b"x", key), pickle.loads(pickle.dumps(key))) == b"x"

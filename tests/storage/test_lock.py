@@ -225,7 +225,7 @@ def test_of_two_runs_that_take_over_at_once_one_wins(store, bucket, url):
         assert body(store, bucket)["token"] == token != "theirs"
 
 
-def test_a_run_that_loses_the_lock_is_told(store, bucket, url, monkeypatch):
+def test_a_run_that_loses_the_lock_is_notified(store, bucket, url, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.01)
     lost, told = threading.Event(), []
     with StoreLock(url, "results_dir", lambda error: (told.append(error), lost.set())):

@@ -126,7 +126,7 @@ def refusal(path: Path, device: str = "cuda", kind: type[Exception] = Checkpoint
     return str(caught.value)
 
 
-def test_the_sidecar_comes_back_as_it_was_written(tmp_path):
+def test_sidecar_round_trip(tmp_path):
     path = write_engine(tmp_path)
     card, info = read_sidecar(path)
     assert card == CARD
@@ -137,7 +137,7 @@ def test_the_sidecar_comes_back_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "batches"), [(1, [2]), (3, [3]), (9, [4, 4, 2])])
-def test_images_are_normalised_split_and_filled_FAKE_runtime(fake, tmp_path, count, batches):
+def test_images_are_normalised_split_and_padded_FAKE_runtime(fake, tmp_path, count, batches):
     predictor = TensorRTPredictor(write_engine(tmp_path))
     images = torch.randint(0, 256, (count, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     outputs = predictor(images)
@@ -175,7 +175,7 @@ def test_the_time_of_a_batch_FAKE_runtime(fake, tmp_path, monkeypatch):
     assert len(waits) == len(fake.context.batches), "a batch was timed before it had ended"
 
 
-def test_an_engine_that_the_runtime_refuses_FAKE_runtime(fake, tmp_path):
+def test_an_engine_that_the_runtime_rejects_FAKE_runtime(fake, tmp_path):
     text = refusal(write_engine(tmp_path, data=b"noise"))
     assert "tensorrt_rtx 1.7.1 cannot load" in text
     assert "The engine is corrupt\n  Fix: Build the engine again with mae gen_trt_engine." in text
@@ -230,7 +230,7 @@ def test_a_machine_without_a_gpu(tmp_path, monkeypatch):
     assert "Fix: Use the ONNX file or the checkpoint" in text
 
 
-def test_another_gpu_than_it_was_built_for(tmp_path, monkeypatch):
+def test_another_gpu_than_the_engine_was_built_for(tmp_path, monkeypatch):
     for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", "NVIDIA T4")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
