@@ -10,7 +10,7 @@ _JITTER = 2.0  # seconds: Linux derives the time of its boot from the clock, ane
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use; macOS only says how many there are."""
+    """Return the number of cores that this process may use (on macOS: that the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -29,8 +29,7 @@ def test_the_names_that_clients_rely_on() -> None:
 
 @pytest.mark.parametrize("progress", [(0, 0), (3, 120), (1000, 123456)])
 def test_a_checkpoint_name_can_be_read_back(progress: tuple[int, int]) -> None:
-    for suffix in (layout.WEIGHTS_SUFFIX, layout.SHARDS_SUFFIX):
-        assert layout.checkpoint_progress(layout.checkpoint_name(*progress, suffix)) == progress
+    assert layout.checkpoint_progress(layout.checkpoint_name(*progress)) == progress
 
 
 @pytest.mark.parametrize("name", ["model_best.pth", "model_epoch_001_step_00001.pth.diverged", "x_latest.pth", ""])

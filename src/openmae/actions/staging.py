@@ -199,7 +199,11 @@ def _bring_back(url: str, folder: Path, action: str, bring: _Bring) -> None:
 def _bring_newest(url: str, folder: Path, action: str, bring: _Bring) -> None:
     """The checkpoint that a training resumes from, and what says that there is nothing left to train."""
     if action == "train":
-        bring(url, folder, lambda names: [name for name in _AT_THE_END if name in names and _newest(names)])
+        bring(
+            url,
+            folder,
+            lambda names: [name for name in _AT_THE_END if name in names and layout.sort_checkpoints(names)],
+        )
 
 
 def _bring_readable(
@@ -221,7 +225,7 @@ def _bring_readable(
 
     def wanted(names: Collection[str], count: int) -> Collection[str]:
         best = [layout.BEST] if layout.BEST in names else []  # the last resort, where no numbered one can be used
-        there[:] = best + _newest(names) if _newest(names) else []
+        there[:] = best + layout.sort_checkpoints(names) if layout.sort_checkpoints(names) else []
         return [*besides(names), *there[-count:]]
 
     for count in itertools.count(1):
@@ -236,11 +240,6 @@ def _bring_readable(
         damaged = any(not isinstance(error, NotFiniteError) for error in refused.values())
         if found or (count > 1 and damaged and is_encrypted(list_checkpoints(folder)[-1])):
             return
-
-
-def _newest(names: Collection[str]) -> list[str]:
-    """The complete numbered checkpoints, the newest last."""
-    return layout.sort_checkpoints(name for name in names if name.endswith(layout.WEIGHTS_SUFFIX))
 
 
 def _fetched(key: str, url: str) -> str:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from openmae.checkpoints.format import CheckpointInfo, read_own
+from openmae.checkpoints.format import CheckpointInfo, read_checkpoint
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import crop_pct
 from openmae.engines.batching import as_input, device_name, run_split
@@ -106,7 +106,7 @@ class OnnxPredictor:
 
 
 def open_predictor(
-    path: Path, device: torch.device | str = "cpu", encryption_key: str | Key | None = None
+    path: str | Path, device: torch.device | str = "cpu", encryption_key: str | Key | None = None
 ) -> Predictor:
     """Open a checkpoint, an ONNX file or a TensorRT engine; see ``exported_kind``.
 
@@ -130,7 +130,8 @@ def open_predictor(
         return OnnxPredictor(path, device, key)
     if kind == "engine":
         return TensorRTPredictor(path, device, key)
-    checkpoint, info = read_own(path, key)
+    checkpoint = read_checkpoint(path, key)
+    info = checkpoint.own_info()
     card = card_of(info, path)
     return TorchPredictor(build_deployed(checkpoint, card), card, device)
 

@@ -32,7 +32,7 @@ PROFILE = "profile.json"
 BEST = "model_best.pth"
 BACKBONE = "backbone.safetensors"
 WEIGHTS_SUFFIX = ".pth"
-SHARDS_SUFFIX = ".shards"
+SHARDED = "model_epoch_*.shards"  # folders that earlier versions wrote under fsdp
 UNREADABLE, SUPERSEDED, DIVERGED = ".unreadable", ".superseded", ".diverged"  # appended to a checkpoint set aside
 
 # inference, evaluate, export, gen_trt_engine
@@ -65,7 +65,7 @@ JOB_RECORD, JOB_SPEC, JOB_LOG = "job.json", "spec.yaml", "log.txt"
 LOCK, LOCK_HOLDER = ".openmae.lock", ".openmae.lock.json"
 UPLOAD_RECORD = ".openmae-uploaded.json"
 
-_CHECKPOINT = re.compile(r"model_epoch_(?P<epoch>\d+)_step_(?P<step>\d+)\.(?:pth|shards)")
+_CHECKPOINT = re.compile(r"model_epoch_(?P<epoch>\d+)_step_(?P<step>\d+)\.pth")
 _WEIGHTS = re.compile(r"\.pth(\.|$)")
 
 
@@ -76,13 +76,13 @@ class Progress(NamedTuple):
     step: int
 
 
-def checkpoint_name(epoch: int, step: int, suffix: str = WEIGHTS_SUFFIX) -> str:
+def checkpoint_name(epoch: int, step: int) -> str:
     """Return the name of a numbered checkpoint.
 
     >>> checkpoint_name(3, 120)
     'model_epoch_003_step_00120.pth'
     """
-    return f"model_epoch_{epoch:03d}_step_{step:05d}{suffix}"
+    return f"model_epoch_{epoch:03d}_step_{step:05d}{WEIGHTS_SUFFIX}"
 
 
 def checkpoint_progress(name: str) -> Progress | None:
@@ -92,10 +92,9 @@ def checkpoint_progress(name: str) -> Progress | None:
 
 
 def sort_checkpoints(names: Iterable[str]) -> list[str]:
-    """Return the names of the numbered checkpoints among ``names``, oldest first; a complete one after its shards."""
-    found = [(progress, not name.endswith(SHARDS_SUFFIX), name)
-             for name in names if (progress := checkpoint_progress(name))]  # fmt: skip
-    return [name for *_, name in sorted(found)]
+    """Return the names of the numbered checkpoints among ``names``, oldest first."""
+    found = [(progress, name) for name in names if (progress := checkpoint_progress(name))]
+    return [name for _, name in sorted(found)]
 
 
 def is_numbered(name: str) -> bool:
