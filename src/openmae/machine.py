@@ -6,7 +6,7 @@ import os
 
 import psutil
 
-_JITTER = 2.0  # seconds: Linux derives the time of its boot from the clock, anew each time, in whole seconds
+_JITTER = 2.0  # seconds: Linux computes the time of its boot from the clock, in whole seconds
 
 
 def usable_cores() -> int:

@@ -1,4 +1,4 @@
-"""Metadata of a deployed model, stored in an ONNX file and beside a TensorRT engine."""
+"""Metadata of a deployed model, stored in an ONNX file and next to a TensorRT engine."""
 
 from __future__ import annotations
 

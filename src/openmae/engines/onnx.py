@@ -167,7 +167,7 @@ def cosine(one_NX: np.ndarray, other_NX: np.ndarray) -> float:
 def writing(proto: ModelProto, path: Path, key: Key | None = None) -> Iterator[Path]:
     """Write a graph to a temporary path, yield that for verification, and move it to ``path`` if the block succeeds.
 
-    Weights of 2 GB and more, which a protobuf message cannot hold, go into ``<name>.data`` beside the file.
+    Weights of 2 GB and more, which a protobuf message cannot hold, go into ``<name>.data`` next to the file.
 
     Args:
         proto: the graph.

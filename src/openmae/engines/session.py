@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     onnxruntime = require("onnxruntime")
 
-onnxruntime.set_default_logger_severity(3)  # errors only: users cannot act on its warnings
+onnxruntime.set_default_logger_severity(3)  # errors only: its warnings are not for users
 
 
 def run_once(proto: ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

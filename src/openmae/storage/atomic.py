@@ -118,7 +118,7 @@ def disk_error(error: OSError, path: str | os.PathLike[str], key: str = "", verb
     """Describe an error of the disk that holds ``path``; see ``disk_errors``."""
     named = next((name for name in (error.filename2, error.filename) if isinstance(name, str | bytes)), path)
     if os.path.dirname(os.fsdecode(named)) == os.path.dirname(os.fsdecode(path)):
-        named = path  # not the temporary file beside it
+        named = path  # not the temporary file next to it
     place = os.fsdecode(named).encode(errors="replace").decode()  # a name need not be valid UTF-8
     tail = f" could not be {verb} ({error.strerror or error})"
     problem = f"The results{tail}: {place}." if key else f"{place}{tail}."

@@ -1,7 +1,8 @@
 """The cache on the disk: complete and unfinished entries, held while a process uses them, bounded in total size.
 
 An entry is a folder. A process that uses it holds a shared lock on the folder, which ends with the process, however
-that ends. An entry is deleted only by who can lock it exclusively, and under another name, so that nobody sees a part.
+that ends. An entry is deleted only if it can be locked exclusively, and is renamed first, so that no process sees a
+part of it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _holds = _Holds()
 
 @dataclass(frozen=True)
 class Entry:
-    """What one source takes in the cache.
+    """One source in the cache.
 
     Attributes:
         path: its folder.
@@ -75,7 +76,7 @@ class Entry:
 
     @property
     def removable(self) -> bool:
-        """Whether it is unused and can be made again, unlike results that are not uploaded yet."""
+        """True if it is unused and can be made again, unlike results that are not uploaded yet."""
         return not self.in_use and (self.complete or self.kind != RESULTS)
 
 

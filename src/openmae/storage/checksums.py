@@ -85,7 +85,7 @@ def _checksums(reply: Mapping[str, Any]) -> list[_Checksum]:
 
 
 def has_plain_etag(reply: Mapping[str, Any]) -> bool:
-    """Return whether the ETag in a reply is made of MD5s: it is not for an object encrypted with a key of its own."""
+    """Return whether an ETag is made of MD5s, as for all objects but those encrypted with SSE-KMS or SSE-C."""
     return reply.get("ServerSideEncryption") in (None, "AES256") and not reply.get("SSECustomerAlgorithm")
 
 

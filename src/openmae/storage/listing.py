@@ -1,4 +1,4 @@
-"""What is at a URL (a file, or a folder of files, each with its version), and reading parts of it."""
+"""Files at a URL, each with its version, and requests for parts of them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Found:
-    """What is at a URL.
+    """The file or folder at a URL.
 
     Attributes:
         url: as given.

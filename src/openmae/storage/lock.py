@@ -154,7 +154,7 @@ class StoreLock:
                 raise _taken(holder, redact(self.url), self.key)
             if not seen:
                 log.info(
-                    "%s is locked by %s: waiting up to %g s for a sign of life.",
+                    "%s is locked by %s: waiting up to %g s for a heartbeat.",
                     *(redact(self.url), _describe(holder), STALE),
                 )
             if content != seen:
@@ -183,7 +183,7 @@ class StoreLock:
                     problem = f"{self.key}: {taken.problem} It has taken the folder over from this run."
                     self._on_lost(RunError(problem, taken.fix))
                     return
-                self._version = ""  # somebody has deleted the object
+                self._version = ""  # the object was deleted
 
     def _holds(self) -> bool:
         """Return whether the object is this run's, and note its version if so."""
@@ -205,7 +205,7 @@ class StoreLock:
     def _write(self, version: str) -> bool:
         """Replace the object of that version, or create one if it is empty; return whether this run holds the lock.
 
-        The object is read afterwards: a request that was sent twice is refused because of its own result.
+        The object is read afterwards: a request that was sent twice is refused because of its first result.
         """
         if not self._conditional and not version and self._read() is not None:
             return self._holds()

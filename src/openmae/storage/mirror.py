@@ -270,7 +270,7 @@ class Mirror:
 def pull(url: str, local: Path, wanted: Callable[[Collection[str]], Collection[str]]) -> None:
     """Bring a folder up to date with its copy in a store, before a run resumes in it.
 
-    Files that were written here and not uploaded yet are kept. Files that somebody else has changed there replace
+    Files that were written here and not uploaded yet are kept. Files that another run has changed there replace
     those here.
 
     Args:
@@ -305,7 +305,7 @@ def _pull(url: str, local: Path, wanted: Callable[[Collection[str]], Collection[
 
 
 class _Record:
-    """What of a folder is at its destination, in a file of the folder.
+    """The uploaded files of a folder, recorded in a file of the folder.
 
     Attributes:
         marks: name -> what the file looked like when it was uploaded, and its version there.

@@ -196,7 +196,7 @@ def test_tensorrt_that_is_not_installed_FAKE_runtime(fake, tmp_path, monkeypatch
 def test_an_engine_without_its_sidecar(tmp_path):
     path = write_engine(tmp_path)
     sidecar_path(path).unlink()
-    assert "has no model.engine.json beside it" in refusal(path)
+    assert "has no model.engine.json next to it" in refusal(path)
     path.unlink()
     assert "No engine at" in refusal(path)
 

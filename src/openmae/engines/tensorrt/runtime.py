@@ -1,4 +1,4 @@
-"""Predictions from a TensorRT engine and the sidecar beside it."""
+"""Predictions from a TensorRT engine and its sidecar file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TensorRTPredictor:
     """An engine that ``mae gen_trt_engine`` built from an ONNX file of ``mae export``; see ``Predictor``.
 
     Args:
-        path: path of the engine, with its sidecar beside it.
+        path: path of the engine, whose sidecar is next to it.
         device: a CUDA GPU of the kind that the engine was built for.
         key: key of an encrypted engine.
 

@@ -96,7 +96,7 @@ def read_sidecar(engine: Path) -> tuple[ModelCard | None, EngineInfo]:
         return card, EngineInfo.from_dict(values["engine"])
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{engine} has no {path.name} beside it, which describes its inputs and outputs.",
+            f"{engine} has no {path.name} next to it, which describes its inputs and outputs.",
             "Copy both files, or build the engine with mae gen_trt_engine.",
         ) from error
     except CheckpointError:
