@@ -30,12 +30,12 @@ from openmae.engines.precision import to_half
 from openmae.errors import CheckpointError, RunError, SpecError
 
 CPU = torch.device("cpu")
-CASES = [  # every family and stage; opset, batch, preprocessing, channels in turn
+CASES = [  # every family and stage, and in the rest every opset, batch, preprocessing and number of channels
     ("vit_tiny_patch16", "finetune", 17, {"batch_size": -1, "preprocessing": True, "in_chans": 4}),
     ("vit_tiny_patch16", "pretrain", 20, {"batch_size": 2}),
     ("convnextv2_atto", "finetune", 17, {"batch_size": 2, "in_chans": 1}),
     ("convnextv2_atto", "pretrain", 17, {"batch_size": -1}),
-    ("hiera_tiny_224", "finetune", 18, {"batch_size": -1}),
+    pytest.param("hiera_tiny_224", "finetune", 18, {"batch_size": -1}, marks=pytest.mark.slow),  # ten seconds
     ("hiera_tiny_224", "pretrain", 17, {"batch_size": -1, "preprocessing": True}),
 ]
 

@@ -98,7 +98,7 @@ def is_malformed(engine: bytes) -> bool:
         ("convnextv2_atto", "fp16", (0.5, 1.5)),
         ("vit_tiny_patch16", "bf16", (0.5, 2.0)),
         ("vit_tiny_patch16", "int8", (0.25, 2.0)),
-        ("hiera_tiny_224", "fp16", (0.5, 0.6)),
+        pytest.param("hiera_tiny_224", "fp16", (0.5, 0.6), marks=pytest.mark.slow),  # ten seconds
     ],
 )
 def test_an_engine_is_built_without_a_gpu(exported, tmp_path, arch, precision, share):
