@@ -16,19 +16,18 @@ from rich.table import Table as RichTable
 
 from openmae.data.check import Survey, survey
 from openmae.data.decode import MAX_MEGAPIXELS
-from openmae.data.folder import CORRUPT_LIST, counted, describe_skipped, first_names, join_first
+from openmae.data.folder import counted, describe_skipped, first_names, join_first
 from openmae.data.index import unread_table
 from openmae.data.open import open_index
 from openmae.data.shards.packing import Packed, Packing, pack
 from openmae.errors import UserError
 from openmae.results.dataset_report import save_dataset_picture
 from openmae.results.report import Cell, Numbers, Picture, Section, Table, write_report
+from openmae.storage import layout
 from openmae.storage.atomic import make_folder, write_atomically
 from openmae.storage.printable import printable_name
 from openmae.storage.urls import is_remote
 
-DUPLICATES_LIST = "duplicate_files.txt"
-REMARKS_LIST = "remarks.txt"
 _LISTED = 100  # rows of a table in the report; the lists beside it have all
 
 log = logging.getLogger("openmae")
@@ -60,7 +59,9 @@ def pack_source(
     print(f"{packed.images:,} images ({labels}) in {counted(len(packed.shards), 'shard')}, {total / 1e6:,.1f} MB:")
     print(f"  dataset.train_data_sources={shlex.quote(printable_name(packed.pattern))}")
     if packed.corrupt:
-        log.warning("Left out %s, listed in %s", counted(len(packed.corrupt), "corrupt file"), out / CORRUPT_LIST)
+        log.warning(
+            "Left out %s, listed in %s", counted(len(packed.corrupt), "corrupt file"), out / layout.CORRUPT_LIST
+        )
     return packed
 
 
@@ -75,9 +76,9 @@ def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS
     with _progress("Checking", len(index)) as advance:
         found = survey(index, advance)
     for name, lines in (
-        (CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in found.corrupt]),
-        (DUPLICATES_LIST, ["\t".join(group) for group in found.duplicates]),
-        (REMARKS_LIST, ["\t".join(row) for row in _remark_rows(found)]),
+        (layout.CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in found.corrupt]),
+        (layout.DUPLICATES_LIST, ["\t".join(group) for group in found.duplicates]),
+        (layout.REMARKS_LIST, ["\t".join(row) for row in _remark_rows(found)]),
     ):
         (folder / name).unlink(missing_ok=True)
         if lines:
@@ -88,7 +89,7 @@ def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS
         table.add_row(*row)
     Console(markup=False, emoji=False, highlight=False).print(table)
     picture = save_dataset_picture(
-        folder / "dataset.png",
+        folder / layout.DATASET_CHART,
         name=found.place,
         summary=headline(found),
         class_counts=found.class_counts,
@@ -178,9 +179,14 @@ def _sections(
         sections.append(Table("Classes", ("class", "images"), classes, caption))
     sections += unread
     for title, columns, cells, name in (
-        ("Corrupt files", ("file", "reason"), [list(row) for row in found.corrupt], CORRUPT_LIST),
-        ("Duplicates", ("kept", "the same"), [[g[0], ", ".join(g[1:4])] for g in found.duplicates], DUPLICATES_LIST),
-        ("Remarks", ("file", "remark"), _remark_rows(found), REMARKS_LIST),
+        ("Corrupt files", ("file", "reason"), [list(row) for row in found.corrupt], layout.CORRUPT_LIST),
+        (
+            "Duplicates",
+            ("kept", "the same"),
+            [[g[0], ", ".join(g[1:4])] for g in found.duplicates],
+            layout.DUPLICATES_LIST,
+        ),
+        ("Remarks", ("file", "remark"), _remark_rows(found), layout.REMARKS_LIST),
     ):
         if cells:
             sections.append(Table(title, columns, cells[:_LISTED], f"{len(cells):,} in all; {name} lists them."))

@@ -23,6 +23,7 @@ from openmae.errors import DataError
 from openmae.models.mae import MaskedAutoencoder
 from openmae.results.images import reconstruction_grid, save_confusion_matrix
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.training.finetune import predict, score
 from openmae.training.pretrain import PretrainTask, embed, probe
 
@@ -149,7 +150,7 @@ def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
     if fabric.is_global_zero:
         picture = None
         if task is not None:
-            picture = request.folder / "reconstructions" / "validation.png"
+            picture = request.folder / layout.RECONSTRUCTIONS / "validation.png"
             reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
         unread = unread_table([request.index])
         pretrained_report(request.folder, request.info, len(request.index), metrics, picture, unread)
@@ -164,6 +165,6 @@ def _evaluate_classifier(fabric: Fabric, request: Request) -> dict[str, float]:
         names = request.info.class_names
         confusion = np.zeros((len(names), len(names)), dtype=np.int64)
         np.add.at(confusion, (predictions.labels, predictions.classes[:, 0]), 1)
-        picture = save_confusion_matrix(confusion, names, request.folder / "confusion_matrix.png")
+        picture = save_confusion_matrix(confusion, names, request.folder / layout.CONFUSION_MATRIX)
         classifier_report(request.folder, request.info, metrics, confusion, picture, unread_table([request.index]))
     return metrics

@@ -23,12 +23,12 @@ from openmae.data.index import unread_table
 from openmae.distributed.launch import build_fabric, launch
 from openmae.results.images import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.storage.atomic import replacing, write_atomically
 from openmae.storage.printable import printable_name, spreadsheet_cell
 from openmae.training.finetune import Predictions, predict
 from openmae.training.pretrain import embed
 
-RESULTS, EMBEDDINGS = "results.csv", "embeddings.parquet"
 _SHEET = 16  # images of the contact sheet
 _CLASSES = 5  # shown on the terminal
 
@@ -63,7 +63,7 @@ def run(spec: ExperimentSpec) -> Path:
         if this_run.leads:
             begin_results(this_run.folder, spec)
         found = launch(fabric, _classify if info.stage == "finetune" else _embed, request)
-        path = this_run.folder / (RESULTS if info.stage == "finetune" else EMBEDDINGS)
+        path = this_run.folder / (layout.PREDICTIONS if info.stage == "finetune" else layout.EMBEDDINGS)
         if this_run.leads:
             title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
             show_table(title, [*found.items(), ("written", str(path))])
@@ -78,7 +78,7 @@ def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
     counts = Counter(names[label] for label in predictions.classes[:, 0])
     if fabric.is_global_zero:
         rows = _result_rows(predictions, request)
-        write_atomically(request.folder / RESULTS, _as_csv(rows))
+        write_atomically(request.folder / layout.PREDICTIONS, _as_csv(rows))
         sheet = _draw_sheet(predictions, request, loader.first(_SHEET))
         inference_report(request.folder, request.info, rows, sheet, unread_table([request.index]))
     seen = {name: f"{count:,} images" for name, count in counts.most_common(_CLASSES)}
@@ -103,7 +103,7 @@ def _draw_sheet(predictions: Predictions, request: Request, batch: Batch) -> Pat
     shares = predictions.probabilities[places, 0].tolist()
     pixels = batch.images.round().clamp(0, 255).byte() if batch.images.is_floating_point() else batch.images
     images = pixels.permute(0, 2, 3, 1).numpy()
-    return save_predictions(images, labels, shares, request.folder / "predictions.png")
+    return save_predictions(images, labels, shares, request.folder / layout.PREDICTIONS_SHEET)
 
 
 def _result_rows(predictions: Predictions, request: Request) -> list[list[str]]:
@@ -125,11 +125,13 @@ def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
     indices, vectors, _ = embed(fabric, request.model.outputs(fabric.device), watched(fabric, loader))
     if fabric.is_global_zero:
         _write_embeddings(
-            request.folder / EMBEDDINGS, [printable_name(request.index.paths[index]) for index in indices], vectors
+            request.folder / layout.EMBEDDINGS,
+            [printable_name(request.index.paths[index]) for index in indices],
+            vectors,
         )
         picture = None
         if task is not None:
-            picture = request.folder / "reconstructions" / "test.png"
+            picture = request.folder / layout.RECONSTRUCTIONS / "test.png"
             reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
         embedding_report(request.folder, request.info, vectors.shape, picture, unread_table([request.index]))
     return {"embeddings": f"{len(vectors):,} of {vectors.shape[1]:,} numbers each"}

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from openmae.checkpoints.folder import BEST
 from openmae.checkpoints.format import Checkpoint, CheckpointInfo, read_checkpoint
 from openmae.checkpoints.load import check_size, load_into
 from openmae.data.normalise import Normaliser
@@ -33,6 +32,7 @@ from openmae.models.masking import count_visible
 from openmae.spec.load import DEFAULT_MEAN, DEFAULT_STD
 from openmae.spec.rules import INERT
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.storage.encryption import Key, resolve_key
 
 _DECODER = ("decoder_depth", "decoder_embed_dim", "decoder_attention")
@@ -129,7 +129,7 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
         if info.stage == "pretrain" and not checkpoint.weights.rest:
             raise CheckpointError(
                 f"{path} holds only the backbone, and {key.split('.')[0]} also reconstructs images.",
-                f"Give the checkpoint beside it, such as {path.with_name(BEST)}.",
+                f"Give the checkpoint beside it, such as {path.with_name(layout.BEST)}.",
             )
     config = info.model
     if spec.typed(_SIZE):

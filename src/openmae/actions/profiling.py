@@ -16,9 +16,9 @@ from openmae.machine import usable_cores
 from openmae.results.profile import Breakdown, Phase, advice, write_breakdown
 from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.training.profiler import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
 
-PROFILE = "profile.json"
 _KEYS = (
     "dataset.batch_size",
     "dataset.num_workers_per_gpu",
@@ -44,7 +44,7 @@ def leave_profile(fabric: Fabric, spec: ExperimentSpec, folder: Path, measured: 
         log.warning("train.profile: nothing was measured, as the run made no step after %d of warm-up.", WARMUP_STEPS)
         return None
     breakdown = _breakdown(fabric, spec, measured)
-    write_breakdown(breakdown, folder / PROFILE)
+    write_breakdown(breakdown, folder / layout.PROFILE)
     rows = [("measured", breakdown.summary)]
     for name, phase in breakdown.phases.items():
         a_step = "" if phase.mean_ms is None else f"  {phase.mean_ms:10.2f} ms a step"

@@ -17,7 +17,6 @@ from rich.progress import track
 from rich.table import Table
 
 from openmae.actions.staging import local_place
-from openmae.data.folder import CORRUPT_LIST
 from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
@@ -27,12 +26,12 @@ from openmae.results.status import StatusLog
 from openmae.spec.load import to_yaml
 from openmae.spec.rules import value_of
 from openmae.spec.schema import DEVICES, ExperimentSpec
+from openmae.storage import layout
 from openmae.storage.atomic import FULL, disk_error, fault_of_disk, write_atomically
 from openmae.storage.memory_folder import remove_abandoned
 
 Rows = Sequence[tuple[str, str]]
 
-SPEC_FILE = "experiment.yaml"
 _LOADER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited unexpectedly)")
 
 log = logging.getLogger("openmae")
@@ -189,8 +188,8 @@ def begin_results(folder: Path, spec: ExperimentSpec, *, resumed: bool = False) 
         resumed: the run goes on, so its list of corrupt files does as well.
     """
     if not resumed:
-        (folder / CORRUPT_LIST).unlink(missing_ok=True)
-    write_atomically(folder / SPEC_FILE, to_yaml(spec))
+        (folder / layout.CORRUPT_LIST).unlink(missing_ok=True)
+    write_atomically(folder / layout.SPEC, to_yaml(spec))
 
 
 def show_table(title: str, rows: Rows) -> None:

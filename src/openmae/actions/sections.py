@@ -14,6 +14,7 @@ from openmae.results.images import save_curves
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown, table_rows
 from openmae.results.report import Cell, Code, Numbers, Picture, Section, Table, Text, write_report
+from openmae.storage import layout
 
 _READING = """import pyarrow.parquet as pq
 import numpy as np
@@ -75,11 +76,11 @@ def train_report(
     unread: Sequence[Section] = (),
 ) -> Path:
     """After training: numbers, curves, reconstructions, what the time went to, recipe, files not read, spec."""
-    rows = read_metrics(folder / "metrics.csv")
+    rows = read_metrics(folder / layout.METRICS)
     last = {name: row[name] for row in rows for name in _LABELS if name in row}
     sections: list[Section] = [_numbers("At the end", last)] if last else []
     if rows:
-        curves = save_curves(rows, folder / "curves.png")
+        curves = save_curves(rows, folder / layout.CURVES)
         sections.append(Picture("Curves", curves, "Losses, accuracies, learning rate and pace over the steps."))
     if picture is not None:
         sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
@@ -94,7 +95,7 @@ def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
     gpu = " Phases are the GPU's time: what the host does meanwhile costs nothing." if breakdown.on_gpu else ""
     return [
         Text("Where the time goes", "\n\n".join(advice(breakdown))),
-        Picture("", save_breakdown(breakdown, folder / "profile.png"), f"{breakdown.summary}.{gpu}"),
+        Picture("", save_breakdown(breakdown, folder / layout.PROFILE_CHART), f"{breakdown.summary}.{gpu}"),
         Table(
             "",
             ("phase", "mean, ms a step", "median", "95th percentile", "% of the time"),
@@ -131,7 +132,7 @@ def embedding_report(
     """After embedding: how many vectors, how to read them, reconstructions."""
     images, dimensions = shape
     sections: list[Section] = [
-        Numbers("embeddings.parquet", {"images": f"{images:,}", "dimensions": f"{dimensions:,}"}),
+        Numbers(layout.EMBEDDINGS, {"images": f"{images:,}", "dimensions": f"{dimensions:,}"}),
         Code("How to read them", _READING),
     ]
     if picture is not None:
@@ -188,7 +189,7 @@ def inference_report(
         Picture("Some of the images", sheet, "As the model saw them, with the most likely class and its probability."),
         Table("Predicted classes", ("class", "images"), most),
         Table(
-            "results.csv",
+            layout.PREDICTIONS,
             ("path", "class", "probability", "second class", "its probability"),
             [_result_cells(row) for row in found[:_MOST_ROWS]],
             caption=f"The first {min(_MOST_ROWS, len(found))} of {len(found):,} rows.",
@@ -242,7 +243,7 @@ def _text(name: str, value: float) -> str:
 
 
 def _write(folder: Path, action: str, info: CheckpointInfo, sections: Sequence[Section]) -> Path:
-    spec = Code("Spec", (folder / "experiment.yaml").read_text(encoding="utf-8"))
+    spec = Code("Spec", (folder / layout.SPEC).read_text(encoding="utf-8"))
     height, width = info.model.input_size
     subtitle = f"{info.model.arch} · {info.stage} · {height} x {width} px"
     return write_report(folder, f"OpenMAE {action}", [*sections, spec], subtitle=subtitle)
@@ -253,6 +254,6 @@ def engine_report(folder: Path, onnx_name: str, kpi: Mapping[str, float], rows: 
     sections: list[Section] = [
         Numbers("Engine", {"MB": f"{kpi['engine_mb']:.1f}", "seconds to build": f"{kpi['build_seconds']:.1f}"}),
         Table("How it was built", ("", ""), list(rows)),
-        Code("Spec", (folder / "experiment.yaml").read_text(encoding="utf-8")),
+        Code("Spec", (folder / layout.SPEC).read_text(encoding="utf-8")),
     ]
     return write_report(folder, "OpenMAE gen_trt_engine", sections, subtitle=onnx_name)

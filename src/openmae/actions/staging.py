@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import logging
 import os
-import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ from openmae.spec.describe import fields
 from openmae.spec.option import EXPAND_USER
 from openmae.spec.rules import READS, value_of
 from openmae.spec.schema import ExperimentSpec
-from openmae.storage import cache
+from openmae.storage import cache, layout
 from openmae.storage.atomic import make_folder
 from openmae.storage.encryption import Key, resolve_key
 from openmae.storage.lock import GRACE, StoreLock, locked_folder
@@ -32,10 +31,7 @@ if TYPE_CHECKING:
 EXCLUDES_VARIABLE = "OPENMAE_UPLOAD_EXCLUDES"
 
 _WRITES = {"export": "export.onnx_file", "gen_trt_engine": "gen_trt_engine.trt_engine"}
-_BESIDE = {".onnx": (".data",), ".engine": (".json",), ".plan": (".json",), ".trt": (".json",)}
-_AT_THE_END = ("backbone.safetensors", "report.html")  # of a training
-_NUMBERED = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
-_MODEL = re.compile(r"\.pth(\.|$)")  # those set aside too
+_AT_THE_END = (layout.BACKBONE, layout.REPORT)  # of a training
 
 _Bring = Callable[[str, Path, Callable[[Collection[str]], list[str]]], None]
 
@@ -129,7 +125,7 @@ class Place:
         """What is uploaded need not be kept."""
         for mirror in self.loss.mirrors:
             if mirror.complete:
-                cache.mark_uploaded(mirror.local.parent, redact(mirror.url))
+                cache.mark_complete(mirror.local.parent, redact(mirror.url))
 
 
 @contextmanager
@@ -190,20 +186,24 @@ def _staged(url: str, stack: ExitStack, patience: float = 0.0) -> Path:
 
 
 def _bring_back(url: str, folder: Path, action: str, bring: _Bring) -> None:
-    from openmae.storage.mirror import STATUS, pull
+    from openmae.storage.mirror import pull
 
     if action == "train":
-        bring(url, folder, lambda names: [name for name in names if not _MODEL.search(name)])
+        bring(url, folder, lambda names: [name for name in names if not layout.holds_weights(name)])
     elif action == "automl":  # the study, and the checkpoints that its trainings go on from
         pull(url, folder, lambda names: names)
     else:
-        pull(url, folder, lambda names: [STATUS] if STATUS in names else [])
+        pull(url, folder, lambda names: [layout.STATUS] if layout.STATUS in names else [])
 
 
 def _bring_newest(url: str, folder: Path, action: str, bring: _Bring) -> None:
     """The checkpoint that a training resumes from, and what says that there is nothing left to train."""
     if action == "train":
-        bring(url, folder, lambda names: [name for name in _AT_THE_END if name in names and _newest(names)])
+        bring(
+            url,
+            folder,
+            lambda names: [name for name in _AT_THE_END if name in names and layout.sort_checkpoints(names)],
+        )
 
 
 def _bring_readable(
@@ -216,7 +216,7 @@ def _bring_readable(
         key: opens checkpoints.
         one: the newest alone, as the user has named what to resume from.
     """
-    from openmae.checkpoints.folder import BEST, list_checkpoints
+    from openmae.checkpoints.folder import list_checkpoints
     from openmae.storage.encryption import is_encrypted
     from openmae.storage.mirror import pull
     from openmae.training.resume import NotFiniteError, look_for_checkpoint
@@ -224,8 +224,8 @@ def _bring_readable(
     there: list[str] = []
 
     def wanted(names: Collection[str], count: int) -> Collection[str]:
-        best = [BEST] if BEST in names else []  # the last resort, where no numbered one can be used
-        there[:] = best + _newest(names) if _newest(names) else []
+        best = [layout.BEST] if layout.BEST in names else []  # the last resort, where no numbered one can be used
+        there[:] = best + layout.sort_checkpoints(names) if layout.sort_checkpoints(names) else []
         return [*besides(names), *there[-count:]]
 
     for count in itertools.count(1):
@@ -242,18 +242,12 @@ def _bring_readable(
             return
 
 
-def _newest(names: Collection[str]) -> list[str]:
-    """The checkpoints, the newest last."""
-    found = ((int(match[1]), int(match[2]), name) for name in names if (match := _NUMBERED.fullmatch(name)))
-    return [name for *_, name in sorted(found)]
-
-
 def _fetched(key: str, url: str) -> str:
     from openmae.storage.download import fetch
 
     suffix = os.path.splitext(name_of(url))[1].lower()
     with blaming(key):
-        path = fetch(url, _BESIDE.get(suffix, ()))
+        path = fetch(url, layout.COMPANIONS.get(suffix, ()))
     log.info("%s: using %s, a copy of %s.", key, path, redact(url))
     return str(path)
 

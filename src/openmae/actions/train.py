@@ -20,7 +20,7 @@ from openmae.actions.profiling import leave_profile
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import train_report
 from openmae.checkpoints.folder import CheckpointFolder
-from openmae.checkpoints.format import BACKBONE, Checkpoint, read_checkpoint, read_training_state, save_backbone
+from openmae.checkpoints.format import Checkpoint, read_checkpoint, read_training_state, save_backbone
 from openmae.checkpoints.load import load_into
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.data.index import unread_table
@@ -38,6 +38,7 @@ from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.training.elastic import BatchLayout, same_position
 from openmae.training.finetune import FinetuneTask
 from openmae.training.loggers import Loggers, open_wandb
@@ -49,7 +50,6 @@ from openmae.training.summary import recipe_rows
 from openmae.training.trainer import Trainer
 
 PICTURES = 8  # images of a reconstruction grid
-REPORT = "report.html"
 
 log = logging.getLogger("openmae")
 
@@ -91,12 +91,12 @@ def _nothing_left(plan: Plan) -> bool:
     train = plan.spec.train
     if train.stop_after_epoch is not None and train.stop_after_epoch < train.num_epochs:
         return plan.epochs_done >= train.stop_after_epoch
-    complete = all((plan.folder / name).is_file() for name in (BACKBONE, REPORT))
+    complete = all((plan.folder / name).is_file() for name in (layout.BACKBONE, layout.REPORT))
     return complete and plan.epochs_done >= train.num_epochs
 
 
 def _last_metrics(folder: Path) -> dict[str, float]:
-    epochs = [row for row in read_metrics(folder / "metrics.csv") if "train_loss" not in row]
+    epochs = [row for row in read_metrics(folder / layout.METRICS) if "train_loss" not in row]
     names = {"train_loss_epoch": "train_loss"}
     last = epochs[-1] if epochs else {}
     return {names.get(name, name): value for name, value in last.items() if name not in ("step", "epoch")}
@@ -333,7 +333,7 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
     if not fabric.is_global_zero:
         return
     backbone = model.encoder.backbone if isinstance(model, MaskedAutoencoder) else model
-    save_backbone(plan.folder / BACKBONE, backbone.state_dict(), plan.info, plan.key)
+    save_backbone(plan.folder / layout.BACKBONE, backbone.state_dict(), plan.info, plan.key)
     picture = None
     if isinstance(trainer.task, PretrainTask):
         loader = trainer.val_loader or evaluation_loader(
@@ -341,7 +341,7 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
             EvalTransform(plan.config.input_size, plan.config.in_chans),
             LoaderSettings(batch_size=PICTURES, results=plan.folder, max_corrupt_fraction=1.0),
         )
-        picture = plan.folder / "reconstructions" / "last.png"
+        picture = plan.folder / layout.RECONSTRUCTIONS / "last.png"
         assert isinstance(model, MaskedAutoencoder)
         reconstruction_grid(*trainer.task.reconstruct(fabric, loader.first(PICTURES), model), picture)
     unread = unread_table(index for index in (plan.train, plan.val) if index is not None)

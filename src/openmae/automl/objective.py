@@ -9,6 +9,7 @@ from typing import Literal
 from openmae.errors import SpecError
 from openmae.results.status import read_status
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 
 _SHARES = ("ACC_all", "ACC_top5", "knn_acc", "probe_acc")
 _OF_STAGE = {
@@ -59,7 +60,7 @@ class Objective:
 
     def value_of(self, folder: Path) -> float | None:
         """The value of a training; None where it has told none that is finite."""
-        path = folder / "status.json"
+        path = folder / layout.STATUS
         entries = read_status(path) if path.is_file() else []
         epochs = [entry["kpi"] for entry in entries if entry.get("kpi")]
         values = [float(kpi[self.metric]) for kpi in epochs if self.metric in kpi]

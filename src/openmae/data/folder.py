@@ -11,22 +11,25 @@ from pathlib import Path
 
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
 from openmae.errors import DataError
+from openmae.storage import layout
 from openmae.storage.printable import printable_name
 
 LABELS_FILE = "labels.csv"
-CORRUPT_LIST = "corrupt_files.txt"  # written beside packed shards, and into results
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
 NO_SUFFIX = "without a suffix"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SHOWN = 8  # kinds that a message names
 _START = 4096  # bytes of a file that show what wrote it
 _STATUS_KEYS = {"date", "time", "status"}
-_WRITERS = (("report.html", b'name="generator" content="OpenMAE'), ("README.txt", b"made by mae quickstart"))
+_WRITERS = ((layout.REPORT, b'name="generator" content="OpenMAE'), ("README.txt", b"made by mae quickstart"))
 _OF_SYSTEMS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _RESULT_NAMES = frozenset(
-    f"{name}.png"
-    for name in ("accuracies", "confusion_matrix", "curves", "dataset", "history", "predictions", "profile")
-) | {"reconstructions", "pictures"}
+    (
+        *("accuracies.png", "history.png"),
+        *(layout.CONFUSION_MATRIX, layout.CURVES, layout.DATASET_CHART, layout.PREDICTIONS_SHEET, layout.PROFILE_CHART),
+        *(layout.RECONSTRUCTIONS, layout.CHARTS),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,9 @@ def list_folder(folder: Path) -> Listing:
                 images.append(prefix + name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 tally.add(BROKEN_LINK, prefix + name)
-            elif (prefix or name != LABELS_FILE) and name != CORRUPT_LIST and not name.endswith(".tar.index.json"):
+            elif (
+                (prefix or name != LABELS_FILE) and name != layout.CORRUPT_LIST and not name.endswith(".tar.index.json")
+            ):
                 tally.add_file(prefix + name)
         links.sort()
     return Listing(sorted(images), tally.skipped(), tuple(sorted(results)))
@@ -169,22 +174,22 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
 def is_results(folder: Path, names: Iterable[str]) -> bool:
     """Say whether an action, a job, a search or the quickstart of OpenMAE has written the folder with ``names``."""
     names = set(names)
-    if "status.json" in names:
-        start = _start_of(folder / "status.json").partition(b"\n")[0]
+    if layout.STATUS in names:
+        start = _start_of(folder / layout.STATUS).partition(b"\n")[0]
         try:
             entry = json.loads(start)
         except (ValueError, RecursionError):
             entry = None
         if isinstance(entry, dict) and entry.keys() >= _STATUS_KEYS:
             return True
-    if {"job.json", "spec.yaml"} <= names:
+    if {layout.JOB_RECORD, layout.JOB_SPEC} <= names:
         return True
     return any(name in names and mark in _start_of(folder / name) for name, mark in _WRITERS)
 
 
 def _holds_images_of_the_user(folder: Path) -> bool:
     """Say whether a results folder also holds images that no action has written."""
-    if (folder / "job.json").exists() or _WRITERS[1][1] in _start_of(folder / _WRITERS[1][0]):
+    if (folder / layout.JOB_RECORD).exists() or _WRITERS[1][1] in _start_of(folder / _WRITERS[1][0]):
         return False  # a job's folder, or the quickstart's, which writes images of its own
     for _, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if is_visible(name) and name not in _RESULT_NAMES]

@@ -18,6 +18,7 @@ from openmae.jobs.artifacts import below, choose_model, list_folder, list_output
 from openmae.jobs.job import Record
 from openmae.spec.describe import REQUIRED
 from openmae.spec.option import SECRET_MARK, is_secret
+from openmae.storage import layout
 from openmae.storage.urls import is_remote
 
 Tree = dict[str, Any]
@@ -239,11 +240,11 @@ def _ptm_if_no_resume_model(spec: JobSpec, key: str, parent: Record | None) -> t
 
 
 def _create_onnx_file(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
-    return below(spec.folder, "model.onnx"), "in this job's results folder"
+    return below(spec.folder, layout.ONNX_MODEL), "in this job's results folder"
 
 
 def _create_engine_file(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
-    return below(spec.folder, "model.engine"), "in this job's results folder"
+    return below(spec.folder, layout.ENGINE), "in this job's results folder"
 
 
 _FUNCTIONS = {
@@ -287,7 +288,7 @@ def _read_parent_spec(parent: Record) -> tuple[dict[str, Any], str]:
     """Return a parent's spec by dotted key: the resolved one of a training run, else what was given."""
     if parent.action == "train":
         folder = parent.results_folder
-        text = read_text(below(folder, "best.yaml")) or read_text(below(folder, "experiment.yaml"))
+        text = read_text(below(folder, layout.BEST_SPEC)) or read_text(below(folder, layout.SPEC))
         try:
             tree = yaml.safe_load(text) if text else None
         except (yaml.YAMLError, RecursionError) as error:

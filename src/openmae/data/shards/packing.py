@@ -21,12 +21,12 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from openmae.data.decode import CorruptImage, Picture
-from openmae.data.folder import CORRUPT_LIST
 from openmae.data.image_index import ImageIndex
 from openmae.data.remarks import Remark, Remarks, remarks_on
 from openmae.data.shards.tar_index import BLOCK, TarIndex, index_file
 from openmae.errors import DataError, RunError, UserError
-from openmae.storage.atomic import make_folder, write_atomically
+from openmae.storage import layout
+from openmae.storage.atomic import flush_to_disk, make_folder, write_atomically
 
 log = logging.getLogger("openmae")
 
@@ -146,7 +146,7 @@ def _pack(
             beside.replace(out / beside.name)
             shard.replace(out / shard.name)
         packed.shards = [out / shard.name for shard in written]
-    listing = out / CORRUPT_LIST
+    listing = out / layout.CORRUPT_LIST
     listing.unlink(missing_ok=True)
     if packed.corrupt:
         write_atomically(listing, "".join(f"{path}\t{reason}\n" for path, reason in packed.corrupt))
@@ -254,8 +254,7 @@ class _Writer:
         self._tar.close()
         self._tar = None
         path, index = self._shards[-1], self._index
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        flush_to_disk(path)
         columns = (index.names, index.offsets, index.sizes, index.labels)
         text = TarIndex(path.stat().st_size, *columns, index.classes).to_json()
         write_atomically(Path(index_file(str(path))), text)
