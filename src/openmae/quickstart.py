@@ -25,6 +25,7 @@ from openmae.errors import UserError
 from openmae.results.images import save_bar_comparison
 from openmae.results.report import Code, Numbers, Picture, Section, Table, Text, write_report
 from openmae.spec.load import load_spec
+from openmae.storage import layout
 from openmae.storage.atomic import make_folder, write_atomically
 
 SIZE = 32  # px; the scans are 8 x 8
@@ -63,7 +64,7 @@ def run(results_dir: Path, seed: int) -> dict[str, float]:
     write_digits(folder / "images")
     log.info("Step 1 of 3: pretraining on unlabelled digits.")
     pretraining = _train(folder, "pretrain", _pretrain_spec(folder, seed))
-    backbone = folder / "pretrain" / "train" / "backbone.safetensors"
+    backbone = folder / "pretrain" / "train" / layout.BACKBONE
     log.info("Step 2 of 3: fine-tuning the pretrained model on %d labelled images per digit.", LABELS_PER_DIGIT)
     pretrained = _train(folder, "finetune", _finetune_spec(folder, "finetune", seed, backbone))
     log.info("Step 3 of 3: training the same model from scratch, for comparison.")
@@ -218,10 +219,10 @@ def _report(folder: Path, rows: list[tuple[str, str, str]], accuracies: Mapping[
         ),
         Picture(
             "Reconstructions",
-            pretraining / "reconstructions" / "last.png",
+            pretraining / layout.RECONSTRUCTIONS / "last.png",
             "Held-out digits: original, visible patches, prediction, and both combined.",
         ),
-        Picture("Pretraining", pretraining / "curves.png", "kNN and the linear probe classify the frozen features."),
+        Picture("Pretraining", pretraining / layout.CURVES, "kNN and the linear probe classify the frozen features."),
         Table("Time", ("model", "accuracy", "time"), rows, caption="The time of the first row includes pretraining."),
         Text(
             "Your own images",

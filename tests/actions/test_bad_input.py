@@ -164,7 +164,7 @@ CHECKPOINT_MISTAKES = [
     (
         "evaluate",
         (*EVALUATE, "evaluate.checkpoint={made}/model.onnx"),
-        ("evaluate.checkpoint: ", "model.onnx is no ONNX file, or damaged", "Export it again with mae export"),
+        ("evaluate.checkpoint: ", "model.onnx is not an ONNX file, or damaged", "Export it again with mae export"),
     ),
     (
         "inference",
@@ -282,7 +282,7 @@ def test_a_results_folder_that_cannot_be_written(action, place, fill, refused: R
     }[action]
     text = refused(action, [*fill(overrides), f"results_dir={folder}"])
     assert text.startswith(f"results_dir: cannot write to '{folder}/{action}' (")
-    assert "Fix: Set results_dir to a place that you may write to." in text
+    assert "Fix: Set results_dir to a folder that you may write to." in text
     assert (tmp_path / "file").read_text() == "a file"
 
 

@@ -119,7 +119,7 @@ def test_without_the_key_and_with_another(chain, photos, refused):
         path = chain / file
         text = refused("evaluate", [*sources, f"{key}={path}"])
         assert f"{key}: {path} is encrypted, and there is no key." in text
-        assert "Fix: Set encryption_key to the one that it was written with" in text
+        assert "Fix: Set encryption_key to the key that it was written with" in text
         text = refused("evaluate", [*sources, f"{key}={path}", "encryption_key=another"])
         assert f"{key}: {path} cannot be decrypted: encryption_key is not the key" in text
     text = refused("export", [f"export.checkpoint={chain / 'train/backbone.safetensors'}", "export.onnx_file=a.onnx"])

@@ -219,7 +219,7 @@ def test_the_default_data_type_without_a_gpu_is_fp16(request_for, tmp_path, capl
     with caplog.at_level(logging.WARNING, "openmae"):
         assert main(["gen_trt_engine", *request_for()]) == 0
     (notice,) = caplog.messages
-    assert "data_type=fp32,fp16 is built as fp16" in notice
+    assert "data_type=fp32,fp16 builds fp16" in notice
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["engine"]["data_type"] == "fp16"
 
 
@@ -292,6 +292,6 @@ def test_invalid_input_writes_nothing(request_for, tmp_path, refused):
     text = refused("gen_trt_engine", request_for(trt_engine=tmp_path / "file" / "model.engine"))
     assert "gen_trt_engine.trt_engine: cannot write to" in text
     assert "is a folder" in refused("gen_trt_engine", request_for(trt_engine=tmp_path))
-    assert "no node of" in refused("gen_trt_engine", request_for(**tensorrt(layers_precision="[head:fp32]")))
+    assert "No node of" in refused("gen_trt_engine", request_for(**tensorrt(layers_precision="[head:fp32]")))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "results" / "gen_trt_engine" / "experiment.yaml").exists()

@@ -19,7 +19,7 @@ from openmae.automl import study as study_module
 from openmae.automl import worker as module
 from openmae.automl.worker import Worker
 from openmae.errors import RunError, SpecError
-from openmae.jobs.artifacts import DELETED
+from openmae.storage import layout
 
 
 def _folder(tmp_path: Path, name: str) -> Path:
@@ -103,7 +103,10 @@ def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: 
     assert 0 < _states(worker)["PRUNED"] < 9
     best = worker.study.best()
     assert best is not None
-    told = {path.parent.name: path.read_text() for path in (tmp_path / "automl" / "trials").glob(f"*/{DELETED}")}
+    told = {
+        path.parent.name: path.read_text()
+        for path in (tmp_path / "automl" / "trials").glob(f"*/{layout.CHECKPOINTS_DELETED}")
+    }
     assert set(told) == {trial.user_attrs["folder"] for trial in worker.study.trials()} - {best.user_attrs["folder"]}
     for trial in worker.study.trials():
         if trial.state == TrialState.PRUNED:

@@ -28,7 +28,7 @@ def recording(seen):
         (0, 4, 4, [4]),
     ],
 )
-def test_batches_are_split_and_filled_and_nobody_notices(count, smallest, largest, batches):
+def test_batches_are_split_and_padded(count, smallest, largest, batches):
     images, seen = torch.arange(count * 3.0).view(count, 3), []
     outputs = run_split(recording(seen), images, smallest, largest)
     assert seen == batches
@@ -41,7 +41,7 @@ def card(preprocessing):
     return ModelCard("finetune", config, (0.5, 0.25, 0.0), (0.25, 0.5, 1.0), preprocessing=preprocessing)
 
 
-def test_images_are_normalised_where_the_model_does_not():
+def test_images_are_normalised_unless_the_model_does():
     images = torch.full((2, 3, 32, 48), 255, dtype=torch.uint8)
     found = as_input(images, card(preprocessing=False))
     assert found.dtype == torch.float32

@@ -25,7 +25,7 @@ CARD = ModelCard(
 )
 
 
-def test_a_card_comes_back_from_metadata_and_from_plain_values():
+def test_metadata_round_trip():
     assert ModelCard.from_metadata(CARD.to_metadata()) == CARD
     assert ModelCard.from_dict(json.loads(json.dumps(CARD.to_dict()))) == CARD
 
@@ -38,7 +38,7 @@ def test_metadata_is_readable_without_openmae():
     assert json.loads(metadata["model"])["input_size"] == [32, 48]
 
 
-def test_other_metadata_beside_ours_is_left_alone():
+def test_other_metadata_is_ignored():
     assert ModelCard.from_metadata({**CARD.to_metadata(), "author": '"me"', "note": "no JSON"}) == CARD
     assert ModelCard.from_metadata({"author": "me"}) is None
     assert ModelCard.from_metadata({}) is None
@@ -69,18 +69,18 @@ def test_a_damaged_card_is_an_error(change, text):
     assert "Export the model again with mae export" in str(error.value)
 
 
-def test_metadata_that_is_no_json_is_an_error():
+def test_metadata_that_is_not_json_is_an_error():
     with pytest.raises(CheckpointError, match="metadata is damaged: Expecting"):
         ModelCard.from_metadata({**CARD.to_metadata(), "mean": "[0.5"})
 
 
-def test_metadata_nested_beyond_reading_is_an_error():
+def test_deeply_nested_metadata_is_an_error():
     with pytest.raises(CheckpointError, match="metadata is damaged"):
         ModelCard.from_metadata({**CARD.to_metadata(), "mean": "[" * 100_000})
-    with pytest.raises(CheckpointError, match="metadata is no mapping"):
+    with pytest.raises(CheckpointError, match="metadata is not a mapping"):
         ModelCard.from_dict([1])
 
 
-def test_the_hash_is_of_the_bytes(tmp_path):
+def test_file_sha256(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert file_sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -41,7 +41,7 @@ def test_features_are_the_encoders_embedding_and_tokens_their_map(arch, tmp_path
         torch.testing.assert_close(tokens.mean(dim=(2, 3)), features)
 
 
-def test_hieras_tokens_lie_where_their_pixels_do():
+def test_hiera_tokens_are_at_the_positions_of_their_pixels():
     """Of the map of an image that is changed in one corner, the tokens of that corner change most."""
     config = ModelConfig("hiera_tiny_224", (64, 96))
     card = ModelCard("pretrain", config, (0.5,) * 3, (0.25,) * 3)

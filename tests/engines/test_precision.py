@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from openmae.engines import precision
-from openmae.engines.precision import Half, is_quantized, to_half, to_int8
+from openmae.engines.precision import Half, precision_of, to_half, to_int8
 from openmae.engines.rewriting import rewritten
 from openmae.errors import DataError, SpecError
 
@@ -131,7 +131,7 @@ def _names(model: ModelProto, *op_types: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16", "int8"])
 @pytest.mark.parametrize("name", [*FAMILIES, "uint8 input"])
-def test_face_of_the_model_survives(models: dict[str, ModelProto], name: str, kind: str) -> None:
+def test_inputs_outputs_and_metadata_are_kept(models: dict[str, ModelProto], name: str, kind: str) -> None:
     model = models[name]
     before = model.SerializeToString(deterministic=True)
     converted = _convert(model, kind)
@@ -286,8 +286,8 @@ def test_pattern_that_matches_nothing_is_an_error(models: dict[str, ModelProto])
 def test_int8_is_close_to_fp32(models: dict[str, ModelProto], name: str) -> None:
     model = models[name]
     quantised = _quantise(model)
-    assert is_quantized(quantised)
-    assert not is_quantized(model)
+    assert precision_of(quantised) == "int8"
+    assert precision_of(model) == "fp32"
     images = _images(model, 64, seed=9)
     exact, rounded = (output.reshape(64, -1) for output in (_run(model, images)[0], _run(quantised, images)[0]))
     cosines = (exact * rounded).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rounded, axis=1)
@@ -337,19 +337,9 @@ def test_depthwise_convolutions_and_attention_products_stay_in_fp32(models: dict
     assert all(makers[node.input[0]] != "DequantizeLinear" for node in plain)
 
 
-def test_calibration_batches_are_checked(models: dict[str, ModelProto]) -> None:
-    model = models["vit"]
-    good = _images(model, 2, seed=0)
-    with pytest.raises(DataError, match="at least one batch of images to calibrate with; there is none"):
-        to_int8(model, [])
-    with pytest.raises(DataError, match=r"must be float32 \['batch', 3, 32, 32\].*one is float32 \[2, 3, 32, 30\]"):
-        to_int8(model, [good, good[..., :30]])
-    with pytest.raises(DataError, match=r"one is float64 \[2, 3, 32, 32\]"):
-        to_int8(model, [good.astype(np.float64)])
-    with pytest.raises(DataError, match=r"one is float32 \[0, 3, 32, 32\]"):
-        to_int8(model, [good[:0]])
-    with pytest.raises(DataError, match="not finite"):
-        to_int8(model, [good * np.float32(np.nan)])
+def test_calibration_needs_a_batch(models: dict[str, ModelProto]) -> None:
+    with pytest.raises(DataError, match="at least one batch of images for calibration, got none"):
+        to_int8(models["vit"], [])
 
 
 def test_keeping_everything_leaves_nothing_to_quantise(models: dict[str, ModelProto]) -> None:
@@ -363,7 +353,7 @@ def test_models_that_cannot_be_converted_are_refused(
     model = models["vit"]
     with pytest.raises(SpecError, match="Only a model in fp32 can be converted; this one is in int8"):
         to_half(_quantise(model), "fp16")
-    with pytest.raises(SpecError, match="this one is in half precision"):
+    with pytest.raises(SpecError, match="this one is in bf16"):
         to_int8(to_half(model, "bf16"), [_images(model, 1, seed=0)])
     old = ModelProto()
     old.CopyFrom(model)

@@ -47,7 +47,7 @@ def pair(deployed, tmp_path_factory):
         ("pretrain", {"batch_size": 2, "preprocessing": True}),
     ],
 )
-def test_both_give_the_same(pair, stage, settings):
+def test_torch_and_onnx_runtime_agree(pair, stage, settings):
     ours, theirs = pair(stage, **settings)
     assert theirs.card == ours.card
     for count in (1, 2, 5):
@@ -69,7 +69,7 @@ def test_16_bit_images_are_rounded_only_where_the_model_takes_bytes(pair):
     )
 
 
-def test_words_say_what_runs_it(pair):
+def test_runtime_is_described(pair):
     ours, theirs = pair("finetune")
     assert ours.runtime == f"torch {torch.__version__}, CPU"
     assert theirs.runtime.startswith("ONNX Runtime 1.")
@@ -92,7 +92,7 @@ def test_a_file_is_opened_by_its_suffix(tmp_path):
     torch.testing.assert_close(predictor(images)["logits"], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_onnx_runtime_cannot_run_is_an_error(pair, tmp_path):
+def test_a_file_that_onnx_runtime_cannot_run_is_an_error(pair, tmp_path):
     _, theirs = pair("finetune")
     node = onnx.helper.make_node("Identity", ["input"], ["logits"], domain="of.nobody")
     value = onnx.helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [1])

@@ -21,7 +21,7 @@ LONG = {"train.num_epochs": 60}
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """``small_disk(megabytes)``: a file system of that size, or the same one with another."""
+    """``small_disk(megabytes)`` mounts a file system of that size, or resizes the mounted one."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -33,19 +33,19 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     try:
         size(1)
     except (subprocess.CalledProcessError, FileNotFoundError):
-        pytest.skip("mounting a small disk takes root; test_checkpoints fills one without")
+        pytest.skip("mounting a small disk requires root")
     yield size
     subprocess.run(["umount", place], check=True)
 
 
-def test_a_full_disk_costs_no_checkpoint(server: Server, photos: Path, tmp_path: Path, small_disk) -> None:
+def test_a_full_disk_destroys_no_checkpoint(server: Server, photos: Path, tmp_path: Path, small_disk) -> None:
     folder = small_disk(100) / "results"
     training = server.start(folder, photos)
     assert training.code() == 1, training.text
     assert "could not be written (No space left on device)" in training.text
     assert "Traceback" not in training.text
-    assert last_status(folder) in ("FAILURE", "RUNNING"), "a run that failed told of success"
-    assert newest(folder)["progress"]["epoch"] >= 1, "the checkpoint that had room is gone"
+    assert last_status(folder) in ("FAILURE", "RUNNING"), "a failed run reported success"
+    assert newest(folder)["progress"]["epoch"] >= 1, "the checkpoint that fitted is gone"
     assert not list(folder.glob(".*.tmp"))
     small_disk(1000)
     server.finish(folder, photos)
@@ -55,7 +55,7 @@ def test_a_full_disk_costs_no_checkpoint(server: Server, photos: Path, tmp_path:
 
 @pytest.fixture
 def read_only() -> Iterator[Callable[[Path], Callable[[], None]]]:
-    """``read_only(folder)`` makes it so, and gives what ends that."""
+    """``read_only(folder)`` makes a folder read-only and returns a function that ends it."""
     undo: list[Callable[[], None]] = []
 
     def make(folder: Path) -> Callable[[], None]:
@@ -63,7 +63,7 @@ def read_only() -> Iterator[Callable[[Path], Callable[[], None]]]:
             folder.chmod(0o555)
             undo.append(lambda: folder.chmod(0o755))
         else:
-            # a second mount in its place: the first cannot become read-only while a file in it is open
+            # a second mount over it: the first cannot become read-only while a file in it is open
             subprocess.run(["mount", "--bind", folder, folder], check=True)
             undo.append(lambda: subprocess.run(["umount", folder], check=True) and None)
             subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
@@ -74,7 +74,7 @@ def read_only() -> Iterator[Callable[[Path], Callable[[], None]]]:
         end()
 
 
-def test_results_that_turn_read_only_end_the_run(server: Server, photos: Path, tmp_path: Path, read_only) -> None:
+def test_results_that_become_read_only_end_the_run(server: Server, photos: Path, tmp_path: Path, read_only) -> None:
     folder = tmp_path / "results"
     training = server.start(folder, photos, LONG)
     until(lambda: list_checkpoints(folder), training, "the first checkpoint")
@@ -95,7 +95,7 @@ def test_results_that_turn_read_only_end_the_run(server: Server, photos: Path, t
     assert_same_end(tmp_path / "whole", folder)
 
 
-def test_pictures_that_go_bad_in_the_run_are_listed(server: Server, photos: Path, tmp_path: Path) -> None:
+def test_images_that_become_corrupt_during_the_run_are_listed(server: Server, photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     training = server.start(folder, photos, {"train.num_epochs": 12, "dataset.max_corrupt_fraction": 0.2})
     until(lambda: list_checkpoints(folder), training, "the first checkpoint")
@@ -108,7 +108,7 @@ def test_pictures_that_go_bad_in_the_run_are_listed(server: Server, photos: Path
     assert last_status(folder) == "SUCCESS"
 
 
-def test_too_many_pictures_that_go_bad_end_the_run(server: Server, photos: Path, tmp_path: Path) -> None:
+def test_too_many_corrupt_images_end_the_run(server: Server, photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     training = server.start(folder, photos, LONG)
     until(lambda: list_checkpoints(folder), training, "the first checkpoint")
@@ -128,8 +128,8 @@ def _zip(folder: Path, archive: Path) -> Path:
     return archive
 
 
-@pytest.mark.parametrize("count", [21, 33], ids=["as many pictures", "more pictures"])
-def test_an_archive_replaced_between_runs_is_told(server: Server, photos: Path, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [21, 33], ids=["as many images", "more images"])
+def test_an_archive_replaced_between_runs_is_reported(server: Server, photos: Path, tmp_path: Path, count: int) -> None:
     folder, archive = tmp_path / "results", _zip(photos, tmp_path / "photos.zip")
     server.finish(folder, archive, {"train.stop_after_epoch": 1})
     shutil.rmtree(photos)

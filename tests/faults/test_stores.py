@@ -1,4 +1,4 @@
-"""A store that goes away while results are uploaded to it."""
+"""A store that becomes unreachable while results are uploaded to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FASTER = {
 
 
 class Store:
-    """An S3 server that can be stopped and started with what it holds."""
+    """An S3 server that keeps its content when it is stopped and started."""
 
     def __init__(self) -> None:
         with socket.socket() as listener:
@@ -42,7 +42,7 @@ class Store:
             self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
-        urlopen(f"{self.url}/moto-api/reset", data=b"").close()  # what it holds is the process's, not the server's
+        urlopen(f"{self.url}/moto-api/reset", data=b"").close()  # its content belongs to the process, not to the server
         self.client = boto3.client("s3", endpoint_url=self.url)
         self.client.create_bucket(Bucket="runs")
 
@@ -84,7 +84,7 @@ def _arguments(store: Store, photos: Path, epochs: int) -> dict[str, Any]:
 FINISHED = {"status.json", "metrics.csv", "report.html", "backbone.safetensors", "model_best.pth"}
 
 
-def test_a_store_that_is_gone_for_a_minute_gets_everything(server: Server, photos: Path, store: Store) -> None:
+def test_a_store_that_is_down_for_a_minute_gets_everything(server: Server, photos: Path, store: Store) -> None:
     training = server.start(**_arguments(store, photos, 25))
     until(lambda: any(name.startswith("model_epoch") for name in store.names()), training, "the first upload")
     store.stop()
@@ -97,9 +97,7 @@ def test_a_store_that_is_gone_for_a_minute_gets_everything(server: Server, photo
     assert store.last_status() == "SUCCESS"
 
 
-def test_a_store_that_stays_away_fails_the_run_which_goes_on_from_what_is_here(
-    server: Server, photos: Path, store: Store
-) -> None:
+def test_a_store_that_stays_down_fails_the_run_which_can_be_resumed(server: Server, photos: Path, store: Store) -> None:
     training = server.start(**_arguments(store, photos, 6))
     until(lambda: any(name.startswith("model_epoch") for name in store.names()), training, "the first upload")
     store.stop()

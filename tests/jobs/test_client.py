@@ -13,8 +13,8 @@ from tests.helpers.platform_contract import SLEEP, RunCode, Submit, until
 
 from openmae.errors import CheckpointError, DataError, RunError, SpecError
 from openmae.jobs import Client, Job
-from openmae.jobs.artifacts import DELETED
 from openmae.jobs.prepare import JobRequest, prepare
+from openmae.storage import layout
 
 SMALL = {
     **{"arch": "vit_tiny_patch16", "image_size": 32, "batch_size": 4, "num_epochs": 1, "stage": "finetune"},
@@ -147,7 +147,7 @@ def test_a_trial_of_a_search_can_be_a_parent(
         )
         for number in range(2)
     )
-    for job, name in ((kept, "model_best.pth"), (pruned, DELETED)):
+    for job, name in ((kept, "model_best.pth"), (pruned, layout.CHECKPOINTS_DELETED)):
         Path(job.results_folder).mkdir(parents=True)
         Path(job.results_folder, name).write_text("Trial 1 of the search was pruned after epoch 3 of 9.\n")
     export = {"export.onnx_file": str(client.store.root / "m.onnx")}

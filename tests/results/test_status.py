@@ -79,7 +79,7 @@ def test_a_results_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=r"results_dir: cannot write to '.*taken' \(file exists\)") as error:
         StatusLog(tmp_path / "taken", append=False)
-    assert "Fix: Set results_dir to a place that you may write to." in str(error.value)
+    assert "Fix: Set results_dir to a folder that you may write to." in str(error.value)
 
 
 def test_a_results_folder_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

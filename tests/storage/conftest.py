@@ -1,4 +1,4 @@
-"""An S3 server in a process of its own, which the code under test reaches by environment variables alone."""
+"""An S3 server in its own process, a web server and a proxy with faults, found by environment variables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Store:
-    """The server, and a client of it that is not s3fs."""
+    """The server, and a client that does not use s3fs."""
 
     endpoint: str
     client: Any
@@ -85,7 +85,7 @@ def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 @pytest.fixture
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """None of the user's credentials, and a cache of the test's own."""
+    """Hide the user's credentials, and use an empty cache."""
     for name in [name for name in os.environ if name.startswith(_VARIABLES)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -96,7 +96,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def store(_server: Store, clean_environment: None, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """The S3 server, its address and credentials in the environment."""
+    """Return the S3 server, with its address and credentials in the environment."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
     monkeypatch.setenv("AWS_ENDPOINT_URL", _server.endpoint)
@@ -105,7 +105,7 @@ def store(_server: Store, clean_environment: None, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def bucket(store: Store, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of an empty bucket."""
+    """Create an empty bucket and yield its name."""
     name = f"b{abs(hash(request.node.nodeid)):x}"
     store.client.create_bucket(Bucket=name)
     yield name
@@ -116,17 +116,17 @@ def bucket(store: Store, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 class Web:
-    """A web server of this process, with faults.
+    """A web server in this process, with faults.
 
     Attributes:
         files: path -> content.
-        ranges: whether parts can be asked for.
-        tags: whether answers have an ETag.
-        cuts: how many of the next answers break off half-way.
-        delay: seconds before each answer.
-        status: answers all requests where it is set.
-        requests: (path, Range header) of each.
-        on_request: called first, with their number.
+        ranges: it supports requests for a part of a file.
+        tags: responses have an ETag.
+        cuts: how many of the next responses break off half-way.
+        delay: seconds before each response.
+        status: if not 0, the status of all responses.
+        requests: (path, Range header) of each request.
+        on_request: called before each response with the number of requests so far.
     """
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ class Web:
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, *_: object) -> None:
-                """A client that has gone is no news."""
+                """Ignore clients that have gone."""
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -181,7 +181,7 @@ class Web:
         return self._send(request, 206, content[first : last + 1], headers)
 
     def _send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        with contextlib.suppress(ConnectionError):  # the client has seen enough
+        with contextlib.suppress(ConnectionError):  # the client has closed the connection
             request.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 request.send_header(name, value)
@@ -208,12 +208,12 @@ def web(clean_environment: None) -> Iterator[Web]:
 
 
 class Wire:
-    """A TCP proxy that cuts connections, holds bytes back, or counts them.
+    """A TCP proxy that breaks or stalls connections.
 
     Attributes:
-        cuts: how many of the next connections are cut,
-        after: having carried so many bytes of answers.
-        stalled: no answer is passed on.
+        cuts: how many of the next connections are broken.
+        after: bytes of responses that a connection passes on before it is broken.
+        stalled: no response is passed on.
     """
 
     def __init__(self, port: int) -> None:
@@ -254,7 +254,7 @@ class Wire:
 
 @pytest.fixture
 def wire(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
-    """Between s3fs and the store."""
+    """Put a proxy between s3fs and the store."""
     proxy = Wire(int(store.endpoint.rpartition(":")[2]))
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     yield proxy

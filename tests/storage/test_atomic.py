@@ -1,4 +1,4 @@
-"""Errors of disks, told with their path and what to do."""
+"""Errors of disks: the path and the fix are named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from openmae.storage.atomic import disk_errors, make_folder, write_atomically
         (errno.ESTALE, r"Check the disk or the file server of /"),
     ],
 )
-def test_an_error_of_a_disk_names_the_path_and_the_fix(tmp_path: Path, number: int, fix: str) -> None:
+def test_disk_errors_name_the_path_and_the_fix(tmp_path: Path, number: int, fix: str) -> None:
     path = tmp_path / "not there" / "file"
     with (
         pytest.raises(RunError, match=rf"{path} could not be written \({os.strerror(number)}\)\.\n  Fix: {fix}"),
@@ -39,17 +39,17 @@ def test_an_error_of_a_disk_names_the_path_and_the_fix(tmp_path: Path, number: i
         raise OSError(number, os.strerror(number), "/other/file")
 
 
-def test_permission_is_denied_on_a_path_only(tmp_path: Path) -> None:
+def test_a_denied_permission_without_a_path_is_no_disk_error(tmp_path: Path) -> None:
     with (
         pytest.raises(RunError, match=r"/x/y could not be written \(Permission denied\)\.\n  Fix: Give your user"),
         disk_errors(tmp_path),
     ):
         raise PermissionError(errno.EACCES, "Permission denied", "/x/y")
     with pytest.raises(PermissionError), disk_errors(tmp_path):
-        raise PermissionError(errno.EPERM, "Operation not permitted")  # of a signal, say
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as from sending a signal
 
 
-def test_a_library_that_wraps_the_error_changes_nothing(tmp_path: Path) -> None:
+def test_disk_errors_wrapped_by_a_library_are_recognised(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"could not be written \(No space left on device\)"), disk_errors(tmp_path):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
     wrapping = ValueError("cannot save")
@@ -65,19 +65,19 @@ def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
     assert caught.value is error
 
 
-def test_a_name_that_is_no_utf8_can_be_printed(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_can_be_printed(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught, disk_errors(tmp_path):
         raise OSError(errno.EIO, "Input/output error", b"/x/\xff")
     str(caught.value).encode()
 
 
-def test_the_temporary_file_is_not_what_is_named(tmp_path: Path) -> None:
+def test_the_error_names_the_file_and_not_its_temporary_name(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with pytest.raises(RunError, match=rf"^{path} could not be written"), disk_errors(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / ".file.123.tmp"))
 
 
-def test_a_folder_on_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_on_a_full_disk_is_a_run_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, *arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
@@ -90,7 +90,7 @@ def test_a_folder_on_a_full_disk_is_no_mistake_of_the_user(tmp_path: Path, monke
         make_folder(tmp_path / "file" / "results")
 
 
-def test_a_limit_on_the_size_of_files_is_told(tmp_path: Path) -> None:
+def test_a_limit_on_the_size_of_files_is_reported(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
@@ -105,7 +105,7 @@ def test_a_limit_on_the_size_of_files_is_told(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_inodes(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for bytes and for no file."""
+    """A file system with space but without inodes."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=2", "tmpfs", str(place)]
@@ -116,7 +116,7 @@ def no_inodes(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
-def test_a_disk_without_inodes_is_told_apart_from_one_without_space(no_inodes: Path) -> None:
+def test_a_disk_without_inodes_is_distinguished_from_a_full_one(no_inodes: Path) -> None:
     path = no_inodes / "file"
     with (
         pytest.raises(RunError, match=rf"Fix: The file system at {no_inodes} has no inodes left: delete files there"),

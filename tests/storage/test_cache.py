@@ -32,7 +32,7 @@ def names() -> set[str]:
     return {entry.path.name for entry in cache.entries()}
 
 
-def test_an_entry_is_made_once():
+def test_an_entry_is_built_once():
     calls: list[Path] = []
 
     def build(part: Path) -> None:
@@ -46,7 +46,7 @@ def test_an_entry_is_made_once():
     assert (found.kind, found.origin, found.complete, found.in_use) == ("sources", "photos.tar", True, True)
 
 
-def test_what_fails_leaves_nothing_unless_it_can_go_on():
+def test_a_failed_build_leaves_nothing_unless_it_can_be_resumed():
     def fail(part: Path) -> None:
         writing(5)(part)
         raise RuntimeError("no")
@@ -62,7 +62,7 @@ def test_what_fails_leaves_nothing_unless_it_can_go_on():
     assert names() == {"a"}
 
 
-def test_a_full_cache_drops_what_was_used_longest_ago(monkeypatch):
+def test_a_full_cache_deletes_the_least_recently_used_entries(monkeypatch):
     for age, name in enumerate(("new", "middle", "old")):
         made(name, age=100 * (age + 1))
     monkeypatch.setenv("OPENMAE_CACHE_GB", "0.0014")
@@ -74,7 +74,7 @@ def test_a_full_cache_drops_what_was_used_longest_ago(monkeypatch):
     assert names() == {"another", "newest", "middle"}, "what is used now is no longer the oldest"
 
 
-def test_what_is_in_use_stays_and_is_told(monkeypatch):
+def test_entries_in_use_are_kept_and_reported(monkeypatch):
     made("free", age=1)
     monkeypatch.setenv("OPENMAE_CACHE_GB", "0.001")
     with cache.holding():
@@ -82,7 +82,7 @@ def test_what_is_in_use_stays_and_is_told(monkeypatch):
         with pytest.raises(DataError) as caught:
             made("large", 800_000)
         assert names() == {"held"}
-        assert "s3://b/large needs 0.8 MB in the cache, which may take 1.0 MB, of which 0.4 MB are in use" in str(
+        assert "s3://b/large needs 0.8 MB in the cache, whose limit is 1.0 MB, of which 0.4 MB are in use" in str(
             caught.value
         )
         assert "Set OPENMAE_CACHE_GB to a larger number of gigabytes." in caught.value.fix
@@ -91,7 +91,7 @@ def test_what_is_in_use_stays_and_is_told(monkeypatch):
     assert names() == {"large"}
 
 
-def test_what_another_process_holds_stays(monkeypatch):
+def test_entries_of_another_process_are_kept(monkeypatch):
     entry = made("held", age=500)
     script = (
         "import sys, pathlib; from openmae.storage import cache\n"
@@ -112,7 +112,7 @@ def test_what_another_process_holds_stays(monkeypatch):
 
 
 @pytest.mark.parametrize("marker", [b"", b"{", b"\xff\xfe", b"[1]", b'{"size": "x", "origin": 5}', b'{"size": null}'])
-def test_a_damaged_marker_costs_its_facts_only(marker):
+def test_an_entry_with_a_damaged_marker_is_complete(marker):
     entry = made("a")
     (entry / cache.MARKER).write_bytes(marker)
     (found,) = cache.entries()
@@ -121,7 +121,7 @@ def test_a_damaged_marker_costs_its_facts_only(marker):
     assert cache.clear() == (found.size, [])
 
 
-def test_what_is_no_entry_is_left_alone(tmp_path):
+def test_other_files_are_left_alone(tmp_path):
     made("a")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.png").touch()
@@ -134,7 +134,7 @@ def test_what_is_no_entry_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["list", "clear"])
-def test_a_cache_that_is_no_folder(monkeypatch, tmp_path, capsys, command):
+def test_a_cache_that_is_a_file_is_an_error(monkeypatch, tmp_path, capsys, command):
     (tmp_path / "file").touch()
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "file"))
     assert main(["cache", command]) == 2
@@ -143,7 +143,7 @@ def test_a_cache_that_is_no_folder(monkeypatch, tmp_path, capsys, command):
     assert "set OPENMAE_CACHE to another folder" in err
 
 
-def test_a_disk_that_is_full(monkeypatch):
+def test_a_full_disk_is_an_error(monkeypatch):
     monkeypatch.setenv("OPENMAE_CACHE_GB", "1e9")
     with pytest.raises(DataError, match=r"s3://b/x needs 100000.00 GB, but the disk of .* has .* left") as caught:
         cache.make_room(10**14, "s3://b/x")
@@ -151,7 +151,7 @@ def test_a_disk_that_is_full(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["lots", "-1", "0", "nan", "inf"])
-def test_a_limit_that_is_none(monkeypatch, text):
+def test_an_invalid_limit_is_an_error(monkeypatch, text):
     monkeypatch.setenv("OPENMAE_CACHE_GB", text)
     with pytest.raises(DataError, match=f"OPENMAE_CACHE_GB must be a number of gigabytes above 0, got '{text}'"):
         cache.limit()
@@ -166,13 +166,16 @@ def test_results_that_are_not_uploaded_are_kept(monkeypatch, capsys):
         cache.mark_pending(entry, "s3://b/run")
         (entry / "model.pth").write_bytes(b"x" * 400_000)
     assert main(["cache", "clear"]) == 0
-    assert f"Kept {entry} (s3://b/run): its results were not uploaded; remove it yourself." in capsys.readouterr().out
-    cache.mark_uploaded(entry, "s3://b/run")
+    assert (
+        f"Kept {entry} (s3://b/run): its results are not uploaded yet; delete the folder to discard them."
+        in capsys.readouterr().out
+    )
+    cache.mark_complete(entry, "s3://b/run")
     cache.clear()
     assert not entry.exists()
 
 
-def test_the_command(capsys):
+def test_the_cache_command(capsys):
     assert main(["cache", "path"]) == 0
     assert capsys.readouterr().out.strip() == str(cache.root())
     made("model.pth", 2_000_000)

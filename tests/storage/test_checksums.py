@@ -1,4 +1,4 @@
-"""The checksums of objects, as Amazon S3 gives them; a store of another kind may give some or none."""
+"""Checksums of objects as Amazon S3 gives them; other stores may give some or none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def of_parts(digest: Any) -> str:
 
 
 class Store:
-    """Answers questions about one object."""
+    """A store that answers HEAD requests about one object."""
 
     def __init__(self, facts: dict[str, Any], sizes: list[int] | None) -> None:
         self.facts, self.sizes = facts, sizes
@@ -53,7 +53,7 @@ KMS = {"ETag": f'"{"0" * 32}"', "ServerSideEncryption": "aws:kms"}
         ({**KMS, "ChecksumCRC32": base64.b64encode(crc32(CONTENT)).decode()}, None, True),
         ({**KMS, "ChecksumSHA256": of_parts(sha256)}, SIZES, True),
         ({**KMS, "ChecksumCRC32": of_parts(crc32)}, SIZES, True),
-        ({**KMS, "ChecksumCRC32": of_parts(crc32)}, None, False),  # a store that knows nothing of parts
+        ({**KMS, "ChecksumCRC32": of_parts(crc32)}, None, False),  # a store that ignores part numbers
         ({**KMS, "ChecksumCRC64NVME": "AAAAAAAAAAA="}, None, False),
         (KMS, None, False),
         ({"ETag": f'"{"0" * 32}-3"'}, None, False),
@@ -61,7 +61,7 @@ KMS = {"ETag": f'"{"0" * 32}"', "ServerSideEncryption": "aws:kms"}
         ({**KMS, "ChecksumSHA256": "no base64"}, None, False),
     ],
 )
-def test_what_a_store_knows_is_compared(tmp_path, facts, sizes, known):
+def test_checksums_of_a_store_are_compared(tmp_path, facts, sizes, known):
     path = tmp_path / "m.bin"
     path.write_bytes(CONTENT)
     store = Store(facts, sizes)
@@ -70,7 +70,7 @@ def test_what_a_store_knows_is_compared(tmp_path, facts, sizes, known):
     assert asyncio.run(content_matches(store, "bucket", "key", path)) is (False if known else None)
 
 
-def test_a_store_that_refuses_the_question_proves_nothing(tmp_path):
+def test_a_store_that_refuses_the_request_gives_no_checksum(tmp_path):
     class Refusing(Store):
         async def _call_s3(self, name: str, **arguments: Any) -> dict[str, Any]:
             raise PermissionError("Forbidden")

@@ -93,12 +93,12 @@ def test_a_file_of_version_1_opens(tmp_path):
     assert decrypt_independently(bytes.fromhex(VECTOR), SECRET) == b"weights"
 
 
-def test_the_cost_of_a_guess(monkeypatch):
+def test_key_derivation_is_expensive(monkeypatch):
     monkeypatch.undo()
     assert Key(SECRET).new_header()[16:20] == bytes((1, 15, 8, 1))
 
 
-def test_reading_here_and_there(tmp_path):
+def test_random_access(tmp_path):
     content = os.urandom(2 * MIB + 100)
     with unlocked(encrypt(tmp_path / "f", content), Key(SECRET)) as file:
         for place, count in [(2 * MIB - 3, 10), (5, 3), (MIB - 1, MIB + 2), (2 * MIB + 90, 50), (3 * MIB, 1), (0, 0)]:
@@ -120,7 +120,7 @@ def test_torch_saves_and_loads_through_it(tmp_path):
     assert found["c"] == payload["c"]
 
 
-def test_two_files_of_a_key_share_no_cipher(tmp_path):
+def test_two_files_of_a_key_have_different_ciphers(tmp_path):
     """One derivation serves all that a process writes: only the salt of scrypt may be the same."""
     key = Key(SECRET)
     one, other = (encrypt(tmp_path / name, b"same", key).read_bytes() for name in "ab")
@@ -131,7 +131,7 @@ def test_two_files_of_a_key_share_no_cipher(tmp_path):
 
 
 UNREADABLE = (
-    "cannot be decrypted: encryption_key is not the key that it was written with, or the file is damaged or cut off"
+    "cannot be decrypted: encryption_key is not the key that it was written with, or the file is damaged or truncated"
 )
 
 
@@ -158,7 +158,7 @@ fast = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCh
 
 @fast
 @given(data=st.data())
-def test_one_flipped_bit_anywhere_is_found(sealed, data):
+def test_a_flipped_bit_is_detected(sealed, data):
     path, content, key = sealed
     anywhere = st.one_of(st.integers(0, HEADER - 1), st.integers(0, len(content) - 1))
     place, bit = data.draw(anywhere), data.draw(st.integers(0, 7))
@@ -169,7 +169,7 @@ def test_one_flipped_bit_anywhere_is_found(sealed, data):
 
 @fast
 @given(data=st.data())
-def test_a_file_cut_anywhere_is_found(sealed, data):
+def test_a_truncated_file_is_detected(sealed, data):
     path, content, key = sealed
     borders = [HEADER + number * (MIB + TAG) + shift for number in range(3) for shift in (-1, 0, 1, TAG)]
     length = data.draw(st.one_of(st.integers(1, len(content) - 1), st.sampled_from(borders)))
@@ -183,13 +183,13 @@ def chunks_of(data: bytes) -> tuple[bytes, list[bytes]]:
 @pytest.mark.parametrize(
     "order", [(1, 0, 2), (0, 2), (1, 2), (0, 0, 1, 2), (0, 1), (0,), (2,), (0, 1, 2, 2), (0, 1, 2, 0)]
 )
-def test_chunks_in_another_order_are_found(sealed, order):
+def test_reordered_chunks_are_detected(sealed, order):
     path, content, key = sealed
     header, chunks = chunks_of(content)
     refuse(path, header + b"".join(chunks[number] for number in order), key)
 
 
-def test_a_chunk_of_another_file_and_appended_bytes_are_found(sealed, tmp_path):
+def test_foreign_chunks_and_appended_bytes_are_detected(sealed, tmp_path):
     path, content, key = sealed
     header, chunks = chunks_of(content)
     _, others = chunks_of(encrypt(tmp_path / "other", os.urandom(2 * MIB + 1000), key).read_bytes())
@@ -213,7 +213,7 @@ def test_a_header_cannot_ask_for_much_memory(sealed):
         refuse(path, content[:place] + bytes((value,)) + content[place + 1 :], key)
 
 
-def test_what_changes_after_it_was_authenticated_is_found(sealed):
+def test_a_change_after_authentication_is_detected(sealed):
     path, content, key = sealed
     path.write_bytes(content)
     file = unlocked(path, key)
@@ -226,10 +226,10 @@ def test_no_key(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         unlocked(encrypt(tmp_path / "f", b"x"), None)
     assert caught.value.problem == f"{tmp_path / 'f'} is encrypted, and there is no key."
-    assert caught.value.fix.startswith("Set encryption_key to the one that it was written with: env:NAME, file:PATH")
+    assert caught.value.fix.startswith("Set encryption_key to the key that it was written with: env:NAME, file:PATH")
 
 
-def test_a_plain_file_needs_none_and_is_told_once(tmp_path, caplog):
+def test_a_plain_file_is_reported_once(tmp_path, caplog):
     (tmp_path / "f").write_bytes(b"PK\x03\x04 and what follows")
     key = Key(SECRET)
     with caplog.at_level(logging.WARNING, "openmae"):
@@ -237,16 +237,16 @@ def test_a_plain_file_needs_none_and_is_told_once(tmp_path, caplog):
         assert not caplog.messages
         assert unlocked(tmp_path / "f", key) is None
         assert read_bytes(tmp_path / "f", key) == b"PK\x03\x04 and what follows"
-    assert caplog.messages == [f"{tmp_path / 'f'} is not encrypted: it is read as it is, without encryption_key."]
+    assert caplog.messages == [f"{tmp_path / 'f'} is not encrypted: encryption_key is not used to read it."]
 
 
 @pytest.mark.parametrize("content", [b"", b"P", b"\x80\x02", b"safetensors?", bytes(range(100, 200))])
-def test_other_files_are_not_taken_for_encrypted_ones(tmp_path, content):
+def test_other_files_are_not_mistaken_for_encrypted_ones(tmp_path, content):
     (tmp_path / "f").write_bytes(content)
     assert not is_encrypted(tmp_path / "f")
 
 
-def test_what_was_given_up_half_way_is_of_no_use_and_holds_nothing_in_clear(tmp_path):
+def test_an_unfinished_file_cannot_be_opened_and_holds_no_plain_content(tmp_path):
     content = b"weights!" * (MIB // 4)
     unfinished = created(tmp_path / "f", Key(SECRET))
     unfinished.__enter__().write(content)
@@ -283,7 +283,7 @@ print((peak() - before) // 1024)
     assert int(found.stdout) < 48, f"{found.stdout.strip()} MiB for a file of 150 MiB"
 
 
-def test_where_keys_come_from(tmp_path, monkeypatch):
+def test_sources_of_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", SECRET.decode())
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "key").write_bytes(SECRET + b"\r\n")
@@ -318,10 +318,10 @@ def _large(folder: Path) -> str:
         (_missing, "no' cannot be read (No such file or directory)."),
         (lambda folder: f"file:{folder}", "cannot be read (Is a directory)."),
         (_empty, "empty' is empty."),
-        (_large, "large' is no key: it has more than 64 KiB."),
+        (_large, "large' is no key: it is larger than 64 KiB."),
     ],
 )
-def test_no_key_where_it_should_be(tmp_path, monkeypatch, text: Callable[[Path], str], message):
+def test_a_missing_key_is_an_error(tmp_path, monkeypatch, text: Callable[[Path], str], message):
     monkeypatch.setenv("EMPTY_KEY", "")
     with pytest.raises(SpecError) as caught:
         resolve_key(text(tmp_path))
@@ -329,7 +329,7 @@ def test_no_key_where_it_should_be(tmp_path, monkeypatch, text: Callable[[Path],
     assert caught.value.problem.startswith("encryption_key: the ")
 
 
-def test_a_key_shows_nothing_and_travels(tmp_path):
+def test_a_key_can_be_pickled_and_is_not_shown(tmp_path):
     key = Key(SECRET)
     assert repr(key) == str(key) == f"{key!r}" == "Key(***)"
     assert read_bytes(encrypt(tmp_path / "f", b"x", key), pickle.loads(pickle.dumps(key))) == b"x"
@@ -349,5 +349,5 @@ def test_temporary_files_in_memory(tmp_path, monkeypatch):
     assert tempfile.gettempdir() == str(tmp_path)
     assert not inside.exists()
     monkeypatch.setattr(memory_folder, "MEMORY", tmp_path / "no")
-    with pytest.raises(SpecError, match=r"int8 needs temporary files, and there is no .*/no to keep them in memory"):
+    with pytest.raises(SpecError, match=r"int8 needs temporary files in memory, and there is no .*/no"):
         temporaries_in_memory(Key(SECRET)).__enter__()

@@ -1,4 +1,4 @@
-"""Actions from and to an S3 store, by the command line and environment variables alone."""
+"""Actions with data and results in an S3 store, configured by the command line and environment variables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = (
 )
 
 
-def pictures(classes: tuple[str, ...] = ("",), count: int = 8) -> dict[str, bytes]:
+def images(classes: tuple[str, ...] = ("",), count: int = 8) -> dict[str, bytes]:
     files = {}
     for place, name in enumerate(classes):
         for number in range(count):
@@ -66,16 +66,33 @@ def checkpoints(store, bucket: str) -> list[str]:
     return [name.removeprefix(below)[:3] for name in store.names(bucket) if name.startswith(below)]
 
 
+def put_data(store, bucket: str) -> None:
+    store.put(bucket, {"data/train/images_train.tar.gz": tar_gz(images())})
+    store.put(bucket, {f"data/val/{name}": content for name, content in images(("a", "b"), 4).items()})
+
+
+@pytest.fixture(scope="module")
+def snapshot() -> dict[str, bytes]:
+    """The results of one epoch of pretraining, by the first test that needs them."""
+    return {}
+
+
 @pytest.fixture
-def trained(store, bucket, capfd):
-    """One epoch of pretraining in the store; returns the URL of its results."""
-    store.put(bucket, {"data/train/images_train.tar.gz": tar_gz(pictures())})
-    store.put(bucket, {f"data/val/{name}": content for name, content in pictures(("a", "b"), 4).items()})
-    assert main([*train_arguments(bucket), "train.num_epochs=1"]) == 0, capfd.readouterr().err
+def trained(store, bucket, capfd, snapshot):
+    """Put results of one epoch of pretraining into the store, and return their URL."""
+    put_data(store, bucket)
+    if snapshot:
+        store.put(bucket, snapshot)
+    else:
+        assert main([*train_arguments(bucket), "train.num_epochs=1"]) == 0, capfd.readouterr().err
+        snapshot |= {name: store.get(bucket, name) for name in store.names(bucket) if name.startswith("results/")}
     return f"s3://{bucket}/results/run1"
 
 
-def test_train_and_evaluate_in_a_store(trained, store, bucket, capfd, monkeypatch):
+def test_train_and_evaluate_in_a_store(store, bucket, capfd, monkeypatch):
+    put_data(store, bucket)
+    assert main([*train_arguments(bucket), "train.num_epochs=1"]) == 0
+    trained = f"s3://{bucket}/results/run1"
     assert f"Results are in {trained}/train; open report.html there." in capfd.readouterr().err
     below, names = "results/run1/train/", store.names(bucket)
     assert checkpoints(store, bucket) == ["001"]
@@ -93,18 +110,19 @@ def test_train_and_evaluate_in_a_store(trained, store, bucket, capfd, monkeypatc
     evaluate = ["evaluate", f"evaluate.checkpoint={checkpoint}", f"dataset.val_data_sources=s3://{bucket}/data/val"]
     monkeypatch.setenv("OPENMAE_UPLOAD_EXCLUDES", "report.*, wandb/*")
     assert main([*evaluate, f"results_dir={trained}", "dataset.num_workers_per_gpu=0"]) == 0, capfd.readouterr().err
-    assert "results/run1/evaluate/report.html" not in store.names(bucket), "OPENMAE_UPLOAD_EXCLUDES does not act"
+    assert "results/run1/evaluate/report.html" not in store.names(bucket), "OPENMAE_UPLOAD_EXCLUDES has no effect"
     last = store.get(bucket, "results/run1/evaluate/status.json").splitlines()[-2]
     assert "val_loss" in json.loads(last)["kpi"]
     assert f"checkpoint: {checkpoint}" in store.get(bucket, "results/run1/evaluate/experiment.yaml").decode()
-    assert all(entry.complete and not entry.in_use for entry in cache.entries()), "all is let go, and may be removed"
+    assert all(entry.complete and not entry.in_use for entry in cache.entries()), (
+        "an entry is still held, or incomplete"
+    )
 
 
 def test_encrypted_results_in_a_store(store, bucket, capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("MY_KEY", "c0rrect-h0rse")
     monkeypatch.setenv("WRONG_KEY", "another")
-    store.put(bucket, {"data/train/images_train.tar.gz": tar_gz(pictures())})
-    store.put(bucket, {f"data/val/{name}": content for name, content in pictures(("a", "b"), 4).items()})
+    put_data(store, bucket)
     train = [*train_arguments(bucket), "train.num_epochs=1"]
     assert main([*train, "encryption_key=env:MY_KEY"]) == 0, capfd.readouterr().err
     written = {name: store.get(bucket, name) for name in store.names(bucket) if name.startswith("results/")}
@@ -138,14 +156,14 @@ def test_encrypted_results_in_a_store(store, bucket, capfd, monkeypatch, tmp_pat
     assert main([*commands["evaluate"], f"results_dir={tmp_path}", "encryption_key=env:MY_KEY"]) == 0
 
 
-@pytest.mark.slow  # half a minute: two trainings and an export
+@pytest.mark.slow  # half a minute: two training runs and an export
 def test_resume_on_another_machine_and_export_in_a_store(trained, store, bucket, capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "another"))
     assert main([*train_arguments(bucket), "train.num_epochs=2"]) == 0, capfd.readouterr().err
     assert "after epoch 1" in capfd.readouterr().err
     assert checkpoints(store, bucket) == ["002"]
     lines = statuses(store.get(bucket, "results/run1/train/status.json"))
-    assert lines.count("SUCCESS") == 2, "the lines of before are kept"
+    assert lines.count("SUCCESS") == 2, "earlier lines are lost"
 
     onnx, checkpoint = f"{trained}/export/model.onnx", f"{trained}/train/model_best.pth"
     export = ["export", f"export.checkpoint={checkpoint}", f"export.onnx_file={onnx}", f"results_dir={trained}"]
@@ -159,14 +177,14 @@ def test_resume_on_another_machine_and_export_in_a_store(trained, store, bucket,
     inference = ["inference", f"inference.checkpoint={elsewhere}", f"dataset.test_data_sources=s3://{bucket}/data/val/"]
     assert main([*inference, f"results_dir={tmp_path / 'here'}", "dataset.num_workers_per_gpu=0"]) == 0
     assert (tmp_path / "here" / "inference" / "embeddings.parquet").exists()
-    assert all(entry.complete and not entry.in_use for entry in cache.entries()), "all is let go, and may be removed"
+    assert all(entry.complete and not entry.in_use for entry in cache.entries()), (
+        "an entry is still held, or incomplete"
+    )
 
 
-@pytest.mark.parametrize("readable", [True, False], ids=["an older one is there", "none can be read"])
-def test_a_newest_checkpoint_in_a_store_that_cannot_be_read(
-    readable, trained, store, bucket, capfd, monkeypatch, tmp_path
-):
-    """Nor is what was set aside brought to the next machine."""
+@pytest.mark.parametrize("readable", [True, False], ids=["an older one is readable", "none is readable"])
+def test_unreadable_newest_checkpoint_in_a_store(readable, trained, store, bucket, capfd, monkeypatch, tmp_path):
+    """A checkpoint that was set aside is not brought to the next machine either."""
     below = "results/run1/train/model_epoch_"
     (first,) = (name for name in store.names(bucket) if name.startswith(below))
     content = store.get(bucket, first)
@@ -190,11 +208,11 @@ def test_a_newest_checkpoint_in_a_store_that_cannot_be_read(
     else:
         assert code == 2, told
         assert re.search(r"model_epoch_002\S+ is truncated or damaged", told), told
-        assert checkpoints(store, bucket) == ["001", "002"], "nothing is removed"
+        assert checkpoints(store, bucket) == ["001", "002"], "a checkpoint was removed"
 
 
-def test_a_run_in_a_store_whose_newest_checkpoints_are_not_finite(trained, store, bucket, capfd, monkeypatch, tmp_path):
-    """Of an older version: the numbered one is set aside, there too, and the best is brought in its place."""
+def test_newest_checkpoint_in_a_store_that_is_not_finite(trained, store, bucket, capfd, monkeypatch, tmp_path):
+    """Written by an older version: the numbered checkpoint is set aside in the store too, and the best replaces it."""
     below = "results/run1/train/model_epoch_"
     (first,) = (name for name in store.names(bucket) if name.startswith(below))
     content = torch.load(io.BytesIO(store.get(bucket, first)), weights_only=True)
@@ -212,16 +230,16 @@ def test_a_run_in_a_store_whose_newest_checkpoints_are_not_finite(trained, store
     assert left == ["001_step_00002.pth.diverged", "002_step_00004.pth"]
 
 
-def test_a_second_run_in_a_store_is_told_of_the_first(trained, store, bucket, capfd):
+def test_a_second_run_in_a_store_is_refused(trained, store, bucket, capfd):
     with StoreLock(f"s3://{bucket}/results/run1/train", "results_dir", lambda error: None):
         assert main([*train_arguments(bucket), "train.num_epochs=2"]) == 2
     told = capfd.readouterr().err
     assert f"results_dir: another run is writing to s3://{bucket}/results/run1/train: process {os.getpid()} on " in told
 
 
-@pytest.mark.slow  # a minute: a program of its own is interrupted, another killed, a third goes on
-def test_interrupted_and_killed_runs_go_on(store, bucket, tmp_path):
-    store.put(bucket, {"data/train/images_train.tar.gz": tar_gz(pictures(count=16))})
+@pytest.mark.slow  # a minute: one process is interrupted, another killed, a third resumes
+def test_interrupted_and_killed_runs_resume(store, bucket, tmp_path):
+    store.put(bucket, {"data/train/images_train.tar.gz": tar_gz(images(count=16))})
     command = [
         sys.executable,
         "-m",
@@ -254,13 +272,13 @@ def test_interrupted_and_killed_runs_go_on(store, bucket, tmp_path):
     (newest,) = checkpoints(store, bucket)
     until_checkpoint(signal.SIGKILL)
     (entry,) = [entry for entry in cache.entries() if entry.kind == "results"]
-    assert not entry.complete, "what the killed run left is not thrown away"
+    assert not entry.complete, "the results of the killed run may be deleted"
     assert not entry.in_use
     assert "Resuming from" in until_checkpoint(signal.SIGINT)
     assert max(checkpoints(store, bucket)) > newest
 
 
-def test_what_is_written_down_has_no_secret(store, tmp_path):
+def test_the_recorded_spec_has_no_secret(store, tmp_path):
     source = "https://user:hunter2@host/set.zip?X-Signature=topsecret"
     spec = load_spec(None, [f"dataset.train_data_sources={source}", f"results_dir={tmp_path}"], "train")
     with local_place(spec, "train") as place:
@@ -273,7 +291,7 @@ def test_what_is_written_down_has_no_secret(store, tmp_path):
 
 @pytest.mark.slow  # half a minute: two processes import torch
 def test_two_processes_share_one_download(store, bucket, capfd, tmp_path):
-    store.put(bucket, {"set.tar.gz": tar_gz(pictures())})
+    store.put(bucket, {"set.tar.gz": tar_gz(images())})
     arguments = [*SMALL, f"dataset.train_data_sources=s3://{bucket}/set.tar.gz", f"results_dir={tmp_path}"]
     assert main(["train", *arguments, "train.num_epochs=1", "train.num_gpus=2", "dataset.batch_size=2"]) == 0
     assert capfd.readouterr().err.count("Downloading s3://") == 1
@@ -290,7 +308,7 @@ def test_two_processes_share_one_download(store, bucket, capfd, tmp_path):
         ("export.onnx_file", ["export", "export.checkpoint=m.pth"]),
     ],
 )
-def test_a_wrong_bucket_is_told_with_the_key(key, command, store, capfd, tmp_path):
+def test_a_wrong_bucket_is_reported_with_the_config_key(key, command, store, capfd, tmp_path):
     results = [] if key == "results_dir" else [f"results_dir={tmp_path}"]
     assert main([*command, *results, f"{key}=s3://nobody-has-this/x.onnx"]) == 2
     err = capfd.readouterr().err

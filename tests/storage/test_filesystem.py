@@ -1,9 +1,10 @@
-"""What a user reads when a store does not give what was asked for."""
+"""Messages when a store does not return what was asked for."""
 
 from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from openmae.storage.listing import list_files, require
 
 
 def refused(url: str) -> str:
-    """Ask for what cannot be had; the error's text, which must come in time and show no secret."""
+    """Request a URL that fails, and return the error's text, which must come in time and show no secret."""
     texts = []
     for question in (fetch, require):
         began = time.monotonic()
@@ -29,14 +30,14 @@ def refused(url: str) -> str:
         assert time.monotonic() - began < 30
         texts.append(str(caught.value))
     text = texts[0]
-    assert texts[1] == text, "a look and a download tell different things"
+    assert texts[1] == text, "a look and a download report different problems"
     for secret in ("test-secret", "topsecret", "hunter2"):
         assert secret not in text
     assert "Fix: " in text
     return text
 
 
-def test_what_is_not_there(store, bucket):
+def test_missing_files_and_buckets(store, bucket):
     store.put(bucket, {"a/b.tar": b"x"})
     text = refused(f"s3://{bucket}/a/B.tar")
     assert f"There is nothing at s3://{bucket}/a/B.tar." in text
@@ -45,10 +46,10 @@ def test_what_is_not_there(store, bucket):
     assert "There is nothing at" in refused(f"s3://{bucket}/a/b")
     text = refused("s3://no-such-bucket-at-all/x")
     assert "there is no bucket 'no-such-bucket-at-all'" in text
-    assert "'Not_A_Bucket!' is no name of a bucket" in refused("s3://Not_A_Bucket!/x")
+    assert "'Not_A_Bucket!' is not a valid bucket name" in refused("s3://Not_A_Bucket!/x")
 
 
-def test_what_is_there_is_found_without_being_listed(store, bucket, web, monkeypatch):
+def test_require_lists_no_folder_completely(store, bucket, web, monkeypatch):
     store.put(bucket, {"a/b/1.png": b"x"})
     web.files |= {"/set/a/1.png": b"1", "/m.bin": b"x"}
     monkeypatch.setattr("openmae.storage.listing.list_files", lambda url: pytest.fail("everything is listed"))
@@ -58,7 +59,7 @@ def test_what_is_there_is_found_without_being_listed(store, bucket, web, monkeyp
         require(url)
 
 
-def test_a_source_without_images_is_named_as_it_was_typed(store, bucket):
+def test_a_source_without_images_is_named_by_its_url(store, bucket):
     store.put(bucket, {"a/notes.txt": b"x"})
     with pytest.raises(DataError, match=rf"The folder s3://{bucket}/a holds no images"):
         open_index(f"s3://{bucket}/a", None)
@@ -66,7 +67,7 @@ def test_a_source_without_images_is_named_as_it_was_typed(store, bucket):
 
 @pytest.fixture
 def guarded(store, bucket) -> Iterator[dict[str, str]]:
-    """The store asks for credentials; those of a user who may read ``open/`` alone."""
+    """Make the store check credentials; return those of a user who may read only ``open/``."""
 
     def reset(count: str) -> None:
         url = f"{store.endpoint}/moto-api/reset-auth"
@@ -101,7 +102,7 @@ def test_credentials(store, bucket, guarded, monkeypatch):
     assert guarded["secret"] not in text
 
 
-def test_the_older_names_of_the_variables(store, bucket, monkeypatch):
+def test_older_names_of_environment_variables(store, bucket, monkeypatch):
     store.put(bucket, {"a.txt": b"content"})
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
@@ -124,8 +125,8 @@ def test_the_older_names_of_the_variables(store, bucket, monkeypatch):
     assert (filesystem.key, filesystem.secret, filesystem.endpoint_url) == ("new", "s", "http://standard:1")
 
 
-def test_an_endpoint_that_is_down(store, monkeypatch):
-    with socket.socket() as listener:  # bound, and nobody listens
+def test_unreachable_endpoint(store, monkeypatch):
+    with socket.socket() as listener:  # bound, but nobody listens
         listener.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:hunter2@127.0.0.1:{listener.getsockname()[1]}")
         text = refused("s3://bucket/a")
@@ -133,13 +134,13 @@ def test_an_endpoint_that_is_down(store, monkeypatch):
     assert "Check AWS_ENDPOINT_URL (http://127.0.0.1:" in text
 
 
-def test_a_server_that_says_nothing(wire, monkeypatch):
+def test_server_that_does_not_respond(wire, monkeypatch):
     monkeypatch.setattr(filesystem, "ANSWER_LIMIT", 1.0)
     wire.stalled = True
     assert "s3://bucket/a: the server did not answer in time" in refused("s3://bucket/a")
     began = time.monotonic()
     with pytest.raises(DataError, match="the server did not answer in time"):
-        list_files("s3://bucket/a")  # of which a full one may take minutes
+        list_files("s3://bucket/a")  # a complete listing may take minutes
     assert time.monotonic() - began < 5
 
 
@@ -153,14 +154,23 @@ def test_a_server_that_says_nothing(wire, monkeypatch):
         (503, "Try again later"),
     ],
 )
-def test_web_servers(web, status, text):
+def test_http_errors(web, status, text):
     web.status = status
     shown = refused(f"{web.url.replace('//', '//user:hunter2@')}/set.zip?X-Signature=topsecret")
     assert text in shown
     assert f"{web.url}/set.zip?..." in shown
 
 
-def test_a_package_that_is_missing():
+def test_missing_package_of_the_gs_extra():
     text = refused("gs://bucket/set.zip")
-    assert "gs:// needs a package that is not installed" in text
+    assert "gs:// needs gcsfs; missing: gcsfs." in text
     assert "pip install 'openmae[gs]'" in text
+
+
+@pytest.mark.parametrize(("package", "url"), [("s3fs", "s3://bucket/set.zip"), ("aiohttp", "https://host/set.zip")])
+def test_missing_package_of_the_s3_extra(monkeypatch, clean_environment, package, url):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError) as caught:
+        open_filesystem(url)
+    assert caught.value.problem.endswith(f":// needs {package}; missing: {package}.")
+    assert caught.value.fix == "pip install 'openmae[s3]'"

@@ -1,8 +1,9 @@
-"""Two runs in one results folder: one goes on, the other is told whose the folder is."""
+"""Two runs in one results folder: one continues, the other is told which process holds the folder."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from openmae.errors import RunError, UserError
-from openmae.storage import lock
+from openmae.storage import layout, lock
 from openmae.storage.filesystem import ask
-from openmae.storage.lock import HOLDER, LOCK, StoreLock, locked_folder
+from openmae.storage.lock import StoreLock, locked_folder
 
 HOLD = """
 import sys
@@ -30,7 +32,7 @@ with locked_folder(Path(sys.argv[1]), "results_dir"):
 
 
 def hold(folder: Path) -> subprocess.Popen[str]:
-    """A process that holds a folder."""
+    """Start a process that holds a folder."""
     command = [sys.executable, "-c", HOLD, str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -38,7 +40,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_second_is_told_who_the_first_is(tmp_path):
+def test_the_second_run_is_told_which_process_holds_the_folder_until_that_is_killed(tmp_path):
     process = hold(tmp_path)
     try:
         with pytest.raises(UserError) as caught, locked_folder(tmp_path, "train.results_dir"):
@@ -46,103 +48,82 @@ def test_the_second_is_told_who_the_first_is(tmp_path):
     finally:
         process.kill()
         process.wait()
-    holder = json.loads((tmp_path / HOLDER).read_text())
+    holder = json.loads((tmp_path / layout.LOCK_HOLDER).read_text())
     assert holder["pid"] == process.pid
     assert caught.value.problem == (
         f"train.results_dir: another run is writing to {tmp_path}: process {process.pid} on {holder['host']}, started "
         f"at {holder['since']}."
     )
     assert caught.value.fix.startswith("Wait until it ends, or set another train.results_dir.")
-
-
-def test_a_killed_one_blocks_nobody(tmp_path):
-    process = hold(tmp_path)
-    process.kill()
-    process.wait()
     with locked_folder(tmp_path, "results_dir"):
-        assert json.loads((tmp_path / HOLDER).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / layout.LOCK_HOLDER).read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir()), "a file of the lock is left"
 
 
 def test_a_file_that_its_holder_has_deleted_is_no_lock(tmp_path, monkeypatch):
-    """A process opens the file, then its holder deletes it and ends: a third one would not see this lock."""
-    first, acquire, tries = hold(tmp_path), lock.FileLock.acquire, []
+    """A process opens the file, then its holder deletes it and ends: a third process would not see this lock."""
+    flock, calls = fcntl.flock, []
 
-    def acquire_late(self, *arguments, **options):
-        tries.append(1)
-        if len(tries) == 1:
-            first.kill()
-            first.wait()
-            acquired = acquire(self, *arguments, **options)
-            (tmp_path / LOCK).unlink()
-            return acquired
-        return acquire(self, *arguments, **options)
+    def flock_after_deletion(descriptor, operation):
+        calls.append(operation)
+        if len(calls) == 1:
+            (tmp_path / layout.LOCK).unlink()
+        flock(descriptor, operation)
 
-    monkeypatch.setattr(lock.FileLock, "acquire", acquire_late)
+    monkeypatch.setattr(fcntl, "flock", flock_after_deletion)
     with locked_folder(tmp_path, "results_dir"):
-        assert len(tries) == 4, "taken, and not current; taken again"
-        assert (tmp_path / LOCK).exists()
+        assert len(calls) == 2, "locked, found to be deleted, locked again"
+        assert (tmp_path / layout.LOCK).exists()
 
 
-def test_the_children_of_a_killed_one_are_waited_for(tmp_path, monkeypatch):
-    """Forked ones may have inherited the lock; they end soon after their parent."""
-    child = hold(tmp_path)
-    holder = json.loads((tmp_path / HOLDER).read_text())
-    (tmp_path / HOLDER).write_text(json.dumps({**holder, "start": "1"}))  # their parent, which is dead
+def test_children_of_a_killed_process_are_waited_for(tmp_path, monkeypatch):
+    """Forked children may have inherited the lock; they end soon after their parent."""
+    (tmp_path / layout.LOCK_HOLDER).write_text(json.dumps({**holder_here(), "start": 1}))  # the parent, which is dead
+    child = (tmp_path / layout.LOCK).open("w")
+    fcntl.flock(child, fcntl.LOCK_EX)
     looks = []
 
     def look(seconds):
         looks.append(seconds)
-        child.kill()
-        child.wait()
+        child.close()
 
     monkeypatch.setattr(lock.time, "sleep", look)
     with locked_folder(tmp_path, "results_dir"):
         assert looks
 
 
-def test_the_same_process_does_not_hold_it_twice(tmp_path):
+def test_the_same_process_does_not_hold_a_folder_twice(tmp_path):
     with locked_folder(tmp_path, "results_dir"), pytest.raises(UserError, match=f"process {os.getpid()} on "):
         locked_folder(tmp_path, "results_dir").__enter__()
     with locked_folder(tmp_path, "results_dir"):
         pass
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")])
-def test_a_file_system_without_locks_is_used_with_a_warning(error, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_used_with_a_warning(number, tmp_path, monkeypatch, caplog):
     def refuse(*_):
-        raise error
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(lock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / layout.LOCK).write_text("1\nanother-host\n")  # left by a killed run
     with caplog.at_level(logging.WARNING, "openmae"), locked_folder(tmp_path, "results_dir"):
         pass
     assert f"{tmp_path} is on a file system without locks: do not start two runs in it." in caplog.messages
 
 
-def test_a_file_system_without_flock_does_not_keep_the_marker_of_a_killed_run(tmp_path, monkeypatch, caplog):
-    def none(*_):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr("fcntl.flock", none)
-    (tmp_path / lock.LOCK).write_text("1\nanother-host\n")
-    with locked_folder(tmp_path, "results_dir"):
-        assert "is on a file system without locks" in caplog.text
-
-
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(lock.FileLock, "acquire", full)
+    monkeypatch.setattr(fcntl, "flock", full)
     with pytest.raises(RunError, match=r"could not be written \(No space left on device\): .*\.openmae\.lock"):
         locked_folder(tmp_path, "results_dir").__enter__()
 
 
-def test_a_number_that_is_used_again_is_another_process(tmp_path):
-    me = lock._myself()
-    assert not lock._is_dead(me)
-    assert lock._is_dead({**me, "start": "1"})
-    assert not lock._is_dead({**me, "start": "1", "machine": "another"}), "it cannot be seen from here"
+def holder_here() -> dict[str, object]:
+    """Return what a lock of this process says about it."""
+    with TemporaryDirectory() as folder, locked_folder(Path(folder), "results_dir"):
+        return json.loads(Path(folder, layout.LOCK_HOLDER).read_text())
 
 
 def never(error: RunError) -> None:
@@ -150,7 +131,7 @@ def never(error: RunError) -> None:
 
 
 def body(store, bucket) -> dict[str, object]:
-    return json.loads(store.get(bucket, f"runs/train/{HOLDER}"))
+    return json.loads(store.get(bucket, f"runs/train/{layout.LOCK_HOLDER}"))
 
 
 @pytest.fixture
@@ -158,7 +139,7 @@ def url(bucket):
     return f"s3://{bucket}/runs/train"
 
 
-def test_a_store_s_lock_is_released(store, bucket, url):
+def test_the_lock_of_a_store_is_released(store, bucket, url):
     with StoreLock(url, "results_dir", never):
         assert body(store, bucket)["pid"] == os.getpid()
         with pytest.raises(UserError) as caught:
@@ -168,12 +149,12 @@ def test_a_store_s_lock_is_released(store, bucket, url):
 
 
 def put(store, bucket, **facts) -> None:
-    holder = {**lock._myself(), "token": "theirs", **facts}
-    store.put(bucket, {f"runs/train/{HOLDER}": json.dumps(holder).encode()})
+    holder = {**holder_here(), "token": "theirs", **facts}
+    store.put(bucket, {f"runs/train/{layout.LOCK_HOLDER}": json.dumps(holder).encode()})
 
 
-def test_a_store_s_lock_of_a_dead_process_is_taken_over_at_once(store, bucket, url, monkeypatch, caplog):
-    put(store, bucket, start="1")
+def test_the_lock_of_a_dead_process_is_taken_over_at_once(store, bucket, url, monkeypatch, caplog):
+    put(store, bucket, start=1)  # the pid is used again, by this process
     monkeypatch.setattr(lock.time, "sleep", never)
     with caplog.at_level(logging.WARNING, "openmae"), StoreLock(url, "results_dir", never):
         assert body(store, bucket)["token"] != "theirs"
@@ -181,9 +162,15 @@ def test_a_store_s_lock_of_a_dead_process_is_taken_over_at_once(store, bucket, u
     assert store.names(bucket) == []
 
 
+def test_a_lock_of_an_older_version_whose_process_lives_is_respected(store, bucket, url):
+    put(store, bucket, start="12345")
+    with pytest.raises(UserError, match="another run is writing"):
+        StoreLock(url, "results_dir", never).__enter__()
+
+
 @pytest.fixture
 def clock(monkeypatch):
-    """Time passes when the lock sleeps; ``clock.then`` is called then."""
+    """Replace the clock: time passes when the lock sleeps, and ``clock.then`` is called."""
 
     class Clock:
         now = 0.0
@@ -202,8 +189,8 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_silent_holder_on_another_machine_is_taken_over_in_time(store, bucket, url, clock):
-    put(store, bucket, machine="another")
+def test_a_silent_holder_on_another_machine_is_replaced_in_time(store, bucket, url, clock):
+    put(store, bucket, machine="another", start=1)
     with StoreLock(url, "results_dir", never):
         assert body(store, bucket)["token"] != "theirs"
     assert lock.STALE <= clock.now <= lock.STALE + 3
@@ -219,29 +206,29 @@ def test_a_living_holder_on_another_machine_is_named(store, bucket, url, clock):
 
 def test_a_holder_on_another_machine_that_ends_is_followed(store, bucket, url, clock):
     put(store, bucket, machine="another")
-    clock.then = lambda: store.client.delete_object(Bucket=bucket, Key=f"runs/train/{HOLDER}")
+    clock.then = lambda: store.client.delete_object(Bucket=bucket, Key=f"runs/train/{layout.LOCK_HOLDER}")
     with StoreLock(url, "results_dir", never):
         pass
     assert clock.now < lock.STALE
 
 
-def test_two_that_take_over_at_once_end_in_one(store, bucket, url, monkeypatch):
+def test_of_two_runs_that_take_over_at_once_one_wins(store, bucket, url):
     """The second has seen the same dead lock as the first."""
-    put(store, bucket, start="1")
+    put(store, bucket, start=1)
     first, second = (StoreLock(url, "results_dir", never) for _ in range(2))
     stale = second._read()
     assert stale is not None
     with first:
+        token = body(store, bucket)["token"]
         assert not second._write(stale[1])
         assert not second._write(""), "there is one"
-        assert body(store, bucket)["token"] == first._me["token"]
+        assert body(store, bucket)["token"] == token != "theirs"
 
 
-def test_who_loses_the_lock_is_told(store, bucket, url, monkeypatch):
+def test_a_run_that_loses_the_lock_is_notified(store, bucket, url, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.01)
     lost, told = threading.Event(), []
-    holding = StoreLock(url, "results_dir", lambda error: (told.append(error), lost.set()))
-    with holding:
+    with StoreLock(url, "results_dir", lambda error: (told.append(error), lost.set())):
         put(store, bucket, machine="another", host="node7")
         assert lost.wait(30)
     assert "node7" in told[0].problem
@@ -249,35 +236,34 @@ def test_who_loses_the_lock_is_told(store, bucket, url, monkeypatch):
     assert body(store, bucket)["token"] == "theirs", "the lock of another run was removed"
 
 
-def test_the_heart_beats(store, bucket, url, monkeypatch):
+def test_the_lock_is_refreshed(store, bucket, url, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.01)
-    beaten = threading.Event()
-    write = StoreLock._write
+    refreshed, write = threading.Event(), StoreLock._write
 
     def counting(self, version):
         written = write(self, version)
         if self._me["beat"] >= 3:
-            beaten.set()
+            refreshed.set()
         return written
 
     monkeypatch.setattr(StoreLock, "_write", counting)
     with StoreLock(url, "results_dir", never):
-        assert beaten.wait(30)
+        assert refreshed.wait(30)
     assert store.names(bucket) == []
 
 
-def test_a_beat_that_was_sent_twice_does_not_stop_the_heart(store, bucket, url):
+def test_a_heartbeat_that_was_sent_twice_keeps_the_lock(store, bucket, url):
     one = StoreLock(url, "results_dir", never)
     with one:
         one._me["beat"] += 1
-        ask(url, one._put(one._version))  # written, but its answer is lost
-        assert one._write(one._version), "it meets its own result"
+        ask(url, one._put(one._version))  # written, but the answer is lost
+        assert one._write(one._version), "it is refused because of its own result"
         one._me["beat"] += 1
         assert one._write(one._version)
-        assert json.loads(one._read()[0])["beat"] == one._me["beat"]
+        assert body(store, bucket)["beat"] == one._me["beat"]
 
 
-def test_a_store_without_conditional_writes_does_not_lose_the_lock_of_a_living_run(store, bucket, url):
+def test_a_store_without_conditional_writes_keeps_the_lock_of_a_living_run(store, bucket, url):
     one, two = StoreLock(url, "results_dir", never), StoreLock(url, "results_dir", never)
     two._conditional = False
     with one:

@@ -1,4 +1,4 @@
-"""Plaintext in memory must not outlive the process that put it there."""
+"""Plain content in memory must not outlive its process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with memory_folder.memory_folder() as folder:
 
 @pytest.fixture(autouse=True)
 def _memory(tmp_path, monkeypatch):
-    """Stands for /dev/shm."""
+    """Replace /dev/shm."""
     monkeypatch.setattr(memory_folder, "MEMORY", tmp_path)
 
 
@@ -40,13 +40,13 @@ def start(tmp_path) -> subprocess.Popen[str]:
 
 
 def children(pid: int) -> list[int]:
-    """The shell that waits for the process to end."""
+    """Return the pid of the shell that waits for the process to end."""
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         return [int(word) for word in file.read().split()]
 
 
 def wait_for_end(pid: int) -> None:
-    """Of a process that is no child of this one."""
+    """Wait for a process that is not a child of this one."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -58,7 +58,7 @@ def wait_for_end(pid: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_leaves_nothing(tmp_path, number):
+def test_the_folder_of_a_killed_process_is_removed(tmp_path, number):
     process = start(tmp_path)
     (shell,) = children(process.pid)
     os.killpg(process.pid, number)
@@ -68,9 +68,9 @@ def test_a_killed_process_leaves_nothing(tmp_path, number):
     process.communicate()
 
 
-def test_what_was_left_is_removed_at_the_next_start_and_what_is_used_stays(tmp_path):
+def test_abandoned_folders_are_removed_at_the_next_start(tmp_path):
     killed, alive = start(tmp_path), start(tmp_path)
-    os.kill(children(killed.pid)[0], signal.SIGKILL)  # a container that ends takes it along
+    os.kill(children(killed.pid)[0], signal.SIGKILL)  # as when a container ends
     killed.kill()
     killed.communicate()
     (tmp_path / "somebody-else").mkdir()
@@ -83,6 +83,6 @@ def test_what_was_left_is_removed_at_the_next_start_and_what_is_used_stays(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["somebody-else"]
 
 
-def test_a_system_without_such_a_folder_has_nothing_to_remove(tmp_path, monkeypatch):
+def test_a_system_without_a_memory_file_system(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_folder, "MEMORY", tmp_path / "no")
     remove_abandoned()

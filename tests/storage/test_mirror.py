@@ -36,7 +36,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """As checkpoints are written: under another name, then renamed."""
+    """Write a file as checkpoints are written: under another name, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -58,10 +58,10 @@ def test_files_are_uploaded_as_they_appear(store, bucket, folder, quick):
         (folder / "wandb").mkdir()
         for name in ("noise.log", "wandb/run.db"):
             (folder / name).touch()
-        until(lambda: "run/reconstructions/last.png" in there(), "a new file is not uploaded while the run goes on")
+        until(lambda: "run/reconstructions/last.png" in there(), "a new file is not uploaded during the run")
         with (folder / "status.json").open("a") as lines:
             lines.write("running\n")
-        until(lambda: store.get(bucket, "run/status.json") == b"started\nrunning\n", "the status is not kept up")
+        until(lambda: store.get(bucket, "run/status.json") == b"started\nrunning\n", "the status is not updated")
         (folder / "metrics.csv").write_text("loss\n")
         mirror.finish()
         assert "run/metrics.csv" in there()
@@ -98,15 +98,15 @@ def test_links_and_removed_checkpoints(store, bucket, folder, monkeypatch):
     assert "run/model_epoch_001_step_00002.pth" not in store.names(bucket)
 
 
-def test_large_files_appear_as_a_whole(store, bucket, folder, wire):
+def test_large_files_appear_when_they_are_complete(store, bucket, folder, wire):
     content = os.urandom(24 << 20)  # uploaded in parts
     replace(folder / "model.pth", content)
     wire.cuts, wire.after = 3, 100
     with Mirror(folder, f"s3://{bucket}/run"):
         pass
-    assert wire.cuts == 0, "the test has to cut something"
+    assert wire.cuts == 0, "no connection was broken"
     assert store.get(bucket, "run/model.pth") == content
-    assert "Uploads" not in store.client.list_multipart_uploads(Bucket=bucket), "no parts are left behind"
+    assert "Uploads" not in store.client.list_multipart_uploads(Bucket=bucket), "an unfinished upload is left"
 
 
 def test_a_destination_that_cannot_be_written(store, folder):
@@ -114,7 +114,7 @@ def test_a_destination_that_cannot_be_written(store, folder):
         Mirror(folder, "s3://no-such-bucket-at-all/run").__enter__()
 
 
-def test_what_could_not_be_uploaded_is_told(store, bucket, folder, monkeypatch, wire, caplog):
+def test_failed_uploads_are_reported(store, bucket, folder, monkeypatch, wire, caplog):
     monkeypatch.setattr(mirror_module, "_TRIES", 2)
     monkeypatch.setattr(mirror_module, "_PATIENCE_SECONDS", 0)
     with Mirror(folder, f"s3://{bucket}/run") as mirror:
@@ -122,10 +122,10 @@ def test_what_could_not_be_uploaded_is_told(store, bucket, folder, monkeypatch, 
         wire.cuts, wire.after = 1000, 0
         with pytest.raises(RunError, match=rf"model\.pth could not be uploaded to s3://{bucket}/run: ") as caught:
             mirror.finish()
-        assert "the server cannot be reached, or cuts the connection" in caught.value.problem
+        assert "the server cannot be reached, or breaks the connection" in caught.value.problem
         assert f"Everything is still in {folder}: run the command again" in caught.value.fix
         wire.cuts = 0
-    assert store.get(bucket, "run/model.pth") == b"x" * 1000, "the end tries once more"
+    assert store.get(bucket, "run/model.pth") == b"x" * 1000, "it is not tried again at the end"
     mirror = Mirror(folder, f"s3://{bucket}/run")
 
     def fail() -> None:
@@ -140,7 +140,7 @@ def test_what_could_not_be_uploaded_is_told(store, bucket, folder, monkeypatch, 
     assert not mirror.complete
 
 
-def test_at_the_end_a_store_that_is_gone_is_waited_for(store, bucket, folder, monkeypatch, wire):
+def test_the_end_of_a_run_waits_for_an_unreachable_store(store, bucket, folder, monkeypatch, wire):
     monkeypatch.setattr(mirror_module, "_TRIES", 1)
     waited: list[float] = []
 
@@ -159,7 +159,7 @@ def test_at_the_end_a_store_that_is_gone_is_waited_for(store, bucket, folder, mo
     assert store.get(bucket, "run/model.pth") == b"x" * 1000
 
 
-def test_what_a_store_that_is_gone_misses_is_named_at_once(store, bucket, folder, monkeypatch, wire):
+def test_an_unreachable_store_is_tried_with_one_file_only(store, bucket, folder, monkeypatch, wire):
     monkeypatch.setattr(mirror_module, "_TRIES", 2)
     monkeypatch.setattr(mirror_module, "_PATIENCE_SECONDS", 0)
     waited: list[float] = []
@@ -173,10 +173,10 @@ def test_what_a_store_that_is_gone_misses_is_named_at_once(store, bucket, folder
 
     with pytest.raises(RunError, match=r"^a, b, c and 2 more could not be uploaded"):
         end()
-    assert len(waited) == 1, "one file's second try shows that nobody answers"
+    assert len(waited) == 1, "more than one file was tried"
 
 
-def test_one_file_that_fails_keeps_no_other_back(store, bucket, folder, monkeypatch):
+def test_other_files_are_uploaded_when_one_fails(store, bucket, folder, monkeypatch):
     monkeypatch.setattr(mirror_module, "_TRIES", 1)
     monkeypatch.setattr(mirror_module, "_PATIENCE_SECONDS", 0)
     send = S3FileSystem._put_file
@@ -198,7 +198,7 @@ def test_one_file_that_fails_keeps_no_other_back(store, bucket, folder, monkeypa
     assert {"run/a", "run/c"} <= set(store.names(bucket))
 
 
-def test_what_is_set_aside_takes_no_older_one_along(store, bucket, folder, tmp_path):
+def test_older_checkpoints_are_kept_when_one_is_set_aside(store, bucket, folder, tmp_path):
     url, names = f"s3://{bucket}/run", [f"model_epoch_00{n}.pth" for n in (1, 2, 3)]
     with Mirror(folder, url):
         for name in names:
@@ -213,7 +213,7 @@ def test_what_is_set_aside_takes_no_older_one_along(store, bucket, folder, tmp_p
     assert kept == {"status.json", names[0], names[1], f"{names[2]}.unreadable"}
 
 
-def test_ctrl_c_uploads_what_is_complete(store, bucket, folder):
+def test_ctrl_c_uploads_complete_files(store, bucket, folder):
     def interrupted() -> None:
         with Mirror(folder, f"s3://{bucket}/run"):
             replace(folder / "model.pth", b"x")
@@ -225,7 +225,7 @@ def test_ctrl_c_uploads_what_is_complete(store, bucket, folder):
     assert set(store.names(bucket)) == {"run/model.pth", "run/status.json"}
 
 
-def test_a_run_goes_on_where_its_results_are(store, bucket, folder, tmp_path, caplog):
+def test_a_run_resumes_on_another_machine(store, bucket, folder, tmp_path, caplog):
     url = f"s3://{bucket}/run"
     caplog.set_level(logging.INFO, "openmae")
     with Mirror(folder, url):
@@ -243,7 +243,7 @@ def test_a_run_goes_on_where_its_results_are(store, bucket, folder, tmp_path, ca
         (other / "model_epoch_003_step_00001.pth").unlink()
         (other / "metrics.csv").write_text("loss\n1\n2\n")
     kept = [name for name in store.names(bucket) if "epoch" in name]
-    assert kept == ["run/model_epoch_004_step_00001.pth"], "what is older than a removed one goes as well"
+    assert kept == ["run/model_epoch_004_step_00001.pth"], "a file older than a removed one is kept"
     # the first machine again: what the other one wrote since replaces what is here
     pull(url, folder, everything)
     assert (folder / "metrics.csv").read_text() == "loss\n1\n2\n"
@@ -251,7 +251,7 @@ def test_a_run_goes_on_where_its_results_are(store, bucket, folder, tmp_path, ca
     assert (folder / "model_epoch_004_step_00001.pth").read_bytes() == b"4"
 
 
-def test_what_is_not_uploaded_yet_is_not_overwritten(store, bucket, folder):
+def test_files_that_are_not_uploaded_yet_are_not_overwritten(store, bucket, folder):
     url = f"s3://{bucket}/run"
     with Mirror(folder, url):
         (folder / "metrics.csv").write_text("loss\n1\n")
@@ -265,14 +265,14 @@ def test_what_is_not_uploaded_yet_is_not_overwritten(store, bucket, folder):
     assert store.get(bucket, "run/model.pth") == b"new"
 
 
-def test_a_folder_that_is_not_there_brings_nothing(store, bucket, tmp_path):
+def test_pulling_a_missing_folder(store, bucket, tmp_path):
     pull(f"s3://{bucket}/none", tmp_path, everything)
     with pytest.raises(DataError, match="there is no bucket"):
         pull("s3://no-such-bucket-at-all/none", tmp_path, everything)
 
 
-def test_a_checkpoint_is_uploaded_after_its_rows(store, bucket, folder, quick, monkeypatch):
-    """Rows that were sent a moment ago are sent again: whoever resumes on another machine misses none."""
+def test_a_checkpoint_is_uploaded_after_its_metrics(store, bucket, folder, quick, monkeypatch):
+    """Metrics that were uploaded a moment ago are uploaded again, so that a resumed run misses none."""
     monkeypatch.setattr(mirror_module, "GROWING_SECONDS", 1000.0)
     monkeypatch.setattr(mirror_module, "STATUS_SECONDS", 1000.0)
     there = lambda: set(store.names(bucket))  # noqa: E731
@@ -286,7 +286,7 @@ def test_a_checkpoint_is_uploaded_after_its_rows(store, bucket, folder, quick, m
     monkeypatch.setattr(Mirror, "_put", noting)
     (folder / "metrics.csv").write_text("1\n")
     with Mirror(folder, f"s3://{bucket}/run"):
-        until(lambda: "run/metrics.csv" in there(), "the rows are not uploaded")
+        until(lambda: "run/metrics.csv" in there(), "the metrics are not uploaded")
         for step in ("2", "3"):
             with (folder / "metrics.csv").open("a") as file:
                 file.write(f"{step}\n")
@@ -302,7 +302,7 @@ def test_a_checkpoint_is_uploaded_after_its_rows(store, bucket, folder, quick, m
         assert last < names.index("model_epoch_003_step_00003.pth")
 
 
-def test_a_checkpoint_without_its_rows_is_not_uploaded(store, bucket, folder, monkeypatch):
+def test_a_checkpoint_without_its_metrics_is_not_uploaded(store, bucket, folder, monkeypatch):
     put = Mirror._put
 
     async def failing(self, name, path, mark):
@@ -319,7 +319,7 @@ def test_a_checkpoint_without_its_rows_is_not_uploaded(store, bucket, folder, mo
     assert "run/model_epoch_001_step_00001.pth" not in store.names(bucket)
 
 
-def test_an_older_checkpoint_stays_until_the_newer_one_is_there(store, bucket, folder, monkeypatch):
+def test_an_older_checkpoint_is_kept_until_the_newer_one_is_uploaded(store, bucket, folder, monkeypatch):
     (folder / "model_epoch_001_step_00001.pth").write_bytes(b"one")
     mirror = Mirror(folder, f"s3://{bucket}/run")
     mirror.finish()
@@ -353,6 +353,6 @@ def test_a_run_that_stops_at_once_uploads_nothing_more(store, bucket, folder, ca
     mirror._thread.join()
     (folder / "model.pth").write_bytes(b"weights")
     mirror.__exit__(StoppedAtOnce, StoppedAtOnce(), None)
-    assert f"What was not uploaded yet to s3://{bucket}/run is in {folder}." in caplog.text
+    assert f"Files that were not uploaded to s3://{bucket}/run yet are in {folder}." in caplog.text
     assert not mirror.complete
     assert store.names(bucket) == ["run/status.json"]

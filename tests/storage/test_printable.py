@@ -28,7 +28,7 @@ def test_names_have_one_printable_form(name: str, text: str) -> None:
 
 
 @given(st.binary())
-def test_every_name_is_one_line_of_utf8_and_is_read_back(content: bytes) -> None:
+def test_printable_names_are_one_line_and_can_be_reversed(content: bytes) -> None:
     name = content.decode("utf-8", "surrogateescape")
     text = printable_name(name)
     assert len((text.encode().decode() + ".").splitlines()) == 1

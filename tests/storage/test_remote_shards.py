@@ -1,4 +1,4 @@
-"""Shards in an object store: indexed without being read, fetched one by one, in an order that follows from the seed."""
+"""Shards in an object store: indexed without being read, fetched one at a time, in an order determined by the seed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def remote_files() -> list[str]:
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_remote_shards_hold_what_local_ones_do(store, bucket, packed, tmp_path, indexed) -> None:
+def test_remote_shards_equal_local_ones(store, bucket, packed, tmp_path, indexed) -> None:
     pattern = upload(store, bucket, packed, indexed=indexed)
     local = open_index(str(tmp_path / "set"), True)
     found = open_index(pattern, True)
@@ -69,7 +69,7 @@ def test_remote_shards_hold_what_local_ones_do(store, bucket, packed, tmp_path, 
     assert found.full_name(found.paths[0]) == f"s3://{bucket}/data/set-000000.tar!cat/01.png"
 
 
-def test_runs_from_a_store_are_the_same_with_workers_and_resumed(store, bucket, packed, tmp_path) -> None:
+def test_batches_from_a_store_do_not_depend_on_workers_or_resuming(store, bucket, packed, tmp_path) -> None:
     found = open_index(upload(store, bucket, packed), True)
     assert isinstance(found, ShardedIndex)
     assert len(found.shards) > 8, "this test needs more shards than are shuffled together"
@@ -91,7 +91,7 @@ def test_a_cache_smaller_than_the_set_is_enough(store, bucket, packed, tmp_path,
     assert 0 < len(remote_files()) < len(packed), "the cache keeps its bound"
 
 
-def test_a_second_opening_asks_for_the_listing_only(store, bucket, packed, caplog) -> None:
+def test_opening_again_requests_only_the_listing(store, bucket, packed, caplog) -> None:
     pattern = upload(store, bucket, packed, indexed=False)
     with caplog.at_level(logging.INFO, logger="openmae"):
         open_index(pattern, True)
@@ -101,7 +101,9 @@ def test_a_second_opening_asks_for_the_listing_only(store, bucket, packed, caplo
     assert caplog.text == ""
 
 
-def test_a_run_keeps_the_terminal_for_its_own_bar(store, bucket, packed, tmp_path, monkeypatch, capfd, caplog) -> None:
+def test_shards_fetched_during_a_run_show_no_progress_bar(
+    store, bucket, packed, tmp_path, monkeypatch, capfd, caplog
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # for rich, a terminal
     pattern = upload(store, bucket, packed, indexed=False)
     with caplog.at_level(logging.INFO, logger="openmae"):
@@ -125,7 +127,7 @@ def test_a_missing_shard_is_named(store, bucket, packed) -> None:
         open_index(pattern, None)
 
 
-def test_a_shard_that_vanishes_ends_the_run_in_plain_words(store, bucket, packed, tmp_path) -> None:
+def test_a_shard_that_disappears_is_reported(store, bucket, packed, tmp_path) -> None:
     found = open_index(upload(store, bucket, packed), True)
     store.client.delete_object(Bucket=bucket, Key="data/set-000004.tar")
     with pytest.raises(DataError, match=rf"There is nothing at s3://{bucket}/data/set-000004.tar") as caught:

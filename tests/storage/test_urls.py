@@ -6,7 +6,7 @@ from openmae.errors import DataError
 from openmae.storage.urls import checked, is_remote, join, name_of, parent_of, redact
 
 
-def test_urls_are_told_from_paths():
+def test_urls_are_distinguished_from_paths():
     for url in ("s3://b/k", "gs://b", "http://h/x", "HTTPS://h/x", "  s3://b/k"):
         assert is_remote(url), url
     for path in ("photos", "/a/b", "C:\\x", "ftp://h/x", "file:///x", "s3:/b", ""):
@@ -41,11 +41,11 @@ def test_secrets_are_not_shown(url, shown):
     [
         ("s3:///key", "s3:///key names no bucket"),
         ("https://?x", "names no host"),
-        ("ftp://h/x", "there is no way to read ftp://"),
+        ("ftp://h/x", "ftp:// is not supported"),
         ("s3://KEY:hunter2@bucket/a", "credentials do not belong in a s3:// URL"),
     ],
 )
-def test_urls_that_are_none(url, text):
+def test_invalid_urls(url, text):
     with pytest.raises(DataError) as caught:
         checked(url)
     assert text in str(caught.value)

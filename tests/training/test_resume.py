@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from openmae.checkpoints.folder import BEST, CheckpointFolder, list_checkpoints
+from openmae.checkpoints.folder import CheckpointFolder, list_checkpoints
 from openmae.checkpoints.format import read_training_state
 from openmae.errors import CheckpointError
+from openmae.storage import layout
 from openmae.storage.encryption import Key
 from openmae.training.resume import best_was_set_aside, newest_readable
 
@@ -54,8 +55,8 @@ def test_non_finite_checkpoints_are_set_aside(part, key, tmp_path, caplog):
     assert caplog.messages == [
         f"{three} holds weights that are not finite: it is now {three.name}.diverged, and {one.name} is used.",
         f"{two} holds weights that are not finite: it is now {two.name}.diverged, and {one.name} is used.",
-        f"{tmp_path / BEST} holds weights that are not finite: it is now {BEST}.diverged, and the next epoch replaces "
-        "it.",
+        f"{tmp_path / layout.BEST} holds weights that are not finite: it is now {layout.BEST}.diverged, "
+        "and the next epoch replaces it.",
     ]
     assert best_was_set_aside(tmp_path)
 
@@ -64,11 +65,11 @@ def test_best_checkpoint_is_the_last_resort(tmp_path):
     write(tmp_path, ["state_dict", "state_dict"], best="")
     found = newest_readable(tmp_path)
     assert found is not None
-    assert found[0] == tmp_path / BEST
+    assert found[0] == tmp_path / layout.BEST
     assert not list_checkpoints(tmp_path)
     again = newest_readable(tmp_path)
     assert again is not None, "a run killed before its next checkpoint starts from the beginning"
-    assert again[0] == tmp_path / BEST
+    assert again[0] == tmp_path / layout.BEST
 
 
 def test_training_starts_from_the_beginning_if_no_checkpoint_is_finite(tmp_path, caplog):
@@ -77,7 +78,7 @@ def test_training_starts_from_the_beginning_if_no_checkpoint_is_finite(tmp_path,
         assert newest_readable(tmp_path) is None
     assert f"it is now {newest.name}.diverged, and training starts from the beginning." in caplog.text
     assert not list_checkpoints(tmp_path)
-    assert not (tmp_path / BEST).exists()
+    assert not (tmp_path / layout.BEST).exists()
     assert newest_readable(tmp_path) is None
 
 
@@ -132,14 +133,14 @@ def spoil(path: Path) -> None:
 def test_run_broken_by_an_earlier_version_is_resumed(train, payload_of, tmp_path):
     folder = tmp_path / "broken"
     train(folder, {"train.num_epochs": 3})
-    for path in (*list_checkpoints(folder)[1:], folder / BEST):
+    for path in (*list_checkpoints(folder)[1:], folder / layout.BEST):
         spoil(path)
     train(folder, {"train.num_epochs": 3})
     train(tmp_path / "whole", {"train.num_epochs": 3})
     whole = payload_of(tmp_path / "whole")
     for name, value in payload_of(folder)["state_dict"].items():
         assert torch.equal(value, whole["state_dict"][name])
-    best = torch.load(folder / BEST, weights_only=True)
+    best = torch.load(folder / layout.BEST, weights_only=True)
     assert all(bool(value.isfinite().all()) for value in best["state_dict"].values())
 
 

@@ -58,7 +58,9 @@ def pack_source(
     print(f"{packed.images:,} images ({labels}) in {counted(len(packed.shards), 'shard')}, {total / 1e6:,.1f} MB:")
     print(f"  dataset.train_data_sources={shlex.quote(printable_name(packed.pattern))}")
     if packed.corrupt:
-        log.warning("Left out %s, listed in %s", counted(len(packed.corrupt), "corrupt file"), out / CORRUPT_LIST)
+        log.warning(
+            "Left out %s, listed in %s", counted(len(packed.corrupt), "corrupt file"), out / layout.CORRUPT_LIST
+        )
     return packed
 
 

@@ -24,6 +24,7 @@ from openmae.errors import DataError
 from openmae.models.mae import MaskedAutoencoder
 from openmae.results.images import reconstruction_grid, save_confusion_matrix
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.training.finetune import predict, score
 from openmae.training.pretrain import PretrainTask, embed, probe
 
@@ -157,7 +158,7 @@ def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
     if fabric.is_global_zero:
         picture = None
         if task is not None:
-            picture = request.folder / "reconstructions" / "validation.png"
+            picture = request.folder / layout.RECONSTRUCTIONS / "validation.png"
             reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
         unread = skipped_files_table([request.index])
         pretrained_report(request.folder, request.info, len(request.index), metrics, picture, unread)

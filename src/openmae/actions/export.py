@@ -10,9 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
-import onnx
 import torch
-from onnx import ModelProto
 
 from openmae.actions.calibration import calibration_batches
 from openmae.actions.load_model import check_request, number_classes, read_trained, resolve_model
@@ -23,15 +21,16 @@ from openmae.checkpoints.format import BACKBONE, CheckpointInfo, save_backbone
 from openmae.checkpoints.weights import check_size
 from openmae.data.loaders import EvaluationLoader, LoaderSettings
 from openmae.engines.batching import eval_transform
-from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
+from openmae.engines.metadata import FEATURES, LOGITS, ONNX_SUFFIXES, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.onnx import (
     LARGEST_PROTOBUF,
-    ONNX_SUFFIXES,
+    ModelProto,
     compare,
     cosine,
     file_bytes,
     likeness,
+    onnx,
     opset_of,
     trace,
     weights_path,
@@ -41,6 +40,7 @@ from openmae.engines.precision import to_half, to_int8
 from openmae.engines.predictor import OnnxPredictor, Predictor, TorchPredictor, card_of
 from openmae.errors import SpecError, blaming
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.storage.atomic import disk_errors, make_folder
 from openmae.storage.encryption import Key, resolve_key, temporaries_in_memory
 
@@ -78,7 +78,7 @@ def run(spec: ExperimentSpec) -> Path:
             exported = OnnxPredictor(job.target, torch.device("cpu"), job.key)
             more_rows, more_kpi = _fidelity(job.model, job.card, exported, job.validation)
             rows, kpi = [*rows, *more_rows], kpi | more_kpi
-        backbone = save_backbone(this_run.folder / BACKBONE, job.model.backbone.state_dict(), job.info, job.key)
+        backbone = save_backbone(this_run.folder / layout.BACKBONE, job.model.backbone.state_dict(), job.info, job.key)
         this_run.status.write("RUNNING", f"Exported to {job.target}", kpi=kpi)
         rows = [*rows, ("written", str(job.target)), ("backbone for timm", str(backbone))]
         show_table(f"{job.card.model.arch} ({job.card.stage}) as ONNX", rows)

@@ -22,6 +22,7 @@ from openmae.data.image_dataset import Batch
 from openmae.data.index import skipped_files_table
 from openmae.results.images import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.storage.atomic import replacing, write_atomically
 from openmae.storage.printable import printable_name, spreadsheet_cell
 from openmae.training.finetune import Predictions, predict
@@ -72,7 +73,7 @@ def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
     counts = Counter(names[label] for label in predictions.classes[:, 0])
     if fabric.is_global_zero:
         rows = _result_rows(predictions, request)
-        write_atomically(request.folder / RESULTS, _as_csv(rows))
+        write_atomically(request.folder / layout.PREDICTIONS, _as_csv(rows))
         sheet = _draw_sheet(predictions, request, loader.first(_SHEET))
         inference_report(request.folder, request.info, rows, sheet, skipped_files_table([request.index]))
     seen = {name: f"{count:,} images" for name, count in counts.most_common(_CLASSES)}
@@ -97,7 +98,7 @@ def _draw_sheet(predictions: Predictions, request: Request, batch: Batch) -> Pat
     shares = predictions.probabilities[places, 0].tolist()
     pixels = batch.images.round().clamp(0, 255).byte() if batch.images.is_floating_point() else batch.images
     images = pixels.permute(0, 2, 3, 1).numpy()
-    return save_predictions(images, labels, shares, request.folder / "predictions.png")
+    return save_predictions(images, labels, shares, request.folder / layout.PREDICTIONS_SHEET)
 
 
 def _result_rows(predictions: Predictions, request: Request) -> list[list[str]]:
@@ -119,11 +120,13 @@ def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
     indices, vectors, _ = embed(fabric, request.model.outputs(fabric.device), with_progress(fabric, loader))
     if fabric.is_global_zero:
         _write_embeddings(
-            request.folder / EMBEDDINGS, [printable_name(request.index.paths[index]) for index in indices], vectors
+            request.folder / layout.EMBEDDINGS,
+            [printable_name(request.index.paths[index]) for index in indices],
+            vectors,
         )
         picture = None
         if task is not None:
-            picture = request.folder / "reconstructions" / "test.png"
+            picture = request.folder / layout.RECONSTRUCTIONS / "test.png"
             reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
         embedding_report(request.folder, request.info, vectors.shape, picture, skipped_files_table([request.index]))
     return {"embeddings": f"{len(vectors):,} embeddings of {vectors.shape[1]:,} dimensions"}

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from openmae.checkpoints.folder import BEST
 from openmae.checkpoints.format import Checkpoint, CheckpointInfo, read_checkpoint
 from openmae.checkpoints.weights import check_size, load_into
 from openmae.data.normalise import Normaliser

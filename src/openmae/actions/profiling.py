@@ -19,7 +19,6 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.training.profiler import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
 
-PROFILE = "profile.json"
 _KEYS = (
     "dataset.batch_size",
     "dataset.num_workers_per_gpu",
@@ -54,7 +53,7 @@ def leave_profile(fabric: Fabric, spec: ExperimentSpec, folder: Path, measured: 
         )
         return None
     breakdown = _breakdown(fabric, spec, measured)
-    write_breakdown(breakdown, folder / PROFILE)
+    write_breakdown(breakdown, folder / layout.PROFILE)
     rows = [("measured", breakdown.summary)]
     for name, phase in breakdown.phases.items():
         per_step = "" if phase.mean_ms is None else f"  {phase.mean_ms:10.2f} ms per step"

@@ -33,7 +33,6 @@ from openmae.storage.memory_folder import remove_abandoned
 
 Rows = Sequence[tuple[str, str]]
 
-SPEC_FILE = "experiment.yaml"
 _LOADER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited unexpectedly)")
 
 log = logging.getLogger("openmae")
@@ -188,8 +187,8 @@ def begin_results(folder: Path, spec: ExperimentSpec, *, resumed: bool = False) 
         resumed: an earlier run continues, so that its list of corrupt files is kept.
     """
     if not resumed:
-        (folder / CORRUPT_LIST).unlink(missing_ok=True)
-    write_atomically(folder / SPEC_FILE, to_yaml(spec))
+        (folder / layout.CORRUPT_LIST).unlink(missing_ok=True)
+    write_atomically(folder / layout.SPEC, to_yaml(spec))
 
 
 def show_table(title: str, rows: Rows) -> None:

@@ -236,7 +236,7 @@ def _text(name: str, value: float) -> str:
 
 
 def _write(folder: Path, action: str, info: CheckpointInfo, sections: Sequence[Section]) -> Path:
-    spec = Code("Spec", (folder / "experiment.yaml").read_text(encoding="utf-8"))
+    spec = Code("Spec", (folder / layout.SPEC).read_text(encoding="utf-8"))
     height, width = info.model.input_size
     subtitle = f"{info.model.arch} · {info.stage} · {height} x {width} px"
     return write_report(folder, f"OpenMAE {action}", [*sections, spec], subtitle=subtitle)

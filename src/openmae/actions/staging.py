@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import logging
 import os
-import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -187,7 +186,7 @@ def _download_earlier(
     elif action == "automl":  # the study, and the checkpoints that its trials resume
         pull(url, folder, lambda names: names)
     else:
-        pull(url, folder, lambda names: [STATUS] if STATUS in names else [])
+        pull(url, folder, lambda names: [layout.STATUS] if layout.STATUS in names else [])
 
 
 def _all_but_models(names: Collection[str]) -> list[str]:
@@ -216,7 +215,7 @@ def _download_checkpoint(
         key: decrypts checkpoints.
         only_newest: the user has named the checkpoint to resume from.
     """
-    from openmae.checkpoints.folder import BEST, list_checkpoints
+    from openmae.checkpoints.folder import list_checkpoints
     from openmae.storage.encryption import is_encrypted
     from openmae.storage.mirror import pull
     from openmae.training.resume import NotFiniteError, look_for_checkpoint

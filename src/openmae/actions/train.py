@@ -40,6 +40,7 @@ from openmae.results.status import StatusLog
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS, monitored_metric
 from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.training.elastic import BatchLayout, same_position
 from openmae.training.finetune import FinetuneTask
 from openmae.training.loggers import Loggers, open_wandb
@@ -93,7 +94,7 @@ def _nothing_left(plan: Plan) -> bool:
     train = plan.spec.train
     if train.stop_after_epoch is not None and train.stop_after_epoch < train.num_epochs:
         return plan.epochs_done >= train.stop_after_epoch
-    complete = all((plan.folder / name).is_file() for name in (BACKBONE, REPORT))
+    complete = all((plan.folder / name).is_file() for name in (layout.BACKBONE, layout.REPORT))
     return complete and plan.epochs_done >= train.num_epochs
 
 
@@ -328,7 +329,7 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
     if not fabric.is_global_zero:
         return
     backbone = model.encoder.backbone if isinstance(model, MaskedAutoencoder) else model
-    save_backbone(plan.folder / BACKBONE, backbone.state_dict(), plan.info, plan.key)
+    save_backbone(plan.folder / layout.BACKBONE, backbone.state_dict(), plan.info, plan.key)
     picture = None
     if isinstance(trainer.task, PretrainTask):
         loader = trainer.val_loader or EvaluationLoader(
@@ -336,7 +337,7 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
             EvalTransform(plan.config.input_size, plan.config.in_chans),
             LoaderSettings(batch_size=PICTURES, results=plan.folder, max_corrupt_fraction=1.0),
         )
-        picture = plan.folder / "reconstructions" / "last.png"
+        picture = plan.folder / layout.RECONSTRUCTIONS / "last.png"
         assert isinstance(model, MaskedAutoencoder)
         reconstruction_grid(*trainer.task.reconstruct(fabric, loader.first(PICTURES), model), picture)
     unread = skipped_files_table(index for index in (plan.train, plan.val) if index is not None)

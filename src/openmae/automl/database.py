@@ -18,9 +18,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from openmae.errors import SpecError
 from openmae.spec.option import KEY_IN_ENVIRONMENT
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.storage.urls import is_remote, redact
 
-FILE = "study.db"
 STORAGE_ERRORS = (StorageInternalError, SQLAlchemyError)
 
 _ENGINE = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 20}}
@@ -40,7 +40,7 @@ def stored(spec: ExperimentSpec) -> RDBStorage:
         raise SpecError("results_dir: a search in a store cannot be looked at.", "Copy study.db to a folder.")
     folder = Path(spec.results_folder("automl"))
     url, shown = storage_url(spec, folder)
-    if not spec.automl.storage and not (folder / FILE).is_file():
+    if not spec.automl.storage and not (folder / layout.STUDY).is_file():
         raise SpecError(f"results_dir: there is no search in {folder}.", "Begin one: `mae automl -e SPEC`.")
     try:
         return open_storage(url)
@@ -56,7 +56,7 @@ def storage_url(spec: ExperimentSpec, folder: Path) -> tuple[str, str]:
     """
     text = spec.automl.storage
     if not text:
-        path = str(folder / FILE)
+        path = str(folder / layout.STUDY)
         return sqlalchemy.URL.create("sqlite", database=path).render_as_string(), path
     if text.startswith(KEY_IN_ENVIRONMENT):
         name = text.removeprefix(KEY_IN_ENVIRONMENT)
@@ -97,7 +97,7 @@ def open_storage(url: str) -> RDBStorage:
 def turns(url: str, folder: Path) -> Callable[[str], AbstractContextManager[Any]]:
     """What gives a worker its turn at something, alone; the system or the database frees it when its holder dies."""
     if url.startswith("sqlite"):
-        return lambda what: FileLock(folder / f".{FILE}.lock")
+        return lambda what: FileLock(folder / f".{layout.STUDY}.lock")
     engine = sqlalchemy.create_engine(url, **_ENGINE)
 
     @contextmanager
@@ -121,7 +121,7 @@ def reason(error: BaseException) -> str:
 def unusable(shown: str, error: Exception) -> SpecError:
     """What to say of a storage that cannot be opened."""
     what = f"{shown} cannot be used: {reason(error).rstrip('.')}."
-    if shown.endswith(FILE):
+    if shown.endswith(layout.STUDY):
         return SpecError(
             f"results_dir: {what}",
             "Make room where the disk is full, or restore the file from a copy. Else move its folder away: the search "

@@ -12,6 +12,7 @@ from openmae.spec.actions import TABLE
 from openmae.spec.describe import traits
 from openmae.spec.metrics import METRICS, metrics_of, monitored_metric
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 
 MISLEADS = (
     "train_loss compares reconstructions of the same difficulty only: a lower mask ratio leaves more to copy from, "
@@ -52,7 +53,7 @@ class Objective:
 
     def value_of(self, folder: Path) -> float | None:
         """The value of a training; None where it has told none that is finite."""
-        path = folder / "status.json"
+        path = folder / layout.STATUS
         entries = read_status(path) if path.is_file() else []
         epochs = [entry["kpi"] for entry in entries if entry.get("kpi")]
         values = [float(kpi[self.metric]) for kpi in epochs if self.metric in kpi]

@@ -23,6 +23,7 @@ from openmae.jobs.job import Job
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.trials import short_names
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 
 _LONG_ENOUGH = 20.0  # seconds of training that tell the pace
 _POLL = 0.2
@@ -84,7 +85,7 @@ def probe(trainings: Trainings) -> Pace | None:
 
 
 def _speeds(folder: Path) -> list[float]:
-    path = folder / "metrics.csv"
+    path = folder / layout.METRICS
     return [row["images_per_s"] for row in read_metrics(path) if "images_per_s" in row] if path.is_file() else []
 
 

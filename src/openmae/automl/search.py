@@ -32,11 +32,9 @@ from openmae.spec.option import is_secret
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get, has, nest, value_of
 from openmae.spec.yaml_reader import write_text
-from openmae.storage import cache
-from openmae.storage.atomic import make_folder, write_atomically
+from openmae.storage import cache, layout
+from openmae.storage.atomic import make_folder, replacing, write_atomically
 from openmae.storage.urls import is_remote, redact
-
-BEST_SPEC, BEST_MODEL = "best.yaml", "model_best.pth"
 
 log = logging.getLogger("openmae")
 
@@ -225,7 +223,7 @@ def _evaluate(search: Search, name: str, checkpoint: str) -> dict[str, float]:
         log.warning("%s: %s could not be evaluated: %s", name, checkpoint, failure.error if failure else job.message)
         return {}
     found: dict[str, float] = {}
-    for entry in read_status(folder / "status.json"):
+    for entry in read_status(folder / layout.STATUS):
         found.update(entry.get("kpi", {}))
     return found
 
@@ -242,8 +240,8 @@ def _finish(
             "Mend the cause, and set another results_dir.",
         )
     _copy_best(search, best.user_attrs[FOLDER])
-    write_atomically(folder / BEST_SPEC, best_spec(search, best.params))
-    final = _measured(search, "final", str(folder / BEST_MODEL))
+    write_atomically(folder / layout.BEST_SPEC, best_spec(search, best.params))
+    final = _measured(search, "final", str(folder / layout.BEST))
     write_study_report(folder, search.spec, study, baseline, final, counts)
     value = best.value
     assert value is not None
@@ -257,7 +255,7 @@ def _finish(
 def _copy_best(search: Search, name: str) -> None:
     """The checkpoint that the metric is of, under a name of its own: a copy, since its training may be deleted."""
     source = search.trainings.folder_of(name)
-    model = source / "model_best.pth"
+    model = source / layout.BEST
     if not search.objective.of_best_epoch or not model.is_file():
         whole = [item for item in list_folder(str(source)) if item.kind == "checkpoint"]
         newest = newest_checkpoint(whole)
@@ -266,9 +264,8 @@ def _copy_best(search: Search, name: str) -> None:
         raise RunError(
             f"The best recommendation's checkpoint is not in {source}.", "Run the best spec: it trains anew."
         )
-    temporary = search.folder / f".{BEST_MODEL}.tmp"
-    shutil.copyfile(model, temporary)
-    temporary.replace(search.folder / BEST_MODEL)
+    with replacing(search.folder / layout.BEST) as temporary:
+        shutil.copyfile(model, temporary)
 
 
 def best_spec(search: Search, params: Mapping[str, Any]) -> str:
@@ -290,8 +287,8 @@ def _tell_next(search: Search) -> None:
     log.info(
         "Next: mae train -e %s/%s%s   (or use %s/%s, which is trained already)",
         shown,
-        BEST_SPEC,
+        layout.BEST_SPEC,
         key,
         shown,
-        BEST_MODEL,
+        layout.BEST,
     )

@@ -16,6 +16,7 @@ from openmae.results.report import Code, Numbers, Picture, Section, Table, Text,
 from openmae.results.search_section import save_history, save_importances, save_parallel_coordinates, save_slices
 from openmae.results.trials import Trial, best_trial, short_names
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import layout
 from openmae.storage.atomic import make_folder
 
 _ENOUGH = 4  # complete recommendations from which importances say something
@@ -54,7 +55,7 @@ def write_study_report(
         *_misleading(spec, study, keys, counts),
         _all_trials(study, trials, keys),
         Table("How it was searched", ("", ""), review_rows(spec, study, counts, None)),
-        Code("best.yaml", (folder / "best.yaml").read_text(encoding="utf-8")),
+        Code(layout.BEST_SPEC, (folder / layout.BEST_SPEC).read_text(encoding="utf-8")),
     ]
     subtitle = f"{spec.model.arch} · {spec.train.stage} · {study.algorithm.name}, {len(trials)} recommendations"
     return write_report(folder, "OpenMAE search", sections, subtitle=subtitle)
@@ -92,7 +93,7 @@ def _evaluations(baseline: Mapping[str, float], final: Mapping[str, float]) -> l
 
 def _pictures(folder: Path, study: Study, trials: Sequence[Trial]) -> list[Section]:
     objective, log_keys = study.objective, study.space.log_keys
-    where = make_folder(folder / "pictures")
+    where = make_folder(folder / layout.CHARTS)
     told = {"metric": objective.metric, "maximize": objective.maximize}
     drawn = [
         (

@@ -23,7 +23,7 @@ from openmae.automl.database import STORAGE_ERRORS, reason
 from openmae.automl.study import BEAT, EPOCHS, FOLDER, SECONDS, SOURCES, TRIALS, TRIES, Recommendation, Study
 from openmae.distributed.topology import gpus_per_node
 from openmae.errors import OpenMAEError, Preempted, RunError
-from openmae.jobs.artifacts import DELETED, list_folder, newest_checkpoint
+from openmae.jobs.artifacts import list_folder, newest_checkpoint
 from openmae.jobs.client import TRAININGS, Client
 from openmae.jobs.job import Job, parse_time
 from openmae.jobs.platforms.local.queue import SLOTS
@@ -35,11 +35,11 @@ from openmae.spec.tree import value_of
 
 EQUAL_FAILURES = 3  # in a row, with one cause, that end a search: the next would fail as well
 _POLL = 0.5  # seconds
-_MODELS = (".pth", ".safetensors")
+_MODELS = (layout.WEIGHTS_SUFFIX, ".safetensors")
 _WANDB = {"wandb.group": "automl", "wandb.name": "recommendation {}"}
 _OF_DATA = ("val_data_sources", "batch_size", "num_workers_per_gpu", "max_corrupt_fraction", "max_megapixels")
 _OF_EVALUATION = ("encryption_key", "results_dir", *(f"dataset.{name}" for name in _OF_DATA))
-_TAKEN_ALONG = ("status.json", "metrics.csv", "model_best.pth")  # with a training that goes on in another folder
+_TAKEN_ALONG = (layout.STATUS, layout.METRICS, layout.BEST)  # with a training that goes on in another folder
 
 log = logging.getLogger("openmae")
 
@@ -140,7 +140,7 @@ class Trainings:
                 path.unlink(missing_ok=True)
         if why:
             with suppress(OSError):  # the disk may be full, or the folder was never made
-                (self.folder_of(name) / DELETED).write_text(f"{why}\n", encoding="utf-8")
+                (self.folder_of(name) / layout.CHECKPOINTS_DELETED).write_text(f"{why}\n", encoding="utf-8")
 
 
 @dataclass

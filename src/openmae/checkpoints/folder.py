@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,15 +20,11 @@ from openmae.checkpoints.damage import sharded
 from openmae.checkpoints.format import read_training_state, write_checkpoint
 from openmae.checkpoints.writer import BackgroundWorker, HostCopy
 from openmae.errors import CheckpointError, RunError, StoppedAtOnce
+from openmae.storage import layout
+from openmae.storage.atomic import replacing
 from openmae.storage.encryption import Key
 
-BEST = "model_best.pth"
-UNREADABLE = ".unreadable"
-SUPERSEDED = ".superseded"
-DIVERGED = ".diverged"
 _STOP_SECONDS = 5.0  # to wait for a write in progress when the run is to stop at once
-_NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
-_SHARDED = "model_epoch_*.shards"  # folders that earlier versions wrote under fsdp
 
 log = logging.getLogger("openmae")
 
@@ -48,7 +43,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, arch: str, keep: int, key: Key | None = None) -> None:
         self.folder = folder
-        self.latest = folder / f"{arch}_latest.pth"
+        self.latest = folder / layout.latest_name(arch)
         self.keep = keep
         self.key = key
         self._host, self._writer = HostCopy(), BackgroundWorker()
@@ -88,13 +83,13 @@ class CheckpointFolder:
         Raises:
             RunError: The previous checkpoint could not be written. Files that existed before are unchanged.
         """
-        path = self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}.pth"
+        path = self.folder / layout.checkpoint_name(epoch, step)
         self._start(payload, path, best, rotate)
         return path
 
     def save_best(self, payload: Mapping[str, Any]) -> None:
         """Copy a payload and start to write it as ``model_best.pth`` only; see :meth:`save`."""
-        self._start(payload, self.folder / BEST, best=False, rotate=False)
+        self._start(payload, self.folder / layout.BEST, best=False, rotate=False)
 
     def wait(self) -> None:
         """Wait until everything is written.
@@ -108,11 +103,11 @@ class CheckpointFolder:
         """Set aside the checkpoints after the one that a run resumes from, or the next start would take the newest."""
         newer = [path for path in list_checkpoints(self.folder) if _position(path) > (epoch, step)]
         for path in newer:
-            set_aside(path, SUPERSEDED)
+            set_aside(path, layout.SUPERSEDED)
         if newer:
             log.warning(
                 "The run resumes from epoch %d, step %d: newer checkpoints in %s are set aside as *%s (%s).",
-                epoch, step, self.folder, SUPERSEDED, ", ".join(path.name for path in newer),
+                epoch, step, self.folder, layout.SUPERSEDED, ", ".join(path.name for path in newer),
             )  # fmt: skip
         self._repair_link()
 
@@ -125,11 +120,11 @@ class CheckpointFolder:
         self.wait()
         for path in list_checkpoints(self.folder):
             if _position(path)[1] >= step:
-                set_aside(path, DIVERGED)
-        best = self.folder / BEST
+                set_aside(path, layout.DIVERGED)
+        best = self.folder / layout.BEST
         with suppress(CheckpointError):  # missing, or not written by training
             if read_training_state(best, self.key, lazily=True)["progress"]["step"] >= step:
-                set_aside(best, DIVERGED)
+                set_aside(best, layout.DIVERGED)
         self._repair_link()
         left = list_checkpoints(self.folder) or [path for path in (best,) if path.is_file()]
         return left[-1].name if left else ""
@@ -152,7 +147,7 @@ class CheckpointFolder:
             write_checkpoint(payload, temporary, self.key)
             if best:
                 self._name_best(temporary)
-        if path.name == BEST:
+        if path.name == layout.BEST:
             return
         _link(self.latest, path)
         if rotate:
@@ -168,7 +163,7 @@ class CheckpointFolder:
                 log.warning("The old checkpoint %s cannot be deleted (%s).", old, _reason(error))
 
     def _name_best(self, written: Path) -> None:
-        with _replacing(self.folder / BEST) as temporary:
+        with _replacing(self.folder / layout.BEST) as temporary:
             try:
                 os.link(written, temporary)
             except OSError:  # a file system without hard links
@@ -177,7 +172,7 @@ class CheckpointFolder:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the numbered checkpoints in a folder, oldest first by (epoch, step)."""
-    return sorted((path for path in folder.glob("model_epoch_*") if _NAME.fullmatch(path.name)), key=_position)
+    return [folder / name for name in layout.sort_checkpoints(os.listdir(folder))] if folder.is_dir() else []
 
 
 def check_not_sharded(folder: Path) -> None:
@@ -188,7 +183,7 @@ def check_not_sharded(folder: Path) -> None:
     """
     found = list_checkpoints(folder)
     newest = _position(found[-1]) if found else (-1, -1)
-    for path in folder.glob(_SHARDED):
+    for path in folder.glob(layout.SHARDED):
         if _position(path.with_suffix(".pth")) > newest:
             raise sharded(path)
 
@@ -203,23 +198,16 @@ def set_aside(path: Path, ending: str) -> Path:
 
 def _position(path: Path) -> tuple[int, int]:
     """Return the epoch and the step in a checkpoint's name."""
-    found = _NAME.fullmatch(path.name)
-    assert found is not None
-    return int(found[1]), int(found[2])
+    position = layout.checkpoint_progress(path.name)
+    assert position is not None
+    return position
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write, which then takes the place of ``path`` in one move."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with _explaining(path):
-            temporary.unlink(missing_ok=True)  # a killed run left it
-            yield temporary
-            os.replace(temporary, path)
-    finally:
-        with suppress(OSError):  # a file system that has turned read-only
-            temporary.unlink(missing_ok=True)
+    with _explaining(path), replacing(path, single_writer=True) as temporary:
+        yield temporary
 
 
 @contextmanager

@@ -53,7 +53,6 @@ Stage = Literal["pretrain", "finetune"]
 Content = dict[str, Any]
 
 FORMAT = 1
-BACKBONE = "backbone.safetensors"  # in a results folder
 _MAX_DEPTH, _MAX_VALUES = 50, 100_000  # of the spec in a header
 _TRANSIENT = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
 

@@ -149,7 +149,7 @@ def _status(args: argparse.Namespace) -> None:
 
 def _logs(args: argparse.Namespace) -> None:
     from openmae.jobs.logs import read_log
-    from openmae.jobs.store import LOG
+    from openmae.storage import layout
 
     client = _client(args)
     if args.follow:
@@ -158,7 +158,7 @@ def _logs(args: argparse.Namespace) -> None:
     elif args.json:
         print(json.dumps({"log": client.get_job_logs(args.job, args.tail)}))
     else:
-        for piece in read_log(client.store.folder(client.get_job_status(args.job).id) / LOG, args.tail):
+        for piece in read_log(client.store.folder(client.get_job_status(args.job).id) / layout.JOB_LOG, args.tail):
             print(piece, end="")
 
 

@@ -11,6 +11,7 @@ from openmae.data.decode import MAX_KEY
 from openmae.data.folder_listing import CORRUPT_LIST
 from openmae.data.index import ImageIndex
 from openmae.errors import DataError
+from openmae.storage import layout
 from openmae.storage.printable import encodable
 
 log = logging.getLogger("openmae")
@@ -29,7 +30,7 @@ class CorruptFiles:
 
     def __init__(self, index: ImageIndex, folder: Path, max_fraction: float) -> None:
         self._index = index
-        self._list = folder / CORRUPT_LIST
+        self._list = folder / layout.CORRUPT_LIST
         self._max_fraction = max_fraction
         self._known: set[str] = set()
 

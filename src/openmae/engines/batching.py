@@ -1,4 +1,4 @@
-"""Any number of images, as they are in memory, for a model that takes certain batches in a certain form."""
+"""Conversion of any number of images to the batches that a deployed model accepts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ log = logging.getLogger("openmae")
 
 
 def as_input(images_BCHW: Tensor, card: ModelCard) -> Tensor:
-    """Images as the deployed model takes them.
+    """Return images in the form of the deployed model's input, contiguous.
 
     Args:
         images_BCHW: uint8, or float in 0..255.
-        card: says whether the model normalises.
-
-    Raises:
-        DataError: they have another shape or type.
+        card: metadata of the model.
 
     Returns:
-        uint8 ``[B, H, W, C]`` with the card's preprocessing, else normalised float32 ``[B, C, H, W]``; contiguous.
+        uint8 ``[B, H, W, C]`` if the model includes the preprocessing, else normalised float32 ``[B, C, H, W]``.
+
+    Raises:
+        DataError: the images have another shape or type.
     """
     size = (card.model.in_chans, *card.model.input_size)
     if not isinstance(images_BCHW, Tensor) or images_BCHW.shape[1:] != size:
@@ -37,7 +37,7 @@ def as_input(images_BCHW: Tensor, card: ModelCard) -> Tensor:
         raise DataError(
             f"The model takes a tensor of shape [N, {', '.join(map(str, size))}], uint8 or float in 0..255, got "
             f"{found}.",
-            "openmae.read_images(paths, predictor.card) makes one from image files.",
+            "openmae.read_images(paths, predictor.card) reads it from image files.",
         )
     if not card.preprocessing:
         return Normaliser(card.mean, card.std)(images_BCHW).contiguous()
@@ -47,20 +47,20 @@ def as_input(images_BCHW: Tensor, card: ModelCard) -> Tensor:
 
 
 def eval_transform(card: ModelCard) -> EvalTransform:
-    """From a file to pixels of the card's size, as evaluation sees them."""
+    """Return the transform of evaluation: from an image file to pixels of the card's size."""
     return EvalTransform(card.model.input_size, card.model.in_chans, card.interpolation, card.crop_pct)
 
 
 def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
-    """Image files as a predictor takes them: the centre, resized to the card's size, as evaluation sees it.
+    """Read image files for a predictor: the centre, resized to the card's size, as in evaluation.
 
     Args:
-        paths: of the image files.
-        card: of the model.
+        paths: image files.
+        card: metadata of the model.
         max_megapixels: size of the largest image that is decoded, in millions of pixels.
 
     Returns:
-        ``[N, C, H, W]``, uint8, or float32 in 0..255 where a file has 16 bits.
+        ``[N, C, H, W]``, uint8, or float32 in 0..255 if a file has 16 bits.
 
     Raises:
         DataError: a file cannot be read.
@@ -76,12 +76,12 @@ def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels:
         except TooManyPixels as error:
             raise DataError(
                 f"{path} has {error.got} pixels, more than max_megapixels={max_megapixels:g} allows.",
-                "Pass a larger max_megapixels if you trust the file, or scale it down.",
+                "Pass a larger max_megapixels if you trust the file, or make the image smaller.",
             ) from error
         except CorruptImage as error:
             raise DataError(f"{path} cannot be read: {error.reason}.", "Give image files.") from error
     if not images:
-        raise DataError("There are no images.", "Give one path or more.")
+        raise DataError("There are no images.", "Pass at least one path.")
     same = len({image.dtype for image in images}) == 1
     return torch.stack(images if same else [image.float() for image in images])
 
@@ -89,31 +89,28 @@ def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels:
 def run_split(
     run: Callable[[Tensor], dict[str, Tensor]], images: Tensor, smallest: int = 1, largest: int | None = None
 ) -> dict[str, Tensor]:
-    """Run batches of ``smallest`` to ``largest`` images; the outputs are joined as if it had been one.
-
-    A batch that is too small is filled up with its last image, and what comes of that is dropped.
+    """Run batches of ``smallest`` to ``largest`` images and return the joined outputs.
 
     Args:
-        run: a batch -> outputs by name, each with the batch as its first axis.
-        images: ``[N, ...]``, N from 0 on.
-        smallest, largest: images of a batch; None for no limit.
+        run: returns the outputs of a batch by name, each with the batch as its first axis.
+        images: ``[N, ...]``; N may be 0.
+        smallest: smaller batches are padded, and the outputs of the padding are dropped.
+        largest: larger batches are split; None for no limit.
     """
     parts = images.split(largest or max(1, len(images))) if len(images) else (images,)
-    results = [_run_filled(run, part, smallest) for part in parts]
-    if len(results) == 1:
-        return results[0]
-    return {name: torch.cat([result[name] for result in results]) for name in results[0]}
+    results = [(len(part), run(pad_batch(part, max(smallest, 1)))) for part in parts]
+    return {name: torch.cat([outputs[name][:count] for count, outputs in results]) for name in results[0][1]}
 
 
-def _run_filled(run: Callable[[Tensor], dict[str, Tensor]], images: Tensor, smallest: int) -> dict[str, Tensor]:
-    filled = fill_up(images, max(smallest, 1))
-    return {name: output[: len(images)] for name, output in run(filled).items()}
-
-
-def fill_up(images: Tensor, smallest: int) -> Tensor:
-    """A batch of ``smallest`` images or more: the last image, or zeros where there is none, stands in."""
+def pad_batch(images: Tensor, smallest: int) -> Tensor:
+    """Return a batch of at least ``smallest`` images, padded with its last image, or with zeros if it is empty."""
     missing = smallest - len(images)
     if missing <= 0:
         return images
-    filling = images[-1:] if len(images) else images.new_zeros(1, *images.shape[1:])
-    return torch.cat([images, filling.expand(missing, *images.shape[1:])])
+    padding = images[-1:] if len(images) else images.new_zeros(1, *images.shape[1:])
+    return torch.cat([images, padding.expand(missing, *images.shape[1:])])
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a device for people to read."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

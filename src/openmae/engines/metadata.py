@@ -1,4 +1,4 @@
-"""What a deployed model says about itself, in an ONNX file's metadata and beside an engine."""
+"""Metadata of a deployed model, stored in an ONNX file and next to a TensorRT engine."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
 
 FORMAT = 1
-INPUT = "input"  # the name of the one input
-LOGITS, FEATURES, TOKENS = "logits", "features", "tokens"  # of the outputs
+INPUT = "input"  # name of the only input
+LOGITS, FEATURES, TOKENS = "logits", "features", "tokens"  # names of outputs
+ONNX_SUFFIXES = (".onnx",)
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+_AGAIN = "Export the model again with mae export."
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Everything that a later action, or another program, needs to use an exported model.
+    """Everything that another action or program needs to use an exported model.
 
     Attributes:
         stage: finetune (the output is ``logits`` ``[N, K]``) or pretrain (``features`` ``[N, D]``, the pooled
             embedding, and ``tokens`` ``[N, D, rows, columns]``, the last feature map).
-        model: shape of the model: architecture, input size, channels.
-        class_names: of the classifier, in the order of its outputs; empty for pretraining.
-        mean, std: of the images, per channel, on the scale of 0 to 1.
-        interpolation: of the resizing that comes before the model.
-        crop_pct: share of the image's sides, after cutting to the input's aspect ratio, that is kept at the centre and
-            then resized.
-        preprocessing: the input is uint8 ``[N, H, W, C]`` and normalised inside; else float32 ``[N, C, H, W]``,
-            normalised before.
+        model: architecture, input size and channels.
+        class_names: classes in the order of the outputs; empty for pretraining.
+        mean, std: statistics of the images per channel, on a scale of 0 to 1.
+        interpolation: interpolation of the resizing before the model.
+        crop_pct: share of the image's sides, after cropping to the input's aspect ratio, that is kept at the centre and
+            resized.
+        preprocessing: the input is uint8 ``[N, H, W, C]`` and the model normalises it; otherwise it is normalised
+            float32 ``[N, C, H, W]``.
         batch_size: N of the input; -1 for any.
-        precision: of weights and arithmetic; inputs and outputs stay as they are in fp32.
-        checkpoint_sha256: of the checkpoint's file.
-        version: of the OpenMAE that wrote it.
+        precision: precision of weights and arithmetic; inputs and outputs are those of fp32.
+        checkpoint_sha256: SHA-256 of the checkpoint's file.
+        version: version of the OpenMAE that wrote it.
     """
 
     stage: Stage
@@ -56,34 +58,34 @@ class ModelCard:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs."""
+        """Return the names of the outputs."""
         return (LOGITS,) if self.stage == "finetune" else (FEATURES, TOKENS)
 
     @property
     def info(self) -> CheckpointInfo:
-        """As a checkpoint would put it, without a spec."""
+        """Return the facts that a checkpoint would have, with as much of its spec as is known."""
         spec = {"dataset": {"augmentation": {"interpolation": self.interpolation}}}
         return CheckpointInfo(self.stage, self.model, self.class_names, self.mean, self.std, spec, self.version)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the metadata as plain values."""
         return {"format": FORMAT, "arch": self.model.arch, **asdict(self), "model": self.model.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelCard:
-        """The inverse of :meth:`to_dict`.
+        """Return the metadata of which ``values`` is the ``to_dict``.
 
         Raises:
             CheckpointError: the values are damaged, or a newer OpenMAE wrote them.
         """
         if not isinstance(values, Mapping):
-            raise CheckpointError("The model's metadata is no mapping.", "Export the model again with mae export.")
+            raise CheckpointError("The model's metadata is not a mapping.", _AGAIN)
         version = values.get("version", "unknown")
         if values.get("format") != FORMAT:
             raise CheckpointError(
                 f"The model's metadata has format {values.get('format')!r} (OpenMAE {version}); this is OpenMAE "
                 f"{__version__}, which reads format {FORMAT}.",
-                "Export the model again with mae export.",
+                _AGAIN,
             )
         kept = {name: value for name, value in values.items() if name not in ("format", "arch", "model")}
         try:
@@ -91,33 +93,30 @@ class ModelCard:
             return cls(model=ModelConfig.from_dict(values["model"]), **lists, **kept)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"The model's metadata (of OpenMAE {version}) is damaged or of another version: {error!r}.",
-                "Export the model again with mae export.",
+                f"The model's metadata (of OpenMAE {version}) is damaged or of another version: {error!r}.", _AGAIN
             ) from error
 
     def to_metadata(self) -> dict[str, str]:
-        """For ``metadata_props`` of an ONNX file: a key a value, each as JSON."""
+        """Return the values for ``metadata_props`` of an ONNX file, each as JSON."""
         return {name: json.dumps(value) for name, value in self.to_dict().items()}
 
     @classmethod
     def from_metadata(cls, values: Mapping[str, str]) -> ModelCard | None:
-        """The inverse of :meth:`to_metadata`; None where another program wrote the file."""
+        """Return the metadata in an ONNX file; None if another program wrote it."""
         if "checkpoint_sha256" not in values or "format" not in values:
             return None
         try:
             return cls.from_dict({name: json.loads(text) for name, text in values.items() if name in _KEYS})
+        except CheckpointError:
+            raise
         except (ValueError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"The model's metadata is damaged: {error}.", "Export the model again with mae export."
-            ) from error
+            raise CheckpointError(f"The model's metadata is damaged: {error}.", _AGAIN) from error
 
 
 _KEYS = frozenset({"format", "arch", *ModelCard.__dataclass_fields__})
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

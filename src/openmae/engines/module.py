@@ -1,4 +1,4 @@
-"""A trained backbone as it is deployed: images in, logits or features out, nothing masked."""
+"""A trained backbone for deployment: images in, logits or features out, nothing masked."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from openmae.models.build import ModelConfig, build_classifier, build_feature_ex
 
 
 class DeployedModel(nn.Module):
-    """A timm backbone with the inputs and outputs that a model card promises.
+    """A timm backbone with the inputs and outputs that its metadata describes.
 
     Args:
-        backbone: a classifier, or for pretraining a feature extractor, in eval mode.
-        card: what the model is.
+        backbone: a classifier or, for pretraining, a feature extractor, in eval mode.
+        card: metadata of the model.
     """
 
     mean: Tensor
@@ -34,17 +34,17 @@ class DeployedModel(nn.Module):
             self.register_buffer(name, 255 * torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The outputs in the order of ``ModelCard.outputs``.
+        """Return the outputs in the order of ``ModelCard.outputs``.
 
         Args:
-            images: normalised float32 ``[N, C, H, W]``, or uint8 ``[N, H, W, C]`` with the card's preprocessing.
+            images: normalised float32 ``[N, C, H, W]``, or uint8 ``[N, H, W, C]`` if the preprocessing is included.
         """
         if self.preprocessing:
-            images = (images.float().permute(0, 3, 1, 2) - self.mean) / self.std  # TensorRT transposes no bytes
+            images = (images.float().permute(0, 3, 1, 2) - self.mean) / self.std  # TensorRT cannot transpose uint8
         return (self.backbone(images),) if self.classifies else self._features(images)
 
     def _features(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The pooled embedding ``[B, D]`` and the last feature map ``[B, D, rows, columns]``."""
+        """Return the pooled embedding ``[B, D]`` and the last feature map ``[B, D, rows, columns]``."""
         backbone = self.backbone
         x = backbone.forward_features(images_BCHW)
         if self.family == "vit":
@@ -52,13 +52,13 @@ class DeployedModel(nn.Module):
             rows, columns = backbone.patch_embed.grid_size
             return patches_BLD.mean(dim=1), patches_BLD.transpose(1, 2).unflatten(2, (rows, columns))
         features = backbone.forward_head(x, pre_logits=True)
-        if self.family == "hiera":  # its tokens are in the order of the pooling steps
+        if self.family == "hiera":  # its tokens are in the order of its pooling steps
             x = backbone.reroll(x, len(backbone.blocks) - 1).permute(0, 3, 1, 2)
         return features, x
 
 
 def build_deployed(checkpoint: Checkpoint, card: ModelCard) -> DeployedModel:
-    """The checkpoint's backbone with all its weights, as ``card`` wants it, in eval mode.
+    """Build the backbone of a checkpoint with all its weights, in eval mode.
 
     Raises:
         CheckpointError: the weights do not fit.
@@ -70,7 +70,7 @@ def build_deployed(checkpoint: Checkpoint, card: ModelCard) -> DeployedModel:
 
 
 def example_input(card: ModelCard, batch: int, seed: int = 0) -> Tensor:
-    """Random images as the model takes them."""
+    """Return random images in the form of the model's input."""
     config: ModelConfig = card.model
     generator = torch.Generator().manual_seed(seed)
     if card.preprocessing:

@@ -1,4 +1,4 @@
-"""From a torch model to an ONNX file that is proven equal to it."""
+"""Export of a torch model to an ONNX file that is verified against it."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 import torch
-from onnx import ModelProto, TensorProto, version_converter
 
 from openmae.engines.metadata import INPUT, ModelCard
 from openmae.engines.module import DeployedModel, example_input
+from openmae.engines.packages import require
 from openmae.engines.rewriting import rewritten
 from openmae.engines.session import open_session
 from openmae.errors import CheckpointError, RunError, SpecError
 from openmae.storage.encryption import Key, created, unlocked
 
-ONNX_SUFFIXES = (".onnx",)
+if TYPE_CHECKING:
+    import onnx as onnx
+    from onnx import ModelProto as ModelProto
+    from onnx import TensorProto as TensorProto
+else:
+    onnx = require("onnx")
+    ModelProto, TensorProto = onnx.ModelProto, onnx.TensorProto
 
-#: Largest difference to torch that is borne, as a share of the largest output.
-TOLERANCE = 1e-4
-_SMALLEST = 1e-6  # output that counts as one
-_BATCHES = (1, 3)  # that a file with a dynamic batch is tried with
-_NATIVE_OPSET = 18  # the oldest that torch's exporter writes by itself
+TOLERANCE = 1e-4  # largest accepted difference to torch, as a share of the largest output
+_SMALLEST = 1e-6  # the largest output is taken to be at least this
+_BATCHES = (1, 3)  # batch sizes that a file with a dynamic batch is verified with
+_NATIVE_OPSET = 18  # the oldest that torch's exporter writes itself
 LARGEST_PROTOBUF = 2**31 - 2**24  # bytes of weights in a message, which leaves room for the graph around them
 _FLOATS: dict[int, str] = {TensorProto.FLOAT: "<f4", TensorProto.FLOAT16: "<f2", TensorProto.DOUBLE: "<f8"}
-_LARGE_TENSOR = 1024  # bytes from which a tensor is no shape or axis
+_LARGE_TENSOR = 1024  # bytes; shapes and axes are smaller
 
 log = logging.getLogger("openmae")
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far ONNX Runtime is from torch.
-
-    Attributes:
-        difference: the largest.
-        largest: the largest output of torch.
-    """
+    """The largest difference between ONNX Runtime's outputs and torch's, and torch's largest output."""
 
     difference: float
     largest: float
@@ -56,22 +56,24 @@ class Parity:
 def trace(
     model: DeployedModel, card: ModelCard, opset: int, *, device: torch.device, verbose: bool = False
 ) -> ModelProto:
-    """The model's graph with the card as metadata, in the opset asked for where that can be had.
+    """Return the model's graph with the card as metadata, in the requested operator set if possible.
 
     Args:
-        model: in eval mode; left on the CPU.
-        card: its batch size is the input's, -1 for any.
-        opset: ONNX operator set. Where the graph cannot be written in it, a notice says why and which one it is.
-        device: that the tracing runs on.
-        verbose: let torch's exporter speak.
+        model: in eval mode; it is left on the CPU.
+        card: its batch size is that of the input, -1 for any.
+        opset: ONNX operator set. If the graph cannot be expressed in it, a warning says why and which one is used.
+        device: device that the tracing runs on.
+        verbose: show the messages of torch's exporter.
 
     Raises:
-        SpecError: a newer opset than this onnx knows.
+        SpecError: this onnx does not know the operator set.
+        UserError: a package is not installed.
     """
+    require("onnxscript")
     newest = onnx.defs.onnx_opset_version()
     if opset > newest:
         raise SpecError(
-            f"export.opset_version: onnx {onnx.__version__} knows operator sets up to {newest}, got {opset}.",
+            f"export.opset_version: onnx {onnx.__version__} supports operator sets up to {newest}, got {opset}.",
             f"Set export.opset_version to {_NATIVE_OPSET - 1} (widely read) or up to {newest}.",
         )
     dynamic = card.batch_size == -1
@@ -87,10 +89,10 @@ def trace(
             dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic else None,
             verbose=verbose,
         )
-    model.cpu()  # whose parameters were traced
+    model.cpu()  # the tracing has moved its parameters
     assert program is not None
     proto = program.model_proto
-    _forget_the_machine(proto)
+    _rename_nodes(proto)
     proto = _lowered(proto, opset) if opset < _NATIVE_OPSET else proto
     onnx.helper.set_model_props(proto, card.to_metadata())
     proto.producer_name, proto.producer_version = "openmae", card.version
@@ -98,89 +100,89 @@ def trace(
 
 
 def opset_of(proto: ModelProto) -> int:
-    """The operator set of a graph."""
+    """Return the operator set of a graph."""
     return next(entry.version for entry in proto.opset_import if entry.domain == "")
 
 
 def compare(model: DeployedModel, card: ModelCard, path: Path, key: Key | None = None) -> Parity:
-    """Run an ONNX file beside torch on random images, and return the largest difference.
+    """Run an ONNX file and torch on random images, and return the largest difference.
 
     Raises:
-        RunError: it is above ``TOLERANCE``.
+        RunError: it is larger than ``TOLERANCE``.
     """
-    session = open_session(path, torch.device("cpu"), key)
     worst, share = Parity(0.0, 0.0), -1.0
-    for batch in _BATCHES if card.batch_size == -1 else (card.batch_size,):
-        images = example_input(card, batch, seed=batch)
-        with torch.no_grad():
-            expected = [output.numpy() for output in model(images)]
-        found = session.run(list(card.outputs), {INPUT: images.numpy()})
-        for name, ours, theirs in zip(card.outputs, found, expected, strict=True):
-            largest = float(np.abs(theirs).max())
-            parity = Parity(float(np.abs(ours - theirs).max()), largest)
-            relative = parity.difference / max(largest, _SMALLEST)
-            if not relative <= TOLERANCE:  # NaN as well
-                raise RunError(
-                    f"ONNX Runtime's {name} differs from torch's by {parity.difference:.2g} of {largest:.2g} (batch "
-                    f"{batch}); at most {TOLERANCE:g} of the largest output is borne. The file was removed.",
-                    "Try another export.opset_version; if that does not help, it is a fault of ours: please report it.",
-                )
-            if relative > share:
-                worst, share = parity, relative
+    for batch, name, found, expected in _outputs(model, card, path, key):
+        parity = Parity(float(np.abs(found - expected).max()), float(np.abs(expected).max()))
+        relative = parity.difference / max(parity.largest, _SMALLEST)
+        if not relative <= TOLERANCE:  # true for NaN
+            raise RunError(
+                f"ONNX Runtime's {name} differs from torch's by {parity.difference:.2g} of {parity.largest:.2g} (batch "
+                f"{batch}); at most {TOLERANCE:g} of the largest output is accepted. The file was removed.",
+                "Try another export.opset_version; if that does not help, please report it as a bug.",
+            )
+        if relative > share:
+            worst, share = parity, relative
     return worst
 
 
 def likeness(model: DeployedModel, card: ModelCard, path: Path, key: Key | None = None) -> float:
-    """The lowest cosine between the outputs of a file in lower precision and torch's, over some random images.
+    """Return the lowest cosine between the outputs of a file in lower precision and torch's, over random images.
 
     Raises:
         RunError: an output is not finite.
     """
-    session = open_session(path, torch.device("cpu"), key)
-    lowest = 1.0
-    for batch in _BATCHES if card.batch_size == -1 else (card.batch_size,):
-        images = example_input(card, batch, seed=batch)
-        with torch.no_grad():
-            expected = [output.numpy() for output in model(images)]
-        found = session.run(list(card.outputs), {INPUT: images.numpy()})
-        lowest = float(np.min([lowest, *map(cosine, found, expected)]))  # which passes NaN on
+    cosines = [cosine(found, expected) for _, _, found, expected in _outputs(model, card, path, key)]
+    lowest = float(np.min([1.0, *cosines]))  # NaN if one is
     if not np.isfinite(lowest):
         raise RunError(
-            "In the lower precision the outputs are not finite: an activation is larger than it can hold. The file was "
-            "removed.",
+            "In the lower precision the outputs are not finite: an activation exceeds its range. The file was removed.",
             "Export with export.quantize=none; gen_trt_engine.tensorrt.data_type=bf16 has the range of fp32.",
         )
     return lowest
 
 
-def cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The lowest cosine between two models' outputs ``[N, ...]`` for an image; 1 for two zeros, NaN if not finite."""
-    ours, theirs = (array.reshape(len(array), -1).astype(np.float64) for array in (ours, theirs))
-    length, other = np.linalg.norm(ours, axis=1), np.linalg.norm(theirs, axis=1)
-    products = (ours * theirs).sum(axis=1) + ((length == 0) & (other == 0))
-    return float((products / np.where(length * other == 0, 1.0, length * other)).min())
+def _outputs(
+    model: DeployedModel, card: ModelCard, path: Path, key: Key | None
+) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
+    """Yield the batch size, the name of an output, and its value by ONNX Runtime and by torch, for random images."""
+    session = open_session(path, torch.device("cpu"), key)
+    for batch in _BATCHES if card.batch_size == -1 else (card.batch_size,):
+        images = example_input(card, batch, seed=batch)
+        with torch.no_grad():
+            expected = [output.numpy() for output in model(images)]
+        found = session.run(list(card.outputs), {INPUT: images.numpy()})
+        yield from ((batch, *values) for values in zip(card.outputs, found, expected, strict=True))
+
+
+def cosine(one_NX: np.ndarray, other_NX: np.ndarray) -> float:
+    """Return the lowest cosine between two models' outputs for an image; 1 for two zeros, NaN if one is not finite."""
+    one_NX, other_NX = (array.reshape(len(array), -1).astype(np.float64) for array in (one_NX, other_NX))
+    length_N, other_length_N = np.linalg.norm(one_NX, axis=1), np.linalg.norm(other_NX, axis=1)
+    products_N = (one_NX * other_NX).sum(axis=1) + ((length_N == 0) & (other_length_N == 0))
+    lengths_N = length_N * other_length_N
+    return float((products_N / np.where(lengths_N == 0, 1.0, lengths_N)).min())
 
 
 @contextlib.contextmanager
 def writing(proto: ModelProto, path: Path, key: Key | None = None) -> Iterator[Path]:
-    """Write a graph beside ``path``, give that place for checks, and move it to ``path`` if they raise nothing.
+    """Write a graph to a temporary path, yield that for verification, and move it to ``path`` if the block succeeds.
 
-    Weights of 2 GB and more, which a protobuf message cannot hold, go into ``<name>.data`` beside the file.
+    Weights of 2 GB and more, which a protobuf message cannot hold, go into ``<name>.data`` next to the file.
 
     Args:
         proto: the graph.
-        path: the file.
+        path: path of the file.
         key: encrypts it.
 
     Raises:
-        RunError: onnx finds the graph faulty.
-        SpecError: an encrypted file would need weights beside it.
+        RunError: onnx rejects the graph.
+        SpecError: an encrypted file would need weights in a second file.
     """
     large = weight_bytes(proto) > LARGEST_PROTOBUF
     if large and key is not None:
         raise SpecError(
             f"encryption_key: the weights take {weight_bytes(proto) / 1e9:.1f} GB; ONNX files of 2 GB and more, which "
-            "have their weights beside them, cannot be encrypted.",
+            "have their weights in a second file, cannot be encrypted.",
             "Leave encryption_key out, or train a smaller architecture.",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +202,8 @@ def writing(proto: ModelProto, path: Path, key: Key | None = None) -> Iterator[P
             onnx.checker.check_model(checked, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise RunError(
-                f"onnx finds the graph faulty: {str(error).strip().splitlines()[0]} The file was removed.",
-                "Try another export.opset_version; if that does not help, it is a fault of ours: please report it.",
+                f"onnx rejects the graph: {str(error).strip().splitlines()[0]} The file was removed.",
+                "Try another export.opset_version; if that does not help, please report it as a bug.",
             ) from error
         yield folder / path.name
         if weights.exists():
@@ -214,10 +216,10 @@ def writing(proto: ModelProto, path: Path, key: Key | None = None) -> Iterator[P
 
 
 def read_onnx(path: Path, key: Key | None = None, *, weights: bool = True) -> ModelProto:
-    """A graph from a file.
+    """Read a graph from a file.
 
     Raises:
-        CheckpointError: missing, empty, truncated, no ONNX, or encrypted with another key.
+        CheckpointError: the file is missing, damaged or not ONNX, or encrypted with another key.
     """
     if not path.is_file():
         raise CheckpointError(f"No ONNX file at {path}.", "Check the path; mae export writes such files.")
@@ -228,24 +230,24 @@ def read_onnx(path: Path, key: Key | None = None, *, weights: bool = True) -> Mo
             raise ValueError("it has no nodes")
         return proto
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: its weights are missing: {error}.", "Copy the .data file beside it.") from error
-    except Exception as error:  # foreign bytes break protobuf's reader in every way there is
+        raise CheckpointError(f"{path}: its weights are missing: {error}.", "Copy its .data file too.") from error
+    except Exception as error:  # protobuf fails in many ways on foreign bytes
         raise CheckpointError(
-            f"{path} is no ONNX file, or damaged ({type(error).__name__}: {str(error).splitlines()[0]}).",
+            f"{path} is not an ONNX file, or damaged ({type(error).__name__}: {str(error).splitlines()[0]}).",
             "Export it again with mae export.",
         ) from error
 
 
 def read_card(proto: ModelProto) -> ModelCard | None:
-    """The metadata of a graph that we wrote; None for another program's."""
+    """Return the metadata of a graph; None if another program wrote it."""
     return ModelCard.from_metadata({entry.key: entry.value for entry in proto.metadata_props})
 
 
 def read_onnx_card(path: Path, key: Key | None = None) -> ModelCard:
-    """The metadata of an ONNX file that ``mae export`` wrote.
+    """Return the metadata of an ONNX file that ``mae export`` wrote.
 
     Raises:
-        CheckpointError: the file cannot be read, or another program wrote it.
+        CheckpointError: the file cannot be read, its weights are not finite, or another program wrote it.
     """
     proto = read_onnx(path, key, weights=False)
     card = read_card(proto)
@@ -256,14 +258,14 @@ def read_onnx_card(path: Path, key: Key | None = None) -> ModelCard:
         )
     if card is None:
         raise CheckpointError(
-            f"{path} carries no metadata of OpenMAE (classes, mean, deviation), so nothing can be said of its outputs.",
+            f"{path} has no metadata of OpenMAE (classes, mean, deviation), so its outputs cannot be interpreted.",
             "Export the checkpoint with mae export.",
         )
     return card
 
 
 def _is_broken(tensor: TensorProto) -> bool:
-    """Whether weights inside the file are not finite; a single number may be meant to be infinite."""
+    """Return whether weights in the file are not finite; a single number may be infinite on purpose."""
     kind = _FLOATS.get(tensor.data_type)
     if kind is None or not tensor.raw_data:
         return False
@@ -272,16 +274,16 @@ def _is_broken(tensor: TensorProto) -> bool:
 
 
 def _lowered(proto: ModelProto, opset: int) -> ModelProto:
-    """The graph in the operator set asked for, or with a notice in the next one that onnx's converter can write.
+    """Return the graph in the requested operator set, or with a warning in the next one that onnx can convert it to.
 
-    The weights move on to the result.
+    The weights are moved to the result.
     """
-    weights = {}  # aside, since the converter copies what it is given several times, and takes no more than 2 GB
+    weights = {}  # set aside: the converter copies its input several times and accepts at most 2 GB
     for tensor in proto.graph.initializer:
         if len(tensor.raw_data) > _LARGE_TENSOR:
             weights[tensor.name], tensor.raw_data = tensor.raw_data, b""
     slim = copy.deepcopy(proto)
-    for node in slim.graph.node:  # an attribute that set 17 lacks, at its default
+    for node in slim.graph.node:  # remove an attribute that set 17 lacks; it has its default value
         if node.op_type.startswith("Reduce") and len(node.input) > 1:
             kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
             del node.attribute[:]
@@ -289,7 +291,7 @@ def _lowered(proto: ModelProto, opset: int) -> ModelProto:
     reason, lowered = "", None
     for wanted in range(opset, _NATIVE_OPSET):
         try:
-            lowered = version_converter.convert_version(slim, wanted)
+            lowered = onnx.version_converter.convert_version(slim, wanted)
             break
         except RuntimeError as error:
             reason = reason or str(error).strip().splitlines()[0].split("failed: ")[-1]
@@ -299,13 +301,13 @@ def _lowered(proto: ModelProto, opset: int) -> ModelProto:
             tensor.raw_data = weights.pop(tensor.name)
     if reason:
         log.warning(
-            "export.opset_version=%d cannot be had (%s): %d was written.", opset, reason.rstrip("."), opset_of(result)
+            "export.opset_version=%d is not possible (%s): %d was written.", opset, reason.rstrip("."), opset_of(result)
         )
     return result
 
 
-def _forget_the_machine(proto: ModelProto) -> None:
-    """Torch notes at every node in which file of this machine it was made; only the module goes into its name."""
+def _rename_nodes(proto: ModelProto) -> None:
+    """Name nodes by their modules, and remove the paths of source files of this machine that torch has noted."""
     for node in proto.graph.node:
         scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
         module = next((scope for scope in reversed(ast.literal_eval(scopes)[:-1]) if scope), "")
@@ -319,23 +321,23 @@ def _forget_the_machine(proto: ModelProto) -> None:
 
 
 def file_bytes(path: Path) -> int:
-    """Of an ONNX file, with the weights beside it."""
+    """Return the size of an ONNX file, including weights in a second file."""
     return sum(part.stat().st_size for part in (path, weights_path(path)) if part.exists())
 
 
 def weights_path(path: Path) -> Path:
-    """Where the weights of an ONNX file lie that are too large for it."""
+    """Return the path of the second file, for weights that are too large for an ONNX file."""
     return path.with_name(f"{path.name}.data")
 
 
 def weight_bytes(proto: ModelProto) -> int:
-    """Of the weights, which are nearly all of a file. (``ByteSize`` fails for more than 2 GB.)"""
+    """Return the size of the weights, which is nearly that of the file; ``ByteSize`` fails for more than 2 GB."""
     return sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
 
 
 @contextlib.contextmanager
 def _quiet(verbose: bool) -> Iterator[None]:
-    """Keep the exporter's chatter off the terminal."""
+    """Suppress the messages of the exporter."""
     if verbose:
         yield
         return

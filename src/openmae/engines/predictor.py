@@ -1,4 +1,4 @@
-"""One way to ask a model for its outputs, whatever runs it: torch, ONNX Runtime or TensorRT."""
+"""Predictors: the outputs of a model, whether it runs in torch, ONNX Runtime or TensorRT."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
-import onnxruntime
 import torch
 from torch import Tensor
 
 from openmae.checkpoints.format import CheckpointInfo, read_checkpoint
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import crop_pct
-from openmae.engines.batching import as_input, run_split
-from openmae.engines.metadata import INPUT, ModelCard, file_sha256
+from openmae.engines.batching import as_input, device_name, run_split
+from openmae.engines.metadata import INPUT, ONNX_SUFFIXES, ModelCard, file_sha256
 from openmae.engines.module import DeployedModel, build_deployed
-from openmae.engines.onnx import ONNX_SUFFIXES, read_onnx_card
-from openmae.engines.session import open_session
 from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES, TensorRTPredictor, read_engine_card
 from openmae.engines.tensorrt.sidecar import sidecar_path
 from openmae.errors import SpecError
@@ -28,9 +25,9 @@ class Predictor(Protocol):
     """A model that is ready to run.
 
     Attributes:
-        card: what the model is.
-        device: where images should be and outputs are.
-        runtime: what runs it, in words: ``torch 2.14.1, CPU``.
+        card: metadata of the model.
+        device: device of the outputs, and preferably of the images.
+        runtime: runtime and device for people to read: ``torch 2.14.1, CPU``.
     """
 
     card: ModelCard
@@ -38,12 +35,13 @@ class Predictor(Protocol):
     runtime: str
 
     def __call__(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Outputs by name, float32, for any number of images.
+        """Return the outputs by name, float32, for any number of images.
+
+        Images are normalised here, and batches are split and padded to sizes that the model accepts. For a model that
+        takes bytes, the values of 16-bit files are rounded to 8 bits.
 
         Args:
-            images_BCHW: as the data set gives them: uint8, or float32 in 0..255, of the card's size. Normalising is
-                done here, and batches are split and filled up to what the model admits. A model that takes bytes
-                gets the values of 16-bit files rounded to 8 bits. ``read_images`` makes them from files.
+            images_BCHW: uint8, or float32 in 0..255, of the card's size, as ``read_images`` returns them.
         """
         ...
 
@@ -52,21 +50,21 @@ class TorchPredictor:
     """A checkpoint's model in torch.
 
     Args:
-        model: what ``build_deployed`` gives.
-        card: its preprocessing is not used: images are normalised on the device.
-        device: that it runs on.
+        model: result of ``build_deployed``, without preprocessing: images are normalised on the device.
+        card: metadata of the model.
+        device: device that it runs on.
     """
 
     def __init__(self, model: DeployedModel, card: ModelCard, device: torch.device) -> None:
         assert not model.preprocessing
         self.card, self.device = card, device
-        self.runtime = f"torch {torch.__version__}, {_words(device)}"
+        self.runtime = f"torch {torch.__version__}, {device_name(device)}"
         self._model = model.to(device)
         self._normalise = Normaliser(card.mean, card.std)
 
     @torch.inference_mode()
     def __call__(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """See :class:`Predictor`."""
+        """See ``Predictor``."""
         outputs = self._model(self._normalise(images_BCHW.to(self.device)))
         return dict(zip(self.card.outputs, outputs, strict=True))
 
@@ -75,15 +73,19 @@ class OnnxPredictor:
     """An ONNX file that ``mae export`` wrote, in ONNX Runtime.
 
     Args:
-        path: the file.
-        device: a GPU is used where onnxruntime-gpu is installed; else the CPU runs it.
-        key: opens it where it is encrypted.
+        path: path of the file.
+        device: a GPU is used if onnxruntime-gpu is installed, otherwise the CPU.
+        key: key of an encrypted file.
 
     Raises:
         CheckpointError: the file cannot be used, or another program wrote it.
+        UserError: onnx or onnxruntime is not installed.
     """
 
     def __init__(self, path: Path, device: torch.device, key: Key | None = None) -> None:
+        from openmae.engines.onnx import read_onnx_card
+        from openmae.engines.session import onnxruntime, open_session
+
         self.card = read_onnx_card(path, key)
         self.device = device
         self._session = open_session(path, device, key)
@@ -91,7 +93,7 @@ class OnnxPredictor:
         self.runtime = f"ONNX Runtime {onnxruntime.__version__}, {where}"
 
     def __call__(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """See :class:`Predictor`."""
+        """See ``Predictor``."""
         images = as_input(images_BCHW.cpu(), self.card)
         fixed = self.card.batch_size
         return self._run(images) if fixed == -1 else run_split(self._run, images, fixed, fixed)
@@ -106,20 +108,23 @@ class OnnxPredictor:
 def open_predictor(
     path: str | Path, device: torch.device | str = "cpu", encryption_key: str | Key | None = None
 ) -> Predictor:
-    """A predictor from a checkpoint, an ONNX file or a TensorRT engine, see :func:`exported_kind`.
+    """Open a checkpoint, an ONNX file or a TensorRT engine; see ``exported_kind``.
+
+    A pretrained checkpoint computes embeddings, a fine-tuned one logits.
 
     Args:
-        path: the file.
-        device: that it runs on.
-        encryption_key: of an encrypted file: ``env:NAME``, ``file:PATH``, or the key itself.
+        path: path of the file.
+        device: device that the model runs on.
+        encryption_key: key of an encrypted file: ``env:NAME``, ``file:PATH``, or the key itself.
 
     Raises:
-        CheckpointError: the file cannot be used; a pretrained checkpoint gives embeddings.
-        SpecError: what it needs to run is not here, or no key is where it should be.
+        CheckpointError: the file cannot be used.
+        SpecError: a GPU, TensorRT or the key is missing.
+        UserError: onnx or onnxruntime is not installed.
     """
     path, device, key = Path(path), torch.device(device), resolve_key(encryption_key)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SpecError(f"{path.name} was to run on {device}, but no CUDA GPU was found.", "Choose the device cpu.")
+        raise SpecError(f"{path.name} cannot run on {device}: no CUDA GPU was found.", "Use the device cpu.")
     kind = exported_kind(path)
     if kind == "onnx":
         return OnnxPredictor(path, device, key)
@@ -132,7 +137,7 @@ def open_predictor(
 
 
 def card_of(info: CheckpointInfo, path: Path) -> ModelCard:
-    """The card of a checkpoint's model as it was trained."""
+    """Return the metadata of a checkpoint's model."""
     model = info.model if info.stage == "finetune" else replace(info.model, num_classes=0)
     return ModelCard(
         stage=info.stage,
@@ -147,12 +152,16 @@ def card_of(info: CheckpointInfo, path: Path) -> ModelCard:
 
 
 def read_exported_card(path: Path, key: Key | None = None) -> ModelCard:
-    """What an ONNX file or a TensorRT engine is, without a session or a GPU.
+    """Return the metadata of an ONNX file or a TensorRT engine; no session or GPU is needed.
 
     Raises:
-        CheckpointError: the file cannot be read, or another program made it.
+        CheckpointError: the file cannot be read, or another program wrote it.
     """
-    return read_onnx_card(path, key) if exported_kind(path) == "onnx" else read_engine_card(path)
+    if exported_kind(path) != "onnx":
+        return read_engine_card(path)
+    from openmae.engines.onnx import read_onnx_card
+
+    return read_onnx_card(path, key)
 
 
 def exported_kind(path: Path) -> Literal["onnx", "engine"] | None:
@@ -170,7 +179,3 @@ def exported_kind(path: Path) -> Literal["onnx", "engine"] | None:
         return None
     with path.open("rb") as file:
         return "onnx" if file.read(1) == b"\x08" else None
-
-
-def _words(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

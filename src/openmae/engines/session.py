@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 import torch
-from onnx import ModelProto
 
+from openmae.engines.packages import require
 from openmae.errors import CheckpointError
 from openmae.storage.encryption import Key, unlocked
 
-onnxruntime.set_default_logger_severity(3)  # errors; its warnings tell users what they cannot change
+if TYPE_CHECKING:
+    import onnxruntime as onnxruntime
+    from onnx import ModelProto
+else:
+    onnxruntime = require("onnxruntime")
+
+onnxruntime.set_default_logger_severity(3)  # errors only: its warnings are not for users
 
 
 def run_once(proto: ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """The outputs of a graph of less than 2 GB on the CPU."""
+    """Return the outputs of a graph of less than 2 GB, run on the CPU."""
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, inputs)
 
 
 def open_session(path: Path, device: torch.device, key: Key | None = None) -> onnxruntime.InferenceSession:
-    """A session on the CPU with as many threads as torch uses, or on a GPU where onnxruntime-gpu is installed.
+    """Open a session on the CPU with as many threads as torch uses, or on a GPU if onnxruntime-gpu is installed.
 
     Raises:
         CheckpointError: ONNX Runtime cannot read or run the file, or it is encrypted with another key.
@@ -39,5 +45,5 @@ def open_session(path: Path, device: torch.device, key: Key | None = None) -> on
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise CheckpointError(
             f"ONNX Runtime {onnxruntime.__version__} cannot run {path}: {str(error).splitlines()[0]}",
-            "Export it again with mae export, with an older export.opset_version if it is an operator that is missing.",
+            "Export it again with mae export; if an operator is missing, with an older export.opset_version.",
         ) from error

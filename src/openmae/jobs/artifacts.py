@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openmae.errors import CheckpointError, DataError
+from openmae.storage import layout
 from openmae.storage.urls import is_remote, join, redact
 
 Kind = Literal[
     "checkpoint", "onnx", "engine", "weights", "spec", "status", "metrics", "report", "image", "predictions", "events",
     "other",
 ]  # fmt: skip
-DELETED = "checkpoints_deleted.txt"  # says why a search deleted the checkpoints of a trial
 _NAMES: dict[str, Kind] = {
-    "status.json": "status",
-    "experiment.yaml": "spec",
-    "corrupt_files.txt": "report",
-    "results.csv": "predictions",
+    layout.STATUS: "status",
+    layout.SPEC: "spec",
+    layout.CORRUPT_LIST: "report",
+    layout.PREDICTIONS: "predictions",
 }
 _SUFFIXES: dict[str, Kind] = {
     ".pth": "checkpoint",
@@ -35,7 +35,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".parquet": "predictions",
     ".npy": "predictions",
 }
-_NUMBERED = re.compile(r".*epoch_(\d+)_step_(\d+)\.\w+")
+_NUMBERED = re.compile(r".*epoch_(\d+)_step_(\d+)\.\w+")  # also TAO's names
 _SHOWN = 12  # files that an error lists
 
 
@@ -69,12 +69,12 @@ class Artifact:
     @property
     def best(self) -> bool:
         """True for the best checkpoint of a training run."""
-        return self.name == "model_best.pth"
+        return self.name == layout.BEST
 
     @property
     def latest(self) -> bool:
         """True for the link to the newest checkpoint, or its copy in a store without links."""
-        return self.kind == "checkpoint" and self.name.endswith("_latest.pth")
+        return self.kind == "checkpoint" and layout.is_latest(self.name)
 
 
 def artifact(path: str, size: int = 0, modified: float = 0.0, link: bool = False) -> Artifact:
@@ -203,7 +203,9 @@ def choose_model(
     latest = [item for item in fitting if item.latest or item.kind != "checkpoint"]
     if latest:
         return max(latest, key=lambda item: (item.modified, item.path)), "the newest that the parent has"
-    deleted = [read_text(item.path) for item in items if item.name == DELETED and "checkpoint" in kinds]
+    deleted = [
+        read_text(item.path) for item in items if item.name == layout.CHECKPOINTS_DELETED and "checkpoint" in kinds
+    ]
     if deleted and deleted[0]:
         raise CheckpointError(
             f"parent_job_id: {where} has no checkpoint. {deleted[0].strip()}",

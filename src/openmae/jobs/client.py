@@ -23,8 +23,9 @@ from openmae.jobs.platforms import PLATFORMS, open_platform
 from openmae.jobs.platforms.common import Platform
 from openmae.jobs.platforms.local.queue import orphans
 from openmae.jobs.prepare import JobRequest, prepare
-from openmae.jobs.store import LOG, SPEC, JobStore, write_durably
-from openmae.storage.atomic import disk_error
+from openmae.jobs.store import JobStore
+from openmae.storage import layout
+from openmae.storage.atomic import disk_error, write_durably
 from openmae.storage.urls import is_remote
 
 ROOT = "OPENMAE_JOBS"
@@ -110,7 +111,7 @@ class Client:
             log.warning("%s", notice)
         self.store.create(prepared.record)
         try:
-            write_durably(folder / SPEC, prepared.spec_text)
+            write_durably(folder / layout.JOB_SPEC, prepared.spec_text)
             platform.submit(job_id, prepared.environment)
         except RunError as error:
             try:
@@ -168,7 +169,7 @@ class Client:
         Raises:
             SpecError: There is no such job, or ``tail`` is negative.
         """
-        path = self.store.folder(self.get_job_status(job_id).id) / LOG
+        path = self.store.folder(self.get_job_status(job_id).id) / layout.JOB_LOG
         if follow:
             return follow_log(path, tail, lambda: self._refresh(path.parent.name).finished)
         return "".join(read_log(path, tail))
@@ -225,7 +226,7 @@ class Client:
         job = self.get_job_status(job_id)
         if job.status != "ERROR":
             return None
-        return analyse(self.store.read(job.id), self.store.folder(job.id) / LOG)
+        return analyse(self.store.read(job.id), self.store.folder(job.id) / layout.JOB_LOG)
 
     def explain_job(self, job_id: str) -> list[dict[str, Any]]:
         """Return where every value of a job's spec came from: ``key``, ``value``, ``function`` and ``why``, by key.

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from openmae.errors import Preempted
 from openmae.jobs.artifacts import below, modified, read_text
 from openmae.jobs.job import Record, State, parse_time
+from openmae.storage import layout
 
 EXIT = "exit_code"  # file in the folder of a cluster's job
 _QUARTER = 15 * 60.0  # seconds
@@ -97,7 +98,7 @@ def status_lines(record: Record) -> list[dict[str, Any]]:
         DataError: The results are in a remote store that cannot be read.
     """
     began = next((item.at for item in record.transitions if item.state == "RUNNING"), None)
-    path = below(record.results_folder, "status.json")
+    path = below(record.results_folder, layout.STATUS)
     text = read_text(path) if began else None
     if not began or text is None:
         return []

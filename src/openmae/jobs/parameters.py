@@ -250,7 +250,7 @@ def _read_parent_spec(parent: Record) -> tuple[dict[str, Any], str]:
     """Return a parent's spec by dotted key: the resolved one of a training run, else what was given."""
     if parent.action == "train":
         folder = parent.results_folder
-        text = read_text(below(folder, "best.yaml")) or read_text(below(folder, "experiment.yaml"))
+        text = read_text(below(folder, layout.BEST_SPEC)) or read_text(below(folder, layout.SPEC))
         try:
             tree = yaml.safe_load(text) if text else None
         except (yaml.YAMLError, RecursionError) as error:

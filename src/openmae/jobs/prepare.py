@@ -15,7 +15,6 @@ from openmae.errors import DataError, SpecError, blaming
 from openmae.jobs.job import Record, Transition, now
 from openmae.jobs.parameters import KEY_VARIABLE, JobSpec, fill, merge, nested
 from openmae.jobs.policy import Route, route
-from openmae.jobs.store import SPEC
 from openmae.machine import identify
 from openmae.spec.actions import ACTIONS, DEVICES, get_action
 from openmae.spec.load import load_spec
@@ -23,6 +22,7 @@ from openmae.spec.option import KEY_IN_ENVIRONMENT, KEY_IN_FILE, SECRET_MARK, is
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.spec.yaml_reader import write_text
+from openmae.storage import layout
 from openmae.storage.urls import is_remote, redact
 
 _STOPS_EARLY = ("asha", "hyperband", "bohb")
@@ -88,7 +88,7 @@ def prepare(request: JobRequest, parent: Record | None, job_id: str, folder: Pat
     gpus, nodes = _resources(spec, request, draft.searching)
     if literal_key:
         draft.values["encryption_key"] = SECRET_MARK
-    command = command_of(routed.where, folder / SPEC)
+    command = command_of(routed.where, folder / layout.JOB_SPEC)
     if draft.searching:
         command += ["--platform", request.platform]
     record = Record(

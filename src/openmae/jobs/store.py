@@ -17,9 +17,9 @@ from filelock import FileLock, Timeout
 
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import FINAL, Record, parse_time
-from openmae.storage.atomic import FULL, UNWRITTEN, disk_error, disk_errors
+from openmae.storage import layout
+from openmae.storage.atomic import FULL, UNWRITTEN, disk_error, disk_errors, write_durably
 
-RECORD, SPEC, LOG = "job.json", "spec.yaml", "log.txt"
 PATIENCE = 30.0  # seconds to wait for a lock that is normally held for milliseconds
 _RETRY = 0.01  # seconds
 _RESERVE, _RESERVED = ".reserve", 64 * 1024  # bytes: enough for the last versions of a record
@@ -89,7 +89,7 @@ class JobStore:
             SpecError: There is no such job.
             RunError: The file is damaged, belongs to another job, or was written by a newer version.
         """
-        path = self.folder(job_id) / RECORD
+        path = self.folder(job_id) / layout.JOB_RECORD
         absent = SpecError(f"There is no job {job_id!r} in {self.root}.", _LIST)
         if not _ID.fullmatch(job_id) or not path.parent.is_dir() or not os.path.lexists(path):
             raise absent
@@ -114,7 +114,7 @@ class JobStore:
         Raises:
             SpecError: No id, or several, begin with it.
         """
-        if _ID.fullmatch(text) and (self.folder(text) / RECORD).is_file():
+        if _ID.fullmatch(text) and (self.folder(text) / layout.JOB_RECORD).is_file():
             return text
         found = [job_id for job_id in self.ids() if text and job_id.startswith(text)]
         if len(found) == 1:
@@ -135,14 +135,16 @@ class JobStore:
             names = os.listdir(self.root)
         except OSError as error:
             raise disk_error(error, self.root, verb="read") from error
-        return [name for name in names if os.path.lexists(self.root / name / RECORD)]
+        return [name for name in names if os.path.lexists(self.root / name / layout.JOB_RECORD)]
 
     def records(self) -> list[Record]:
         """Return all records, oldest first. A record that cannot be read is skipped with a warning that names it."""
         found = []
         for job_id in self.ids():
             if not _ID.fullmatch(job_id):
-                log.warning("%s is not a job: the name of its folder is not a job id.", self.folder(job_id) / RECORD)
+                log.warning(
+                    "%s is not a job: the name of its folder is not a job id.", self.folder(job_id) / layout.JOB_RECORD
+                )
                 continue
             try:
                 found.append(self.read(job_id))
@@ -182,7 +184,7 @@ class JobStore:
 
     def _write(self, record: Record) -> None:
         text = json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n"
-        path, reserve = self.folder(record.id) / RECORD, self.folder(record.id) / _RESERVE
+        path, reserve = self.folder(record.id) / layout.JOB_RECORD, self.folder(record.id) / _RESERVE
         try:
             write_durably(path, text)
         except RunError as error:
@@ -238,29 +240,3 @@ def read_json(path: Path) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"JSON has no {name}")
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace ``path`` atomically, so that the new content survives a power failure; only the user may read it.
-
-    Raises:
-        RunError: The disk is full or faulty, or the user may not write there; the old content is unchanged.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            descriptor = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -12,6 +12,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from openmae.storage import layout
 from openmae.storage.atomic import complete_lines, drop_torn_line, make_folder, write_atomically
 
 Row = dict[str, float]
@@ -30,7 +31,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, append: bool) -> None:
-        self.path = make_folder(Path(folder)) / "metrics.csv"
+        self.path = make_folder(Path(folder)) / layout.METRICS
         self._columns: list[str] = list(_KEYS)
         if append and self.path.exists():
             drop_torn_line(self.path)

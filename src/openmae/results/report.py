@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from openmae._version import __version__
+from openmae.storage import layout
 from openmae.storage.atomic import write_atomically
 
 Cell = str | int | float | None
@@ -106,7 +107,7 @@ def write_report(folder: Path, title: str, sections: Sequence[Section], *, subti
         date=f"{now.day} {now:%B %Y, %H:%M}",
         timestamp=now.isoformat(timespec="seconds"),
     )
-    return write_atomically(Path(folder) / "report.html", page)
+    return write_atomically(Path(folder) / layout.REPORT, page)
 
 
 def _format_columns(table: Table) -> list[tuple[str, list[str]]]:

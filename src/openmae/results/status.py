@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from openmae.storage import layout
 from openmae.storage.atomic import complete_lines, drop_torn_line, make_folder
 
 STATUSES = ("STARTED", "RUNNING", "SUCCESS", "FAILURE", "SKIPPED")
@@ -38,7 +39,7 @@ class StatusLog:
     """
 
     def __init__(self, folder: Path, append: bool) -> None:
-        self.path = make_folder(Path(folder)) / "status.json"
+        self.path = make_folder(Path(folder)) / layout.STATUS
         if append and self.path.exists():
             drop_torn_line(self.path)
         else:

@@ -1,4 +1,7 @@
-"""Files that survive a crash: whole lines in, whole files out."""
+"""Files that survive a crash: written completely or not at all, read up to the last complete line.
+
+``replacing`` is the only place where a temporary file is renamed. Errors of a disk become ``RunError`` with a fix.
+"""
 
 from __future__ import annotations
 
@@ -6,48 +9,46 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from openmae.errors import OpenMAEError, RunError, UserError
 from openmae.storage.printable import encodable
 
-_TRIES = 20  # to delete what another process deletes too
+_TRIES = 20  # to delete a folder that another process deletes too
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _FAULTY = frozenset({errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO})
-UNWRITTEN = FULL | _UNWRITABLE | _FAULTY  # errors of a disk, and no faults of a program
+UNWRITTEN = FULL | _UNWRITABLE | _FAULTY  # errors of a disk, not of a program
 
 
 def make_folder(folder: Path, key: str = "results_dir") -> Path:
-    """Create ``folder`` with its parents and return it; where nothing can be written is a ``UserError``.
+    """Create ``folder`` with its parents and return it.
 
     Args:
-        folder: to be written to.
-        key: that named it, for the message.
+        folder: folder to be written to.
+        key: config key that names it, for the message.
 
     Raises:
-        UserError: it cannot be made, or nothing may be written to it.
+        UserError: it cannot be created, or the user may not write to it.
         RunError: its disk is full or faulty.
     """
     try:
         with disk_errors(folder, UNWRITTEN - _UNWRITABLE):
             folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-        reason = "permission denied"
+        reason = "" if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
     except OSError as error:
-        writable, reason = False, (error.strerror or str(error)).lower()
-    if not writable:
+        reason = (error.strerror or str(error)).lower()
+    if reason:
         raise UserError(
-            f"{key}: cannot write to {str(folder)!r} ({reason}).",
-            f"Set {key} to a place that you may write to.",
+            f"{key}: cannot write to {str(folder)!r} ({reason}).", f"Set {key} to a folder that you may write to."
         )
     return folder
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder and what is in it; one that is gone, or that another process deletes too, is no error.
+    """Delete a folder and its content; it may be gone, or be deleted by another process at the same time.
 
     Raises:
         OSError: it cannot be deleted.
@@ -61,25 +62,25 @@ def delete_folder(folder: Path) -> None:
 
 
 def complete_lines(path: Path) -> list[str]:
-    """Return the lines of ``path`` that were written to their end; a torn last line is left out."""
+    """Return the lines of a file without a last line that has no end."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1].split("\n")[:-1]
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut a last line that a killed process left half-written, so that the next one starts clean."""
+    """Remove a last line that a killed process left incomplete, so that the next one starts a line."""
     with path.open("rb+") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
 @contextmanager
 def disk_errors(path: str | os.PathLike[str], errors: Collection[int] = UNWRITTEN, key: str = "") -> Iterator[None]:
-    """Turn an error of the disk that holds ``path`` into a ``RunError`` with the reason, the path and the fix.
+    """Turn errors of the disk that holds ``path`` into a ``RunError`` that names the reason, the path and the fix.
 
     Args:
-        path: of the file or folder that the block writes; an error that names a path of its own replaces it.
+        path: file or folder that the block writes; if an error names another path, that is reported.
         errors: numbers of the errors to turn; others pass.
-        key: of the spec, where it names the folder of results.
+        key: config key of the results folder, if the block writes results.
 
     Raises:
         RunError: the disk is full, read-only or faulty, or the user may not write there.
@@ -96,19 +97,19 @@ def disk_errors(path: str | os.PathLike[str], errors: Collection[int] = UNWRITTE
 
 
 def fault_of_disk(error: Exception) -> OSError | None:
-    """The error of a disk that an exception is or stems from, whatever library raised it; None where it is another."""
+    """Return the error of a disk that an exception is or was caused by, whatever library raised it; else None."""
     cause: BaseException | None = error
     while cause is not None:
-        of_a_path = isinstance(cause, OSError) and (cause.errno not in _UNWRITABLE or cause.filename is not None)
-        if isinstance(cause, OSError) and cause.errno in UNWRITTEN and of_a_path:  # not of a process, say
+        # without a file name, permission is denied for something else, such as sending a signal
+        of_a_file = isinstance(cause, OSError) and (cause.errno not in _UNWRITABLE or cause.filename is not None)
+        if isinstance(cause, OSError) and cause.errno in UNWRITTEN and of_a_file:
             return cause
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             if os.strerror(number) in str(cause):
                 return OSError(number, os.strerror(number))
-        if "No usable temporary directory" in str(cause):  # tempfile's, which has tried to write to each
-            return OSError(
-                errno.ENOSPC, "no temporary folder can be written; TMPDIR names one", tempfile.tempdir or "/tmp"
-            )
+        if "No usable temporary directory" in str(cause):  # tempfile has tried to write to each
+            reason = "no temporary folder can be written; TMPDIR names one"
+            return OSError(errno.ENOSPC, reason, tempfile.tempdir or "/tmp")
         cause = cause.__cause__ or cause.__context__
     return None
 
@@ -117,13 +118,12 @@ def disk_error(error: OSError, path: str | os.PathLike[str], key: str = "", verb
     """Describe an error of the disk that holds ``path``; see ``disk_errors``."""
     named = next((name for name in (error.filename2, error.filename) if isinstance(name, str | bytes)), path)
     if os.path.dirname(os.fsdecode(named)) == os.path.dirname(os.fsdecode(path)):
-        named = path  # and not the temporary file beside it
-    place = os.fsdecode(named).encode(errors="replace").decode()  # it may hold bytes that are no UTF-8
-    reason = error.strerror or str(error)
-    tail = f" could not be {verb} ({reason})"
+        named = path  # not the temporary file next to it
+    place = os.fsdecode(named).encode(errors="replace").decode()  # a name need not be valid UTF-8
+    tail = f" could not be {verb} ({error.strerror or error})"
     problem = f"The results{tail}: {place}." if key else f"{place}{tail}."
-    folder = _existing_folder(place)
-    disk = _mount_point(folder)
+    folder = _nearest(os.path.isdir, place)
+    disk = _nearest(os.path.ismount, folder)
     elsewhere = f"set {key} to a folder on another disk" if key else "use a folder on another disk"
     if error.errno == errno.ENOSPC and _is_out_of_inodes(folder):
         fix = f"The file system at {disk} has no inodes left: delete files there, large or small, or {elsewhere}."
@@ -142,15 +142,10 @@ def disk_error(error: OSError, path: str | os.PathLike[str], key: str = "", verb
     return RunError(problem, fix)
 
 
-def _existing_folder(path: str) -> str:
+def _nearest(holds: Callable[[str], bool], path: str) -> str:
+    """Return the path or the nearest folder above it for which ``holds`` is true."""
     folder = os.path.abspath(path)
-    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
-        folder = os.path.dirname(folder)
-    return folder
-
-
-def _mount_point(folder: str) -> str:
-    while not os.path.ismount(folder) and folder != os.path.dirname(folder):
+    while not holds(folder) and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
     return folder
 
@@ -164,26 +159,66 @@ def _is_out_of_inodes(folder: str) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its place when the block ends without an error.
+def replacing(
+    path: Path, *, durable: bool = False, private: bool = False, single_writer: bool = False
+) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``, and rename it to ``path`` when the block ends without an error.
 
-    A reader sees the old file or the new one, never a part; a full disk leaves the old one. The file gets the
-    permissions of any new file, whatever wrote it (safetensors would let nobody else read it).
+    Readers see the old file or the new one, never a part of it; on a full disk the old one remains. The block creates
+    the file, or a link.
+
+    Args:
+        path: file to create or replace; its folder is created.
+        durable: flush the file and its folder to the disk, so that it survives a power failure.
+        private: only the user may read the file. Otherwise it gets the permissions of any new file, even where the
+            block writes it with others, as safetensors does.
+        single_writer: no other process writes ``path``, so the temporary file of a killed process can be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp" if single_writer else f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        permissions = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(permissions)
-        os.replace(temporary, path)
-    finally:
         temporary.unlink(missing_ok=True)
+        temporary.touch(0o600 if private else 0o666)
+        mode = temporary.stat().st_mode
+        if not private:
+            temporary.unlink()  # so that the block may create a link
+        yield temporary
+        if not temporary.is_symlink():
+            temporary.chmod(mode)
+            if durable:
+                flush_to_disk(temporary)
+        os.replace(temporary, path)
+        if durable:
+            flush_to_disk(path.parent)
+    finally:
+        with suppress(OSError):  # a file system that has become read-only
+            temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Write ``text`` to ``path``, whole or not at all, and return the path; a name in it need not be UTF-8."""
-    with replacing(path) as temporary:
+def flush_to_disk(path: Path) -> None:
+    """Make sure that the content of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str, *, durable: bool = False, private: bool = False) -> Path:
+    """Write ``text`` to ``path``, all of it or nothing, and return the path; see ``replacing``.
+
+    File names in the text need not be valid UTF-8: see ``encodable``.
+    """
+    with replacing(path, durable=durable, private=private) as temporary:
         temporary.write_text(encodable(text), encoding="utf-8", newline="")
     return path
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that it survives a power failure and only the user may read it.
+
+    Raises:
+        RunError: the disk is full or faulty, or the user may not write there; the old file is unchanged.
+    """
+    with disk_errors(path):
+        write_atomically(path, text, durable=True, private=True)

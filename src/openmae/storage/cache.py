@@ -1,7 +1,13 @@
-"""The cache on the disk: entries that are whole or unfinished, held while a process uses them, and bounded in size."""
+"""The cache on the disk: complete and unfinished entries, held while a process uses them, bounded in total size.
+
+An entry is a folder. A process that uses it holds a shared lock on the folder, which ends with the process, however
+that ends. An entry is deleted only if it can be locked exclusively, and is renamed first, so that no process sees a
+part of it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -12,51 +18,47 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
 
 from openmae.errors import DataError
-
-try:
-    import fcntl
-except ImportError:  # Windows, and some sandboxes
-    fcntl = None  # type: ignore[assignment]
+from openmae.storage.atomic import write_atomically
 
 CACHE_VARIABLE = "OPENMAE_CACHE"
 SIZE_VARIABLE = "OPENMAE_CACHE_GB"
 DEFAULT_GB = 50.0
 MARKER = ".openmae-complete"
 REMOTE, SOURCES, RESULTS = KINDS = ("remote", "sources", "results")
-_PART = ".part"
-_TRASH = ".trash-"
+_PART, _TRASH = ".part", ".trash-"
 
 log = logging.getLogger("openmae")
 
-_Holds = dict[Path, int]  # folder -> descriptor that carries the shared lock
-_for_good: _Holds = {}
+_Locks = dict[Path, int]  # folder -> descriptor that carries the shared lock
+_process_locks: _Locks = {}
 
 
-class _Blocks(threading.local):
-    """The ``holding`` blocks that the thread is in."""
+class _Holds(threading.local):
+    """The locks of the process, then those of each ``holding`` block that the thread is in."""
 
     def __init__(self) -> None:
-        self.open: list[_Holds] = []
+        self.blocks = [_process_locks]
 
 
-_blocks = _Blocks()
+_holds = _Holds()
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one source takes.
+    """One source in the cache.
 
     Attributes:
         path: its folder.
-        origin: the URL or path that it came from.
-        size: in bytes.
-        used: seconds since the epoch.
-        complete: it is whole. An unfinished one is a download to go on with, or results that are not uploaded yet.
+        origin: URL or path that it came from.
+        size: bytes.
+        used: time of last use, in seconds since 1970.
+        complete: an incomplete entry is a download to be resumed, or results that are not uploaded yet.
         in_use: a running process holds it.
     """
 
@@ -74,21 +76,21 @@ class Entry:
 
     @property
     def removable(self) -> bool:
-        """Whether it can be made again: results that were not uploaded cannot."""
+        """True if it is unused and can be made again, unlike results that are not uploaded yet."""
         return not self.in_use and (self.complete or self.kind != RESULTS)
 
 
 def root() -> Path:
-    """Where the cache is: ``$OPENMAE_CACHE``, else the user's cache folder."""
+    """Return the folder of the cache: ``$OPENMAE_CACHE``, or the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("openmae")
 
 
 def limit() -> int:
-    """Bytes that the cache may take: ``$OPENMAE_CACHE_GB`` times 10^9.
+    """Return the largest size of the cache in bytes: ``$OPENMAE_CACHE_GB`` times 10^9.
 
     Raises:
-        DataError: it is no number above 0.
+        DataError: the variable is not a positive number.
     """
     text = os.environ.get(SIZE_VARIABLE, "").strip() or str(DEFAULT_GB)
     try:
@@ -101,14 +103,14 @@ def limit() -> int:
 
 
 def obtain(entry: Path, origin: str, build: Callable[[Path], None], *, size: int = 0, resumes: bool = False) -> Path:
-    """Return a whole entry, held by this process; made by this process, or by another that was faster.
+    """Return a complete entry, held by this process; it is built unless it exists or another process builds it.
 
     Args:
-        entry: its folder.
-        origin: the URL or path that it comes from, as it may be shown.
+        entry: folder of the entry.
+        origin: URL or path that it comes from, without secrets.
         build: fills the folder that it is given.
-        size: bytes that it is known to need; room is made for them.
-        resumes: an unfinished folder is given to ``build`` again; otherwise it is emptied first, and after an error.
+        size: bytes that the entry will need; room is made for them.
+        resumes: ``build`` continues in an unfinished folder; otherwise that is emptied first, and deleted on an error.
 
     Raises:
         DataError: there is no room.
@@ -117,7 +119,7 @@ def obtain(entry: Path, origin: str, build: Callable[[Path], None], *, size: int
     if use(entry):
         return entry
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(entry, origin):
+    with _built_once(entry, origin):
         if use(entry):
             return entry
         make_room(size, origin)
@@ -128,7 +130,7 @@ def obtain(entry: Path, origin: str, build: Callable[[Path], None], *, size: int
         _hold(part)
         try:
             build(part)
-            _mark(part, origin)
+            mark_complete(part, origin)
             os.rename(part, entry)
             use(entry)
         except BaseException:
@@ -142,40 +144,40 @@ def obtain(entry: Path, origin: str, build: Callable[[Path], None], *, size: int
 
 
 def use(entry: Path) -> bool:
-    """Hold an entry for this process and note that it is used now; False: there is no whole one."""
+    """Hold a complete entry for this process and note the time; return False if there is none."""
     if not (entry / MARKER).is_file() or not _hold(entry):
         return False
     try:
         os.utime(entry / MARKER)
-    except FileNotFoundError:  # removed between the two
+    except FileNotFoundError:  # deleted meanwhile
         _release(entry)
         return False
-    except OSError:  # somebody else's, in a shared cache
+    except OSError:  # another user's, in a shared cache
         log.debug("The time of use of %s could not be noted.", entry)
     return True
 
 
 @contextmanager
 def holding() -> Iterator[None]:
-    """What this thread takes within the block is released at its end; without one, at the end of the process."""
-    holds: _Holds = {}
-    _blocks.open.append(holds)
+    """Release what this thread takes in the block at the end of the block, not at the end of the process."""
+    locks: _Locks = {}
+    _holds.blocks.append(locks)
     try:
         yield
     finally:
-        _blocks.open.pop()
-        for descriptor in holds.values():
+        _holds.blocks.pop()
+        for descriptor in locks.values():
             os.close(descriptor)
 
 
 @contextmanager
 def workspace(entry: Path, origin: str, patience: float = 0.0) -> Iterator[Path]:
-    """A folder of results for this process alone; from ``mark_pending`` to ``mark_uploaded`` it is not removed.
+    """Yield a folder of results for this process only; from ``mark_pending`` to ``mark_complete`` it is not deleted.
 
     Args:
         entry: the folder.
-        origin: of its content, for messages.
-        patience: seconds to wait for another process, such as the children of one that was killed.
+        origin: where its content belongs, for messages.
+        patience: seconds to wait for another process, such as the children of a killed one.
 
     Raises:
         DataError: another process works in it.
@@ -193,7 +195,7 @@ def workspace(entry: Path, origin: str, patience: float = 0.0) -> Iterator[Path]
         with holding():
             if not entry.exists():
                 entry.mkdir()
-                _mark(entry, origin)
+                mark_complete(entry, origin)
             _hold(entry)
             yield entry
     finally:
@@ -201,18 +203,19 @@ def workspace(entry: Path, origin: str, patience: float = 0.0) -> Iterator[Path]
 
 
 def mark_pending(entry: Path, origin: str) -> None:
-    """There are things in a workspace that are not at their destination."""
+    """Note that a workspace holds files that are not uploaded yet."""
     (entry / "origin").write_text(origin, encoding="utf-8")
     (entry / MARKER).unlink(missing_ok=True)
 
 
-def mark_uploaded(entry: Path, origin: str) -> None:
-    """Everything in a workspace is at its destination: it may be removed when room is needed."""
-    _mark(entry, origin)
+def mark_complete(entry: Path, origin: str) -> None:
+    """Note that an entry is complete and may be deleted when room is needed."""
+    facts = {"origin": origin, "size": _size_below(entry), "made": int(time.time())}
+    write_atomically(entry / MARKER, json.dumps(facts))
 
 
 def make_room(size: int, origin: str) -> None:
-    """Remove what was not used for longest until ``size`` more bytes fit; what a process holds stays.
+    """Delete the least recently used entries until ``size`` more bytes fit; entries in use are kept.
 
     Raises:
         DataError: they do not fit into the cache or onto its disk.
@@ -228,7 +231,7 @@ def make_room(size: int, origin: str) -> None:
     if size and taken + size > bound:
         in_use = f", of which {gigabytes(taken)} are in use" if taken else ""
         raise DataError(
-            f"{origin} needs {gigabytes(size)} in the cache, which may take {gigabytes(bound)}{in_use}.",
+            f"{origin} needs {gigabytes(size)} in the cache, whose limit is {gigabytes(bound)}{in_use}.",
             f"Set {SIZE_VARIABLE} to a larger number of gigabytes.",
         )
     folder = root()
@@ -237,15 +240,15 @@ def make_room(size: int, origin: str) -> None:
     if size > free:
         raise DataError(
             f"{origin} needs {gigabytes(size)}, but the disk of {folder} has {gigabytes(free)} left.",
-            f"Make room, or set {CACHE_VARIABLE} to a folder on another disk.",
+            f"Free some space, or set {CACHE_VARIABLE} to a folder on another disk.",
         )
 
 
 def entries() -> list[Entry]:
-    """All entries, those used last first; what was being removed when a process was killed is removed.
+    """Return all entries, the most recently used first; finish the deletions of killed processes.
 
     Raises:
-        DataError: the cache is no folder that can be read.
+        DataError: the cache is not a readable folder.
     """
     found = []
     for kind in KINDS:
@@ -256,18 +259,19 @@ def entries() -> list[Entry]:
         except OSError as error:
             raise DataError(
                 f"The cache {root()} cannot be read: {error.strerror}.",
-                f"See to its permissions, or set {CACHE_VARIABLE} to another folder.",
+                f"Check its permissions, or set {CACHE_VARIABLE} to another folder.",
             ) from error
         for path in paths:
             if path.name.startswith(_TRASH):
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.is_dir() and not path.is_symlink() and (entry := _entry(path)) is not None:
-                found.append(entry)
+            elif path.is_dir() and not path.is_symlink():
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    found.append(_read_entry(path))
     return sorted(found, key=lambda entry: -entry.used)
 
 
 def clear() -> tuple[int, list[Entry]]:
-    """Remove all that can be had again; returns the bytes freed, and the entries that stay."""
+    """Delete all that can be made again; return the bytes freed, and the entries that are left."""
     freed, kept = 0, []
     for entry in entries():
         if entry.removable and remove(entry.path):
@@ -277,59 +281,32 @@ def clear() -> tuple[int, list[Entry]]:
     return freed, kept
 
 
+def remove(path: Path) -> bool:
+    """Delete an entry unless a process holds it; return whether it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        trash = path.with_name(f"{_TRASH}{os.getpid()}-{path.name}")
+        os.rename(path, trash)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    finally:
+        os.close(descriptor)
+    shutil.rmtree(trash, ignore_errors=True)
+    return True
+
+
 def gigabytes(size: float) -> str:
-    """``1.25 GB``, ``300 MB``, ``0.5 MB``."""
+    """Return a size in words: ``1.25 GB``, ``300 MB``, ``0.5 MB``."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
 
 
-def _entry(path: Path) -> Entry | None:
-    try:
-        marker = path / MARKER
-        complete = marker.is_file()
-        facts = _read_marker(marker) if complete else {}
-        used = (marker if complete else path).stat().st_mtime
-        origin = facts.get("origin") or _origin_of(path)
-        size = facts.get("size")
-        size = size if isinstance(size, int) else _size_below(path)
-        return Entry(path, str(origin), size, used, complete, not _is_free(path))
-    except FileNotFoundError:  # removed in the meantime
-        return None
-
-
-def _origin_of(path: Path) -> str:
-    try:
-        return (path / "origin").read_text(encoding="utf-8")
-    except OSError:
-        return path.name
-
-
-def _read_marker(marker: Path) -> dict:
-    try:
-        facts = json.loads(marker.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, PermissionError):  # damaged, or somebody else's in a shared cache
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def _mark(folder: Path, origin: str) -> None:
-    text = json.dumps({"origin": origin, "size": _size_below(folder), "made": int(time.time())})
-    temporary = folder / f"{MARKER}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / MARKER)
-
-
-def _size_below(folder: Path) -> int:
-    """Bytes on the disk, so that the holes of a file being downloaded do not count."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512
-    return total
-
-
 @contextmanager
-def _locked(entry: Path, origin: str) -> Iterator[None]:
+def _built_once(entry: Path, origin: str) -> Iterator[None]:
+    """Let one process at a time build an entry."""
     lock = FileLock(f"{entry}.lock")
     try:
         lock.acquire(timeout=0.2)
@@ -342,34 +319,58 @@ def _locked(entry: Path, origin: str) -> Iterator[None]:
         lock.release()
 
 
+def _read_entry(path: Path) -> Entry:
+    marker = path / MARKER
+    complete = marker.is_file()
+    facts: Any = {}
+    with suppress(ValueError, RecursionError, OSError):  # unfinished, damaged, or another user's in a shared cache
+        facts = json.loads(marker.read_text(encoding="utf-8"))
+    facts = facts if isinstance(facts, dict) else {}
+    if "origin" not in facts:
+        with suppress(OSError):
+            facts["origin"] = (path / "origin").read_text(encoding="utf-8")
+    used = (marker if complete else path).stat().st_mtime
+    size = facts.get("size")
+    size = size if isinstance(size, int) else _size_below(path)
+    return Entry(path, str(facts.get("origin") or path.name), size, used, complete, not _is_free(path))
+
+
+def _size_below(folder: Path) -> int:
+    """Return the bytes on the disk, where the holes of a file that is being downloaded do not count."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+    return total
+
+
 def _hold(path: Path) -> bool:
-    """Take the shared lock of a folder; False: it is gone."""
-    if fcntl is None or any(path in holds for holds in (_for_good, *_blocks.open)):
+    """Take the shared lock of a folder; return False if it is gone."""
+    if any(path in locks for locks in _holds.blocks):
         return path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return False
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    if not path.is_dir() or os.fstat(descriptor).st_ino != path.stat().st_ino:  # removed while we waited
+    if not path.is_dir() or os.fstat(descriptor).st_ino != path.stat().st_ino:  # deleted while this waited
         os.close(descriptor)
         return False
-    (_blocks.open[-1] if _blocks.open else _for_good)[path] = descriptor
+    _holds.blocks[-1][path] = descriptor
     return True
 
 
 def _release(path: Path) -> None:
-    for holds in (_for_good, *_blocks.open):
-        if (descriptor := holds.pop(path, None)) is not None:
+    for locks in _holds.blocks:
+        if (descriptor := locks.pop(path, None)) is not None:
             os.close(descriptor)
 
 
 def _is_free(path: Path) -> bool:
-    if fcntl is None:  # nobody can say: `mae cache clear` removes it
-        return False
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # somebody else's, and not for us to remove
+    except PermissionError:  # another user's
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -377,23 +378,4 @@ def _is_free(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
-    return True
-
-
-def remove(path: Path) -> bool:
-    """Remove an entry unless a process holds it, and say whether it is gone; it disappears at once, its files after."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return True
-    try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        trash = path.with_name(f"{_TRASH}{os.getpid()}-{path.name}")
-        os.rename(path, trash)
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    finally:
-        os.close(descriptor)
-    shutil.rmtree(trash, ignore_errors=True)
     return True

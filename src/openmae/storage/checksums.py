@@ -1,7 +1,7 @@
-"""What an S3 store knows of an object's content, where its ETag is not the MD5 of all of it: multi-part uploads, KMS.
+"""Verification of a file against the checksums of an S3 object whose ETag is not its MD5: multipart uploads, SSE-KMS.
 
 The ETag of an upload in N parts is the MD5 of the parts' MD5s, followed by ``-N``. The other checksums of a store
-(``x-amz-checksum-*``) are of the complete object, or, with the same ending, of the parts' checksums.
+(``x-amz-checksum-*``) are of the complete object or, with the same ending, of the parts' checksums.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import hashlib
 import re
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from openmae.storage.filesystem import is_transient
 
 _CHUNK = 1 << 20
-_OF_PARTS = re.compile(r"(.+)-([1-9][0-9]{0,4})")
+_PARTS = re.compile(r"(.+)-([1-9][0-9]{0,4})")
 
 
 class _Crc32:
-    """With the face of hashlib."""
+    """CRC-32 with the interface of hashlib."""
 
     def __init__(self, content: bytes = b"") -> None:
         self._value = zlib.crc32(content)
@@ -35,25 +35,24 @@ class _Crc32:
         return self._value.to_bytes(4, "big")
 
 
-def _md5(content: bytes = b"") -> Any:
-    return hashlib.md5(content, usedforsecurity=False)
+_MD5 = partial(hashlib.md5, usedforsecurity=False)
+_ALGORITHMS: dict[str, Callable[..., Any]] = {
+    "SHA256": hashlib.sha256,
+    "SHA1": partial(hashlib.sha1, usedforsecurity=False),
+    "CRC32": _Crc32,
+}
 
 
-def _sha1(content: bytes = b"") -> Any:
-    return hashlib.sha1(content, usedforsecurity=False)
-
-
-@dataclass(frozen=True)
-class _Checksum:
-    """``digest`` of the object, or of the digests of its ``parts``."""
+class _Checksum(NamedTuple):
+    """The digest of an object or, if ``parts`` is not 0, of the digests of its parts."""
 
     algorithm: Callable[..., Any]
     digest: bytes
-    parts: int = 0
+    parts: int
 
 
 async def content_matches(filesystem: Any, bucket: str, key: str, path: Path) -> bool | None:
-    """Whether a file holds what the store does; None where the store gives no checksum that can be computed here."""
+    """Return whether a file equals an object, by its checksums; None if the store gives none that can be computed."""
 
     async def head(**more: Any) -> Mapping[str, Any]:
         return await filesystem._call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **more)
@@ -61,43 +60,47 @@ async def content_matches(filesystem: Any, bucket: str, key: str, path: Path) ->
     compared, size = False, path.stat().st_size
     try:
         for checksum in _checksums(await head()):
-            async for sizes in _splits(head, checksum.parts, size):
+            async for sizes in _part_sizes(head, checksum.parts, size):
                 compared = True
                 if await asyncio.to_thread(_digest, path, checksum, sizes) == checksum.digest:
                     return True
     except Exception as error:
         if is_transient(error):
             raise
-        return None  # a store that does not answer such questions
+        return None  # a store that does not support these requests
     return False if compared else None
 
 
-def _checksums(facts: Mapping[str, Any]) -> list[_Checksum]:
+def _checksums(reply: Mapping[str, Any]) -> list[_Checksum]:
     found = []
-    etag = _OF_PARTS.fullmatch(str(facts.get("ETag", "")).strip('"'))
-    plain = facts.get("ServerSideEncryption") in (None, "AES256") and not facts.get("SSECustomerAlgorithm")
-    if etag and plain and re.fullmatch("[0-9a-f]{32}", etag[1]):
-        found.append(_Checksum(_md5, bytes.fromhex(etag[1]), int(etag[2])))
-    for name, algorithm in (("SHA256", hashlib.sha256), ("SHA1", _sha1), ("CRC32", _Crc32)):
-        if value := str(facts.get(f"Checksum{name}") or ""):
-            parts = _OF_PARTS.fullmatch(value)
+    etag = _PARTS.fullmatch(str(reply.get("ETag", "")).strip('"'))
+    if etag and has_plain_etag(reply) and re.fullmatch("[0-9a-f]{32}", etag[1]):
+        found.append(_Checksum(_MD5, bytes.fromhex(etag[1]), int(etag[2])))
+    for name, algorithm in _ALGORITHMS.items():
+        if value := str(reply.get(f"Checksum{name}") or ""):
+            parts = _PARTS.fullmatch(value)
             digest = base64.b64decode(parts[1] if parts else value, validate=True)
             found.append(_Checksum(algorithm, digest, int(parts[2]) if parts else 0))
     return found
 
 
-async def _splits(head: Callable[..., Any], parts: int, size: int) -> AsyncIterator[list[int]]:
-    """The sizes that the parts of an object may have: all like the first but the last, or as the store says."""
+def has_plain_etag(reply: Mapping[str, Any]) -> bool:
+    """Return whether an ETag is made of MD5s, as for all objects but those encrypted with SSE-KMS or SSE-C."""
+    return reply.get("ServerSideEncryption") in (None, "AES256") and not reply.get("SSECustomerAlgorithm")
+
+
+async def _part_sizes(head: Callable[..., Any], parts: int, size: int) -> AsyncIterator[list[int]]:
+    """Yield the sizes that the parts of an object may have: equal ones but for the last, then those the store gives."""
     if not parts:
         yield [size]
         return
     first = (await head(PartNumber=1))["ContentLength"]
-    alike = [*[first] * (parts - 1), size - first * (parts - 1)]
-    if 0 < alike[-1] <= first:
-        yield alike
+    equal = [*[first] * (parts - 1), size - first * (parts - 1)]
+    if 0 < equal[-1] <= first:
+        yield equal
     rest = await asyncio.gather(*(head(PartNumber=number) for number in range(2, parts + 1)))
-    sizes = [first, *(facts["ContentLength"] for facts in rest)]
-    if sizes != alike and sum(sizes) == size:  # a store without parts gives the size of the object for each
+    sizes = [first, *(reply["ContentLength"] for reply in rest)]
+    if sizes != equal and sum(sizes) == size:  # a store that ignores PartNumber gives the size of the object
         yield sizes
 
 

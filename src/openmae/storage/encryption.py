@@ -1,26 +1,27 @@
-"""Files encrypted with a key: written without their content ever touching the disk, read only when they are whole.
+"""Files encrypted with a key: the plain content never touches the disk, and only complete files can be read.
 
 The format, all numbers big-endian. A header of 52 bytes:
 
     magic          16 bytes   89 "OpenMAE-crypt" 0D 0A
     version         1         1
-    log2 n, r, p    1, 1, 1   of scrypt: 15, 8, 1 as written; a reader admits log2 n up to 18, r = 8 and p = 1
+    log2 n, r, p    1, 1, 1   of scrypt: written as 15, 8, 1; a reader accepts log2 n up to 18, r = 8 and p = 1
     salt           16         of scrypt, random
-    file salt      16         random, another one for every file
+    file salt      16         random, different for every file
 
-then the content in chunks of 1 MiB, the last one shorter or as long, at least one of them, each sealed by AES-256-GCM
-(so 16 bytes longer), with the whole header as associated data. Keys and nonces:
+then the content in one or more chunks of 1 MiB, of which the last may be shorter, each sealed by AES-256-GCM (and so
+16 bytes longer) with the complete header as associated data. Keys and nonces:
 
     master            = scrypt(key, salt, n, r, p), 32 bytes
     file key, prefix  = HKDF-SHA256(master, salt=file salt, info="OpenMAE file"), 32 and 7 bytes
     nonce of chunk i  = prefix, i (4 bytes), 1 for the last chunk and 0 for the others
 
-This is the STREAM construction (Hoang, Reyhanitabar, Rogaway and Vizar 2015): chunks that are changed, cut off,
-doubled, in another order, from another file or appended do not open. scrypt costs 0.1 s and 32 MiB, so a process
-derives a master once and uses it for all that it writes. That is safe, as every file has its own AES key by its
-128-bit file salt: no two files share a key and a nonce. scrypt makes a guess dear, not a weak key strong.
+This is the STREAM construction (Hoang, Reyhanitabar, Rogaway and Vizar 2015): chunks that were changed, cut off,
+duplicated, reordered, appended or taken from another file do not open. scrypt costs 0.1 s and 32 MiB, so a process
+derives a master once and uses it for all files that it writes. That is safe, since the 128-bit file salt gives every
+file its own AES key: no two files share a key and a nonce. scrypt makes guessing expensive; it does not make a weak key
+strong.
 
-What a file is called, how long it is and when it was written is not hidden.
+The name, size and date of a file are not hidden.
 """
 
 from __future__ import annotations
@@ -49,26 +50,26 @@ from openmae.storage import memory_folder
 _MAGIC = b"\x89OpenMAE-crypt\r\n"
 _VERSION = 1
 _LOG_N, _R, _P = 15, 8, 1
-_LARGEST_LOG_N = 18  # 256 MiB: what a foreign header may make us spend
+_LARGEST_LOG_N = 18  # 256 MiB of memory, which a header can make a reader use
 _SALT = 16
 _HEADER = len(_MAGIC) + 4 + 2 * _SALT
 _CHUNK, _TAG = 2**20, 16
-_DAMAGED_BITS = 8  # of the magic, up to which it is still taken for ours
-_LARGEST_KEY = 2**16  # bytes of a key's file
+_DAMAGED_BITS = 8  # of the magic; a file with more damage is not recognised as encrypted
+_LARGEST_KEY = 2**16  # bytes of a file that holds a key
 
 log = logging.getLogger("openmae")
 
 
 class Key:
-    """A key, which is nowhere shown; it can be sent to other processes.
+    """A secret key. Its text is never shown; it can be sent to other processes.
 
     Args:
-        secret: any bytes, one or more.
+        secret: one or more bytes.
     """
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
-        self._salt = os.urandom(_SALT)  # of what this key writes
+        self._salt = os.urandom(_SALT)  # for files that are written
         self._masters: dict[bytes, bytes] = {}
         self._plain: set[Path] = set()
 
@@ -76,14 +77,14 @@ class Key:
         return "Key(***)"
 
     def new_header(self) -> bytes:
-        """For a file to write."""
+        """Return the header of a new file."""
         return _MAGIC + bytes((_VERSION, _LOG_N, _R, _P)) + self._salt + os.urandom(_SALT)
 
     def open_header(self, header: bytes) -> tuple[AESGCM, bytes]:
-        """The cipher of a file and the prefix of its nonces.
+        """Return the cipher of a file and the prefix of its nonces.
 
         Raises:
-            ValueError: another version, or numbers that a reader does not admit.
+            ValueError: the header is of another version, or has parameters that a reader does not accept.
         """
         version, log_n, r, p = header[len(_MAGIC) : -2 * _SALT]
         if version != _VERSION or not 0 < log_n <= _LARGEST_LOG_N or (r, p) != (_R, _P):
@@ -96,18 +97,18 @@ class Key:
         return AESGCM(output[:32]), output[32:]
 
     def note_plain(self, path: Path) -> None:
-        """Tell, once a file, that it needs no key."""
+        """Warn, once per file, that it needs no key."""
         if path not in self._plain:
             self._plain.add(path)
-            log.warning("%s is not encrypted: it is read as it is, without encryption_key.", path)
+            log.warning("%s is not encrypted: encryption_key is not used to read it.", path)
 
 
 def resolve_key(text: str | Key | None) -> Key | None:
-    """The key that ``encryption_key`` stands for; None where it is empty.
+    """Return the key that ``encryption_key`` stands for; None if it is empty.
 
     Args:
-        text: ``env:NAME`` for an environment variable, ``file:PATH`` for a file (a line end after the key is no part of
-            it), or the key itself.
+        text: ``env:NAME`` for an environment variable, ``file:PATH`` for a file (a line break after the key is not part
+            of it), or the key itself.
 
     Raises:
         SpecError: the variable or the file is missing or empty.
@@ -135,7 +136,8 @@ def _read_secret(path: Path) -> bytes:
         ) from error
     if len(secret) > _LARGEST_KEY:
         raise SpecError(
-            f"encryption_key: the file {str(path)!r} is no key: it has more than 64 KiB.", "Name the file of the key."
+            f"encryption_key: the file {str(path)!r} is no key: it is larger than 64 KiB.",
+            "Name the file of the key.",
         )
     secret = secret.rstrip(b"\r\n")
     if not secret:
@@ -144,7 +146,7 @@ def _read_secret(path: Path) -> bytes:
 
 
 def is_encrypted(path: Path) -> bool:
-    """Whether a file begins as ours do; up to 8 bits of that may be damaged."""
+    """Return whether a file begins like an encrypted one, of which up to 8 bits may be damaged."""
     with open_regular(path) as file:
         start = file.read(len(_MAGIC))
     if len(start) < len(_MAGIC):
@@ -154,9 +156,9 @@ def is_encrypted(path: Path) -> bool:
 
 @contextmanager
 def created(path: Path, key: Key | None) -> Iterator[BinaryIO]:
-    """A new file to write from its beginning to its end, encrypted where there is a key, on the disk afterwards.
+    """Yield a new file to write from beginning to end, encrypted if there is a key, and flush it to the disk.
 
-    Where the block raises, an encrypted file has no end, and nobody opens it.
+    If the block raises, an encrypted file has no end and cannot be opened.
     """
     with path.open("wb") as file:
         if key is None:
@@ -170,13 +172,13 @@ def created(path: Path, key: Key | None) -> Iterator[BinaryIO]:
 
 
 def unlocked(path: Path, key: Key | None) -> BinaryIO | None:
-    """The content of an encrypted file, seekable, decrypted as it is read; None for a plain one, with a notice.
+    """Return the content of an encrypted file, seekable, decrypted as it is read; None for a plain file.
 
-    All of it has been authenticated before this returns, and every chunk is again when it is read; no more than a chunk
-    is in memory.
+    All of it is authenticated before this returns, and each chunk again when it is read; one chunk at a time is in
+    memory. If there is a key and the file is plain, a warning is logged.
 
     Raises:
-        CheckpointError: it is encrypted and there is no key, or another one, or it is damaged.
+        CheckpointError: the file is encrypted and there is no key or another one, or it is damaged.
     """
     if not is_encrypted(path):
         if key is not None:
@@ -185,16 +187,16 @@ def unlocked(path: Path, key: Key | None) -> BinaryIO | None:
     if key is None:
         raise CheckpointError(
             f"{path} is encrypted, and there is no key.",
-            "Set encryption_key to the one that it was written with: env:NAME, file:PATH, or the key itself.",
+            "Set encryption_key to the key that it was written with: env:NAME, file:PATH, or the key itself.",
         )
     return io.BufferedReader(_Opening(path, key))
 
 
 def read_bytes(path: str | Path, key: Key | None) -> bytes:
-    """The content of a file, decrypted where it is encrypted.
+    """Return the content of a file, decrypted if it is encrypted.
 
     Raises:
-        CheckpointError: as :func:`unlocked`.
+        CheckpointError: as ``unlocked``.
     """
     path = Path(path)
     file = unlocked(path, key)
@@ -206,7 +208,7 @@ def read_bytes(path: str | Path, key: Key | None) -> bytes:
 
 @contextmanager
 def temporaries_in_memory(key: Key | None) -> Iterator[None]:
-    """Where there is a key, let ``tempfile`` write to memory only, for libraries that must have files.
+    """If there is a key, make ``tempfile`` write to memory only, for libraries that need files.
 
     Raises:
         SpecError: this system has no file system in memory.
@@ -216,9 +218,8 @@ def temporaries_in_memory(key: Key | None) -> Iterator[None]:
         return
     if not os.access(memory_folder.MEMORY, os.W_OK):
         raise SpecError(
-            "encryption_key: int8 needs temporary files, and there is no "
-            f"{memory_folder.MEMORY} to keep them in memory.",
-            "Use fp16, leave encryption_key out, or work on Linux.",
+            f"encryption_key: int8 needs temporary files in memory, and there is no {memory_folder.MEMORY}.",
+            "Use fp16, leave encryption_key out, or run on Linux.",
         )
     with memory_folder.memory_folder() as folder:
         before, tempfile.tempdir = tempfile.tempdir, str(folder)
@@ -229,7 +230,7 @@ def temporaries_in_memory(key: Key | None) -> Iterator[None]:
 
 
 class _Sealing(io.RawIOBase):
-    """Encrypts what is written; holds the last chunk back, since only :meth:`finish` knows that it is the last."""
+    """A writer that encrypts. It holds the last chunk back, since only ``finish`` knows that it is the last."""
 
     def __init__(self, file: BinaryIO, key: Key) -> None:
         self._file, self._header = file, key.new_header()
@@ -259,7 +260,7 @@ class _Sealing(io.RawIOBase):
 
 
 class _Opening(io.RawIOBase):
-    """Decrypts what is read."""
+    """A reader that decrypts."""
 
     def __init__(self, path: Path, key: Key) -> None:
         self._path, self._place, self._held = path, 0, (-1, b"")
@@ -313,22 +314,22 @@ class _Opening(io.RawIOBase):
         super().close()
 
     def _open(self, number: int) -> bytes:
-        """A chunk, authenticated."""
+        """Return a chunk after authenticating it."""
         if self._held[0] != number:
             self._file.seek(_HEADER + number * (_CHUNK + _TAG))
             sealed = self._file.read(_CHUNK + _TAG)
             nonce = _nonce(self._prefix, number, number == self._chunks - 1)
             try:
                 self._held = (number, self._cipher.decrypt(nonce, sealed, self._header))
-            except (InvalidTag, ValueError) as error:  # the latter where less than a tag is left
+            except (InvalidTag, ValueError) as error:  # ValueError: less than a tag is left
                 raise self._refusal() from error
         return self._held[1]
 
     def _refusal(self) -> CheckpointError:
         return CheckpointError(
             f"{self._path} cannot be decrypted: encryption_key is not the key that it was written with, or the file is "
-            "damaged or cut off (which of them cannot be told).",
-            "Check the key (a space or another line end counts), or copy the file again.",
+            "damaged or truncated (these cannot be distinguished).",
+            "Check the key (spaces and line breaks in it count), or copy the file again.",
         )
 
 

@@ -1,26 +1,29 @@
-"""Talking to object stores and web servers: credentials from the environment, a time limit, errors in plain words."""
+"""Access to object stores and web servers: credentials from the environment, time limits, errors in plain words."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import errno
+import importlib
+import math
 import os
 import ssl
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
-
-import fsspec
-from fsspec.asyn import AsyncFileSystem, get_loop
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from openmae.errors import DataError
-from openmae.storage.urls import checked, redact, scheme_of
+from openmae.storage.urls import checked, is_web, redact, scheme_of
+
+if TYPE_CHECKING:
+    from fsspec.asyn import AsyncFileSystem
 
 T = TypeVar("T")
 
-ANSWER_LIMIT = 20.0  # seconds for a question about what is there; a command that asks takes some to start
+ANSWER_LIMIT = 20.0  # seconds for a question about what is there; a command takes some to start before it asks
 CONNECTIONS = 32
 
+_PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "http": ("aiohttp", "s3"), "https": ("aiohttp", "s3")}
 _CREDENTIALS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("ACCESS_KEY", "SECRET_KEY"))
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_REGION")
@@ -33,73 +36,96 @@ _REFUSED_KEYS = {
 _DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidObjectState", "Forbidden", "403"}
 _ELSEWHERE = {"PermanentRedirect", "Redirect", "TemporaryRedirect", "IllegalLocationConstraintException", "301", "307"}
 _BUSY = {"InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "429", "500", "502", "503", "504"}
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}
+_CONNECTION_ERRORS = {
+    *("ConnectionError", "TimeoutError", "gaierror", "HTTPClientError", "IncompleteReadError"),
+    *("ResponseStreamingError", "ClientConnectionError", "ClientPayloadError", "FSTimeoutError"),
+}
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def open_filesystem(url: str) -> AsyncFileSystem:
-    """The file system of a URL, with the credentials and the endpoint that the environment names.
+    """Return the file system of a URL, with the credentials and the endpoint from the environment; nothing is sent.
 
     s3: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``;
-    where one is unset, the older ``ACCESS_KEY``, ``SECRET_KEY``, ``CLOUD_REGION``, ``S3_ENDPOINT_URL``; else what
-    botocore finds (profiles, roles). Nothing is sent yet.
+    for those that are unset the older ``ACCESS_KEY``, ``SECRET_KEY``, ``CLOUD_REGION``, ``S3_ENDPOINT_URL``; otherwise
+    what botocore finds (profiles, roles).
 
     Raises:
         DataError: the URL or the credentials are incomplete, or a package is missing.
     """
     url = checked(url)
     scheme = scheme_of(url)
-    if scheme == "s3":
-        options = _s3_options(url)
-    elif scheme == "gs":
-        options = {"use_listings_cache": False}
-    else:
-        options = {"client_kwargs": _http_options(), "use_listings_cache": False}
+    package, extra = _PACKAGES[scheme]
     try:
-        filesystem = fsspec.filesystem(scheme, **options)
+        import fsspec
+
+        importlib.import_module(package)
     except ImportError as error:
         raise DataError(
-            f"{redact(url)}: {scheme}:// needs a package that is not installed ({error.name or error}).",
-            "Install it: pip install 'openmae[gs]'." if scheme == "gs" else "Install openmae anew.",
+            f"{redact(url)}: {scheme}:// needs {package}; missing: {error.name}.", f"pip install 'openmae[{extra}]'"
         ) from error
+    options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
-        filesystem.retries = 2  # transfers have retries of their own, and a question a limit
-    assert isinstance(filesystem, AsyncFileSystem)
+        options |= _s3_options(url)
+    elif is_web(url):
+        options["client_kwargs"] = _http_options()
+    filesystem: AsyncFileSystem = fsspec.filesystem(scheme, **options)
+    if scheme == "s3":
+        filesystem.retries = 2  # transfers retry by themselves, and questions have a time limit
     return filesystem
 
 
 def ask(
     url: str, question: Coroutine[Any, Any, T], *, limit: float | None = None, watch: Callable[[], None] | None = None
 ) -> T:
-    """Run a coroutine of the file system's and return its result; Ctrl-C ends it.
+    """Run a coroutine of the file system and return its result; Ctrl-C cancels it.
 
     Args:
         url: what it is about, for messages.
         question: runs in fsspec's own thread.
-        limit: seconds; default ``ANSWER_LIMIT``. ``math.inf``: none.
+        limit: seconds; None for ``ANSWER_LIMIT``, ``math.inf`` for no limit.
         watch: called several times a second while it runs.
 
     Raises:
         DataError: it failed; the text names the URL and what to check.
     """
+    from fsspec.asyn import get_loop
+
     limit = ANSWER_LIMIT if limit is None else limit
-    bounded = asyncio.wait_for(question, None if limit == float("inf") else limit)
+    bounded = asyncio.wait_for(question, None if limit == math.inf else limit)
     future = asyncio.run_coroutine_threadsafe(bounded, get_loop())
     try:
         while not concurrent.futures.wait([future], timeout=0.2).done:
             if watch is not None:
                 watch()
         return future.result()
-    except DataError:
-        raise
-    except Exception as error:
+    except Exception as failure:
+        error = failure
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, DataError):
+            raise error from error.__cause__
         raise explain(error, url) from error
     finally:
         future.cancel()
 
 
+def missing(url: str) -> DataError:
+    """Return the error for a URL at which there is nothing."""
+    return DataError(
+        f"There is nothing at {redact(url)}.", f"Check the path, upper and lower case, and {endpoint(url)}."
+    )
+
+
+def is_missing(error: DataError) -> bool:
+    """Return whether an error of ``ask`` says that there is no such file, although there is such a bucket."""
+    code = error_code(error)
+    return code != "NoSuchBucket" and (code in _MISSING or isinstance(error.__cause__, FileNotFoundError))
+
+
 def explain(error: BaseException, url: str) -> DataError:
-    """What went wrong with ``url``, and what to check; the text repeats nothing that a server or library said."""
-    if isinstance(error, BaseExceptionGroup):
-        return explain(error.exceptions[0], url)
+    """Return what went wrong with ``url`` and what to check; the text quotes no server or library."""
     if isinstance(error, DataError):
         return error
     code, shown = error_code(error), redact(url)
@@ -108,10 +134,10 @@ def explain(error: BaseException, url: str) -> DataError:
     if code == "NoSuchBucket":
         return DataError(f"{shown}: there is no bucket {bucket!r}.", f"Check the bucket's name and {endpoint(url)}.")
     if code in ("InvalidBucketName", "InvalidBucketState") or "ParamValidationError" in kinds:
-        return DataError(f"{shown}: {bucket!r} is no name of a bucket.", "Write s3://BUCKET/path.")
+        return DataError(f"{shown}: {bucket!r} is not a valid bucket name.", "Write s3://BUCKET/path.")
     if code in _MISSING or (not code and isinstance(error, FileNotFoundError)):
-        return DataError(f"There is nothing at {shown}.", f"Check the path, upper and lower case, and {endpoint(url)}.")
-    if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"}:
+        return missing(url)
+    if kinds & _NO_CREDENTIALS:
         return DataError(
             f"{shown}: no credentials were found.",
             "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
@@ -126,42 +152,38 @@ def explain(error: BaseException, url: str) -> DataError:
     if code in _ELSEWHERE:
         return DataError(f"{shown}: the bucket is in another region.", "Set AWS_REGION to the bucket's region.")
     if code == "RequestTimeTooSkewed":
-        return DataError(f"{shown}: this machine's clock is wrong, so requests are refused.", "Set the clock.")
+        return DataError(f"{shown}: the clock of this machine is wrong, so requests are refused.", "Set the clock.")
     if code in _BUSY:
         return DataError(f"{shown}: the server failed ({code}).", f"Try again later, or check {endpoint(url)}.")
     return _explain_connection(error, kinds, code, url)
 
 
 def _explain_connection(error: BaseException, kinds: set[str], code: str, url: str) -> DataError:
-    shown = redact(url)
+    shown, check = redact(url), f"Check {endpoint(url)}"
     causes = list(_causes(error))
-    if any("SSL" in kind or "Certificate" in kind for kind in kinds) or any(
-        isinstance(cause, ssl.SSLError) for cause in causes
-    ):
-        return DataError(f"{shown}: the server's certificate is not trusted.", f"Check {endpoint(url)}.")
-    if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):
-        return DataError(
-            f"{shown}: the server did not answer in time.", f"Check {endpoint(url)}, the network and any proxy."
-        )
+    if any(isinstance(cause, ssl.SSLError) for cause in causes) or any("SSL" in k or "Certificate" in k for k in kinds):
+        return DataError(f"{shown}: the server's certificate is not trusted.", f"{check}.")
+    if any(isinstance(cause, TimeoutError) for cause in causes) or any("Timeout" in kind for kind in kinds):
+        return DataError(f"{shown}: the server did not answer in time.", f"{check}, the network and any proxy.")
     if is_transient(error):
         return DataError(
-            f"{shown}: the server cannot be reached, or cuts the connection.",
-            f"Check {endpoint(url)}, and the network.",
+            f"{shown}: the server cannot be reached, or breaks the connection.", f"{check}, and the network."
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return DataError(
             f"{shown} could not be stored: {os.strerror(error.errno or 0).lower()}.",
-            "Make room in the cache's disk, or set OPENMAE_CACHE to another folder.",
+            "Free some space on the cache's disk, or set OPENMAE_CACHE to another folder.",
         )
     if "InvalidUrlClientError" in kinds or isinstance(error, ValueError):
-        return DataError(f"{shown} is no valid address, or {endpoint(url)} is none.", "Correct it.")
+        return DataError(f"{shown} or {endpoint(url)} is not a valid address.", "Correct it.")
     return DataError(
-        f"{shown} could not be used ({code or type(error).__name__}).", f"Check the path, {endpoint(url)} and rights."
+        f"{shown} could not be used ({code or type(error).__name__}).",
+        f"Check the path, {endpoint(url)} and your permissions.",
     )
 
 
 def error_code(error: BaseException) -> str:
-    """The store's code (``NoSuchKey``) or the HTTP status in an error; empty where it has none."""
+    """Return the store's code (``NoSuchKey``) or the HTTP status in an error; empty if it has none."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict) and response.get("Error"):
@@ -173,17 +195,10 @@ def error_code(error: BaseException) -> str:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed in a moment."""
+    """Return whether the same request may succeed a moment later."""
     if code := error_code(error):
         return code in _BUSY
-    names = {base.__name__ for cause in _causes(error) for base in type(cause).__mro__}
-    return bool(
-        names
-        & {
-            *("ConnectionError", "TimeoutError", "gaierror", "HTTPClientError", "IncompleteReadError"),
-            *("ResponseStreamingError", "ClientConnectionError", "ClientPayloadError", "FSTimeoutError"),
-        }
-    )
+    return any(base.__name__ in _CONNECTION_ERRORS for cause in _causes(error) for base in type(cause).__mro__)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -195,8 +210,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def _first(names: tuple[str, ...]) -> tuple[str, str]:
-    """The first variable that is set, and its value."""
+def _first_set(names: tuple[str, ...]) -> tuple[str, str]:
+    """Return the first of the environment variables that is set, and its value."""
     return next(((name, os.environ[name]) for name in names if os.environ.get(name)), ("", ""))
 
 
@@ -208,13 +223,12 @@ def _s3_options(url: str) -> dict[str, Any]:
             "max_pool_connections": CONNECTIONS,
             "retries": {"total_max_attempts": 2, "mode": "standard"},
         },
-        "use_listings_cache": False,
     }
     if not os.environ.get("AWS_PROFILE"):
         options |= _s3_keys(url)
-    if endpoint := _first(_ENDPOINTS)[1]:
-        options["endpoint_url"] = endpoint
-    if region := _first(_REGIONS)[1]:
+    if endpoint_url := _first_set(_ENDPOINTS)[1]:
+        options["endpoint_url"] = endpoint_url
+    if region := _first_set(_REGIONS)[1]:
         options["client_kwargs"] = {"region_name": region}
     return options
 
@@ -226,7 +240,7 @@ def _s3_keys(url: str) -> dict[str, str]:
             token = os.environ.get("AWS_SESSION_TOKEN") if names == _CREDENTIALS[0] else None
             return {"key": found[0], "secret": found[1], **({"token": token} if token else {})}
         if any(found):
-            present, absent = (names[0], names[1]) if found[0] else (names[1], names[0])
+            present, absent = names if found[0] else names[::-1]
             raise DataError(f"{redact(url)}: {present} is set, but {absent} is not.", f"Set {absent} as well.")
     return {}
 
@@ -237,7 +251,7 @@ def _http_options() -> dict[str, Any]:
     return {
         "timeout": aiohttp.ClientTimeout(total=None, sock_connect=8, sock_read=20),
         "headers": {"Accept-Encoding": "identity"},
-        "auto_decompress": False,  # a file is what lies there, byte by byte
+        "auto_decompress": False,  # a compressed file stays as it is
         "trust_env": True,
     }
 
@@ -245,19 +259,18 @@ def _http_options() -> dict[str, Any]:
 def _credentials(url: str) -> str:
     if scheme_of(url) == "gs":
         return "GOOGLE_APPLICATION_CREDENTIALS"
-    if scheme_of(url) != "s3":
+    if is_web(url):
         return "the user, password or signature in the URL"
     if profile := os.environ.get("AWS_PROFILE"):
         return f"AWS_PROFILE ({profile})"
-    names = next((names for names in _CREDENTIALS if all(map(os.environ.get, names))), _CREDENTIALS[0])
-    return " and ".join(names)
+    return " and ".join(next((names for names in _CREDENTIALS if all(map(os.environ.get, names))), _CREDENTIALS[0]))
 
 
 def endpoint(url: str) -> str:
-    """What says where a URL's server is, for messages."""
+    """Return what determines where the server of a URL is, for messages."""
     if scheme_of(url) == "gs":
         return "the bucket's project"
-    if scheme_of(url) != "s3":
+    if is_web(url):
         return "the host's name"
-    name, value = _first(_ENDPOINTS)
+    name, value = _first_set(_ENDPOINTS)
     return f"{name} ({redact(value)})" if name else "AWS_ENDPOINT_URL, which is unset: the store is Amazon's"

@@ -1,4 +1,4 @@
-"""What lies at a URL (a file, or a folder of files, each with its version), and its bytes from one place to another."""
+"""Files at a URL, each with its version, and requests for parts of them."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from fsspec.asyn import AsyncFileSystem
-
 from openmae.errors import DataError
-from openmae.storage.filesystem import CONNECTIONS, ask, endpoint, error_code, explain, open_filesystem
-from openmae.storage.urls import checked, join, name_of, redact, scheme_of
+from openmae.storage.checksums import has_plain_etag
+from openmae.storage.filesystem import CONNECTIONS, ask, endpoint, is_missing, missing, open_filesystem
+from openmae.storage.urls import append_suffix, checked, is_web, join, name_of, redact, scheme_of
+
+if TYPE_CHECKING:
+    from fsspec.asyn import AsyncFileSystem
 
 log = logging.getLogger("openmae")
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
-_LISTING_LIMIT = 120.0  # seconds: a million objects are a thousand answers
+_LISTING_LIMIT = 120.0  # seconds: a million objects take a thousand requests
+_BLOCK = 4 << 20  # bytes per request where a file cannot be streamed
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a store, in one version.
+    """One version of a file in a store.
 
     Attributes:
-        name: relative to the folder that was asked for; a single file's own name.
-        path: what the file system calls it.
-        size: in bytes; None where the server does not say.
-        version: ETag, or what else changes with the content.
-        md5: of the content, in hexadecimal; empty where the store does not give it.
-        ranges: whether a part of it can be asked for.
+        name: relative to the folder that was asked for; for a single file its own name.
+        path: its path for the file system.
+        size: bytes; None if the server does not say.
+        version: ETag, or the time of the last change.
+        md5: MD5 of the content, in hexadecimal; empty if the store does not give it.
+        ranges: the server supports requests for a part of the file.
     """
 
     name: str
@@ -49,12 +52,12 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies at a URL.
+    """The file or folder at a URL.
 
     Attributes:
         url: as given.
-        files: all of a folder, or the one file and then those beside it that were asked for.
-        folder: whether the URL is a folder's.
+        files: the files of a folder, or one file followed by the requested companions that exist.
+        folder: the URL is that of a folder.
     """
 
     url: str
@@ -63,258 +66,247 @@ class Found:
 
     @property
     def size(self) -> int:
-        """In bytes, of all that say so."""
+        """Total size in bytes of the files whose size is known."""
         return sum(file.size or 0 for file in self.files)
 
     @property
     def key(self) -> str:
-        """Names this content: the same URL with the same versions."""
+        """Identifier of this content: the same URL with the same versions."""
         digest = hashlib.sha256(redact(self.url).rstrip("/").encode())
         for file in self.files:
             digest.update(f"\0{file.name}\0{file.version}\0{file.size}".encode())
         return digest.hexdigest()[:20]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Answer:
-    """Bytes on their way.
+    """A response that is being read.
 
     Attributes:
-        read: up to so many next ones, none at the end.
-        version: of the file that they are of.
-        partial: they begin where it was asked, not at the start of the file.
-        md5: of the whole file, where the answer says so.
-        size: of the whole file, where the answer says so.
+        read: returns up to so many bytes more; none at the end.
+        file: the file as the response describes it.
+        partial: the content begins at the requested position, not at the start of the file.
     """
 
     read: Callable[[int], Awaitable[bytes]]
-    version: str
+    file: RemoteFile
     partial: bool
-    md5: str = ""
-    size: int | None = None
 
 
 def look(url: str, suffixes: Sequence[str] = ()) -> Found:
-    """Find out what lies at a URL.
+    """Return what is at a URL.
 
     Args:
-        url: of a file, or of a folder (a prefix; on a web server, a page of links that ends with a slash).
-        suffixes: files named after the one, such as ``.json`` for ``<file>.json``, that are wanted where they exist.
+        url: URL of a file or a folder (a prefix; on a web server, a page of links whose URL ends with a slash).
+        suffixes: also look for files named ``<file><suffix>``.
 
     Raises:
-        DataError: nothing is there, or the store does not let us; within 30 seconds.
+        DataError: nothing is there, or access is denied; raised within 30 seconds.
     """
     url = checked(url)
     filesystem = open_filesystem(url)
-    if not url.endswith("/"):
-        file = _file_at(filesystem, url)
-        if file is not None:
-            if unsafe_name(file.name):
-                raise DataError(f"{redact(url)}: {file.name!r} is no safe name of a file.", "Rename it.")
-            if not file.version:
-                log.warning(
-                    "%s has neither an ETag nor a date: a copy is taken for the same as long as its size is. "
-                    "`mae cache clear` forgets it.",
-                    redact(url),
-                )
-            beside = [_file_at(filesystem, _beside(url, suffix)) for suffix in suffixes]
-            return Found(url, (file, *(other for other in beside if other is not None)), folder=False)
-    files = () if scheme_of(url).startswith("http") and not url.endswith("/") else list_files(url)
+    file = None if url.endswith("/") else _file_at(filesystem, url)
+    if file is not None:
+        if unsafe_name(file.name):
+            raise DataError(f"{redact(url)}: {file.name!r} is not a safe file name.", "Rename it.")
+        if not file.version:
+            log.warning(
+                "%s has neither an ETag nor a date, so a copy is considered current while its size is the same. "
+                "`mae cache clear` deletes it.",
+                redact(url),
+            )
+        beside = [_file_at(filesystem, append_suffix(url, suffix)) for suffix in suffixes]
+        return Found(url, (file, *(other for other in beside if other is not None)), folder=False)
+    files = () if is_web(url) and not url.endswith("/") else list_files(url)
     if not files:
-        raise explain(FileNotFoundError(), url)
+        raise missing(url)
     return Found(url, files, folder=True)
 
 
 def exists(url: str) -> bool:
-    """Whether a file is there."""
+    """Return whether there is a file at a URL."""
     url = checked(url)
     return _file_at(open_filesystem(url), url) is not None
 
 
 def require(url: str) -> None:
-    """Refuse a URL at which there is neither a file nor a folder that holds one, without listing all of it.
+    """Raise unless there is a file or a folder with files at a URL; a folder is not listed completely.
 
     Raises:
-        DataError: nothing is there, or the store does not let us; within 30 seconds.
+        DataError: nothing is there, or access is denied; raised within 30 seconds.
     """
     url = checked(url)
     filesystem = open_filesystem(url)
-    if not url.partition("?")[0].endswith("/"):
-        if _file_at(filesystem, url) is not None:
-            return
-        if scheme_of(url).startswith("http"):
-            raise explain(FileNotFoundError(), url)
-    if not ask(url, _holds_any(filesystem, url)):
-        raise explain(FileNotFoundError(), url)
+    may_be_folder = url.partition("?")[0].endswith("/")
+    if not may_be_folder and _file_at(filesystem, url) is not None:
+        return
+    if (is_web(url) and not may_be_folder) or not ask(url, _holds_any(filesystem, url)):
+        raise missing(url)
 
 
 def list_files(url: str) -> tuple[RemoteFile, ...]:
-    """The files below a folder, by name; none where there is no such folder.
+    """Return the files below a folder, sorted by name; none if there is no such folder.
 
     Raises:
-        DataError: the store does not let us, a name would lead out of the folder, or two names exclude each other.
+        DataError: access is denied, a name would lead out of the folder, or a name is both a file and a folder.
     """
     url = checked(url)
-    folder = url if url.endswith("/") else join(url, "") + "/"
-    folder = folder.rstrip("/") + "/"
+    folder = join(url, "").rstrip("/") + "/"
     filesystem = open_filesystem(url)
-    if not ask(url, _holds_any(filesystem, folder)):  # a store that is silent is known long before the limit of a list
+    if not ask(url, _holds_any(filesystem, folder)):  # reports an unresponsive store long before the limit of a listing
         return ()
-    if scheme_of(url).startswith("http"):
-        files = ask(url, _list_web_folder(filesystem, folder), limit=_LISTING_LIMIT)
-    else:
-        files = ask(url, _list_prefix(filesystem, folder), limit=_LISTING_LIMIT)
-    files = sorted(files, key=lambda file: file.name)
+    listing = _list_web_folder if is_web(url) else _list_prefix
+    files = sorted(ask(url, listing(filesystem, folder), limit=_LISTING_LIMIT), key=lambda file: file.name)
     names = {file.name for file in files}
     for name in names:
         if unsafe_name(name):
-            raise DataError(f"{redact(url)} holds {name!r}, which is no safe name of a file.", "Rename it.")
+            raise DataError(f"{redact(url)} holds {name!r}, which is not a safe file name.", "Rename it.")
         if clash := next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in names), ""):
             raise DataError(f"{redact(url)}: {clash!r} is both a file and a folder.", "Rename one of them.")
     return tuple(files)
 
 
 def unsafe_name(name: str) -> bool:
-    """Whether a relative name would lead out of a folder, or break the lines of a list."""
-    parts = name.split("/")
-    return (
-        bool({"", ".", ".."} & set(parts)) or any(ord(sign) < 32 or ord(sign) == 127 for sign in name) or "\\" in name
-    )
+    """Return whether a relative name leads out of its folder or would break the lines of a list."""
+    unprintable = any(ord(sign) < 32 or ord(sign) == 127 for sign in name)
+    return bool({"", ".", ".."} & set(name.split("/"))) or unprintable or "\\" in name
 
 
 @asynccontextmanager
 async def reading(filesystem: AsyncFileSystem, file: RemoteFile, start: int, stop: int | None) -> AsyncIterator[Answer]:
-    """Open bytes ``start`` to ``stop`` of a file; None: to the end.
+    """Request bytes ``start`` to ``stop`` of a file, or to its end if ``stop`` is None.
 
-    Without ranges the answer begins at byte 0.
+    Servers without support for ranges send the file from its beginning.
     """
     whole = start == 0 and stop in (None, file.size)
     span = {} if whole or not file.ranges else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
-    if filesystem.protocol and "s3" in filesystem.protocol:
+    if "s3" in filesystem.protocol:
         bucket, key, _ = filesystem.split_path(file.path)
         reply = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **span)
         try:
-            facts = _s3_facts(reply, file.path)
-            partial = _begins(reply.get("ContentRange", ""), start)
-            yield Answer(reply["Body"].read, _version(facts), partial, _s3_md5(reply), facts["size"])
+            yield Answer(reply["Body"].read, _s3_file(file.path, reply), _begins_at(start, reply.get("ContentRange")))
         finally:
             reply["Body"].close()
-    elif hasattr(filesystem, "set_session") and "http" in filesystem.protocol:
+    elif "http" in filesystem.protocol:
         session = await filesystem.set_session()
         async with session.get(filesystem.encode_url(file.path), headers=span) as response:
             response.raise_for_status()
-            facts = _web_facts(response.headers)
-            partial = response.status == 206 and _begins(response.headers.get("Content-Range", ""), start)
-            yield Answer(response.content.read, _version(facts), partial, facts["md5"], facts["size"])
+            partial = response.status == 206 and _begins_at(start, response.headers.get("Content-Range"))
+            yield Answer(response.content.read, _web_file(file.path, response), partial)
     else:
-        yield await _piecewise(filesystem, file, start, stop)
+        place, end = start, (file.size if stop is None else stop) or 0
+
+        async def read(count: int) -> bytes:
+            nonlocal place
+            if place >= end:
+                return b""
+            content: bytes = await filesystem._cat_file(file.path, start=place, end=min(place + _BLOCK, end))
+            place += len(content)
+            return content
+
+        yield Answer(read, file, partial=True)
 
 
-async def _piecewise(filesystem: AsyncFileSystem, file: RemoteFile, start: int, stop: int | None) -> Answer:
-    """For a file system of which no more is known than that it gives parts of a file."""
-    place, end = start, file.size if stop is None else stop
-
-    async def read(count: int) -> bytes:
-        nonlocal place
-        upto = min(place + max(count, 4 << 20), end or 0)
-        if upto <= place:
-            return b""
-        content: bytes = await filesystem._cat_file(file.path, start=place, end=upto)
-        place += len(content)
-        return content
-
-    return Answer(read, file.version, partial=True)
+def _begins_at(start: int, content_range: str | None) -> bool:
+    """Return whether ``bytes 10-19/100`` begins at ``start``: a server may send another part than requested."""
+    return str(content_range or "").startswith(f"bytes {start}-")
 
 
 def _file_at(filesystem: AsyncFileSystem, url: str) -> RemoteFile | None:
-    """The file at a URL; None where there is none."""
-    path = url if scheme_of(url).startswith("http") else filesystem._strip_protocol(url)
-    name = unquote(name_of(url)) if path == url else name_of(url)
-    if path != url and "/" not in path.strip("/"):
+    path = url if is_web(url) else filesystem._strip_protocol(url)
+    if not is_web(url) and "/" not in path.strip("/"):
         return None  # a bucket
-    if scheme_of(url) == "s3":
-        question = _s3_file(filesystem, path)
-    elif path == url:
-        question = _web_file(filesystem, path)
-    else:
-        question = _other_file(filesystem, path)
+    question = {"s3": _ask_s3, "http": _ask_web, "https": _ask_web}.get(scheme_of(url), _ask_other)
     try:
-        return replace(ask(url, question), name=name)
+        return ask(url, question(filesystem, path))
     except DataError as error:
-        missing = isinstance(error.__cause__, FileNotFoundError) or error_code(error) in ("NoSuchKey", "404")
-        if missing and error_code(error) != "NoSuchBucket":
+        if is_missing(error):
             return None
         raise
 
 
-async def _s3_file(filesystem: Any, path: str) -> RemoteFile:
-    # HEAD has no body and so no reason for a refusal: ask for the file, and do not read it.
+async def _ask_s3(filesystem: Any, path: str) -> RemoteFile:
+    # GET, of which the body is not read: an answer to HEAD has no body to explain a refusal
     bucket, key, _ = filesystem.split_path(path)
     reply = await filesystem._call_s3("get_object", Bucket=bucket, Key=key)
     reply["Body"].close()
-    facts = _s3_facts(reply, path)
-    return RemoteFile("", path, facts["size"], _version(facts), _s3_md5(reply))
+    return _s3_file(path, reply)
 
 
-async def _web_file(filesystem: Any, url: str) -> RemoteFile:
-    # a signed address is often good for GET alone; the first byte tells whether parts can be had
+async def _ask_web(filesystem: Any, url: str) -> RemoteFile:
+    # GET, since many signed URLs do not allow HEAD; the first byte shows whether ranges are supported
     session = await filesystem.set_session()
     async with session.get(filesystem.encode_url(url), headers={"Range": "bytes=0-0"}) as response:
-        empty = response.status == 416
-        if not empty:
-            response.raise_for_status()
-        facts = _web_facts(response.headers)
-    ranges = response.status == 206 and facts["size"] is not None
-    return RemoteFile("", url, 0 if empty else facts["size"], _version(facts), facts["md5"], ranges)
+        if response.status == 416:
+            return replace(_web_file(url, response), size=0)
+        response.raise_for_status()
+        return _web_file(url, response)
 
 
-async def _other_file(filesystem: Any, path: str) -> RemoteFile:
+async def _ask_other(filesystem: Any, path: str) -> RemoteFile:
     info = await filesystem._info(path)
     if info.get("type") == "directory":
         raise FileNotFoundError(path)
-    return _from_info("", info)
+    return _listed_file(name_of(path), info)
+
+
+def _s3_file(path: str, reply: Mapping[str, Any]) -> RemoteFile:
+    total = str(reply.get("ContentRange", "")).rpartition("/")[2]
+    size = int(total) if total.isdecimal() else reply["ContentLength"]
+    etag = str(reply.get("ETag") or "").strip('"')
+    if not etag:
+        url, kind = f"s3://{path}", str(reply.get("ContentType") or "no content type").partition(";")[0]
+        raise DataError(
+            f"{redact(url)}: the answer does not come from an object store: {size:,} bytes of {kind}, without an ETag.",
+            f"Check {endpoint(url)}, and whether a proxy or a login page answers in its place.",
+        )
+    return RemoteFile(
+        path.rpartition("/")[2], path, size, etag, etag if _is_md5(etag) and has_plain_etag(reply) else ""
+    )
+
+
+def _web_file(url: str, response: Any) -> RemoteFile:
+    headers = response.headers
+    total = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
+    size = int(total) if total.isdecimal() else None
+    version = headers.get("ETag", "").strip('"') or headers.get("Last-Modified", "")
+    try:
+        md5 = base64.b64decode(headers.get("Content-MD5", ""), validate=True).hex()
+    except ValueError:
+        md5 = ""
+    md5 = md5 if _is_md5(md5) and "Content-Range" not in headers else ""
+    return RemoteFile(unquote(name_of(url)), url, size, version, md5, response.status == 206 and size is not None)
+
+
+def _listed_file(name: str, info: Mapping[str, Any]) -> RemoteFile:
+    etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
+    modified = str(info.get("LastModified") or info.get("mtime") or info.get("updated") or "")
+    md5 = base64.b64decode(info["md5Hash"]).hex() if info.get("md5Hash") else ""
+    return RemoteFile(name, info["name"], info.get("size"), etag or modified, md5)
+
+
+def _is_md5(text: str) -> bool:
+    return _MD5.fullmatch(text) is not None
 
 
 async def _list_prefix(filesystem: Any, folder: str) -> list[RemoteFile]:
     root = filesystem._strip_protocol(folder).rstrip("/") + "/"
     found: Mapping[str, Any] = await filesystem._find(root, detail=True)
     return [
-        _from_info(path.removeprefix(root), info)
+        _listed_file(path.removeprefix(root), info)
         for path, info in found.items()
         if path.startswith(root) and path != root and not path.endswith("/") and info.get("type") != "directory"
     ]
 
 
-async def _holds_any(filesystem: Any, url: str) -> bool:
-    if scheme_of(url).startswith("http"):
-        return bool(await filesystem._ls(url, detail=False))
-    folder = filesystem._strip_protocol(url).rstrip("/")
-    if scheme_of(url) != "s3":
-        return bool(await filesystem._exists(folder))
-    bucket, _, prefix = folder.partition("/")
-    below = f"{prefix}/" if prefix else ""
-    reply = await filesystem._call_s3("list_objects_v2", Bucket=bucket, Prefix=below, MaxKeys=1)
-    return bool(reply.get("Contents"))
-
-
-def _from_info(name: str, info: Mapping[str, Any]) -> RemoteFile:
-    facts: dict[str, Any] = {
-        "etag": info.get("ETag") or info.get("etag") or "",
-        "size": info.get("size"),
-        "modified": info.get("LastModified") or info.get("mtime") or info.get("updated") or "",
-    }
-    md5 = base64.b64decode(info["md5Hash"]).hex() if info.get("md5Hash") else ""
-    return RemoteFile(name, info["name"], facts["size"], _version(facts), md5)
-
-
 async def _list_web_folder(filesystem: Any, folder: str) -> list[RemoteFile]:
-    """The files that the pages of links below ``folder`` lead to."""
+    """Return the files that the pages of links below ``folder`` lead to."""
     base, _, query = folder.partition("?")
     gate = asyncio.Semaphore(CONNECTIONS)
 
-    async def facts(url: str) -> RemoteFile:
+    async def ask_for(url: str) -> RemoteFile:
         async with gate:
-            return replace(await _web_file(filesystem, url), name=unquote(url.removeprefix(base)))
+            return replace(await _ask_web(filesystem, url), name=unquote(url.removeprefix(base)))
 
     pages, seen = [base], {base}
     urls: set[str] = set()
@@ -325,54 +317,16 @@ async def _list_web_folder(filesystem: Any, folder: str) -> list[RemoteFile]:
                 continue
             seen.add(link)
             (pages.append if link.endswith("/") else urls.add)(link)
-    return list(await asyncio.gather(*map(facts, sorted(urls))))
+    return list(await asyncio.gather(*map(ask_for, sorted(urls))))
 
 
-def _s3_facts(reply: Mapping[str, Any], path: str) -> dict[str, Any]:
-    total = str(reply.get("ContentRange", "")).rpartition("/")[2]
-    size = int(total) if total.isdecimal() else reply["ContentLength"]
-    if not reply.get("ETag"):
-        url = f"s3://{path}"
-        kind = str(reply.get("ContentType") or "no content type").partition(";")[0]
-        raise DataError(
-            f"{redact(url)}: the answer does not come from an object store: {size:,} bytes of {kind}, without an ETag.",
-            f"Check {endpoint(url)}, and whether a proxy or a login page answers in its place.",
-        )
-    return {"etag": reply["ETag"], "size": size, "modified": reply.get("LastModified", "")}
-
-
-def _begins(content_range: str, start: int) -> bool:
-    """Whether ``bytes 10-19/100`` is of a part that begins at ``start``; a server may ignore what was asked for."""
-    return content_range.startswith(f"bytes {start}-")
-
-
-def _s3_md5(reply: Mapping[str, Any]) -> str:
-    """An ETag is the MD5 of what was written in one piece and not encrypted with a key of its own."""
-    etag = str(reply.get("ETag", "")).strip('"')
-    plain = reply.get("ServerSideEncryption") in (None, "AES256") and not reply.get("SSECustomerAlgorithm")
-    return etag if plain and _MD5.fullmatch(etag) else ""
-
-
-def _web_facts(headers: Mapping[str, str]) -> dict[str, Any]:
-    total = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
-    md5 = headers.get("Content-MD5", "") if "Content-Range" not in headers else ""
-    try:
-        md5 = base64.b64decode(md5, validate=True).hex()
-    except ValueError:
-        md5 = ""
-    return {
-        "etag": headers.get("ETag", ""),
-        "size": int(total) if total.isdecimal() else None,
-        "modified": headers.get("Last-Modified", ""),
-        "md5": md5 if _MD5.fullmatch(md5) else "",
-    }
-
-
-def _version(facts: Mapping[str, Any]) -> str:
-    """An ETag without its quotes, else the time of the last change."""
-    return str(facts["etag"]).strip('"') or str(facts["modified"])
-
-
-def _beside(url: str, suffix: str) -> str:
-    base, mark, query = (url, "", "") if not scheme_of(url).startswith("http") else url.partition("?")
-    return f"{base}{suffix}{mark}{query}"
+async def _holds_any(filesystem: Any, url: str) -> bool:
+    if is_web(url):
+        return bool(await filesystem._ls(url, detail=False))
+    folder = filesystem._strip_protocol(url).rstrip("/")
+    if scheme_of(url) != "s3":
+        return bool(await filesystem._exists(folder))
+    bucket, _, prefix = folder.partition("/")
+    below = f"{prefix}/" if prefix else ""
+    reply = await filesystem._call_s3("list_objects_v2", Bucket=bucket, Prefix=below, MaxKeys=1)
+    return bool(reply.get("Contents"))

@@ -1,11 +1,12 @@
-"""Temporary folders in memory whose content is gone when their process is, however it ends.
+"""Temporary folders in memory whose content is removed when their process ends, however it ends.
 
-Two things remove a folder that its process cannot: a shell that waits for the process to end, and, where the shell was
-killed as well, the next run. A process holds a lock on its folder, so that no other one takes it for abandoned.
+Two things remove a folder that its process cannot: a shell that waits for the process to end and, if the shell was
+killed too, the next run. A process holds a lock on its folder, so that no other one considers it abandoned.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -14,21 +15,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-MEMORY = Path("/dev/shm")  # a file system without a disk, on Linux
+MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 _PREFIX = "openmae-"
 _WAIT_AND_REMOVE = ["/bin/sh", "-c", 'read -r _; exec rm -rf -- "$1"', "openmae-cleanup"]
 
 
 @contextmanager
 def memory_folder() -> Iterator[Path]:
-    """Make a folder below ``MEMORY`` that only this user may read, and remove it at the end."""
+    """Create a folder below ``MEMORY`` that only this user may read, and remove it at the end."""
     folder, lock = _locked_folder()
     cleanup = subprocess.Popen(
         [*_WAIT_AND_REMOVE, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # what kills this process's group does not kill it
+        start_new_session=True,  # it survives a signal to this process's group
     )
     try:
         yield folder
@@ -39,7 +40,7 @@ def memory_folder() -> Iterator[Path]:
 
 
 def remove_abandoned() -> None:
-    """Remove the folders of processes that were killed together with what waited for them to end."""
+    """Remove the folders of processes that were killed together with the shell that waits for their end."""
     with suppress(OSError):
         for folder in MEMORY.glob(f"{_PREFIX}*"):
             if (lock := _lock(folder)) is not None:
@@ -51,25 +52,21 @@ def _locked_folder() -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=MEMORY))
         lock = _lock(folder)
-        if lock is not None and folder.is_dir():  # else another process took it for abandoned before it was locked
+        if lock is not None and folder.is_dir():  # else another process considered it abandoned before it was locked
             return folder, lock
         if lock is not None:
             os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder of this user, without waiting; None where another process holds it, or it is gone."""
-    import fcntl  # Linux has it, and MEMORY
-
+    """Lock a folder of this user without waiting; return None if another process holds it, or it is gone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
-    try:
+    with suppress(OSError):
         if os.fstat(descriptor).st_uid == os.getuid():
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return descriptor
-    except OSError:
-        pass
     os.close(descriptor)
     return None

@@ -1,8 +1,8 @@
-r"""File names in text: one printable form, from which the name can be read back.
+r"""File names in text: one printable form, from which the name can be recovered.
 
-A file name on Linux is any bytes. Lists, tables, reports and messages hold UTF-8 text, one name a line. So a byte that
-is not UTF-8, a control character and a line separator are written as ``\xhh``, one for each byte, and a backslash that
-would be mistaken for the start of such a code is written as ``\x5c``. Every other name stays as it is.
+A file name on Linux is any sequence of bytes. Lists, tables, reports and messages hold UTF-8 text, one name per line.
+So bytes that are not valid UTF-8, control characters and line separators are written as ``\xhh``, one for each byte,
+and a backslash that would be mistaken for the start of such a code as ``\x5c``. All other names stay as they are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def printable_name(name: str) -> str:
 
 
 def original_name(text: str) -> str:
-    r"""Return the file name or path that ``printable_name`` has written as ``text``.
+    r"""Return the file name or path of which ``text`` is the ``printable_name``.
 
     >>> original_name("caf\\xe9.jpg")
     'caf\udce9.jpg'
@@ -37,15 +37,15 @@ def original_name(text: str) -> str:
 
 
 def encodable(text: str) -> str:
-    r"""Return a text of any kind with what UTF-8 cannot hold written as ``\xhh``."""
+    r"""Return ``text`` with what UTF-8 cannot hold written as ``\xhh``."""
     return _SURROGATE.sub(_codes, text)
 
 
 def spreadsheet_cell(text: str) -> str:
-    """Return a cell of a CSV file that no spreadsheet takes for a formula: an apostrophe is put in front of one.
+    """Return a cell of a CSV file that no spreadsheet takes for a formula: formulas get a leading apostrophe.
 
-    A cell that already begins with an apostrophe gets one more, so that taking one away gives the text back. A plain
-    number such as -1 stays as it is. (OWASP, CSV Injection.)
+    A text that begins with an apostrophe gets one more, so that removing one gives the text. Plain numbers such as -1
+    stay as they are. See OWASP, CSV Injection.
 
     >>> spreadsheet_cell("=SUM(A1)")
     "'=SUM(A1)"
@@ -54,16 +54,16 @@ def spreadsheet_cell(text: str) -> str:
 
 
 def cell_text(cell: str) -> str:
-    """Return the text that ``spreadsheet_cell`` has written as ``cell``."""
+    """Return the text of which ``cell`` is the ``spreadsheet_cell``."""
     return cell.removeprefix("'")
 
 
 def same_name(name: str) -> str:
-    """Return a key that is the same for names that a person reads as the same: case and Unicode form do not count."""
+    """Return a key that is equal for names that differ only in case or Unicode form, which people read as the same."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _codes(match: re.Match[str]) -> str:
     sign = match[0]
-    escaped = "\udc80" <= sign <= "\udcff"  # what Python makes of a byte that is not UTF-8
+    escaped = "\udc80" <= sign <= "\udcff"  # how Python decodes a byte that is not valid UTF-8
     return "".join(f"\\x{byte:02x}" for byte in sign.encode("utf-8", "surrogateescape" if escaped else "surrogatepass"))

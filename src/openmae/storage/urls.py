@@ -1,4 +1,4 @@
-"""URLs of object stores and web servers: told from paths, joined, and shown without their secrets."""
+"""URLs of object stores and web servers: recognised, joined, and shown without their secrets."""
 
 from __future__ import annotations
 
@@ -9,35 +9,46 @@ WRITABLE = ("s3", "gs")
 
 
 def is_remote(text: str) -> bool:
-    """Whether ``text`` is an s3://, gs://, http:// or https:// URL."""
+    """Return whether ``text`` is an s3://, gs://, http:// or https:// URL."""
     return scheme_of(text) in SCHEMES
 
 
+def is_web(url: str) -> bool:
+    """Return whether ``url`` is an http:// or https:// URL."""
+    return scheme_of(url) in ("http", "https")
+
+
 def scheme_of(text: str) -> str:
-    """In lower case; empty for a path."""
+    """Return the scheme in lower case; empty for a path."""
     scheme, found, _ = text.strip().partition("://")
     return scheme.lower() if found else ""
 
 
 def join(url: str, *parts: str) -> str:
-    """``url`` with names below it; a query stays at the end."""
-    base, mark, query = _split_query(url)
-    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) + mark + query
+    """Return the URL of a name below ``url``; a query stays at the end."""
+    base, query = _split_query(url)
+    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) + query
+
+
+def append_suffix(url: str, suffix: str) -> str:
+    """Return the URL of the file with ``suffix`` appended to its name."""
+    base, query = _split_query(url)
+    return base + suffix + query
 
 
 def name_of(url: str) -> str:
-    """The last name of the URL's path; the host's or bucket's where it has no path."""
+    """Return the last name in a URL's path, or the host or bucket if there is no path."""
     path = _split_query(url)[0].partition("://")[2].rstrip("/")
     return path.rpartition("/")[2].rpartition("@")[2]
 
 
 def parent_of(url: str) -> str:
-    """The URL of the folder that holds it."""
+    """Return the URL of the folder that holds ``url``."""
     return _split_query(url)[0].rstrip("/").rpartition("/")[0]
 
 
 def redact(url: str) -> str:
-    """``url`` as it may be shown: no user or password, and ``?...`` for a query, which may be a signature."""
+    """Return ``url`` without user and password, and with ``?...`` for a query, which may hold a signature."""
     base, mark, _ = url.strip().partition("?")
     scheme, found, rest = base.partition("://")
     host, slash, path = rest.partition("/")
@@ -46,25 +57,27 @@ def redact(url: str) -> str:
 
 
 def checked(url: str) -> str:
-    """``url`` without surrounding blanks, its scheme in lower case.
+    """Return ``url`` without surrounding spaces and with its scheme in lower case.
 
     Raises:
-        DataError: the scheme is none that is read, or there is no bucket or host.
+        DataError: the scheme is not supported, there is no bucket or host, or a store's URL holds credentials.
     """
     url = url.strip()
     scheme = scheme_of(url)
     if scheme not in SCHEMES:
         raise DataError(
-            f"{redact(url)}: there is no way to read {scheme}://.", "Use s3://, gs://, http:// or https://, or a path."
+            f"{redact(url)}: {scheme}:// is not supported.", "Use s3://, gs://, http://, https:// or a path."
         )
     rest = url.partition("://")[2]
     host = rest.partition("/")[0].partition("?")[0]
     if "@" in host and scheme in WRITABLE:
+        variables = {
+            "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+        }[scheme]
         raise DataError(
             f"{redact(url)}: credentials do not belong in a {scheme}:// URL.",
-            "Remove them from it, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-            if scheme == "s3"
-            else "Remove them from it, and set GOOGLE_APPLICATION_CREDENTIALS.",
+            f"Remove them from it, and set {variables}.",
         )
     if not host.rpartition("@")[2]:
         what = "bucket" if scheme in WRITABLE else "host"
@@ -72,6 +85,7 @@ def checked(url: str) -> str:
     return f"{scheme}://{rest}"
 
 
-def _split_query(url: str) -> tuple[str, str, str]:
-    """A store's key may hold a question mark; a web address ends there."""
-    return (url, "", "") if scheme_of(url) in WRITABLE else url.partition("?")
+def _split_query(url: str) -> tuple[str, str]:
+    """Return a web address and its query with the question mark; a store's key may hold a question mark itself."""
+    base, mark, query = (url, "", "") if scheme_of(url) in WRITABLE else url.partition("?")
+    return base, mark + query

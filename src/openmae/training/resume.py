@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from openmae.checkpoints.folder import BEST, DIVERGED, UNREADABLE, check_not_sharded, list_checkpoints, set_aside
+from openmae.checkpoints.folder import check_not_sharded, list_checkpoints, set_aside
 from openmae.checkpoints.format import read_training_state
 from openmae.errors import CheckpointError
+from openmae.storage import layout
 from openmae.storage.encryption import Key, is_encrypted
 
 log = logging.getLogger("openmae")
@@ -52,11 +53,11 @@ def newest_readable(folder: Path, key: Key | None = None) -> Resumable | None:
         raise unreadable[0]
     for path, error in refused.items():
         _set_aside(path, error, f"{found.path.name} is used" if found else "training starts from the beginning")
-    if len(unreadable) < len(refused) and found and found.path.name != BEST and (folder / BEST).is_file():
+    if len(unreadable) < len(refused) and found and found.path.name != layout.BEST and (folder / layout.BEST).is_file():
         try:
-            read_finite(folder / BEST, key)
+            read_finite(folder / layout.BEST, key)
         except CheckpointError as error:
-            _set_aside(folder / BEST, error, "the next epoch replaces it")
+            _set_aside(folder / layout.BEST, error, "the next epoch replaces it")
     return found
 
 
@@ -98,19 +99,19 @@ def read_finite(path: Path, key: Key | None) -> dict[str, Any]:
 
 def best_was_set_aside(folder: Path) -> bool:
     """Return whether ``model_best.pth`` was set aside, so that the next epoch is the best so far."""
-    return not (folder / BEST).exists() and any(folder.glob(f"{BEST}.*"))
+    return not (folder / layout.BEST).exists() and any(folder.glob(f"{layout.BEST}.*"))
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
     yield from reversed(list_checkpoints(folder))
     # if there is no numbered checkpoint, not even one set aside, model_best.pth is not a leftover of a run
-    if any(folder.glob("model_epoch_*")) and (folder / BEST).is_file():
-        yield folder / BEST
+    if any(layout.is_numbered(path.name) for path in folder.glob("*")) and (folder / layout.BEST).is_file():
+        yield folder / layout.BEST
 
 
 def _set_aside(path: Path, error: CheckpointError, instead: str) -> None:
     diverged = isinstance(error, NotFiniteError)
-    aside = set_aside(path, DIVERGED if diverged else UNREADABLE)
+    aside = set_aside(path, layout.DIVERGED if diverged else layout.UNREADABLE)
     fault = "holds weights that are not finite" if diverged else "cannot be read"
     log.warning("%s %s: it is now %s, and %s.", path, fault, aside.name, instead)
 

@@ -51,10 +51,10 @@ def test_current_needs_a_gpu(no_gpu, capabilities):
     text = refusal("auto", capabilities, 0)
     assert "current, or unset, means the GPU that is present, and no GPU was found" in text
     assert "gen_trt_engine.compute_capability=[sm_89]" in text
-    assert "knows sm_75, sm_80, sm_86, sm_89, sm_120, sm_121" in text
+    assert "supports sm_75, sm_80, sm_86, sm_89, sm_120, sm_121" in text
 
 
-def test_current_is_the_gpu_that_is_here(gpu):
+def test_current_is_the_gpu_of_this_machine(gpu):
     gpu(8, 6)
     backend = choose_backend("tensorrt_rtx", [], 0)
     assert (backend.targets, backend.gpu) == (("SM86",), 0)
@@ -62,13 +62,13 @@ def test_current_is_the_gpu_that_is_here(gpu):
     assert (backend.targets, backend.gpu) == (("SM86", "SM89"), None)
 
 
-def test_a_capability_that_the_builder_does_not_know(gpu):
+def test_an_unsupported_capability(gpu):
     text = refusal("tensorrt_rtx", ["sm_99"], 0)
     assert "cannot build for sm_99" in text
-    assert "It knows sm_75, sm_80, sm_86, sm_89, sm_120, sm_121." in text
+    assert "It supports sm_75, sm_80, sm_86, sm_89, sm_120, sm_121." in text
     gpu(9, 0)
     assert "build on it with gen_trt_engine.backend=tensorrt" in refusal("auto", [], 0)
-    assert "'ada' is no compute capability" in refusal("auto", ["ada"], 0)
+    assert "'ada' is not a compute capability" in refusal("auto", ["ada"], 0)
 
 
 def test_a_builder_that_is_not_installed(gpu, monkeypatch):
@@ -77,10 +77,10 @@ def test_a_builder_that_is_not_installed(gpu, monkeypatch):
     assert "tensorrt is not installed." in refusal("tensorrt", [], 0)
     assert choose_backend("auto", [], 0).name == "tensorrt_rtx"
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    assert "tensorrt_rtx is not installed.\n  Fix: Run pip install openmae[tensorrt-rtx]." in refusal("auto", [], 0)
+    assert "tensorrt_rtx is not installed.\n  Fix: Run pip install 'openmae[tensorrt-rtx]'." in refusal("auto", [], 0)
 
 
-def test_a_gpu_that_is_not_there(gpu):
+def test_a_gpu_number_out_of_range(gpu):
     gpu(8, 9)
     assert "gen_trt_engine.gpu_id: this machine has 1 GPU(s), counted from 0, got 1." in refusal("auto", [], 1)
 
@@ -153,7 +153,7 @@ class _Nothing:
     def __exit__(self, *error: object) -> None: ...
 
 
-def test_auto_takes_classic_tensorrt_on_its_gpu_FAKE(classic):
+def test_auto_chooses_classic_tensorrt_on_its_gpu_FAKE(classic):
     assert choose_backend("auto", [], 0) == Backend("tensorrt", classic, ("SM90",), 0)
     assert choose_backend("auto", ["9.0"], 0).name == "tensorrt"
     assert choose_backend("auto", ["sm_89"], 0).name == "tensorrt_rtx"
@@ -168,12 +168,12 @@ def test_classic_tensorrt_without_a_gpu_FAKE(classic, no_gpu):
 
 def test_classic_tensorrt_that_is_too_old_FAKE(classic, monkeypatch, caplog):
     monkeypatch.setattr(FakeTensorRT, "__version__", "8.6.1")
-    assert "tensorrt 8.6.1 is too old: 10.0 or later is needed" in refusal("tensorrt", [], 0)
+    assert "tensorrt 8.6.1 is too old; 10.0 or later is required" in refusal("tensorrt", [], 0)
     with caplog.at_level(logging.INFO, "openmae"):
         assert choose_backend("auto", ["sm_89"], 0).name == "tensorrt_rtx"
 
 
-def test_what_classic_tensorrt_is_asked_for_FAKE(classic, tmp_path):
+def test_calls_of_classic_tensorrt_FAKE(classic, tmp_path):
     cache = tmp_path / "caches" / "t.cache"
     backend = choose_backend("tensorrt", [], 0)
     settings = BuildSettings(Profile(1, 2, 4), workspace_mib=512, timing_cache=cache)
@@ -192,7 +192,7 @@ def test_what_classic_tensorrt_is_asked_for_FAKE(classic, tmp_path):
     assert classic.steps == [True], "the build was cancelled although nobody asked"
 
 
-def test_a_timing_cache_is_taken_up_or_begun_anew_FAKE(classic, tmp_path, caplog):
+def test_a_timing_cache_is_used_or_replaced_FAKE(classic, tmp_path, caplog):
     cache, backend = tmp_path / "t.cache", choose_backend("tensorrt", [], 0)
     cache.write_bytes(b"older timings")
     settings = BuildSettings(Profile(1, 1, 1), timing_cache=cache)
@@ -202,7 +202,7 @@ def test_a_timing_cache_is_taken_up_or_begun_anew_FAKE(classic, tmp_path, caplog
     assert not any(call[0] == "workspace" for call in classic.calls), "0 sets no limit"
     classic.takes_cache = False
     build_engine(tmp_path / "a.onnx", backend, settings)
-    assert "t.cache is of another TensorRT or GPU, or damaged; it is begun anew" in caplog.text
+    assert "t.cache is damaged or of another TensorRT or GPU; it is replaced" in caplog.text
     assert classic.calls.count(("timing cache", b"", False)) == 1
 
 

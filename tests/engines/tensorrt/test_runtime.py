@@ -95,7 +95,7 @@ def fake(monkeypatch):
     module = FakeRuntime()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
     monkeypatch.setattr(runtime, "_open_device", lambda device, info, path: torch.device("cpu"))
-    monkeypatch.setattr(runtime, "_on", lambda device: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(runtime, "_execute", lambda context, device: context.execute())
     return module
 
@@ -126,7 +126,7 @@ def refusal(path: Path, device: str = "cuda", kind: type[Exception] = Checkpoint
     return str(caught.value)
 
 
-def test_the_sidecar_comes_back_as_it_was_written(tmp_path):
+def test_sidecar_round_trip(tmp_path):
     path = write_engine(tmp_path)
     card, info = read_sidecar(path)
     assert card == CARD
@@ -137,7 +137,7 @@ def test_the_sidecar_comes_back_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "batches"), [(1, [2]), (3, [3]), (9, [4, 4, 2])])
-def test_images_are_normalised_split_and_filled_FAKE_runtime(fake, tmp_path, count, batches):
+def test_images_are_normalised_split_and_padded_FAKE_runtime(fake, tmp_path, count, batches):
     predictor = TensorRTPredictor(write_engine(tmp_path))
     images = torch.randint(0, 256, (count, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     outputs = predictor(images)
@@ -167,7 +167,7 @@ def test_a_batch_that_fails_FAKE_runtime(fake, tmp_path):
 
 def test_the_time_of_a_batch_FAKE_runtime(fake, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(runtime, "_wait", waits.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     path = write_engine(tmp_path, profile=Profile(1, 3, 4))
     engine = runtime.LoadedEngine(path.read_bytes(), read_sidecar(path)[1], torch.device("cpu"), "it")
     assert 0 < engine.seconds_per_batch() < 1
@@ -175,7 +175,7 @@ def test_the_time_of_a_batch_FAKE_runtime(fake, tmp_path, monkeypatch):
     assert len(waits) == len(fake.context.batches), "a batch was timed before it had ended"
 
 
-def test_an_engine_that_the_runtime_refuses_FAKE_runtime(fake, tmp_path):
+def test_an_engine_that_the_runtime_rejects_FAKE_runtime(fake, tmp_path):
     text = refusal(write_engine(tmp_path, data=b"noise"))
     assert "tensorrt_rtx 1.7.1 cannot load" in text
     assert "The engine is corrupt\n  Fix: Build the engine again with mae gen_trt_engine." in text
@@ -183,20 +183,20 @@ def test_an_engine_that_the_runtime_refuses_FAKE_runtime(fake, tmp_path):
 
 def test_another_version_of_tensorrt_FAKE_runtime(fake, tmp_path):
     text = refusal(write_engine(tmp_path, builder_version="1.3.0"))
-    assert "was built with tensorrt_rtx 1.3.0, and an engine runs with no other; installed is 1.7.1." in text
+    assert "was built with tensorrt_rtx 1.3.0 and runs with that version only; 1.7.1 is installed." in text
     assert "or install tensorrt_rtx 1.3.0." in text
 
 
 def test_tensorrt_that_is_not_installed_FAKE_runtime(fake, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     text = refusal(write_engine(tmp_path), kind=SpecError)
-    assert "tensorrt_rtx is not installed.\n  Fix: Run pip install openmae[tensorrt-rtx]." in text
+    assert "tensorrt_rtx is not installed.\n  Fix: Run pip install 'openmae[tensorrt-rtx]'." in text
 
 
 def test_an_engine_without_its_sidecar(tmp_path):
     path = write_engine(tmp_path)
     sidecar_path(path).unlink()
-    assert "has no model.engine.json beside it" in refusal(path)
+    assert "has no model.engine.json next to it" in refusal(path)
     path.unlink()
     assert "No engine at" in refusal(path)
 
@@ -217,7 +217,7 @@ def test_the_sidecar_of_another_engine(tmp_path):
 
 
 def test_an_engine_of_a_foreign_onnx_file(tmp_path):
-    with pytest.raises(CheckpointError, match="its classes and preprocessing are not known"):
+    with pytest.raises(CheckpointError, match="its classes and preprocessing are unknown"):
         read_engine_card(write_engine(tmp_path, card=None))
 
 
@@ -230,7 +230,7 @@ def test_a_machine_without_a_gpu(tmp_path, monkeypatch):
     assert "Fix: Use the ONNX file or the checkpoint" in text
 
 
-def test_another_gpu_than_it_was_built_for(tmp_path, monkeypatch):
+def test_another_gpu_than_the_engine_was_built_for(tmp_path, monkeypatch):
     for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", "NVIDIA T4")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))

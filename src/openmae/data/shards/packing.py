@@ -26,7 +26,8 @@ from openmae.data.index import ImageIndex
 from openmae.data.parallel import map_ordered
 from openmae.data.shards.tar_index import BLOCK, TarIndex, index_file
 from openmae.errors import DataError, RunError, UserError
-from openmae.storage.atomic import make_folder, write_atomically
+from openmae.storage import layout
+from openmae.storage.atomic import flush_to_disk, make_folder, write_atomically
 
 _LOCK = ".packing.lock"
 

@@ -1,1 +1,1 @@
-"""TensorRT engines: chosen, built from ONNX, and described beside the file. ``runtime`` runs them."""
+"""TensorRT engines: choice of the builder, building from ONNX, the sidecar file, and running them."""

@@ -1,4 +1,4 @@
-"""Which of NVIDIA's two builders makes an engine, and for which GPUs."""
+"""The choice between NVIDIA's two builders of engines, and of the GPUs to build for."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ BackendName = Literal["tensorrt", "tensorrt_rtx"]
 
 CURRENT = "CURRENT"
 _KEY = "gen_trt_engine.compute_capability"
-_OLDEST = 10  # major version of classic TensorRT: the first whose strongly typed networks do all that we need
+_OLDEST = 10  # major version of classic TensorRT: the first whose strongly typed networks are sufficient
 _INSTALL: dict[BackendName, str] = {
-    "tensorrt": "Install TensorRT as NVIDIA's installation guide says (docs.nvidia.com/deeplearning/tensorrt: "
-    "pip install tensorrt, which takes its libraries from NVIDIA's index)",
-    "tensorrt_rtx": "Run pip install openmae[tensorrt-rtx]",
+    "tensorrt": "Install TensorRT by NVIDIA's installation guide (docs.nvidia.com/deeplearning/tensorrt: "
+    "pip install tensorrt, which gets its libraries from NVIDIA's index)",
+    "tensorrt_rtx": "Run pip install 'openmae[tensorrt-rtx]'",
 }
 
 log = logging.getLogger("openmae")
@@ -31,13 +31,13 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class Backend:
-    """A builder that is here and can build what was asked for.
+    """An installed builder that can build the requested engine.
 
     Attributes:
-        name: of the Python module.
+        name: name of the Python module.
         module: the module.
         targets: GPUs that the engine is for, as compute capabilities: ``("SM86", "SM89")``.
-        gpu: number of the GPU to build on; None builds ahead of time, without one.
+        gpu: number of the GPU to build on; None builds ahead of time, without a GPU.
     """
 
     name: BackendName
@@ -47,29 +47,29 @@ class Backend:
 
     @property
     def version(self) -> str:
-        """Of the builder."""
+        """Version of the builder."""
         return str(self.module.__version__)
 
     def on_gpu(self) -> AbstractContextManager[object]:
-        """What CUDA does meanwhile happens on ``gpu``."""
+        """Return a context in which CUDA uses ``gpu``."""
         return nullcontext() if self.gpu is None else torch.cuda.device(self.gpu)
 
 
 def choose_backend(
     asked: Literal["auto", "tensorrt", "tensorrt_rtx"], capabilities: Sequence[str], gpu_id: int
 ) -> Backend:
-    """The builder for a request.
+    """Choose the builder.
 
-    ``auto`` takes tensorrt where it is installed and the engine is for the GPU that is present, else tensorrt_rtx.
+    ``auto`` chooses tensorrt if it is installed and the engine is for the GPU of this machine, else tensorrt_rtx.
 
     Args:
         asked: ``gen_trt_engine.backend``.
         capabilities: ``gen_trt_engine.compute_capability``: ``sm_89``, ``SM89``, ``8.9`` or ``current``; empty for
             current.
-        gpu_id: the GPU to build on, and what ``current`` means.
+        gpu_id: number of the GPU to build on, which is what ``current`` means.
 
     Raises:
-        SpecError: the builder is not installed, a GPU is missing, or the builder does not know a capability.
+        SpecError: the builder is not installed, a GPU is missing, or the builder does not support a capability.
     """
     names = tuple(dict.fromkeys(map(_name, capabilities))) or (CURRENT,)
     here = _present(gpu_id)
@@ -81,18 +81,18 @@ def choose_backend(
 
 
 def gpu_capability(gpu: int) -> str:
-    """Of a GPU that is present: ``SM89``."""
+    """Return the compute capability of a GPU of this machine, such as ``SM89``."""
     major, minor = torch.cuda.get_device_capability(gpu)
     return f"SM{major}{minor}"
 
 
 def pretty(capability: str) -> str:
-    """As it is written in a spec: ``sm_89``."""
+    """Return a capability as it is written in a spec, such as ``sm_89``."""
     return f"sm_{capability.removeprefix('SM')}"
 
 
 def load_module(name: BackendName) -> ModuleType:
-    """The builder's module.
+    """Import the module of a builder.
 
     Raises:
         SpecError: it is not installed, cannot be loaded, or is too old.
@@ -102,11 +102,11 @@ def load_module(name: BackendName) -> ModuleType:
     except (ImportError, OSError, RuntimeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             raise SpecError(f"{name} is not installed.", f"{_INSTALL[name]}.") from error
-        # a library of it, or the driver, is missing
+        # one of its libraries, or the driver, is missing
         raise SpecError(f"{name} is installed but cannot be loaded: {error}.", f"{_INSTALL[name]} again.") from error
     version = str(module.__version__)
     if name == "tensorrt" and int(version.split(".")[0]) < _OLDEST:
-        raise SpecError(f"tensorrt {version} is too old: {_OLDEST}.0 or later is needed.", f"{_INSTALL[name]}.")
+        raise SpecError(f"tensorrt {version} is too old; {_OLDEST}.0 or later is required.", f"{_INSTALL[name]}.")
     return module
 
 
@@ -120,7 +120,7 @@ def _classic_loads() -> bool:
 
 
 def _present(gpu_id: int) -> str | None:
-    """The capability of the GPU asked for; None where there is no GPU at all."""
+    """Return the capability of the requested GPU; None if there is no GPU at all."""
     if not torch.cuda.is_available():
         return None
     count = torch.cuda.device_count()
@@ -136,7 +136,7 @@ def _classic(module: ModuleType, wanted: tuple[str, ...], here: str | None, gpu_
     if here is None:
         raise SpecError(
             "gen_trt_engine.backend: tensorrt builds on the GPU that the engine is for, and no GPU was found.",
-            f"Set gen_trt_engine.backend=tensorrt_rtx and {_KEY}=[sm_89], or what your GPU has: that needs no GPU.",
+            f"Set gen_trt_engine.backend=tensorrt_rtx, which needs no GPU, and {_KEY}=[sm_89] or that of your GPU.",
         )
     if wanted != (here,):
         raise SpecError(
@@ -152,26 +152,26 @@ def _rtx(module: ModuleType, wanted: tuple[str, ...], here: str | None, gpu_id: 
     if CURRENT in wanted:
         raise SpecError(
             f"{_KEY}: current, or unset, means the GPU that is present, and no GPU was found.",
-            f"Name the GPUs that the engine is for, as in {_KEY}=[sm_89]. tensorrt_rtx {module.__version__} knows "
+            f"Name the GPUs that the engine is for, as in {_KEY}=[sm_89]. tensorrt_rtx {module.__version__} supports "
             f"{listed}.",
         )
     if unknown := [name for name in wanted if name not in known]:
         raise SpecError(
             f"{_KEY}: tensorrt_rtx {module.__version__} cannot build for {', '.join(map(pretty, unknown))}.",
-            f"It knows {listed}. For a GPU of a data centre (sm_90, sm_100), build on it with "
+            f"It supports {listed}. For a data centre GPU (sm_90, sm_100), build on it with "
             "gen_trt_engine.backend=tensorrt.",
         )
     return Backend("tensorrt_rtx", module, wanted, gpu_id if wanted == (here,) else None)
 
 
 def _name(text: str) -> str:
-    """``sm_89``, ``SM89`` and ``8.9`` -> ``SM89``."""
+    """Return ``SM89`` for ``sm_89``, ``SM89`` and ``8.9``."""
     if text.lower() == "current":
         return CURRENT
     match = re.fullmatch(r"(?:sm_?(\d{2,3})|(\d{1,2})\.(\d))", text.strip().lower())
     if match is None:
         raise SpecError(
-            f"{_KEY}: {text!r} is no compute capability.",
+            f"{_KEY}: {text!r} is not a compute capability.",
             "Write it as sm_89, SM89 or 8.9 (in quotes in YAML), or current; NVIDIA lists them at "
             "developer.nvidia.com/cuda-gpus.",
         )

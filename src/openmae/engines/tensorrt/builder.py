@@ -1,4 +1,4 @@
-"""From an ONNX file to a serialized engine, with either builder."""
+"""Building of a serialized engine from ONNX, with either builder."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _DTYPES = {
     **{"UINT8": "uint8", "INT8": "int8", "INT32": "int32", "INT64": "int64"},
 }
 _MIB = 2**20
-_MOST_LINES = 3  # of a builder's errors, which repeat themselves
+_MOST_LINES = 3  # of a builder's errors, which are repetitive
 
 log = logging.getLogger("openmae")
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a builder is told besides the network.
+    """Settings of a builder.
 
     Attributes:
-        profile: batches of the engine.
+        profile: batch sizes of the engine.
         workspace_mib: memory that the builder may use; 0 for no limit.
-        timing_cache: a file of tensorrt's timing cache; tensorrt_rtx has none.
-        verbose: log all that the builder says.
+        timing_cache: file of tensorrt's timing cache; tensorrt_rtx has none.
+        verbose: log all messages of the builder.
     """
 
     profile: Profile
@@ -47,7 +47,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine, what it takes and gives, and how long it took."""
+    """A serialized engine, its inputs and outputs, and how long the build took."""
 
     engine: Any
     inputs: tuple[TensorInfo, ...]
@@ -56,23 +56,23 @@ class Built:
 
     @property
     def megabytes(self) -> float:
-        """Size of the file."""
+        """Size of the engine in MB."""
         return self.engine.nbytes / 1e6
 
 
 def build_engine(graph: Path | bytes, backend: Backend, settings: BuildSettings) -> Built:
-    """Build an engine from ONNX, in its precision: networks are strongly typed.
+    """Build an engine from ONNX in the precision of the graph: networks are strongly typed.
 
     Raises:
-        CheckpointError: the parser refuses the graph.
-        RunError: the builder fails; the text is its own.
-        KeyboardInterrupt: Ctrl-C, as soon as the builder listens.
+        CheckpointError: the parser rejects the graph.
+        RunError: the builder fails; its messages are included.
+        KeyboardInterrupt: Ctrl-C was pressed; raised at the builder's next progress report.
     """
     trt, began = backend.module, time.perf_counter()
     logger = get_logger(backend.module, backend.name, verbose=settings.verbose)
     with backend.on_gpu(), _interrupts() as asked:
         builder = trt.Builder(logger)
-        # required up to TensorRT 10, and what the only kind of network is called since
+        # required up to TensorRT 10, and the only kind of network since
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
         if not (parser.parse(graph) if isinstance(graph, bytes) else parser.parse_from_file(str(graph))):
@@ -86,7 +86,7 @@ def build_engine(graph: Path | bytes, backend: Backend, settings: BuildSettings)
             raise RunError(
                 f"{backend.name} {backend.version} could not build the engine: {' '.join(logger.errors)}",
                 "Try another gen_trt_engine.tensorrt.data_type or gen_trt_engine.compute_capability, or more "
-                "gen_trt_engine.tensorrt.workspace_size; gen_trt_engine.verbose=true prints all that the builder says.",
+                "gen_trt_engine.tensorrt.workspace_size; gen_trt_engine.verbose=true shows all its messages.",
             )
         if backend.name == "tensorrt" and settings.timing_cache:
             with replacing(settings.timing_cache) as temporary:
@@ -97,9 +97,9 @@ def build_engine(graph: Path | bytes, backend: Backend, settings: BuildSettings)
 
 
 def get_logger(trt: Any, name: str, *, verbose: bool = False) -> Any:
-    """The process's ``ILogger`` of a builder, with no ``errors``; it passes warnings on, and everything if verbose.
+    """Return the process's ``ILogger`` of a builder without ``errors``; it logs warnings, or everything if verbose.
 
-    TensorRT keeps the first one that it is given, and passes over all others.
+    TensorRT keeps the first logger that it is given and ignores all others.
     """
     logger = _make_logger(trt, name)
     logger.errors.clear()
@@ -148,18 +148,16 @@ def _configure(builder: Any, network: Any, backend: Backend, settings: BuildSett
 
 
 def _set_timing_cache(config: Any, path: Path) -> None:
-    """Take what is in the file; what another version or GPU wrote is of no use."""
+    """Load the timing cache from its file, unless another version or GPU wrote that."""
     held = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(held)
     if cache is None or not config.set_timing_cache(cache, False):
-        log.warning(
-            "gen_trt_engine.timing_cache: %s is of another TensorRT or GPU, or damaged; it is begun anew.", path
-        )
+        log.warning("gen_trt_engine.timing_cache: %s is damaged or of another TensorRT or GPU; it is replaced.", path)
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _make_monitor(trt: Any, asked: list[bool]) -> Any:
-    """An ``IProgressMonitor`` that cancels the build when Ctrl-C was pressed."""
+    """Return an ``IProgressMonitor`` that cancels the build when Ctrl-C was pressed."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -179,7 +177,7 @@ def _make_monitor(trt: Any, asked: list[bool]) -> Any:
 
 @contextmanager
 def _interrupts() -> Iterator[list[bool]]:
-    """A list that Ctrl-C adds to: raised in one of the builder's callbacks, KeyboardInterrupt would be lost there."""
+    """Yield a list that Ctrl-C adds to; a KeyboardInterrupt raised in a callback of the builder would be lost."""
     asked: list[bool] = []
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to no other
         yield asked
@@ -194,7 +192,7 @@ def _interrupts() -> Iterator[list[bool]]:
 def _refused(parser: Any, backend: Backend) -> CheckpointError:
     reasons = [_reason(parser.get_error(place)) for place in range(min(parser.num_errors, _MOST_LINES))]
     return CheckpointError(
-        f"{backend.name} {backend.version} refuses the graph: {'; '.join(reasons) or 'it gives no reason'}.",
+        f"{backend.name} {backend.version} rejects the graph: {'; '.join(reasons) or 'no reason given'}.",
         "Export the model with another export.opset_version, or build with another gen_trt_engine.backend.",
     )
 

@@ -1,4 +1,4 @@
-"""Predictions from a TensorRT engine, by its file and the sidecar beside it."""
+"""Predictions from a TensorRT engine and its sidecar file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openmae.engines.batching import as_input, run_split
+from openmae.engines.batching import as_input, device_name, run_split
 from openmae.engines.metadata import ModelCard
 from openmae.engines.tensorrt.backend import gpu_capability, load_module, pretty
 from openmae.engines.tensorrt.builder import get_logger
@@ -22,20 +22,20 @@ from openmae.storage.encryption import Key, read_bytes
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
 _AGAIN = "Build the engine again with mae gen_trt_engine"
-_WARM_UP, _RUNS = 5, 20  # batches that bring a GPU up to speed, and those that are timed
+_WARM_UP, _RUNS = 5, 20  # batches before the timing, and timed batches
 
 
 class TensorRTPredictor:
     """An engine that ``mae gen_trt_engine`` built from an ONNX file of ``mae export``; see ``Predictor``.
 
     Args:
-        path: the engine, with its sidecar beside it.
+        path: path of the engine, whose sidecar is next to it.
         device: a CUDA GPU of the kind that the engine was built for.
-        key: opens it where it is encrypted.
+        key: key of an encrypted engine.
 
     Raises:
         CheckpointError: the engine or its sidecar cannot be used here.
-        SpecError: no GPU, or the TensorRT that built it is not installed.
+        SpecError: there is no GPU, or the TensorRT that built it is not installed.
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cuda", key: Key | None = None) -> None:
@@ -50,60 +50,55 @@ class TensorRTPredictor:
         self.device = _open_device(torch.device(device), info, path)
         self._engine = LoadedEngine(data, info, self.device, str(path))
         self._profile = info.profile
-        where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
-        self.runtime = f"{info.builder} {info.builder_version} {info.data_type}, {where}"
+        self.runtime = f"{info.builder} {info.builder_version} {info.data_type}, {device_name(self.device)}"
 
     def __call__(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Outputs by name, float32, for any number of images.
-
-        Args:
-            images_BCHW: uint8, or float32 in 0..255, of the card's size.
-        """
+        """See ``Predictor``."""
         images = as_input(images_BCHW.to(self.device), self.card)
         return run_split(self._engine, images, self._profile.min, self._profile.max)
 
 
 def read_engine_card(path: Path) -> ModelCard:
-    """What an engine's sidecar says of the model; needs no GPU.
+    """Return the model's metadata from the sidecar of an engine; no GPU is needed.
 
     Raises:
-        CheckpointError: the engine or its sidecar is missing or damaged, or its ONNX file was another program's.
+        CheckpointError: the engine or its sidecar is missing or damaged, or another program wrote its ONNX file.
     """
     card, _ = read_sidecar(path)
     if card is None:
         raise CheckpointError(
-            f"{path} was built from an ONNX file that mae export did not write: its classes and preprocessing are "
-            "not known.",
-            "Run it with NVIDIA's own tools, or build an engine from an ONNX file of mae export.",
+            f"{path} was built from an ONNX file that mae export did not write, so its classes and preprocessing are "
+            "unknown.",
+            "Run it with NVIDIA's tools, or build an engine from an ONNX file of mae export.",
         )
     return card
 
 
 class LoadedEngine:
-    """A deserialised engine with one input, and a context to run it in.
+    """A deserialized engine with one input, and its execution context.
 
     Args:
         data: the serialized engine.
         info: how it was built.
-        device: that it runs on.
-        name: of the engine, for messages.
+        device: device that it runs on.
+        name: name of the engine, for messages.
 
     Raises:
         SpecError: its TensorRT is not installed.
-        CheckpointError: another version of it is, or it refuses the engine.
+        CheckpointError: another version of TensorRT is installed, or it rejects the engine.
     """
 
     def __init__(self, data: bytes | memoryview, info: EngineInfo, device: torch.device, name: str) -> None:
         trt = load_module(info.builder)
         if trt.__version__ != info.builder_version:
             raise CheckpointError(
-                f"{name} was built with {info.builder} {info.builder_version}, and an engine runs with no other; "
-                f"installed is {trt.__version__}.",
+                f"{name} was built with {info.builder} {info.builder_version} and runs with that version only; "
+                f"{trt.__version__} is installed.",
                 f"{_AGAIN}, or install {info.builder} {info.builder_version}.",
             )
         self.info, self.device = info, device
         self._logger = get_logger(trt, info.builder)
-        with _on(device):
+        with torch.cuda.device(device):
             self._runtime = trt.Runtime(self._logger)
             self._engine = self._runtime.deserialize_cuda_engine(data)
             self._context = self._engine and self._engine.create_execution_context()
@@ -113,7 +108,7 @@ class LoadedEngine:
             )
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """One batch within the profile, contiguous, in the shape and type of the engine's input.
+        """Return the outputs of one batch within the profile, in the shape of the engine's input.
 
         Raises:
             RunError: TensorRT fails.
@@ -135,7 +130,7 @@ class LoadedEngine:
         return {name: output.float() for name, output in outputs.items()}
 
     def seconds_per_batch(self) -> float:
-        """Median over some batches of the size that the engine is tuned for."""
+        """Return the median time of a batch of the size that the engine is tuned for."""
         (source,) = self.info.inputs
         images = torch.zeros(
             self.info.profile.opt, *source.shape[1:], dtype=getattr(torch, source.dtype), device=self.device
@@ -144,7 +139,7 @@ class LoadedEngine:
         for _ in range(_WARM_UP + _RUNS):
             began = time.perf_counter()
             self(images)
-            _wait(self.device)
+            torch.cuda.synchronize(self.device)
             seconds.append(time.perf_counter() - began)
         return median(seconds[_WARM_UP:])
 
@@ -154,16 +149,16 @@ class LoadedEngine:
 
 
 def _open_device(device: torch.device, info: EngineInfo, path: Path) -> torch.device:
-    """The GPU, by its number.
+    """Return the GPU with its number.
 
     Raises:
-        SpecError: there is none, or another device was asked for.
+        SpecError: there is no GPU, or the device is not one.
         CheckpointError: the engine is for GPUs of another kind.
     """
     if not torch.cuda.is_available():
         raise SpecError(
             f"{path} is a TensorRT engine, which needs a CUDA GPU; none was found.",
-            "Use the ONNX file or the checkpoint it was built from: they run on the CPU as well.",
+            "Use the ONNX file or the checkpoint that it was built from: they run on a CPU too.",
         )
     if device.type != "cuda":
         raise SpecError(f"{path} is a TensorRT engine, which cannot run on {device}.", "Use the device cuda.")
@@ -171,27 +166,19 @@ def _open_device(device: torch.device, info: EngineInfo, path: Path) -> torch.de
     here = gpu_capability(device.index)
     if here not in info.compute_capability:
         built = ", ".join(map(pretty, info.compute_capability))
-        mend = f"compute_capability=[{pretty(here)}]" if info.builder == "tensorrt_rtx" else "backend=tensorrt here"
+        option = f"compute_capability=[{pretty(here)}]" if info.builder == "tensorrt_rtx" else "backend=tensorrt here"
         raise CheckpointError(
             f"{path} was built for {built}, and {torch.cuda.get_device_name(device)} is {pretty(here)}.",
-            f"{_AGAIN} and gen_trt_engine.{mend}.",
+            f"{_AGAIN} and gen_trt_engine.{option}.",
         )
     return device
 
 
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device)
-
-
 def _execute(context: Any, device: torch.device) -> bool:
-    """Run on a stream of its own, in turn with torch's: on the default stream TensorRT would wait at every call."""
-    with _on(device):
+    """Run on a separate stream, synchronized with torch's: on the default stream TensorRT waits at every call."""
+    with torch.cuda.device(device):
         current, own = torch.cuda.current_stream(), torch.cuda.Stream()
         own.wait_stream(current)
         done = context.execute_async_v3(own.cuda_stream)
         current.wait_stream(own)
     return bool(done)
-
-
-def _wait(device: torch.device) -> None:
-    torch.cuda.synchronize(device)

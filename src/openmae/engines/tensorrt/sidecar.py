@@ -1,4 +1,4 @@
-"""What stands beside an engine, so that running it needs no spec: ``<engine file name>.json``."""
+"""The sidecar of an engine, ``<engine file name>.json``, which holds all that is needed to run it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from openmae.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Profile:
-    """Images of the smallest batch, of the one that the engine is tuned for, and of the largest."""
+    """The smallest, the optimal and the largest batch size of an engine."""
 
     min: int
     opt: int
@@ -28,7 +28,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An input or output: its name, shape (-1: any batch) and dtype as torch names it."""
+    """An input or output: its name, shape (-1 for any batch size) and torch's name of its dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,13 +40,13 @@ class EngineInfo:
     """How an engine was built.
 
     Attributes:
-        builder, builder_version: an engine runs with that version alone.
+        builder, builder_version: an engine runs with that version only.
         data_type: fp32, fp16, bf16 or int8.
         compute_capability: GPUs that it runs on: ``("SM89",)``.
-        profile: batches that it takes.
+        profile: batch sizes that it accepts.
         inputs, outputs: its tensors.
-        onnx_sha256, engine_sha256: of the ONNX file, and of the engine as it was before it was encrypted, if it was.
-        version: of the OpenMAE that wrote it.
+        onnx_sha256, engine_sha256: SHA-256 of the ONNX file and of the engine, before any encryption.
+        version: version of the OpenMAE that wrote it.
     """
 
     builder: BackendName
@@ -62,7 +62,7 @@ class EngineInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineInfo:
-        """The inverse of ``dataclasses.asdict``, through JSON."""
+        """Return the info of which ``values`` is the ``dataclasses.asdict``, read from JSON."""
         tensors = {
             name: tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in values[name])
             for name in ("inputs", "outputs")
@@ -72,17 +72,17 @@ class EngineInfo:
 
 
 def sidecar_path(engine: Path) -> Path:
-    """Where the sidecar of an engine is."""
+    """Return the path of the sidecar of an engine."""
     return engine.with_name(f"{engine.name}.json")
 
 
 def sidecar_text(card: ModelCard | None, info: EngineInfo) -> str:
-    """The sidecar's content; no card for an ONNX file of another program."""
+    """Return the content of a sidecar; there is no card for an ONNX file of another program."""
     return json.dumps({"card": card and card.to_dict(), "engine": asdict(info)}, indent=2) + "\n"
 
 
 def read_sidecar(engine: Path) -> tuple[ModelCard | None, EngineInfo]:
-    """What stands beside an engine.
+    """Read the sidecar of an engine.
 
     Raises:
         CheckpointError: the engine or its sidecar is missing or damaged.
@@ -96,8 +96,8 @@ def read_sidecar(engine: Path) -> tuple[ModelCard | None, EngineInfo]:
         return card, EngineInfo.from_dict(values["engine"])
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{engine} has no {path.name} beside it, which says what the engine takes and gives.",
-            "Copy it along with the engine, or build the engine with mae gen_trt_engine.",
+            f"{engine} has no {path.name} next to it, which describes its inputs and outputs.",
+            "Copy both files, or build the engine with mae gen_trt_engine.",
         ) from error
     except CheckpointError:
         raise

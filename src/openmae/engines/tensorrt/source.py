@@ -1,4 +1,4 @@
-"""The ONNX file that an engine is built from: what it holds, and its graph in the precision asked for."""
+"""The ONNX file that an engine is built from, and its graph in the requested precision."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import onnx
-from onnx import ModelProto, TensorProto
 
 from openmae.engines.metadata import INPUT, ModelCard, Precision
 from openmae.engines.module import example_input
-from openmae.engines.onnx import cosine, read_card, read_onnx
-from openmae.engines.precision import is_quantized, to_half, to_int8
+from openmae.engines.onnx import ModelProto, cosine, onnx, read_card, read_onnx
+from openmae.engines.precision import matching_nodes, precision_of, to_half, to_int8
 from openmae.engines.session import run_once
-from openmae.errors import CheckpointError, SpecError
+from openmae.errors import CheckpointError, SpecError, blaming
 from openmae.storage.encryption import Key, is_encrypted, read_bytes, temporaries_in_memory
 
 _TYPE_KEY = "gen_trt_engine.tensorrt.data_type"
 _KEEP_KEY = "gen_trt_engine.tensorrt.layers_precision"
-_LEAST_COSINE = 0.9  # what overflows is not finite; what is lower than this is another model
+_LEAST_COSINE = 0.9  # lower ones, or NaN, mean that values have overflowed
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
 
 log = logging.getLogger("openmae")
@@ -37,12 +33,12 @@ class Source:
     """An ONNX file.
 
     Attributes:
-        path: of the file.
-        card: what it says of itself; None where another program wrote it.
-        precision: of its arithmetic; int8 where it is quantised.
+        path: path of the file.
+        card: its metadata; None if another program wrote it.
+        precision: precision of its arithmetic; int8 if it is quantised.
         batch: N of its inputs; -1 for any.
         nodes: names of its nodes.
-        key: opens it; None for a plain file.
+        key: key of an encrypted file; None for a plain one.
     """
 
     path: Path
@@ -54,11 +50,11 @@ class Source:
 
 
 def read_source(path: Path, key: Key | None = None) -> Source:
-    """Look at an ONNX file; weights beside it are not read. ``key`` opens an encrypted one.
+    """Read what is needed to know about an ONNX file; weights in a second file are not read.
 
     Raises:
-        CheckpointError: it is missing, damaged or no ONNX, its card is of another version, or an axis other than the
-            batch is dynamic.
+        CheckpointError: the file is missing, damaged or not ONNX, its metadata is of another version, or an axis other
+            than the batch is dynamic.
     """
     if path.is_file() and (path.suffix.lower() in _WEIGHTS or zipfile.is_zipfile(path)):
         raise CheckpointError(
@@ -67,67 +63,58 @@ def read_source(path: Path, key: Key | None = None) -> Source:
         )
     proto = read_onnx(path, key, weights=False)
     nodes = tuple(node.name for node in proto.graph.node)
-    return Source(path, read_card(proto), _precision(proto), _batch(proto), nodes, key if is_encrypted(path) else None)
+    return Source(
+        path, read_card(proto), precision_of(proto), _batch(proto), nodes, key if is_encrypted(path) else None
+    )
 
 
 def choose_precision(source: Source, asked: str, *, can_time: bool) -> tuple[Precision, ...]:
-    """The precisions to build, of which the fastest is kept.
+    """Return the precisions to build, of which the fastest is kept.
 
-    A file that is fp16 or quantised keeps its precision: what its weights have lost does not come back.
+    A file that is fp16 or quantised keeps its precision, since what its weights have lost cannot be restored.
 
     Args:
         source: the ONNX file.
         asked: ``gen_trt_engine.tensorrt.data_type``.
-        can_time: the engine runs on the GPU that is here.
+        can_time: the engine can run on a GPU of this machine.
 
     Raises:
-        SpecError: the file has another precision than the one asked for.
+        SpecError: the file has another precision than the requested one.
     """
     held = source.precision
     if held != "fp32":
         if asked == "fp32,fp16":
             if held != "fp16":
-                log.warning(
-                    "%s=%s does not act: the ONNX file is %s, and so will be the engine.", _TYPE_KEY, asked, held
-                )
+                log.warning("%s=%s has no effect: the ONNX file is %s, so the engine is too.", _TYPE_KEY, asked, held)
         elif asked != held:
             raise SpecError(
                 f"{_TYPE_KEY} is {asked}, but the weights or activations of {source.path} are {held} already.",
-                f"Set {_TYPE_KEY}={held}, or export the model anew with export.quantize=none.",
+                f"Set {_TYPE_KEY}={held}, or export the model again with export.quantize=none.",
             )
         return (held,)
     if asked == "fp32,fp16":
         if can_time:
             return ("fp32", "fp16")
-        log.warning(
-            "%s=%s is built as fp16: no GPU of the kind that it is for is here to time both on.", _TYPE_KEY, asked
-        )
+        log.warning("%s=%s builds fp16: this machine has no GPU of the target's kind to time both.", _TYPE_KEY, asked)
         return ("fp16",)
     assert asked in ("fp32", "fp16", "bf16", "int8")
     return (asked,)  # type: ignore[return-value]
 
 
 def kept_nodes(source: Source, layers_precision: Sequence[str]) -> list[str]:
-    """The fnmatch patterns of the nodes that stay in fp32.
+    """Return the fnmatch patterns of the nodes that stay in fp32.
 
     Args:
         source: the ONNX file.
-        layers_precision: ``name:fp32`` each, where ``*`` stands for any characters.
+        layers_precision: entries ``name:fp32``, in which ``*`` stands for any characters.
 
     Raises:
-        SpecError: no node has such a name.
+        SpecError: an entry matches no node.
     """
-    patterns = []
-    for entry in layers_precision:
-        name = entry.rpartition(":")[0]
-        pattern = name.replace("[", "[[]").replace("?", "[?]")
-        if not any(fnmatchcase(node, pattern) for node in source.nodes):
-            near = get_close_matches(name, source.nodes, n=3, cutoff=0) or source.nodes[:3]
-            raise SpecError(
-                f"{_KEEP_KEY}: no node of {source.path} is called {name!r}.",
-                f"Names there are such as {', '.join(near)}; * stands for any characters.",
-            )
-        patterns.append(pattern)
+    names = [entry.rpartition(":")[0] for entry in layers_precision]
+    patterns = [name.replace("[", "[[]").replace("?", "[?]") for name in names]
+    with blaming(_KEEP_KEY):
+        matching_nodes(source.nodes, patterns, str(source.path))
     return patterns
 
 
@@ -135,14 +122,14 @@ def kept_nodes(source: Source, layers_precision: Sequence[str]) -> list[str]:
 def in_precision(
     source: Source, precision: Precision, keep: Sequence[str], batches: Iterable[np.ndarray], folder: Path
 ) -> Iterator[Path | bytes]:
-    """ONNX in a precision: the file itself where it has it, else a temporary one; of an encrypted file its content.
+    """Yield ONNX in a precision: the file itself or a temporary one; the content if the file is encrypted.
 
     Args:
         source: the ONNX file.
-        precision: as ``choose_precision`` gives it.
+        precision: one of ``choose_precision``.
         keep: patterns of nodes that stay in fp32.
-        batches: inputs as the model takes them, to calibrate int8 with.
-        folder: that has room for the temporary file.
+        batches: inputs of the model to calibrate int8 with.
+        folder: folder for the temporary file.
     """
     if precision == source.precision:
         yield read_bytes(source.path, source.key) if source.key else source.path
@@ -162,39 +149,30 @@ def in_precision(
         return
     with TemporaryDirectory(prefix=f".{source.path.stem}.", dir=folder) as temporary:
         path = Path(temporary) / "model.onnx"
-        # beside the graph, so that no size is too large for a protobuf message
+        # weights in a second file may exceed the size of a protobuf message
         onnx.save_model(proto, path, save_as_external_data=True, location="model.data")
         del proto
         yield path
 
 
 def _check_range(plain: ModelProto, half: ModelProto, source: Source) -> None:
-    """Run both on a random image: an activation beyond fp16 makes everything after it infinite, and nobody would say.
+    """Run both graphs on a random image: nothing else would report activations that exceed the range of fp16.
 
     Raises:
-        SpecError: that happens.
+        SpecError: their outputs differ.
     """
     assert source.card is not None
     image = example_input(source.card, max(1, source.batch)).numpy()
     found = [run_once(proto, {INPUT: image}) for proto in (half, plain)]
-    if not all(cosine(ours, theirs) > _LEAST_COSINE for ours, theirs in zip(*found, strict=True)):  # NaN as well
+    if not all(cosine(one, other) > _LEAST_COSINE for one, other in zip(*found, strict=True)):  # false for NaN
         raise SpecError(
             f"{_TYPE_KEY}: in fp16 the outputs of {source.path} are no longer those of fp32.",
-            f"Set {_TYPE_KEY}=bf16, which has the range of fp32, or fp32; or keep nodes in fp32 by {_KEEP_KEY}.",
+            f"Set {_TYPE_KEY}=bf16, which has the range of fp32, or fp32; or keep nodes in fp32 with {_KEEP_KEY}.",
         )
 
 
-def _precision(proto: ModelProto) -> Precision:
-    if is_quantized(proto):
-        return "int8"
-    types = {tensor.data_type for tensor in proto.graph.initializer}
-    if TensorProto.FLOAT16 in types:
-        return "fp16"
-    return "bf16" if TensorProto.BFLOAT16 in types else "fp32"
-
-
 def _batch(proto: ModelProto) -> int:
-    """N of the inputs; the other axes must be fixed."""
+    """Return the batch size of the inputs; -1 for any. The other axes must be fixed."""
     weights = {tensor.name for tensor in proto.graph.initializer}  # old files list them among the inputs
     batches = set()
     for value in proto.graph.input:

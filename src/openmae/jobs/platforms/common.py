@@ -15,8 +15,9 @@ from openmae.errors import RunError, SpecError
 from openmae.jobs.job import Record
 from openmae.jobs.outcome import JobOutcome
 from openmae.jobs.processes import stop_session
-from openmae.jobs.store import RECORD, JobStore
+from openmae.jobs.store import JobStore
 from openmae.machine import Identity, is_running
+from openmae.storage import layout
 
 GRACE = "OPENMAE_JOB_GRACE"
 _POLL = 0.1
@@ -137,7 +138,7 @@ def wait(
     Returns:
         The exit code, or None if ``give_up`` returned True.
     """
-    path, seen = store.folder(job_id) / RECORD, 0
+    path, seen = store.folder(job_id) / layout.JOB_RECORD, 0
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=_POLL)

@@ -21,8 +21,10 @@ from openmae.errors import OpenMAEError, Preempted, SpecError
 from openmae.jobs.outcome import EXIT
 from openmae.jobs.platforms.common import wait
 from openmae.jobs.processes import signal_session
-from openmae.jobs.store import LOG, JobStore, write_durably
+from openmae.jobs.store import JobStore
 from openmae.machine import identify
+from openmae.storage import layout
+from openmae.storage.atomic import write_durably
 
 SEALED = "environment.sealed"
 KEY, THREADS = "OPENMAE_JOB_KEY", "OMP_NUM_THREADS"
@@ -101,7 +103,7 @@ def _take_environment(folder: Path) -> bool:
 def _run(store: JobStore, job_id: str, first: int, signals: list[int]) -> int | None:
     """Return the job's exit code, or None if the process ``first`` was killed; pass on a signal that came before."""
     record = store.read(job_id)
-    with Path(store.folder(job_id), LOG).open("ab") as log:
+    with Path(store.folder(job_id), layout.JOB_LOG).open("ab") as log:
         job = subprocess.Popen(
             record.command,
             stdin=subprocess.DEVNULL,

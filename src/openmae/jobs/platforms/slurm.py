@@ -23,7 +23,9 @@ from openmae.jobs.platforms.common import (
     grace_seconds,
     inherited_environment,
 )
-from openmae.jobs.store import LOG, JobStore, write_durably
+from openmae.jobs.store import JobStore
+from openmae.storage import layout
+from openmae.storage.atomic import write_durably
 
 SCRIPT = "job.sh"
 _NEEDED = ("sbatch", "squeue", "scancel", "sinfo")
@@ -76,7 +78,7 @@ class SlurmPlatform(Platform):
         write_durably(folder / SCRIPT, _script(record, folder))
         options = [
             *("--parsable", f"--job-name={cluster_name(job_id)}", f"--nodes={record.nodes}", "--ntasks-per-node=1"),
-            *(f"--output={folder / LOG}", f"--chdir={record.cwd}", "--open-mode=append", "--export=ALL"),
+            *(f"--output={folder / layout.JOB_LOG}", f"--chdir={record.cwd}", "--open-mode=append", "--export=ALL"),
             *([f"--gpus-per-node={gpus}"] if gpus else []),
             *(["--requeue", f"--signal=USR1@{_WARNING}"] if _is_resumable(record) else []),
         ]

@@ -20,8 +20,9 @@ from openmae.jobs.outcome import JobOutcome, conclude_without_code
 from openmae.jobs.platforms.common import Fresh, Platform, cancel_pending, grace_seconds, inherited_environment
 from openmae.jobs.platforms.local.queue import this_machine
 from openmae.jobs.processes import living_sessions, signal_session, stop_session
-from openmae.jobs.store import LOG, JobStore
+from openmae.jobs.store import JobStore
 from openmae.machine import is_running, is_stopped
+from openmae.storage import layout
 from openmae.storage.atomic import disk_errors
 
 _PATIENCE = 60.0  # seconds for a supervisor to start
@@ -52,7 +53,7 @@ class LocalPlatform(Platform):
 
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
         """Start the job's supervisor, and wait until it has recorded itself."""
-        path = self.store.folder(job_id) / LOG
+        path = self.store.folder(job_id) / layout.JOB_LOG
         with disk_errors(path), path.open("ab") as output:
             supervisor = subprocess.Popen(
                 [sys.executable, "-m", "openmae.jobs.platforms.local.supervisor", str(self.store.root), job_id],

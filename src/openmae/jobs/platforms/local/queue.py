@@ -16,9 +16,10 @@ from typing import Any
 from openmae.errors import OpenMAEError, SpecError
 from openmae.jobs.job import check_identity, parse_time
 from openmae.jobs.processes import session_members
-from openmae.jobs.store import RECORD, JobStore, LockHeldError, locked, read_json, write_durably
+from openmae.jobs.store import JobStore, LockHeldError, locked, read_json
 from openmae.machine import Identity, is_running, is_stopped
-from openmae.storage.atomic import disk_errors
+from openmae.storage import layout
+from openmae.storage.atomic import disk_errors, write_durably
 
 SLOTS = "OPENMAE_JOB_SLOTS"
 FOLDER = ".queue"
@@ -236,7 +237,7 @@ def orphans(store: JobStore) -> list[tuple[str, list[int]]]:
     """Return the jobs whose folder was deleted while they ran, each with the ids of its living processes."""
     found = []
     for path in sorted((store.root / FOLDER).glob("*.json")):
-        if os.path.lexists(store.folder(path.stem) / RECORD):
+        if os.path.lexists(store.folder(path.stem) / layout.JOB_RECORD):
             continue
         with suppress(ValueError, OSError):
             process = QueueEntry.from_dict(read_json(path), path.stem).process

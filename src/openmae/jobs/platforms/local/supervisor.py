@@ -19,8 +19,9 @@ from openmae.jobs.outcome import conclude
 from openmae.jobs.platforms.common import grace_seconds, wait
 from openmae.jobs.platforms.local.queue import Queue, this_machine
 from openmae.jobs.processes import signal_session, stop_session
-from openmae.jobs.store import LOG, JobStore
+from openmae.jobs.store import JobStore
 from openmae.machine import Identity, identify
+from openmae.storage import layout
 
 _POLL = 0.1
 # The command begins only when a line arrives, which is sent once the record says RUNNING. So a supervisor that is
@@ -84,7 +85,7 @@ def _start(
     with store.update(job_id) as record:
         if record.state != "PENDING":
             return None
-        with Path(store.folder(job_id), LOG).open("ab") as log:
+        with Path(store.folder(job_id), layout.JOB_LOG).open("ab") as log:
             job = subprocess.Popen(
                 [*_GATE, *record.command],
                 stdin=subprocess.PIPE,

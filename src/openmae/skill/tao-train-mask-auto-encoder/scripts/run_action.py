@@ -50,8 +50,10 @@ def results_folder(action: str, spec: str) -> Path | None:
 def entries(folder: Path | None) -> list[dict[str, Any]]:
     """Return the entries of status.json."""
     from openmae.results.status import read_status
+    from openmae.storage.layout import STATUS
 
-    return read_status(folder / "status.json") if folder and (folder / "status.json").is_file() else []
+    path = folder / STATUS if folder else None
+    return read_status(path) if path and path.is_file() else []
 
 
 def main(arguments: list[str]) -> int:
