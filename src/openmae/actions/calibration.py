@@ -10,7 +10,7 @@ import numpy as np
 
 from openmae.actions.sources import open_images
 from openmae.data.loaders import EvaluationLoader, LoaderSettings
-from openmae.engines.batching import as_input, eval_transform, fill_up
+from openmae.engines.batching import as_input, eval_transform, pad_batch
 from openmae.engines.metadata import ModelCard
 from openmae.spec.sections.deploy import CalibrationSpec
 
@@ -48,4 +48,4 @@ def calibration_batches(
 def _inputs(loader: EvaluationLoader, card: ModelCard) -> Iterator[np.ndarray]:
     for batch in loader:
         # the last batch is padded for a model with a fixed batch size
-        yield as_input(fill_up(batch.images, card.batch_size), card).numpy()
+        yield as_input(pad_batch(batch.images, card.batch_size), card).numpy()

@@ -16,19 +16,18 @@ from rich.table import Table as RichTable
 
 from openmae.data.check import CheckResult, check_images
 from openmae.data.decode import MAX_MEGAPIXELS
-from openmae.data.folder_listing import CORRUPT_LIST, counted, describe_skipped, first_names
+from openmae.data.folder_listing import counted, describe_skipped, first_names
 from openmae.data.index import skipped_files_table
 from openmae.data.open import open_index
 from openmae.data.shards.packing import PackOptions, PackResult, pack
 from openmae.errors import UserError
 from openmae.results.dataset_report import save_dataset_figure
 from openmae.results.report import Numbers, Picture, Section, Table, write_report
+from openmae.storage import layout
 from openmae.storage.atomic import make_folder, write_atomically
 from openmae.storage.printable import printable_name
 from openmae.storage.urls import is_remote
 
-DUPLICATES_LIST = "duplicate_files.txt"
-REMARKS_LIST = "remarks.txt"
 _LISTED = 100  # rows of a table in the report; the text files list all
 
 log = logging.getLogger("openmae")
@@ -75,9 +74,9 @@ def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS
     with _progress("Checking", len(index)) as advance:
         result = check_images(index, advance)
     for name, lines in (
-        (CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in result.corrupt]),
-        (DUPLICATES_LIST, ["\t".join(group) for group in result.duplicates]),
-        (REMARKS_LIST, ["\t".join(row) for row in _remarks(result)]),
+        (layout.CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in result.corrupt]),
+        (layout.DUPLICATES_LIST, ["\t".join(group) for group in result.duplicates]),
+        (layout.REMARKS_LIST, ["\t".join(row) for row in _remarks(result)]),
     ):
         (folder / name).unlink(missing_ok=True)
         if lines:
@@ -88,7 +87,7 @@ def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS
         table.add_row(*row)
     Console(markup=False, emoji=False, highlight=False).print(table)
     figure = save_dataset_figure(
-        folder / "dataset.png",
+        folder / layout.DATASET_CHART,
         name=index.place,
         summary=_headline(result),
         class_counts=result.class_counts,
@@ -179,9 +178,14 @@ def _sections(result: CheckResult, rows: Sequence[tuple[str, str]], figure: Path
         sections.append(Table("Classes", ("class", "images"), classes, caption))
     sections += skipped_files_table([result.index])
     for title, columns, cells, name in (
-        ("Corrupt files", ("file", "reason"), result.corrupt, CORRUPT_LIST),
-        ("Duplicates", ("kept", "the same"), [(g[0], ", ".join(g[1:4])) for g in result.duplicates], DUPLICATES_LIST),
-        ("Remarks", ("file", "remark"), _remarks(result), REMARKS_LIST),
+        ("Corrupt files", ("file", "reason"), result.corrupt, layout.CORRUPT_LIST),
+        (
+            "Duplicates",
+            ("kept", "the same"),
+            [(g[0], ", ".join(g[1:4])) for g in result.duplicates],
+            layout.DUPLICATES_LIST,
+        ),
+        ("Remarks", ("file", "remark"), _remarks(result), layout.REMARKS_LIST),
     ):
         if cells:
             sections.append(Table(title, columns, cells[:_LISTED], f"{len(cells):,} in all, listed in {name}."))

@@ -173,7 +173,7 @@ def _evaluate_classifier(fabric: Fabric, request: Request) -> dict[str, float]:
         names = request.info.class_names
         confusion = np.zeros((len(names), len(names)), dtype=np.int64)
         np.add.at(confusion, (predictions.labels, predictions.classes[:, 0]), 1)
-        picture = save_confusion_matrix(confusion, names, request.folder / "confusion_matrix.png")
+        picture = save_confusion_matrix(confusion, names, request.folder / layout.CONFUSION_MATRIX)
         classifier_report(
             request.folder, request.info, metrics, confusion, picture, skipped_files_table([request.index])
         )

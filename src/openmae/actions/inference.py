@@ -28,7 +28,6 @@ from openmae.storage.printable import printable_name, spreadsheet_cell
 from openmae.training.finetune import Predictions, predict
 from openmae.training.pretrain import embed
 
-RESULTS, EMBEDDINGS = "results.csv", "embeddings.parquet"
 _SHEET = 16  # images in the contact sheet
 _CLASSES = 5  # printed on the terminal
 
@@ -59,7 +58,7 @@ def run(spec: ExperimentSpec) -> Path:
         index = open_images(source, "dataset.test_data_sources", labelled=False, largest=largest)
         request = Request("inference", spec, this_run.folder, model, index)
         found = request.launch(this_run, _classify if info.stage == "finetune" else _embed)
-        path = this_run.folder / (RESULTS if info.stage == "finetune" else EMBEDDINGS)
+        path = this_run.folder / (layout.PREDICTIONS if info.stage == "finetune" else layout.EMBEDDINGS)
         if this_run.leads:
             show_table(request.title, [*found.items(), ("written", str(path))])
     return path

@@ -34,6 +34,7 @@ from openmae.spec.describe import fields, traits
 from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD, resolve
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get, value_of
+from openmae.storage import layout
 from openmae.storage.encryption import Key, resolve_key
 
 log = logging.getLogger("openmae")
@@ -124,7 +125,7 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
         if info.stage == "pretrain" and not checkpoint.weights.rest:
             raise CheckpointError(
                 f"{path} holds only the backbone, and {key.split('.')[0]} also reconstructs images.",
-                f"Give a checkpoint of the same run, such as {path.with_name(BEST)}.",
+                f"Give a checkpoint of the same run, such as {path.with_name(layout.BEST)}.",
             )
     config = info.model
     if spec.is_set("dataset.augmentation.input_size"):

@@ -17,6 +17,7 @@ from openmae.results.profile import Breakdown, Phase, advice, write_breakdown
 from openmae.spec.metrics import monitored_metric
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
+from openmae.storage import layout
 from openmae.training.profiler import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
 
 _KEYS = (

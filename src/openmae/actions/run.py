@@ -17,7 +17,6 @@ from rich.progress import track
 from rich.table import Table
 
 from openmae.actions.staging import local_place
-from openmae.data.folder_listing import CORRUPT_LIST
 from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
@@ -28,6 +27,7 @@ from openmae.spec.actions import DEVICES
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
+from openmae.storage import layout
 from openmae.storage.atomic import FULL, disk_error, fault_of_disk, write_atomically
 from openmae.storage.memory_folder import remove_abandoned
 

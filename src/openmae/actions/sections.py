@@ -15,6 +15,7 @@ from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown, table_rows
 from openmae.results.report import Cell, Code, Numbers, Picture, Section, Table, Text, write_report
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, is_share, label
+from openmae.storage import layout
 
 _READING = """import pyarrow.parquet as pq
 import numpy as np
@@ -68,7 +69,7 @@ def train_report(
     unread: Sequence[Section] = (),
 ) -> Path:
     """Write the report of a training: metrics, curves, reconstructions, profile, recipe, unread files and spec."""
-    rows = read_metrics(folder / "metrics.csv")
+    rows = read_metrics(folder / layout.METRICS)
     last = {name: row[name] for row in rows for name in _SHOWN if name in row}
     sections: list[Section] = [_numbers("Final metrics", last)] if last else []
     if rows:
@@ -124,7 +125,7 @@ def embedding_report(
     """Write the report of embeddings: their number, code that reads them, and reconstructions."""
     images, dimensions = shape
     sections: list[Section] = [
-        Numbers("embeddings.parquet", {"images": f"{images:,}", "dimensions": f"{dimensions:,}"}),
+        Numbers(layout.EMBEDDINGS, {"images": f"{images:,}", "dimensions": f"{dimensions:,}"}),
         Code("Read the embeddings", _READING),
     ]
     if picture is not None:
@@ -183,7 +184,7 @@ def inference_report(
         Picture("Examples", sheet, "Images after preprocessing, with the most likely class and its probability."),
         Table("Predicted classes", ("class", "images"), most),
         Table(
-            "results.csv",
+            layout.PREDICTIONS,
             ("path", "class", "probability", "second class", "probability"),
             [_result_cells(row) for row in found[:_MOST_ROWS]],
             caption=f"The first {min(_MOST_ROWS, len(found))} of {len(found):,} rows.",
@@ -247,6 +248,6 @@ def engine_report(folder: Path, onnx_name: str, kpi: Mapping[str, float], rows: 
     sections: list[Section] = [
         Numbers("Engine", {"MB": f"{kpi['engine_mb']:.1f}", "seconds to build": f"{kpi['build_seconds']:.1f}"}),
         Table("Build", ("", ""), list(rows)),
-        Code("Spec", (folder / "experiment.yaml").read_text(encoding="utf-8")),
+        Code("Spec", (folder / layout.SPEC).read_text(encoding="utf-8")),
     ]
     return write_report(folder, "OpenMAE gen_trt_engine", sections, subtitle=onnx_name)

@@ -18,7 +18,7 @@ from openmae.spec.actions import ROWS
 from openmae.spec.describe import fields, file_use
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
-from openmae.storage import cache
+from openmae.storage import cache, layout
 from openmae.storage.atomic import make_folder
 from openmae.storage.encryption import Key, resolve_key
 from openmae.storage.lock import GRACE, StoreLock, locked_folder
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 
 EXCLUDES_VARIABLE = "OPENMAE_UPLOAD_EXCLUDES"
 
-_SIDECARS = {".onnx": (".data",), ".engine": (".json",), ".plan": (".json",), ".trt": (".json",)}
-_FINAL_FILES = ("backbone.safetensors", "report.html")  # of a finished training
-_CHECKPOINT = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
-_MODEL = re.compile(r"\.pth(\.|$)")  # also those that were set aside
+_FINAL_FILES = (layout.BACKBONE, layout.REPORT)  # of a finished training
 
 log = logging.getLogger("openmae")
 
@@ -110,7 +107,7 @@ class Place:
         finally:
             for mirror in self._mirrors:
                 if mirror.complete:
-                    cache.mark_uploaded(mirror.local.parent, redact(mirror.url))
+                    cache.mark_complete(mirror.local.parent, redact(mirror.url))
 
 
 @contextmanager
@@ -175,7 +172,7 @@ def _download_earlier(
     spec: ExperimentSpec, url: str, folder: Path, action: str, key: Key | None, *, leads: bool
 ) -> None:
     """Download the results of an earlier run that the action continues."""
-    from openmae.storage.mirror import STATUS, pull
+    from openmae.storage.mirror import pull
 
     if action == "train":
         only_newest = bool(spec.train.resume_training_checkpoint_path)
@@ -190,12 +187,12 @@ def _download_earlier(
 
 
 def _all_but_models(names: Collection[str]) -> list[str]:
-    return [name for name in names if not _MODEL.search(name)]
+    return [name for name in names if not layout.holds_weights(name)]
 
 
 def _final_files(names: Collection[str]) -> list[str]:
     """Return the files that show that there is nothing left to train."""
-    return [name for name in _FINAL_FILES if name in names and _by_age(names)]
+    return [name for name in _FINAL_FILES if name in names and layout.sort_checkpoints(names)]
 
 
 def _download_checkpoint(
@@ -224,8 +221,8 @@ def _download_checkpoint(
     for count in itertools.count(1):
 
         def wanted(names: Collection[str], count: int = count) -> Collection[str]:
-            numbered = _by_age(names)
-            best = [BEST] if BEST in names and numbered else []  # the last resort
+            numbered = layout.sort_checkpoints(names)
+            best = [layout.BEST] if layout.BEST in names and numbered else []  # the last resort
             available[:] = best + numbered
             return [*others(names), *available[-count:]]
 
@@ -242,18 +239,12 @@ def _download_checkpoint(
             return
 
 
-def _by_age(names: Collection[str]) -> list[str]:
-    """Return the checkpoints among file names, the newest last."""
-    found = ((int(match[1]), int(match[2]), name) for name in names if (match := _CHECKPOINT.fullmatch(name)))
-    return [name for *_, name in sorted(found)]
-
-
 def _downloaded(key: str, url: str) -> str:
     from openmae.storage.download import fetch
 
     suffix = os.path.splitext(name_of(url))[1].lower()
     with blaming(key):
-        path = fetch(url, _SIDECARS.get(suffix, ()))
+        path = fetch(url, layout.COMPANIONS.get(suffix, ()))
     log.info("%s: using %s, a copy of %s.", key, path, redact(url))
     return str(path)
 

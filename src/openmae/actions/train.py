@@ -20,7 +20,7 @@ from openmae.actions.profiling import leave_profile
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import train_report
 from openmae.checkpoints.folder import CheckpointFolder
-from openmae.checkpoints.format import BACKBONE, Checkpoint, read_checkpoint, read_training_state, save_backbone
+from openmae.checkpoints.format import Checkpoint, read_checkpoint, read_training_state, save_backbone
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.checkpoints.weights import load_into
 from openmae.data.index import skipped_files_table
@@ -52,7 +52,6 @@ from openmae.training.summary import recipe_rows
 from openmae.training.trainer import Trainer
 
 PICTURES = 8  # images in a reconstruction grid
-REPORT = "report.html"
 
 log = logging.getLogger("openmae")
 
@@ -99,7 +98,7 @@ def _nothing_left(plan: Plan) -> bool:
 
 
 def _last_metrics(folder: Path) -> dict[str, float]:
-    epochs = [row for row in read_metrics(folder / "metrics.csv") if "train_loss" not in row]
+    epochs = [row for row in read_metrics(folder / layout.METRICS) if "train_loss" not in row]
     names = {EPOCH_TRAIN_LOSS: "train_loss"}
     last = epochs[-1] if epochs else {}
     return {names.get(name, name): value for name, value in last.items() if name not in ("step", "epoch")}

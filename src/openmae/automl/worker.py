@@ -32,6 +32,7 @@ from openmae.spec.describe import fields
 from openmae.spec.from_environment import environment_of
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
+from openmae.storage import layout
 
 EQUAL_FAILURES = 3  # in a row, with one cause, that end a search: the next would fail as well
 _POLL = 0.5  # seconds

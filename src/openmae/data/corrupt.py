@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from openmae.data.decode import MAX_KEY
-from openmae.data.folder_listing import CORRUPT_LIST
 from openmae.data.index import ImageIndex
 from openmae.errors import DataError
 from openmae.storage import layout

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
 from openmae.errors import DataError
+from openmae.storage import layout
 from openmae.storage.printable import printable_name
 
 LABELS_FILE = "labels.csv"
-CORRUPT_LIST = "corrupt_files.txt"  # written into results folders, and next to packed shards
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
 NO_SUFFIX = "without a suffix"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -138,7 +138,7 @@ def list_folder(folder: Path) -> FolderListing:
                 (links if entry.is_symlink() else waiting).append((f"{prefix}{name}/", in_results))
             elif is_image(name):  # also a broken link, which counts as a corrupt image later
                 images.append(prefix + name)
-            elif in_results or name == CORRUPT_LIST or name.endswith(".tar.index.json"):
+            elif in_results or name == layout.CORRUPT_LIST or name.endswith(".tar.index.json"):
                 continue
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 skipped.add(BROKEN_LINK, prefix + name)

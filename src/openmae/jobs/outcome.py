@@ -209,7 +209,7 @@ def analyse(record: Record, log: Path) -> FailureAnalysis:
     failures = [str(line.get("message", "")) for line in status_lines(record) if line.get("status") == "FAILURE"]
     tail = log_tail(log)
     if failures:
-        error, evidence = failures[-1], "status.json"
+        error, evidence = failures[-1], layout.STATUS
     else:
         error = last_error(tail.splitlines())
         evidence = "log" if error else "platform"

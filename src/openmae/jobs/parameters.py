@@ -19,6 +19,7 @@ from openmae.jobs.job import Record
 from openmae.spec.actions import SHORTHANDS, TABLE, expand_shorthand
 from openmae.spec.option import SECRET_MARK, is_secret
 from openmae.spec.tree import NotASectionError, Tree, flatten, get, put
+from openmae.storage import layout
 from openmae.storage.urls import is_remote
 
 KEY_VARIABLE = "OPENMAE_ENCRYPTION_KEY"

@@ -21,7 +21,6 @@ from PIL import Image
 
 from openmae.data.corrupt import warn_of_further_images
 from openmae.data.decode import CorruptImage, ImageFile
-from openmae.data.folder_listing import CORRUPT_LIST
 from openmae.data.index import ImageIndex
 from openmae.data.parallel import map_ordered
 from openmae.data.shards.tar_index import BLOCK, TarIndex, index_file
@@ -145,7 +144,7 @@ def _pack(
             beside.replace(out / beside.name)
             shard.replace(out / shard.name)
         result.shards = [out / shard.name for shard in written]
-    listing = out / CORRUPT_LIST
+    listing = out / layout.CORRUPT_LIST
     listing.unlink(missing_ok=True)
     if result.corrupt:
         write_atomically(listing, "".join(f"{path}\t{reason}\n" for path, reason in result.corrupt))
@@ -237,8 +236,7 @@ class _ShardWriter:
         self._tar.close()
         self._tar = None
         path = self._shards[-1]
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        flush_to_disk(path)
         index = replace(self._index, bytes=path.stat().st_size)
         write_atomically(Path(index_file(str(path))), index.to_json())
 
