@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-for module in ("actions.train", "actions.remote", "storage.upload", "storage.encryption", "cli"):
+for module in ("actions.train", "actions.staging", "storage.mirror", "storage.encryption", "cli.main"):
     importlib.import_module(f"openmae.{module}")
 torch.set_num_threads(1)
 

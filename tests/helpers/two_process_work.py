@@ -1,4 +1,4 @@
-"""What test_devices runs in two processes; spawned ones import it by name."""
+"""Work that tests run in two processes; spawned ones import it by name."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from openmae.distributed.collectives import gather, gather_objects, sum_over_ran
 from openmae.distributed.fsdp import gathered
 from openmae.distributed.rendezvous import ShardedStrategy
 from openmae.errors import DataError
+from openmae.evaluation.predictions import predict
 from openmae.training import trainer
-from openmae.training.finetune import predict
 from openmae.training.pretrain import PretrainTask
 
 
@@ -68,14 +68,14 @@ def measure_then_fail(fabric: Fabric, folder: Path) -> None:
         raise DataError("the rule and the value", "the mend")
 
 
-def train_late(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """A training whose updates are read late, as on GPUs; the third one's loss is bad on rank 1 alone."""
-    trainer.reads_late = lambda fabric: True
+def train_deferred(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """Train with deferred steps, as on GPUs; the third loss is bad on rank 1 only."""
+    trainer.can_defer = lambda fabric: True
     return train_spoilt(fabric, plan)
 
 
 def train_spoilt(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """A training; the third loss is bad on rank 1 alone."""
+    """Train; the third loss is bad on rank 1 only."""
     original, calls = PretrainTask.training_loss, []
 
     def training_loss(task: PretrainTask, *arguments: Any) -> torch.Tensor:
@@ -114,9 +114,13 @@ def train_on_a_full_disk(fabric: Fabric, plan: Plan) -> dict[str, float]:
     return train_action._work(fabric, plan)
 
 
-def fail_otherwise(fabric: Fabric) -> None:
-    """A fault of ours."""
-    raise ZeroDivisionError("by zero")
+def fail_in_process_1(fabric: Fabric, how: str) -> None:
+    """Process 1 fails while process 0 waits for it."""
+    if fabric.global_rank == 1:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("by zero")
+    fabric.barrier()
 
 
 def scale_shared_gradients(fabric: Fabric, folder: Path) -> None:
@@ -156,7 +160,7 @@ def diverge(fabric: Fabric, plan: Plan) -> dict[str, float]:
     return train_action._work(fabric, plan)
 
 
-def diverge_late(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """The same, with updates that are read late, as on GPUs."""
-    trainer.reads_late = lambda fabric: True
+def diverge_deferred(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """Diverge with deferred steps, as on GPUs."""
+    trainer.can_defer = lambda fabric: True
     return diverge(fabric, plan)

@@ -21,12 +21,13 @@ from openmae.actions.sources import open_images
 from openmae.data.image_dataset import Batch
 from openmae.data.index import unread_table
 from openmae.distributed.launch import build_fabric, launch
+from openmae.evaluation.embeddings import embed
+from openmae.evaluation.predictions import Predictions, predict
+from openmae.evaluation.reconstructions import reconstruct
 from openmae.results.images import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.atomic import replacing, write_atomically
 from openmae.storage.printable import printable_name, spreadsheet_cell
-from openmae.training.finetune import Predictions, predict
-from openmae.training.pretrain import embed
 
 RESULTS, EMBEDDINGS = "results.csv", "embeddings.parquet"
 _SHEET = 16  # images of the contact sheet
@@ -130,7 +131,8 @@ def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
         picture = None
         if task is not None:
             picture = request.folder / "reconstructions" / "test.png"
-            reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
+            shown = reconstruct(fabric, task.model, task.normalise, task.mask, loader.first(PICTURES))
+            reconstruction_grid(*shown, picture)
         embedding_report(request.folder, request.info, vectors.shape, picture, unread_table([request.index]))
     return {"embeddings": f"{len(vectors):,} of {vectors.shape[1]:,} numbers each"}
 

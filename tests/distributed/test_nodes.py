@@ -1,4 +1,4 @@
-"""Several nodes as users start them: one command a node with the published variables, torchrun, two hosts."""
+"""Several nodes, started as users do: one command per node with the published variables, torchrun, two hosts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _free_port() -> int:
 
 
 def _run(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[tuple[int, str]]:
-    """Run commands side by side; gives exit code and stderr of each."""
+    """Run commands in parallel; return the exit code and stderr of each."""
     base = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))}
     base |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
@@ -99,8 +99,8 @@ def test_two_nodes_train_as_one_process_with_twice_the_batch(one, tiny_overrides
 
 
 @pytest.mark.slow
-def test_torchrun_trains_the_same(one, tiny_overrides, tmp_path):
-    """The numbers are torchrun's where the spec types none."""
+def test_torchrun_trains_as_one_process(one, tiny_overrides, tmp_path):
+    """torchrun sets the number of processes if the spec does not."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}"]
     ((code, told),) = _run([([*command, "-m", "openmae", "train", *tiny_overrides(tmp_path / "two", _HALF)], {})])
     assert code == 0, told
@@ -135,7 +135,7 @@ def test_two_nodes_predict_each_image_once_in_order(train, photos, tiny_override
 
 @pytest.fixture
 def two_hosts() -> Iterator[tuple[list[list[str]], str]]:
-    """Two network namespaces joined by a cable: how to run a command in each, and the first one's address."""
+    """Two connected network namespaces: prefixes of commands that run in them, and the first one's address."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need root and the command ip")
     names, third = [f"mae{os.getpid()}{side}" for side in "ab"], os.getpid() % 250
@@ -157,7 +157,7 @@ def two_hosts() -> Iterator[tuple[list[list[str]], str]]:
 
 @pytest.mark.slow
 def test_two_hosts_train_as_one_process(one, two_hosts, tiny_overrides, tmp_path):
-    """Hosts that share nothing but a cable and the file system."""
+    """Hosts that share only a network connection and the file system."""
     hosts, address = two_hosts
     command = _mae("train", *tiny_overrides(tmp_path / "two", {**_HALF, "train.num_nodes": 2}))
     done = _run([([*host, *command], _variables(node, address, 29500)) for node, host in enumerate(hosts)])
