@@ -61,9 +61,9 @@ def test_fsdp_trains_as_one_process_and_one_process_resumes(one, train, tiny_ove
     assert (
         main(["train", *tiny_overrides(tmp_path / "two", {"dataset.batch_size": 2, "train.clip_grad_norm": 0.3})]) == 0
     )
-    told = capfd.readouterr().err
-    assert "goes on with 1 process(es) in place of 2: its global batch stays 4 = 1 process(es) x 2 images x 2" in told
-    assert "goes on with other settings" not in told
+    text = capfd.readouterr().err
+    assert "goes on with 1 process(es) in place of 2: its global batch stays 4 = 1 process(es) x 2 images x 2" in text
+    assert "goes on with other settings" not in text
     assert _losses(tmp_path / "two") == pytest.approx(_losses(one), rel=2e-3)
     newest, last = (_weights(list_checkpoints(folder)[-1]) for folder in (tmp_path / "two", one))
     for name, tensor in newest.items():
@@ -88,9 +88,9 @@ def test_fsdp_resumes_in_the_middle_of_an_epoch_of_one_process(one, tiny_overrid
     checkpoint = next(path for path in list_checkpoints(one) if "step_00009" in path.name)
     changes = {**FSDP, "train.resume_training_checkpoint_path": checkpoint}
     assert main(["train", *tiny_overrides(tmp_path / "two", changes)]) == 0
-    told = capfd.readouterr().err
-    assert "after epoch 1, step 9" in told
-    assert "starts again" not in told
+    text = capfd.readouterr().err
+    assert "after epoch 1, step 9" in text
+    assert "starts again" not in text
     (last,) = _losses(tmp_path / "two")
     assert last == pytest.approx(_losses(one)[-1], rel=2e-3)
     rows = [read_metrics(folder / "metrics.csv")[-1] for folder in (tmp_path / "two", one)]

@@ -42,7 +42,7 @@ def test_a_single_process_is_not_started():
 
 def test_an_error_of_a_single_process_is_raised():
     def work(fabric):
-        raise DataError("rule", "mend")
+        raise DataError("rule", "fix")
 
     with pytest.raises(DataError, match="rule"):
         launch(build_fabric("train", 1, [0], 1), work)
@@ -52,7 +52,7 @@ def test_an_error_of_a_single_process_is_raised():
 def test_two_processes_measure_as_one_and_raise_an_error(work, tmp_path):
     with pytest.raises(DataError) as caught:
         launch(build_fabric("train", 2, [0, 1], 1), work.measure_then_fail, tmp_path)
-    assert (caught.value.problem, caught.value.fix) == ("the rule and the value", "the mend")
+    assert (caught.value.problem, caught.value.fix) == ("the rule and the value", "the fix")
     assert caught.value.exit_code == 2
     assert json.loads((tmp_path / "found.json").read_text()) == {
         "world_size": 2,
@@ -98,16 +98,16 @@ def test_two_processes_with_deferred_steps_agree_with_two_without(
     work, tiny_overrides, assert_same_run, capfd, tmp_path
 ):
     """They skip the same step, name the same images, and one of them is profiled."""
-    told = []
+    skipped = []
     for name, job in (("immediate", work.train_spoilt), ("deferred", work.train_deferred)):
         changes = {"train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2, "train.profile": True}
         spec = load_spec(None, tiny_overrides(tmp_path / name, changes), action="train")
         launch(build_fabric("train", 2, [0, 1], 1), job, make_plan(spec, tmp_path / name))
-        told.append([line for line in capfd.readouterr().err.splitlines() if "skipped" in line])
+        skipped.append([line for line in capfd.readouterr().err.splitlines() if "skipped" in line])
     assert_same_run(tmp_path / "immediate", tmp_path / "deferred")
-    assert told[0] == told[1]
-    assert len(told[0]) == 1
-    assert told[0][0].count(".png") == 2, "only rank 1's batch is at fault"
+    assert skipped[0] == skipped[1]
+    assert len(skipped[0]) == 1
+    assert skipped[0][0].count(".png") == 2, "only the batch of rank 1 is bad"
     profile = json.loads((tmp_path / "deferred" / "profile.json").read_text())
     assert (profile["processes"], profile["process"], profile["steps"]) == (2, 0, 7)
     assert profile["advice"][-1].startswith("These are the times of process 0")

@@ -90,11 +90,11 @@ def _assert_same_losses(folder: Path, one: Path) -> None:
 
 
 def test_two_nodes_train_as_one_process_with_twice_the_batch(one, tiny_overrides, tmp_path):
-    (first, told), (second, quiet) = _on_two_nodes("train", *tiny_overrides(tmp_path / "two", _HALF))
-    assert (first, second) == (0, 0), told + quiet
+    (first, text), (second, quiet) = _on_two_nodes("train", *tiny_overrides(tmp_path / "two", _HALF))
+    assert (first, second) == (0, 0), text + quiet
     assert quiet == ""  # one log
-    assert "running on the CPU with 2 processes on 2 nodes" in told
-    assert "4 = 2 images x 2 nodes" in told
+    assert "running on the CPU with 2 processes on 2 nodes" in text
+    assert "4 = 2 images x 2 nodes" in text
     _assert_same_losses(tmp_path / "two", one)
 
 
@@ -102,9 +102,9 @@ def test_two_nodes_train_as_one_process_with_twice_the_batch(one, tiny_overrides
 def test_torchrun_trains_as_one_process(one, tiny_overrides, tmp_path):
     """torchrun sets the number of processes if the spec does not."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}"]
-    ((code, told),) = _run([([*command, "-m", "openmae", "train", *tiny_overrides(tmp_path / "two", _HALF)], {})])
-    assert code == 0, told
-    assert told.count("Epoch 2 of 2, step 10") == 1
+    ((code, text),) = _run([([*command, "-m", "openmae", "train", *tiny_overrides(tmp_path / "two", _HALF)], {})])
+    assert code == 0, text
+    assert text.count("Epoch 2 of 2, step 10") == 1
     assert "num_gpus: 2" in (tmp_path / "two" / "experiment.yaml").read_text()
     _assert_same_losses(tmp_path / "two", one)
 
@@ -177,7 +177,7 @@ def test_a_node_that_sees_other_images_is_named(tiny_overrides, photos, tmp_path
             (photos / "train", other), (_variables(node, "127.0.0.1", port) for node in range(2)), strict=True
         )
     ]
-    for code, told in _run(commands):
-        assert code == 2, told
-        assert "Node 1 sees another training set than node 0: 20 images (" in told
-        assert "instead of 21 images (" in told
+    for code, text in _run(commands):
+        assert code == 2, text
+        assert "Node 1 sees another training set than node 0: 20 images (" in text
+        assert "instead of 21 images (" in text

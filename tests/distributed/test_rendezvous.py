@@ -34,9 +34,9 @@ def _join(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "told"), [([], "node 1 did not join"), ([1, 2], "process 3 did not join"), ([1], "node 1 did not join")]
+    ("there", "text"), [([], "node 1 did not join"), ([1, 2], "process 3 did not join"), ([1], "node 1 did not join")]
 )
-def test_missing_processes_are_named(there, told, port, monkeypatch):
+def test_missing_processes_are_named(there, text, port, monkeypatch):
     """Four processes on two nodes; the store is the one that node 0 opens."""
     opened = rendezvous._open_store
 
@@ -50,7 +50,7 @@ def test_missing_processes_are_named(there, told, port, monkeypatch):
     world = World(2, 2, 0, 0, "127.0.0.1", port) if there else World(2, 1, 0, 0, "127.0.0.1", port)
     with pytest.raises(RunError, match=r"Waited 0\.5 s for 2 node\(s\)") as caught:
         _join(world)
-    assert told in caught.value.problem
+    assert text in caught.value.problem
     assert f"MASTER_PORT={port}" in caught.value.fix
 
 

@@ -33,7 +33,9 @@ def run_script(path: Path, *, stdin: bool = False) -> subprocess.CompletedProces
     [
         ("fork", {"train.num_gpus": 2}, "num_gpus=2"),
         ("spawn", {"dataset.num_workers_per_gpu": 2}, "dataset.num_workers_per_gpu=2"),
-        ("forkserver", {"dataset.num_workers_per_gpu": 2}, "dataset.num_workers_per_gpu=2"),
+        pytest.param(
+            "forkserver", {"dataset.num_workers_per_gpu": 2}, "dataset.num_workers_per_gpu=2", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_script_without_a_guard_gets_one_short_message(tiny_overrides, tmp_path, method, changes, key):

@@ -16,8 +16,8 @@ from openmae.distributed.signals import PREEMPTION, InterruptRelay, InterruptWat
 from openmae.distributed.watchdog import Watchdog
 from openmae.errors import Preempted
 from openmae.results.status import read_status
-from openmae.training.resume import newest_checkpoint
 
+LIMIT = 120  # seconds until something hangs
 EPOCHS = {"train.num_epochs": 12, "train.checkpoint_interval": 12, "dataset.val_data_sources": None}
 
 
@@ -105,7 +105,7 @@ def test_the_relay_forwards_signals(monkeypatch):
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + LIMIT
     while not what():
         assert process.poll() is None, "it ended too early"
         assert time.monotonic() < end, "it never came"
@@ -127,71 +127,56 @@ def first_epoch_done(folder: Path) -> Callable[[], bool]:
     return lambda: path.exists() and any(entry["status"] == "RUNNING" for entry in read_status(path))
 
 
-@pytest.mark.xdist_group("several processes")
-def test_a_run_resumes_after_ctrl_c_on_a_terminal(train, tiny_overrides, assert_same_run, payload_of, tmp_path):
-    """The terminal sends SIGINT to every process of the group, including the loader's workers."""
-    folder = tmp_path / "interrupted"
-    process = start(tiny_overrides(folder, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
-    wait_for(first_epoch_done(folder), process)
-    os.killpg(process.pid, signal.SIGINT)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 130, text
-    assert "Interrupted: writing a checkpoint after this step." in text
-    assert "Traceback" not in text
-    assert newest_checkpoint(folder) is not None
-    assert 0 < payload_of(folder)["progress"]["step"] < 60
-    assert read_status(folder / "status.json")[-1]["message"] == "train was interrupted"
+@pytest.fixture(scope="module")
+def uninterrupted(train, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     train(folder, EPOCHS)
-    train(tmp_path / "whole", EPOCHS)
-    assert_same_run(tmp_path / "whole", folder)
+    return folder
 
 
 @pytest.mark.xdist_group("several processes")
-@pytest.mark.parametrize("number", PREEMPTION)
-def test_a_run_resumes_after_a_preemption(number, train, tiny_overrides, assert_same_run, payload_of, tmp_path):
-    """SLURM signals every process of the job, including the loader's workers."""
-    folder = tmp_path / "preempted"
-    process = start(tiny_overrides(folder, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
-    wait_for(first_epoch_done(folder), process)
-    told = time.monotonic()
+@pytest.mark.parametrize(
+    ("number", "code", "said", "status"),
+    [
+        (signal.SIGINT, 130, "Interrupted: writing a checkpoint after this step.", "train was interrupted"),
+        (signal.SIGTERM, 75, "SIGTERM: writing a checkpoint after this step.", "train was preempted"),
+        pytest.param(
+            signal.SIGUSR1, 75, "SIGUSR1: writing a checkpoint after this step.", "train was preempted",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_a_run_resumes_after_a_signal(
+    number, code, said, status, uninterrupted, train, tiny_overrides, assert_same_run, payload_of, tmp_path
+):
+    """A terminal and SLURM signal every process of the group, including the loader's workers."""
+    process = start(tiny_overrides(tmp_path, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
+    wait_for(first_epoch_done(tmp_path), process)
     os.killpg(process.pid, number)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 75, text
-    assert time.monotonic() - told < 20
-    assert f"{number.name}: writing a checkpoint after this step." in text
-    assert "Preempted: the same command resumes from here." in text
+    _, text = process.communicate(timeout=LIMIT)
+    assert process.returncode == code, text
+    assert said in text
+    assert ("Preempted: the same command resumes from here." in text) == (code == 75)
     assert "Traceback" not in text
-    assert 0 < payload_of(folder)["progress"]["step"] < 60
-    assert read_status(folder / "status.json")[-1]["message"] == "train was preempted"
-    train(folder, EPOCHS)
-    train(tmp_path / "whole", EPOCHS)
-    assert_same_run(tmp_path / "whole", folder)
+    assert 0 < payload_of(tmp_path)["progress"]["step"] < 60
+    assert read_status(tmp_path / "status.json")[-1]["message"] == status
+    train(tmp_path, EPOCHS)
+    assert_same_run(uninterrupted, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["the group", "the parent"])
-def test_ctrl_c_with_two_processes(whom, tiny_overrides, payload_of, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "whom", "code"),
+    [(signal.SIGINT, "group", 130), (signal.SIGINT, "parent", 130), (signal.SIGTERM, "group", 75)],
+)
+def test_a_signal_stops_two_processes_once(number, whom, code, tiny_overrides, payload_of, tmp_path):
     changes = {**EPOCHS, "train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2}
     process = start(tiny_overrides(tmp_path, {**changes, "train.num_epochs": 100}))
     wait_for(first_epoch_done(tmp_path), process)
-    if whom == "the group":
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 130, text
+    send = os.killpg if whom == "group" else os.kill
+    send(process.pid, number)
+    _, text = process.communicate(timeout=LIMIT)
+    assert process.returncode == code, text
     assert "Traceback" not in text
-    assert text.count("Press Ctrl-C again") == 1
-    assert 0 < payload_of(tmp_path)["progress"]["step"] < 500
-
-
-@pytest.mark.slow
-def test_a_preemption_of_two_processes(tiny_overrides, payload_of, tmp_path):
-    changes = {**EPOCHS, "train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2}
-    process = start(tiny_overrides(tmp_path, {**changes, "train.num_epochs": 100}))
-    wait_for(first_epoch_done(tmp_path), process)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 75, text
-    assert "Traceback" not in text
+    assert text.count("writing a checkpoint after this step.") == 1
     assert 0 < payload_of(tmp_path)["progress"]["step"] < 500

@@ -104,10 +104,10 @@ class HangingStore(HashStore):
         super().__init__()
         self.stopped, self.ended = threading.Event(), threading.Event()
 
-    def check(self, keys: list[str]) -> bool:
+    def set(self, key: str, value: str) -> None:
         if self.stopped.is_set():
             self.ended.wait()
-        return super().check(keys)
+        super().set(key, value)
 
 
 def test_a_store_that_hangs_is_process_0(start: Start) -> None:

@@ -30,14 +30,14 @@ from openmae.training.pretrain import PretrainTask
 
 
 class FirstPixel(torch.nn.Module):
-    """Logits from an image alone."""
+    """Logits that are the first pixel of an image."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images[:, :, 0, 0]
 
 
 def own_batches(rank: int) -> list[Batch]:
-    """Five images over two ranks, as ``EvalSampler`` deals them: 0, 2, 4 and 1, 3; the image shows its own number."""
+    """Return five images split over two ranks: 0, 2, 4 and 1, 3; the pixels of an image are its number."""
     parts = [[0, 2], [4]] if rank == 0 else [[1, 3]]
     batches = []
     for part in parts:
@@ -48,7 +48,7 @@ def own_batches(rank: int) -> list[Batch]:
 
 
 def measure_then_fail(fabric: Fabric, folder: Path) -> None:
-    """Write what rank 0 found, then let rank 1 meet a wrong request."""
+    """Write the results of rank 0, then raise an error on rank 1."""
     rank = fabric.global_rank
     classify, normalise = FirstPixel(), Normaliser((0.0,) * 3, (1.0,) * 3)
     predictions = predict(fabric, lambda images: classify(normalise(images)), own_batches(rank))
@@ -65,7 +65,7 @@ def measure_then_fail(fabric: Fabric, folder: Path) -> None:
         (folder / "found.json").write_text(json.dumps(found))
     fabric.barrier()
     if rank == 1:
-        raise DataError("the rule and the value", "the mend")
+        raise DataError("the rule and the value", "the fix")
 
 
 def train_deferred(fabric: Fabric, plan: Plan) -> dict[str, float]:
@@ -88,7 +88,7 @@ def train_spoilt(fabric: Fabric, plan: Plan) -> dict[str, float]:
 
 
 def train_preempted_in_validation(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """A training whose process 1 is told to end as it begins to validate, and stops there; process 0 is not."""
+    """Train; only process 1 gets SIGTERM when it begins to validate."""
     original = PretrainTask.validate
 
     def validate(task: PretrainTask, *arguments: Any) -> dict[str, float]:
@@ -124,7 +124,7 @@ def fail_in_process_1(fabric: Fabric, how: str) -> None:
 
 
 def scale_shared_gradients(fabric: Fabric, folder: Path) -> None:
-    """fp16's scaler over weights that are shared out: clipping sees true norms, and one infinity skips every part."""
+    """Run fp16's scaler on sharded weights: clipping uses the global norm, and one infinity skips every shard."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
     fabric.to_device(model)
@@ -145,7 +145,7 @@ def scale_shared_gradients(fabric: Fabric, folder: Path) -> None:
 
 
 def diverge(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """A training whose weights are finite after the seventh step, and give no finite loss."""
+    """Train; after the seventh step the weights are finite, but give no finite loss."""
     steps: list[int] = []
 
     def explode(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -105,7 +105,7 @@ def _split(batch: Batch, sizes: list[int]) -> list[Batch]:
 
 def test_unlabelled_images_are_not_probed(fabric, monkeypatch):
     task = task_of()
-    monkeypatch.setattr(type(task.model.encoder), "embed", lambda *_: pytest.fail("nobody asked for features"))
+    monkeypatch.setattr(type(task.model.encoder), "embed", lambda *_: pytest.fail("no features were needed"))
     assert task.validate(fabric, task.model.eval(), batches(32, [3], labelled=False)).keys() == {"val_loss"}
 
 

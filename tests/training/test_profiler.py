@@ -60,7 +60,7 @@ def test_the_batches_of_a_step_are_added_up(at):
 
 
 class FakeQueue:
-    """FAKE of a GPU's queue: an event is reached when the GPU has worked up to it."""
+    """A simulated queue of a GPU: an event is reached when the GPU has worked up to it."""
 
     def __init__(self) -> None:
         self.gpu = 0.0
@@ -76,7 +76,7 @@ class FakeQueue:
 
 
 class FakeEvent:
-    """FAKE of ``torch.cuda.Event``."""
+    """A simulated ``torch.cuda.Event``."""
 
     ends = iter(())
 

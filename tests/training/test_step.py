@@ -71,16 +71,16 @@ def test_a_bad_step_is_skipped_on_the_device_as_it_is_on_the_host(
     spoil, clip, train, assert_same_run, at_loss, defer, caplog, tmp_path
 ):
     changes = {**FINETUNE, "dataset.batch_size": 2, "train.clip_grad_norm": clip}  # 10 steps an epoch
-    told = []
+    skipped = []
     for name in ("immediate", "deferred"):
         at_loss(FinetuneTask, spoil)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "openmae"):
             train(tmp_path / name, changes)
-        told.append([text for text in caplog.messages if "skipped" in text])
+        skipped.append([text for text in caplog.messages if "skipped" in text])
         defer()
-    assert told[0] == told[1]
-    assert [text.partition(":")[0] for text in told[1]] == (
+    assert skipped[0] == skipped[1]
+    assert [text.partition(":")[0] for text in skipped[1]] == (
         ["Step 1", "Step 3", "Step 4", "Step 10"] if spoil is bad_losses else ["Step 2", "Step 5"]
     )
     assert_same_run(tmp_path / "immediate", tmp_path / "deferred")

@@ -120,7 +120,7 @@ CROSS = {"model.decoder_attention": "cross", "model.decoder_targets": 0.5}
 def test_a_run_that_pauses_equals_one_that_does_not(changes, train, assert_same_run, payload_of, tmp_path):
     train(tmp_path / "whole", changes)
     train(tmp_path / "paused", {**changes, "train.stop_after_epoch": 1})
-    assert payload_of(tmp_path / "paused")["progress"]["epoch"] == 1, "it was to pause after the first epoch"
+    assert payload_of(tmp_path / "paused")["progress"]["epoch"] == 1, "it did not pause after the first epoch"
     assert not (tmp_path / "paused" / "backbone.safetensors").exists(), "a paused run is not a finished one"
     train(tmp_path / "paused", changes)
     assert_same_run(tmp_path / "whole", tmp_path / "paused")
@@ -259,7 +259,7 @@ def test_the_average_follows_the_weights_and_is_validated(train, monkeypatch, pa
     payload = payload_of(tmp_path)
     final = {k.removeprefix("model."): v for k, v in payload["state_dict"].items()}
     averaged = {k.removeprefix("model."): v for k, v in payload["ema_state_dict"].items()}
-    expected = spoiler.weights[2]  # the first two updates are copied: an average of random starts helps nobody
+    expected = spoiler.weights[2]  # the first two updates are copied: an average of random weights is useless
     for weights in [*spoiler.weights[3:], final]:
         expected = {k: 0.9 * expected[k] + 0.1 * v for k, v in weights.items()}
     torch.testing.assert_close(averaged, expected)

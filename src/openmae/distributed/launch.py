@@ -49,6 +49,7 @@ _LOST_CONNECTION = re.compile(
     "Application timeout|failed to recv|remote process exited|ncclRemoteError|wait timeout|Read error",
     re.IGNORECASE,
 )
+_LOST_PEER = "Another process of this run has ended or stopped responding"
 
 log = logging.getLogger("openmae")
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs every process that joins
@@ -185,10 +186,6 @@ def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
     return _spawn(fabric, work, arguments)
 
 
-class _LostPeerError(RunError):
-    """Another process has ended; its own error is the cause."""
-
-
 def _run_with_peers(
     fabric: Fabric,
     work: Callable[..., T],
@@ -214,8 +211,8 @@ def _run_with_peers(
             raise hanging from error
         if not lost:
             raise
-        raise _LostPeerError(
-            f"Another process of this run has ended or stopped responding ({text.splitlines()[-1][:300]}).",
+        raise RunError(
+            f"{_LOST_PEER} ({text.splitlines()[-1][:300]}).",
             "Its own output says why; the same command on every node resumes from the newest checkpoint.",
         ) from error
     finally:
@@ -299,7 +296,7 @@ def _read(path: Path) -> Any:
 def _failure(error: ProcessException, outcomes: Sequence[Any], world: World) -> OpenMAEError:
     """Return the error that ended the run, rather than one that followed from it in another process."""
     errors = [outcome for outcome in outcomes if isinstance(outcome, OpenMAEError)]
-    if causes := [found for found in errors if not isinstance(found, _LostPeerError)]:
+    if causes := [found for found in errors if not found.problem.startswith(_LOST_PEER)]:
         return causes[0]
     where = f"Process {error.error_index}" + (f" of node {world.node_rank}" if world.nodes > 1 else "")
     if isinstance(error, ProcessExitedException) and error.signal_name:

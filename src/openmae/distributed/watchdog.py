@@ -67,7 +67,7 @@ class Watchdog:
 
     Attributes:
         stopping: this process was asked to stop.
-        someone_stopping: any process was; known within a second.
+        someone_stopping: any process was; known after an interval of about a second.
         error: set when a process has stopped responding.
         report: called with the error when the main thread cannot raise it, before the process is ended.
         status: where the default ``report`` notes the failure; None writes nothing.
@@ -98,7 +98,7 @@ class Watchdog:
             SpecError: the environment variable with the time limit is invalid.
         """
         self._limit = answer_seconds()
-        self._interval = min(1.0, self._limit / 20)
+        self._interval = min(max(1.0, self._world.size / 64), self._limit / 20)  # all read all: not too often
         self._exchanged = time.monotonic()
         for thread in (lambda: self._exchange(open_store), lambda: self._judge(grace)):
             threading.Thread(target=thread, name="openmae-watchdog", daemon=True).start()
@@ -121,10 +121,11 @@ class Watchdog:
         prefix = f"openmae/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         keys = [f"{prefix}/{rank}" for rank in range(self._world.size)]
         with suppress(torch.distributed.DistError):  # process 0 has ended: the judge sees that nothing is exchanged
-            store = open_store()
+            store, known = open_store(), list[str]()
             for beats in itertools.count(1):
                 store.set(keys[self._world.rank], json.dumps(_Report(beats, self._arrived, self.stopping)))
-                known = keys if store.check(keys) else [key for key in keys if store.check([key])]
+                if len(known) < len(keys):
+                    known = [key for key in keys if store.check([key])]
                 found = dict(zip(known, store.multi_get(known), strict=True))
                 self._reports = [_Report(*json.loads(found.get(key, "[]"))) for key in keys]
                 self.someone_stopping = self.stopping or any(report.stopping for report in self._reports)
