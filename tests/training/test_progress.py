@@ -67,8 +67,8 @@ def drawn(terminal: bool) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=160, _environ={})
     with EpochBar("epoch 2/5", 8, 3, console) as bar:
-        bar.advance(2, 0.51234, 1.5e-4, {"images_per_s": 812.4, "data_wait": 0.07})
-        bar._progress.refresh()
+        bar.show(2, 0.51234, 1.5e-4, {"images_per_s": 812.4, "data_wait": 0.07})
+        bar.refresh()
     return text.getvalue()
 
 

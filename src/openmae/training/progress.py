@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -91,7 +90,7 @@ class PaceMeter:
         return {"images_per_s": images_per_s, "data_wait": min(waited, 1.0)}
 
 
-class EpochBar:
+class EpochBar(Progress):
     """A progress bar for one epoch, with loss, learning rate, images/s and the share of time waiting for data.
 
     Args:
@@ -102,29 +101,18 @@ class EpochBar:
     """
 
     def __init__(self, title: str, total: int, done: int, console: Console) -> None:
-        self._progress = Progress(
+        columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(title, total=total, completed=done, numbers="")
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._epoch = self.add_task(title, total=total, completed=done, numbers="")
 
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def advance(self, batches: int, loss: float | None, lr: float, pace: dict[str, float]) -> None:
+    def show(self, batches: int, loss: float | None, lr: float, pace: dict[str, float]) -> None:
         """Advance by some batches; ``loss`` is the newest known one, or None."""
         known = "" if loss is None else f"loss {loss:.4f}  "
         numbers = f"{known}lr {lr:.2e}  {pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
-        self._progress.update(self._task, advance=batches, numbers=numbers)
+        self.update(self._epoch, advance=batches, numbers=numbers)

@@ -143,7 +143,7 @@ class Trainer:
         with EpochBar(title, batches, progress.batch, self.outputs.console) as bar:
             for group in self._groups():
                 self._train_step(group)
-                bar.advance(len(group), self._loss, self._rate(), self.pace.read())
+                bar.show(len(group), self._loss, self._rate(), self.pace.read())
                 progress.batch += len(group)
                 progress.step += 1
                 epoch_done = progress.batch == batches  # its checkpoint comes after its validation
