@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
-import torch
 from torch.distributed import DistStoreError, HashStore, Store
 
 from openmae.distributed import rendezvous, watchdog
@@ -17,7 +16,7 @@ from openmae.distributed.watchdog import Watchdog
 from openmae.errors import RunError, SpecError
 
 LIMIT = 1.0
-Start = Callable[..., Watchdog]
+Start = Callable[..., "Process"]
 
 
 @pytest.fixture(autouse=True)
@@ -25,20 +24,34 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMAE_ANSWER_SECONDS", str(LIMIT))
 
 
+class Process:
+    """A process on a node of its own, with the errors that its watchdog has reported."""
+
+    def __init__(self, rank: int, store: Store, size: int) -> None:
+        self.watchdog = Watchdog(World(nodes=size, node_rank=rank, local_rank=0))
+        self.errors: list[RunError] = []
+        self.watchdog.report = self.errors.append
+        self.watchdog.start(lambda: store)
+
+    @property
+    def problem(self) -> str:
+        wait_until(lambda: self.errors, "no process was named")
+        return self.errors[0].problem
+
+
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """``start(rank, store)``: the watchdog of a process on a node of its own."""
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """``start(rank, store)``: a process on a node of its own."""
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: None)
     started = []
 
-    def run(rank: int, store: Store, size: int = 2, grace: float = 60.0) -> Watchdog:
-        own = Watchdog(World(nodes=size, node_rank=rank, local_rank=0))
-        own.start(lambda: store, grace)
-        started.append(own)
-        return own
+    def run(rank: int, store: Store, size: int = 2) -> Process:
+        started.append(Process(rank, store, size))
+        return started[-1]
 
     yield run
-    for own in started:
-        own.end()
+    for process in started:
+        process.watchdog.end()
 
 
 def wait_until(ready: Callable[[], object], what: str) -> None:
@@ -48,29 +61,22 @@ def wait_until(ready: Callable[[], object], what: str) -> None:
         time.sleep(0.01)
 
 
-def problem_of(own: Watchdog) -> str:
-    wait_until(lambda: own.error, "no process was named")
-    assert own.error is not None
-    return own.error.problem
-
-
 def test_a_process_that_stays_behind_is_named_by_all(start: Start) -> None:
     store = HashStore()
     ahead, behind = start(0, store), start(1, store)
-    ahead.arrive()
-    assert problem_of(ahead) == "Process 1 (node 1) has not responded for 1 s."
-    assert problem_of(behind) == problem_of(ahead)
-    assert ahead.error is not None
-    assert "resumes from the newest checkpoint" in ahead.error.fix
-    assert "OPENMAE_ANSWER_SECONDS" in ahead.error.fix
+    ahead.watchdog.arrive()
+    assert ahead.problem == "Process 1 (node 1) has not responded for 1 s."
+    assert behind.problem == ahead.problem
+    assert "resumes from the newest checkpoint" in ahead.errors[0].fix
+    assert "OPENMAE_ANSWER_SECONDS" in ahead.errors[0].fix
 
 
 def test_a_process_that_is_stopped_between_two_points_is_named(start: Start) -> None:
     store = HashStore()
     waiting, stopped = start(0, store), start(1, store)
     wait_until(lambda: store.check(["openmae/watchdog/0/1"]), "process 1 published nothing")
-    stopped.end()
-    assert problem_of(waiting) == "Process 1 (node 1) has not responded for 1 s."
+    stopped.watchdog.end()
+    assert waiting.problem == "Process 1 (node 1) has not responded for 1 s."
 
 
 def test_a_process_that_waits_for_the_slow_one_is_not_named(start: Start) -> None:
@@ -78,23 +84,23 @@ def test_a_process_that_waits_for_the_slow_one_is_not_named(start: Start) -> Non
     store = HashStore()
     source, waiting, _ = (start(rank, store, size=3) for rank in range(3))
     for _ in range(2):
-        source.arrive()
-    waiting.arrive()
-    assert problem_of(source) == "Process 2 (node 2) has not responded for 1 s."
+        source.watchdog.arrive()
+    waiting.watchdog.arrive()
+    assert source.problem == "Process 2 (node 2) has not responded for 1 s."
 
 
 def test_all_know_that_one_is_asked_to_stop(start: Start) -> None:
     store = HashStore()
     one, other = start(0, store), start(1, store)
-    assert not other.someone_stopping
-    one.stopping = True
-    wait_until(lambda: one.someone_stopping and other.someone_stopping, "it was not published")
+    assert not other.watchdog.someone_stopping
+    one.watchdog.stopping = True
+    wait_until(lambda: one.watchdog.someone_stopping and other.watchdog.someone_stopping, "it was not published")
 
 
 def test_a_message_names_few_of_many(start: Start) -> None:
     """Eight of nine publish nothing from the start."""
     own, published = start(0, HashStore(), size=9), "1 (node 1), 2 (node 2), 3 (node 3), 4 (node 4)"
-    assert problem_of(own) == f"Processes {published} and 4 more have not responded for 1 s."
+    assert own.problem == f"Processes {published} and 4 more have not responded for 1 s."
 
 
 class HangingStore(HashStore):
@@ -116,7 +122,7 @@ def test_a_store_that_hangs_is_process_0(start: Start) -> None:
     waiting = start(1, store)
     store.stopped.set()
     try:
-        assert problem_of(waiting) == "Process 0 (node 0) has not responded for 1 s."
+        assert waiting.problem == "Process 0 (node 0) has not responded for 1 s."
     finally:
         store.ended.set()
 
@@ -126,7 +132,7 @@ def test_a_store_that_is_gone_is_process_0(start: Start) -> None:
         def set(self, key: str, value: str) -> None:
             raise DistStoreError("Connection reset by peer")
 
-    assert problem_of(start(1, Gone())) == "Process 0 (node 0) has not responded for 1 s."
+    assert start(1, Gone()).problem == "Process 0 (node 0) has not responded for 1 s."
 
 
 def test_none_is_named_while_all_wait_at_one_point_or_go_on(start: Start) -> None:
@@ -134,17 +140,17 @@ def test_none_is_named_while_all_wait_at_one_point_or_go_on(start: Start) -> Non
     store = HashStore()
     one, other = start(0, store), start(1, store)
     time.sleep(2.5 * LIMIT)
-    assert one.error is other.error is None
+    assert one.errors == other.errors == []
     end = time.monotonic() + 2.5 * LIMIT
     while time.monotonic() < end:
-        one.arrive()
+        one.watchdog.arrive()
         time.sleep(LIMIT / 4)
-        other.arrive()
-    assert one.error is other.error is None
+        other.watchdog.arrive()
+    assert one.errors == other.errors == []
 
 
-def test_a_process_whose_main_thread_cannot_raise_is_ended(
-    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_process_that_waits_too_long_reports_and_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ended, seen = threading.Event(), []
 
@@ -154,24 +160,19 @@ def test_a_process_whose_main_thread_cannot_raise_is_ended(
             seen.append(arguments)
 
     monkeypatch.setattr(watchdog.os, "_exit", lambda code: seen.append(code) or ended.set())
-    own = start(0, HashStore(), grace=0.1)
+    own = Watchdog(World(nodes=2))
     own.status = Status()  # type: ignore[assignment]
+    own.start(HashStore)
     assert ended.wait(20 * LIMIT), "it was not ended"
-    assert seen == [("FAILURE", f"RunError: {own.error}"), 1]
-    assert capsys.readouterr().err == f"{own.error}\n"
-    reported: list[RunError] = []
-    ended.clear()
-    own = start(0, HashStore(), grace=0.1)
-    own.report = reported.append
-    assert ended.wait(20 * LIMIT), "it was not ended"
-    assert reported == [own.error]
+    (status, text), code = seen
+    assert (status, code) == ("FAILURE", 1)
+    assert text.startswith("RunError: Process 1 (node 1) has not responded for 1 s.\n  Fix: Look for what blocks it")
+    assert f"RunError: {capsys.readouterr().err}" == f"{text}\n"
 
 
-def test_the_timeout_of_the_process_group_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rendezvous.ReplicatedStrategy()._timeout == timedelta(seconds=LIMIT)
-    assert rendezvous.ShardedStrategy(World(per_node=2))._timeout == timedelta(seconds=LIMIT)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert rendezvous.ReplicatedStrategy()._timeout > timedelta(seconds=LIMIT), "NCCL would end it before the watchdog"
+def test_the_timeout_of_the_process_group_follows() -> None:
+    for strategy in (rendezvous.ReplicatedStrategy(), rendezvous.ShardedStrategy(World(per_node=2))):
+        assert strategy._timeout == timedelta(seconds=LIMIT + 60), "the watchdog must come first"
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])

@@ -206,10 +206,7 @@ def _run_with_peers(
         fabric.barrier()
     except RuntimeError as error:
         text = str(error).strip()
-        lost = bool(_LOST_CONNECTION.search(text))
-        if hanging := watchdog.error_after(lost_connection=lost):
-            raise hanging from error
-        if not lost:
+        if not _LOST_CONNECTION.search(text):
             raise
         raise RunError(
             f"{_LOST_PEER} ({text.splitlines()[-1][:300]}).",

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning_fabric.strategies.parallel import ParallelStrategy
@@ -27,12 +27,11 @@ from openmae.errors import RunError, SpecError
 JOIN_VARIABLE = "OPENMAE_JOIN_SECONDS"
 _JOIN_SECONDS = 600.0
 _CLIENT_TIMEOUT = timedelta(seconds=30)
-_NCCL_MARGIN = 60.0  # seconds: NCCL's own timeout ends a process without an error, so the watchdog must come first
-_GLOO_GRACE = 10.0  # seconds until gloo's timeout lets the main thread raise the watchdog's error; NCCL's never does
+_MARGIN = 60.0  # seconds: the watchdog, which names the process, must come before the timeout of the process group
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
-class WorldEnvironment(ClusterEnvironment):
+class WorldEnvironment(LightningEnvironment):
     """The cluster environment that Fabric asks, answered from a ``World`` and from no environment variables.
 
     Attributes:
@@ -58,25 +57,6 @@ class WorldEnvironment(ClusterEnvironment):
         """Port of node 0."""
         return self.world.port
 
-    @staticmethod
-    def detect() -> bool:
-        """Return False: it is always given explicitly."""
-        return False
-
-    def world_size(self) -> int:
-        """Return the number of processes."""
-        return self.world.size
-
-    def set_world_size(self, size: int) -> None:
-        """Do nothing: it is known."""
-
-    def global_rank(self) -> int:
-        """Return the rank in the run."""
-        return self.world.rank
-
-    def set_global_rank(self, rank: int) -> None:
-        """Do nothing: it is known."""
-
     def local_rank(self) -> int:
         """Return the rank on this node."""
         return self.world.local_rank or 0
@@ -95,18 +75,15 @@ class _JoiningStrategy(ParallelStrategy):
         """Join the other processes, and start the watchdog."""
         environment = self.cluster_environment
         assert isinstance(environment, WorldEnvironment)
-        world, on_cpu = environment.world, self.root_device.type == "cpu"
-        if on_cpu:
+        world = environment.world
+        if self.root_device.type == "cpu":
             _choose_interface(world)
         if world.launcher != "torchrun":  # torchrun's agents have already brought the processes together
             join(world, self.root_device)
         super().setup_environment()
         self.watchdog = Watchdog(world)
         address = "127.0.0.1" if world.rank == 0 and world.launcher != "torchrun" else world.address
-        self.watchdog.start(
-            lambda: TCPStore(address, world.port, is_master=False, timeout=_CLIENT_TIMEOUT),
-            grace=_GLOO_GRACE if on_cpu else 0.0,
-        )
+        self.watchdog.start(lambda: TCPStore(address, world.port, is_master=False, timeout=_CLIENT_TIMEOUT))
 
 
 class ReplicatedStrategy(_JoiningStrategy, DDPStrategy):
@@ -182,7 +159,7 @@ def join(world: World, device: torch.device) -> None:
 
 
 def _group_timeout() -> timedelta:
-    return timedelta(seconds=answer_seconds() + (_NCCL_MARGIN if torch.cuda.is_available() else 0.0))
+    return timedelta(seconds=answer_seconds() + _MARGIN)
 
 
 def _open_store(world: World, deadline: float, limit: float) -> TCPStore:

@@ -68,31 +68,28 @@ class Watchdog:
     Attributes:
         stopping: this process was asked to stop.
         someone_stopping: any process was; known after an interval of about a second.
-        error: set when a process has stopped responding.
-        report: called with the error when the main thread cannot raise it, before the process is ended.
+        report: called with the error, before the process is ended.
         status: where the default ``report`` notes the failure; None writes nothing.
     """
 
     def __init__(self, world: World | None = None) -> None:
         self.stopping = self.someone_stopping = False
-        self.error: RunError | None = None
         self.report: Callable[[RunError], object] = self._report_here
         self.status: StatusLog | None = None
         self._world = world or World()
         self._arrived = 0
         self._reports = [_Report()] * self._world.size
-        self._decided, self._ended = threading.Event(), threading.Event()
+        self._ended = threading.Event()
 
     def arrive(self) -> None:
         """Count a point at which this process may wait for others. All processes must pass the same points in order."""
         self._arrived += 1
 
-    def start(self, open_store: Callable[[], Store], grace: float) -> None:
+    def start(self, open_store: Callable[[], Store]) -> None:
         """Start to publish and to judge.
 
         Args:
             open_store: opens a client that no other thread uses, as a call that hangs blocks the client.
-            grace: seconds that the main thread has to raise ``error`` before the process is ended.
 
         Raises:
             SpecError: the environment variable with the time limit is invalid.
@@ -100,22 +97,12 @@ class Watchdog:
         self._limit = answer_seconds()
         self._interval = min(max(1.0, self._world.size / 64), self._limit / 20)  # all read all: not too often
         self._exchanged = time.monotonic()
-        for thread in (lambda: self._exchange(open_store), lambda: self._judge(grace)):
+        for thread in (lambda: self._exchange(open_store), self._judge):
             threading.Thread(target=thread, name="openmae-watchdog", daemon=True).start()
 
     def end(self) -> None:
         """Stop watching: this process no longer needs the others."""
         self._ended.set()
-
-    def error_after(self, *, lost_connection: bool) -> RunError | None:
-        """Return the error that explains a failure of the main thread, if there is one.
-
-        Args:
-            lost_connection: a process that hangs would explain the failure, so give the judge time to decide.
-        """
-        if lost_connection and not self._ended.is_set():
-            self._decided.wait(3 * self._interval + 2)
-        return self.error
 
     def _exchange(self, open_store: Callable[[], Store]) -> None:
         prefix = f"openmae/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -133,9 +120,12 @@ class Watchdog:
                 if self._ended.wait(self._interval):
                     return
 
-    def _judge(self, grace: float) -> None:
+    def _judge(self) -> None:
         progressed = [(_Report(), time.monotonic())] * self._world.size  # the last report with progress, and its time
-        while not self._ended.wait(self._interval):
+        late: list[int] = []
+        while not late:
+            if self._ended.wait(self._interval):
+                return
             now, reports = time.monotonic(), self._reports
             furthest = max(report.arrived for report in reports)
             for rank, report in enumerate(reports):
@@ -145,14 +135,10 @@ class Watchdog:
             late = [rank for rank, (_, at) in enumerate(progressed) if now - at >= self._limit]
             if now - self._exchanged >= self._limit:
                 late = [0]  # it holds the store
-            if late:
-                slowest = min(reports[rank].arrived for rank in late)  # others may be late because they wait for these
-                self.error = self._error([rank for rank in late if reports[rank].arrived == slowest])
-                self._decided.set()
-                if not self._ended.wait(grace):
-                    self.report(self.error)
-                    os._exit(self.error.exit_code)
-                return
+        slowest = min(reports[rank].arrived for rank in late)  # others may be late because they wait for these
+        error = self._error([rank for rank in late if reports[rank].arrived == slowest])
+        self.report(error)
+        os._exit(error.exit_code)  # the main thread is in a call that no exception reaches
 
     def _report_here(self, error: RunError) -> None:
         if self.status is not None:

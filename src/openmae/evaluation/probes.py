@@ -104,13 +104,7 @@ def linear_probe_accuracy(features: Array, labels: Array, *, seed: int = 0) -> f
 
     Fast and deterministic; the papers train a linear layer for 90 epochs with augmentation instead.
 
-    Args:
-        features: ``[N, D]``.
-        labels: ``[N]`` class numbers; negative means unlabelled.
-        seed: of the split.
-
-    Raises:
-        ValueError: as for ``knn_accuracy``.
+    Arguments and errors are those of ``knn_accuracy``.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

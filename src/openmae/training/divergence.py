@@ -89,12 +89,10 @@ class DivergenceGuard:
             RunError: it was the tenth skipped step in a row.
         """
         if not math.isfinite(loss):
-            self._skip(step, f"the loss is {loss}", step.images_at_fault())
-            return False
-        if not math.isfinite(norm):
+            self._skip(step, f"the loss is {loss}", step.images(at_fault=True))
+        elif not math.isfinite(norm):
             self._skip(step, f"the loss is {loss:.4g}, but its gradients' norm is {norm}", step.images())
-            return False
-        return True
+        return math.isfinite(loss) and math.isfinite(norm)
 
     def update_weights(self, step: Step) -> bool:
         """Run the optimizer; return False if fp16's scaler has skipped the step because its gradients overflow.
@@ -131,7 +129,7 @@ class DivergenceGuard:
             RunError: the weights did; or the images did, and ``fails``.
         """
         if self._fails_on_noise():
-            raise self._diverged(step)
+            raise self._diverged(step, self.progress.bad_steps)
         if fails:
             raise RunError(
                 f"The loss or its gradients were not finite {_steps(self.progress.bad_steps)} in a row, the last with: "
@@ -142,11 +140,7 @@ class DivergenceGuard:
             )
 
     def require_finite_weights(self, average: ModelEmaV3 | None) -> None:
-        """Refuse to save weights that are not finite.
-
-        Raises:
-            RunError: those of the model, or their average, are not finite in some process.
-        """
+        """Raise a RunError if the weights to be saved, or their average, are not finite in some process."""
         models = [self.task.model] if average is None else [self.task.model, average.module]
         values = [value.detach() for model in models for value in (*model.parameters(), *model.buffers())]
         local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
@@ -154,7 +148,7 @@ class DivergenceGuard:
         finite = bool(torch.nn.utils.get_total_norm(local).isfinite())  # a tenth of the time of the exact check
         finite = finite or all(bool(value.isfinite().all()) for value in local)
         if sum_over_ranks(self.fabric, [float(not finite)])[0]:
-            raise self._diverged(self.progress.step - self.progress.bad_steps, weights=True)
+            raise self._diverged(self.progress.step - self.progress.bad_steps, bad_steps=0)
 
     def _fails_on_noise(self) -> bool:
         """Return whether the loss of random images, or its gradients, are not finite: then no image is at fault."""
@@ -172,14 +166,8 @@ class DivergenceGuard:
         self.optimizer.zero_grad()
         return sum_over_ranks(self.fabric, [float(not finite)])[0] > 0
 
-    def _diverged(self, step: int, *, weights: bool = False) -> RunError:
-        """Set aside the checkpoints that no run can resume from, and return the error that says so.
-
-        Args:
-            step: the last one.
-            weights: the weights themselves are not finite.
-        """
-        bad_steps = 0 if weights else self.progress.bad_steps
+    def _diverged(self, step: int, bad_steps: int) -> RunError:
+        """Set aside the checkpoints that no run can resume from; return the error of a run that diverged."""
         left, checkpoints = "", self.outputs.checkpoints
         watchdog_of(self.fabric).arrive()
         if self.fabric.is_global_zero:

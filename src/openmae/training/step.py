@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -52,26 +52,14 @@ class Step:
     losses: Sequence[Tensor]
     stop: Stop | None
 
-    def images(self) -> list[int]:
-        """Return the indices of all images."""
-        return [int(index) for batch in self.indices for index in batch]
-
-    def images_at_fault(self) -> list[int]:
-        """Return the indices of the images of those batches whose loss is not finite."""
+    def images(self, *, at_fault: bool = False) -> list[int]:
+        """Return the indices of all images, or only of the batches whose loss is not finite."""
         pairs = zip(self.indices, self.losses, strict=True)
-        return [int(index) for batch, loss in pairs if not loss.isfinite() for index in batch]
+        return [int(index) for batch, loss in pairs if not (at_fault and loss.isfinite()) for index in batch]
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """The numbers of a step, over all processes.
-
-    Attributes:
-        loss: mean over the images.
-        images: how many.
-        stop: what all processes must stop with, or None.
-        norm: of the gradients; 0 if it was not measured.
-    """
+class StepResult(NamedTuple):
+    """The loss of a step, its number of images, the request to stop and the norm (0: not measured) of all processes."""
 
     loss: float
     images: int
