@@ -187,7 +187,7 @@ def test_moments_of_other_shapes_are_an_error():
     ("change", "said"),
     [
         (lambda state: {}, "is not AdamW's, or damaged"),
-        (lambda state: {**state, "state": {0: {"momentum_buffer": torch.zeros(2)}}}, "momentum_buffer in place of"),
+        (lambda state: {**state, "state": {0: {"momentum_buffer": torch.zeros(2)}}}, "momentum_buffer instead of"),
         (lambda state: {**state, "state": []}, "is not AdamW's, or damaged"),
         (lambda state: {**state, "param_groups": [{}]}, "is not AdamW's, or damaged"),
         (

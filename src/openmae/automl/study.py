@@ -51,7 +51,6 @@ _HARMLESS = frozenset(
         "dataset.num_workers_per_gpu",
         *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "distributed_strategy")),
         *(f"train.{name}" for name in ("checkpoint_interval", "checkpoint_interval_unit", "keep_checkpoints")),
-        "train.sharded_checkpoints",
         *(f"train.{name}" for name in ("results_dir", "resume_training_checkpoint_path", "stop_after_epoch")),
     }
 )

@@ -33,7 +33,6 @@ from openmae.spec.describe import fields
 from openmae.spec.from_environment import environment_of
 from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
-from openmae.storage.atomic import delete_folder
 
 EQUAL_FAILURES = 3  # in a row, with one cause, that end a search: the next would fail as well
 _POLL = 0.5  # seconds
@@ -138,9 +137,7 @@ class Trainings:
     def delete_models(self, name: str, why: str = "") -> None:
         """Delete the checkpoints of a training that cannot win, and note why; its status, metrics and spec stay."""
         for path in self.folder_of(name).glob("*"):
-            if path.is_dir() and ".shards" in path.suffixes:  # in parts: also half of one, or what was set aside
-                delete_folder(path)
-            elif path.suffix in _MODELS:
+            if path.suffix in _MODELS:
                 path.unlink(missing_ok=True)
         if why:
             with suppress(OSError):  # the disk may be full, or the folder was never made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from openmae.cli.parser import Parser, add_spec_arguments
 from openmae.errors import UserError
 from openmae.jobs.platforms import PLATFORMS
 
@@ -19,8 +20,8 @@ A search trains every recommendation as a job, the spec's own values first; its 
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser, add_spec_arguments: Any) -> None:
-    """Declare the command; ``add_spec_arguments`` adds ``-e`` and the overrides."""
+def add_arguments(parser: Parser) -> None:
+    """Declare the command."""
     parser.description = "Search for the best values of training options."
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -44,7 +44,7 @@ class WorldEnvironment(LightningEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Whether this process is one of several that were started."""
+        """True if this process is one of several that were started."""
         return self.world.local_rank is not None
 
     @property

@@ -51,12 +51,12 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the results and logs."""
+        """True if this process writes the results and logs."""
         return self.rank == 0
 
     @property
     def opened_once(self) -> bool:
-        """Whether one process opens data and checkpoints for all others."""
+        """True if one process opens data and checkpoints for all others."""
         return self.nodes == 1 and self.local_rank is None
 
 
@@ -107,7 +107,7 @@ def gpus_per_node(environment: Mapping[str, str] = os.environ) -> int | None:
 
 
 def follows(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether another process logs for this one, as far as the variables alone show."""
+    """Return whether another process logs for this one, judged only by the variables."""
     if all(environment.get(name) for name in _TORCHRUN):
         return environment["RANK"] != "0"
     if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":

@@ -107,7 +107,7 @@ class Watchdog:
     def _exchange(self, open_store: Callable[[], Store]) -> None:
         prefix = f"openmae/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         keys = [f"{prefix}/{rank}" for rank in range(self._world.size)]
-        with suppress(torch.distributed.DistError):  # process 0 has ended: the judge sees that nothing is exchanged
+        with suppress(torch.distributed.DistError):  # process 0 has ended: the other thread notices
             store, known = open_store(), list[str]()
             for beats in itertools.count(1):
                 store.set(keys[self._world.rank], json.dumps(_Report(beats, self._arrived, self.stopping)))

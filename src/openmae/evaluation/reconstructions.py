@@ -38,6 +38,6 @@ def reconstruct(
         predicted = model(images, mask).predicted_BMP
     original, masked, reconstructed, pasted = (
         normalise.undo(shown).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        for shown in (images, *model.paint(images, mask, predicted))
+        for shown in (images, *model.render(images, mask, predicted))
     )
     return original, masked, reconstructed, pasted

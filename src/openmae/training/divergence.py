@@ -168,12 +168,10 @@ class DivergenceGuard:
 
     def _diverged(self, step: int, bad_steps: int) -> RunError:
         """Set aside the checkpoints that no run can resume from; return the error of a run that diverged."""
-        left, checkpoints = "", self.outputs.checkpoints
+        left = ""
         watchdog_of(self.fabric).arrive()
         if self.fabric.is_global_zero:
-            left = checkpoints.drop_diverged(step - bad_steps)
-        else:
-            checkpoints.wait()
+            left = self.outputs.checkpoints.drop_diverged(step - bad_steps)
         train = self.outputs.info["spec"]["train"]
         left = self.fabric.broadcast(left) or train.get("resume_training_checkpoint_path") or ""
         problem = "Training diverged: the weights are not finite. They were not saved."

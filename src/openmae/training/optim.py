@@ -135,7 +135,7 @@ def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
         if not moments:
             continue  # it had no gradient yet
         if not moments.keys() >= _MOMENTS:
-            raise KeyError(f"it has {', '.join(map(str, moments))} in place of {', '.join(sorted(_MOMENTS))}")
+            raise KeyError(f"it has {', '.join(map(str, moments))} instead of {', '.join(sorted(_MOMENTS))}")
         for name in ("exp_avg", "exp_avg_sq"):
             if moments[name].shape != parameter.shape:
                 raise ValueError(f"moments of {tuple(moments[name].shape)} for a parameter of {tuple(parameter.shape)}")

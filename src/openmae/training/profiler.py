@@ -20,7 +20,7 @@ PAUSES = ("validation", "checkpoints")
 
 
 class _Stamp:
-    """The current time of the host, or the time at which the GPU gets here in its queue, which nobody waits for."""
+    """The current time of the host, or the time at which the GPU gets here in its queue; this does not wait for it."""
 
     def __init__(self, on_gpu: bool) -> None:
         self._event = torch.cuda.Event(enable_timing=True) if on_gpu else None

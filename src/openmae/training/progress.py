@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 
-class _Mark(NamedTuple):
+class _Reading(NamedTuple):
     at: float
     waited: float
     images: int
@@ -28,7 +28,7 @@ class PaceMeter:
     def restart(self) -> None:
         """Start an epoch."""
         self._waited, self._images, self._steps = 0.0, 0, 0
-        self._start = self._lap = self._mark()
+        self._start = self._lap = self._now()
         self._last = self._start.at  # when the newest step ended
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
@@ -56,7 +56,7 @@ class PaceMeter:
     def lap(self) -> dict[str, float]:
         """Return the same since the last lap."""
         pace = self._since(self._lap)
-        self._lap = self._mark()
+        self._lap = self._now()
         return pace
 
     def timing(self, epoch: int, epochs: int, step: int, steps_per_epoch: int) -> dict[str, int | str]:
@@ -80,11 +80,11 @@ class PaceMeter:
         counts = {"epoch": epoch, "max_epoch": epochs - 1, "step": step, "max_step": epochs * steps_per_epoch}
         return {**counts, **{name: str(timedelta(seconds=seconds)) for name, seconds in durations.items()}}
 
-    def _mark(self) -> _Mark:
-        return _Mark(time.perf_counter(), self._waited, self._images)
+    def _now(self) -> _Reading:
+        return _Reading(time.perf_counter(), self._waited, self._images)
 
-    def _since(self, mark: _Mark) -> dict[str, float]:
-        now = self._mark()
+    def _since(self, mark: _Reading) -> dict[str, float]:
+        now = self._now()
         elapsed = max(now.at - mark.at, 1e-9)
         images_per_s, waited = (now.images - mark.images) / elapsed, (now.waited - mark.waited) / elapsed
         return {"images_per_s": images_per_s, "data_wait": min(waited, 1.0)}

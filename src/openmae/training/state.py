@@ -33,7 +33,7 @@ class Task(Protocol):
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether ``monitor`` is minimised."""
+        """True if ``monitor`` is minimised."""
 
     def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
         """Return the loss of a batch; ``model`` is the task's own, wrapped for the run's processes and precision."""
@@ -52,7 +52,6 @@ class LoopSettings:
         ema_decay: 0 is off.
         checkpoint_interval_unit: ``epoch`` or ``step`` (an update of the weights).
         stop_after_epoch: pause there; the schedule is still that of ``num_epochs``.
-        sharded_checkpoints: in parts, where the weights are shared out; the last one is whole.
     """
 
     num_epochs: int
@@ -66,7 +65,6 @@ class LoopSettings:
     seed: int = 1234
     stop_after_epoch: int | None = None
     compile: bool = False
-    sharded_checkpoints: bool = False
 
     @property
     def last_epoch(self) -> int:

@@ -68,7 +68,7 @@ class StepResult(NamedTuple):
 
 
 class StepNumbers:
-    """The numbers of a step on their way from the device to the host; nobody waits for them before ``read``.
+    """The numbers of a step on their way from the device to the host; only ``read`` waits for them.
 
     Attributes:
         bad: float32 scalar on the device, the same in every process: 1 if the loss or the norm is not finite, else 0.

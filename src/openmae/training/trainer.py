@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.distributed.collectives import sum_over_ranks
-from openmae.distributed.fsdp import gathered, in_shards, is_sharded, whole_model
+from openmae.distributed.fsdp import distributed, gathered, gathered_model, is_sharded
 from openmae.distributed.rendezvous import watchdog_of
 from openmae.distributed.signals import InterruptWatch, Stop, stop_from_counts, stop_to_counts
 from openmae.training.divergence import DivergenceGuard
@@ -100,7 +100,7 @@ class Trainer:
         Raises:
             CheckpointError: other parameters are trained than in the checkpoint.
         """
-        payload = in_shards(payload, self.task.model, self.optimizer)
+        payload = distributed(payload, self.task.model, self.optimizer)
         self.task.model.load_state_dict({k.removeprefix(_PREFIX): v for k, v in payload["state_dict"].items()})
         if self.ema is not None:
             averaged = payload.get("ema_state_dict", payload["state_dict"])
@@ -248,10 +248,10 @@ class Trainer:
         improved = (due or self.task.monitor != "train_loss") and self._note_best(metrics)
         progress.epoch, progress.batch, progress.loss_sum, progress.loss_count = epoch + 1, 0, 0.0, 0
         if due:
-            self._save(best=improved, last=last)
+            self._save(best=improved)
         elif improved:
             self.guard.require_finite_weights(self.ema)
-            payload = self._whole_payload()
+            payload = self._gathered_payload()
             self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(payload))
         timing = self.pace.timing(epoch, settings.num_epochs, step, self.schedule.steps_per_epoch)
         self.outputs.report(epoch, settings.num_epochs, step, metrics | pace, timing)
@@ -273,7 +273,7 @@ class Trainer:
         """
         model = self.ema.module if self.ema is not None else self.task.model
         if is_sharded(model):
-            model = whole_model(model, self.outputs.info, self.fabric.device)
+            model = gathered_model(model, self.outputs.info, self.fabric.device)
         return model.eval()
 
     def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -307,33 +307,25 @@ class Trainer:
             payload["ema_state_dict"] = {f"{_PREFIX}{k}": v for k, v in self.ema.module.state_dict().items()}
         return payload
 
-    def _whole_payload(self) -> dict[str, Any]:
+    def _gathered_payload(self) -> dict[str, Any]:
         """Return the payload with complete tensors on rank 0; all processes must call this."""
         self._mark("other")
-        whole: dict[str, Any] = gathered(self._payload(), keep=self.fabric.is_global_zero)
+        payload: dict[str, Any] = gathered(self._payload(), keep=self.fabric.is_global_zero)
         self._mark("checkpoints")
-        return whole
+        return payload
 
-    def _save(self, *, best: bool = False, last: bool = False) -> None:
-        """A checkpoint of here; the last one is whole, so that whatever takes a model finds one."""
+    def _save(self, *, best: bool = False) -> None:
+        """Write a checkpoint of the current state."""
         self.guard.require_finite_weights(self.ema)
         place, checkpoints = (self.progress.epoch, self.progress.step), self.outputs.checkpoints
         rotate = self.progress.bad_steps == 0
-        if last or not (self.settings.sharded_checkpoints and is_sharded(self.task.model)):
-            payload = self._whole_payload()
-            self._on_rank_zero(lambda: checkpoints.save(payload, *place, best=best, rotate=rotate))
-            return
-        payload = self._whole_payload() if best else {}
-        self._on_rank_zero(lambda: checkpoints.make_room(*place))
-        ranks = (self.fabric.global_rank, self.fabric.world_size)
-        checkpoints.save_part(self._payload(), payload, *place, ranks, rotate=rotate)
+        payload = self._gathered_payload()
+        self._on_rank_zero(lambda: checkpoints.save(payload, *place, best=best, rotate=rotate))
 
     def _on_rank_zero(self, write: Callable[[], Any]) -> None:
         self._mark("other")
         if self.fabric.is_global_zero:
             write()
-        else:
-            self.outputs.checkpoints.wait()  # for a part of its own: what went wrong is to end the run
         self._watchdog.arrive()
         self.fabric.barrier()
         self._mark("checkpoints")
