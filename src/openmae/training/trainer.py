@@ -251,7 +251,7 @@ class Trainer:
             self._save(best=improved)
         elif improved:
             self.guard.require_finite_weights(self.ema)
-            payload = self._gathered_payload()
+            payload = self._payload()
             self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(payload))
         timing = self.pace.timing(epoch, settings.num_epochs, step, self.schedule.steps_per_epoch)
         self.outputs.report(epoch, settings.num_epochs, step, metrics | pace, timing)
@@ -295,7 +295,8 @@ class Trainer:
         return True
 
     def _payload(self) -> dict[str, Any]:
-        """Return the content of a checkpoint; under fsdp each process has a shard of its tensors."""
+        """Return the content of a checkpoint, with complete tensors on rank 0; all processes must call this."""
+        self._mark("other")
         payload: dict[str, Any] = {
             "openmae": dict(self.outputs.info),
             "state_dict": {f"{_PREFIX}{k}": v for k, v in self.task.model.state_dict().items()},
@@ -305,22 +306,16 @@ class Trainer:
         }
         if self.ema is not None:
             payload["ema_state_dict"] = {f"{_PREFIX}{k}": v for k, v in self.ema.module.state_dict().items()}
-        return payload
-
-    def _gathered_payload(self) -> dict[str, Any]:
-        """Return the payload with complete tensors on rank 0; all processes must call this."""
-        self._mark("other")
-        payload: dict[str, Any] = gathered(self._payload(), keep=self.fabric.is_global_zero)
+        payload = gathered(payload, keep=self.fabric.is_global_zero)
         self._mark("checkpoints")
         return payload
 
     def _save(self, *, best: bool = False) -> None:
         """Write a checkpoint of the current state."""
         self.guard.require_finite_weights(self.ema)
-        place, checkpoints = (self.progress.epoch, self.progress.step), self.outputs.checkpoints
-        rotate = self.progress.bad_steps == 0
-        payload = self._gathered_payload()
-        self._on_rank_zero(lambda: checkpoints.save(payload, *place, best=best, rotate=rotate))
+        progress, payload = self.progress, self._payload()
+        save, rotate = self.outputs.checkpoints.save, progress.bad_steps == 0
+        self._on_rank_zero(lambda: save(payload, progress.epoch, progress.step, best=best, rotate=rotate))
 
     def _on_rank_zero(self, write: Callable[[], Any]) -> None:
         self._mark("other")
