@@ -1,4 +1,4 @@
-"""What a step frees stays in the process, until the run ends; glibc alone has such a rule."""
+"""Freed memory stays in the process until the run ends; this applies only to glibc."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def resident():
 
 faults_of_a_step()
 own = faults_of_a_step()
-with kept_memory():
+with kept_memory(torch.device("cpu")):
     for _ in range(5):  # until the blocks have found their places
         faults_of_a_step()
     kept, held = faults_of_a_step(), resident()
@@ -42,7 +42,7 @@ def _measured(**variables: str) -> list[str]:
 
 
 @glibc
-def test_a_run_finds_the_memory_of_its_last_step_and_gives_it_back_at_its_end():
+def test_memory_is_kept_during_a_run_and_returned_at_its_end():
     own, kept, returned, afterwards, acts = _measured()
     assert acts == "True"
     assert int(own) > 1000, "glibc no longer gives large blocks back: keep_freed_memory is of no use"
@@ -55,7 +55,7 @@ def test_a_run_finds_the_memory_of_its_last_step_and_gives_it_back_at_its_end():
 @pytest.mark.parametrize(
     "variable", [{"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=65536"}], ids=str
 )
-def test_who_tells_glibc_how_to_allocate_is_obeyed(variable):
+def test_allocator_settings_of_the_user_win(variable):
     own, kept, _, _, acts = _measured(**variable)
     assert acts == "False"
     assert int(kept) > int(own) / 2

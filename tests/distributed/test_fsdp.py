@@ -1,4 +1,4 @@
-"""fsdp on CPU processes over gloo: the same losses, checkpoints that any run reads, other numbers of processes."""
+"""fsdp on CPU processes over gloo: same losses, checkpoints that any run reads, other numbers of processes."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def one(train, tmp_path_factory):
 
 
 @several_processes
-def test_fsdp_trains_as_one_process_and_one_process_goes_on(one, train, tiny_overrides, tmp_path, capfd):
-    """Half of the run on two processes that share the weights out, half on one that accumulates."""
+def test_fsdp_trains_as_one_process_and_one_process_resumes(one, train, tiny_overrides, tmp_path, capfd):
+    """Half of the run on two processes with sharded weights, half on one that accumulates gradients."""
     overrides = tiny_overrides(tmp_path / "two", {**FSDP, "train.stop_after_epoch": 1})
     assert main(["train", *overrides]) == 0
     noise = capfd.readouterr().err
     assert "distributed_strategy=fsdp uses fp16, which needs a GPU: using fp32." in noise
-    assert "2 processes of 1 threads, fp32, weights shared out (fsdp)" in noise
+    assert "2 processes of 1 threads, fp32, sharded weights (fsdp)" in noise
     assert "Warning" not in noise
     half = _losses(tmp_path / "two")
     assert half == pytest.approx(_losses(one)[:5], rel=2e-3)
@@ -61,9 +61,9 @@ def test_fsdp_trains_as_one_process_and_one_process_goes_on(one, train, tiny_ove
     assert (
         main(["train", *tiny_overrides(tmp_path / "two", {"dataset.batch_size": 2, "train.clip_grad_norm": 0.3})]) == 0
     )
-    told = capfd.readouterr().err
-    assert "resumes with 1 process instead of 2: its global batch stays 4 (2 images x 2 accumulated batches)" in told
-    assert "goes on with other settings" not in told
+    text = capfd.readouterr().err
+    assert "resumes with 1 process instead of 2: its global batch stays 4 (2 images x 2 accumulated batches)" in text
+    assert "goes on with other settings" not in text
     assert _losses(tmp_path / "two") == pytest.approx(_losses(one), rel=2e-3)
     newest, last = (_weights(list_checkpoints(folder)[-1]) for folder in (tmp_path / "two", one))
     for name, tensor in newest.items():
@@ -83,14 +83,14 @@ def test_fsdp_keeps_the_best_between_two_checkpoints(tiny_overrides, tmp_path):
 
 @pytest.mark.slow
 @several_processes
-def test_fsdp_goes_on_in_the_middle_of_an_epoch_of_one_process(one, tiny_overrides, tmp_path, capfd):
+def test_fsdp_resumes_in_the_middle_of_an_epoch_of_one_process(one, tiny_overrides, tmp_path, capfd):
     """At the same sample: step 9 of 10, the fifth of five steps of the second epoch being the last."""
     checkpoint = next(path for path in list_checkpoints(one) if "step_00009" in path.name)
     changes = {**FSDP, "train.resume_training_checkpoint_path": checkpoint}
     assert main(["train", *tiny_overrides(tmp_path / "two", changes)]) == 0
-    told = capfd.readouterr().err
-    assert "after epoch 1, step 9" in told
-    assert "starts again" not in told
+    text = capfd.readouterr().err
+    assert "after epoch 1, step 9" in text
+    assert "starts again" not in text
     (last,) = _losses(tmp_path / "two")
     assert last == pytest.approx(_losses(one)[-1], rel=2e-3)
     rows = [read_metrics(folder / "metrics.csv")[-1] for folder in (tmp_path / "two", one)]
@@ -102,7 +102,7 @@ def test_fsdp_goes_on_in_the_middle_of_an_epoch_of_one_process(one, tiny_overrid
 @pytest.mark.parametrize("arch", SIZES)
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_every_trained_weight_gets_a_gradient(arch, stage):
-    """So ddp need not look for unused parameters, and waits for none in vain."""
+    """So ddp does not have to look for unused parameters."""
     torch.manual_seed(0)
     size = (SIZES[arch], SIZES[arch])
     config = ModelConfig(
@@ -121,8 +121,8 @@ def test_every_trained_weight_gets_a_gradient(arch, stage):
 
 @pytest.mark.parametrize("arch", SIZES)
 @pytest.mark.parametrize(("classes", "attention"), [(0, "self"), (0, "cross"), (3, "self")])
-def test_what_is_sharded_is_called(arch, classes, attention):
-    """Weights of a unit are gathered at its forward: a unit that is never called would compute with parts."""
+def test_every_sharded_unit_is_called(arch, classes, attention):
+    """The weights of a unit are gathered in its forward: a unit that is never called would compute with shards."""
     size = (SIZES[arch], SIZES[arch])
     decoder = {"decoder_depth": 2, "decoder_embed_dim": 32, "decoder_attention": attention}
     config = ModelConfig(arch, size, **decoder, mask_ratio=0.5, num_classes=classes)
@@ -141,15 +141,15 @@ def test_what_is_sharded_is_called(arch, classes, attention):
     assert {id(unit) for unit in called} == {id(unit) for unit in units}
 
 
-def test_fsdp_uses_fp16_on_a_gpu_and_says_so(caplog):
+def test_fsdp_uses_fp16_on_a_gpu_with_a_warning(caplog):
     assert _possible_precision("train", "bf16", sharded=True, on_gpu=True) == "fp16"
-    assert "train.distributed_strategy=fsdp uses fp16: train.precision=bf16 does not act." in caplog.text
+    assert "train.distributed_strategy=fsdp uses fp16: train.precision=bf16 has no effect." in caplog.text
     caplog.clear()
     assert _possible_precision("train", "fp16", sharded=True, on_gpu=True) == "fp16"
     assert not caplog.text
 
 
-def test_fsdp_averages_no_weights(tiny_overrides, tmp_path):
+def test_fsdp_with_averaged_weights_is_an_error(tiny_overrides, tmp_path):
     changes = {"train.stage": "finetune", "train.ema_decay": 0.9, "train.distributed_strategy": "fsdp"}
     with pytest.raises(SpecError, match=r"train\.ema_decay.*fsdp shares the weights out, got 0\.9\. Set it to 0"):
         load_spec(None, tiny_overrides(tmp_path, changes), action="train")

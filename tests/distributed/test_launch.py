@@ -1,4 +1,4 @@
-"""One process or several, and the precision of each."""
+"""Launching one process or several, and their precision."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from openmae.cli.main import main
 from openmae.distributed import launch as launch_module
 from openmae.distributed.collectives import gather, gather_objects, sum_over_ranks
 from openmae.distributed.launch import build_fabric, describe_device, launch
+from openmae.distributed.topology import World
 from openmae.errors import DataError, Preempted, RunError, SpecError
 from openmae.results.metrics_csv import read_metrics
 from openmae.spec.load import load_spec
@@ -25,13 +26,13 @@ several_processes = pytest.mark.xdist_group("several processes")  # one such tes
 
 @pytest.fixture
 def work(monkeypatch):
-    """The module ``two_process_work``, which spawned processes find as this one does."""
+    """The module ``two_process_work``, which spawned processes can import too."""
     from tests.helpers import two_process_work
 
     return two_process_work
 
 
-def test_one_process_is_this_one():
+def test_a_single_process_is_not_started():
     fabric = build_fabric("train", 1, [0], 1)
     assert launch(fabric, lambda fabric, x: (fabric.world_size, x), 7) == (1, 7)
     assert sum_over_ranks(fabric, [1.5, 2.0]) == [1.5, 2.0]
@@ -39,19 +40,19 @@ def test_one_process_is_this_one():
     np.testing.assert_array_equal(gather(fabric, [np.arange(2), np.arange(1)]), [0, 1, 0])
 
 
-def test_errors_of_one_process_pass():
+def test_an_error_of_a_single_process_is_raised():
     def work(fabric):
-        raise DataError("rule", "mend")
+        raise DataError("rule", "fix")
 
     with pytest.raises(DataError, match="rule"):
         launch(build_fabric("train", 1, [0], 1), work)
 
 
 @several_processes
-def test_two_processes_measure_as_one_and_hand_on_an_error(work, tmp_path):
+def test_two_processes_measure_as_one_and_raise_an_error(work, tmp_path):
     with pytest.raises(DataError) as caught:
         launch(build_fabric("train", 2, [0, 1], 1), work.measure_then_fail, tmp_path)
-    assert (caught.value.problem, caught.value.fix) == ("the rule and the value", "the mend")
+    assert (caught.value.problem, caught.value.fix) == ("the rule and the value", "the fix")
     assert caught.value.exit_code == 2
     assert json.loads((tmp_path / "found.json").read_text()) == {
         "world_size": 2,
@@ -93,21 +94,21 @@ def test_two_processes_train_as_one_with_twice_the_batch(stage, train, tiny_over
 
 @several_processes
 @pytest.mark.slow  # four spawned processes
-def test_two_processes_that_read_late_agree_with_two_that_do_not(
+def test_two_processes_with_deferred_steps_agree_with_two_without(
     work, tiny_overrides, assert_same_run, capfd, tmp_path
 ):
     """They skip the same step, name the same images, and one of them is profiled."""
-    told = []
-    for name, job in (("at once", work.train_spoilt), ("late", work.train_late)):
+    skipped = []
+    for name, job in (("immediate", work.train_spoilt), ("deferred", work.train_deferred)):
         changes = {"train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2, "train.profile": True}
         spec = load_spec(None, tiny_overrides(tmp_path / name, changes), action="train")
         launch(build_fabric("train", 2, [0, 1], 1), job, make_plan(spec, tmp_path / name))
-        told.append([line for line in capfd.readouterr().err.splitlines() if "skipped" in line])
-    assert_same_run(tmp_path / "at once", tmp_path / "late")
-    assert told[0] == told[1]
-    assert len(told[0]) == 1
-    assert told[0][0].count(".png") == 2, "only rank 1's batch is at fault"
-    profile = json.loads((tmp_path / "late" / "profile.json").read_text())
+        skipped.append([line for line in capfd.readouterr().err.splitlines() if "skipped" in line])
+    assert_same_run(tmp_path / "immediate", tmp_path / "deferred")
+    assert skipped[0] == skipped[1]
+    assert len(skipped[0]) == 1
+    assert skipped[0][0].count(".png") == 2, "only the batch of rank 1 is bad"
+    profile = json.loads((tmp_path / "deferred" / "profile.json").read_text())
     assert (profile["processes"], profile["process"], profile["steps"]) == (2, 0, 7)
     assert profile["advice"][-1].startswith("These are the times of process 0")
 
@@ -123,28 +124,33 @@ def test_a_preemption_in_a_validation_ends_all_processes(work, tiny_overrides, p
     assert (progress["epoch"], progress["batch"]) == (0, progress["batches_per_epoch"]), "trained, not validated"
 
 
-@pytest.mark.slow
-def test_a_fault_in_a_process_is_told(work):
-    with pytest.raises(RunError, match="ZeroDivisionError: by zero"):
-        launch(build_fabric("train", 2, [0, 1], 1), work.fail_otherwise)
+@several_processes
+@pytest.mark.parametrize(
+    ("how", "problem", "fix"),
+    [
+        pytest.param(
+            "raise", r"Process 1 failed:\nTraceback[^$]*ZeroDivisionError: by zero", "", marks=pytest.mark.slow
+        ),
+        ("kill", r"Process 1 was killed \(SIGKILL\)\.", "lower dataset.batch_size"),
+    ],
+)
+def test_the_failed_process_is_reported_not_the_one_that_lost_it(work, how, problem, fix):
+    """Process 0 waits for process 1, and loses the connection to it."""
+    with pytest.raises(RunError, match=problem) as caught:
+        launch(build_fabric("train", 2, [0, 1], 1), work.fail_in_process_1, how)
+    assert fix in caught.value.fix
 
 
-def test_a_process_that_is_killed_is_told(monkeypatch):
-    fabric = build_fabric("train", 2, [0, 1], 1)
-    error = ProcessExitedException("gone", error_index=1, error_pid=1, exit_code=-9, signal_name="SIGKILL")
-
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(fabric, "launch", fail)
-    with pytest.raises(RunError, match=r"Process 1 was ended from outside \(SIGKILL\)") as caught:
-        launch(fabric, print)
-    assert "lower dataset.batch_size" in caught.value.fix
+def test_a_process_that_ends_early_is_not_reported_as_out_of_memory():
+    error = ProcessExitedException("", error_index=1, error_pid=7, exit_code=1)
+    reported = launch_module._failure(error, [None, None], World(per_node=2))
+    assert reported.problem == "Process 1 ended with exit code 1 before it began to work."
+    assert 'put that line below `if __name__ == "__main__":`' in reported.fix
 
 
 @several_processes
-def test_the_scaler_of_fp16_minds_shared_out_gradients(work, tmp_path, monkeypatch):
-    """What a GPU runs under fsdp, with the scaler's CPU kind."""
+def test_the_scaler_of_fp16_handles_sharded_gradients(work, tmp_path, monkeypatch):
+    """The code path of a GPU under fsdp, with the CPU's scaler."""
     monkeypatch.setattr(launch_module, "_possible_precision", lambda *_: "fp16")
     launch(build_fabric("train", 2, [0, 1], 1, "fp16", "fsdp"), work.scale_shared_gradients, tmp_path)
     (norm, moved), (overflowed, kept) = json.loads((tmp_path / "found.json").read_text())
@@ -157,7 +163,7 @@ def test_the_scaler_of_fp16_minds_shared_out_gradients(work, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("wanted", "ids", "missing"), [(4, [0, 1, 2, 3], 2), (1, [5], 5), (3, [0], 2)], ids=["too many", "id", "no ids"]
 )
-def test_gpus_that_are_not_there(wanted, ids, missing, monkeypatch):
+def test_missing_gpus_are_an_error(wanted, ids, missing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SpecError) as caught:
@@ -166,21 +172,21 @@ def test_gpus_that_are_not_there(wanted, ids, missing, monkeypatch):
     assert caught.value.fix.startswith(f"Set train.num_gpus={min(wanted, 2)} ")
 
 
-def test_the_device_is_told(caplog):
+def test_the_device_is_described(caplog):
     with caplog.at_level(logging.INFO, "openmae"):
         fabric = build_fabric("train", 1, [0], 1, "bf16")
     assert caplog.messages == ["No GPU was found: running on the CPU."]
     assert describe_device(fabric) == f"CPU, {torch.get_num_threads()} threads, bf16"
 
 
-def test_no_fp16_without_a_gpu(caplog):
+def test_fp16_without_a_gpu_becomes_fp32(caplog):
     fabric = build_fabric("train", 1, [0], 1, "fp16")
     assert "train.precision=fp16 needs a GPU: using fp32." in caplog.text
     assert describe_device(fabric).endswith("fp32")
 
 
 def test_fp16_clips_unscaled_gradients_of_fused_adamw():
-    """What a GPU runs, with the scaler's CPU kind."""
+    """The code path of a GPU, with the CPU's scaler."""
     fabric = Fabric(accelerator="cpu", plugins=launch_module._precision("fp16", "cpu"))
     inner = torch.nn.Linear(4, 1)
     model, optimizer = fabric.setup(inner, torch.optim.AdamW(inner.parameters(), lr=0.1, fused=True))

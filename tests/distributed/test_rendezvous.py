@@ -1,4 +1,4 @@
-"""Processes that wait for one another, and say who is missing."""
+"""Processes that wait for each other, and name the missing ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.distributed import TCPStore
 
 from openmae.distributed import rendezvous
-from openmae.distributed.rendezvous import WorldEnvironment, join
+from openmae.distributed.rendezvous import join
 from openmae.distributed.topology import World
 from openmae.errors import RunError, SpecError
 
@@ -30,18 +30,18 @@ def port():
 
 
 def _join(world: World) -> None:
-    join(WorldEnvironment(world), CPU)
+    join(world, CPU)
 
 
 @pytest.mark.parametrize(
-    ("there", "told"), [([], "node 1 did not join"), ([1, 2], "process 3 did not join"), ([1], "node 1 did not join")]
+    ("there", "text"), [([], "node 1 did not join"), ([1, 2], "process 3 did not join"), ([1], "node 1 did not join")]
 )
-def test_who_is_missing_is_named(there, told, port, monkeypatch):
+def test_missing_processes_are_named(there, text, port, monkeypatch):
     """Four processes on two nodes; the store is the one that node 0 opens."""
     opened = rendezvous._open_store
 
-    def open_with(environment, rank, deadline):
-        store = opened(environment, rank, deadline)
+    def open_with(*arguments):
+        store = opened(*arguments)
         for other in there:
             store.set(f"joined/{other}", "")
         return store
@@ -50,23 +50,23 @@ def test_who_is_missing_is_named(there, told, port, monkeypatch):
     world = World(2, 2, 0, 0, "127.0.0.1", port) if there else World(2, 1, 0, 0, "127.0.0.1", port)
     with pytest.raises(RunError, match=r"Waited 0\.5 s for 2 node\(s\)") as caught:
         _join(world)
-    assert told in caught.value.problem
+    assert text in caught.value.problem
     assert f"MASTER_PORT={port}" in caught.value.fix
 
 
-def test_a_node_0_that_does_not_answer_is_told(port):
+def test_a_node_0_that_does_not_answer_is_an_error(port):
     with pytest.raises(RunError, match=rf"Node 0 did not answer at 127\.0\.0\.1:{port} within 0\.5 s"):
         _join(World(2, 1, 1, 0, "127.0.0.1", port))
 
 
-def test_a_port_that_is_taken_is_told():
+def test_a_port_in_use_is_an_error():
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         taken = other.getsockname()[1]
         with pytest.raises(RunError, match=rf"MASTER_PORT: node 0 cannot listen on port {taken}") as caught:
             _join(World(2, 1, 0, 0, "127.0.0.1", taken))
-    assert caught.value.fix == "Set another MASTER_PORT, on every node the same."
+    assert caught.value.fix == "Set another MASTER_PORT, the same on every node."
 
 
 def test_nodes_of_different_runs_do_not_join(port):
@@ -79,13 +79,13 @@ def test_nodes_of_different_runs_do_not_join(port):
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
-def test_patience_is_a_number_of_seconds(text, monkeypatch, port):
+def test_the_time_limit_is_a_number_of_seconds(text, monkeypatch, port):
     monkeypatch.setenv("OPENMAE_JOIN_SECONDS", text)
     with pytest.raises(SpecError, match="OPENMAE_JOIN_SECONDS must be a number of seconds above 0"):
         _join(World(2, 1, 1, 0, "127.0.0.1", port))
 
 
-def test_gloo_gets_the_interface_that_leads_to_node_0(monkeypatch):
+def test_gloo_uses_the_interface_that_leads_to_node_0(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     rendezvous._choose_interface(World(2, 1, 1, 0, "127.0.0.1", 29500))
     assert rendezvous.os.environ.pop("GLOO_SOCKET_IFNAME") == "lo"

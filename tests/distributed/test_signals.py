@@ -1,4 +1,4 @@
-"""Ctrl-C: in this process, in a real one on a terminal, and in several."""
+"""Ctrl-C and preemption: in this process, in one on a terminal, and in several."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from pathlib import Path
 import pytest
 
 from openmae.distributed.signals import PREEMPTION, InterruptRelay, InterruptWatch, PreemptionWatch
-from openmae.distributed.watchdog import Pulse
+from openmae.distributed.watchdog import Watchdog
 from openmae.errors import Preempted
 from openmae.results.status import read_status
-from openmae.training.resume import newest_checkpoint
 
+LIMIT = 120  # seconds until something hangs
 EPOCHS = {"train.num_epochs": 12, "train.checkpoint_interval": 12, "dataset.val_data_sources": None}
 
 
-def test_the_first_asks_the_second_stops(caplog):
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_stops_at_once(caplog):
     watch = InterruptWatch()
     with watch:
         signal.raise_signal(signal.SIGINT)
-        assert watch.asked
+        assert watch.reason is KeyboardInterrupt
         assert "writing a checkpoint after this step. Press Ctrl-C again to stop at once." in caplog.text
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_batches_end_when_a_process_is_asked_to():
-    watch, pulse = InterruptWatch(), Pulse()
-    assert list(watch.until_asked(range(3), pulse)) == [0, 1, 2]
-    pulse.someone_leaves = True
-    assert list(watch.until_asked(range(3), pulse)) == [], "another one was asked"
-    pulse.someone_leaves = False
+def test_batches_end_when_any_process_is_asked_to_stop():
+    watch, watchdog = InterruptWatch(), Watchdog()
+    assert list(watch.until_asked(range(3), watchdog)) == [0, 1, 2]
+    watchdog.someone_stopping = True
+    assert list(watch.until_asked(range(3), watchdog)) == [], "another one was asked"
+    watchdog.someone_stopping = False
     with watch:
-        batches = watch.until_asked(range(3), pulse)
+        batches = watch.until_asked(range(3), watchdog)
         assert next(batches) == 0
         signal.raise_signal(signal.SIGTERM)
         assert list(batches) == []
-    assert pulse.leaves, "the others are to know"
+    assert watchdog.stopping, "the others are to know"
 
 
 @pytest.mark.parametrize("number", PREEMPTION)
-def test_a_preemption_may_be_told_several_times(number, caplog):
+def test_repeated_preemption_signals_do_not_stop_at_once(number, caplog):
     watch = InterruptWatch()
     with watch:
         for _ in range(3):
@@ -67,14 +67,14 @@ def test_sigterm_after_ctrl_c_stops_at_once():
     assert not issubclass(caught.type, Preempted), "who canceled a run does not want it back"
 
 
-def test_before_and_after_training_a_preemption_ends_the_run_once():
+def test_a_preemption_outside_the_loop_ends_the_run_once():
     with PreemptionWatch():
         with pytest.raises(Preempted):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # while the run ends
 
 
-def test_a_preemption_that_was_heard_does_not_break_into_what_is_left():
+def test_a_second_preemption_signal_after_the_loop_is_ignored():
     with PreemptionWatch():
         with InterruptWatch():
             signal.raise_signal(signal.SIGUSR1)
@@ -82,14 +82,14 @@ def test_a_preemption_that_was_heard_does_not_break_into_what_is_left():
 
 
 @pytest.mark.parametrize("guard", [InterruptWatch, PreemptionWatch, InterruptRelay])
-def test_afterwards_all_is_as_before(guard):
+def test_handlers_are_restored(guard):
     before = [signal.getsignal(number) for number in guard.signals]
     with guard():
         assert all(signal.getsignal(number) not in before for number in guard.signals)
     assert [signal.getsignal(number) for number in guard.signals] == before
 
 
-def test_the_relay_passes_it_on(monkeypatch):
+def test_the_relay_forwards_signals(monkeypatch):
     class Child:
         pid = 12345
 
@@ -105,7 +105,7 @@ def test_the_relay_passes_it_on(monkeypatch):
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + LIMIT
     while not what():
         assert process.poll() is None, "it ended too early"
         assert time.monotonic() < end, "it never came"
@@ -127,73 +127,56 @@ def first_epoch_done(folder: Path) -> Callable[[], bool]:
     return lambda: path.exists() and any(entry["status"] == "RUNNING" for entry in read_status(path))
 
 
-@pytest.mark.xdist_group("several processes")
-def test_ctrl_c_on_a_terminal_and_on_from_there(train, tiny_overrides, assert_same_run, payload_of, tmp_path):
-    """The terminal sends SIGINT to every process of the group, the loader's workers too."""
-    folder = tmp_path / "interrupted"
-    process = start(tiny_overrides(folder, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
-    wait_for(first_epoch_done(folder), process)
-    os.killpg(process.pid, signal.SIGINT)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 130, text
-    assert "Interrupted: writing a checkpoint after this step." in text
-    assert "Traceback" not in text
-    assert newest_checkpoint(folder) is not None
-    assert 0 < payload_of(folder)["progress"]["step"] < 60
-    assert read_status(folder / "status.json")[-1]["message"] == "train was interrupted"
+@pytest.fixture(scope="module")
+def uninterrupted(train, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     train(folder, EPOCHS)
-    train(tmp_path / "whole", EPOCHS)
-    assert_same_run(tmp_path / "whole", folder)
+    return folder
 
 
 @pytest.mark.xdist_group("several processes")
-@pytest.mark.parametrize("number", PREEMPTION)
-def test_a_preemption_writes_a_checkpoint_and_asks_for_a_new_start(
-    number, train, tiny_overrides, assert_same_run, payload_of, tmp_path
+@pytest.mark.parametrize(
+    ("number", "code", "said", "status"),
+    [
+        (signal.SIGINT, 130, "Interrupted: writing a checkpoint after this step.", "train was interrupted"),
+        (signal.SIGTERM, 75, "SIGTERM: writing a checkpoint after this step.", "train was preempted"),
+        pytest.param(
+            signal.SIGUSR1, 75, "SIGUSR1: writing a checkpoint after this step.", "train was preempted",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_a_run_resumes_after_a_signal(
+    number, code, said, status, uninterrupted, train, tiny_overrides, assert_same_run, payload_of, tmp_path
 ):
-    """SLURM tells every process of the job, the loader's workers too."""
-    folder = tmp_path / "preempted"
-    process = start(tiny_overrides(folder, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
-    wait_for(first_epoch_done(folder), process)
-    told = time.monotonic()
+    """A terminal and SLURM signal every process of the group, including the loader's workers."""
+    process = start(tiny_overrides(tmp_path, {**EPOCHS, "dataset.num_workers_per_gpu": 2}))
+    wait_for(first_epoch_done(tmp_path), process)
     os.killpg(process.pid, number)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 75, text
-    assert time.monotonic() - told < 20
-    assert f"{number.name}: writing a checkpoint after this step." in text
-    assert "Preempted: the same command resumes from here." in text
+    _, text = process.communicate(timeout=LIMIT)
+    assert process.returncode == code, text
+    assert said in text
+    assert ("Preempted: the same command resumes from here." in text) == (code == 75)
     assert "Traceback" not in text
-    assert 0 < payload_of(folder)["progress"]["step"] < 60
-    assert read_status(folder / "status.json")[-1]["message"] == "train was preempted"
-    train(folder, EPOCHS)
-    train(tmp_path / "whole", EPOCHS)
-    assert_same_run(tmp_path / "whole", folder)
+    assert 0 < payload_of(tmp_path)["progress"]["step"] < 60
+    assert read_status(tmp_path / "status.json")[-1]["message"] == status
+    train(tmp_path, EPOCHS)
+    assert_same_run(uninterrupted, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["the group", "the parent"])
-def test_ctrl_c_with_two_processes(whom, tiny_overrides, payload_of, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "whom", "code"),
+    [(signal.SIGINT, "group", 130), (signal.SIGINT, "parent", 130), (signal.SIGTERM, "group", 75)],
+)
+def test_a_signal_stops_two_processes_once(number, whom, code, tiny_overrides, payload_of, tmp_path):
     changes = {**EPOCHS, "train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2}
     process = start(tiny_overrides(tmp_path, {**changes, "train.num_epochs": 100}))
     wait_for(first_epoch_done(tmp_path), process)
-    if whom == "the group":
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 130, text
+    send = os.killpg if whom == "group" else os.kill
+    send(process.pid, number)
+    _, text = process.communicate(timeout=LIMIT)
+    assert process.returncode == code, text
     assert "Traceback" not in text
-    assert text.count("Press Ctrl-C again") == 1
-    assert 0 < payload_of(tmp_path)["progress"]["step"] < 500
-
-
-@pytest.mark.slow
-def test_a_preemption_of_two_processes(tiny_overrides, payload_of, tmp_path):
-    changes = {**EPOCHS, "train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2}
-    process = start(tiny_overrides(tmp_path, {**changes, "train.num_epochs": 100}))
-    wait_for(first_epoch_done(tmp_path), process)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, text = process.communicate(timeout=60)
-    assert process.returncode == 75, text
-    assert "Traceback" not in text
+    assert text.count("writing a checkpoint after this step.") == 1
     assert 0 < payload_of(tmp_path)["progress"]["step"] < 500

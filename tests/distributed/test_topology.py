@@ -1,4 +1,4 @@
-"""Who is who: the published variables, torchrun's and SLURM's, and what contradicts the spec."""
+"""Process topology from the published variables, torchrun's and SLURM's; contradictions with the spec."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ SLURM_NODES = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE"
         ),
     ],
 )
-def test_the_place_of_a_process(gpus, nodes, variables, world):
+def test_the_topology_follows_the_variables(gpus, nodes, variables, world):
     assert find_world("train", gpus, nodes, variables) == world
 
 
@@ -89,7 +89,7 @@ def test_the_first_node_of_a_list(nodes, first):
         (1, 2, {**NODES, "NODE_RANK": "-1"}, "NODE_RANK must be an integer of 0 or more, got '-1'."),
         (2, 2, NODES, "WORLD_SIZE is 2 and counts processes, as NUM_GPU_PER_NODE is not set"),
         (2, 2, NODES, "Set WORLD_SIZE=4 or change train.num_nodes. If it is meant to count nodes, set NUM_GPU_PER_NOD"),
-        (4, None, NODES, "which does not fit train.num_gpus=4 with 4 process(es) a node."),
+        (4, None, NODES, "which does not fit train.num_gpus=4 with 4 process(es) per node."),
         (2, None, {**NODES, "WORLD_SIZE": "3"}, "WORLD_SIZE is 3 and counts processes"),
         (1, 1, {"WORLD_SIZE": "2", "NUM_GPU_PER_NODE": "2"}, "WORLD_SIZE is more than 1, but NODE_RANK, MASTER_ADDR, "),
         (1, 1, {"WORLD_SIZE": "1", "NUM_GPU_PER_NODE": "two"}, "NUM_GPU_PER_NODE must be an integer of 0 or more, got"),
@@ -97,7 +97,7 @@ def test_the_first_node_of_a_list(nodes, first):
         (None, None, {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "3,1"}, "SLURM started 4 tasks unevenly over the nodes"),
     ],
 )
-def test_what_contradicts_itself_is_refused(gpus, nodes, variables, message):
+def test_contradicting_variables_are_an_error(gpus, nodes, variables, message):
     with pytest.raises(SpecError) as caught:
         find_world("train", gpus, nodes, variables)
     assert message in str(caught.value)
@@ -117,11 +117,11 @@ def test_what_contradicts_itself_is_refused(gpus, nodes, variables, message):
         ({"NODE_RANK": "1"}, False),
     ],
 )
-def test_one_process_tells_what_happens(variables, expected):
+def test_one_process_logs_for_all(variables, expected):
     assert follows(variables) is expected
 
 
-def test_leading_is_node_0s_first_process():
+def test_the_first_process_of_node_0_leads():
     assert World(2, 2).leads
     assert World(2, 2, 0, 0).leads
     assert not World(2, 2, 0, 1).leads
@@ -145,7 +145,7 @@ _TYPED = st.none() | st.integers(1, 5)
         },
     ),
 )
-def test_whatever_the_orchestrator_says_replaces_the_spec_or_is_refused(gpus, nodes, variables):
+def test_variables_replace_the_spec_or_are_an_error(gpus, nodes, variables):
     try:
         world = find_world("train", gpus, nodes, variables)
     except SpecError:

@@ -1,9 +1,16 @@
+"""Probes of frozen features."""
+
+from __future__ import annotations
+
+import logging
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmae.evaluation.probes import knn_accuracy, linear_probe_accuracy, split_half
+from openmae.evaluation import probes
+from openmae.evaluation.probes import knn_accuracy, linear_probe_accuracy, probe, split_half
 
 
 def _blobs(classes: int = 4, per_class: int = 40, spread: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
@@ -36,7 +43,7 @@ def test_seeds_split_differently() -> None:
 
 @pytest.mark.parametrize("probe", [knn_accuracy, linear_probe_accuracy])
 class TestBothProbes:
-    def test_separable_classes_are_told_apart(self, probe) -> None:  # type: ignore[no-untyped-def]
+    def test_separable_classes_are_recognized(self, probe) -> None:  # type: ignore[no-untyped-def]
         assert probe(*_blobs(spread=0.05)) == 1.0
 
     def test_noise_stays_near_chance(self, probe) -> None:  # type: ignore[no-untyped-def]
@@ -52,17 +59,17 @@ class TestBothProbes:
         junk = np.full((30, features.shape[1]), 100.0)
         assert probe(np.vstack([features, junk]), np.append(labels, np.full(30, -1))) == 1.0
 
-    def test_a_class_with_one_image_is_no_obstacle(self, probe) -> None:  # type: ignore[no-untyped-def]
+    def test_a_class_with_one_image_is_accepted(self, probe) -> None:  # type: ignore[no-untyped-def]
         features, labels = _blobs(spread=0.05)
         assert probe(features[:121], np.append(labels[:120], 9)) > 0.95
 
-    def test_tiny_sets_are_refused(self, probe) -> None:  # type: ignore[no-untyped-def]
+    def test_tiny_sets_are_an_error(self, probe) -> None:  # type: ignore[no-untyped-def]
         with pytest.raises(ValueError, match="at least 2 classes; the labels hold 1"):
             probe(np.ones((5, 3)), np.zeros(5, dtype=int))
         with pytest.raises(ValueError, match="a class with at least 2 images; every class here has 1"):
             probe(np.ones((5, 3)), np.arange(5))
 
-    def test_bad_arrays_are_refused(self, probe) -> None:  # type: ignore[no-untyped-def]
+    def test_bad_arrays_are_an_error(self, probe) -> None:  # type: ignore[no-untyped-def]
         with pytest.raises(ValueError, match=r"must be \[N, D\] and labels \[N\]; got \(5, 3\) and \(4,\)"):
             probe(np.ones((5, 3)), np.zeros(4, dtype=int))
         with pytest.raises(ValueError, match="not finite"):
@@ -100,3 +107,19 @@ def test_knn_agrees_with_a_plain_loop() -> None:
         votes = np.bincount(labels[fit][nearest], np.exp(similarity[nearest] / 0.07), minlength=4)
         hits += votes.argmax() == labels[i]
     assert knn_accuracy(features, labels) == hits / len(score)
+
+
+def test_one_class_is_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, "openmae"):
+        assert probe(np.zeros((4, 2)), np.zeros(4, int)) == {}
+    assert "images of at least 2 classes" in caplog.text
+
+
+def test_a_large_set_is_probed_by_a_fixed_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(probes, "MOST_PROBED", 30)
+    monkeypatch.setattr(probes, "knn_accuracy", lambda features, labels: seen.append(features) or 0.5)
+    monkeypatch.setattr(probes, "linear_probe_accuracy", lambda features, labels: float(len(labels)))
+    features, labels = np.arange(200.0).reshape(100, 2), np.arange(100) % 2
+    assert probes.probe(features, labels) == probes.probe(features, labels) == {"knn_acc": 0.5, "probe_acc": 30.0}
+    assert np.array_equal(*seen)

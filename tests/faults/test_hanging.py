@@ -1,4 +1,4 @@
-"""One of several processes that answers no more: it is named, and nothing is left running."""
+"""One of several processes stops responding: it is named, and nothing is left running."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from openmae.checkpoints.folder import list_checkpoints
 
 PATIENCE = 8
 LONG = {"train.num_gpus": 2, "train.num_epochs": 3000}
-#: For the judgement, and for who has failed to leave: see distributed/rendezvous.py.
+#: Seconds for the decision, and for processes that must be killed: see distributed/rendezvous.py.
 MORE = 30
-
 
 HANGING_DISK = """
 import os, threading
@@ -54,31 +53,27 @@ def _is_gone(pid: int) -> bool:
         return True
 
 
-def _ends_and_tells(training: Training, pids: list[int], folder: Path, since: float) -> str:
+def _ends_with_an_error(training: Training, pids: list[int], folder: Path, since: float) -> str:
     assert training.code() == 1, training.text
-    assert time.monotonic() - since < PATIENCE + MORE, "it came too late"
+    assert time.monotonic() - since < PATIENCE + MORE, "it ended too late"
     assert all(map(_is_gone, pids)), "processes are left running"
     assert "Traceback" not in training.text
     assert last_status(folder) == "FAILURE"
-    assert "goes on from the newest checkpoint" in training.text
+    assert "resumes from the newest checkpoint" in training.text
     assert newest(folder)["progress"]["step"] > 0
     return training.text
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_is_named_and_ended(server: Server, photos: Path, tmp_path: Path, rank: int) -> None:
-    """Process 0 has the store in which the others would look who is late."""
+    """Process 0 holds the store through which the others would learn who is late."""
     folder = tmp_path / "results"
     training, pids = _begin(server, photos, folder)
     assert len(pids) == 2, training.text
     os.kill(pids[rank], signal.SIGSTOP)
     since, before = time.monotonic(), newest(folder)["progress"]["step"]
-    told = _ends_and_tells(training, pids, folder, since)
-    assert re.search(
-        rf"Process {rank} \(node 0, process id {pids[rank]}\) has not answered for {PATIENCE} s: "
-        r"last heard of at \d\d:\d\d:\d\d UTC, at step \d+\.",
-        told,
-    ), told
+    text = _ends_with_an_error(training, pids, folder, since)
+    assert f"Process {rank} (node 0) has not responded for {PATIENCE} s." in text, text
     done = newest(folder)["progress"]
     assert done["step"] >= before, "a finished checkpoint was lost"
     if rank:
@@ -93,9 +88,5 @@ def test_a_process_whose_read_never_ends_is_named(server: Server, photos: Path, 
     (tmp_path / "sitecustomize.py").write_text(HANGING_DISK.format(image="cat/0.png", mark=str(hangs)))
     training, pids = _begin(server, photos, folder, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     hangs.touch()
-    told = _ends_and_tells(training, pids, folder, time.monotonic())
-    assert re.search(
-        rf"Process [01] \(node 0, process id ({'|'.join(map(str, pids))})\) has not answered for {PATIENCE} s: "
-        r"it lives, but stays at step \d+\.",
-        told,
-    ), told
+    text = _ends_with_an_error(training, pids, folder, time.monotonic())
+    assert re.search(rf"Process [01] \(node 0\) has not responded for {PATIENCE} s\.", text), text

@@ -1,4 +1,4 @@
-"""Trainings that are killed, in whole or in part."""
+"""Training runs of which some or all processes are killed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TWICE = 12
 EVERY_STEP = {"train.checkpoint_interval_unit": "step", "train.num_epochs": 8}
 
 
-def test_a_run_killed_thirty_times_ends_as_one_that_was_not(server: Server, photos: Path, tmp_path: Path) -> None:
+def test_a_run_killed_thirty_times_equals_an_uninterrupted_one(server: Server, photos: Path, tmp_path: Path) -> None:
     """Killed at any moment: while it starts, trains, writes a checkpoint."""
     server.finish(tmp_path / "whole", photos, EVERY_STEP)
     draw, kills, folders = random.Random(7), 0, 0
@@ -69,7 +69,7 @@ def test_two_fsdp_processes_killed_while_they_write(server: Server, photos: Path
 
 
 def _let_it_write(count: int, folder: Path, training) -> None:
-    """Return when the run has come so many checkpoints further, or has ended."""
+    """Return when the run has written that many checkpoints more, or has ended."""
     seen, deadline = set(list_checkpoints(folder)), time.monotonic() + 60
     fresh: set[Path] = set()
     while len(fresh) < count and training.alive():
@@ -78,7 +78,7 @@ def _let_it_write(count: int, folder: Path, training) -> None:
         time.sleep(0.005)
 
 
-def test_a_killed_loader_ends_the_run_and_it_goes_on(server: Server, photos: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_after_a_worker_was_killed(server: Server, photos: Path, tmp_path: Path) -> None:
     folder, changes = tmp_path / "results", {"dataset.num_workers_per_gpu": 2, "train.num_epochs": 40}
     training = server.start(folder, photos, changes)
     until(lambda: list_checkpoints(folder), training, "the first checkpoint")
@@ -103,7 +103,7 @@ def _children(pid: int) -> list[int]:
 
 
 def test_ctrl_c_twice_ends_at_once(server: Server, photos: Path, tmp_path: Path) -> None:
-    """Whatever the second one breaks into; and the run goes on as if nothing had been."""
+    """Whatever the second one interrupts, the run resumes as if it had not been interrupted."""
     changes = {**EVERY_STEP, "train.num_epochs": 60}
     draw, folder, stopped = random.Random(11), tmp_path / "results", 0
     for _ in range(TWICE):

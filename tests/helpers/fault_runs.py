@@ -1,4 +1,4 @@
-"""Trainings in processes that may be killed, and what is left of them; no tests."""
+"""Training runs in processes that may be killed, and their results folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs small enough for tests: a few noisy pictures, a model of a few layers at 32 or 64 px."""
+"""Training runs that are small enough for tests: a few images of noise, a small model at 32 or 64 px."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train`` (21 pictures) and ``val`` (9 pictures) of two classes."""
+    """``train`` (21 images) and ``val`` (9 images) of two classes."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for name, counts in {"train/cat": 11, "train/dog": 10, "val/cat": 5, "val/dog": 4}.items():
         (root / name).mkdir(parents=True)
         for number in range(counts):
-            picture = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(picture).save(root / name / f"{number}.png")
+            pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
 
 
@@ -65,7 +65,7 @@ def tiny_overrides(photos: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def train(tiny_overrides: Callable[..., list[str]]) -> Train:
-    """``train(folder, {key: value})``: ``mae train`` in this process, pictures left out; None unsets a key."""
+    """``train(folder, {key: value})``: ``mae train`` in this process, without report and images; None unsets a key."""
 
     def run(folder: Path, changes: dict[str, Any] | None = None) -> dict[str, float]:
         with pytest.MonkeyPatch.context() as patch:
@@ -88,7 +88,7 @@ def payload_of() -> Callable[[Path], dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def assert_same_run(payload_of: Callable[[Path], dict[str, Any]]) -> Callable[[Path, Path], None]:
-    """``assert_same_run(a, b)``: two results folders tell of the same training, to the last bit."""
+    """``assert_same_run(a, b)``: two results folders hold the same training run, to the last bit."""
 
     def rows(folder: Path) -> list[Row]:
         return [{k: v for k, v in row.items() if k not in _TIMINGS} for row in read_metrics(folder / "metrics.csv")]

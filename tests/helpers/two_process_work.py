@@ -1,4 +1,4 @@
-"""What test_devices runs in two processes; spawned ones import it by name."""
+"""Work that tests run in two processes; spawned ones import it by name."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from openmae.distributed.collectives import gather, gather_objects, sum_over_ran
 from openmae.distributed.fsdp import gathered
 from openmae.distributed.rendezvous import ShardedStrategy
 from openmae.errors import DataError
+from openmae.evaluation.predictions import predict
 from openmae.training import trainer
-from openmae.training.finetune import predict
 from openmae.training.pretrain import PretrainTask
 
 
 class FirstPixel(torch.nn.Module):
-    """Logits from an image alone."""
+    """Logits that are the first pixel of an image."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images[:, :, 0, 0]
 
 
 def own_batches(rank: int) -> list[Batch]:
-    """Five images over two ranks, as ``EvalSampler`` deals them: 0, 2, 4 and 1, 3; the image shows its own number."""
+    """Return five images split over two ranks: 0, 2, 4 and 1, 3; the pixels of an image are its number."""
     parts = [[0, 2], [4]] if rank == 0 else [[1, 3]]
     batches = []
     for part in parts:
@@ -46,7 +46,7 @@ def own_batches(rank: int) -> list[Batch]:
 
 
 def measure_then_fail(fabric: Fabric, folder: Path) -> None:
-    """Write what rank 0 found, then let rank 1 meet a wrong request."""
+    """Write the results of rank 0, then raise an error on rank 1."""
     rank = fabric.global_rank
     classify, normalise = FirstPixel(), Normaliser((0.0,) * 3, (1.0,) * 3)
     predictions = predict(fabric, lambda images: classify(normalise(images)), own_batches(rank))
@@ -63,17 +63,17 @@ def measure_then_fail(fabric: Fabric, folder: Path) -> None:
         (folder / "found.json").write_text(json.dumps(found))
     fabric.barrier()
     if rank == 1:
-        raise DataError("the rule and the value", "the mend")
+        raise DataError("the rule and the value", "the fix")
 
 
-def train_late(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """A training whose updates are read late, as on GPUs; the third one's loss is bad on rank 1 alone."""
-    trainer.reads_late = lambda fabric: True
+def train_deferred(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """Train with deferred steps, as on GPUs; the third loss is bad on rank 1 only."""
+    trainer.can_defer = lambda fabric: True
     return train_spoilt(fabric, plan)
 
 
 def train_spoilt(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """A training; the third loss is bad on rank 1 alone."""
+    """Train; the third loss is bad on rank 1 only."""
     original, calls = PretrainTask.training_loss, []
 
     def training_loss(task: PretrainTask, *arguments: Any) -> torch.Tensor:
@@ -86,7 +86,7 @@ def train_spoilt(fabric: Fabric, plan: Plan) -> dict[str, float]:
 
 
 def train_preempted_in_validation(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """A training whose process 1 is told to end as it begins to validate, and stops there; process 0 is not."""
+    """Train; only process 1 gets SIGTERM when it begins to validate."""
     original = PretrainTask.validate
 
     def validate(task: PretrainTask, *arguments: Any) -> dict[str, float]:
@@ -98,13 +98,17 @@ def train_preempted_in_validation(fabric: Fabric, plan: Plan) -> dict[str, float
     return train_action._work(fabric, plan)
 
 
-def fail_otherwise(fabric: Fabric) -> None:
-    """A fault of ours."""
-    raise ZeroDivisionError("by zero")
+def fail_in_process_1(fabric: Fabric, how: str) -> None:
+    """Process 1 fails while process 0 waits for it."""
+    if fabric.global_rank == 1:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("by zero")
+    fabric.barrier()
 
 
 def scale_shared_gradients(fabric: Fabric, folder: Path) -> None:
-    """fp16's scaler over weights that are shared out: clipping sees true norms, and one infinity skips every part."""
+    """Run fp16's scaler on sharded weights: clipping uses the global norm, and one infinity skips every shard."""
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
     fabric.to_device(model)
@@ -125,7 +129,7 @@ def scale_shared_gradients(fabric: Fabric, folder: Path) -> None:
 
 
 def diverge(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """A training whose weights are finite after the seventh step, and give no finite loss."""
+    """Train; after the seventh step the weights are finite, but give no finite loss."""
     steps: list[int] = []
 
     def explode(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -140,7 +144,7 @@ def diverge(fabric: Fabric, plan: Plan) -> dict[str, float]:
     return train_action._work(fabric, plan)
 
 
-def diverge_late(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """The same, with updates that are read late, as on GPUs."""
-    trainer.reads_late = lambda fabric: True
+def diverge_deferred(fabric: Fabric, plan: Plan) -> dict[str, float]:
+    """Diverge with deferred steps, as on GPUs."""
+    trainer.can_defer = lambda fabric: True
     return diverge(fabric, plan)

@@ -1,9 +1,11 @@
-"""Runs that diverge: what is skipped, what is kept, what is said, and that the advice works."""
+"""Runs that diverge: skipped steps, checkpoints that are kept, messages, and that their advice works."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ from openmae.distributed.launch import build_fabric, launch
 from openmae.errors import RunError
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
-from openmae.training import trainer
+from openmae.training import divergence, trainer
 from openmae.training.divergence import DivergenceGuard
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
 from openmae.training.state import Progress
+from openmae.training.step import Step
 
 several_processes = pytest.mark.xdist_group("several processes")
 
@@ -60,7 +63,7 @@ def after_step():
 
 
 def explode(parameter: torch.Tensor) -> None:
-    """Finite weights that give no finite loss, as a learning rate leaves them that is far too high."""
+    """Leave finite weights that give no finite loss, as far too high a learning rate does."""
     parameter.mul_(1e30)
 
 
@@ -75,23 +78,23 @@ def finite(path: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("changes", "step", "left", "late"),
+    ("changes", "step", "left", "deferred"),
     [
         pytest.param(PRETRAIN, 11, "model_epoch_002_step_00010.pth", False, id="pretrain"),
-        pytest.param({**FINETUNE, **ACCUMULATE}, 7, "model_epoch_002_step_00006.pth", True, id="finetune, late"),
+        pytest.param({**FINETUNE, **ACCUMULATE}, 7, "model_epoch_002_step_00006.pth", True, id="finetune, deferred"),
         pytest.param(
             {**PRETRAIN, "train.checkpoint_interval_unit": "step", "train.keep_checkpoints": 2},
             7,
             "model_epoch_001_step_00006.pth",
             True,
-            id="steps, late",
+            id="steps, deferred",
         ),
     ],
 )
-def test_the_advised_command_resumes_where_the_weights_were_good(
-    changes, step, left, late, train, after_step, assert_same_run, monkeypatch, tmp_path
+def test_the_same_command_resumes_from_the_last_good_weights(
+    changes, step, left, deferred, train, after_step, assert_same_run, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(trainer, "reads_late", lambda fabric: late)
+    monkeypatch.setattr(trainer, "can_defer", lambda fabric: deferred)
     hook = after_step(step, explode)
     with pytest.raises(RunError) as caught:
         train(tmp_path / "cut", changes)
@@ -112,10 +115,10 @@ def test_the_advised_command_resumes_where_the_weights_were_good(
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-def test_weights_that_are_not_finite_are_not_written(late, train, after_step, assert_same_run, monkeypatch, tmp_path):
-    """Not as a checkpoint, not as the best; and the healthy one is not rotated away on their behalf."""
-    monkeypatch.setattr(trainer, "reads_late", lambda fabric: late)
+@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
+def test_nonfinite_weights_are_not_written(deferred, train, after_step, assert_same_run, monkeypatch, tmp_path):
+    """Neither as a checkpoint nor as the best one, and they replace no healthy checkpoint."""
+    monkeypatch.setattr(trainer, "can_defer", lambda fabric: deferred)
     hook = after_step(10, break_weights)
     changes = {**PRETRAIN, "train.keep_checkpoints": 1}
     with pytest.raises(RunError) as caught:
@@ -130,7 +133,7 @@ def test_weights_that_are_not_finite_are_not_written(late, train, after_step, as
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_an_average_that_is_not_finite_is_not_written(train, monkeypatch, tmp_path):
+def test_a_nonfinite_average_is_not_written(train, monkeypatch, tmp_path):
     update = trainer.ModelEmaV3.update
 
     def spoilt(self, model, step=None):
@@ -158,9 +161,9 @@ def spoil_images(monkeypatch, task, first: int = 1) -> None:
     monkeypatch.setattr(task, "training_loss", training_loss)
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-def test_images_at_fault_are_named_and_cost_no_checkpoint(late, train, monkeypatch, tmp_path):
-    monkeypatch.setattr(trainer, "reads_late", lambda fabric: late)
+@pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
+def test_bad_images_are_named_and_checkpoints_are_kept(deferred, train, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "can_defer", lambda fabric: deferred)
     spoil_images(monkeypatch, PretrainTask, first=6)
     with pytest.raises(RunError) as caught:
         train(tmp_path, PRETRAIN)
@@ -178,7 +181,7 @@ def test_images_at_fault_are_named_and_cost_no_checkpoint(late, train, monkeypat
 
 
 @pytest.mark.parametrize("task", [PretrainTask, FinetuneTask])
-def test_a_run_that_skips_every_step_is_no_success(task, train, monkeypatch, tmp_path):
+def test_a_run_that_skips_every_step_fails(task, train, monkeypatch, tmp_path):
     spoil_images(monkeypatch, task)
     changes = FINETUNE if task is FinetuneTask else PRETRAIN
     with pytest.raises(RunError, match=r"not finite 5 steps in a row, .* so these images are at fault"):
@@ -187,8 +190,8 @@ def test_a_run_that_skips_every_step_is_no_success(task, train, monkeypatch, tmp
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_a_run_whose_last_steps_diverge_is_no_success(train, after_step, tmp_path):
-    """Fewer than ten of them, so that only its end tells."""
+def test_a_run_whose_last_steps_diverge_fails(train, after_step, tmp_path):
+    """Fewer than ten of them, so that they are noticed only at its end."""
     after_step(3, explode)
     with pytest.raises(RunError, match="not finite 2 steps in a row") as caught:
         train(tmp_path, {**PRETRAIN, "train.num_epochs": 1})
@@ -196,7 +199,7 @@ def test_a_run_whose_last_steps_diverge_is_no_success(train, after_step, tmp_pat
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_pretrained_weights_that_no_step_can_be_made_from_are_named(train, tmp_path):
+def test_bad_pretrained_weights_are_named(train, tmp_path):
     train(tmp_path / "first", {**PRETRAIN, "train.num_epochs": 1})
     (path,) = list_checkpoints(tmp_path / "first")
     content = torch.load(path, weights_only=True)
@@ -212,7 +215,7 @@ def test_pretrained_weights_that_no_step_can_be_made_from_are_named(train, tmp_p
     )
 
 
-def test_a_run_whose_last_image_is_bad_is_a_success(train, monkeypatch, caplog, tmp_path):
+def test_a_run_whose_last_image_is_bad_succeeds(train, monkeypatch, caplog, tmp_path):
     spoil_images(monkeypatch, PretrainTask, first=5)
     with caplog.at_level(logging.WARNING, "openmae"):
         train(tmp_path, {**PRETRAIN, "train.num_epochs": 1})
@@ -221,7 +224,9 @@ def test_a_run_whose_last_image_is_bad_is_a_success(train, monkeypatch, caplog, 
 
 
 @several_processes
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("late", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "deferred"))]
+)
 def test_two_processes_diverge_together(strategy, tiny_overrides, photos, monkeypatch, tmp_path):
     from tests.helpers import two_process_work
 
@@ -229,7 +234,7 @@ def test_two_processes_diverge_together(strategy, tiny_overrides, photos, monkey
     changes["train.distributed_strategy"] = "fsdp" if strategy == "fsdp" else "ddp"
     spec = load_spec(None, tiny_overrides(tmp_path, changes), action="train")
     fabric = build_fabric("train", 2, [0, 1], 1, strategy=spec.train.distributed_strategy)
-    job = two_process_work.diverge_late if strategy == "late" else two_process_work.diverge
+    job = two_process_work.diverge_deferred if strategy == "deferred" else two_process_work.diverge
     with pytest.raises(RunError) as caught:
         launch(fabric, job, make_plan(spec, tmp_path))
     assert "the weights are at fault" in caught.value.problem
@@ -238,7 +243,7 @@ def test_two_processes_diverge_together(strategy, tiny_overrides, photos, monkey
 
 
 class Scaler:
-    """fp16's, as far as the guard looks at it: gradients overflow at each step."""
+    """A scaler of fp16 and its optimizer, whose gradients overflow at each step."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -250,20 +255,15 @@ class Scaler:
         self.scale /= 2
 
 
-class Step:
-    step = 7
-
-    def images(self) -> list[int]:
-        return [3]
-
-
-def test_fp16_may_lower_its_scale_and_then_has_diverged(monkeypatch):
-    """A scale above 1 is being searched for; an overflow at 1 is one of the gradients themselves."""
-    guard = DivergenceGuard.__new__(DivergenceGuard)
-    guard.scaler = guard.optimizer = Scaler(4.0)
-    skipped = []
-    monkeypatch.setattr(DivergenceGuard, "skip", lambda self, *told: skipped.append(told[1:]))
-    progress = Progress()
-    assert [guard.step(progress, Step()) for _ in range(3)] == [False] * 3
-    assert skipped == [(7, "the gradients overflow in fp16 at a scale of 1", [3])]
-    assert progress.bad_steps == 2
+def test_a_skipped_step_of_fp16_counts_as_bad_and_is_explained_at_a_scale_of_1(monkeypatch, caplog):
+    """Above 1 the right scale is being searched for; at 1 the gradients themselves overflow."""
+    scaler, progress = Scaler(4.0), Progress()
+    monkeypatch.setattr(divergence, "scaler_of", lambda fabric: scaler)
+    fabric: Any = SimpleNamespace(world_size=1)
+    guard = DivergenceGuard(fabric, None, None, scaler, None, None, progress, "{}.png".format)  # type: ignore[arg-type]
+    step = Step(7, 1e-3, [torch.tensor([3])], [torch.tensor(1.0)], None)
+    assert [guard.update_weights(step) for _ in range(3)] == [False] * 3
+    assert caplog.messages == [
+        "Step 7: the gradients overflow in fp16 at a scale of 1; the step is skipped. Its images: 3.png"
+    ]
+    assert progress.bad_steps == 3

@@ -19,7 +19,7 @@ def events(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
-def test_numbers_go_to_the_table_and_to_tensorboard(tmp_path):
+def test_metrics_go_to_csv_and_tensorboard(tmp_path):
     loggers = Loggers(tmp_path, None)
     loggers.write(1, 1, {"train_loss": 0.5, "lr": 0.25})
     loggers.write(2, 1, {"train_loss": 0.25})
@@ -31,7 +31,7 @@ def test_numbers_go_to_the_table_and_to_tensorboard(tmp_path):
     assert events(tmp_path) == {"train_loss": [(1, 0.5), (2, 0.25)], "lr": [(1, 0.25)]}
 
 
-def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_rows_after_its_checkpoint(tmp_path):
     first = Loggers(tmp_path, None)
     for step in (1, 2, 3):
         first.write(step, 1, {"train_loss": float(step)})
@@ -43,7 +43,7 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
     assert events(tmp_path)["train_loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
-def test_a_new_run_starts_anew(tmp_path):
+def test_a_new_run_replaces_the_metrics(tmp_path):
     for _ in range(2):
         loggers = Loggers(tmp_path, None)
         loggers.write(1, 1, {"train_loss": 1.0})
@@ -96,13 +96,13 @@ def test_wandb_offline(wandb, monkeypatch, tmp_path):
     assert wandb.finished == 1
 
 
-def test_wandb_with_a_key_goes_on_with_a_run(wandb, monkeypatch, tmp_path):
+def test_wandb_resumes_a_run_by_its_id(wandb, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "k")
     open_wandb(settings(run_id="abc"), tmp_path, {})
     assert (wandb.init[0]["id"], wandb.init[0]["resume"]) == ("abc", "allow")
 
 
-def test_wandb_without_a_key_is_one_notice(wandb, caplog, tmp_path):
+def test_wandb_without_a_key_logs_one_notice(wandb, caplog, tmp_path):
     with caplog.at_level(logging.INFO, "openmae"):
         assert open_wandb(settings(), tmp_path, {}) is None
     assert caplog.messages == [
@@ -111,7 +111,7 @@ def test_wandb_without_a_key_is_one_notice(wandb, caplog, tmp_path):
     assert wandb.init == []
 
 
-def test_wandb_with_a_key_but_no_package_is_one_notice(wandb, monkeypatch, caplog, tmp_path):
+def test_wandb_without_the_package_logs_one_warning(wandb, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "k")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert open_wandb(settings(), tmp_path, {}) is None
@@ -119,7 +119,7 @@ def test_wandb_with_a_key_but_no_package_is_one_notice(wandb, monkeypatch, caplo
 
 
 @pytest.mark.parametrize("off", ["setting", "mode"])
-def test_wandb_switched_off_says_nothing(wandb, monkeypatch, caplog, tmp_path, off):
+def test_wandb_logs_nothing_when_it_is_switched_off(wandb, monkeypatch, caplog, tmp_path, off):
     monkeypatch.setenv("WANDB_API_KEY", "k")
     if off == "mode":
         monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -129,8 +129,8 @@ def test_wandb_switched_off_says_nothing(wandb, monkeypatch, caplog, tmp_path, o
     assert wandb.init == []
 
 
-def test_a_writer_that_hangs_is_not_waited_for(tmp_path, monkeypatch, caplog):
-    """As after a Ctrl-C inside TensorBoard's queue: its own close would wait for ever."""
+def test_close_does_not_wait_for_a_hanging_writer(tmp_path, monkeypatch, caplog):
+    """After a Ctrl-C inside TensorBoard's queue, its own close would wait forever."""
     monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.05)
     loggers, release = Loggers(tmp_path, None), threading.Event()
     close = loggers._tensorboard.close
@@ -142,7 +142,7 @@ def test_a_writer_that_hangs_is_not_waited_for(tmp_path, monkeypatch, caplog):
     close()
 
 
-def test_tensorboard_s_own_queue_out_of_step_is_not_waited_for(tmp_path, monkeypatch, caplog):
+def test_close_does_not_wait_for_a_queue_that_never_empties(tmp_path, monkeypatch, caplog):
     """A KeyboardInterrupt between two lines of Queue.put leaves an item that is counted and never written."""
     monkeypatch.setattr(module, "_CLOSE_SECONDS", 0.5)
     loggers = Loggers(tmp_path, None)

@@ -1,4 +1,4 @@
-"""Learning rates of every group and every step, against the papers' formulas written anew."""
+"""Learning rates of every group and step, verified against the papers' formulas."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_weight_decay_of_the_groups():
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"])
-def test_pretraining_has_two_groups_and_leaves_out_what_does_not_learn(arch):
+def test_pretraining_has_two_groups_without_frozen_parameters(arch):
     with torch.device("meta"):
         model = build_autoencoder(ModelConfig(arch, input_size=(64, 64), decoder_depth=1, decoder_embed_dim=32))
     decayed, free = sorted(pretraining_groups(model, 0.05), key=lambda group: -group["weight_decay"])
@@ -111,13 +111,13 @@ def test_cosine():
     assert found[40] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_multistep_warms_up_too():
+def test_multistep_has_a_warmup():
     schedule = Schedule("MultiStep", 10, steps_per_epoch=2, warmup_epochs=1, milestones=(4, 6), gamma=0.1)
     found = [schedule.factor(step) for step in range(20)]
     assert found == pytest.approx([0.5, 1.0, *[1.0] * 6, *[0.1] * 4, *[0.01] * 8])
 
 
-def test_a_milestone_within_the_warmup_acts_after_it():
+def test_a_milestone_within_the_warmup_applies_after_it():
     schedule = Schedule("MultiStep", 10, steps_per_epoch=1, warmup_epochs=4, milestones=(2,), gamma=0.1)
     assert [schedule.factor(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.1])
 
@@ -145,24 +145,24 @@ def test_freezing_by_name():
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["blocks.0.weight", "blocks.0.bias"]
 
 
-def test_an_unknown_name_lists_near_ones():
+def test_an_unknown_name_lists_similar_ones():
     with pytest.raises(SpecError, match=r"train\.freeze: the model has no module 'block\.0'") as caught:
         freeze(layers(), ["block.0"])
-    assert caught.value.fix.startswith("Near names: blocks.0, ")
+    assert caught.value.fix.startswith("Similar names: blocks.0, ")
 
 
-def test_a_name_like_no_other_lists_the_outermost():
+def test_a_name_without_similar_ones_lists_the_top_level_modules():
     with pytest.raises(SpecError) as caught:
         freeze(layers(), ["zzz"])
-    assert caught.value.fix == "Near names: patch_embed, blocks."
+    assert caught.value.fix == "Similar names: patch_embed, blocks."
 
 
-def test_something_must_be_left_to_train():
+def test_freezing_everything_is_an_error():
     with pytest.raises(SpecError, match=r"train\.freeze: nothing is left to train\."):
         freeze(layers(), ["patch_embed", "blocks"])
 
 
-def test_moments_of_other_parameters_are_refused():
+def test_moments_of_other_parameters_are_an_error():
     model = layers()
     state = build_adamw(pretraining_groups(model, 0.1), 1e-3, 0.9, 0.95).state_dict()
     freeze(model, ["patch_embed"])
@@ -171,7 +171,7 @@ def test_moments_of_other_parameters_are_refused():
         load_moments(optimizer, state)
 
 
-def test_moments_of_other_shapes_are_refused():
+def test_moments_of_other_shapes_are_an_error():
     model, other = torch.nn.Linear(3, 4), torch.nn.Linear(4, 3)  # as many parameters
     before = build_adamw([{"params": [*other.parameters()], "lr_scale": 1.0}], 1e-3, 0.9, 0.95)
     other(torch.ones(2, 4)).sum().backward()
@@ -187,7 +187,7 @@ def test_moments_of_other_shapes_are_refused():
     ("change", "said"),
     [
         (lambda state: {}, "is not AdamW's, or damaged"),
-        (lambda state: {**state, "state": {0: {"momentum_buffer": torch.zeros(2)}}}, "momentum_buffer in place of"),
+        (lambda state: {**state, "state": {0: {"momentum_buffer": torch.zeros(2)}}}, "momentum_buffer instead of"),
         (lambda state: {**state, "state": []}, "is not AdamW's, or damaged"),
         (lambda state: {**state, "param_groups": [{}]}, "is not AdamW's, or damaged"),
         (
@@ -197,7 +197,7 @@ def test_moments_of_other_shapes_are_refused():
     ],
     ids=["empty", "sgd", "list", "no parameters", "shape"],
 )
-def test_a_foreign_state_of_the_optimizer_is_explained(change, said):
+def test_a_foreign_optimizer_state_is_an_error(change, said):
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = build_adamw([{"params": [parameter], "lr_scale": 1.0}], 1e-3, 0.9, 0.999)
     parameter.grad = torch.ones(2)

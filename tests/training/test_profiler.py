@@ -1,4 +1,4 @@
-"""Time goes to the phase that ended with it, from the end of the warm-up on."""
+"""Time is attributed to the phase that ended with it, from the end of the warmup on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def step(clock: StepClock, at, start: float, wait: float, forward: float) -> flo
     return start
 
 
-def test_every_moment_after_the_warm_up_belongs_to_a_phase(at):
+def test_every_moment_after_the_warmup_belongs_to_a_phase(at):
     clock, now = StepClock(CPU), 0.0
     for _ in range(WARMUP_STEPS):
         now = step(clock, at, now, 10.0, 10.0)
@@ -47,7 +47,7 @@ def test_every_moment_after_the_warm_up_belongs_to_a_phase(at):
     assert measured.per_step.keys() == set(STEP_PHASES)
 
 
-def test_a_phase_of_several_batches_is_one_of_the_step(at):
+def test_the_batches_of_a_step_are_added_up(at):
     clock = StepClock(CPU)
     for number in range(WARMUP_STEPS + 1):
         for part in range(3):
@@ -60,7 +60,7 @@ def test_a_phase_of_several_batches_is_one_of_the_step(at):
 
 
 class FakeQueue:
-    """FAKE of a GPU's queue: an event is reached when the GPU has worked up to it."""
+    """A simulated queue of a GPU: an event is reached when the GPU has worked up to it."""
 
     def __init__(self) -> None:
         self.gpu = 0.0
@@ -76,7 +76,7 @@ class FakeQueue:
 
 
 class FakeEvent:
-    """FAKE of ``torch.cuda.Event``."""
+    """A simulated ``torch.cuda.Event``."""
 
     ends = iter(())
 
@@ -95,7 +95,7 @@ class FakeEvent:
         return 1000 * (other.when - self.when)
 
 
-def test_on_a_fake_gpu_nobody_waits_before_the_end(monkeypatch):
+def test_marks_do_not_wait_for_the_gpu(monkeypatch):
     queue = FakeQueue()
     monkeypatch.setattr(torch.cuda, "Event", queue.event)
     monkeypatch.setattr(torch.cuda, "synchronize", queue.synchronize)

@@ -30,7 +30,7 @@ def slow_loader(clock, seconds):
         yield second
 
 
-def test_pace_and_wait(clock):
+def test_pace_and_data_wait(clock):
     pace = PaceMeter()
     for _ in pace.watch(slow_loader(clock, [1.0, 1.0])):
         clock.now += 3.0
@@ -38,7 +38,7 @@ def test_pace_and_wait(clock):
     assert pace.read() == {"images_per_s": 32 / 8, "data_wait": 2 / 8}
 
 
-def test_a_lap_forgets_what_was_before(clock):
+def test_a_lap_measures_since_the_last_one(clock):
     pace = PaceMeter()
     laps = []
     for wait in pace.watch(slow_loader(clock, [9.0, 1.0])):
@@ -49,7 +49,7 @@ def test_a_lap_forgets_what_was_before(clock):
     assert pace.read() == {"images_per_s": 100 / 12, "data_wait": 10 / 12}
 
 
-def test_an_epoch_starts_anew(clock):
+def test_restart_forgets_the_previous_epoch(clock):
     pace = PaceMeter()
     list(pace.watch(slow_loader(clock, [5.0])))
     pace.count(100)
@@ -59,7 +59,7 @@ def test_an_epoch_starts_anew(clock):
     assert pace.read() == {"images_per_s": 2.0, "data_wait": 0.0}
 
 
-def test_no_time_is_no_fault(clock):
+def test_pace_without_elapsed_time(clock):
     assert PaceMeter().read() == {"images_per_s": 0.0, "data_wait": 0.0}
 
 
@@ -67,8 +67,8 @@ def drawn(terminal: bool) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=160, _environ={})
     with EpochBar("epoch 2/5", 8, 3, console) as bar:
-        bar.advance(2, 0.51234, 1.5e-4, {"images_per_s": 812.4, "data_wait": 0.07})
-        bar._progress.refresh()
+        bar.show(2, 0.51234, 1.5e-4, {"images_per_s": 812.4, "data_wait": 0.07})
+        bar.refresh()
     return text.getvalue()
 
 
@@ -78,11 +78,11 @@ def test_the_bar_shows_loss_rate_pace_and_wait():
         assert part in text
 
 
-def test_no_terminal_no_bar():
+def test_there_is_no_bar_without_a_terminal():
     assert drawn(terminal=False).strip() == ""
 
 
-def test_the_progress_fields_are_those_of_tao_s_callback(monkeypatch):
+def test_timing_has_the_fields_of_tao(monkeypatch):
     """Epoch 3 of 5 of two steps a second each, and half a second of validation."""
     clock = iter([0.0, 1.0, 2.0, 2.5])
     monkeypatch.setattr("openmae.training.progress.time.perf_counter", lambda: next(clock))

@@ -63,19 +63,19 @@ def test_pretraining(fabric):
 
 
 @pytest.mark.parametrize(
-    ("images", "told"),
+    ("images", "left_out"),
     [(17, "1 image per epoch, others in each epoch: 17 is not a multiple of 8"), (16, None)],
 )
-def test_images_that_fill_no_batch_are_told(images, told, fabric):
+def test_left_out_images_are_shown(images, left_out, fabric):
     model = build_autoencoder(CONFIG)
     schedule = replace(COSINE, steps_per_epoch=1, warmup_epochs=1)
     found = rows(fabric, CONFIG, pretraining_groups(model, 0.05), model, schedule, images=(images, 0))
-    assert found.get("left out") == told
+    assert found.get("left out") == left_out
     assert found["epochs"] == "10 x 1 step"
     assert found["schedule"] == "1 epoch of warmup, then cosine to 0"
 
 
-def test_a_decoder_that_does_less_is_told(fabric):
+def test_a_cheaper_decoder_is_shown(fabric):
     config = replace(CONFIG, decoder_attention="cross")
     model = build_autoencoder(config)
     found = rows(fabric, config, pretraining_groups(model, 0.05), model, targets=0.25)

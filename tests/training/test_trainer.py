@@ -1,4 +1,4 @@
-"""The loop: resumed runs, interrupted runs, losses that are not finite, averages, the best checkpoint."""
+"""The loop: resumed and interrupted runs, nonfinite losses, averages, the best checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HIERA = {"model.arch": "hiera_tiny_224", "dataset.augmentation.input_size": 64}
 
 
 class Crash(Exception):  # noqa: N818
-    """What a power cut does to a run, as far as a test can."""
+    """Stands for a power cut."""
 
 
 @pytest.fixture
@@ -120,13 +120,13 @@ CROSS = {"model.decoder_attention": "cross", "model.decoder_targets": 0.5}
 def test_a_run_that_pauses_equals_one_that_does_not(changes, train, assert_same_run, payload_of, tmp_path):
     train(tmp_path / "whole", changes)
     train(tmp_path / "paused", {**changes, "train.stop_after_epoch": 1})
-    assert payload_of(tmp_path / "paused")["progress"]["epoch"] == 1, "it was to pause after the first epoch"
+    assert payload_of(tmp_path / "paused")["progress"]["epoch"] == 1, "it did not pause after the first epoch"
     assert not (tmp_path / "paused" / "backbone.safetensors").exists(), "a paused run is not a finished one"
     train(tmp_path / "paused", changes)
     assert_same_run(tmp_path / "whole", tmp_path / "paused")
 
 
-def test_where_a_run_pauses_it_is_validated(train, tmp_path):
+def test_a_run_is_validated_where_it_pauses(train, tmp_path):
     metrics = train(tmp_path, {**FINETUNE, "train.validation_interval": 9, "train.stop_after_epoch": 1})
     assert "ACC_all" in metrics
 
@@ -171,7 +171,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_loss_that_is_not_finite_skips_its_step_and_names_its_images(train, monkeypatch, caplog, tmp_path):
+def test_a_nonfinite_loss_skips_its_step_and_names_its_images(train, monkeypatch, caplog, tmp_path):
     spoiler = Spoiler(PretrainTask, {3}, monkeypatch)
     with caplog.at_level(logging.WARNING, "openmae"):
         train(tmp_path, {"train.num_epochs": 1, "dataset.val_data_sources": None})
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_skips_its_step_and_names_its_images(train, mo
     assert [row["step"] for row in rows if "train_loss" in row] == [1, 2, 4, 5]
 
 
-def test_only_the_batch_at_fault_is_named(train, monkeypatch, caplog, tmp_path):
+def test_only_the_bad_batch_is_named(train, monkeypatch, caplog, tmp_path):
     spoiler = Spoiler(PretrainTask, {2}, monkeypatch)
     with caplog.at_level(logging.WARNING, "openmae"):
         train(tmp_path, {**ACCUMULATE, "train.num_epochs": 1, "dataset.val_data_sources": None})
@@ -204,7 +204,7 @@ def test_only_the_batch_at_fault_is_named(train, monkeypatch, caplog, tmp_path):
         pytest.param({"train.precision": "bf16"}, id="bf16"),
     ],
 )
-def test_gradients_that_are_not_finite_skip_their_step(changes, train, monkeypatch, caplog, tmp_path):
+def test_nonfinite_gradients_skip_their_step(changes, train, monkeypatch, caplog, tmp_path):
     weights: list[dict[str, torch.Tensor]] = []
     original = PretrainTask.training_loss
 
@@ -244,7 +244,7 @@ def test_clipping_bounds_the_gradient(train, tmp_path):
     assert norms[5:] == pytest.approx([0.01] * 5, rel=1e-3)
 
 
-def test_the_average_follows_the_weights_and_is_what_validation_measures(train, monkeypatch, payload_of, tmp_path):
+def test_the_average_follows_the_weights_and_is_validated(train, monkeypatch, payload_of, tmp_path):
     spoiler = Spoiler(FinetuneTask, set(), monkeypatch)
     measured = []
     validate = FinetuneTask.validate
@@ -259,7 +259,7 @@ def test_the_average_follows_the_weights_and_is_what_validation_measures(train, 
     payload = payload_of(tmp_path)
     final = {k.removeprefix("model."): v for k, v in payload["state_dict"].items()}
     averaged = {k.removeprefix("model."): v for k, v in payload["ema_state_dict"].items()}
-    expected = spoiler.weights[2]  # the first two updates are copied: an average of random starts helps nobody
+    expected = spoiler.weights[2]  # the first two updates are copied: an average of random weights is useless
     for weights in [*spoiler.weights[3:], final]:
         expected = {k: 0.9 * expected[k] + 0.1 * v for k, v in weights.items()}
     torch.testing.assert_close(averaged, expected)
@@ -276,7 +276,7 @@ def test_the_average_follows_the_weights_and_is_what_validation_measures(train, 
         pytest.param({"train.checkpoint_interval": 4}, 2, id="the best epoch has none of its own"),
     ],
 )
-def test_the_best_checkpoint_is_the_best_epoch_s(changes, best, train, monkeypatch, tmp_path):
+def test_the_best_checkpoint_is_that_of_the_best_epoch(changes, best, train, monkeypatch, tmp_path):
     losses = iter([3.0, 1.0, 2.0, 1.5])
     monkeypatch.setattr(PretrainTask, "validate", lambda *_: {"val_loss": next(losses)})
     rare = {"train.num_epochs": 4, "train.keep_checkpoints": 1, "train.optim.monitor_name": "val_loss"}
@@ -287,7 +287,7 @@ def test_the_best_checkpoint_is_the_best_epoch_s(changes, best, train, monkeypat
     assert (tmp_path / "vit_tiny_patch16_latest.pth").resolve().name == "model_epoch_004_step_00020.pth"
 
 
-def test_what_the_spec_says_of_the_optimizer_stands_on_resume(train, payload_of, tmp_path):
+def test_the_spec_sets_the_optimizer_of_a_resumed_run(train, payload_of, tmp_path):
     train(tmp_path, {"train.num_epochs": 1})
     changes = {"train.optim.weight_decay": 0.3, "train.optim.momentum": 0.8, "train.num_epochs": 2}
     train(tmp_path, changes)
@@ -296,7 +296,7 @@ def test_what_the_spec_says_of_the_optimizer_stands_on_resume(train, payload_of,
     assert decayed["betas"][0] == 0.8
 
 
-def test_freezing_on_resume_is_refused(train, tmp_path):
+def test_freezing_on_resume_is_an_error(train, tmp_path):
     train(tmp_path, {"train.num_epochs": 1})
     with pytest.raises(CheckpointError, match="other parameters are trained now") as caught:
         train(tmp_path, {"train.freeze": "[encoder.backbone.blocks.0]"})
@@ -312,21 +312,21 @@ def test_averaging_that_begins_on_resume_starts_from_the_weights(train, payload_
     assert (averaged[key] - start[key]).abs().max() < 1e-4
 
 
-def test_a_new_batch_size_on_resume_begins_the_epoch_again(train, at_batch, caplog, tmp_path, payload_of):
+def test_a_new_batch_size_on_resume_restarts_the_epoch(train, at_batch, caplog, tmp_path, payload_of):
     changes = {**STEP, "train.optim.lr_scheduler": "cosine", "dataset.val_data_sources": None}
     at_batch(PretrainTask, 8, crash)
     with pytest.raises(Crash):
         train(tmp_path, changes)
     with caplog.at_level(logging.WARNING, "openmae"):
         train(tmp_path, {**changes, "dataset.batch_size": 3})
-    assert "(5 batches an epoch, now 7): epoch 2 starts again." in caplog.text
+    assert "(5 batches per epoch, now 7): epoch 2 starts again." in caplog.text
     rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.csv") if row["epoch"] == 2 and "lr" in row]
     assert len(rates) == 7 + 2  # 2 of before the crash
     assert rates[2] == pytest.approx(1e-3)  # the schedule goes by the epoch, not by the count of steps
     assert payload_of(tmp_path)["progress"]["epoch"] == 2
 
 
-def test_a_new_batch_size_goes_on_where_one_of_its_batches_begins(train, at_batch, caplog, tmp_path):
+def test_a_new_batch_size_resumes_where_one_of_its_batches_begins(train, at_batch, caplog, tmp_path):
     changes = {**STEP, "dataset.val_data_sources": None}
     at_batch(PretrainTask, 8, crash)
     with pytest.raises(Crash):
@@ -338,7 +338,7 @@ def test_a_new_batch_size_goes_on_where_one_of_its_batches_begins(train, at_batc
     assert len(rates) == 2 + 6, "2 batches of 4 images are 4 of the 10 of 2"
 
 
-def test_a_run_tells_its_metrics(train, tmp_path):
+def test_metrics_are_returned_and_logged(train, tmp_path):
     metrics = train(tmp_path)
     assert set(metrics) == {"train_loss", "val_loss", "knn_acc", "probe_acc"}
     lines = [json.loads(line) for line in (tmp_path / "status.json").read_text().splitlines()]
@@ -376,7 +376,7 @@ def test_fp16_on_a_cpu_is_fp32(train, assert_same_run, caplog, tmp_path):
     assert_same_run(tmp_path / "fp16", tmp_path / "fp32")
 
 
-def test_a_newest_checkpoint_that_cannot_be_read_costs_one_epoch(train, assert_same_run, caplog, tmp_path):
+def test_an_unreadable_newest_checkpoint_costs_one_epoch(train, assert_same_run, caplog, tmp_path):
     train(tmp_path / "whole", {"train.num_epochs": 3})
     folder = tmp_path / "damaged"
     train(folder, {"train.num_epochs": 2})
@@ -391,7 +391,7 @@ def test_a_newest_checkpoint_that_cannot_be_read_costs_one_epoch(train, assert_s
     assert_same_run(tmp_path / "whole", folder)
 
 
-def test_a_run_from_a_named_checkpoint_goes_on_where_it_came_to(train, at_batch, caplog, tmp_path):
+def test_a_run_from_a_named_checkpoint_resumes_from_its_own(train, at_batch, caplog, tmp_path):
     train(tmp_path / "first", {"train.num_epochs": 1})
     (named,) = list_checkpoints(tmp_path / "first")
     request = {**STEP, "train.resume_training_checkpoint_path": named, "train.checkpoint_interval": 1}
@@ -404,9 +404,7 @@ def test_a_run_from_a_named_checkpoint_goes_on_where_it_came_to(train, at_batch,
     assert f"Resuming from {reached}, after epoch 1, step 8." in caplog.text, "what it had trained is lost"
 
 
-def test_what_is_newer_than_the_checkpoint_that_a_run_goes_on_from_is_not_taken_up_again(
-    train, at_batch, payload_of, tmp_path
-):
+def test_checkpoints_newer_than_the_named_one_are_set_aside(train, at_batch, payload_of, tmp_path):
     train(tmp_path, {"train.num_epochs": 2})
     one, two = list_checkpoints(tmp_path)
     again = {"train.resume_training_checkpoint_path": one, "train.num_epochs": 3, "train.optim.lr": 5e-3}

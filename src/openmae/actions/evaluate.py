@@ -21,12 +21,15 @@ from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.engines.batching import eval_transform
 from openmae.errors import DataError
+from openmae.evaluation.embeddings import embed
+from openmae.evaluation.predictions import predict, score
+from openmae.evaluation.probes import probe
+from openmae.evaluation.reconstructions import reconstruct
 from openmae.models.mae import MaskedAutoencoder
 from openmae.results.images import reconstruction_grid, save_confusion_matrix
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
-from openmae.training.finetune import predict, score
-from openmae.training.pretrain import PretrainTask, embed, probe
+from openmae.training.pretrain import PretrainTask
 
 Result = TypeVar("Result")
 PICTURES = 8  # images in a reconstruction grid
@@ -159,7 +162,8 @@ def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
         picture = None
         if task is not None:
             picture = request.folder / layout.RECONSTRUCTIONS / "validation.png"
-            reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
+            shown = reconstruct(fabric, task.model, task.normalise, task.mask, loader.first(PICTURES))
+            reconstruction_grid(*shown, picture)
         unread = skipped_files_table([request.index])
         pretrained_report(request.folder, request.info, len(request.index), metrics, picture, unread)
     return metrics

@@ -20,13 +20,14 @@ from openmae.actions.sections import embedding_report, inference_report
 from openmae.actions.sources import open_images
 from openmae.data.image_dataset import Batch
 from openmae.data.index import skipped_files_table
+from openmae.evaluation.embeddings import embed
+from openmae.evaluation.predictions import Predictions, predict
+from openmae.evaluation.reconstructions import reconstruct
 from openmae.results.images import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.storage.atomic import replacing, write_atomically
 from openmae.storage.printable import printable_name, spreadsheet_cell
-from openmae.training.finetune import Predictions, predict
-from openmae.training.pretrain import embed
 
 _SHEET = 16  # images in the contact sheet
 _CLASSES = 5  # printed on the terminal
@@ -126,7 +127,8 @@ def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
         picture = None
         if task is not None:
             picture = request.folder / layout.RECONSTRUCTIONS / "test.png"
-            reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
+            shown = reconstruct(fabric, task.model, task.normalise, task.mask, loader.first(PICTURES))
+            reconstruction_grid(*shown, picture)
         embedding_report(request.folder, request.info, vectors.shape, picture, skipped_files_table([request.index]))
     return {"embeddings": f"{len(vectors):,} embeddings of {vectors.shape[1]:,} dimensions"}
 

@@ -11,7 +11,8 @@ from lightning_fabric import Fabric
 
 from openmae.actions.run import show_table
 from openmae.distributed import launch
-from openmae.distributed.launch import describe_device, world_of
+from openmae.distributed.launch import describe_device
+from openmae.distributed.rendezvous import world_of
 from openmae.machine import usable_cores
 from openmae.results.profile import Breakdown, Phase, advice, write_breakdown
 from openmae.spec.metrics import monitored_metric

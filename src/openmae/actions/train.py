@@ -31,6 +31,7 @@ from openmae.distributed.fsdp import shard
 from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import CheckpointError, blaming
+from openmae.evaluation.reconstructions import reconstruct
 from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
 from openmae.results.images import reconstruction_grid
@@ -338,6 +339,8 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
         )
         picture = plan.folder / layout.RECONSTRUCTIONS / "last.png"
         assert isinstance(model, MaskedAutoencoder)
-        reconstruction_grid(*trainer.task.reconstruct(fabric, loader.first(PICTURES), model), picture)
+        task = trainer.task
+        shown = reconstruct(fabric, model, task.normalise, task.mask, loader.first(PICTURES))
+        reconstruction_grid(*shown, picture)
     unread = skipped_files_table(index for index in (plan.train, plan.val) if index is not None)
     train_report(plan.folder, plan.info, rows, picture, breakdown, unread)

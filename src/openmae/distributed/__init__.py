@@ -1,0 +1,1 @@
+"""Processes of a run: topology, launching, collectives, signals, sharding."""

@@ -7,14 +7,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+import torch
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # from glibc's malloc.h
 _MIB = 2**20
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
-    """``keep_freed_memory``, until the end of the block."""
-    kept = keep_freed_memory()
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """Apply ``keep_freed_memory`` until the end of the block, if ``device`` is the CPU."""
+    kept = device.type == "cpu" and keep_freed_memory()
     try:
         yield
     finally:
@@ -23,19 +25,19 @@ def kept_memory() -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep what it frees, for its next step; returns whether the C library does.
+    """Let the process keep freed memory for its next step; return whether the C library supports it.
 
-    glibc gives large blocks back to the kernel as they are freed, and in the next step, which needs as much, gets them
-    again, zeroed page by page: a tenth to a quarter of a step on the CPU (docs/benchmarks.md). With no block mapped on
-    its own and no trimming (mallopt(3)) they stay in the heap. It acts with glibc alone, and not where ``MALLOC_...``
-    or ``GLIBC_TUNABLES`` says how the process is to allocate; a preloaded allocator ignores it.
+    glibc returns large blocks to the kernel when they are freed. The next step needs as much, and gets it zeroed page
+    by page: a tenth to a quarter of a step on the CPU (docs/benchmarks.md). Without separately mapped blocks and
+    trimming (mallopt(3)) the memory stays in the heap. This applies only to glibc, and not if ``MALLOC_...`` or
+    ``GLIBC_TUNABLES`` configures the allocator; a preloaded allocator ignores it.
     """
     glibc = _glibc()
     return glibc is not None and all(glibc.mallopt(*option) for option in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)))
 
 
 def return_freed_memory() -> None:
-    """Give the kernel what is free, and from now on what is freed, in the sizes that glibc's own rule comes to."""
+    """Return free memory to the kernel, and restore the thresholds that glibc adapts to by default."""
     glibc = _glibc()
     if glibc is not None:
         for option in ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 32 * _MIB), (_TRIM_THRESHOLD, 64 * _MIB)):
@@ -44,7 +46,7 @@ def return_freed_memory() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is glibc and nobody else has a say in it."""
+    """Return the C library if it is glibc and no environment variable configures its allocator."""
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return None
     try:

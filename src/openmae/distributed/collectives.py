@@ -1,37 +1,39 @@
-"""Exact metrics over several processes: sums and concatenations, so that uneven last batches count right."""
+"""Exact sums and concatenations over processes, so that uneven last batches count correctly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
-from openmae.distributed.watchdog import pulse_of
+from openmae.distributed.rendezvous import watchdog_of
 from openmae.errors import DataError
+
+T = TypeVar("T")
 
 
 def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
-    """Each value summed over all processes, in float64."""
+    """Return each value summed over all processes, in float64."""
     return add_over_ranks(fabric, torch.tensor(values, dtype=torch.float64, device=fabric.device)).tolist()
 
 
 def add_over_ranks(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
-    """``values``, summed over all processes in place; Fabric's own sum would let the host wait for the device."""
+    """Sum ``values`` over all processes in place and return them. Unlike Fabric's, the host never waits for the GPU."""
     if fabric.world_size > 1:
-        pulse_of(fabric).passes()
+        watchdog_of(fabric).arrive()
         torch.distributed.all_reduce(values)
     return values
 
 
 def gather(fabric: Fabric, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """The batches of all processes, joined along the first axis in the order of the ranks; a rank may have none.
+    """Return the batches of all processes, joined along the first axis in the order of the ranks.
 
     Raises:
-        DataError: no rank has any.
+        DataError: no process has any.
     """
     joined = [batch for part in gather_objects(fabric, batches) for batch in part]
     if not joined:
@@ -39,11 +41,11 @@ def gather(fabric: Fabric, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(joined)
 
 
-def gather_objects(fabric: Fabric, item: Any) -> Iterable[Any]:
-    """What each process gave, in the order of the ranks; anything that can be pickled."""
+def gather_objects(fabric: Fabric, item: T) -> list[T]:
+    """Return the item of each process, in the order of the ranks; it must be picklable."""
     if fabric.world_size == 1:
         return [item]
-    pulse_of(fabric).passes()
-    parts: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(parts, item)
-    return parts
+    watchdog_of(fabric).arrive()
+    items: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(items, item)
+    return items

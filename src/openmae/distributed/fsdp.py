@@ -1,6 +1,6 @@
-"""Fully sharded training (torch's FSDP2): weights, gradients and moments in parts, one a process.
+"""Fully sharded training (torch's FSDP2): each process has a shard of the weights, gradients and moments.
 
-Checkpoints hold complete tensors all the same, so that any other run reads them.
+A checkpoint always holds complete tensors, so that any other run can read it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from openmae.models.fsdp_units import sharded_units
 
 
 def shard(model: nn.Module, config: ModelConfig, fabric: Fabric) -> None:
-    """Share the weights of ``model`` out, in place; nothing where the strategy is another one.
+    """Shard the weights of ``model`` in place; do nothing under another strategy.
 
-    To be called before an optimizer is made: the parameters are others afterwards. All processes must have the same
-    weights.
+    Must be called before an optimizer is made, as it replaces the parameters. All processes must have the same weights.
     """
     if not isinstance(fabric.strategy, ShardedStrategy):
         return
@@ -35,20 +34,20 @@ def shard(model: nn.Module, config: ModelConfig, fabric: Fabric) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the processes share its weights out."""
+    """Return whether the weights of ``model`` are sharded."""
     return isinstance(model, FSDPModule)
 
 
 def gathered(tree: Any, *, keep: bool = True) -> Any:
-    """``tree`` with whole tensors in place of parts; where there are parts, all processes must call this.
+    """Return ``tree`` with complete tensors instead of shards; if there are shards, all processes must call this.
 
     Args:
         tree: a tensor, or dicts and lists of them.
-        keep: False: this process gives its parts and takes nothing, so that it needs no memory for the whole.
+        keep: False: only contribute this process's shards, and keep no complete tensors in memory.
     """
     if isinstance(tree, DTensor):
-        whole: Tensor = tree.full_tensor().detach()
-        return whole if keep and not whole.ndim else whole.cpu() if keep else None
+        complete: Tensor = tree.full_tensor().detach()
+        return complete if keep and not complete.ndim else complete.cpu() if keep else None
     if isinstance(tree, Mapping):
         return {key: gathered(value, keep=keep) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -57,28 +56,30 @@ def gathered(tree: Any, *, keep: bool = True) -> Any:
 
 
 def distributed(payload: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
-    """Return a checkpoint's payload with weights and moments sharded as those of ``model`` are."""
+    """Return a checkpoint's payload with this process's shards of weights and moments, if ``model`` is sharded."""
     if not is_sharded(model):
         return payload
     own = model.state_dict()
     weights = {
-        name: _part(value, own.get(name.removeprefix("model."))) for name, value in payload["state_dict"].items()
+        name: _shard_of(value, own.get(name.removeprefix("model."))) for name, value in payload["state_dict"].items()
     }
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {
-            name: _part(value, trained[number] if number < len(trained) else None) for name, value in state.items()
+            name: _shard_of(value, trained[number] if number < len(trained) else None) for name, value in state.items()
         }
         for number, state in payload["optimizer"]["state"].items()
     }
     return {**payload, "state_dict": weights, "optimizer": {**payload["optimizer"], "state": moments}}
 
 
-def whole_model(model: nn.Module, info: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """A copy of ``model`` that shares nothing out; all processes must call this.
+def gathered_model(model: nn.Module, info: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """Return a copy of ``model`` with complete weights; all processes must call this.
 
     Args:
-        info: what a checkpoint says of the model.
+        model: sharded.
+        info: the description of the model in its checkpoints.
+        device: of the copy.
     """
     config = CheckpointInfo.from_dict(info).model
     copy = build_classifier(config) if config.num_classes else build_autoencoder(config)
@@ -86,8 +87,8 @@ def whole_model(model: nn.Module, info: Mapping[str, Any], device: torch.device)
     return copy.to(device)
 
 
-def _part(value: Any, like: Tensor | None) -> Any:
-    """Return a tensor sharded like ``like``; one of another shape is returned as it is."""
+def _shard_of(value: Any, like: Tensor | None) -> Any:
+    """Return this process's shard of a tensor, sharded like ``like``; one of another shape is returned as it is."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

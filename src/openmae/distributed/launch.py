@@ -1,43 +1,58 @@
-"""The machine a run gets: device, processes and precision, through Lightning Fabric."""
+"""Device, precision and processes of a run, on Lightning Fabric."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import os
 import pickle
 import re
+import socket
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
 from lightning_fabric.strategies.parallel import ParallelStrategy
-from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException, spawn
 
 from openmae.distributed.allocator import kept_memory
 from openmae.distributed.collectives import gather_objects
-from openmae.distributed.rendezvous import CarriedError, ReplicatedStrategy, ShardedStrategy, WorldEnvironment
+from openmae.distributed.rendezvous import (
+    ReplicatedStrategy,
+    ShardedStrategy,
+    WorldEnvironment,
+    watchdog_of,
+    world_of,
+)
 from openmae.distributed.signals import InterruptRelay, join_relay
 from openmae.distributed.topology import World, find_world
-from openmae.distributed.watchdog import pulse_of
 from openmae.errors import DataError, OpenMAEError, RunError, SpecError
 from openmae.main_guard import watch_for_reruns
 from openmae.results.console import notices_on_stderr
 
 T = TypeVar("T")
 
-log = logging.getLogger("openmae")
-
 _PRECISION_NAMES = {"32-true": "fp32", "16-mixed": "fp16", "bf16-mixed": "bf16"}
+_GRACE_SECONDS = 5.0  # for the other processes of a run in which one has failed
 
-# it tells of every process that joins
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+# messages of gloo, NCCL and the store when the other end of a connection is gone
+_LOST_CONNECTION = re.compile(
+    "Connection closed by peer|Connection reset|Connection refused|Broken pipe|Timed out waiting|Socket Timeout|"
+    "Application timeout|failed to recv|remote process exited|ncclRemoteError|wait timeout|Read error",
+    re.IGNORECASE,
+)
+_LOST_PEER = "Another process of this run has ended or stopped responding"
+
+log = logging.getLogger("openmae")
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs every process that joins
 
 
 def build_fabric(
@@ -48,21 +63,21 @@ def build_fabric(
     precision: str = "fp32",
     strategy: Literal["ddp", "fsdp"] = "ddp",
 ) -> Fabric:
-    """A Fabric that is not launched yet.
+    """Return a Fabric that is not launched yet.
 
-    Without a GPU it trains on the CPU, with a notice; several devices are then so many processes over gloo. One Python
-    process a node starts the others, unless torchrun or SLURM has started all.
+    Without a GPU it runs on the CPU, with a notice; several devices are then that many processes over gloo. One Python
+    process per node starts the others, unless torchrun or SLURM has started all of them.
 
     Args:
         section: of the spec, for messages: ``train``, ``evaluate`` or ``inference``.
-        num_gpus: devices of a node to use.
-        gpu_ids: which of them; used where there are ``num_gpus`` of them.
-        num_nodes: machines; what joins them is in variables, see ``find_world``.
-        precision: fp32, fp16 or bf16. fsdp is fp16, on a CPU fp32.
-        strategy: ddp (each process has the whole model) or fsdp (they share out its weights).
+        num_gpus: devices per node.
+        gpu_ids: which GPUs; used if there are ``num_gpus`` of them.
+        num_nodes: machines; environment variables say how they connect, see ``find_world``.
+        precision: fp32, fp16 or bf16. fsdp uses fp16 on a GPU and fp32 on a CPU.
+        strategy: ddp (every process has the complete model) or fsdp (its weights are sharded over the processes).
 
     Raises:
-        SpecError: more GPUs than there are, variables that do not fit the numbers, or a notebook that would have to
+        SpecError: there are fewer GPUs, the environment variables contradict the numbers, or a notebook would have to
             start processes.
     """
     world = find_world(section, num_gpus, num_nodes)
@@ -86,20 +101,20 @@ def build_fabric(
 
 
 def acting_precision(precision: str, sharded: bool, on_gpu: bool) -> str:
-    """The precision that acts: fsdp is fp16, and without a GPU fp16 is fp32."""
+    """Return the precision that is used: fsdp uses fp16, and fp16 becomes fp32 without a GPU."""
     wanted = "fp16" if sharded else precision
     return "fp32" if wanted == "fp16" and not on_gpu else wanted
 
 
 def _possible_precision(section: str, precision: str, sharded: bool, on_gpu: bool) -> str:
     possible = acting_precision(precision, sharded, on_gpu)
-    if sharded and precision != "fp16" and on_gpu:
-        log.warning(
-            "%s.distributed_strategy=fsdp uses fp16: %s.precision=%s does not act.", section, section, precision
-        )
-    if not on_gpu and sharded:
+    if sharded and not on_gpu:
         log.warning("%s.distributed_strategy=fsdp uses fp16, which needs a GPU: using fp32.", section)
-    elif possible != precision and not on_gpu:
+    elif sharded and precision != "fp16":
+        log.warning(
+            "%s.distributed_strategy=fsdp uses fp16: %s.precision=%s has no effect.", section, section, precision
+        )
+    elif possible != precision:
         log.warning("%s.precision=fp16 needs a GPU: using fp32.", section)
     return possible
 
@@ -107,8 +122,7 @@ def _possible_precision(section: str, precision: str, sharded: bool, on_gpu: boo
 def _check_not_interactive(section: str, world: World) -> None:
     """Lightning refuses this too, but names strategies that no key can choose."""
     if world.local_rank is None and (hasattr(sys, "ps1") or sys.flags.interactive):
-        key = "num_gpus" if world.per_node > 1 else "distributed_strategy"
-        value = "1" if world.per_node > 1 else "ddp"
+        key, value = ("num_gpus", "1") if world.per_node > 1 else ("distributed_strategy", "ddp")
         raise SpecError(
             f"{section}.{key}: several processes cannot be started from a notebook or an interactive session.",
             f"Set {section}.{key}={value}, or put the options into a file and run `mae {section} -e spec.yaml` in a "
@@ -116,27 +130,22 @@ def _check_not_interactive(section: str, world: World) -> None:
         )
 
 
-def world_of(fabric: Fabric) -> World:
-    """Who runs with whom."""
-    environment = getattr(fabric.strategy, "cluster_environment", None)
-    return environment.world if isinstance(environment, WorldEnvironment) else World()
-
-
 def check_agreement(fabric: Fabric, facts: Callable[[], Mapping[str, str]]) -> None:
-    """Refuse a run whose processes opened different things, each on its own machine.
+    """Refuse a run whose processes opened different inputs, each on its own machine.
 
     Args:
-        facts: gives what this process sees, by what it is, short enough to be shown.
+        fabric: launched.
+        facts: returns short descriptions of what this process has opened, by name.
 
     Raises:
-        DataError: in every process, and naming the first node that sees something else.
+        DataError: in every process; it names the first node that sees something else.
     """
     world = world_of(fabric)
     if world.opened_once:
         return
-    seen = list(gather_objects(fabric, facts()))
-    for rank, theirs in enumerate(seen):
-        for name, value in theirs.items():
+    seen = gather_objects(fabric, facts())
+    for rank, other in enumerate(seen):
+        for name, value in other.items():
             if value != (first := seen[0][name]):
                 raise DataError(
                     f"Node {rank // world.per_node} sees another {name} than node 0: {value} instead of {first}.",
@@ -145,151 +154,179 @@ def check_agreement(fabric: Fabric, facts: Callable[[], Mapping[str, str]]) -> N
 
 
 def describe_device(fabric: Fabric) -> str:
-    """For the recipe: ``1 x NVIDIA H100, bf16``, ``CPU, 2 threads, fp32``."""
+    """Return a description such as ``1 x NVIDIA H100, bf16`` or ``CPU, 2 threads, fp32``."""
     precision = _PRECISION_NAMES[fabric.strategy.precision.precision]
     nodes, size = world_of(fabric).nodes, fabric.world_size
     on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
-    shared = ", weights shared out (fsdp)" if isinstance(fabric.strategy, ShardedStrategy) else ""
+    sharded = ", sharded weights (fsdp)" if isinstance(fabric.strategy, ShardedStrategy) else ""
     if fabric.device.type == "cuda":
-        return f"{size} x {torch.cuda.get_device_name(fabric.device)}{on_nodes}, {precision}{shared}"
+        return f"{size} x {torch.cuda.get_device_name(fabric.device)}{on_nodes}, {precision}{sharded}"
     processes = f"{size} processes{on_nodes} of " if size > 1 else ""
-    return f"CPU, {processes}{torch.get_num_threads()} threads, {precision}{shared}"
+    return f"CPU, {processes}{torch.get_num_threads()} threads, {precision}{sharded}"
 
 
 def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
-    """Call ``work(fabric, *arguments)`` in every process of ``fabric`` on this node; returns what its first one gave.
+    """Call ``work(fabric, *arguments)`` in every process of this node; return the result of the first one.
+
+    Args:
+        fabric: not launched yet.
+        work: must be picklable if processes are started.
+        *arguments: of ``work``, picklable too.
 
     Raises:
         OpenMAEError: the one that a process raised.
-        RunError: a process failed in another way; the text is its own.
+        RunError: a process failed in another way; it has the traceback.
         KeyboardInterrupt: Ctrl-C; every process has stopped as ``work`` lets it.
     """
     if not isinstance(fabric.strategy, ParallelStrategy):
-        return _here(fabric, work, arguments)
+        with kept_memory(fabric.device):
+            return work(fabric, *arguments)
     if world_of(fabric).local_rank is not None:
-        return fabric.launch(partial(_work_beside_others, work=work, arguments=arguments))
-    channel = multiprocessing.get_context("spawn").SimpleQueue()
-    level = log.getEffectiveLevel()
-    call = partial(_work_in_process, work=work, arguments=arguments, level=level, channel=channel)
-    with watch_for_reruns(f"num_gpus={world_of(fabric).per_node}"), InterruptRelay() as relay:
-        try:
-            interrupted, result = fabric.launch(call)
-        except ProcessException as error:
-            if relay.reason:
-                raise relay.reason from None
-            if not channel.empty():
-                raise RunError(*channel.get()) from None
-            raise _reason(error, world_of(fabric)) from None
-    if interrupted:
-        raise relay.reason or interrupted  # another node's processes may have been told alone
-    return result
+        return fabric.launch(lambda fabric: _run_with_peers(fabric, work, arguments))
+    return _spawn(fabric, work, arguments)
 
 
-def _work_in_process(
+def _run_with_peers(
     fabric: Fabric,
     work: Callable[..., T],
-    arguments: tuple[Any, ...],
-    level: int,
-    channel: SimpleQueue[tuple[str, str]],
-) -> tuple[type[KeyboardInterrupt] | None, T | None]:
-    """One spawned process; returns what interrupted it, and its result.
-
-    Bound by ``partial``, as Fabric copies the arguments it is given, and cannot copy a frozen dataclass.
-    """
-    join_relay()
-    pulse_of(fabric).channel = channel
-    with notices_on_stderr(level if fabric.is_global_zero else logging.ERROR):
-        try:
-            return None, _together(fabric, work, arguments)
-        except KeyboardInterrupt as stop:
-            return type(stop), None
-        except OpenMAEError as error:
-            raise CarriedError.of(error) from error
-
-
-def _work_beside_others(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    """This process, which a launcher started as one of several."""
-    try:
-        return _together(fabric, work, arguments)
-    except RuntimeError as error:
-        if isinstance(error, OpenMAEError) or not _LOST.search(str(error)):
-            raise
-        raise _lost_peers(str(error)) from error
-
-
-def _here(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    with kept_memory() if fabric.device.type == "cpu" else nullcontext():
-        return work(fabric, *arguments)
-
-
-def _together(fabric: Fabric, work: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-    """The work, which is done when all processes have done it: none reports a success that another spoils."""
-    # of a depthwise kernel: strides that differ along a side of one element are the same memory
+    arguments: Sequence[Any],
+    report: Callable[[RunError], None] | None = None,
+) -> T:
+    """Do the work of one of several processes; return when all have done theirs, so that none succeeds too early."""
+    # of a depthwise kernel: strides that differ along a side of length one are the same memory
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # a loss that is a view; nothing is added to it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    pulse = pulse_of(fabric)
+    watchdog = watchdog_of(fabric)
+    watchdog.report = report or watchdog.report
     try:
-        result = _here(fabric, work, arguments)
-        pulse.passes()
+        with kept_memory(fabric.device):
+            result = work(fabric, *arguments)
+        watchdog.arrive()
         fabric.barrier()
     except RuntimeError as error:
-        if reason := pulse.reason(wait=bool(_LOST.search(str(error)))):
-            raise reason from error
-        raise
+        text = str(error).strip()
+        if not _LOST_CONNECTION.search(text):
+            raise
+        raise RunError(
+            f"{_LOST_PEER} ({text.splitlines()[-1][:300]}).",
+            "Its own output says why; the same command on every node resumes from the newest checkpoint.",
+        ) from error
     finally:
-        pulse.end()
+        watchdog.end()
     torch.distributed.destroy_process_group()
     return result
 
 
-_CARRIED = re.compile(rf"{CarriedError.__name__}: ([0-9a-f]+)")
+def _spawn(fabric: Fabric, work: Callable[..., T], arguments: Sequence[Any]) -> T:
+    """Start the processes of this node and wait for them.
 
-# what gloo, NCCL and the store say when the other end is gone
-_LOST = re.compile(
-    "Connection closed by peer|Connection reset|Connection refused|Broken pipe|Timed out waiting|Socket Timeout|"
-    "Application timeout|failed to recv|remote process exited|ncclRemoteError|wait timeout|Read error",
-    re.IGNORECASE,
-)
+    Each writes its result, or the error that ended it, to a file: torch's own error files hold only text.
+    """
+    world = world_of(fabric)
+    world = replace(world, port=world.port or _free_port())
+    with (
+        watch_for_reruns(f"num_gpus={world.per_node}"),
+        InterruptRelay() as relay,
+        tempfile.TemporaryDirectory(prefix="openmae-") as folder,
+    ):
+        outcomes = [Path(folder, str(rank)) for rank in range(world.per_node)]
+        common = (fabric, world, work, arguments, log.getEffectiveLevel(), outcomes)
+        processes = spawn(_run_spawned, common, world.per_node, join=False)
+        try:
+            while not processes.join(grace_period=_GRACE_SECONDS):
+                pass
+        except ProcessException as error:
+            if relay.reason:
+                raise relay.reason from None
+            raise _failure(error, [_read(path) for path in outcomes], world) from None
+        result = _read(outcomes[0])
+    if isinstance(result, KeyboardInterrupt):
+        raise relay.reason or result  # no reason: only another node was interrupted
+    if result is None and relay.reason:  # interrupted before it could write a result
+        raise relay.reason
+    return result
 
 
-def _lost_peers(text: str) -> RunError:
-    return RunError(
-        f"Another process of this run has ended or answers no more ({text.strip().splitlines()[-1][:300]}).",
-        "Its own output says why; the same command on every node goes on from the newest checkpoint.",
-    )
+def _run_spawned(
+    local_rank: int,
+    fabric: Fabric,
+    world: World,
+    work: Callable[..., Any],
+    arguments: Sequence[Any],
+    level: int,
+    outcomes: Sequence[Path],
+) -> None:
+    """Run in a spawned process, and write its outcome."""
+    join_relay()
+    assert isinstance(fabric.strategy, ParallelStrategy)
+    environment, outcome = fabric.strategy.cluster_environment, outcomes[local_rank]
+    assert isinstance(environment, WorldEnvironment)
+    environment.world = replace(world, local_rank=local_rank)
+
+    report = partial(_write, outcome)
+    result: Any
+    with notices_on_stderr(level if environment.world.leads else logging.ERROR):
+        try:
+            result = fabric.launch(lambda fabric: _run_with_peers(fabric, work, arguments, report))
+        except (KeyboardInterrupt, OpenMAEError) as error:
+            result = error
+        except Exception:
+            where = f" of node {world.node_rank}" if world.nodes > 1 else ""
+            result = RunError(f"Process {local_rank}{where} failed:\n{traceback.format_exc().strip()}")
+    _write(outcome, result)
+    if isinstance(result, OpenMAEError):
+        sys.exit(result.exit_code)
 
 
-def _reason(error: ProcessException, world: World) -> OpenMAEError:
-    """The error of this package that ended a process, or a RunError that tells what else did."""
-    if found := _CARRIED.search(error.msg):
-        return pickle.loads(bytes.fromhex(found[1]))
-    where = f" of node {world.node_rank}" if world.nodes > 1 else ""
-    if isinstance(error, ProcessExitedException):
-        if error.signal_name is None:
-            return RunError(
-                f"Process {error.error_index}{where} ended with exit code {error.exit_code} before it began to work.",
-                "Its output above says why. Every process imports the main script: if the error is in a line of it, "
-                'put that line below `if __name__ == "__main__":`.',
-            )
+def _write(path: Path, outcome: Any) -> None:
+    """Write the outcome of a process atomically, as the process may be killed."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(pickle.dumps(outcome))
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> Any:
+    return pickle.loads(path.read_bytes()) if path.exists() else None
+
+
+def _failure(error: ProcessException, outcomes: Sequence[Any], world: World) -> OpenMAEError:
+    """Return the error that ended the run, rather than one that followed from it in another process."""
+    errors = [outcome for outcome in outcomes if isinstance(outcome, OpenMAEError)]
+    if causes := [found for found in errors if not found.problem.startswith(_LOST_PEER)]:
+        return causes[0]
+    where = f"Process {error.error_index}" + (f" of node {world.node_rank}" if world.nodes > 1 else "")
+    if isinstance(error, ProcessExitedException) and error.signal_name:
         return RunError(
-            f"Process {error.error_index}{where} was ended from outside ({error.signal_name}).",
+            f"{where} was killed ({error.signal_name}).",
             "If memory ran out, lower dataset.batch_size or use fewer processes.",
         )
-    if world.nodes > 1 and _LOST.search(error.msg):
-        return _lost_peers(error.msg)
-    return RunError(f"Process {error.error_index}{where} failed:\n{error.msg.strip()}")
+    if errors:
+        return errors[0]
+    if isinstance(error, ProcessExitedException):
+        return RunError(
+            f"{where} ended with exit code {error.exit_code} before it began to work.",
+            "Its output above says why. Every process imports the main script: if the error is in a line of it, "
+            'put that line below `if __name__ == "__main__":`.',
+        )
+    return RunError(f"{where} failed:\n{error.msg.strip()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class _Autocast(MixedPrecision):
-    """Autocast alone. Fabric would round a model's inputs as well, and pretraining's targets are made of them."""
+    """Autocast only. Fabric would round the inputs too, and pretraining computes its targets from them."""
 
     def convert_input(self, data: Any) -> Any:
-        """Inputs stay in float32."""
+        """Keep inputs in float32."""
         return data
 
     def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before clipping; Fabric refuses this for fused AdamW, whose step minds what the scaler has done."""
+        """Unscale before clipping. Fabric refuses this for fused AdamW, although its step accounts for it."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
@@ -304,7 +341,7 @@ def _gpus(section: str, num_gpus: int, gpu_ids: Sequence[int], world: World) -> 
     present = torch.cuda.device_count()
     wanted = list(gpu_ids) if len(gpu_ids) == num_gpus else list(range(num_gpus))
     if missing := [gpu for gpu in wanted if gpu >= present]:
-        bound = " If SLURM gives each task a GPU of its own, let all tasks of a node see all (--gpus-per-node)."
+        bound = " If SLURM gives each task only one GPU, let all tasks of a node see all (--gpus-per-node)."
         raise SpecError(
             f"{section}.gpu_ids: this machine has {present} GPU(s), 0 to {present - 1}; there is no GPU {missing[0]}.",
             f"Set {section}.num_gpus={min(present, num_gpus)} and {section}.gpu_ids to GPUs that exist."

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is: alone, one of several nodes, or started by torchrun or SLURM."""
+"""The process topology of a run: one process, several nodes, or processes that torchrun or SLURM started."""
 
 from __future__ import annotations
 
@@ -11,29 +11,24 @@ from openmae.errors import SpecError
 
 PUBLISHED = ("WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 GPUS_PER_NODE = "NUM_GPU_PER_NODE"
-LAUNCHERS = (
-    *PUBLISHED,
-    GPUS_PER_NODE,
-    "RANK",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-)  # what a run on one machine is without
+#: Variables that launchers set, and that a run on one machine must not inherit.
+LAUNCHERS = (*PUBLISHED, GPUS_PER_NODE, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _PORTS = range(1, 65536)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and this one's place among them.
+    """The processes of a run, and the place of this one.
 
     Attributes:
-        nodes: machines.
-        per_node: processes of each.
+        nodes: number of machines.
+        per_node: processes on each of them.
         node_rank: number of this machine.
-        local_rank: number of this process on its machine; None: it starts the processes of its machine. The only one
-            of a machine is there already.
-        address, port: where node 0 is met; port 0 is any free one.
-        launcher: what started the processes, for messages; empty where a person or an orchestrator did.
+        local_rank: number of this process on its machine; None: it is to start the processes of its machine.
+        address: of node 0.
+        port: of node 0; 0 is any free one.
+        launcher: ``torchrun`` or ``SLURM``; empty where a person or an orchestrator started the processes.
     """
 
     nodes: int = 1
@@ -46,54 +41,62 @@ class World:
 
     @property
     def size(self) -> int:
-        """Processes of the run."""
+        """Number of processes of the run."""
         return self.nodes * self.per_node
 
     @property
+    def rank(self) -> int:
+        """Number of this process in the run."""
+        return self.node_rank * self.per_node + (self.local_rank or 0)
+
+    @property
     def leads(self) -> bool:
-        """Whether this process writes the results and tells what happens."""
-        return self.node_rank == 0 and not self.local_rank
+        """True if this process writes the results and logs."""
+        return self.rank == 0
 
     @property
     def opened_once(self) -> bool:
-        """Whether one process opens data and checkpoints for all others."""
+        """True if one process opens data and checkpoints for all others."""
         return self.nodes == 1 and self.local_rank is None
 
 
 def find_world(
     section: str, num_gpus: int | None, num_nodes: int | None, environment: Mapping[str, str] = os.environ
 ) -> World:
-    """Read what torchrun, SLURM or the published variables say; it replaces the numbers of the spec.
+    """Return the topology that torchrun, SLURM or the published variables define; it replaces the spec's numbers.
 
     Args:
         section: of the spec, for messages: ``train``, ``evaluate`` or ``inference``.
-        num_gpus: processes per node of the spec; None: not typed.
-        num_nodes: machines of the spec; None: not typed.
-        environment: the process's variables.
+        num_gpus: processes per node of the spec; None if it is not set.
+        num_nodes: machines of the spec; None if it is not set.
+        environment: the environment variables.
 
     Raises:
-        SpecError: a variable is missing or wrong.
+        SpecError: a variable is missing or invalid.
     """
     if all(environment.get(name) for name in _TORCHRUN):
-        return _under_torchrun(section, environment)
+        return _of_torchrun(section, environment)
     tasks = _count(environment, "SLURM_STEP_NUM_TASKS", 1) if environment.get("SLURM_STEP_NUM_TASKS") else 1
-    each = _tasks_per_node(environment, tasks) if tasks > 1 else 1
-    if each > 1:
-        return _one_task_a_process(environment, tasks // each, each)
+    each = _slurm_tasks_per_node(environment, tasks) if tasks > 1 else 1
+    if each > 1:  # SLURM has started every process
+        nodes = tasks // each
+        address, port = _slurm_address(environment)
+        node, local = (_count(environment, name, 0) for name in ("SLURM_NODEID", "SLURM_LOCALID"))
+        return World(nodes, each, node, local, address if nodes > 1 else "127.0.0.1", port, "SLURM")
     total = environment.get("WORLD_SIZE", "")
     per_node = gpus_per_node(environment) or num_gpus or 1
     by_variables = total not in ("", "1") and bool(environment.get("NODE_RANK") or environment.get(GPUS_PER_NODE))
-    if tasks > 1 and not (by_variables and environment.get("NODE_RANK")):
-        address, port = _meeting_place(environment)
+    if tasks > 1 and not (by_variables and environment.get("NODE_RANK")):  # SLURM has started one process per node
+        address, port = _slurm_address(environment)
         rank = _count(environment, "SLURM_NODEID", 0)
         return World(tasks, per_node, rank, None if per_node > 1 else 0, address, port, "SLURM")
     if by_variables or ((num_nodes or 1) > 1 and total != "1"):
-        return _by_variables(_Asked(section, num_gpus, num_nodes), environment)
+        return _of_variables(section, num_gpus, num_nodes, environment)
     return World(per_node=per_node)
 
 
 def gpus_per_node(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Return the processes per node that ``NUM_GPU_PER_NODE`` asks for; None where it is not set.
+    """Return the processes per node that ``NUM_GPU_PER_NODE`` asks for; None if it is not set.
 
     Raises:
         SpecError: it is not a number.
@@ -104,7 +107,7 @@ def gpus_per_node(environment: Mapping[str, str] = os.environ) -> int | None:
 
 
 def follows(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether another process is going to tell what happens, as far as the variables alone show."""
+    """Return whether another process logs for this one, judged only by the variables."""
     if all(environment.get(name) for name in _TORCHRUN):
         return environment["RANK"] != "0"
     if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
@@ -112,50 +115,36 @@ def follows(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("WORLD_SIZE", "1") != "1" and environment.get("NODE_RANK", "0") != "0"
 
 
-@dataclass(frozen=True)
-class _Asked:
-    section: str
-    num_gpus: int | None
-    num_nodes: int | None
-
-
-def _under_torchrun(section: str, environment: Mapping[str, str]) -> World:
+def _of_torchrun(section: str, environment: Mapping[str, str]) -> World:
     total, each = (_count(environment, name, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     rank, local = (_count(environment, name, 0) for name in ("RANK", "LOCAL_RANK"))
     if total % each or rank % each != local:
         raise SpecError(
             f"{section}.num_gpus: torchrun started {total} processes, but not {each} on every node.",
-            "Start equally many on each node, by the same --nproc-per-node.",
+            "Use the same --nproc-per-node on every node.",
         )
     address, port = environment.get("MASTER_ADDR", "127.0.0.1"), _port(environment)
     return World(total // each, each, rank // each, local, address, port, "torchrun")
 
 
-def _one_task_a_process(environment: Mapping[str, str], nodes: int, each: int) -> World:
-    address, port = _meeting_place(environment)
-    node, local = (_count(environment, name, 0) for name in ("SLURM_NODEID", "SLURM_LOCALID"))
-    return World(nodes, each, node, local, address if nodes > 1 else "127.0.0.1", port, "SLURM")
-
-
-def _by_variables(asked: _Asked, environment: Mapping[str, str]) -> World:
-    """``WORLD_SIZE`` counts nodes where ``NUM_GPU_PER_NODE`` is set, else processes."""
+def _of_variables(section: str, num_gpus: int | None, num_nodes: int | None, environment: Mapping[str, str]) -> World:
+    """``WORLD_SIZE`` counts nodes if ``NUM_GPU_PER_NODE`` is set, and processes otherwise."""
     if missing := [name for name in PUBLISHED if not environment.get(name)]:
         why = "NODE_RANK and WORLD_SIZE are set" if environment.get("NODE_RANK") else "WORLD_SIZE is more than 1"
-        if (asked.num_nodes or 1) > 1:
-            why = f"{asked.section}.num_nodes is {asked.num_nodes}"
+        if (num_nodes or 1) > 1:
+            why = f"{section}.num_nodes is {num_nodes}"
         raise SpecError(
             f"{why}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set.",
             "Set WORLD_SIZE, NODE_RANK, MASTER_ADDR, MASTER_PORT and NUM_GPU_PER_NODE on each node (WORLD_SIZE then "
-            "counts nodes), or start the command by torchrun or srun.",
+            "counts nodes), or start the command with torchrun or srun.",
         )
     total, rank = _count(environment, "WORLD_SIZE", 1), _count(environment, "NODE_RANK", 0)
-    each = gpus_per_node(environment)
-    nodes = total
+    each, nodes = gpus_per_node(environment), total
     if each is None:
-        each = asked.num_gpus or 1
+        each = num_gpus or 1
         nodes = total // each
-        if total % each or (each > 1 and asked.num_nodes == total):
-            raise _unclear(asked, total, each)
+        if total % each or (each > 1 and num_nodes == total):
+            raise _ambiguous(section, num_nodes, total, each)
     if rank >= nodes:
         raise SpecError(
             f"NODE_RANK must be from 0 to {nodes - 1} for {nodes} nodes, got {rank}.",
@@ -164,29 +153,29 @@ def _by_variables(asked: _Asked, environment: Mapping[str, str]) -> World:
     return World(nodes, each, rank, None if each > 1 else 0, environment["MASTER_ADDR"], _port(environment))
 
 
-def _unclear(asked: _Asked, total: int, each: int) -> SpecError:
+def _ambiguous(section: str, num_nodes: int | None, total: int, each: int) -> SpecError:
     """``WORLD_SIZE`` without ``NUM_GPU_PER_NODE`` that may be meant to count nodes."""
-    nodes = asked.num_nodes if asked.num_nodes and asked.num_nodes > 1 else None
-    typed = f"{asked.section}.num_nodes={nodes}" if nodes else f"{asked.section}.num_gpus={each}"
+    nodes = num_nodes if num_nodes and num_nodes > 1 else None
+    key, value = (f"{section}.num_nodes", nodes) if nodes else (f"{section}.num_gpus", each)
     return SpecError(
-        f"WORLD_SIZE is {total} and counts processes, as NUM_GPU_PER_NODE is not set, which does not fit {typed} with "
-        f"{each} process(es) a node.",
-        f"Set WORLD_SIZE={(nodes or total) * each} or change {typed.partition('=')[0]}. If it is meant to count nodes, "
-        f"set NUM_GPU_PER_NODE={each}.",
+        f"WORLD_SIZE is {total} and counts processes, as NUM_GPU_PER_NODE is not set, which does not fit {key}={value} "
+        f"with {each} process(es) per node.",
+        f"Set WORLD_SIZE={(nodes or total) * each} or change {key}. If it is meant to count nodes, set "
+        f"NUM_GPU_PER_NODE={each}.",
     )
 
 
-def _meeting_place(environment: Mapping[str, str]) -> tuple[str, int]:
-    """``MASTER_ADDR`` and ``MASTER_PORT``; else the first node of the step, and a port that follows from the job."""
+def _slurm_address(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Return ``MASTER_ADDR`` and ``MASTER_PORT``, else the first node of the step and a port derived from the job."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
     first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])  # n[01-02,07] -> n01
-    place = (environment.get("SLURM_JOB_ID", "0") + environment.get("SLURM_STEP_ID", "0"))[-4:]
-    port = _port(environment) if environment.get("MASTER_PORT") else 20000 + int(place)
+    digits = (environment.get("SLURM_JOB_ID", "0") + environment.get("SLURM_STEP_ID", "0"))[-4:]
+    port = _port(environment) if environment.get("MASTER_PORT") else 20000 + int(digits)
     return environment.get("MASTER_ADDR") or first, port
 
 
-def _tasks_per_node(environment: Mapping[str, str], tasks: int) -> int:
-    """Of ``SLURM_STEP_TASKS_PER_NODE``, such as ``2(x3)``."""
+def _slurm_tasks_per_node(environment: Mapping[str, str], tasks: int) -> int:
+    """Read ``SLURM_STEP_TASKS_PER_NODE``, such as ``2(x3)``."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     found = {int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", text)}
     if len(found) != 1 or tasks % min(found):

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.csv and TensorBoard always, Weights & Biases when it is set up."""
+"""Loggers of a run's metrics: metrics.csv and TensorBoard, and Weights & Biases if it is set up."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ log = logging.getLogger("openmae")
 
 
 class Loggers:
-    """One ``write`` for all of them; only rank 0 holds it.
+    """All loggers behind one ``write``; only rank 0 has them.
 
     Args:
         folder: the action's results folder.
-        resumed_step: the step that a resumed run goes on from (later rows are dropped), or None for a new run.
+        resumed_step: the step that a resumed run continues from (later rows are dropped), or None for a new run.
         wandb_run: an open Weights & Biases run, or None.
     """
 
@@ -37,7 +37,7 @@ class Loggers:
         self._wandb = wandb_run
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Log ``values`` measured after ``step`` updates, in ``epoch`` counted from 1."""
+        """Log ``values`` measured after ``step`` updates of the weights, in ``epoch`` counted from 1."""
         self._metrics.write(step, epoch, values)
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -45,10 +45,10 @@ class Loggers:
             self._wandb.log({**values, "epoch": epoch}, step=step)
 
     def close(self) -> None:
-        """Flush and close; a full disk is told by whoever wrote first, not by this.
+        """Flush and close. A full disk is only a warning here: whatever wrote first has raised it.
 
-        TensorBoard waits for its thread without a limit. An interruption inside its queue can leave the two waiting for
-        each other, so another thread waits for it here, for some seconds.
+        TensorBoard waits for its thread without a limit, and an interruption inside its queue can leave the two waiting
+        for each other. So another thread waits for it, for some seconds.
         """
         closing = threading.Thread(target=self._close_tensorboard, name="openmae-tensorboard", daemon=True)
         closing.start()
@@ -66,19 +66,17 @@ class Loggers:
 
 
 def open_wandb(settings: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> Any:
-    """Start a Weights & Biases run if ``wandb.enable`` and a key or WANDB_MODE=offline allow it; else one notice.
+    """Start a Weights & Biases run; return None, with a notice, without an API key or the package.
 
     Args:
         settings: the spec's ``wandb`` section.
-        folder: where its files go.
+        folder: of its files.
         config: the resolved spec, shown with the run.
-
-    Returns:
-        The run, or None.
     """
-    if not settings["enable"] or os.environ.get("WANDB_MODE") == "disabled":
+    mode = os.environ.get("WANDB_MODE")
+    if not settings["enable"] or mode == "disabled":
         return None
-    if not _has_wandb_key() and os.environ.get("WANDB_MODE") != "offline":
+    if mode != "offline" and not _has_wandb_key():
         log.info("Weights & Biases is off: no API key found. Set WANDB_API_KEY or WANDB_MODE=offline to use it.")
         return None
     if importlib.util.find_spec("wandb") is None:
@@ -89,16 +87,11 @@ def open_wandb(settings: Mapping[str, Any], folder: Path, config: Mapping[str, A
     return wandb.init(
         dir=str(folder),
         config=dict(config),
-        project=settings["project"] or None,
-        entity=settings["entity"] or None,
-        group=settings["group"] or None,
-        name=settings["name"] or None,
+        **{name: settings[name] or None for name in ("project", "entity", "group", "name")},
+        **{name: settings[name] for name in ("reinit", "save_code", "sync_tensorboard")},
         tags=list(settings["tags"]),
         id=settings["run_id"] or None,
         resume="allow" if settings["run_id"] else None,
-        reinit=settings["reinit"],
-        save_code=settings["save_code"],
-        sync_tensorboard=settings["sync_tensorboard"],
     )
 
 

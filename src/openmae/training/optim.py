@@ -1,4 +1,4 @@
-"""Parameter groups, learning rates over time, and AdamW."""
+"""Parameter groups, the learning-rate schedule, and AdamW."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "step"})  # of AdamW
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor over the run, a function of the step alone, so that resuming needs no state.
+    """A factor on the learning rate. It depends only on the step, so that resuming needs no state.
 
     Attributes:
         kind: ``cosine`` (to zero) or ``MultiStep`` (times ``gamma`` at each milestone).
-        epochs, steps_per_epoch: length of the run; a step is one update of the weights.
-        warmup_epochs: linear rise from zero, under both kinds.
+        epochs: length of the run.
+        steps_per_epoch: updates of the weights per epoch.
+        warmup_epochs: of a linear rise from zero.
         milestones: epochs, for MultiStep.
         gamma: for MultiStep.
     """
@@ -38,7 +39,7 @@ class Schedule:
     gamma: float = 0.1
 
     def factor(self, step: int) -> float:
-        """Factor for the update that follows ``step`` finished ones."""
+        """Return the factor for the update after ``step`` finished ones."""
         epoch = step / self.steps_per_epoch
         if epoch < self.warmup_epochs:
             return (step + 1) / math.ceil(self.warmup_epochs * self.steps_per_epoch)
@@ -49,16 +50,16 @@ class Schedule:
 
 
 def pretraining_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups, with and without weight decay, at one learning rate."""
+    """Return two groups, with and without weight decay, with the same learning rate."""
     return _group(model, weight_decay, lambda name: ("all", 1.0), pretraining=True)
 
 
 def finetuning_groups(
     model: nn.Module, config: ModelConfig, weight_decay: float, layer_decay: float, backbone_multiplier: float
 ) -> list[dict]:
-    """A group for each layer, with and without weight decay.
+    """Return a group for each layer, with and without weight decay.
 
-    The learning rate of layer i is scaled by ``layer_decay ** (head layer - i)``, and the backbone's besides by
+    The learning rate of layer i is scaled by ``layer_decay ** (head layer - i)``, and the backbone's also by
     ``backbone_multiplier``.
     """
     layer_of, head = layer_index(config, model)
@@ -66,9 +67,7 @@ def finetuning_groups(
     def place(name: str) -> tuple[str, float]:
         layer = layer_of(name)
         scale = layer_decay ** (head - layer)
-        if is_head(name):
-            return "head", scale
-        return f"layer {layer}", scale * backbone_multiplier
+        return ("head", scale) if is_head(name) else (f"layer {layer}", scale * backbone_multiplier)
 
     return _group(model, weight_decay, place)
 
@@ -82,35 +81,32 @@ def _group(
             continue
         layer, scale = place(name)
         decayed = is_decayed(name, parameter, pretraining=pretraining)
-        group = groups.setdefault(
-            (layer, decayed),
-            {
-                "name": layer if decayed else f"{layer}, no decay",
-                "lr_scale": scale,
-                "weight_decay": weight_decay if decayed else 0.0,
-                "params": [],
-            },
-        )
-        group["params"].append(parameter)
+        new = {
+            "name": layer if decayed else f"{layer}, no decay",
+            "lr_scale": scale,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "params": [],
+        }
+        groups.setdefault((layer, decayed), new)["params"].append(parameter)
     return list(groups.values())
 
 
 def build_adamw(groups: Sequence[dict], lr: float, beta1: float, beta2: float) -> torch.optim.AdamW:
-    """AdamW over the groups, fused: CPU and CUDA both have it."""
+    """Return AdamW over the groups; CPU and CUDA both have the fused implementation."""
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group ``lr`` times its own scale."""
+    """Set the learning rate of every group to ``lr`` times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load AdamW's moments and steps, and keep the groups' settings, which the spec may have changed.
+    """Load AdamW's moments and steps. The groups keep their settings, which the spec may have changed.
 
     Raises:
-        CheckpointError: the state is of other parameters.
+        CheckpointError: the state belongs to other parameters, or is not AdamW's.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
@@ -131,32 +127,32 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Torch compares the counts of the parameters alone."""
+    """Compare the shapes; torch only compares the number of parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=False):  # the counts are torch's to compare
+    for number, parameter in zip(numbers, parameters, strict=False):
         moments = state["state"].get(number)
         if not moments:
             continue  # it had no gradient yet
         if not moments.keys() >= _MOMENTS:
-            raise KeyError(f"it has {', '.join(map(str, moments))} in place of {', '.join(sorted(_MOMENTS))}")
+            raise KeyError(f"it has {', '.join(map(str, moments))} instead of {', '.join(sorted(_MOMENTS))}")
         for name in ("exp_avg", "exp_avg_sq"):
             if moments[name].shape != parameter.shape:
                 raise ValueError(f"moments of {tuple(moments[name].shape)} for a parameter of {tuple(parameter.shape)}")
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> int:
-    """Stop the gradients of the named modules (``patch_embed``, ``blocks.0``, ...); returns the parameters frozen.
+    """Freeze the named modules (``patch_embed``, ``blocks.0``, ...); return the number of parameters frozen.
 
     Raises:
-        SpecError: a name that no module has; it lists near ones.
+        SpecError: no module has one of the names; it lists similar ones. Or nothing is left to train.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     frozen = 0
     for name in names:
         if name not in modules:
             near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3) or list(dict(model.named_children()))
-            raise SpecError(f"train.freeze: the model has no module {name!r}.", f"Near names: {', '.join(near)}.")
+            raise SpecError(f"train.freeze: the model has no module {name!r}.", f"Similar names: {', '.join(near)}.")
         for parameter in modules[name].parameters():
             parameter.requires_grad_(False)
             frozen += parameter.numel()

@@ -1,4 +1,4 @@
-"""What the time of a run goes to, without a gap: every moment between two marks belongs to one phase."""
+"""A profile of a run without gaps: every moment between two marks belongs to one phase."""
 
 from __future__ import annotations
 
@@ -7,52 +7,34 @@ from array import array
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple
 
 import torch
 
-WARMUP_STEPS = 3  # they allocate, choose kernels and fill caches
+WARMUP_STEPS = 3  # they allocate memory, choose kernels and fill caches
 
-#: Phases that each update goes through, in this order; ``other`` is drawing, logging and what else lies between.
+#: Phases of each step, in order; ``other`` is seeding, logging and what else is between.
 STEP_PHASES = ("data wait", "host to device", "forward", "backward", "optimizer", "other")
-#: Phases between updates.
+#: Phases between steps.
 PAUSES = ("validation", "checkpoints")
 
 
-class _Stamp(Protocol):
-    """A moment."""
+class _Stamp:
+    """The current time of the host, or the time at which the GPU gets here in its queue; this does not wait for it."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if on_gpu else None
+        self._host = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
 
     def reached(self) -> bool:
-        """Whether it has come."""
+        return self._event is None or self._event.query()
 
-    def since(self, other: Self) -> float:
-        """Seconds from ``other`` to it, once it has come."""
-
-
-class _HostStamp:
-    """Now, on the host's clock."""
-
-    def __init__(self) -> None:
-        self._at = time.perf_counter()
-
-    def reached(self) -> bool:
-        return True
-
-    def since(self, other: _HostStamp) -> float:
-        return self._at - other._at
-
-
-class _CudaStamp:
-    """When the GPU gets here in its queue: nobody waits for it, and it costs the GPU next to nothing."""
-
-    def __init__(self) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record()
-
-    def reached(self) -> bool:
-        return self._event.query()
-
-    def since(self, other: _CudaStamp) -> float:
+    def since(self, other: _Stamp) -> float:
+        """Return the seconds from ``other`` to this, once it is reached."""
+        if self._event is None or other._event is None:
+            return self._host - other._host
         return other._event.elapsed_time(self._event) / 1000
 
 
@@ -64,11 +46,11 @@ class _Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a clock has measured since the warm-up.
+    """The times measured since the warmup.
 
     Attributes:
-        seconds: of each phase, in all.
-        per_step: of each phase of an update, an entry an update, in seconds.
+        seconds: total of each phase.
+        per_step: seconds of each phase of a step, one entry per step.
     """
 
     seconds: Mapping[str, float]
@@ -76,23 +58,23 @@ class Measured:
 
     @property
     def steps(self) -> int:
-        """Updates measured."""
+        """Number of steps measured."""
         return len(self.per_step[STEP_PHASES[0]])
 
 
 class StepClock:
-    """Gives each moment of a run to the phase that ended with it.
+    """Attributes each moment of a run to the phase that ended with it.
 
-    On a GPU the marks are events in its queue, so the phases are the GPU's: what the host does while the GPU is busy
+    On a GPU the marks are events in its queue, so the phases are the GPU's: work of the host while the GPU is busy
     takes no time, and a wait for data is the time in which the GPU has nothing to do because of it. Nothing is
-    synchronised, and a step runs as it does without the clock.
+    synchronised, and a step is as fast as without the clock.
 
     Args:
-        device: that the run computes on.
+        device: of the run.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stamp = _CudaStamp if device.type == "cuda" else _HostStamp
+        self._on_gpu = device.type == "cuda"
         self._marks: deque[_Mark] = deque()
         self._steps_seen = 0
         self._seconds = dict.fromkeys((*STEP_PHASES, *PAUSES), 0.0)
@@ -101,13 +83,13 @@ class StepClock:
         self.mark("other")
 
     def mark(self, phase: str, *, ends_step: bool = False) -> None:
-        """The time since the mark before was spent on ``phase``."""
-        self._marks.append(_Mark(self._stamp(), phase, ends_step))
+        """Attribute the time since the previous mark to ``phase``."""
+        self._marks.append(_Mark(_Stamp(self._on_gpu), phase, ends_step))
         while len(self._marks) > 1 and self._marks[1].stamp.reached():
             self._count()
 
     def read(self) -> Measured:
-        """All since the warm-up, up to the last mark."""
+        """Return the times from the warmup to the last mark; waits for the GPU."""
         if self._marks and not self._marks[-1].stamp.reached():
             torch.cuda.synchronize()
         while len(self._marks) > 1:
@@ -116,7 +98,7 @@ class StepClock:
 
     def _count(self) -> None:
         before, now = self._marks.popleft(), self._marks[0]
-        seconds = now.stamp.since(before.stamp)  # type: ignore[arg-type]
+        seconds = now.stamp.since(before.stamp)
         warm = self._steps_seen >= WARMUP_STEPS
         if warm:
             self._seconds[now.phase] += seconds

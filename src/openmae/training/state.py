@@ -1,4 +1,4 @@
-"""What the training loop is given and where it stands: a task, length and rhythm, the outputs, the place."""
+"""The inputs and the state of the training loop: task, settings, outputs, progress."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ log = logging.getLogger("openmae")
 
 
 class Task(Protocol):
-    """What is trained: see ``PretrainTask`` and ``FinetuneTask``."""
+    """A training task: see ``PretrainTask`` and ``FinetuneTask``."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module:
+        """The model to train."""
 
     @property
     def monitor(self) -> str:
-        """Metric that picks the best checkpoint."""
+        """The metric that picks the best checkpoint."""
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether ``monitor`` is minimised."""
+        """True if ``monitor`` is minimised."""
 
     def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
-        """The loss of a batch; ``model`` is the task's own, wrapped for the run's processes and precision."""
+        """Return the loss of a batch; ``model`` is the task's own, wrapped for the run's processes and precision."""
 
     def validate(self, fabric: Fabric, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        """Metrics of a validation set."""
+        """Return the metrics of a validation set."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Length and rhythm of a run; the names are the spec's.
+    """Settings of the loop, named as in the spec.
 
     Attributes:
         lr: peak learning rate.
-        clip_grad_norm, ema_decay: 0 is off.
+        clip_grad_norm: 0 is off.
+        ema_decay: 0 is off.
         checkpoint_interval_unit: ``epoch`` or ``step`` (an update of the weights).
-        stop_after_epoch: pause there; the schedule is that of ``num_epochs`` all the same.
+        stop_after_epoch: pause there; the schedule is still that of ``num_epochs``.
     """
 
     num_epochs: int
@@ -66,24 +68,24 @@ class LoopSettings:
 
     @property
     def last_epoch(self) -> int:
-        """How many epochs are done when the run ends or pauses."""
+        """Number of epochs that are done when the run ends or pauses."""
         return min(self.num_epochs, self.stop_after_epoch or self.num_epochs)
 
     def checkpoint_is_due(self, unit: str, count: int) -> bool:
-        """Whether a checkpoint belongs after so many epochs or steps."""
+        """Return whether a checkpoint is due after that many epochs or steps."""
         return self.checkpoint_interval_unit == unit and count % self.checkpoint_interval == 0
 
 
 @dataclass
 class Progress:
-    """The place of a run; a checkpoint carries it as a plain dict.
+    """The progress of a run; a checkpoint holds it as a plain dict.
 
     Attributes:
         epoch: epochs finished.
-        batch: batches finished in the epoch under way.
-        step: updates of the weights, skipped ones included.
+        batch: batches finished in the current epoch.
+        step: updates of the weights, including skipped ones.
         batches_per_epoch: of the run that wrote it.
-        loss_sum, loss_count: of the epoch under way.
+        loss_sum, loss_count: of the current epoch.
         bad_steps: skipped updates in a row.
         best: the monitored metric's best value, or None.
     """
@@ -100,7 +102,7 @@ class Progress:
 
 @dataclass
 class Outputs:
-    """Where a run writes and measures; ranks other than 0 hold no loggers, no status and no clock."""
+    """The outputs of a run; only rank 0 has loggers, status log and clock."""
 
     checkpoints: CheckpointFolder
     info: Mapping[str, Any]
@@ -110,7 +112,7 @@ class Outputs:
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Metrics for the loggers, if there are any."""
+        """Write metrics to the loggers, if there are any."""
         if self.loggers is not None and values:
             self.loggers.write(step, epoch, values)
 

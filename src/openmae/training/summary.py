@@ -1,4 +1,4 @@
-"""The resolved recipe of a run, for people to read before it starts."""
+"""The table that summarizes a run before it starts."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from lightning_fabric import Fabric
 
-from openmae.distributed.launch import describe_device, world_of
+from openmae.distributed.launch import describe_device
+from openmae.distributed.rendezvous import world_of
 from openmae.models.build import ModelConfig
 from openmae.training.finetune import FinetuneTask
 from openmae.training.optim import Schedule
 from openmae.training.pretrain import PretrainTask
 from openmae.training.state import LoopSettings
 
-_MOST_LAYERS = 16  # shown one by one; more are shown by their first and last ones
+_MOST_LAYERS = 16  # listed; of more, the first and the last are listed
 
 Rows = list[tuple[str, str]]
 
@@ -28,11 +29,16 @@ def recipe_rows(
     images: tuple[int, int],
     batch_size: int,
 ) -> Rows:
-    """Label and value of each line.
+    """Return the label and the value of each row.
 
     Args:
+        fabric: launched.
+        task: what is trained.
+        config: of its model.
         groups: the optimizer's parameter groups.
-        images: of the training and of the validation set.
+        schedule: of the learning rate.
+        settings: of the loop.
+        images: number of images in the training and in the validation set.
         batch_size: of one process.
     """
     height, width = config.input_size
@@ -52,10 +58,7 @@ def recipe_rows(
         cross = ", cross-attention" if config.decoder_attention == "cross" else ""
         rows += [("masked", masked + share), ("decoder", decoder + cross)]
     rows += [
-        (
-            "images",
-            f"{images[0]:,} to train" + (f", {images[1]:,} to validate" if images[1] else ", none to validate"),
-        ),
+        ("images", f"{images[0]:,} to train, {f'{images[1]:,}' if images[1] else 'none'} to validate"),
         ("batch", _batch_text(fabric, batch_size, settings.accum_grad_batches)),
         ("epochs", f"{settings.num_epochs} x {_count(schedule.steps_per_epoch, 'step')}"),
     ]
@@ -72,7 +75,7 @@ def recipe_rows(
 
 
 def _batch_text(fabric: Fabric, batch_size: int, accumulated: int) -> str:
-    """The images of an update, and the factors that are not 1."""
+    """Return the images per update, and the factors that are not 1."""
     world = world_of(fabric)
     factors = [f"{batch_size} images"]
     if world.nodes > 1:
@@ -98,7 +101,7 @@ def _schedule_text(schedule: Schedule) -> str:
 
 
 def _rates_text(groups: Sequence[dict], lr: float) -> str:
-    """The peak learning rate of each layer."""
+    """Return the peak learning rate of each layer."""
     scales = {group["name"].removesuffix(", no decay"): group["lr_scale"] for group in groups}
     rates = [(name, scale * lr) for name, scale in sorted(scales.items(), key=lambda item: item[1])]
     if len(set(scales.values())) == 1:

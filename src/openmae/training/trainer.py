@@ -1,12 +1,13 @@
-"""The training loop, on Lightning Fabric: devices, precision and processes are Fabric's, the order of things is ours.
+"""The training loop, on Lightning Fabric: Fabric provides devices, precision and processes.
 
-Every random draw is addressed by (seed, epoch, batch), never consumed from a stream, and a checkpoint holds the exact
-place of the run. So a resumed run equals an uninterrupted one bit for bit on a CPU, wherever it was cut.
+Every random draw is addressed by (seed, epoch, batch), never taken from a stream, and a checkpoint holds the exact
+place of the run. So on a CPU a resumed run equals an uninterrupted one bit for bit, wherever it was interrupted.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -21,31 +22,40 @@ from torch import Tensor, nn
 from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.distributed.collectives import sum_over_ranks
-from openmae.distributed.fsdp import distributed, gathered, is_sharded, whole_model
+from openmae.distributed.fsdp import distributed, gathered, gathered_model, is_sharded
+from openmae.distributed.rendezvous import watchdog_of
 from openmae.distributed.signals import InterruptWatch, Stop, stop_from_counts, stop_to_counts
-from openmae.distributed.watchdog import pulse_of
-from openmae.training.compiling import compile_errors, compiled
 from openmae.training.divergence import DivergenceGuard
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
 from openmae.training.state import LoopSettings, Outputs, Progress, Task
-from openmae.training.updates import Update, reads_late
+from openmae.training.step import (
+    DeferredOrder,
+    ImmediateOrder,
+    Step,
+    StepResult,
+    can_defer,
+    compile_errors,
+    compiled,
+)
 
-_ROWS_PER_EPOCH = 100  # of metrics.csv, at the most
+_ROWS_PER_EPOCH = 100  # of metrics.csv, at most
+_PREFIX = "model."  # of the weights in a checkpoint
 
 log = logging.getLogger("openmae")
 
 
 class Trainer:
-    """Runs a task to its last epoch.
+    """Trains a task to its last epoch.
 
     Args:
         fabric: launched.
         task: what to train.
         optimizer: over the task's model; each group has an ``lr_scale``.
         schedule: factor on the learning rate.
-        settings: length and rhythm.
-        train_loader, val_loader: this process's share of the data; validation is optional.
+        settings: of the loop.
+        train_loader: this process's share of the training set.
+        val_loader: this process's share of the validation set, or None.
         outputs: where to write.
     """
 
@@ -67,58 +77,55 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.outputs = outputs
-        self._pulse = pulse_of(fabric)
-        self._pulse.passes()
-        self._pulse.status = outputs.status
-        # the wrapper alone is compiled: what is saved, averaged and validated is the task's own model, by its own names
+        self._watchdog = watchdog_of(fabric)
+        self._watchdog.arrive()
+        self._watchdog.status = outputs.status
+        # only the wrapper is compiled: the task's own model is saved, averaged and validated, under its own names
         module = compiled(task.model, fabric.device) if settings.compile else task.model
         self.model, self.optimizer = fabric.setup(module, optimizer)
         self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if settings.ema_decay else None  # on its device
-        self.guard = DivergenceGuard(
-            fabric, task, self.model, self.optimizer, settings, outputs, file_of=train_loader.file_of
-        )
         self.progress = Progress(batches_per_epoch=len(train_loader))
+        self.guard = DivergenceGuard(
+            fabric, task, self.model, self.optimizer, settings, outputs, self.progress, train_loader.file_of
+        )
         self.pace = PaceMeter()
         self._interrupt = InterruptWatch()
-        self._late = reads_late(fabric)  # an update's numbers during the next one
-        self._unread: Update | None = None
-        self._loss: float | None = None  # of the newest update that was read
-        self._stop: Stop | None = None  # what all processes know of Ctrl-C and preemption
+        self._order = (DeferredOrder if can_defer(fabric) else ImmediateOrder)(self.guard, self._finish_step)
+        self._loss: float | None = None  # of the newest finished step
+        self._stop: Stop | None = None  # what all processes must stop with
 
     def resume(self, payload: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's payload; what the spec says of the optimizer stands, its moments are taken up.
+        """Continue from a checkpoint's payload. The optimizer keeps its settings and gets the checkpoint's moments.
 
         Raises:
-            CheckpointError: other parameters are trained now than then.
+            CheckpointError: other parameters are trained than in the checkpoint.
         """
-        prefix = "model."
         payload = distributed(payload, self.task.model, self.optimizer)
-        self.task.model.load_state_dict({k.removeprefix(prefix): v for k, v in payload["state_dict"].items()})
+        self.task.model.load_state_dict({k.removeprefix(_PREFIX): v for k, v in payload["state_dict"].items()})
         if self.ema is not None:
             averaged = payload.get("ema_state_dict", payload["state_dict"])
-            self.ema.module.load_state_dict({k.removeprefix(prefix): v for k, v in averaged.items()})
+            self.ema.module.load_state_dict({k.removeprefix(_PREFIX): v for k, v in averaged.items()})
         load_moments(self.optimizer, payload["optimizer"])
         if payload["precision"]:
             self.fabric.strategy.precision.load_state_dict(payload["precision"])
-        self.progress = Progress(**payload["progress"])
-        batches = len(self.train_loader)
-        if self.progress.batches_per_epoch != batches:
-            if self.progress.batch:
+        progress, batches = Progress(**payload["progress"]), len(self.train_loader)
+        if progress.batches_per_epoch != batches:
+            if progress.batch:
                 log.warning(
                     "The data, the batch size or the number of processes has changed since the checkpoint "
-                    "(%d batches an epoch, now %d): epoch %d starts again.",
-                    self.progress.batches_per_epoch, batches, self.progress.epoch + 1,
+                    "(%d batches per epoch, now %d): epoch %d starts again.",
+                    progress.batches_per_epoch, batches, progress.epoch + 1,
                 )  # fmt: skip
-            self.progress.batch, self.progress.loss_sum, self.progress.loss_count = 0, 0.0, 0
-            self.progress.batches_per_epoch = batches
+            progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
+            progress.batches_per_epoch = batches
+        vars(self.progress).update(vars(progress))
 
     def fit(self) -> dict[str, float]:
-        """Train to the last epoch, or to where the run pauses; returns the last epoch's metrics.
+        """Train to the last epoch, or to where the run pauses; return the last epoch's metrics.
 
         Raises:
             RunError: the run diverged, every step was skipped, or a checkpoint cannot be written.
-            KeyboardInterrupt: Ctrl-C, or as Preempted a preemption; a checkpoint of the last finished update has been
-                written.
+            KeyboardInterrupt: Ctrl-C, or Preempted; a checkpoint of the last finished step has been written.
         """
         metrics: dict[str, float] = {}
         errors = compile_errors() if self.settings.compile else nullcontext()
@@ -132,61 +139,55 @@ class Trainer:
         self.model.train()
         self.pace.restart()
         progress, batches = self.progress, len(self.train_loader)
-        loader = self.train_loader.from_position(progress.epoch, progress.batch)
         title = f"epoch {progress.epoch + 1}/{self.settings.num_epochs}"
         with EpochBar(title, batches, progress.batch, self.outputs.console) as bar:
-            group: list[Batch] = []
-            for batch in self.pace.watch(loader):
-                self._mark("data wait")
-                group.append(batch)
-                if len(group) < self._group_size():
-                    continue
-                self._update(group)
-                bar.advance(len(group), self._loss, self._rate(), self.pace.read())
-                self._after_update(len(group))
+            for group in self._groups():
+                self._train_step(group)
+                bar.show(len(group), self._loss, self._rate(), self.pace.read())
+                progress.batch += len(group)
+                progress.step += 1
+                epoch_done = progress.batch == batches  # its checkpoint comes after its validation
+                due = self.settings.checkpoint_is_due("step", progress.step) and not epoch_done
+                if due or epoch_done or self._stop:
+                    self._order.settle()
+                if due or self._stop:
+                    self._save()
+                if self._stop:
+                    self._leave()
                 self._mark("other", ends_step=True)
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """Yield the batches of each step; the last step of an epoch takes what is left."""
+        progress, group = self.progress, []
+        for batch in self.pace.watch(self.train_loader.from_position(progress.epoch, progress.batch)):
+            self._mark("data wait")
+            group.append(batch)
+            left = len(self.train_loader) - progress.batch
+            if len(group) == min(self.settings.accum_grad_batches, left):
+                yield group
                 group = []
 
-    def _group_size(self) -> int:
-        """Batches of the next update: the last one of an epoch takes what is left."""
-        return min(self.settings.accum_grad_batches, len(self.train_loader) - self.progress.batch)
-
     def _rate(self) -> float:
-        """The learning rate of the next update; counted by epochs, so that it outlasts a change of the batch size."""
+        """Return the learning rate of the next step. It depends on the epoch, so that the batch size may change."""
         progress, accumulated = self.progress, self.settings.accum_grad_batches
         done = progress.epoch * self.schedule.steps_per_epoch + -(-progress.batch // accumulated)
         return self.settings.lr * self.schedule.factor(done)
 
-    def _update(self, group: Sequence[Batch]) -> None:
-        """One update of the weights from a group of batches."""
+    def _train_step(self, group: Sequence[Batch]) -> None:
+        """Update the weights once, from a group of batches."""
         rate = self._rate()
         set_learning_rate(self.optimizer, rate)
         losses = self._backward(group)
-        self._settle()  # the update before: its numbers came while this one was computed
-        norm = self.guard.gradient_norm() if self._late else None
-        update = Update(
-            self.fabric,
-            self.progress.step + 1,
-            rate,
-            [batch.indices for batch in group],
-            losses,
-            stop=self._interrupt.reason,
-            norm=norm,
-        )
-        if self._late:
-            self.optimizer.optimizer.found_inf = update.bad  # where it is 1, the fused step changes nothing
-            self.optimizer.step()
-            self._unread = update
-        else:
-            self._conclude(update)
+        indices = [batch.indices for batch in group]
+        self._order.take(Step(self.progress.step + 1, rate, indices, losses, self._interrupt.reason))
         self.optimizer.zero_grad()
         self._mark("optimizer")
 
     def _backward(self, group: Sequence[Batch]) -> list[Tensor]:
-        """Gradients of a group's mean loss; returns each batch's share of it."""
+        """Compute the gradients of a group's mean loss; return each batch's share of the loss."""
         losses = []
         for number, batch in enumerate(group):
-            self._address_randomness(self.progress.batch + number)
+            self._seed_batch(self.progress.batch + number)
             batch = self.fabric.to_device(batch)
             self._mark("host to device")
             with self.fabric.no_backward_sync(self.model, enabled=number + 1 < len(group)):
@@ -197,83 +198,48 @@ class Trainer:
             losses.append(loss.detach())
         return losses
 
-    def _settle(self) -> None:
-        """Conclude the update whose numbers nobody has read yet; to be called before the next one's optimizer step."""
-        update, self._unread = self._unread, None
-        if update is not None:
-            self._conclude(update)
-
-    def _conclude(self, update: Update) -> None:
-        """Read an update's numbers, and draw the consequences: step and average, or skip; log.
-
-        The optimizer's step of an update that is read late was made already, guarded on the device.
-        """
-        loss, images, self._stop, norm = update.read()
-        self.pace.count(images)
-        if np.isfinite(loss) and not self._late:
-            norm = self.guard.norm_at_once()
-        step = update.step
-        if not np.isfinite(loss):
-            self.guard.skip(self.progress, step, f"the loss is {loss}", update.images_at_fault())
-        elif not np.isfinite(norm):
-            fault = f"the loss is {loss:.4g}, but its gradients' norm is {norm}"
-            self.guard.skip(self.progress, step, fault, update.images())
-        elif self._late or self.guard.step(self.progress, update):
-            if self.ema is not None:
-                self.ema.update(self.task.model, step=step - 1)
-            self.progress.bad_steps = 0
-        self._record(update, loss)
-
-    def _record(self, update: Update, loss: float) -> None:
-        self._loss = loss
-        if not np.isfinite(loss):
-            return
-        self.progress.loss_sum += loss
-        self.progress.loss_count += 1
-        if update.step % max(1, self.schedule.steps_per_epoch // _ROWS_PER_EPOCH) == 0:
-            self.outputs.log(
-                update.step, self.progress.epoch + 1, {"train_loss": loss, "lr": update.rate} | self.pace.lap()
-            )
-
-    def _address_randomness(self, batch: int) -> None:
-        """Seed what draws from global generators (drop path, Mixup) by (seed, epoch, batch, rank)."""
+    def _seed_batch(self, batch: int) -> None:
+        """Seed the global generators (drop path, Mixup) by (seed, epoch, batch, rank)."""
         address = (self.settings.seed, self.progress.epoch, batch, self.fabric.global_rank)
         words = np.random.SeedSequence([part % 2**32 for part in address]).generate_state(3)
         torch.manual_seed((int(words[0]) << 32) | int(words[1]))
         np.random.seed(words[2])
         self._mark("other")
 
-    def _after_update(self, batches: int) -> None:
-        progress = self.progress
-        progress.batch += batches
-        progress.step += 1
-        epoch_done = progress.batch == progress.batches_per_epoch  # its checkpoint comes after its validation
-        due = self.settings.checkpoint_is_due("step", progress.step) and not epoch_done
-        if due or epoch_done or self._stop:
-            self._settle()
-        if due or self._stop:
-            self._save()
-        if self._stop:
-            self._leave()
+    def _finish_step(self, step: Step, result: StepResult, made: bool) -> None:
+        """Average the weights, and log; called before the next optimizer step."""
+        self._stop = result.stop
+        self._loss = result.loss
+        self.pace.count(result.images)
+        if made:
+            if self.ema is not None:
+                self.ema.update(self.task.model, step=step.number - 1)
+            self.progress.bad_steps = 0
+        if math.isfinite(result.loss):
+            self.progress.loss_sum += result.loss
+            self.progress.loss_count += 1
+            if step.number % max(1, self.schedule.steps_per_epoch // _ROWS_PER_EPOCH) == 0:
+                values = {"train_loss": result.loss, "lr": step.rate} | self.pace.lap()
+                self.outputs.log(step.number, self.progress.epoch + 1, values)
 
     def _leave(self) -> NoReturn:
-        """End the run as it was asked to, when its checkpoint is written."""
+        """End the run as it was asked to, once its checkpoint is written."""
         assert self._stop is not None
         self._on_rank_zero(self.outputs.checkpoints.wait)  # a process that ends may take the others along
-        log.warning("A checkpoint of step %d was written; the same command goes on from it.", self.progress.step)
+        log.warning("A checkpoint of step %d was written; the same command resumes from it.", self.progress.step)
         raise self._stop
 
     def _finish_epoch(self) -> dict[str, float]:
-        """Validate, log, and keep the epoch's checkpoint; returns the epoch's metrics."""
+        """Validate, log, and write the epoch's checkpoint; return the epoch's metrics."""
         progress, settings = self.progress, self.settings
         pace = self.pace.read()
         metrics = {"train_loss": progress.loss_sum / max(progress.loss_count, 1)} if progress.loss_count else {}
         last = progress.epoch + 1 == settings.last_epoch
         if last and progress.bad_steps:
-            self.guard.judge(progress, progress.step, fails=progress.bad_steps == progress.step)
+            self.guard.blame(progress.step, fails=progress.bad_steps == progress.step)
         if self.val_loader is not None and ((progress.epoch + 1) % settings.validation_interval == 0 or last):
             metrics |= self._validate()
-        # Before the checkpoint: a run killed between the two writes these rows again, and none is lost.
+        # before the checkpoint: a run killed between the two writes these rows again, and none is lost
         epoch, step = progress.epoch, progress.step
         self.outputs.log(
             step, epoch + 1, {"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()}
@@ -284,8 +250,8 @@ class Trainer:
         if due:
             self._save(best=improved)
         elif improved:
-            self.guard.require_finite_weights(self.progress, self.ema)
-            payload = self._whole_payload()
+            self.guard.require_finite_weights(self.ema)
+            payload = self._payload()
             self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(payload))
         timing = self.pace.timing(epoch, settings.num_epochs, step, self.schedule.steps_per_epoch)
         self.outputs.report(epoch, settings.num_epochs, step, metrics | pace, timing)
@@ -301,19 +267,19 @@ class Trainer:
         return metrics
 
     def evaluated_model(self) -> nn.Module:
-        """What is measured and kept, in eval mode: the averaged weights where they are averaged.
+        """Return the model to validate and keep, in eval mode: the averaged one if weights are averaged.
 
-        Of a model that processes share out, each process gets a whole copy; all of them must call this.
+        All processes must call this: a sharded model is copied to each of them.
         """
         model = self.ema.module if self.ema is not None else self.task.model
         if is_sharded(model):
-            model = whole_model(model, self.outputs.info, self.fabric.device)
+            model = gathered_model(model, self.outputs.info, self.fabric.device)
         return model.eval()
 
     def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass batches on; on Ctrl-C and preemption keep the epoch's training, which is done, and stop everywhere."""
-        yield from self._interrupt.until_asked(batches, self._pulse)
-        self._pulse.passes()
+        """Yield batches; on Ctrl-C or preemption save the epoch's training, which is done, and stop all processes."""
+        yield from self._interrupt.until_asked(batches, self._watchdog)
+        self._watchdog.arrive()
         self._stop = stop_from_counts(*sum_over_ranks(self.fabric, [*stop_to_counts(self._interrupt.reason)]))
         if self._stop:
             self._save()
@@ -329,43 +295,37 @@ class Trainer:
         return True
 
     def _payload(self) -> dict[str, Any]:
-        """What a checkpoint holds; each process may have a part of its tensors."""
+        """Return the content of a checkpoint, with complete tensors on rank 0; all processes must call this."""
+        self._mark("other")
         payload: dict[str, Any] = {
             "openmae": dict(self.outputs.info),
-            "state_dict": {f"model.{k}": v for k, v in self.task.model.state_dict().items()},
+            "state_dict": {f"{_PREFIX}{k}": v for k, v in self.task.model.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "progress": asdict(self.progress),
         }
         if self.ema is not None:
-            payload["ema_state_dict"] = {f"model.{k}": v for k, v in self.ema.module.state_dict().items()}
-        return payload
-
-    def _whole_payload(self) -> dict[str, Any]:
-        """For rank 0; to be called by all processes."""
-        self._mark("other")
-        whole: dict[str, Any] = gathered(self._payload(), keep=self.fabric.is_global_zero)
+            payload["ema_state_dict"] = {f"{_PREFIX}{k}": v for k, v in self.ema.module.state_dict().items()}
+        payload = gathered(payload, keep=self.fabric.is_global_zero)
         self._mark("checkpoints")
-        return whole
+        return payload
 
     def _save(self, *, best: bool = False) -> None:
         """Write a checkpoint of the current state."""
-        self.guard.require_finite_weights(self.progress, self.ema)
-        place, checkpoints = (self.progress.epoch, self.progress.step), self.outputs.checkpoints
-        rotate = self.progress.bad_steps == 0
-        payload = self._whole_payload()
-        self._on_rank_zero(lambda: checkpoints.save(payload, *place, best=best, rotate=rotate))
+        self.guard.require_finite_weights(self.ema)
+        progress, payload = self.progress, self._payload()
+        save, rotate = self.outputs.checkpoints.save, progress.bad_steps == 0
+        self._on_rank_zero(lambda: save(payload, progress.epoch, progress.step, best=best, rotate=rotate))
 
     def _on_rank_zero(self, write: Callable[[], Any]) -> None:
         self._mark("other")
         if self.fabric.is_global_zero:
             write()
-        self._pulse.passes()
+        self._watchdog.arrive()
         self.fabric.barrier()
         self._mark("checkpoints")
 
     def _mark(self, phase: str, *, ends_step: bool = False) -> None:
-        self._pulse.step = self.progress.step
-        self._pulse.passes()
+        self._watchdog.arrive()
         if self.outputs.clock is not None:
             self.outputs.clock.mark(phase, ends_step=ends_step)

@@ -1,4 +1,4 @@
-"""Several nodes as users start them: one command a node with the published variables, torchrun, two hosts."""
+"""Several nodes, started as users do: one command per node with the published variables, torchrun, two hosts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _free_port() -> int:
 
 
 def _run(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> list[tuple[int, str]]:
-    """Run commands side by side; gives exit code and stderr of each."""
+    """Run commands in parallel; return the exit code and stderr of each."""
     base = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))}
     base |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
@@ -90,21 +90,21 @@ def _assert_same_losses(folder: Path, one: Path) -> None:
 
 
 def test_two_nodes_train_as_one_process_with_twice_the_batch(one, tiny_overrides, tmp_path):
-    (first, told), (second, quiet) = _on_two_nodes("train", *tiny_overrides(tmp_path / "two", _HALF))
-    assert (first, second) == (0, 0), told + quiet
+    (first, text), (second, quiet) = _on_two_nodes("train", *tiny_overrides(tmp_path / "two", _HALF))
+    assert (first, second) == (0, 0), text + quiet
     assert quiet == ""  # one log
-    assert "running on the CPU with 2 processes on 2 nodes" in told
-    assert "4 = 2 images x 2 nodes" in told
+    assert "running on the CPU with 2 processes on 2 nodes" in text
+    assert "4 = 2 images x 2 nodes" in text
     _assert_same_losses(tmp_path / "two", one)
 
 
 @pytest.mark.slow
-def test_torchrun_trains_the_same(one, tiny_overrides, tmp_path):
-    """The numbers are torchrun's where the spec types none."""
+def test_torchrun_trains_as_one_process(one, tiny_overrides, tmp_path):
+    """torchrun sets the number of processes if the spec does not."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}"]
-    ((code, told),) = _run([([*command, "-m", "openmae", "train", *tiny_overrides(tmp_path / "two", _HALF)], {})])
-    assert code == 0, told
-    assert told.count("Epoch 2 of 2, step 10") == 1
+    ((code, text),) = _run([([*command, "-m", "openmae", "train", *tiny_overrides(tmp_path / "two", _HALF)], {})])
+    assert code == 0, text
+    assert text.count("Epoch 2 of 2, step 10") == 1
     assert "num_gpus: 2" in (tmp_path / "two" / "experiment.yaml").read_text()
     _assert_same_losses(tmp_path / "two", one)
 
@@ -135,7 +135,7 @@ def test_two_nodes_predict_each_image_once_in_order(train, photos, tiny_override
 
 @pytest.fixture
 def two_hosts() -> Iterator[tuple[list[list[str]], str]]:
-    """Two network namespaces joined by a cable: how to run a command in each, and the first one's address."""
+    """Two connected network namespaces: prefixes of commands that run in them, and the first one's address."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need root and the command ip")
     names, third = [f"mae{os.getpid()}{side}" for side in "ab"], os.getpid() % 250
@@ -157,7 +157,7 @@ def two_hosts() -> Iterator[tuple[list[list[str]], str]]:
 
 @pytest.mark.slow
 def test_two_hosts_train_as_one_process(one, two_hosts, tiny_overrides, tmp_path):
-    """Hosts that share nothing but a cable and the file system."""
+    """Hosts that share only a network connection and the file system."""
     hosts, address = two_hosts
     command = _mae("train", *tiny_overrides(tmp_path / "two", {**_HALF, "train.num_nodes": 2}))
     done = _run([([*host, *command], _variables(node, address, 29500)) for node, host in enumerate(hosts)])
@@ -177,7 +177,7 @@ def test_a_node_that_sees_other_images_is_named(tiny_overrides, photos, tmp_path
             (photos / "train", other), (_variables(node, "127.0.0.1", port) for node in range(2)), strict=True
         )
     ]
-    for code, told in _run(commands):
-        assert code == 2, told
-        assert "Node 1 sees another training set than node 0: 20 images (" in told
-        assert "instead of 21 images (" in told
+    for code, text in _run(commands):
+        assert code == 2, text
+        assert "Node 1 sees another training set than node 0: 20 images (" in text
+        assert "instead of 21 images (" in text

@@ -1,0 +1,43 @@
+"""Reconstructions of masked images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from openmae.data.image_dataset import Batch
+from openmae.data.normalise import Normaliser
+from openmae.models.mae import MaskedAutoencoder
+from openmae.models.masking import Mask
+
+
+@torch.no_grad()
+def reconstruct(
+    fabric: Fabric, model: MaskedAutoencoder, normalise: Normaliser, mask_of: Callable[[Tensor], Mask], batch: Batch
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Reconstruct the images of a batch.
+
+    Args:
+        fabric: gives precision and device.
+        model: in eval mode.
+        normalise: maps uint8 images to the model's input.
+        mask_of: returns the masks of images by their indices.
+        batch: of images.
+
+    Returns:
+        The original, the masked image, the reconstruction, and the original with the masked units reconstructed: uint8
+        arrays ``[B, H, W, C]``. Pixel normalisation is undone, and units that an image leaves out are grey.
+    """
+    batch = fabric.to_device(batch)
+    images, mask = normalise(batch.images), mask_of(batch.indices)
+    with fabric.autocast():
+        predicted = model(images, mask).predicted_BMP
+    original, masked, reconstructed, pasted = (
+        normalise.undo(shown).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        for shown in (images, *model.render(images, mask, predicted))
+    )
+    return original, masked, reconstructed, pasted

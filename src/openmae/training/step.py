@@ -1,0 +1,176 @@
+"""One step of training after its backward pass: reduce its numbers over the processes, decide, update the weights.
+
+There are two orders of events. Both skip the same steps and give the same weights, to the last bit.
+
+    immediate: the host waits for every step's numbers before it decides
+        host    backward(n)  reduce(n)  read(n) skip or step(n)  finish(n) | backward(n+1) ...
+
+    deferred by one step: the device decides, and the host never waits for it
+        host    backward(n)  read(n-1) finish(n-1)  norm(n) reduce(n) step(n) | backward(n+1)  read(n) finish(n) ...
+        device  step(n) changes nothing if its loss or norm is not finite (AdamW's ``found_inf``)
+
+``finish`` must come before the next optimizer step: it averages the weights that its own step has left.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from openmae.distributed.collectives import add_over_ranks
+from openmae.distributed.rendezvous import ShardedStrategy
+from openmae.distributed.signals import Stop, stop_from_counts, stop_to_counts
+from openmae.errors import RunError
+from openmae.training.divergence import DivergenceGuard, scaler_of
+
+log = logging.getLogger("openmae")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of this process whose gradients are computed, or being computed by the device.
+
+    Attributes:
+        number: counted from 1.
+        rate: the learning rate.
+        indices: ``[B]`` of the images of each batch, on the host.
+        losses: each batch's share of the loss, on the device.
+        stop: what this process was asked to stop with, or None.
+    """
+
+    number: int
+    rate: float
+    indices: Sequence[Tensor]
+    losses: Sequence[Tensor]
+    stop: Stop | None
+
+    def images(self, *, at_fault: bool = False) -> list[int]:
+        """Return the indices of all images, or only of the batches whose loss is not finite."""
+        pairs = zip(self.indices, self.losses, strict=True)
+        return [int(index) for batch, loss in pairs if not (at_fault and loss.isfinite()) for index in batch]
+
+
+class StepResult(NamedTuple):
+    """The loss of a step, its number of images, the request to stop and the norm (0: not measured) of all processes."""
+
+    loss: float
+    images: int
+    stop: Stop | None
+    norm: float
+
+
+class StepNumbers:
+    """The numbers of a step on their way from the device to the host; only ``read`` waits for them.
+
+    Attributes:
+        bad: float32 scalar on the device, the same in every process: 1 if the loss or the norm is not finite, else 0.
+    """
+
+    def __init__(self, fabric: Fabric, step: Step, norm: Tensor | None = None) -> None:
+        loss = torch.stack(list(step.losses)).sum().double()
+        # filled on the device: the host would wait for a copy of a tensor made from Python numbers
+        counts = (sum(map(len, step.indices)), *stop_to_counts(step.stop))
+        sums = add_over_ranks(fabric, torch.stack([loss, *(loss.new_full((), value) for value in counts)]))
+        sums[0] /= fabric.world_size
+        numbers = torch.cat([sums, (loss.new_zeros(()) if norm is None else norm.double()).view(1)])
+        self.bad = numbers.isfinite().all().logical_not().float()
+        self._numbers = numbers.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
+        self._copied = None
+        if numbers.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> StepResult:
+        """Wait until the device has computed the numbers, and return them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, images, asked, preempted, norm = self._numbers.tolist()
+        return StepResult(loss, int(images), stop_from_counts(asked, preempted), norm)
+
+
+class ImmediateOrder:
+    """Each step is finished before the next one begins.
+
+    Args:
+        guard: decides which steps are skipped.
+        finish: called with each step, its numbers, and whether the weights were updated.
+    """
+
+    def __init__(self, guard: DivergenceGuard, finish: Callable[[Step, StepResult, bool], None]) -> None:
+        self.guard = guard
+        self.finish = finish
+
+    def take(self, step: Step) -> None:
+        """Update the weights after the backward pass of ``step``, or skip it; all processes must call this."""
+        result = StepNumbers(self.guard.fabric, step).read()
+        norm = self.guard.measured_norm() if math.isfinite(result.loss) else 0.0
+        made = self.guard.accepts(step, result.loss, norm) and self.guard.update_weights(step)
+        self.finish(step, result, made)
+
+    def settle(self) -> None:
+        """Finish the steps that were taken; here they are."""
+
+
+class DeferredOrder(ImmediateOrder):
+    """Each step is finished during the next one, so that the host never waits for a GPU."""
+
+    _pending: tuple[Step, StepNumbers] | None = None
+
+    def take(self, step: Step) -> None:
+        """Finish the previous step, then let the device update the weights or skip ``step``."""
+        self.settle()
+        optimizer = self.guard.optimizer
+        numbers = StepNumbers(self.guard.fabric, step, self.guard.gradient_norm())
+        optimizer.optimizer.found_inf = numbers.bad
+        optimizer.step()
+        self._pending = step, numbers
+
+    def settle(self) -> None:
+        """Finish the step that was taken."""
+        if self._pending is not None:
+            (step, numbers), self._pending = self._pending, None
+            result = numbers.read()
+            self.finish(step, result, self.guard.accepts(step, result.loss, result.norm))
+
+
+def can_defer(fabric: Fabric) -> bool:
+    """Return whether steps can be deferred: on a GPU, unless the host must wait for a step anyway.
+
+    It must under fp16, whose scaler decides about a step by its own rules, and under fsdp, which sums the norm over the
+    processes. On a CPU there is nothing to wait for.
+    """
+    sharded = isinstance(fabric.strategy, ShardedStrategy)
+    return fabric.device.type == "cuda" and scaler_of(fabric) is None and not sharded
+
+
+def compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return ``model``, to be compiled at its first step; parameters and their names stay the same."""
+    if device.type == "cpu":
+        log.warning("train.compile is meant for GPUs: on a CPU it takes minutes to compile, and steps are no faster.")
+    wrapped: Any = torch.compile(model)
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    """Raise what torch.compile cannot do as a RunError."""
+    from torch._dynamo.exc import TorchDynamoException  # loads the compiler
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or type(error).__name__  # the rest is a trace and hints for torch's developers
+        raise RunError(
+            f"torch.compile could not compile the model: {reason}",
+            "Set train.compile=false, or install what it needs: a C++ compiler, and Triton for a GPU.",
+        ) from error
