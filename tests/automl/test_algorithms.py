@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from tests.helpers.simulation import loss, make_spec, make_worker, open_study
 
 from openmae.automl.algorithms import Algorithm, Member, WeightedSampler, next_member
-from openmae.automl.space import Parameter, Space, budget, make_space
+from openmae.automl.space import Parameter, Space, epochs_of, make_space
 from openmae.errors import SpecError
 from openmae.spec.automl import AutomlSpec
 
@@ -53,11 +53,11 @@ def test_the_others_train_to_the_end(name: str) -> None:
 
 
 def test_a_grid_fits_its_budget() -> None:
-    for recommendations in range(2, 60):
-        algorithm = _algorithm("grid", max_recommendations=recommendations)
+    for count in range(2, 60):
+        algorithm = _algorithm("grid", max_recommendations=count)
         points = [len(values) for values in algorithm.grid.values()]
-        assert algorithm.recommendations == 1 + points[0] * points[1] <= recommendations
-        assert min(points) > 1 or recommendations < 7, "one option has all the points"
+        assert algorithm.trials == 1 + points[0] * points[1] <= count
+        assert min(points) > 1 or count < 7, "one option has all the points"
     assert _algorithm("grid", max_recommendations=20).grid == {
         LR: pytest.approx([1e-4, 4.64e-4, 2.154e-3, 1e-2], rel=0.01),
         MOMENTUM: pytest.approx([0.8, 0.86, 0.92, 0.98]),
@@ -73,7 +73,7 @@ def test_a_grid_of_integers_has_no_point_twice() -> None:
     space = Space((Parameter("train.optim.warmup_epochs", 0, 3, integer=True, own=1),), {})
     algorithm = _algorithm("grid", space, max_recommendations=50)
     assert algorithm.grid == {"train.optim.warmup_epochs": [0, 1, 2, 3]}
-    assert algorithm.recommendations == 5
+    assert algorithm.trials == 5
 
 
 def test_choices_in_a_grid_are_all_tried(tmp_path: Path) -> None:
@@ -85,20 +85,20 @@ def test_choices_in_a_grid_are_all_tried(tmp_path: Path) -> None:
     assert set(tried[1:]) == {(rate, kind) for rate in (2e-5, 5e-3) for kind in ("cosine", "MultiStep")}
 
 
-def test_what_cannot_be_searched_by_an_algorithm() -> None:
+def test_a_space_that_the_algorithm_cannot_search_is_rejected() -> None:
     shape = Space((Parameter("model.decoder_depth", 1, 8, integer=True),), {})
     with pytest.raises(SpecError) as caught:
         _algorithm("pbt", shape).check()
     assert caught.value.problem == (
-        "automl.algorithm: pbt hands weights on, so that it cannot search model.decoder_depth."
+        "automl.algorithm: pbt copies weights between trials, so it cannot search model.decoder_depth."
     )
     with pytest.raises(SpecError) as caught:
         _algorithm("pbt", max_recommendations=9).check()
     assert caught.value.problem == (
-        "automl.algorithm: pbt needs two generations of 5 (automl.population_size), but there are 9 recommendations "
+        "automl.algorithm: pbt needs two generations of 5 (automl.population_size), but there are 9 trials "
         "and 9 epochs."
     )
-    assert caught.value.fix == "Raise automl.max_recommendations to 10 or more, and train for 2 epochs or more."
+    assert caught.value.fix == "Set automl.max_recommendations to 10 or more, and train for 2 epochs or more."
     conditional = Space(
         (
             Parameter(SCHEDULER, choices=("cosine", "MultiStep")),
@@ -110,19 +110,19 @@ def test_what_cannot_be_searched_by_an_algorithm() -> None:
         _algorithm("grid", conditional).check()
     assert caught.value.problem == (
         "automl.algorithm: grid would train some points twice, since "
-        f"{GAMMA} acts with some values of {SCHEDULER} only."
+        f"{GAMMA} has an effect only with some values of {SCHEDULER}."
     )
     for name in ("bayesian", "random", "asha", "bohb", "cmaes"):
         _algorithm(name, conditional).check()
 
 
 @pytest.mark.parametrize(
-    ("recommendations", "size", "epochs", "generations", "in_all"),
+    ("count", "size", "epochs", "generations", "trials"),
     [(20, 5, 9, 4, 20), (12, 5, 9, 2, 10), (20, 5, 2, 2, 10), (100, 5, 9, 9, 45)],
 )
-def test_generations(recommendations: int, size: int, epochs: int, generations: int, in_all: int) -> None:
-    algorithm = _algorithm("pbt", epochs=epochs, max_recommendations=recommendations, population_size=size)
-    assert (algorithm.generations, algorithm.recommendations) == (generations, in_all)
+def test_generations(count: int, size: int, epochs: int, generations: int, trials: int) -> None:
+    algorithm = _algorithm("pbt", epochs=epochs, max_recommendations=count, population_size=size)
+    assert (algorithm.generations, algorithm.trials) == (generations, trials)
 
 
 def test_a_population_exploits_and_explores_by_its_rule() -> None:
@@ -172,7 +172,7 @@ def test_choices_are_drawn_by_their_weights() -> None:
         study = optuna.create_study()
         for number in range(200):
             study.sampler = _algorithm(name, space, seed=number).sampler(1)
-            counts[space.draw(study.ask())[SCHEDULER]] += 1
+            counts[space.suggest(study.ask())[SCHEDULER]] += 1
         assert 115 <= counts["cosine"] <= 165, f"{name}: {counts}"
 
 
@@ -197,7 +197,7 @@ def test_every_algorithm_runs_through_a_study(name: str, tmp_path: Path) -> None
     worker, _ = make_worker(spec)
     worker.run()
     trials = worker.study.trials()
-    assert len(trials) == worker.trainings.algorithm.recommendations
+    assert len(trials) == worker.jobs.algorithm.trials
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
     own = {LR: 2e-4, MOMENTUM: 0.9, MIXED[2]: 1, MIXED[3]: True}
     assert trials[0].params == own
@@ -252,6 +252,6 @@ def test_bayesian_finds_what_chance_does_not(tmp_path: Path) -> None:
 
 def test_the_budget_of_a_training(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, max_epochs=4)
-    assert budget(spec) == 4
-    assert budget(make_spec(tmp_path)) == 9
+    assert epochs_of(spec) == 4
+    assert epochs_of(make_spec(tmp_path)) == 9
     assert len(make_space(spec).parameters) == 2

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from openmae.automl import search
-from openmae.automl.worker import Trainings
+from openmae.automl.worker import TrialJobs
 from openmae.errors import DataError, SpecError
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
@@ -18,9 +18,8 @@ from openmae.spec.schema import ExperimentSpec
 TEMPLATE = Path(search.__file__).parents[1] / "skill/tao-train-mask-auto-encoder/references/spec_template_train.yaml"
 
 
-def best_of(spec: ExperimentSpec, params: dict[str, Any], epochs: int = 7) -> dict[str, Any]:
-    search: Any = SimpleNamespace(spec=spec, study=SimpleNamespace(algorithm=SimpleNamespace(epochs=epochs)))
-    tree: dict[str, Any] = yaml.safe_load(search.best_spec(search, params))
+def best_of(spec: ExperimentSpec, params: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load(search.best_spec(spec, params, 7))
     return tree
 
 
@@ -46,8 +45,11 @@ def test_the_best_spec_holds_what_was_typed_and_no_more():
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("train.resume_training_checkpoint_path=a.pth", "train.resume_training_checkpoint_path: is of one training"),
-        ("train.stop_after_epoch=2", "train.stop_after_epoch: is of one training"),
+        (
+            "train.resume_training_checkpoint_path=a.pth",
+            "train.resume_training_checkpoint_path: belongs to a single training run",
+        ),
+        ("train.stop_after_epoch=2", "train.stop_after_epoch: belongs to a single training run"),
     ],
 )
 def test_what_is_of_one_training_is_refused(override, problem, tmp_path):
@@ -59,7 +61,7 @@ def test_what_is_of_one_training_is_refused(override, problem, tmp_path):
 
 def test_a_shared_study_with_results_in_a_store_is_refused():
     overrides = ["dataset.train_data_sources=photos", "results_dir=s3://bucket/a", "automl.storage=postgresql://h/d"]
-    with pytest.raises(SpecError, match="must see one another's results"):
+    with pytest.raises(SpecError, match="must share the results too"):
         search.run(load_spec(None, overrides, action="automl"))
 
 
@@ -81,11 +83,11 @@ def test_an_evaluation_gets_what_is_of_the_data_alone(tmp_path, monkeypatch):
     overrides = ["dataset.train_data_sources=photos", "dataset.val_data_sources=val", "train.stage=finetune"]
     more = ["model.arch=vit_tiny_patch16", "dataset.batch_size=8", "wandb.run_id=abc", "wandb.name=mine"]
     spec = load_spec(None, [*overrides, *more], action="automl")
-    trainings = Trainings(spec, tmp_path, SimpleNamespace(epochs=3, generations=1), "local")  # type: ignore[arg-type]
+    jobs = TrialJobs(spec, tmp_path, SimpleNamespace(epochs=3, generations=1), "local")  # type: ignore[arg-type]
     given: list[Any] = []
-    monkeypatch.setattr(trainings.client, "create_job", lambda *args, **more: given.append(args))
-    trainings.start("evaluate", "final", {})
-    trainings.start("train", "000", {})
+    monkeypatch.setattr(jobs.client, "create_job", lambda *args, **more: given.append(args))
+    jobs.start("evaluate", "final", {})
+    jobs.start("train", "000", {})
     (_, evaluation, _), (_, training, _) = given
     assert evaluation == {"results_dir": str(tmp_path), "dataset.val_data_sources": "val", "dataset.batch_size": 8}
     assert training["model.arch"] == "vit_tiny_patch16"

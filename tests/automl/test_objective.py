@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from openmae.automl.objective import MISLEADS, Objective, make_objective, misleading
+from openmae.automl.objective import MISLEADING, Objective, find_misleading, make_objective
 from openmae.errors import SpecError
 from openmae.results.status import StatusLog
 from openmae.spec.load import load_spec
@@ -59,14 +59,14 @@ def test_the_best_epoch_counts_where_its_checkpoint_is_kept() -> None:
             {"metric": "knn_acc"},
             "automl.metric: knn_acc is measured on validation images with classes, but dataset.val_data_sources is not "
             "set.",
-            "Set it, or judge by automl.metric=train_loss.",
+            "Set it, or use automl.metric=train_loss.",
         ),
         (
             "pretrain",
             False,
             {"metric": "val_loss"},
             "automl.metric: val_loss is measured on validation images, but dataset.val_data_sources is not set.",
-            "Set it, or judge by automl.metric=train_loss.",
+            "Set it, or use automl.metric=train_loss.",
         ),
         (
             "pretrain",
@@ -131,9 +131,9 @@ def test_values_as_people_read_them() -> None:
 def test_the_loss_misleads_across_mask_ratios_alone() -> None:
     spec = _spec("pretrain", True)
     objective = make_objective(spec)
-    assert misleading(spec, objective, ("train.optim.lr", "model.mask_ratio")) == MISLEADS
-    assert misleading(spec, objective, ("train.optim.lr",)) == ""
+    assert find_misleading(spec, objective, ("train.optim.lr", "model.mask_ratio")) == MISLEADING
+    assert find_misleading(spec, objective, ("train.optim.lr",)) == ""
     judged = _spec("pretrain", True, metric="knn_acc")
-    assert misleading(judged, make_objective(judged), ("model.mask_ratio",)) == ""
+    assert find_misleading(judged, make_objective(judged), ("model.mask_ratio",)) == ""
     tuned = _spec("finetune", True, metric="train_loss")
-    assert misleading(tuned, make_objective(tuned), ("model.arch",)) == ""
+    assert find_misleading(tuned, make_objective(tuned), ("model.arch",)) == ""

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from tests.helpers.simulation import make_spec, make_worker, open_study
 
 from openmae.automl import study as module
-from openmae.automl.database import stored
+from openmae.automl.database import read_storage
 from openmae.errors import SpecError
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ from pathlib import Path
 sys.path.append({str(ROOT)!r})
 from tests.helpers.simulation import make_spec, open_study
 study = open_study(make_spec(Path({str(tmp_path)!r}), storage={server!r}))
-with study._turn():
+with study._lock():
     print("mine", flush=True)
     time.sleep(600)
 """
@@ -145,7 +145,7 @@ def test_another_machine_goes_on_with_its_own_folder(
         patched.setattr(socket, "gethostname", lambda: "far-away")
         there, _ = make_worker(make_spec(Path("shared"), **settings), stride=1)
     while not there.running:
-        there._turn()
+        there.turn()
     monkeypatch.setattr(module, "LOST", -1.0)
     here, _ = make_worker(make_spec(Path("shared"), **settings | {"results_dir": str(tmp_path / "b")}))
     here.run()
@@ -161,17 +161,17 @@ def test_searches_in_one_database_do_not_mix(server: str, tmp_path: Path) -> Non
     for spec in (first, second):
         worker, _ = make_worker(spec)
         worker.run()
-        assert worker.study.count() == 2
+        assert len(worker.study.trials()) == 2
     with pytest.raises(SpecError) as caught:
         open_study(make_spec(tmp_path / "first", storage=server, algorithm="random", max_recommendations=2, seed=7))
-    assert "holds trainings of a search, but its study is gone, or is another one" in caught.value.problem
+    assert "holds trials of a search, but its study is gone or is another one" in caught.value.problem
 
 
 def test_the_url_may_stand_in_a_variable(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUDIES", server)
     spec = make_spec(tmp_path, storage="env:STUDIES")
     assert open_study(spec).next() is not None
-    assert [study.study_name for study in stored(spec).get_all_studies()]
+    assert [study.study_name for study in read_storage(spec).get_all_studies()]
 
 
 def test_a_database_that_is_not_there_is_named(server: str, tmp_path: Path) -> None:

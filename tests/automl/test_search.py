@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -18,7 +16,7 @@ import pytest
 from optuna.trial import TrialState
 
 from openmae.automl import search as run_module
-from openmae.automl.database import stored
+from openmae.automl.database import read_storage
 from openmae.automl.worker import this_machine
 from openmae.errors import Preempted, RunError
 from openmae.jobs import Client
@@ -57,7 +55,7 @@ def _spec(command: Command) -> ExperimentSpec:
 
 
 def _trials(command: Command) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="automl", storage=stored(_spec(command))).trials
+    return optuna.load_study(study_name="automl", storage=read_storage(_spec(command))).trials
 
 
 def _jobs(folder: Path) -> list[str]:
@@ -83,7 +81,7 @@ def test_a_search_from_its_review_to_the_training_of_its_best_spec(tmp_path: Pat
     checkpoint = folder / "trials" / f"{best.number:03d}" / "model_best.pth"
     assert (folder / "model_best.pth").read_bytes() == checkpoint.read_bytes()
     report = (folder / "report.html").read_text(encoding="utf-8")
-    assert all(title in report for title in ("Best values", "History", "Parallel coordinates", "All recommendations"))
+    assert all(title in report for title in ("Best values", "History", "Parallel coordinates", "All trials"))
 
     entries = read_status(folder / "status.json")
     assert entries[0]["status"] == "STARTED"
@@ -101,19 +99,14 @@ def test_a_search_from_its_review_to_the_training_of_its_best_spec(tmp_path: Pat
     assert again == best.value, "the best spec does not train what the search trained"
 
 
-def test_the_best_of_a_search_is_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_a_complete_one(tmp_path: Path) -> None:
     trial = tmp_path / "trials" / "000"
     (trial / "model_epoch_001_step_00006.shards").mkdir(parents=True)
-    search: Any = SimpleNamespace(
-        folder=tmp_path,
-        trainings=SimpleNamespace(folder_of=lambda name: tmp_path / "trials" / name),
-        objective=SimpleNamespace(of_best_epoch=False),
-    )
-    with pytest.raises(RunError, match="The best recommendation's checkpoint is not in"):
-        run_module._copy_best(search, "000")
-    (trial / "model_epoch_001_step_00004.pth").write_bytes(b"whole")
-    run_module._copy_best(search, "000")
-    assert (tmp_path / "model_best.pth").read_bytes() == b"whole"
+    with pytest.raises(RunError, match="The best trial's checkpoint is not in"):
+        run_module.copy_best(trial, tmp_path, of_best_epoch=False)
+    (trial / "model_epoch_001_step_00004.pth").write_bytes(b"complete")
+    run_module.copy_best(trial, tmp_path, of_best_epoch=False)
+    assert (tmp_path / "model_best.pth").read_bytes() == b"complete"
 
 
 def test_killed_in_the_middle_and_begun_again(tmp_path: Path, pictures: Path) -> None:
@@ -145,7 +138,7 @@ def test_killed_in_the_middle_and_begun_again(tmp_path: Path, pictures: Path) ->
         os.kill(process["pid"], signal.SIGCONT)
     text, _ = second.communicate(timeout=240)
     assert second.returncode == 0, text
-    assert "Going on with the search in" in text
+    assert "Continuing the search in" in text
     trials = _trials(command)
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
     assert _jobs(tmp_path) == ["000 to epoch 2", "001 to epoch 2", "probe"], "it was trained twice"
@@ -158,12 +151,12 @@ def test_a_request_that_is_wrong_trains_nothing(tmp_path: Path, pictures: Path) 
     command = _command(tmp_path, pictures, "train.num_epochs=2", "automl.parameters=[train.seed]")
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "automl.parameters: train.seed: it is never searched" in done.stderr
+    assert "automl.parameters: train.seed: it cannot be searched" in done.stderr
     assert not (tmp_path / "automl").exists()
 
 
 def test_a_preempted_search_says_so(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "open_search", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(run_module, "Study", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Preempted):
         run_module.run(_spec(_command(tmp_path, pictures)))
     assert read_status(tmp_path / "automl" / "status.json")[-1]["message"] == "automl was preempted"
@@ -195,5 +188,5 @@ def test_finetuning_with_early_stopping_interrupted_and_measured(tmp_path: Path,
         lines = read_status(folder / "trials" / f"{trial.number:03d}" / "status.json")
         epochs = [line["message"].split()[1] for line in lines if "kpi" in line]
         assert epochs == [str(number + 1) for number in range(trial.user_attrs["epochs"])], "an epoch was trained twice"
-    final = json.loads(json.dumps(optuna.load_study(study_name="automl", storage=stored(_spec(command))).user_attrs))
-    assert 0 <= final["final"]["ACC_all"] <= 1
+    study = optuna.load_study(study_name="automl", storage=read_storage(_spec(command)))
+    assert 0 <= study.user_attrs["final"]["ACC_all"] <= 1

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmae.automl.algorithms import Algorithm
-from openmae.automl.space import Space, budget, make_space
+from openmae.automl.space import Space, epochs_of, make_space
 from openmae.errors import SpecError
 from openmae.spec.describe import fields
 from openmae.spec.load import load_spec
@@ -68,7 +68,7 @@ def test_the_default_space_of_finetuning() -> None:
 def test_pretraining_leaves_out_what_has_no_head() -> None:
     space = make_space(_spec(stage="pretrain"))
     assert sorted(_ranges(space)) == sorted(OPTIM + name for name in FLAGGED if name != "backbone_multiplier")
-    assert space.left_out == {OPTIM + "backbone_multiplier": "it does not act in the pretrain stage."}
+    assert space.left_out == {OPTIM + "backbone_multiplier": "it has no effect in the pretrain stage."}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -161,7 +161,7 @@ def test_an_option_that_depends_on_a_searched_one_is_drawn_where_it_acts() -> No
     assert [item.key for item in space.parameters] == [OPTIM + "lr_scheduler", OPTIM + "gamma"], "the cause comes first"
     assert space.conditional
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    drawn = [space.draw(study.ask()) for _ in range(40)]
+    drawn = [space.suggest(study.ask()) for _ in range(40)]
     for params in drawn:
         assert (OPTIM + "gamma" in params) == (params[OPTIM + "lr_scheduler"] == "MultiStep")
     assert len({len(params) for params in drawn}) == 2
@@ -173,14 +173,14 @@ def test_a_dependent_option_alone_needs_the_specs_value() -> None:
     assert not space.conditional
     problem = _refused("train.optim.lr_scheduler=cosine", parameters=[OPTIM + "gamma"])
     assert (
-        problem == "automl.parameters: train.optim.gamma: it does not act without train.optim.lr_scheduler=MultiStep."
+        problem == "automl.parameters: train.optim.gamma: it has no effect without train.optim.lr_scheduler=MultiStep."
     )
 
 
 def test_mixup_decides_on_its_switch() -> None:
     key = "dataset.augmentation.mixup_switch_prob"
     problem = _refused("dataset.augmentation.mixup=0", stage="finetune", parameters=[key])
-    assert problem == f"automl.parameters: {key}: it does not act without dataset.augmentation.mixup>0."
+    assert problem == f"automl.parameters: {key}: it has no effect without dataset.augmentation.mixup>0."
     assert key in _ranges(make_space(_spec(stage="finetune", parameters=[key])))
 
 
@@ -193,20 +193,20 @@ def test_mixup_decides_on_its_switch() -> None:
         (
             "pretrain",
             "train.num_epochs",
-            "it is the budget of a recommendation, not a value to search. Set automl.max_epochs.",
+            "it is the length of a trial and cannot be searched. Set automl.max_epochs.",
         ),
         (
             "pretrain",
             "train.precision",
-            "it is never searched: it says what is trained and where, not how well. Set it in the spec.",
+            "it cannot be searched: it decides what is trained and where, not how well. Set it in the spec.",
         ),
         (
             "pretrain",
             "evaluate.batch_size",
-            "it is never searched: it says what is trained and where, not how well. Set it in the spec.",
+            "it cannot be searched: it decides what is trained and where, not how well. Set it in the spec.",
         ),
-        ("pretrain", "train.optim.layer_decay", "it does not act in the pretrain stage."),
-        ("finetune", "model.mask_ratio", "it does not act in the finetune stage."),
+        ("pretrain", "train.optim.layer_decay", "it has no effect in the pretrain stage."),
+        ("finetune", "model.mask_ratio", "it has no effect in the finetune stage."),
     ],
 )
 def test_what_cannot_be_searched_says_why(stage: str, key: str, why: str) -> None:
@@ -215,7 +215,7 @@ def test_what_cannot_be_searched_says_why(stage: str, key: str, why: str) -> Non
 
 
 def test_a_replaced_learning_rate() -> None:
-    why = "train.optim.base_lr replaces it. Search train.optim.base_lr, with a range of your own."
+    why = "train.optim.base_lr replaces it. Search train.optim.base_lr instead, with a range of your own."
     assert (
         _refused("train.optim.base_lr=1e-3", parameters=[OPTIM + "lr"]) == f"automl.parameters: train.optim.lr: {why}"
     )
@@ -231,27 +231,27 @@ def test_all_mistakes_are_told_at_once() -> None:
         ranges={OPTIM + "lr": [0.5, 2.0], OPTIM + "momentum": [0.8, 0.9]},
     )
     assert problem.splitlines() == [
-        "automl.ranges.train.optim.momentum: it is not among automl.parameters. Add it there, or remove it.",
+        "automl.ranges.train.optim.momentum: it is not in automl.parameters. Add it there, or remove it.",
         "automl.parameters: nothing: there is no such option.",
-        "automl.parameters: train.precision: it is never searched: it says what is trained and where, not how well. "
-        "Set it in the spec.",
+        "automl.parameters: train.precision: it cannot be searched: it decides what is trained and where, not how "
+        "well. Set it in the spec.",
         "automl.ranges.train.optim.lr: 2.0 is not a legal value of train.optim.lr: input should be less than or equal "
         "to 1.",
-        "automl.ranges.model.arch: which architectures? Give a list, such as [vit_tiny_patch16, vit_small_patch16].",
-        "automl.ranges.train.optim.base_lr: it has no range of its own. Give [low, high], or the choices.",
+        "automl.ranges.model.arch: list the architectures, such as [vit_tiny_patch16, vit_small_patch16].",
+        "automl.ranges.train.optim.base_lr: it has no default range. Give [low, high] or a list of choices.",
     ]
 
 
 @pytest.mark.parametrize(
     ("key", "range_", "why"),
     [
-        (OPTIM + "lr", [1e-3, 1e-4], "[0.001, 0.0001] leaves nothing to search. The first number must be the lower"),
+        (OPTIM + "lr", [1e-3, 1e-4], "[0.001, 0.0001] leaves nothing to search. Give the lower number first"),
         (OPTIM + "lr", [1e-3, 1e-3], "[0.001, 0.001] leaves nothing to search."),
         (OPTIM + "lr", [0.0, 1e-3], "0.0 is not a legal value of train.optim.lr: input should be greater than 0."),
         (OPTIM + "warmup_epochs", [0.5, 2], "0.5 is not a legal value of train.optim.warmup_epochs"),
-        (OPTIM + "warmup_epochs", [0, 30], "must stay below the 30 epochs of a training, got 0 to 30."),
+        (OPTIM + "warmup_epochs", [0, 30], "must stay below the 30 epochs of a trial, got 0 to 30."),
         (OPTIM + "lr_scheduler", ["cosine", "linear"], "'linear' is not a legal value of train.optim.lr_scheduler"),
-        (OPTIM + "lr_scheduler", ["cosine", "cosine"], "names a choice twice: cosine, cosine."),
+        (OPTIM + "lr_scheduler", ["cosine", "cosine"], "contains a choice twice: cosine, cosine."),
         (
             "model.arch",
             ["vit_tiny_patch16", "vit_tiny_patch17"],
@@ -274,7 +274,7 @@ def test_ranges_that_cross() -> None:
     problem = _refused(parameters=names)
     assert problem.splitlines()[0] == (
         "automl.ranges: dataset.augmentation.min_scale (0.08 to 0.8) must stay <= dataset.augmentation.max_scale "
-        "(0.6 to 1) in every draw. Give both ranges that do not overlap, or search one of them."
+        "(0.6 to 1) in every trial. Give them ranges that do not overlap, or search only one of them."
     )
     apart = {names[0]: [0.1, 0.5], names[1]: [0.6, 1.0]}
     assert len(make_space(_spec(parameters=names, ranges=apart)).parameters) == 2
@@ -292,7 +292,7 @@ def test_a_range_is_cut_by_the_option_that_bounds_it() -> None:
 def _draws(spec: ExperimentSpec, count: int = 40) -> list[dict[str, Any]]:
     """Random draws; each of them is a training that the spec admits, or this raises."""
     space, study = make_space(spec), optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    found = [space.draw(study.ask()) for _ in range(count)]
+    found = [space.suggest(study.ask()) for _ in range(count)]
     typed = {key: value_of(spec, key) for key in fields() if spec.typed(key) and not key.startswith("automl.")}
     for params in found:
         load_spec(None, [f"{key}={value}" for key, value in {**typed, **params}.items()], action="train")
@@ -341,7 +341,7 @@ def test_a_range_without_a_whole_head_leaves_nothing() -> None:
 def test_an_architecture_that_the_rest_of_the_spec_does_not_fit(override: str, why: str) -> None:
     typed = ("model.arch=vit_tiny_patch16", override)
     problem = _refused(*typed, parameters=[ARCH], ranges=VIT_OR_CONVNEXT)
-    assert problem.startswith(f"automl.ranges.{ARCH}: convnextv2_atto would be refused: {why}")
+    assert problem.startswith(f"automl.ranges.{ARCH}: convnextv2_atto would be rejected: {why}")
     assert "\n" not in problem
     _draws(_spec(*typed, parameters=[ARCH], ranges={ARCH: ["vit_tiny_patch16", "vit_small_patch16"]}))
 
@@ -351,7 +351,7 @@ def test_what_an_architecture_decides_is_decided_anew_for_each() -> None:
     typed = ("model.arch=vit_tiny_patch16", "dataset.augmentation.input_size=64")
     _draws(_spec(*typed, parameters=[ARCH], ranges=VIT_OR_CONVNEXT))
     problem = _refused(*typed, f"{RATIO}=0.8", parameters=[ARCH], ranges=VIT_OR_CONVNEXT)
-    assert "convnextv2_atto would be refused: model.mask_ratio: must leave some mask units visible" in problem
+    assert "convnextv2_atto would be rejected: model.mask_ratio: must leave some mask units visible" in problem
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_every_mask_ratio_leaves_something_visible(arch: list[str], size: Any, s
 def test_a_range_of_ones_own_that_the_spec_refuses_is_refused_at_once() -> None:
     typed = ("model.arch=convnextv2_atto", "dataset.augmentation.input_size=64")
     problem = _refused(*typed, parameters=[RATIO], ranges={RATIO: [0.5, 0.8]})
-    assert "automl.ranges: a draw would be refused: model.mask_ratio: must leave some mask units visible" in problem
+    assert "automl.ranges: a trial would be rejected: model.mask_ratio: must leave some mask units visible" in problem
     assert "0.8 leaves 0 of 4 visible" in problem
     widths = {WIDTH: [100, 128, 256]}
     problem = _refused("model.arch=vit_tiny_patch16", parameters=[WIDTH], ranges=widths)
@@ -407,8 +407,8 @@ def _drawn(stage: str, epochs: int, seed: int, parameters: list[str]) -> Experim
     spec = _spec("model.arch=vit_tiny_patch16", stage=stage, epochs=epochs, parameters=parameters, seed=seed)
     space = make_space(spec)
     study = optuna.create_study()
-    study.sampler = Algorithm(spec.automl, space, budget(spec)).sampler(1)
-    params = space.draw(study.ask())
+    study.sampler = Algorithm(spec.automl, space, epochs_of(spec)).sampler(1)
+    params = space.suggest(study.ask())
     assert params
     overrides = [f"{key}={value}" for key, value in params.items()]
     return load_spec(

@@ -53,13 +53,13 @@ def test_every_recommendation_is_trained_once_and_the_best_checkpoint_stays(tmp_
 
 def test_a_loser_keeps_no_parts_either(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="random"))
-    folder, name = worker.trainings.folder_of("000"), "model_epoch_001_step_00004.shards"
+    folder, name = worker.jobs.folder_of("000"), "model_epoch_001_step_00004.shards"
     for parts in (name, f".{name}.tmp", f"{name}.superseded"):
         (folder / parts).mkdir(parents=True)
         (folder / parts / "index.pth").touch()
     for other in ("status.json", "model_best.pth"):
         (folder / other).touch()
-    worker.trainings.delete_models("000")
+    worker.jobs.delete_models("000")
     assert [path.name for path in folder.iterdir()] == ["status.json"]
 
 
@@ -80,7 +80,7 @@ def test_a_job_gets_the_values_and_its_place(tmp_path: Path) -> None:
         "train.num_epochs": 9,
         "train.results_dir": str(_folder(tmp_path, "001")),
         "wandb.group": "automl",
-        "wandb.name": "recommendation 1",
+        "wandb.name": "trial 1",
     }
 
 
@@ -98,7 +98,7 @@ def test_the_orchestrator_says_how_many_gpus_a_training_has(tmp_path: Path, monk
 
 def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="asha", max_recommendations=9))
-    assert worker.trainings.algorithm.rungs == (3, 9)
+    assert worker.jobs.algorithm.rungs == (3, 9)
     worker.run()
     assert len(jobs.trained) == len(set(jobs.trained)), "an epoch was trained again"
     rungs: dict[int, list[float]] = {3: []}
@@ -119,8 +119,7 @@ def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: 
     assert set(told) == {trial.user_attrs["folder"] for trial in worker.study.trials()} - {best.user_attrs["folder"]}
     for trial in worker.study.trials():
         if trial.state == TrialState.PRUNED:
-            number = trial.user_attrs["recommendation"]
-            why = f"Trial {number} of the search was pruned after epoch 3 of 9, as others were better, so its"
+            why = f"Trial {trial.number} of the search was pruned after epoch 3 of 9, as others were better, so its"
             assert told[trial.user_attrs["folder"]].startswith(why)
     assert _models(tmp_path) == [best.user_attrs["folder"]]
     stops = [overrides.get("train.stop_after_epoch") for name, overrides in jobs.started if name.startswith("000")]
@@ -199,7 +198,7 @@ def test_equal_failures_end_the_search_with_their_cause(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         worker.run()
     problem = caught.value.problem
-    assert problem.startswith("3 recommendations in a row failed for the same reason: data: DataError: picture ")
+    assert problem.startswith("3 trials in a row failed for the same reason: data: DataError: picture ")
     assert problem.endswith("is broken")
     assert f"{tmp_path}/automl/jobs" in caught.value.fix
     assert len(jobs.started) == 3
@@ -259,7 +258,7 @@ def test_without_a_finite_value_a_recommendation_has_failed(tmp_path: Path, brok
     worker.run()
     own, other = worker.study.trials()
     assert own.state == TrialState.FAIL
-    assert own.user_attrs["cause"] == "spec: it told no finite train_loss"
+    assert own.user_attrs["cause"] == "spec: it reported no finite train_loss"
     best = worker.study.best()
     assert best is not None
     assert best.number == other.number == 1
@@ -281,16 +280,16 @@ def test_a_job_that_cannot_be_started_is_a_failure(tmp_path: Path, monkeypatch: 
 
 def test_a_job_that_somebody_stopped_is_a_failure(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1))
-    worker._turn()
+    worker.turn()
     jobs.cancel_job(worker.running[0].job.id)
     worker.run()
-    assert worker.study.trials()[0].user_attrs["cause"] == "canceled: somebody else stopped its job"
+    assert worker.study.trials()[0].user_attrs["cause"] == "canceled: its job was canceled from outside the search"
 
 
 def test_a_job_that_was_preempted_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1), stride=1)
     while len(jobs.trained) < 3:
-        worker._turn()
+        worker.turn()
     job = jobs.cancel_job(worker.running[0].job.id)
     jobs.jobs[job.id] = replace(job, exit_code=75)
     worker.run()
@@ -327,7 +326,7 @@ def test_ctrl_c_leaves_recommendations_to_be_continued(tmp_path: Path, algorithm
     assert sorted(first.trained + second.trained) == sorted(jobs.trained), "epochs were lost or trained again"
     told = [(trial.params, trial.value, trial.state, trial.intermediate_values) for trial in worker.study.trials()]
     assert told == [(t.params, t.value, t.state, t.intermediate_values) for t in whole.study.trials()]
-    assert worker.study.count() == 6
+    assert len(worker.study.trials()) == 6
 
 
 def test_ctrl_c_while_a_job_is_started_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,17 +343,17 @@ def test_ctrl_c_while_a_job_is_started_leaves_none_behind(tmp_path: Path, monkey
     assert [job.status for job in jobs.list_jobs()] == ["CANCELED"]
     again, _ = make_worker(make_spec(tmp_path))
     assert again.study.next() is not None
-    assert again.study.count() == 1
+    assert len(again.study.trials()) == 1
 
 
 def test_a_job_that_still_runs_is_adopted(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, algorithm="random", max_recommendations=1)
     worker, jobs = make_worker(spec, stride=1)
-    worker._turn()
-    worker._turn()
-    worker.study.leave(0)  # as if it had died: its job runs on
+    worker.turn()
+    worker.turn()
+    worker.study.release(0)  # as if it had died: its job runs on
     heir, _ = make_worker(spec)
-    heir.trainings.client = jobs  # type: ignore[assignment]
+    heir.jobs.client = jobs  # type: ignore[assignment]
     heir.run()
     assert len(jobs.started) == 1
     assert _states(heir) == {"COMPLETE": 1}
@@ -378,13 +377,13 @@ def test_a_training_that_another_machine_took_over_is_stopped_and_continued_ther
         patched.setattr(socket, "gethostname", lambda: "far-away")
         there, old = make_worker(spec, stride=1)
     while old.trained[-1:] != [("000", 5)]:
-        there._turn()
+        there.turn()
     with monkeypatch.context() as patched:
         patched.setattr(study_module, "LOST", -1.0)
         here, new = make_worker(spec)
         while not here.running:
-            here._turn()
-    there._turn()
+            here.turn()
+    there.turn()
     assert there.running == []
     assert [job.status for job in old.jobs.values()][-1] == "CANCELED", "both train the same"
     here.run()
@@ -396,7 +395,7 @@ def test_a_training_that_another_machine_took_over_is_stopped_and_continued_ther
     lines = (_folder(tmp_path, folder) / "status.json").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 9, "the epochs before are not known there"
     there.run()
-    assert here.study.count() == 1
+    assert len(here.study.trials()) == 1
 
 
 def test_when_it_was_taken_over_after_its_last_epoch_nothing_is_trained(
@@ -407,7 +406,7 @@ def test_when_it_was_taken_over_after_its_last_epoch_nothing_is_trained(
         patched.setattr(socket, "gethostname", lambda: "far-away")
         there, old = make_worker(spec, stride=1)
     while len(old.trained) < 9:
-        there._turn()
+        there.turn()
     monkeypatch.setattr(study_module, "LOST", -1.0)
     here, new = make_worker(spec)
     here.run()
@@ -419,7 +418,7 @@ def test_when_it_was_taken_over_after_its_last_epoch_nothing_is_trained(
 def test_a_full_disk_pauses_the_search(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, algorithm="random", max_recommendations=20)
     worker, jobs = make_worker(spec, stride=1)
-    worker._turn()
+    worker.turn()
     engine = worker.study.study._storage._backend.engine  # type: ignore[attr-defined]
     with engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar() + 1
@@ -428,12 +427,15 @@ def test_a_full_disk_pauses_the_search(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         worker.run()
     assert caught.value.problem == "The study cannot be read or written: database or disk is full."
-    assert caught.value.fix == "Make room where the disk is full, or look at the database; the same command goes on."
+    assert (
+        caught.value.fix
+        == "Free space if the disk is full, or check the database; the same command continues the search."
+    )
     assert all(job.finished for job in jobs.list_jobs()), "a job was left running"
     heir, _ = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=20))
     held = heir.study.unfinished()
     for trial in held:  # its holder is this very process, which is not dead
-        worker.study.leave(trial.number)
+        worker.study.release(trial.number)
     heir.run()
     assert _states(heir) == {"COMPLETE": 20}
 
@@ -441,14 +443,14 @@ def test_a_full_disk_pauses_the_search(tmp_path: Path) -> None:
 def test_the_seconds_of_all_jobs_count(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="asha", max_recommendations=1), pause=0.02)
     worker.run()
-    (trial,) = worker.study.shown()
+    (trial,) = worker.study.summaries()
     assert 9 * 0.02 <= trial.seconds < 5
     assert trial.epochs == 9
 
 
 def test_settings_of_the_search_are_no_overrides_of_a_training(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, seed=5))
-    typed = worker.trainings._specs
+    typed = worker.jobs.specs
     assert not [key for key in typed if key.startswith("automl.")]
     assert typed["results_dir"] == str(tmp_path / "automl")
     assert json.dumps(typed["model.arch"]) == '"vit_tiny_patch16"'
@@ -460,5 +462,5 @@ def test_trainings_get_variables_and_not_their_values_in_the_spec(
     monkeypatch.setenv("MAE_DATA", "hush-hush")
     spec = make_spec(tmp_path).standing_for({"dataset.train_data_sources": "${oc.env:MAE_DATA}"})
     worker, _ = make_worker(spec)
-    assert worker.trainings._specs["dataset.train_data_sources"] == "${oc.env:MAE_DATA}"
-    assert worker.trainings._environment["MAE_DATA"] == "hush-hush"
+    assert worker.jobs.specs["dataset.train_data_sources"] == "${oc.env:MAE_DATA}"
+    assert worker.jobs.environment["MAE_DATA"] == "hush-hush"

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from openmae.automl import worker as module
-from openmae.automl.algorithms import Algorithm
-from openmae.automl.objective import make_objective
-from openmae.automl.space import budget, make_space
 from openmae.automl.study import Study
-from openmae.automl.worker import Trainings, Worker
+from openmae.automl.worker import TrialJobs, Worker
 from openmae.jobs.failures import FailureAnalysis
 from openmae.jobs.job import Job, Transition
 from openmae.spec.load import load_spec
@@ -145,21 +142,18 @@ def make_spec(folder: Path, **automl: Any) -> ExperimentSpec:
 
 
 def open_study(spec: ExperimentSpec) -> Study:
-    """As ``run.open_search`` opens it."""
-    space, folder = make_space(spec), Path(spec.results_folder("automl"))
+    """Open the study of a spec in its results folder."""
+    folder = Path(spec.results_folder("automl"))
     folder.mkdir(parents=True, exist_ok=True)
-    algorithm = Algorithm(spec.automl, space, budget(spec))
-    algorithm.check()
-    return Study(spec, folder, algorithm, space, make_objective(spec))
+    return Study(spec, folder)
 
 
 def make_worker(spec: ExperimentSpec, learn: Learn = loss, pause: float = 0.0, stride: int = 9) -> tuple[Worker, Jobs]:
-    """A worker of the search, whose trainings are simulated."""
+    """Return a worker with simulated jobs."""
     study = open_study(spec)
-    trainings, jobs = Trainings(spec, Path(spec.results_folder("automl")), study.algorithm, "local"), Jobs(learn)
-    jobs.pause, jobs.stride = pause, stride
-    trainings.client = jobs  # type: ignore[assignment]
-    return Worker(study, trainings), jobs
+    trial_jobs, jobs = TrialJobs(spec, study.folder, study.algorithm, "local"), Jobs(learn, pause=pause, stride=stride)
+    trial_jobs.client = jobs  # type: ignore[assignment]
+    return Worker(study, trial_jobs), jobs
 
 
 if __name__ == "__main__":  # RESULTS SETTINGS PAUSE: prints what it trained, as JSON lines

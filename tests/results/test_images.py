@@ -9,14 +9,10 @@ import pytest
 from PIL import Image
 
 from openmae.results import curves, style
+from openmae.results.confusion import save_confusion_matrix
+from openmae.results.curves import save_curves
 from openmae.results.dataset_report import save_dataset_picture
-from openmae.results.images import (
-    reconstruction_grid,
-    save_bar_comparison,
-    save_confusion_matrix,
-    save_curves,
-    save_predictions,
-)
+from openmae.results.images import reconstruction_grid, save_bar_comparison, save_predictions
 from openmae.results.search_section import save_importances
 from openmae.results.style import BLUE, GREY, INK, MUTED, RUST
 
@@ -58,7 +54,7 @@ class TestPredictions:
         assert (below[:, percent - 7 : percent - 1] == 255).all(), "nothing between it and the probability"
 
     def test_what_does_not_fit_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="1 images, 2 labels and 1 probabilities do not fit"):
+        with pytest.raises(ValueError, match="1 images, 2 labels and 1 probabilities do not match"):
             save_predictions(np.zeros((1, 8, 8, 3), dtype=np.uint8), ["a", "b"], [0.1], tmp_path / "sheet.png")
         assert not list(tmp_path.iterdir())
 
@@ -133,9 +129,9 @@ class TestConfusionMatrix:
         assert save_confusion_matrix(np.eye(4, dtype=int) * 123_456, names, tmp_path / "m.png").exists()
 
     def test_shapes_that_do_not_fit_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"shape \(2, 2\) does not fit 3 class names"):
+        with pytest.raises(ValueError, match=r"shape \(2, 2\) does not match 3 class names"):
             save_confusion_matrix(np.eye(2, dtype=int), "abc", tmp_path / "m.png")
-        with pytest.raises(ValueError, match=r"does not fit 1 class names \(2 or more\)"):
+        with pytest.raises(ValueError, match=r"does not match 1 class names \(2 or more\)"):
             save_confusion_matrix(np.eye(1, dtype=int), "a", tmp_path / "m.png")
 
 
@@ -183,9 +179,9 @@ class TestCurves:
             save_curves([{"step": 1, "epoch": 1, "train_loss": float("nan")}], tmp_path / "c.png")
 
     def test_names_that_would_overlap_are_spread(self) -> None:
-        assert curves._spread([0.1, 0.5, 0.9], gap=0.1) == pytest.approx([0.1, 0.5, 0.9])
-        assert curves._spread([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
-        spread = curves._spread([0.3, 0.5, 0.5, 0.56], gap=0.1)
+        assert style.spread([0.1, 0.5, 0.9], gap=0.1) == pytest.approx([0.1, 0.5, 0.9])
+        assert style.spread([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
+        spread = style.spread([0.3, 0.5, 0.5, 0.56], gap=0.1)
         assert np.diff(spread).min() >= 0.1 - 1e-9
 
 
@@ -203,7 +199,7 @@ class TestBars:
     def test_bad_values_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no accuracies"):
             save_bar_comparison({}, tmp_path / "b.png", title="T")
-        with pytest.raises(ValueError, match=r"a: an accuracy must lie in \[0, 1\], not 93"):
+        with pytest.raises(ValueError, match=r"a: an accuracy must be in \[0, 1\], not 93"):
             save_bar_comparison({"a": 93}, tmp_path / "b.png", title="T")
 
 
@@ -279,7 +275,9 @@ mono = next(entry.fname for entry in own if entry.name == "DejaVu Sans Mono")
 installed = ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "Noto Sans CJK JP", "sans-serif"]
 more = [fonts.FontEntry(fname=mono, name=name) for name in installed] if sys.argv[1] == "many" else []
 fonts.fontManager.ttflist[:] = [*more, *own]
-from openmae.results.images import save_confusion_matrix, save_curves, save_predictions
+from openmae.results.confusion import save_confusion_matrix
+from openmae.results.curves import save_curves
+from openmae.results.images import save_predictions
 row = {"step": 9, "epoch": 0, "train_loss": 1.0, "val_loss": 1.0, "probe_acc": 0.874, "knn_acc": 0.8712}
 folder = Path(sys.argv[2])
 paths = [

@@ -10,7 +10,7 @@ import numpy as np
 
 from openmae.checkpoints.format import CheckpointInfo
 from openmae.engines.metadata import ModelCard
-from openmae.results.images import save_curves
+from openmae.results.curves import save_curves
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown, table_rows
 from openmae.results.report import Cell, Code, Numbers, Picture, Section, Table, Text, write_report

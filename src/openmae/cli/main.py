@@ -21,6 +21,7 @@ from pathlib import Path
 
 from openmae._version import __version__
 from openmae.cli.automl import add_arguments as add_automl_arguments
+from openmae.cli.automl import with_command
 from openmae.cli.cache import add_arguments as add_cache_arguments
 from openmae.cli.checkpoint import add_arguments as add_checkpoint_arguments
 from openmae.cli.dataset import add_dataset_commands, expanded_braces
@@ -116,7 +117,7 @@ def _level(command: str) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(with_command(sys.argv[1:] if argv is None else argv))
     # argparse gives overrides that follow an option back as unknown: `mae train a=1 -e spec.yaml b=2`
     if rest and (not hasattr(args, "overrides") or any(item.startswith("-") for item in rest)):
         parser.error(_unrecognized(args, rest))
