@@ -27,6 +27,7 @@ from openmae.actions import train
 from openmae.automl import worker
 from openmae.automl.algorithms import Algorithm
 from openmae.automl.study import HeldTrial, Study
+from openmae.automl.trial_jobs import TrialJobs
 from openmae.errors import RunError
 from openmae.jobs.job import Job, State, Transition, now
 from openmae.results.status import StatusLog
@@ -164,7 +165,7 @@ class Table:
                 return None
 
 
-class InProcess(worker.TrialJobs):
+class InProcess(TrialJobs):
     """Trains as ``TrialJobs`` does, in this process instead of jobs; it is its own client.
 
     Args:

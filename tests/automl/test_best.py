@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from openmae.automl import search
-from openmae.automl.worker import TrialJobs
+from openmae.automl.trial_jobs import TrialJobs
 from openmae.errors import DataError, SpecError
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec

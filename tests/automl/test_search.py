@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from openmae.automl import search as run_module
 from openmae.automl.database import read_storage
-from openmae.automl.worker import this_machine
+from openmae.automl.trial_jobs import this_machine
 from openmae.errors import Preempted, RunError
 from openmae.jobs import Client
 from openmae.results.status import read_status

@@ -14,7 +14,8 @@ from typing import Any
 
 from openmae.automl import worker as module
 from openmae.automl.study import Study
-from openmae.automl.worker import TrialJobs, Worker
+from openmae.automl.trial_jobs import TrialJobs
+from openmae.automl.worker import Worker
 from openmae.jobs.failures import FailureAnalysis
 from openmae.jobs.job import Job, Transition
 from openmae.spec.load import load_spec

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from openmae.results.report import Code, Numbers, Picture, Section, Table, Text, write_report
+from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 
 
 class _Page(HTMLParser):
@@ -48,7 +48,7 @@ def sections(tmp_path: Path) -> list[Section]:
             "Of the validation images.",
         ),
         Table("Run", ["", ""], [["device", "CPU"], ["parameters", 5_717_416]]),
-        Picture("Curves", tmp_path / "picture.png", 'Loss & "accuracy"'),
+        Figure("Curves", tmp_path / "picture.png", 'Loss & "accuracy"'),
         Code("Spec", "model:\n  arch: vit\n" * 20),
     ]
 
@@ -109,7 +109,7 @@ def test_columns_without_names_have_no_head(tmp_path: Path) -> None:
 def test_pictures_are_shown_at_the_size_their_resolution_asks_for(tmp_path: Path) -> None:
     Image.new("RGB", (400, 200)).save(tmp_path / "fine.png", dpi=(200, 200))
     Image.new("RGB", (400, 200)).save(tmp_path / "plain.png")
-    pictures = [Picture("", tmp_path / name, "") for name in ("fine.png", "plain.png")]
+    pictures = [Figure("", tmp_path / name, "") for name in ("fine.png", "plain.png")]
     page = _Page(write_report(tmp_path, "Run", pictures).read_text(encoding="utf-8"))
     assert [image["width"] for image in page.all("img")] == ["192", "400"]
 
@@ -118,10 +118,10 @@ def test_wrong_sections_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="table 'T': a row does not have 2 cells"):
         write_report(tmp_path, "Run", [Table("T", ["a", "b"], [[1]])])
     with pytest.raises(FileNotFoundError):
-        write_report(tmp_path, "Run", [Picture("P", tmp_path / "absent.png", "")])
+        write_report(tmp_path, "Run", [Figure("P", tmp_path / "absent.png", "")])
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"notes.txt' is not an image file"):
-        write_report(tmp_path, "Run", [Picture("P", tmp_path / "notes.txt", "")])
+        write_report(tmp_path, "Run", [Figure("P", tmp_path / "notes.txt", "")])
     assert not (tmp_path / "report.html").exists()
 
 

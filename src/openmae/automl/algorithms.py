@@ -25,7 +25,7 @@ _FIRST_RUNG = 3  # epochs, where there are enough: earlier values mostly show th
 _GP_TRIALS = 50  # a Gaussian process learns more from few trials, but its cost grows with their number
 _QUANTILE = 0.25  # share of a population that is replaced, and share that it is replaced by
 _PERTURB = (0.8, 1.25)
-_RESAMPLE = 0.25  # probability of drawing an option of a population anew instead of perturbing it
+_RESAMPLE = 0.25  # probability that pbt draws an option again instead of perturbing it
 # These options of the model do not change the shape of its weights.
 _SAME_WEIGHTS = ("model.decoder_targets", "model.drop_path_rate", "model.mask_ratio", "model.norm_pix_loss")
 
@@ -186,7 +186,7 @@ def next_member(
     """Choose weights and parameters for a slot of the next generation (truncation selection, arXiv:1711.09846).
 
     A member of the worst quarter continues with the weights of one of the best quarter; each of its parameters is
-    multiplied by 0.8 or 1.25, or drawn anew. All other members continue unchanged.
+    multiplied by 0.8 or 1.25, or drawn again. All other members continue unchanged.
 
     Args:
         algorithm: the search.

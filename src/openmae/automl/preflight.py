@@ -17,7 +17,7 @@ from rich.table import Table
 from openmae.automl.objective import find_misleading
 from openmae.automl.study import Study
 from openmae.automl.terminal import format_params
-from openmae.automl.worker import TrialJobs
+from openmae.automl.trial_jobs import TrialJobs
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import Job
 from openmae.results.metrics_csv import read_metrics

@@ -18,7 +18,8 @@ from openmae.automl.search_report import write_search_report
 from openmae.automl.space import make_space
 from openmae.automl.study import FOLDER, Study
 from openmae.automl.terminal import showing_progress
-from openmae.automl.worker import TrialJobs, Worker
+from openmae.automl.trial_jobs import TrialJobs
+from openmae.automl.worker import Worker
 from openmae.data.open import open_index
 from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import DataError, RunError, SpecError, UserError, blaming

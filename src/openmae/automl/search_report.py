@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from openmae.automl.objective import MISLEADING, find_misleading
 from openmae.automl.preflight import review_rows
 from openmae.automl.study import Study
-from openmae.results.report import Code, Numbers, Picture, Section, Table, Text, write_report
+from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.results.search_section import save_history, save_importances, save_parallel_coordinates, save_slices
 from openmae.results.trials import TrialSummary, best_trial, duration, format_value, read_search, short_names
 from openmae.storage.atomic import make_folder
@@ -52,7 +52,7 @@ def write_search_report(
             caption=f"From trial {best.number}; also in best.yaml.{note}",
         ),
         *_evaluation(baseline, final),
-        *_pictures(study, trials),
+        *_figures(study, trials),
     ]
     of_pixels = study.spec.train.stage == "pretrain" and objective.metric in ("train_loss", "val_loss")
     if find_misleading(study.spec, objective, tuple(keys)) or (of_pixels and counts["classes"]):
@@ -80,7 +80,7 @@ def _evaluation(baseline: Mapping[str, float], final: Mapping[str, float]) -> li
     return [Table("Evaluation", ("metric", "starting checkpoint", "best"), rows, caption=caption)]
 
 
-def _pictures(study: Study, trials: Sequence[TrialSummary]) -> list[Section]:
+def _figures(study: Study, trials: Sequence[TrialSummary]) -> list[Section]:
     folder, log = make_folder(study.folder / "pictures"), study.space.log_keys
     search = read_search(trials, study.objective.metric, study.objective.maximize)
     assert search is not None
@@ -102,7 +102,7 @@ def _pictures(study: Study, trials: Sequence[TrialSummary]) -> list[Section]:
             "The metric over the values of each option.",
         ),
     ]
-    return [Picture(title, path, caption) for title, path, caption in drawn if path is not None]
+    return [Figure(title, path, caption) for title, path, caption in drawn if path is not None]
 
 
 def _importances(study: Study) -> dict[str, float]:

@@ -104,7 +104,7 @@ class Space:
 
     @property
     def conditional(self) -> bool:
-        """Whether an option has an effect only with some values of another one."""
+        """True if an option has an effect only with some values of another one."""
         return any(item.needs for item in self.parameters)
 
     @property
@@ -155,7 +155,6 @@ def make_space(spec: ExperimentSpec) -> Space:
             problems.append(outcome)
         else:
             left_out[key] = outcome
-    problems += _overlaps(found, spec)
     problems += [] if problems else _rejected(spec, found)
     if problems:
         raise SpecError("\n".join(dict.fromkeys(problems)), "`mae spec keys` lists all options and their bounds.")
@@ -263,6 +262,11 @@ def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wa
             f"automl.ranges.{key}: [{low:g}, {high:g}]{steps} leaves nothing to search. Give the lower number first; "
             "other options, such as the epochs, narrow the range too."
         )
+    if _condition(key)[1] == _EPOCHS and high >= epochs_of(spec):
+        return (
+            f"automl.ranges.{key}: must stay below the {epochs_of(spec)} epochs of a trial, got {low:g} to {high:g}. "
+            "Lower it, or raise automl.max_epochs."
+        )
     fits = _is_number(own) and low <= own <= high and not (step and (own - low) % step)
     return Parameter(
         key, low, high, log=search.log and low > 0, step=step, integer=integer, own=own if fits else None, needs=needs
@@ -314,44 +318,19 @@ def _condition(key: str) -> tuple[str, str]:
     return sign, condition.removeprefix(sign).strip()
 
 
-def _overlaps(found: Mapping[str, Parameter], spec: ExperimentSpec) -> Iterator[str]:
-    """Report ranges in which a trial could break the order that one option must keep to another."""
-    for key, item in found.items():
-        sign, other = _condition(key)
-        bound = found.get(other)
-        if not other or item.choices:
-            continue
-        low, high = item.bounds
-        limit: Any = value_of(spec, other)
-        if other == _EPOCHS:
-            if high >= epochs_of(spec):
-                yield (
-                    f"automl.ranges.{key}: must stay below the {epochs_of(spec)} epochs of a trial, got "
-                    f"{item.range_words}. Lower it, or raise automl.max_epochs."
-                )
-        elif bound is not None:
-            if bound.choices or (high > bound.bounds[0] if sign[0] == "<" else low < bound.bounds[1]):
-                yield (
-                    f"automl.ranges: {key} ({item.range_words}) must stay {sign} {other} ({bound.range_words}) in "
-                    "every trial. Give them ranges that do not overlap, or search only one of them."
-                )
-        elif _is_number(limit) and (high > limit if sign[0] == "<" else low < limit):
-            yield (
-                f"automl.ranges.{key}: must stay {sign} {other}, which is {limit}, got {item.range_words}. Narrow it, "
-                f"or change {other}."
-            )
-
-
 def _rejected(spec: ExperimentSpec, found: Mapping[str, Parameter]) -> Iterator[str]:
-    """Report what the spec's rules say about trials: per architecture, both ends of all ranges and each choice."""
-    arch, ordered = found.get("model.arch"), [item for item in _ordered(found) if item.key != "model.arch"]
-    low, high = ({item.key: (item.choices or item.bounds)[end] for item in ordered} for end in (0, -1))
-    samples = [low, high, *({**low, item.key: value} for item in ordered for value in item.choices)]
+    """Report what the spec's rules say about trials at the ends of the ranges and with each choice."""
+    arch, items = found.get("model.arch"), [item for item in _ordered(found) if item.key != "model.arch"]
+    low, high = ({item.key: (item.choices or item.bounds)[end] for item in items} for end in (0, -1))
+    samples = [low, high, *({**low, item.key: value} for item in items for value in item.choices)]
+    for item in items:
+        if _condition(item.key)[1] in found:  # the farthest from the order that the two options must keep
+            samples += [{**low, item.key: high[item.key]}, {**high, item.key: low[item.key]}]
     for name in arch.choices if arch else (spec.model.arch,):
         subject = f"automl.ranges.model.arch: {name}" if arch else "automl.ranges: a trial"
         for values in samples:
             params: dict[str, Any] = {"model.arch": name}
-            for item in ordered:
+            for item in items:
                 if item.has_effect(params):
                     params[item.key] = values[item.key]
             yield from (f"{subject} would be rejected: {problem}" for problem in find_refusals(spec, params))

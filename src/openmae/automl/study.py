@@ -249,7 +249,7 @@ class Study:
         return not trial.state.is_finished() and worker is not None and worker["token"] == self.me["token"]
 
     def _is_lost(self, trial: FrozenTrial) -> bool:
-        """Return whether nobody works at an unfinished trial; the study must be locked."""
+        """Return whether an unfinished trial has no worker any more; the study must be locked."""
         if trial.state.is_finished():
             return False
         worker = trial.user_attrs[_WORKER]

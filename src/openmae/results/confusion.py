@@ -20,8 +20,8 @@ Counts = NDArray[Any]
 
 _COUNTS_UP_TO = 15  # classes with a number in each cell
 _NAMES_UP_TO = 60  # classes with a name at each row and column
-_CELLS_UP_TO = 250  # classes with a cell of their own
-_MISTAKES = 20  # most frequent mistakes beside the matrix
+_CELLS_UP_TO = 250  # classes with one cell each
+_MISTAKES = 20  # most frequent mistakes listed next to the matrix
 
 
 def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path) -> Path:

@@ -30,7 +30,7 @@ class _Curve:
     steps: NDArray[np.float64]
     values: NDArray[np.float64]
     trend: NDArray[np.float64]  # the running mean, or the values themselves
-    reading: float  # the number beside the curve
+    reading: float  # the number next to the curve
     colour: str
 
 
@@ -52,8 +52,8 @@ class _Panel:
     log_axis: bool = False
     from_zero: bool = False
     noisy: bool = False
-    peak: bool = False  # the number beside a curve is its highest value, not the last one
-    epoch_mean: str = ""  # suffix of the metric whose last value is beside the curve if there is one
+    peak: bool = False  # the number next to a curve is its highest value, not the last one
+    epoch_mean: str = ""  # suffix of the metric whose last value is next to the curve if there is one
 
 
 _PANELS = (
@@ -163,7 +163,7 @@ def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> N
 
 
 def _names(panel: _Panel, curves: Sequence[_Curve]) -> list[tuple[_Curve, str]]:
-    """Return the curves to name beside a panel, from the lowest, with the text for each."""
+    """Return the curves to name next to a panel, from the lowest, with the text for each."""
     ordered = sorted(curves, key=lambda curve: curve.reading)
     if len(ordered) > len(style.SERIES):
         ordered = [ordered[0], ordered[-1]]  # layer decay gives too many learning rates to name them all

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Phase:
     seconds: float
     mean_ms: float | None = None
     median_ms: float | None = None
-    slow_ms: float | None = None
+    p95_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ _PHASES = {
 def table_rows(measured: Breakdown) -> Iterator[tuple[str, float | None, float | None, float | None, float]]:
     """Yield phase, mean, median and 95th percentile in ms per step, and percent of the time."""
     for name, phase in measured.phases.items():
-        yield name, phase.mean_ms, phase.median_ms, phase.slow_ms, 100 * measured.share(name)
+        yield name, phase.mean_ms, phase.median_ms, phase.p95_ms, 100 * measured.share(name)
 
 
 def write_breakdown(measured: Breakdown, path: Path) -> Path:
@@ -220,16 +220,7 @@ def write_breakdown(measured: Breakdown, path: Path) -> Path:
         "warmup_steps": measured.warmup,
         "images_per_step": measured.images,
         "seconds": measured.total,
-        "phases": {
-            name: {
-                "seconds": phase.seconds,
-                "share": measured.share(name),
-                "mean_ms": phase.mean_ms,
-                "median_ms": phase.median_ms,
-                "p95_ms": phase.slow_ms,
-            }
-            for name, phase in measured.phases.items()
-        },
+        "phases": {name: {**asdict(phase), "share": measured.share(name)} for name, phase in measured.phases.items()},
         "keys": dict(measured.keys),
         "advice": advice(measured),
     }

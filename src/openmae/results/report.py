@@ -49,7 +49,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """An image file, embedded in the page. The caption is also its alternative text."""
 
     title: str
@@ -65,7 +65,7 @@ class Code:
     text: str
 
 
-Section = Text | Numbers | Table | Picture | Code
+Section = Text | Numbers | Table | Figure | Code
 
 
 def write_report(folder: Path, title: str, sections: Sequence[Section], *, subtitle: str = "") -> Path:
@@ -80,8 +80,8 @@ def write_report(folder: Path, title: str, sections: Sequence[Section], *, subti
         subtitle: quieter line below the heading: architecture, stage, data.
 
     Raises:
-        FileNotFoundError: a picture does not exist.
-        ValueError: a picture is not an image file, or a table's row does not have one cell per column.
+        FileNotFoundError: an image file does not exist.
+        ValueError: a file is not an image, or a table's row does not have one cell per column.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -151,6 +151,6 @@ def _data_uri(path: Path) -> str:
 
 
 def _width(path: Path) -> int:
-    """Return the width on the page in CSS pixels (96 per inch), so that text has the same size in every picture."""
+    """Return the width on the page in CSS pixels (96 per inch), so that text has the same size in every figure."""
     with Image.open(path) as image:
         return round(image.width * 96 / float(image.info.get("dpi", (96, 96))[0]))

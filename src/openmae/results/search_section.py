@@ -70,7 +70,7 @@ def save_history(search: SearchResults, path: Path) -> Path:
         axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         axes.set_xlabel("trial")
         axes.set_ylabel(_direction(search))
-        _legend(figure, axes, without=("best", "your values", "best: your values"))  # named beside the axes
+        _legend(figure, axes, without=("best", "your values", "best: your values"))  # named next to the axes
         return style.save_figure(figure, path)
 
 

@@ -12,7 +12,7 @@ Name = Literal["stdout", "stderr"]
 
 
 class OutputLostError(Exception):
-    """Stdout cannot be written. Not an ``OSError``, which libraries would handle as one of their own."""
+    """Stdout cannot be written. Not an ``OSError``, which libraries would handle themselves."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(f"stdout cannot be written ({cause.strerror}).")
@@ -47,7 +47,7 @@ def guarded(name: Name, *, needed: bool = False) -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Open the null device in place of each standard stream that the caller closed (``>&-``).
+    """Open the null device instead of each standard stream that the caller closed (``>&-``).
 
     Otherwise the next file to be opened, such as a checkpoint, would get the descriptor and everything that is printed.
     """

@@ -78,7 +78,7 @@ class SearchResults:
 
     @property
     def clipped(self) -> NDArray[np.bool_]:
-        """Whether each value is outside the range."""
+        """True for each value outside the range [N]."""
         return (self.values < self.low) | (self.values > self.high)
 
     @property
@@ -95,7 +95,7 @@ class SearchResults:
 
     @property
     def is_share(self) -> bool:
-        """Whether values are shares, shown as percentages."""
+        """True if values are shares, shown as percentages."""
         return "acc" in self.metric.lower() and bool(((self.values >= 0) & (self.values <= 1)).all())
 
     def text(self, value: float) -> str:
