@@ -1,4 +1,4 @@
-"""The loop of a search, with simulated trainings: who goes on, who is stopped, what stays, what ends it."""
+"""The worker with simulated jobs: which trials continue, what is kept, and what ends a search."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _states(worker: Worker) -> Counter[str]:
     return Counter(trial.state.name for trial in worker.study.trials())
 
 
-def test_every_recommendation_is_trained_once_and_the_best_checkpoint_stays(tmp_path: Path) -> None:
+def test_every_trial_runs_once_and_the_best_checkpoint_stays(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random"))
     worker.run()
     assert _states(worker) == {"COMPLETE": 6}
@@ -51,7 +51,7 @@ def test_every_recommendation_is_trained_once_and_the_best_checkpoint_stays(tmp_
     assert (trial.user_attrs["epochs"], trial.user_attrs["folder"]) == (9, f"{best:03d}")
 
 
-def test_a_loser_keeps_no_parts_either(tmp_path: Path) -> None:
+def test_sharded_checkpoints_are_deleted(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="random"))
     folder, name = worker.jobs.folder_of("000"), "model_epoch_001_step_00004.shards"
     for parts in (name, f".{name}.tmp", f"{name}.superseded"):
@@ -63,13 +63,13 @@ def test_a_loser_keeps_no_parts_either(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["status.json"]
 
 
-def test_keep_all_keeps_all(tmp_path: Path) -> None:
+def test_keep_all(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=3, keep_all=True))
     worker.run()
     assert _models(tmp_path) == ["000", "001", "002"]
 
 
-def test_a_job_gets_the_values_and_its_place(tmp_path: Path) -> None:
+def test_overrides_of_a_job(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=2))
     worker.run()
     name, overrides = jobs.started[1]
@@ -84,7 +84,7 @@ def test_a_job_gets_the_values_and_its_place(tmp_path: Path) -> None:
     }
 
 
-def test_the_orchestrator_says_how_many_gpus_a_training_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_gpus_is_passed_to_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job inherits no variables of a launcher, so the search hands the number on."""
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1))
     create, given = jobs.create_job, []
@@ -96,13 +96,13 @@ def test_the_orchestrator_says_how_many_gpus_a_training_has(tmp_path: Path, monk
     assert given == [2]
 
 
-def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: Path) -> None:
+def test_asha_stops_by_its_rule_and_trains_no_epoch_twice(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="asha", max_recommendations=9))
     assert worker.jobs.algorithm.rungs == (3, 9)
     worker.run()
     assert len(jobs.trained) == len(set(jobs.trained)), "an epoch was trained again"
     rungs: dict[int, list[float]] = {3: []}
-    for trial in worker.study.trials():  # one after the other: the rule can be followed by hand
+    for trial in worker.study.trials():  # in sequence, so the rule can be computed here
         expected = TrialState.COMPLETE
         for rung, values in rungs.items():
             value = loss(trial.params, rung)
@@ -127,14 +127,14 @@ def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: 
     assert {overrides["train.num_epochs"] for _, overrides in jobs.started} == {9}, "the schedule is of the whole"
 
 
-def test_asha_beats_its_budget(tmp_path: Path) -> None:
+def test_asha_trains_fewer_epochs(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="asha", max_recommendations=12))
     worker.run()
     assert len(jobs.trained) <= 0.7 * 12 * 9, f"{len(jobs.trained)} epochs"
 
 
 @pytest.mark.parametrize("algorithm", ["hyperband", "bohb"])
-def test_others_that_stop_early(tmp_path: Path, algorithm: str) -> None:
+def test_hyperband_and_bohb_stop_early(tmp_path: Path, algorithm: str) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm=algorithm, max_recommendations=12))
     worker.run()
     states = _states(worker)
@@ -144,7 +144,7 @@ def test_others_that_stop_early(tmp_path: Path, algorithm: str) -> None:
     assert len(jobs.trained) == len(set(jobs.trained))
 
 
-def test_a_population_hands_its_checkpoints_on(tmp_path: Path) -> None:
+def test_population_inherits_checkpoints(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="pbt", max_recommendations=12, population_size=4))
     worker.run()
     trials = worker.study.trials()
@@ -173,7 +173,7 @@ def test_a_population_hands_its_checkpoints_on(tmp_path: Path) -> None:
     assert "000" not in _models(tmp_path), "the first generation cannot hand anything on any more"
 
 
-def test_a_hanging_training_is_stopped_and_counts_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_trial_fails_after_the_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
         if overrides["train.results_dir"].endswith("001"):
             raise BrokenError("hang")
@@ -189,25 +189,25 @@ def test_a_hanging_training_is_stopped_and_counts_as_failed(tmp_path: Path, monk
     assert failed.user_attrs["seconds"] >= 3
 
 
-def test_equal_failures_end_the_search_with_their_cause(tmp_path: Path) -> None:
+def test_equal_failures_end_the_search(tmp_path: Path) -> None:
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
-        raise BrokenError(f"DataError: picture {len(overrides['train.results_dir']) + epoch} is broken\nmore")
+        raise BrokenError(f"DataError: image {len(overrides['train.results_dir']) + epoch} is broken\nmore")
 
     spec = make_spec(tmp_path, algorithm="random")
     worker, jobs = make_worker(spec, learn)
     with pytest.raises(RunError) as caught:
         worker.run()
     problem = caught.value.problem
-    assert problem.startswith("3 trials in a row failed for the same reason: data: DataError: picture ")
+    assert problem.startswith("3 trials in a row failed for the same reason: data: DataError: image ")
     assert problem.endswith("is broken")
     assert f"{tmp_path}/automl/jobs" in caught.value.fix
     assert len(jobs.started) == 3
     again, _ = make_worker(spec)
     again.run()
-    assert _states(again) == {"FAIL": 3, "COMPLETE": 3}, "the same command goes on with what is left"
+    assert _states(again) == {"FAIL": 3, "COMPLETE": 3}, "the same command must continue with the trials that are left"
 
 
-def test_values_that_diverge_do_not_end_it_where_others_do_not(tmp_path: Path) -> None:
+def test_divergence_does_not_end_a_search_with_a_success(tmp_path: Path) -> None:
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
         if not overrides["train.results_dir"].endswith("000"):
             raise BrokenError("RunError: The loss or its gradients were not finite 10 steps in a row\nmore")
@@ -220,7 +220,7 @@ def test_values_that_diverge_do_not_end_it_where_others_do_not(tmp_path: Path) -
     assert "not finite" in cause
 
 
-def test_different_failures_do_not_end_it(tmp_path: Path) -> None:
+def test_different_failures_do_not_end_the_search(tmp_path: Path) -> None:
     causes = iter(("lightning", "flood", "lightning", "flood", "hail", "lightning"))
 
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
@@ -233,7 +233,7 @@ def test_different_failures_do_not_end_it(tmp_path: Path) -> None:
     assert _models(tmp_path) == []
 
 
-def test_a_success_between_two_failures_ends_their_row(tmp_path: Path) -> None:
+def test_success_resets_the_count_of_failures(tmp_path: Path) -> None:
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
         if int(overrides["train.results_dir"][-1]) % 2:
             raise BrokenError("always the same")
@@ -245,7 +245,7 @@ def test_a_success_between_two_failures_ends_their_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken_from", [1, 9])
-def test_without_a_finite_value_a_recommendation_has_failed(tmp_path: Path, broken_from: int) -> None:
+def test_trial_without_a_finite_value_fails(tmp_path: Path, broken_from: int) -> None:
     """Also where the earlier epochs had one: the weights are lost."""
 
     def learn(overrides: Mapping[str, Any], epoch: int) -> float | None:
@@ -265,7 +265,7 @@ def test_without_a_finite_value_a_recommendation_has_failed(tmp_path: Path, brok
     assert _models(tmp_path) == ["001"]
 
 
-def test_a_job_that_cannot_be_started_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_whose_job_cannot_start_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=2))
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -278,7 +278,7 @@ def test_a_job_that_cannot_be_started_is_a_failure(tmp_path: Path, monkeypatch: 
     ] * 2
 
 
-def test_a_job_that_somebody_stopped_is_a_failure(tmp_path: Path) -> None:
+def test_trial_whose_job_is_canceled_fails(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1))
     worker.turn()
     jobs.cancel_job(worker.running[0].job.id)
@@ -286,7 +286,7 @@ def test_a_job_that_somebody_stopped_is_a_failure(tmp_path: Path) -> None:
     assert worker.study.trials()[0].user_attrs["cause"] == "canceled: its job was canceled from outside the search"
 
 
-def test_a_job_that_was_preempted_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_preempted_trial_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1), stride=1)
     while len(jobs.trained) < 3:
         worker.turn()
@@ -315,8 +315,8 @@ def _interrupted(tmp_path: Path, after: int, **settings: Any) -> Jobs:
 
 @pytest.mark.parametrize("algorithm", ["random", "asha", "pbt"])
 @pytest.mark.parametrize("after", [1, 14])
-def test_ctrl_c_leaves_recommendations_to_be_continued(tmp_path: Path, algorithm: str, after: int) -> None:
-    """However it is cut, the search ends with the same values as one that was not."""
+def test_interrupted_search_ends_with_the_same_values(tmp_path: Path, algorithm: str, after: int) -> None:
+    """An interruption does not change the values, states and results of a search."""
     settings = {"algorithm": algorithm, "max_recommendations": 6, "population_size": 3, "max_concurrent": 2}
     first = _interrupted(tmp_path / "cut", after, **settings)
     worker, second = make_worker(make_spec(tmp_path / "cut", **settings))
@@ -329,7 +329,7 @@ def test_ctrl_c_leaves_recommendations_to_be_continued(tmp_path: Path, algorithm
     assert len(worker.study.trials()) == 6
 
 
-def test_ctrl_c_while_a_job_is_started_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_during_start_leaves_no_job_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, jobs = make_worker(make_spec(tmp_path))
     create = jobs.create_job
 
@@ -346,7 +346,7 @@ def test_ctrl_c_while_a_job_is_started_leaves_none_behind(tmp_path: Path, monkey
     assert len(again.study.trials()) == 1
 
 
-def test_a_job_that_still_runs_is_adopted(tmp_path: Path) -> None:
+def test_running_job_is_adopted(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, algorithm="random", max_recommendations=1)
     worker, jobs = make_worker(spec, stride=1)
     worker.turn()
@@ -359,7 +359,7 @@ def test_a_job_that_still_runs_is_adopted(tmp_path: Path) -> None:
     assert _states(heir) == {"COMPLETE": 1}
 
 
-def test_several_at_once(tmp_path: Path) -> None:
+def test_several_trials_at_once(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="random", max_concurrent=3))
     seen: list[int] = []
     worker.changed = lambda running: seen.append(len(running))
@@ -368,7 +368,7 @@ def test_several_at_once(tmp_path: Path) -> None:
     assert _states(worker) == {"COMPLETE": 6}
 
 
-def test_a_training_that_another_machine_took_over_is_stopped_and_continued_there(
+def test_trial_taken_over_by_another_machine_is_stopped_here_and_continued_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = make_spec(tmp_path, algorithm="asha", max_recommendations=1)
@@ -398,7 +398,7 @@ def test_a_training_that_another_machine_took_over_is_stopped_and_continued_ther
     assert len(here.study.trials()) == 1
 
 
-def test_when_it_was_taken_over_after_its_last_epoch_nothing_is_trained(
+def test_trial_taken_over_after_its_last_epoch_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = make_spec(tmp_path, algorithm="random", max_recommendations=1)
@@ -415,7 +415,7 @@ def test_when_it_was_taken_over_after_its_last_epoch_nothing_is_trained(
     assert _models(tmp_path) == [here.study.trials()[0].user_attrs["folder"]], "the checkpoints exist twice"
 
 
-def test_a_full_disk_pauses_the_search(tmp_path: Path) -> None:
+def test_full_disk_pauses_the_search(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, algorithm="random", max_recommendations=20)
     worker, jobs = make_worker(spec, stride=1)
     worker.turn()
@@ -440,7 +440,7 @@ def test_a_full_disk_pauses_the_search(tmp_path: Path) -> None:
     assert _states(heir) == {"COMPLETE": 20}
 
 
-def test_the_seconds_of_all_jobs_count(tmp_path: Path) -> None:
+def test_seconds_of_all_jobs_count(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="asha", max_recommendations=1), pause=0.02)
     worker.run()
     (trial,) = worker.study.summaries()
@@ -448,7 +448,7 @@ def test_the_seconds_of_all_jobs_count(tmp_path: Path) -> None:
     assert trial.epochs == 9
 
 
-def test_settings_of_the_search_are_no_overrides_of_a_training(tmp_path: Path) -> None:
+def test_search_settings_are_not_passed_to_jobs(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, seed=5))
     typed = worker.jobs.specs
     assert not [key for key in typed if key.startswith("automl.")]
@@ -456,7 +456,7 @@ def test_settings_of_the_search_are_no_overrides_of_a_training(tmp_path: Path) -
     assert json.dumps(typed["model.arch"]) == '"vit_tiny_patch16"'
 
 
-def test_trainings_get_variables_and_not_their_values_in_the_spec(
+def test_jobs_get_environment_variables_instead_of_their_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAE_DATA", "hush-hush")

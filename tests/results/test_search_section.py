@@ -65,31 +65,31 @@ def near(path: Path, colour: str) -> int:
 
 
 class TestBest:
-    def test_every_trial_that_beat_all_before_it(self) -> None:
+    def test_best_so_far(self) -> None:
         tried = [trial(3, 0.7), trial(1, 0.5), trial(2, 0.4), trial(4, 0.7), trial(5, 0.9)]
         assert [t.number for t in best_so_far(tried, True)] == [1, 3, 5], "not in order, or equals counted"
         assert [t.number for t in best_so_far(tried, False)] == [1, 2]
 
-    def test_no_result_is_never_best(self) -> None:
+    def test_trial_without_a_result_is_never_best(self) -> None:
         tried = [trial(1, math.nan), trial(2, math.inf), trial(3, None, "failed"), trial(4, 0.1), trial(5, 9, "failed")]
         best = best_trial(tried, maximize=True)
         assert best is not None
         assert best.number == 4
         assert best_trial(tried[:3], maximize=True) is None
 
-    def test_what_was_stopped_early_wins_only_alone(self) -> None:
+    def test_trial_stopped_early_is_best_only_without_a_complete_one(self) -> None:
         early = trial(1, 0.9, "stopped early")
         assert best_trial([early, trial(2, 0.5)], maximize=True) == trial(2, 0.5)
         assert best_trial([early, trial(2, 0.5, "running")], maximize=True) == early
 
 
 class TestTexts:
-    def test_short_names_tell_keys_apart(self) -> None:
+    def test_short_names_are_unique(self) -> None:
         assert short_names([LR, "train.optim.weight_decay"]) == {LR: "lr", "train.optim.weight_decay": "weight_decay"}
         names = short_names(["train.optim.lr", "probe.optim.lr", "decoder.lr", "lr"])
         assert list(names.values()) == ["train.optim.lr", "probe.optim.lr", "decoder.lr", "lr"]
 
-    def test_accuracies_are_percent_and_losses_are_not(self) -> None:
+    def test_accuracies_are_percentages(self) -> None:
         def text(metric: str, *values: float) -> str:
             return results([trial(i, value) for i, value in enumerate(values)], metric).text(values[0])
 
@@ -104,7 +104,7 @@ class TestTexts:
         assert [format_value(v) for v in (True, None, [0.9, 0.95])] == ["true", "none", "[0.9, 0.95]"]
         assert len(shorten("x" * 99)) <= 18
 
-    def test_the_summary_counts_how_trials_ended(self) -> None:
+    def test_summary_counts_states(self) -> None:
         tried = [trial(1, 0.5), trial(2, math.nan), trial(3, 0.4, "stopped early"), trial(4, None, "running")]
         assert summarize_states(tried) == (
             "4 trials · 1 complete, 1 stopped early, 1 failed, 1 running · 40 epochs in 0:02:00"
@@ -118,7 +118,7 @@ class TestAxes:
         ]
         return read_axis(LR, "lr", tried, np.zeros(len(tried)), {LR} if log else set())
 
-    def test_numbers_lie_to_scale(self) -> None:
+    def test_numbers_are_to_scale(self) -> None:
         assert self.axis([0.0, 1.0, 4.0]).places == pytest.approx([0, 0.25, 1])
         logarithmic = self.axis([1e-5, 1e-3, 1e-1], log=True)
         assert logarithmic.places == pytest.approx([0, 0.5, 1])
@@ -133,7 +133,7 @@ class TestAxes:
     def test_whole_numbers_have_whole_ticks(self) -> None:
         assert [text for _, text in self.axis([0, 1, 2]).ticks] == ["0", "1", "2"]
 
-    def test_one_value_lies_in_the_middle(self) -> None:
+    def test_single_value_is_in_the_middle(self) -> None:
         for log in (False, True):
             axis = self.axis([0.05, 0.05], log)
             assert (list(axis.places), list(axis.ticks)) == ([0.5, 0.5], [(0.5, "0.05")])
@@ -143,29 +143,29 @@ class TestAxes:
         assert list(axis.places) == [0, UNSET, 1]
         assert (UNSET, "not set") in axis.ticks
 
-    def test_categories_have_a_place_each(self) -> None:
+    def test_categories_have_distinct_places(self) -> None:
         axis = self.axis(["patch16", "patch4", "patch4", True])
         assert [text for _, text in axis.ticks] == ["patch4", "patch16", "true"]
         assert axis.places == pytest.approx([1 / 2, 1 / 6, 1 / 6, 5 / 6])
         alike = self.axis(["vit_small_" + name + "_patch16" for name in ("a", "b")])
-        assert alike.places[0] != alike.places[1], "names that are cut alike are one category"
+        assert alike.places[0] != alike.places[1], "categories with equal short names are merged"
 
 
 class TestLimits:
-    def test_all_values_are_shown_where_none_is_far_behind(self) -> None:
+    def test_all_values_are_shown_if_none_is_far_behind(self) -> None:
         search = results([trial(i, 0.5 + i / 20) for i in range(9)], "ACC_all", True)
         assert (search.low, search.high) == pytest.approx((0.5, 0.9))
         assert not search.clipped.any()
 
     @pytest.mark.parametrize("sign", [1, -1])
-    def test_values_far_behind_do_not_squeeze_the_others(self, sign: int) -> None:
+    def test_values_far_behind_are_clipped(self, sign: int) -> None:
         values = [sign * (10 + i / 10) for i in range(10)] + [-1e30 * sign]
         search = results([trial(i, value) for i, value in enumerate(values)], "score", sign > 0)
         assert sorted([abs(search.low), abs(search.high)]) == pytest.approx([10, 10.9])
         assert list(np.flatnonzero(search.clipped)) == [10]
         assert search.beyond == ("below 10" if sign > 0 else "above -10")
 
-    def test_the_best_is_always_shown(self) -> None:
+    def test_best_is_always_shown(self) -> None:
         """Trials stopped early may look better than the only one that was trained to its end."""
         early = [trial(i, 0.9 + i / 1000, "stopped early") for i in range(1, 20)]
         search = results([*early, trial(20, 0.1)], "ACC_all", True)
@@ -202,7 +202,7 @@ class TestFigures:
         tried = [TrialSummary(1, 0.5, "complete", 1, {}, 1.0)]
         assert save(results(tried), tmp_path / "a.png") is None
 
-    def test_a_search_draws_the_same_twice(self, tmp_path: Path) -> None:
+    def test_drawing_is_deterministic(self, tmp_path: Path) -> None:
         drawn = []
         for name in "ab":
             path = save_slices(results(study(20)), tmp_path / name, {LR})
@@ -212,7 +212,7 @@ class TestFigures:
 
 
 class TestImportances:
-    def test_bars_are_as_long_as_parameters_are_important(self, tmp_path: Path) -> None:
+    def test_bars_are_as_long_as_importances(self, tmp_path: Path) -> None:
         equal = save_importances({LR: 0.5, ARCH: 0.5}, tmp_path / "a.png")
         half = save_importances({LR: 4.0, ARCH: 2.0, DEPTH: -1.0, "x": math.nan}, tmp_path / "b.png")
         assert equal is not None
