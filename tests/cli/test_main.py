@@ -199,7 +199,7 @@ def test_spec_keys_is_a_table(capsys, monkeypatch):
 
 def shell(script: str) -> subprocess.CompletedProcess[str]:
     """Run ``mae`` in a shell; ``$MAE`` is the command."""
-    mae = f"{sys.executable} -m openmae.cli.main"
+    mae = f"{sys.executable} -m openmae"
     return subprocess.run(["bash", "-c", script.replace("$MAE", mae)], capture_output=True, text=True)
 
 

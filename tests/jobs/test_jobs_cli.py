@@ -153,7 +153,7 @@ def test_a_spec_file_and_a_variable_by_name(
 
 def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
     done = subprocess.run(
-        f"{sys.executable} -m openmae.cli.main jobs list --root {tmp_path} | true",
+        f"{sys.executable} -m openmae jobs list --root {tmp_path} | true",
         shell=True,
         capture_output=True,
         check=False,

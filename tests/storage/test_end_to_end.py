@@ -225,7 +225,7 @@ def test_interrupted_and_killed_runs_go_on(store, bucket, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "openmae.cli.main",
+        "openmae",
         *train_arguments(bucket),
         "train.num_epochs=1000",
         "train.checkpoint_interval=5",
