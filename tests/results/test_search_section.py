@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from tests.helpers.pixels import count_near, read_pixels
 
 from openmae.results.search_section import save_history, save_importances, save_parallel_coordinates, save_slices
 from openmae.results.style import BLUE, RUST
@@ -55,13 +55,6 @@ def results(trials: list[TrialSummary], metric: str = "ACC_all", maximize: bool 
     found = read_search(trials, metric, maximize)
     assert found is not None
     return found
-
-
-def near(path: Path, colour: str) -> int:
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-    return int((np.abs(pixels - wanted).max(axis=-1) < 12).sum())
 
 
 class TestBest:
@@ -180,7 +173,7 @@ class TestFigures:
     def test_any_number_of_trials(self, tmp_path: Path, save: Callable[..., Path | None], count: int) -> None:
         path = save(results(study(count)), tmp_path / "new" / "a.png")
         assert path == tmp_path / "new" / "a.png"
-        assert near(path, RUST) > 100, "the best does not stand out"
+        assert count_near(read_pixels(path), RUST) > 100, "the best does not stand out"
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("save", FIGURES)
@@ -217,7 +210,9 @@ class TestImportances:
         half = save_importances({LR: 4.0, ARCH: 2.0, DEPTH: -1.0, "x": math.nan}, tmp_path / "b.png")
         assert equal is not None
         assert half is not None
-        assert near(half, BLUE) / near(equal, BLUE) == pytest.approx(0.75, abs=0.02)
+        assert count_near(read_pixels(half), BLUE) / count_near(read_pixels(equal), BLUE) == pytest.approx(
+            0.75, abs=0.02
+        )
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
         for importances in ({}, {LR: 0.0}, {LR: math.nan}):

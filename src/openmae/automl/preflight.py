@@ -128,12 +128,12 @@ def review_rows(study: Study, counts: Mapping[str, int], pace: Pace | None) -> l
     algorithm, objective, settings = study.algorithm, study.objective, study.spec.automl
     budget = f"{algorithm.trials} trials of {algorithm.epochs} epochs"
     if len(algorithm.rungs) > 1:
-        budget += f", compared after {', '.join(map(str, algorithm.rungs[:-1]))}"
+        budget += f", compared after epoch {', '.join(map(str, algorithm.rungs[:-1]))}"
         budget += f" (about one in {settings.reduction_factor} continues)"
     if algorithm.generations > 1:
         budget = f"{settings.population_size} training runs of {algorithm.epochs} epochs"
         budget += f" in {algorithm.generations} generations"
-    data = f"{counts['train']:,} images to train, {counts['val']:,} to validate"
+    data = f"{counts['train']:,} training images, {counts['val']:,} validation images"
     data += f", {counts['classes']} classes" if counts["classes"] else ""
     rows = [
         ("algorithm", algorithm.name),

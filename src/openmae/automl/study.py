@@ -235,6 +235,7 @@ class Study:
         """Give up a trial, so that any worker may continue it."""
         with self._holding(number) as found:
             if found:
+                self.study.sampler = optuna.samplers.RandomSampler()  # a grid would assign a point to the trial
                 resume_trial(self.study, found).set_user_attr(_WORKER, None)
 
     @contextmanager

@@ -17,6 +17,7 @@ from rich.text import Text
 from openmae.automl.study import Study
 from openmae.automl.worker import RunningTrial
 from openmae.results.status import StatusLog
+from openmae.results.style import plural
 from openmae.results.trials import TrialSummary, best_trial, duration, format_value, short_names
 
 _NEWEST = 12  # trials in the live table, in addition to the best one
@@ -53,10 +54,10 @@ class Progress:
                 self._status.write("RUNNING", message, kpi=kpi)
             if trial.state != "failed" and self._live is None:  # the worker logs failures itself
                 log.info(
-                    "Trial %d %s: %s %s%s; %d epochs in %s; %s", trial.number, trial.state, objective.metric,
+                    "Trial %d %s: %s %s%s; %s in %s; %s", trial.number, trial.state, objective.metric,
                     objective.shown(trial.value),
                     f" (best so far: {objective.shown(best.value)}, trial {best.number})" if best else "",
-                    trial.epochs, duration(trial.seconds), format_params(trial.params, short_names(list(trial.params))),
+                    plural(trial.epochs, "epoch"), duration(trial.seconds), format_params(trial.params, short_names(list(trial.params))),
                 )  # fmt: skip
         if self._live is not None:
             self._live.update(self._render(trials, best, running))

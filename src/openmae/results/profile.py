@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from openmae.results import style
-from openmae.results.style import BLUE, MUTED, RUST
+from openmae.results.style import BLUE, RUST
 from openmae.storage.atomic import write_atomically
 
 _MAX_WORKERS = 64
-_ROW, _TOP, _LEFT, _WIDTH, _WORDS = 0.32, 0.8, 1.35, 4.0, 1.9  # of the figure, in inches
 
 
 @dataclass(frozen=True)
@@ -229,21 +228,9 @@ def write_breakdown(measured: Breakdown, path: Path) -> Path:
 
 def save_breakdown(measured: Breakdown, path: Path) -> Path:
     """Draw a bar per phase and return ``path``, a PNG."""
-    names: Sequence[str] = list(measured.phases)
-    height, left = _ROW * len(names), max(_LEFT, 0.3 + style.text_width(names, 9))
-    with style.drawing():
-        figure = style.new_figure(left + _WIDTH + _WORDS, _TOP + height + 0.2)
-        style.headline(figure, "Where the time goes", measured.summary)
-        axes = style.add_axes(figure, left, _TOP, _WIDTH, height)
-        shares = [measured.share(name) for name in names]
-        colours = [BLUE if name in ("forward", "backward", "optimizer") else RUST for name in names]
-        axes.barh(range(len(names)), shares, height=0.62, color=colours)
-        for row, (name, share) in enumerate(zip(names, shares, strict=True)):
-            mean = measured.phases[name].mean_ms
-            words = f"{share:.1%}" + ("" if mean is None else f"   {mean:,.1f} ms a step")
-            axes.text(share + 0.012 * max(shares), row, words, va="center_baseline", size=8.5, color=MUTED)
-        axes.set_yticks(range(len(names)), names)
-        axes.set(xlim=(0, max(*shares, 1e-9)), ylim=(len(names) - 0.5, -0.5), xticks=[])
-        axes.spines["bottom"].set_visible(False)
-        axes.tick_params(axis="both", length=0)
-        return style.save_figure(figure, path)
+    bars = []
+    for name, phase in measured.phases.items():
+        share = measured.share(name)
+        text = f"{share:.1%}" + ("" if phase.mean_ms is None else f"   {phase.mean_ms:,.1f} ms a step")
+        bars.append((name, share, text, BLUE if name in ("forward", "backward", "optimizer") else RUST))
+    return style.save_bars(path, "Where the time goes", measured.summary, bars)

@@ -123,25 +123,13 @@ def save_importances(importances: Mapping[str, float], path: Path) -> Path | Non
     total = sum(found.values())
     if not total:
         return None
-    names = short_names(list(found))
-    ranked = sorted(found, key=lambda key: -found[key])
-    shares = [found[key] / total for key in ranked]
-    left, rows = 0.4 + style.text_width(names.values(), 9), range(len(ranked))
-    with style.drawing():
-        figure = style.new_figure(max(left + 4.6, 5.6), 0.95 + 0.3 * len(ranked) + 0.2)
-        style.headline(
-            figure, "Which parameters mattered", "share of the differences between the results of the trials"
-        )
-        axes = style.add_axes(figure, left, 0.9, 3.5, 0.3 * len(ranked))
-        axes.barh(rows, shares, height=0.68, color=BLUE)
-        axes.set(xlim=(0, max(shares)), ylim=(len(ranked) - 0.5, -0.5), xticks=[])
-        axes.set_yticks(rows, [names[key] for key in ranked])
-        axes.spines[:].set_visible(False)
-        axes.tick_params(left=False)
-        for row, share in zip(rows, shares, strict=True):
-            text = f"{100 * share:.0f} %" if share >= 0.01 or not share else "< 1 %"
-            axes.annotate(text, (share, row), (5, 0), va="center_baseline", **_label(MUTED))
-        return style.save_figure(figure, path)
+    names, bars = short_names(list(found)), []
+    for key in sorted(found, key=lambda key: -found[key]):
+        share = found[key] / total
+        text = f"{100 * share:.0f} %" if share >= 0.01 or not share else "< 1 %"
+        bars.append((names[key], share, text, BLUE))
+    subtitle = "share of the differences between the results of the trials"
+    return style.save_bars(path, "Which parameters mattered", subtitle, bars)
 
 
 def save_slices(search: SearchResults, path: Path, log: Collection[str] = ()) -> Path | None:

@@ -78,6 +78,31 @@ def headline(figure: Figure, title: str, subtitle: str = "") -> None:
     figure.text(0.25 / w, 1 - 0.45 / h, subtitle, size=9, color=MUTED, va="top")
 
 
+def save_bars(path: Path, title: str, subtitle: str, bars: Sequence[tuple[str, float, str, str]]) -> Path:
+    """Draw horizontal bars and return ``path``.
+
+    Args:
+        path: PNG to write.
+        title: headline of the figure.
+        subtitle: quieter second line.
+        bars: name, length, text at the end and colour of each bar, from the top.
+    """
+    names, lengths, texts, colours = zip(*bars, strict=True)
+    left, top, width, height = max(1.35, 0.3 + text_width(names, 9)), 0.8, 4.0, 0.32 * len(bars)
+    with drawing():
+        figure = new_figure(left + width + 1.9, top + height + 0.2)
+        headline(figure, title, subtitle)
+        axes = add_axes(figure, left, top, width, height)
+        axes.barh(range(len(bars)), lengths, height=0.62, color=colours)
+        for row, (length, text) in enumerate(zip(lengths, texts, strict=True)):
+            axes.text(length + 0.012 * max(lengths), row, text, va="center_baseline", size=8.5, color=MUTED)
+        axes.set_yticks(range(len(bars)), names)
+        axes.set(xlim=(0, max(*lengths, 1e-9)), ylim=(len(bars) - 0.5, -0.5), xticks=[])
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="both", length=0)
+        return save_figure(figure, path)
+
+
 def value_grid(axes: Axes) -> None:
     """Draw horizontal grid lines instead of the vertical axis."""
     axes.grid(axis="y", color=HAIRLINE, linewidth=0.6)
