@@ -53,11 +53,11 @@ class Progress:
                 message = f"Trial {trial.number}: {trial.state}; {len(self._ended)} trials have ended"
                 self._status.write("RUNNING", message, kpi=kpi)
             if trial.state != "failed" and self._live is None:  # the worker logs failures itself
+                so_far = f" (best so far: {objective.shown(best.value)}, trial {best.number})" if best else ""
                 log.info(
                     "Trial %d %s: %s %s%s; %s in %s; %s", trial.number, trial.state, objective.metric,
-                    objective.shown(trial.value),
-                    f" (best so far: {objective.shown(best.value)}, trial {best.number})" if best else "",
-                    plural(trial.epochs, "epoch"), duration(trial.seconds), format_params(trial.params, short_names(list(trial.params))),
+                    objective.shown(trial.value), so_far, plural(trial.epochs, "epoch"), duration(trial.seconds),
+                    format_params(trial.params, short_names(list(trial.params))),
                 )  # fmt: skip
         if self._live is not None:
             self._live.update(self._render(trials, best, running))
