@@ -51,7 +51,7 @@ def write_search_report(
             ],
             caption=f"From trial {best.number}; also in best.yaml.{note}",
         ),
-        *_evaluation(baseline, final),
+        *_evaluation(objective.metric, baseline, final),
         *_figures(study, trials),
     ]
     of_pixels = study.spec.train.stage == "pretrain" and objective.metric in ("train_loss", "val_loss")
@@ -66,14 +66,13 @@ def write_search_report(
     return write_report(folder, "OpenMAE search", sections, subtitle=subtitle)
 
 
-def _evaluation(baseline: Mapping[str, float], final: Mapping[str, float]) -> list[Section]:
+def _evaluation(metric: str, baseline: Mapping[str, float], final: Mapping[str, float]) -> list[Section]:
     if not final:
         return []
     names = list(dict.fromkeys((*final, *baseline)))
-    caption = (
-        "Measured by mae evaluate on the validation images. The search chose by the same images: expect a little less "
-        "on new ones."
-    )
+    caption = "Measured by mae evaluate on the validation images."
+    if metric != "train_loss":
+        caption += " The search chose the trial by the same images, so expect a little less on new ones."
     if not baseline:
         return [Table("Evaluation", ("metric", "best"), [(name, final[name]) for name in names], caption=caption)]
     rows = [(name, baseline.get(name), final.get(name)) for name in names]
