@@ -50,7 +50,8 @@ class Progress:
             self._ended.add(trial.number)
             if self._status is not None:
                 kpi = {} if best is None or best.value is None else {objective.metric: best.value}
-                message = f"Trial {trial.number}: {trial.state}; {len(self._ended)} trials have ended"
+                done = f"{len(self._ended)} of {self._study.algorithm.trials} trials have ended"
+                message = f"Trial {trial.number}: {trial.state}; {done}"
                 self._status.write("RUNNING", message, kpi=kpi)
             if trial.state != "failed" and self._live is None:  # the worker logs failures itself
                 so_far = f" (best so far: {objective.shown(best.value)}, trial {best.number})" if best else ""
