@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from openmae.automl import policy as same
 from openmae.errors import SpecError
 from openmae.jobs.policy import NOT_RUNNABLE, SKILL, Route, resolve_policy, route
 
@@ -221,11 +220,6 @@ def test_a_model_that_is_not_enabled_trains_directly(skill):
 
 def test_the_text_of_the_contract():
     assert NOT_RUNNABLE == "AutoML is enabled but not runnable until schemas are generated"
-
-
-def test_it_is_the_same_in_automl():
-    assert same.route is route
-    assert same.resolve_policy is resolve_policy
 
 
 def test_it_imports_no_torch_and_answers_at_once():

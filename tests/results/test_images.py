@@ -9,14 +9,10 @@ import pytest
 from PIL import Image
 
 from openmae.results import curves, style
+from openmae.results.confusion import save_confusion_matrix
+from openmae.results.curves import save_curves
 from openmae.results.dataset_report import save_dataset_picture
-from openmae.results.images import (
-    reconstruction_grid,
-    save_bar_comparison,
-    save_confusion_matrix,
-    save_curves,
-    save_predictions,
-)
+from openmae.results.images import reconstruction_grid, save_bar_comparison, save_predictions
 from openmae.results.search_section import save_importances
 from openmae.results.style import BLUE, GREY, INK, MUTED, RUST
 
@@ -49,7 +45,7 @@ class TestPredictions:
         assert _near(captions[:, 24:100], INK) > 20, "the label"
         assert _near(captions[:, 24 + 150 : 24 + 224], MUTED, 40) > 20, "the probability"
 
-    def test_long_labels_are_cut_before_the_probability(self, tmp_path: Path) -> None:
+    def test_long_labels_are_shortened(self, tmp_path: Path) -> None:
         images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
         drawn = _pixels(save_predictions(images, ["m" * 80, ""], [1.0, 0.004], tmp_path / "sheet.png"))
         percent = 24 + 256 - int(style.text_font(18).getlength("100 %"))
@@ -57,8 +53,8 @@ class TestPredictions:
         assert _near(below[:, percent - 30 : percent - 8], INK) > 0, "the label"
         assert (below[:, percent - 7 : percent - 1] == 255).all(), "nothing between it and the probability"
 
-    def test_what_does_not_fit_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="1 images, 2 labels and 1 probabilities do not fit"):
+    def test_numbers_that_do_not_match_are_rejected(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="1 images, 2 labels and 1 probabilities do not match"):
             save_predictions(np.zeros((1, 8, 8, 3), dtype=np.uint8), ["a", "b"], [0.1], tmp_path / "sheet.png")
         assert not list(tmp_path.iterdir())
 
@@ -66,13 +62,13 @@ class TestPredictions:
 class TestReconstructionGrid:
     @pytest.mark.parametrize("channels", [1, 3, 4])
     @pytest.mark.parametrize("count", [1, 3, 8])
-    def test_is_wider_than_tall(self, tmp_path: Path, channels: int, count: int) -> None:
+    def test_figure_is_wider_than_tall(self, tmp_path: Path, channels: int, count: int) -> None:
         images = _images(count, 32, 32, channels)
         path = reconstruction_grid(images, images, images, images, tmp_path / "new" / "grid.png")
         height, width, _ = _pixels(path).shape
         assert width > height
 
-    def test_every_pixel_of_a_small_image_stays_a_square(self, tmp_path: Path) -> None:
+    def test_small_images_are_enlarged_without_interpolation(self, tmp_path: Path) -> None:
         images = _images(1, 28, 28, 3)
         drawn = _pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
         tile = images[0].repeat(8, axis=0).repeat(8, axis=1)
@@ -84,7 +80,7 @@ class TestReconstructionGrid:
         centres = [24 + 112 + column * 230 for column in range(4)]
         assert [int(drawn[150, x, 0]) for x in centres] == [10, 80, 150, 220]
 
-    def test_large_and_oblong_images_are_fitted(self, tmp_path: Path) -> None:
+    def test_large_images_are_reduced(self, tmp_path: Path) -> None:
         images = _images(2, 512, 1024, 1)
         drawn = _pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
         assert drawn.shape[:2] == (2 * 24 + 34 + 2 * 112 + 6, 2 * 24 + 4 * 224 + 3 * 6)
@@ -99,7 +95,7 @@ class TestReconstructionGrid:
         drawn = _pixels(reconstruction_grid(clear, clear, clear, clear, tmp_path / "grid.png"))
         assert (drawn[150, 100] == 255).all()
 
-    def test_bad_arrays_are_refused(self, tmp_path: Path) -> None:
+    def test_invalid_arrays_are_rejected(self, tmp_path: Path) -> None:
         images, path = _images(2, 8, 8, 3), tmp_path / "grid.png"
         with pytest.raises(ValueError, match=r"N > 0 and C 1, 3 or 4; got \(0, 8, 8, 3\)"):
             reconstruction_grid(images[:0], images[:0], images[:0], images[:0], path)
@@ -110,7 +106,7 @@ class TestReconstructionGrid:
 
 
 class TestConfusionMatrix:
-    @pytest.mark.parametrize("classes", [2, 10, 15, 16, 60, 61, 100, 251, 1000])
+    @pytest.mark.parametrize("classes", [2, 15, 16, 60, 61, 251, 1000])
     def test_sizes(self, tmp_path: Path, classes: int) -> None:
         matrix = np.eye(classes, dtype=int) * 9
         matrix[0, -1] = 1
@@ -119,23 +115,23 @@ class TestConfusionMatrix:
         assert max(drawn.shape) < 3200
         assert _near(drawn, BLUE) > 200
 
-    def test_mistakes_have_a_colour_of_their_own(self, tmp_path: Path) -> None:
+    def test_mistakes_are_rust(self, tmp_path: Path) -> None:
         wrong = _pixels(save_confusion_matrix(np.array([[0, 5], [5, 0]]), "ab", tmp_path / "wrong.png"))
         assert _near(wrong, RUST) > 5000
         assert _near(wrong, BLUE) == 0
 
-    def test_no_images_at_all(self, tmp_path: Path) -> None:
+    def test_matrix_without_images(self, tmp_path: Path) -> None:
         assert save_confusion_matrix(np.zeros((3, 3), dtype=int), "abc", tmp_path / "m.png").exists()
 
     @pytest.mark.filterwarnings("error")
-    def test_odd_names_are_drawn_as_they_are(self, tmp_path: Path) -> None:
-        names = ["$5 note$", "_^{\\", "a very long name of a class that nobody would shorten", "猫"]
+    def test_special_characters_in_names(self, tmp_path: Path) -> None:
+        names = ["$5 note$", "_^{\\", "a class name much longer than the room that it has", "猫"]
         assert save_confusion_matrix(np.eye(4, dtype=int) * 123_456, names, tmp_path / "m.png").exists()
 
-    def test_shapes_that_do_not_fit_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"shape \(2, 2\) does not fit 3 class names"):
+    def test_shapes_that_do_not_match_are_rejected(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"shape \(2, 2\) does not match 3 class names"):
             save_confusion_matrix(np.eye(2, dtype=int), "abc", tmp_path / "m.png")
-        with pytest.raises(ValueError, match=r"does not fit 1 class names \(2 or more\)"):
+        with pytest.raises(ValueError, match=r"does not match 1 class names \(2 or more\)"):
             save_confusion_matrix(np.eye(1, dtype=int), "a", tmp_path / "m.png")
 
 
@@ -160,15 +156,15 @@ class TestCurves:
         assert four.shape[1] == 2 * one.shape[1]
         assert four.shape[0] > one.shape[0]
 
-    def test_the_training_loss_is_the_card_s(self) -> None:
-        """One number for one thing: the mean of the last epoch, on the report's card and beside the curve."""
+    def test_training_loss_is_the_epoch_mean(self) -> None:
+        """One number for one thing: the mean of the last epoch, at the top of the report and next to the curve."""
         rows = [*_run(20), {"step": 20, "epoch": 2, "train_loss_epoch": 0.857, "val_loss": 0.9}]
         train, validation = curves._curves(curves._PANELS[0], rows)
         assert (train.reading, validation.reading) == (0.857, 0.9)
         (unfinished,) = curves._curves(curves._PANELS[0], _run(20))
         assert unfinished.reading == unfinished.values[-1]
 
-    def test_values_that_are_not_finite_leave_gaps(self, tmp_path: Path) -> None:
+    def test_non_finite_values_leave_gaps(self, tmp_path: Path) -> None:
         rows = [*_run(100), {"step": 101, "epoch": 10, "train_loss": float("nan"), "val_loss": float("inf")}]
         assert save_curves(rows, tmp_path / "c.png").exists()
 
@@ -182,15 +178,15 @@ class TestCurves:
         with pytest.raises(ValueError, match="nothing to draw"):
             save_curves([{"step": 1, "epoch": 1, "train_loss": float("nan")}], tmp_path / "c.png")
 
-    def test_names_that_would_overlap_are_spread(self) -> None:
-        assert curves._spread([0.1, 0.5, 0.9], gap=0.1) == pytest.approx([0.1, 0.5, 0.9])
-        assert curves._spread([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
-        spread = curves._spread([0.3, 0.5, 0.5, 0.56], gap=0.1)
+    def test_spread_moves_overlapping_names_apart(self) -> None:
+        assert style.spread([0.1, 0.5, 0.9], gap=0.1) == pytest.approx([0.1, 0.5, 0.9])
+        assert style.spread([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
+        spread = style.spread([0.3, 0.5, 0.5, 0.56], gap=0.1)
         assert np.diff(spread).min() >= 0.1 - 1e-9
 
 
 class TestBars:
-    def test_the_best_is_in_colour(self, tmp_path: Path) -> None:
+    def test_best_bar_is_blue(self, tmp_path: Path) -> None:
         path = save_bar_comparison(
             {"pretrained": 0.9, "from scratch": 0.45},
             tmp_path / "b.png",
@@ -200,14 +196,14 @@ class TestBars:
         drawn = _pixels(path)
         assert _near(drawn, BLUE) == pytest.approx(2 * _near(drawn, GREY), rel=0.05)
 
-    def test_bad_values_are_refused(self, tmp_path: Path) -> None:
+    def test_invalid_values_are_rejected(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no accuracies"):
             save_bar_comparison({}, tmp_path / "b.png", title="T")
-        with pytest.raises(ValueError, match=r"a: an accuracy must lie in \[0, 1\], not 93"):
+        with pytest.raises(ValueError, match=r"a: an accuracy must be in \[0, 1\], not 93"):
             save_bar_comparison({"a": 93}, tmp_path / "b.png", title="T")
 
 
-def test_drawing_leaves_no_trace(tmp_path: Path) -> None:
+def test_drawing_restores_the_settings(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     save_bar_comparison({"a": 0.5}, tmp_path / "b.png", title="T")
     assert dict(matplotlib.rcParams) == before
@@ -218,12 +214,12 @@ LONG = ["W" * 40, "猫", "🐈 cat", "two\nlines", "not text \udcff", "_^{\\$"]
 
 
 class TestText:
-    """Every picture has room for its texts, whatever they are."""
+    """Figures have room for any text."""
 
     def _check(self, path: Path) -> None:
         drawn = _pixels(path)
         edge = np.concatenate([drawn[:2].ravel(), drawn[-2:].ravel(), drawn[:, :2].ravel(), drawn[:, -2:].ravel()])
-        assert (edge == 255).all(), f"{path.name}: a text is cut off at the edge"
+        assert (edge == 255).all(), f"{path.name}: a text extends beyond the edge"
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("classes", [6, 12, 20])
@@ -261,7 +257,7 @@ class TestText:
         assert path is not None
         self._check(path)
 
-    def test_the_accuracies_of_a_pretraining(self, tmp_path: Path) -> None:
+    def test_labels_of_pretraining_accuracies(self, tmp_path: Path) -> None:
         rows = [{"step": 9, "epoch": 0, "train_loss": 1.0, "val_loss": 1.0, "probe_acc": 0.874, "knn_acc": 0.8712}]
         path = save_curves(rows, tmp_path / "c.png")
         self._check(path)
@@ -279,7 +275,9 @@ mono = next(entry.fname for entry in own if entry.name == "DejaVu Sans Mono")
 installed = ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "Noto Sans CJK JP", "sans-serif"]
 more = [fonts.FontEntry(fname=mono, name=name) for name in installed] if sys.argv[1] == "many" else []
 fonts.fontManager.ttflist[:] = [*more, *own]
-from openmae.results.images import save_confusion_matrix, save_curves, save_predictions
+from openmae.results.confusion import save_confusion_matrix
+from openmae.results.curves import save_curves
+from openmae.results.images import save_predictions
 row = {"step": 9, "epoch": 0, "train_loss": 1.0, "val_loss": 1.0, "probe_acc": 0.874, "knn_acc": 0.8712}
 folder = Path(sys.argv[2])
 paths = [
@@ -291,7 +289,7 @@ print([hashlib.sha256(path.read_bytes()).hexdigest() for path in paths])
 """
 
 
-def test_pictures_do_not_depend_on_the_fonts_of_the_machine(tmp_path: Path) -> None:
+def test_figures_do_not_depend_on_installed_fonts(tmp_path: Path) -> None:
     drawn = []
     for fonts in ("none", "many"):
         folder = tmp_path / fonts

@@ -22,7 +22,7 @@ from openmae.data.open import open_index
 from openmae.data.shards.packing import Packed, Packing, pack
 from openmae.errors import UserError
 from openmae.results.dataset_report import save_dataset_picture
-from openmae.results.report import Cell, Numbers, Picture, Section, Table, write_report
+from openmae.results.report import Cell, Figure, Numbers, Section, Table, write_report
 from openmae.storage.atomic import make_folder, write_atomically
 from openmae.storage.printable import printable_name
 from openmae.storage.urls import is_remote
@@ -165,7 +165,7 @@ def _sections(
     }
     sections: list[Section] = [
         Numbers("", numbers),
-        Picture("Overview", picture, "Images per class, image sizes and file sizes."),
+        Figure("Overview", picture, "Images per class, image sizes and file sizes."),
         Table("Figures", ("", ""), rows),
     ]
     if found.class_counts:

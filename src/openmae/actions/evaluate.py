@@ -21,7 +21,8 @@ from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.engines.batching import eval_transform
 from openmae.errors import DataError
 from openmae.models.mae import MaskedAutoencoder
-from openmae.results.images import reconstruction_grid, save_confusion_matrix
+from openmae.results.confusion import save_confusion_matrix
+from openmae.results.images import reconstruction_grid
 from openmae.spec.schema import ExperimentSpec
 from openmae.training.finetune import predict, score
 from openmae.training.pretrain import PretrainTask, embed, probe

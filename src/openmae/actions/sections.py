@@ -10,10 +10,10 @@ import numpy as np
 
 from openmae.checkpoints.format import CheckpointInfo
 from openmae.engines.metadata import ModelCard
-from openmae.results.images import save_curves
+from openmae.results.curves import save_curves
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown, table_rows
-from openmae.results.report import Cell, Code, Numbers, Picture, Section, Table, Text, write_report
+from openmae.results.report import Cell, Code, Figure, Numbers, Section, Table, Text, write_report
 
 _READING = """import pyarrow.parquet as pq
 import numpy as np
@@ -80,9 +80,9 @@ def train_report(
     sections: list[Section] = [_numbers("At the end", last)] if last else []
     if rows:
         curves = save_curves(rows, folder / "curves.png")
-        sections.append(Picture("Curves", curves, "Losses, accuracies, learning rate and pace over the steps."))
+        sections.append(Figure("Curves", curves, "Losses, accuracies, learning rate and pace over the steps."))
     if picture is not None:
-        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+        sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
     if breakdown is not None:
         sections += _breakdown_sections(folder, breakdown)
     sections.append(Table("Recipe", ("", ""), list(recipe)))
@@ -94,7 +94,7 @@ def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
     gpu = " Phases are the GPU's time: what the host does meanwhile costs nothing." if breakdown.on_gpu else ""
     return [
         Text("Where the time goes", "\n\n".join(advice(breakdown))),
-        Picture("", save_breakdown(breakdown, folder / "profile.png"), f"{breakdown.summary}.{gpu}"),
+        Figure("", save_breakdown(breakdown, folder / "profile.png"), f"{breakdown.summary}.{gpu}"),
         Table(
             "",
             ("phase", "mean, ms a step", "median", "95th percentile", "% of the time"),
@@ -117,7 +117,7 @@ def pretrained_report(
     if "knn_acc" in metrics:
         sections.append(Text("", _PROBES))
     if picture is not None:
-        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+        sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
     return _write(folder, "evaluate", info, [*sections, *unread])
 
 
@@ -135,7 +135,7 @@ def embedding_report(
         Code("How to read them", _READING),
     ]
     if picture is not None:
-        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+        sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
     return _write(folder, "inference", info, [*sections, *unread])
 
 
@@ -150,7 +150,7 @@ def classifier_report(
     """After evaluating a fine-tuned checkpoint: accuracies, confusion matrix, a row a class."""
     sections: list[Section] = [
         _numbers(f"{int(confusion.sum()):,} images", metrics),
-        Picture("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
+        Figure("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
         class_table(confusion, info.class_names),
     ]
     return _write(folder, "evaluate", info, [*sections, *unread])
@@ -185,7 +185,7 @@ def inference_report(
             "What was classified",
             {"images": f"{len(found):,}", "classes seen": str(sum(n > 0 for _, n in most))},
         ),
-        Picture("Some of the images", sheet, "As the model saw them, with the most likely class and its probability."),
+        Figure("Some of the images", sheet, "As the model saw them, with the most likely class and its probability."),
         Table("Predicted classes", ("class", "images"), most),
         Table(
             "results.csv",
