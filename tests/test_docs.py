@@ -83,6 +83,16 @@ def test_every_page_is_linked_from_readme() -> None:
         assert f"(docs/{page}" in PAGES["README.md"], page
 
 
+def test_the_architecture_page_names_existing_modules_and_all_packages() -> None:
+    page, source = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), ROOT / "src" / "openmae"
+    for package in (path.parent.name for path in source.glob("*/__init__.py")):
+        assert f"| `{package}/` |" in page, package
+    if pending_sources():
+        pytest.skip("packages are being rewritten")
+    for path in re.findall(r"`([\w/]+\.py)`", page):
+        assert list(source.rglob(path)) or (ROOT / path).exists(), path
+
+
 def test_the_configuration_reference_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     if "src/openmae/spec" in pending_sources():
         pytest.skip("the spec is being rewritten")
