@@ -3,21 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-# Versions of NVIDIA's AutoML packages that drive the skill folder. Each goes into a folder of its own, without what it
-# depends on: the environment has that already, except for pandas.
+# Versions of NVIDIA's AutoML packages that run the skill folder. Each is installed into a separate folder, without its
+# dependencies: the environment has these already, except for pandas.
 NVIDIA := 7.0.0 7.0.1 7.1.0 7.2.0
 
-.PHONY: help quickstart test test-slow test-faults test-nvidia test-browser bench lint clean
+.PHONY: help quickstart check test test-all test-slow test-faults test-nvidia test-browser bench docs lint clean
 help:
-	@echo 'make quickstart    install, and see in minutes that pretraining helps'
-	@echo 'make test          install, check style, types and layers, run the tests'
-	@echo 'make test-slow     three seeds of the quickstart, and every command of README'
-	@echo 'make test-faults   kill processes, fill disks, stop stores'
-	@echo 'make test-nvidia   drive the skill folder with the AutoML packages of NVIDIA'
+	@echo 'make quickstart    install OpenMAE and run its demo'
+	@echo 'make check         lint, types and fast tests: about a minute once installed'
+	@echo 'make test          also tests that start processes or train a model: minutes'
+	@echo 'make test-all      all tests; CI runs this'
+	@echo 'make test-slow     the quickstart on three seeds, the commands of README and docs'
+	@echo 'make test-faults   kill processes, fill disks, stop object stores'
+	@echo "make test-nvidia   run the skill folder with NVIDIA's AutoML packages"
 	@echo 'make test-browser  open a report in headless Chromium'
 	@echo 'make bench         measure speed on this machine, into results/bench'
-	@echo 'make lint          style, types and layers alone'
-	@echo 'make clean         remove .venv and what tools left behind'
+	@echo 'make docs          write docs/configuration.md'
+	@echo 'make lint          style, types and import rules only'
+	@echo 'make clean         remove .venv and caches'
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "OpenMAE needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -25,7 +28,7 @@ $(BIN)/python:
 
 .venv/user.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing OpenMAE into .venv (a few minutes the first time) ...'
-	$(PIP) -e .
+	$(PIP) -e '.[all]'
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
@@ -42,14 +45,23 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+PYTEST := $(BIN)/python -m pytest --durations=25
+PARALLEL := -n auto --dist loadgroup
+DESELECTED := not slow and not browser and not faults and not nvidia
+
+check: lint
+	$(PYTEST) $(PARALLEL) -m '$(DESELECTED) and not launches'
+
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(PYTEST) $(PARALLEL)
+
+test-all: test test-slow test-faults test-nvidia
 
 test-slow: .venv/dev.stamp
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) --timeout=3600 -m slow
 
 test-faults: .venv/dev.stamp
-	$(BIN)/python -m pytest -m faults tests/faults
+	$(PYTEST) --timeout=3600 -m faults tests/faults
 
 .venv/nvidia.stamp: Makefile constraints.txt | .venv/dev.stamp
 	rm -rf .venv/nvidia
@@ -60,13 +72,16 @@ test-faults: .venv/dev.stamp
 	@touch $@
 
 test-nvidia: .venv/nvidia.stamp
-	$(BIN)/python -m pytest -m nvidia tests/nvidia -n auto
+	$(PYTEST) --timeout=3600 -m nvidia tests/nvidia -n auto
 
 test-browser: .venv/dev.stamp
-	$(BIN)/python -m pytest -m browser
+	$(PYTEST) -m browser
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m bench all
+
+docs: .venv/dev.stamp
+	$(BIN)/mae spec keys --markdown > docs/configuration.md
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""The demonstration: its data and its folder here; that pretraining wins, on three seeds, in the slow tests."""
+"""``mae quickstart``: its data and folders; slow tests run it on three seeds."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def test_digits_are_split_without_overlap(tmp_path: Path) -> None:
     assert not names["unlabelled"] & names["held_out"], "held-out digits must not be pretrained on"
     assert names["labelled"] <= names["unlabelled"]
     assert sorted(p.name for p in (tmp_path / "labelled").iterdir()) == [str(d) for d in range(10)]
-    with Image.open(next((tmp_path / "unlabelled").iterdir())) as picture:
-        assert (picture.size, picture.mode) == ((32, 32), "L")
-        assert picture.getpixel((0, 16)) >= 250, "ink is dark on white paper"
+    with Image.open(next((tmp_path / "unlabelled").iterdir())) as image:
+        assert (image.size, image.mode) == ((32, 32), "L")
+        assert image.getpixel((0, 16)) >= 250, "ink is dark on white paper"
 
 
 def test_specs_load_without_a_notice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -38,12 +38,12 @@ def test_only_an_earlier_quickstart_is_replaced(tmp_path: Path) -> None:
     assert not (quickstart._clear(folder) / "old.txt").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="is not empty, and not of an earlier quickstart"):
+    with pytest.raises(UserError, match="is not empty, and was not created by an earlier quickstart"):
         quickstart._clear(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-@pytest.mark.slow(reason="three trainings of a minute each")
+@pytest.mark.slow(reason="three training runs of a minute each")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_pretraining_wins(tmp_path: Path, seed: int) -> None:
     accuracies = quickstart.run(tmp_path / "quickstart", seed)

@@ -1,4 +1,4 @@
-"""The errors that a user may see: what is wrong, the value, and how to mend it."""
+"""Errors that OpenMAE raises on purpose. Each message states the problem, the offending value and a fix."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from contextlib import contextmanager
 
 
 class OpenMAEError(Exception):
-    """Base of every error that OpenMAE raises on purpose.
+    """Base class of all errors that OpenMAE raises on purpose.
 
-    Args:
+    Attributes:
         problem: the rule that was broken and the value that broke it.
-        fix: what to do about it; shown on a line of its own.
+        fix: what to do about it; printed on a separate line. May be empty.
+        exit_code: the exit code of ``mae`` when it ends with this error.
+
+    Example:
+        >>> error = SpecError("train.num_epochs must be >= 1, got 0.", "Set it to 1 or more.")
+        >>> print(error)
+        train.num_epochs must be >= 1, got 0.
+          Fix: Set it to 1 or more.
+        >>> error.exit_code
+        2
     """
 
     exit_code = 1
@@ -26,40 +35,40 @@ class OpenMAEError(Exception):
 
 
 class RunError(OpenMAEError):
-    """The request was right, but the run failed (exit code 1): a full disk, a diverged loss."""
+    """A run that failed although its input was valid, such as on a full disk or a diverging loss (exit code 1)."""
 
 
 class UserError(OpenMAEError, ValueError):
-    """The request was wrong (exit code 2). Never raised for a fault of ours."""
+    """Invalid input: a spec, a path or data that cannot be used (exit code 2). Never raised for a bug in OpenMAE."""
 
     exit_code = 2
 
 
 class SpecError(UserError):
-    """The spec, or an override of it, breaks a rule."""
+    """A spec, or an override, that breaks a rule."""
 
 
 class DataError(UserError):
-    """A data source, or the images in it, cannot be used."""
+    """A data source that cannot be used, or that holds images that cannot be used."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint is damaged, foreign, or does not fit the request."""
+    """A checkpoint that is damaged, not recognized, or incompatible with the spec."""
 
 
 class StoppedAtOnce(KeyboardInterrupt):
-    """Ctrl-C a second time: nothing more is waited for."""
+    """A second Ctrl-C: stop without waiting for anything."""
 
 
 class Preempted(KeyboardInterrupt):
-    """The machine is taken away (SIGTERM, SIGUSR1): the run has to be started again, and goes on from where it was."""
+    """SIGTERM or SIGUSR1: the machine is reclaimed. The same command resumes the run (exit code 75)."""
 
     exit_code = 75  # sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
 
 
 @contextmanager
 def blaming(key: str) -> Iterator[None]:
-    """Put a dotted key in front of the text of a wrong request."""
+    """Prefix the message of a ``UserError`` raised inside the block with a dotted config key."""
     try:
         yield
     except UserError as error:

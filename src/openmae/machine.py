@@ -1,4 +1,4 @@
-"""What systems say of themselves in different ways."""
+"""Facts about the machine that operating systems report in different ways."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use; macOS only says how many there are."""
+    """Return the number of cores that this process may use (on macOS: that the machine has)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,8 @@
-"""``mae quickstart``: in a few minutes on a laptop, see that pretraining without labels helps.
+"""``mae quickstart``: show in a few minutes on a laptop that pretraining on unlabelled images helps.
 
-scikit-learn ships 1,797 scanned handwritten digits. A small ViT is pretrained on 1,297 of them without labels, then
-fine-tuned on ten labelled ones of each digit; the same fine-tuning from random weights stands beside it. Both are
-measured on the 500 digits that neither saw. Everything is done by the same actions, specs and files as real work.
+scikit-learn ships 1,797 scanned handwritten digits. A small ViT is pretrained on 1,297 unlabelled ones, then fine-tuned
+on ten labelled images per digit, and compared with the same model fine-tuned from random weights. Both are evaluated on
+the 500 remaining digits. The actions, specs and files are those of any other run.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One training: its last metrics and the seconds it took."""
+    """The last metrics of a training run, and the seconds it took."""
 
     metrics: Mapping[str, float]
     seconds: float
 
 
 def run(results_dir: Path, seed: int) -> dict[str, float]:
-    """Pretrain, fine-tune, fine-tune from scratch; print and draw the comparison.
+    """Pretrain, fine-tune, train from scratch, and compare the two.
 
     Args:
-        results_dir: gets images/, the specs, a folder for each training, and report.html. An earlier quickstart there
-            is replaced.
-        seed: of everything random.
+        results_dir: folder for images/, the specs, one folder per training run, and report.html. An earlier quickstart
+            in it is replaced.
+        seed: random seed of all three runs.
 
     Returns:
-        ``pretrained`` and ``scratch``: accuracies on the held-out digits, shares in [0, 1].
+        ``pretrained`` and ``scratch``: accuracies on the held-out digits, in [0, 1].
 
     Raises:
-        UserError: ``results_dir`` holds something else.
+        UserError: ``results_dir`` contains anything but an earlier quickstart.
     """
     folder = _clear(results_dir)
     write_digits(folder / "images")
-    log.info("Step 1 of 3: pretraining on digits without labels.")
+    log.info("Step 1 of 3: pretraining on unlabelled digits.")
     pretraining = _train(folder, "pretrain", _pretrain_spec(folder, seed))
     backbone = folder / "pretrain" / "train" / "backbone.safetensors"
-    log.info("Step 2 of 3: fine-tuning the pretrained model on %d labels a digit.", LABELS_PER_DIGIT)
+    log.info("Step 2 of 3: fine-tuning the pretrained model on %d labelled images per digit.", LABELS_PER_DIGIT)
     pretrained = _train(folder, "finetune", _finetune_spec(folder, "finetune", seed, backbone))
-    log.info("Step 3 of 3: the same from scratch, for comparison.")
+    log.info("Step 3 of 3: training the same model from scratch, for comparison.")
     scratch = _train(folder, "scratch", _finetune_spec(folder, "scratch", seed, None))
     accuracies = {"pretrained": pretrained.metrics["ACC_all"], "scratch": scratch.metrics["ACC_all"]}
     rows = [
@@ -78,56 +78,56 @@ def run(results_dir: Path, seed: int) -> dict[str, float]:
         ("fine-tuned from scratch", f"{accuracies['scratch']:.1%}", f"{scratch.seconds:.0f} s"),
     ]
     show_table(
-        f"Accuracy on {HELD_OUT} held-out digits, {LABELS_PER_DIGIT} labels a digit",
+        f"Accuracy on {HELD_OUT} held-out digits, {LABELS_PER_DIGIT} labelled images per digit",
         [(label, f"{accuracy}   in {seconds}") for label, accuracy, seconds in rows],
     )
     report = _report(folder, rows, accuracies)
-    log.info("Open %s to see the reconstructions.", report)
+    log.info("Open %s to see the comparison and the reconstructions.", report)
     return accuracies
 
 
 def write_digits(folder: Path) -> None:
-    """Render the digits to PNG: ``unlabelled/``, ``labelled/<digit>/`` (ten of each) and ``held_out/<digit>/``."""
+    """Write the digits as PNG files to ``unlabelled/``, ``labelled/<digit>/`` (ten each) and ``held_out/<digit>/``."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
     labelled = dict.fromkeys(range(10), 0)
-    for place, number in enumerate(order):
+    for position, number in enumerate(order):
         digit = int(digits.target[number])
         pixels = (255 - digits.images[number] * (255 / 16)).astype(np.uint8)  # ink is 0 to 16
-        picture = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        if place < HELD_OUT:
-            _save(picture, folder / "held_out" / str(digit) / f"{number:04d}.png")
+        image = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        if position < HELD_OUT:
+            _save(image, folder / "held_out" / str(digit) / f"{number:04d}.png")
             continue
-        _save(picture, folder / "unlabelled" / f"{number:04d}.png")
+        _save(image, folder / "unlabelled" / f"{number:04d}.png")
         if labelled[digit] < LABELS_PER_DIGIT:
             labelled[digit] += 1
-            _save(picture, folder / "labelled" / str(digit) / f"{number:04d}.png")
+            _save(image, folder / "labelled" / str(digit) / f"{number:04d}.png")
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    image.save(path)
 
 
 def _clear(folder: Path) -> Path:
-    """An empty folder; what an earlier quickstart left in it goes, anything else is refused."""
+    """Create the folder, or empty it if an earlier quickstart made it; refuse any other folder that is not empty."""
     marker = folder / "README.txt"
     if folder.is_dir() and any(folder.iterdir()):
         if not marker.is_file() or _MADE_BY not in marker.read_text(encoding="utf-8", errors="replace"):
             raise UserError(
-                f"--results_dir: {folder} is not empty, and not of an earlier quickstart.",
-                "Give a new folder: mae quickstart --results_dir DIR.",
+                f"--results_dir: {folder} is not empty, and was not created by an earlier quickstart.",
+                "Choose a new folder: mae quickstart --results_dir DIR.",
             )
         shutil.rmtree(folder)
     make_folder(folder)
-    write_atomically(marker, f"This folder was {_MADE_BY}; the next quickstart into it replaces it.\n")
+    write_atomically(marker, f"This folder was {_MADE_BY}. The next quickstart with this results_dir replaces it.\n")
     return folder
 
 
 def _train(folder: Path, name: str, spec: Mapping[str, Any]) -> Outcome:
-    """Write the spec to ``<name>.yaml``, and train as ``mae train -e <name>.yaml`` would."""
+    """Write the spec to ``<name>.yaml``, and run it like ``mae train -e <name>.yaml``."""
     path = folder / f"{name}.yaml"
     write_atomically(path, yaml.safe_dump(dict(spec), sort_keys=False))
     start = time.perf_counter()
@@ -184,7 +184,7 @@ def _finetune_spec(folder: Path, name: str, seed: int, backbone: Path | None) ->
             "checkpoint_interval": FINETUNE_EPOCHS,
             "keep_checkpoints": 1,
             "seed": seed,
-            # layer decay protects pretrained layers; random ones have to learn at the full rate
+            # layer decay protects pretrained layers; randomly initialized ones need the full learning rate
             "optim": {
                 "lr": 5e-4,
                 "lr_scheduler": "cosine",
@@ -204,25 +204,29 @@ def _report(folder: Path, rows: list[tuple[str, str, str]], accuracies: Mapping[
     bars = save_bar_comparison(
         {labels[name]: value for name, value in accuracies.items()},
         folder / "accuracies.png",
-        title="What pretraining without labels is worth",
-        subtitle=f"accuracy on {HELD_OUT} held-out digits, {LABELS_PER_DIGIT} labels a digit",
+        title="Gain from pretraining on unlabelled images",
+        subtitle=f"accuracy on {HELD_OUT} held-out digits, {LABELS_PER_DIGIT} labelled images per digit",
         notes={row[0]: row[2] for row in rows},
     )
     pretraining = folder / "pretrain" / "train"
     sections: list[Section] = [
         Numbers("", {label: row[1] for label, row in zip(labels.values(), rows, strict=True)}),
-        Figure("Accuracy", bars, "Both models had the same labels, architecture and number of epochs with labels."),
+        Figure(
+            "Accuracy",
+            bars,
+            "Both models have the same architecture, labelled images and fine-tuning epochs.",
+        ),
         Figure(
             "Reconstructions",
             pretraining / "reconstructions" / "last.png",
-            "Held-out digits: from the units in the second column the model predicted those in the third.",
+            "Held-out digits: original, visible patches, prediction, and both combined.",
         ),
-        Figure("Pretraining", pretraining / "curves.png", "kNN and linear probe read the frozen features."),
-        Table("Time", ("model", "accuracy", "time"), rows, caption="The first row's time includes pretraining."),
+        Figure("Pretraining", pretraining / "curves.png", "kNN and the linear probe classify the frozen features."),
+        Table("Time", ("model", "accuracy", "time"), rows, caption="The time of the first row includes pretraining."),
         Text(
             "Your own images",
-            "The specs below are in this folder. Change dataset.train_data_sources to a folder of your pictures and "
-            "run mae train -e pretrain.yaml; README tells how to go on.",
+            "The specs below are in this folder. Set dataset.train_data_sources to a folder of your images and run "
+            "mae train -e pretrain.yaml. The README describes the next steps.",
         ),
         *(
             Code(f"{name}.yaml", (folder / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -160,7 +160,7 @@ def test_in_a_fresh_environment_with_the_wheel_alone(tmp_path, monkeypatch):
     valid = subprocess.run(
         [mae, "skill", "validate", tmp_path / "skills" / NAME], check=True, cwd=tmp_path, capture_output=True, text=True
     )
-    assert "keeps to the contract" in valid.stdout
+    assert "is valid." in valid.stdout
     base = SMALL | {
         "train.num_epochs": 2,
         "model.patch_size": 8,

@@ -1,0 +1,1 @@
+"""The ``mae`` command line."""

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from openmae.cli.parser import Parser, add_spec_arguments
 from openmae.errors import UserError
 from openmae.jobs.platforms import PLATFORMS
 
@@ -22,15 +23,16 @@ automl (`mae spec keys`). Ctrl-C pauses a search; the same command continues it.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser, add_spec_arguments: Any) -> None:
-    """Declare the commands; ``add_spec_arguments`` adds ``-e`` and the overrides."""
+def add_arguments(parser: Parser) -> None:
+    """Add ``search``, ``worker`` and ``dashboard``."""
     parser.description = "Search for the best values of training options."
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(dest="automl_command", metavar="COMMAND", required=True)
-    search = commands.add_parser("search", help="start or continue a search (the default)", allow_abbrev=False)
-    worker = commands.add_parser("worker", help="run trials of a search in another process", allow_abbrev=False)
-    dashboard = commands.add_parser("dashboard", help="show a search in a browser", allow_abbrev=False)
+    parser.takes_overrides = True  # without a command they are those of search
+    commands = parser.add_commands()
+    search = commands.add_parser("search", help="start or continue a search (the default)")
+    worker = commands.add_parser("worker", help="run trials of a search in another process")
+    dashboard = commands.add_parser("dashboard", help="show a search in a browser")
     search.description = "Start a search, or continue the one in the results folder."
     worker.description = "Run trials of a search until none are left. Use the spec and results_dir of the search."
     dashboard.description = "Show a search in a browser. Use the spec and results_dir of the search."

@@ -1,4 +1,4 @@
-"""``mae cache``: what is on the disk of what was downloaded, extracted, or is to be uploaded."""
+"""``mae cache``: list and clear downloads, extracted archives and results waiting for upload."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import sys
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from openmae.cli.parser import Parser
+
 if TYPE_CHECKING:
     from openmae.storage.cache import Entry
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add ``list``, ``clear`` and ``path``."""
-    commands = parser.add_subparsers(dest="cache_command", metavar="COMMAND", required=True)
-    commands.add_parser("list", help="show what is there, what was used last first").set_defaults(run=_list)
-    commands.add_parser("clear", help="remove what can be had again and is not in use").set_defaults(run=_clear)
+    commands = parser.add_commands()
+    commands.add_parser("list", help="list the entries, most recently used first").set_defaults(run=_list)
+    commands.add_parser("clear", help="remove entries that can be recreated and are not in use").set_defaults(
+        run=_clear
+    )
     commands.add_parser("path", help="print the cache's folder (OPENMAE_CACHE)").set_defaults(run=_path)
 
 
@@ -36,8 +40,8 @@ def _list(args: argparse.Namespace) -> None:
     if found:
         console.print(table)
     total = sum(entry.size for entry in found)
-    room = f"of {cache.gigabytes(cache.limit())} ({cache.SIZE_VARIABLE})"
-    console.print(f"{len(found)} entries, {cache.gigabytes(total)} {room}, in {cache.root()}", soft_wrap=True)
+    limit = f"of {cache.gigabytes(cache.limit())} ({cache.SIZE_VARIABLE})"
+    console.print(f"{len(found)} entries, {cache.gigabytes(total)} {limit}, in {cache.root()}", soft_wrap=True)
 
 
 def _state(entry: Entry) -> str:
@@ -54,7 +58,7 @@ def _clear(args: argparse.Namespace) -> None:
     freed, kept = cache.clear()
     print(f"Freed {cache.gigabytes(freed)} in {cache.root()}.")
     for entry in kept:
-        why = "it is in use" if entry.in_use else "its results were not uploaded; remove it yourself"
+        why = "it is in use" if entry.in_use else "its results are not uploaded yet; delete the folder to discard them"
         print(f"Kept {entry.path} ({entry.origin}): {why}.")
 
 

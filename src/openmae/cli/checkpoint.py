@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from openmae.cli.parser import Parser
 from openmae.errors import CheckpointError, RunError, SpecError
 from openmae.storage.urls import is_remote, redact
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add ``consolidate``."""
-    commands = parser.add_subparsers(dest="checkpoint_command", metavar="COMMAND", required=True)
+    commands = parser.add_commands()
     command = commands.add_parser(
         "consolidate",
         help="write the whole checkpoint of a folder of parts",
         description="Write the whole checkpoint of a folder of parts, which takes memory for all of it.",
-        allow_abbrev=False,
     )
     add = command.add_argument
     add("folder", type=Path, metavar="FOLDER", help="model_epoch_EEE_step_SSSSS.shards")

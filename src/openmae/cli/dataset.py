@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from openmae.cli.parser import Parser
 
-def add_dataset_commands(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Parser) -> None:
     """Define ``mae dataset pack`` and ``mae dataset check``."""
-    commands = parser.add_subparsers(dest="dataset_command", metavar="COMMAND", required=True)
-    pack = commands.add_parser("pack", help="write images into WebDataset shards", allow_abbrev=False)
+    commands = parser.add_commands()
+    pack = commands.add_parser("pack", help="write images into WebDataset shards")
     add = pack.add_argument
     add("source", metavar="FOLDER", help="a folder of images, or anything else that dataset.train_data_sources takes")
     add("out", type=Path, metavar="OUT", help="a local folder for the shards OUT-000000.tar, OUT-000001.tar, ...")
@@ -22,14 +24,14 @@ def add_dataset_commands(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the shards that are in OUT")
     _add_max_megapixels(pack)
     pack.set_defaults(run=_run_pack)
-    check = commands.add_parser("check", help="count images, classes, corrupt and duplicate files", allow_abbrev=False)
+    check = commands.add_parser("check", help="count images, classes, corrupt and duplicate files")
     check.add_argument("source", metavar="SOURCE", help="a folder, an archive or shards")
     check.add_argument("--results_dir", type=Path, default=Path("results/dataset_check"), metavar="DIR")
     _add_max_megapixels(check)
     check.set_defaults(run=_run_check)
 
 
-def _add_max_megapixels(parser: argparse.ArgumentParser) -> None:
+def _add_max_megapixels(parser: Parser) -> None:
     parser.add_argument(
         "--max-megapixels",
         type=_number(1, 100_000),

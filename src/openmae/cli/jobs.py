@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from openmae.cli.parser import ACTIONS, Parser, add_spec_arguments
 from openmae.errors import Preempted, RunError, SpecError
 from openmae.jobs.platforms import PLATFORMS
 
@@ -17,23 +18,15 @@ if TYPE_CHECKING:
     from openmae.jobs.client import Client
     from openmae.jobs.job import Job
 
-SPEC_OPTION = (
-    "-e",
-    "--experiment_spec_file",
-    "--experiment_spec",
-)  # the long forms are TAO's and the older one of OpenMAE
 _STYLES = {"COMPLETE": "green", "ERROR": "red", "RUNNING": "cyan", "CANCELED": "yellow", "UNKNOWN": "magenta"}
 
 
-def add_arguments(parser: argparse.ArgumentParser, actions: Iterable[str]) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the subcommands; each sets ``run``."""
-    commands = parser.add_subparsers(dest="jobs_command", metavar="COMMAND", required=True)
+    commands = parser.add_commands()
     submit = _command(commands, "submit", "check an action, then run or queue it as a job", _submit)
-    submit.add_argument("action", choices=tuple(actions), metavar="ACTION", help=", ".join(actions))
-    submit.add_argument(
-        *SPEC_OPTION, dest="experiment_spec", metavar="SPEC", help="YAML file; without it, all defaults"
-    )
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="option, or shorthand such as num_epochs=3")
+    submit.add_argument("action", choices=tuple(ACTIONS), metavar="ACTION", help=", ".join(ACTIONS))
+    add_spec_arguments(submit, "config option, or a shorthand such as num_epochs=3")
     submit.add_argument("--parent", metavar="JOB", help="the job whose model this one takes")
     submit.add_argument("--platform", choices=PLATFORMS, default="local", help="where it runs (default: %(default)s)")
     submit.add_argument("--name", help="for people")
@@ -60,17 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser, actions: Iterable[str]) -> No
     _on_a_job(commands, "results", "the files that a job has written", _results)
 
 
-def _command(commands: Any, name: str, help: str, run: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False
-    )
+def _command(commands: Any, name: str, help: str, run: Any) -> Parser:
+    parser: Parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
     parser.add_argument("--root", metavar="DIR", help="folder of the jobs (default: OPENMAE_JOBS, or the user's)")
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.set_defaults(run=run)
     return parser
 
 
-def _on_a_job(commands: Any, name: str, help: str, run: Any) -> argparse.ArgumentParser:
+def _on_a_job(commands: Any, name: str, help: str, run: Any) -> Parser:
     parser = _command(commands, name, help, run)
     parser.add_argument("job", metavar="JOB", help="id, or how it begins")
     return parser

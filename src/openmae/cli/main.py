@@ -1,6 +1,6 @@
-"""``mae``: parse the command, import what it needs and nothing else, turn errors into exit codes.
+"""``mae``: parse the command line, import the requested command only, turn errors into exit codes.
 
-Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted, 75 preempted: start it again.
+Exit codes: 0 done, 1 the run failed, 2 invalid input, 75 preempted (run the command again), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,62 +9,69 @@ import argparse
 import importlib
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from openmae._version import __version__
-from openmae.cli.automl import add_arguments as add_automl_arguments
-from openmae.cli.automl import with_command
-from openmae.cli.cache import add_arguments as add_cache_arguments
-from openmae.cli.checkpoint import add_arguments as add_checkpoint_arguments
-from openmae.cli.dataset import add_dataset_commands, expanded_braces
-from openmae.cli.jobs import SPEC_OPTION
-from openmae.cli.jobs import add_arguments as add_jobs_arguments
-from openmae.cli.skill import add_arguments as add_skill_arguments
+from openmae.cli import automl, cache, checkpoint, completion, dataset, jobs, serve, skill, spec
+from openmae.cli.parser import ACTIONS, Parser, add_spec_arguments, nearest
 from openmae.errors import OpenMAEError, Preempted
 from openmae.main_guard import end_if_rerun
 from openmae.results.console import notices_on_stderr
 from openmae.results.streams import OutputLostError, guarded, open_standard_streams
-from openmae.serving.settings import Settings
 
-_ACTIONS = {
-    "train": "pretrain or fine-tune a backbone",
-    "evaluate": "measure a trained model on validation images",
-    "inference": "classify or embed test images",
-    "export": "write a trained model as ONNX",
-    "gen_trt_engine": "build a TensorRT engine from ONNX",
+_WORK = {*ACTIONS, "quickstart", "serve", "automl"}  # commands whose result is not what they print
+_OTHERS = {
+    "serve": (serve, "serve a model over HTTP, with a page to try it"),
+    "automl": (automl, "search for the best training options"),
+    "jobs": (jobs, "run actions as background jobs, here or on a cluster"),
+    "dataset": (dataset, "check a data source, or pack images into shards"),
+    "spec": (spec, "check a spec, print a template, list all config options"),
+    "checkpoint": (checkpoint, "join a checkpoint that fsdp wrote in parts"),
+    "cache": (cache, "list or clear downloaded and extracted data"),
+    "skill": (skill, "install the skill for coding agents and NVIDIA's runner"),
+    "completion": (completion, "set up tab completion in a shell"),
 }
-_WORK = {*_ACTIONS, "quickstart", "serve", "automl"}  # what they print only accompanies what they do
-_EXAMPLES = """\
+_QUICKSTART = "pretrain, fine-tune and compare models on a small data set"
+_HELP = """\
+Pretrain image backbones with masked autoencoders, fine-tune them, and deploy them.
+
+commands:
+{commands}
+
 examples:
   mae quickstart
-  mae train dataset.train_data_sources=photos model.arch=vit_small_patch16
+  mae train dataset.train_data_sources=photos results_dir=runs/photos
   mae train -e spec.yaml train.num_epochs=100
-  mae spec template train > spec.yaml
+
+`mae COMMAND --help` describes a command, `mae spec keys` lists all config options.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``mae`` with ``argv`` (default: the command line) and return its exit code."""
+    """Run ``mae`` and return its exit code.
+
+    Args:
+        argv: arguments without the program name (default: those of the process).
+    """
     end_if_rerun()
     open_standard_streams()
     try:
         with guarded("stdout", needed=True):
             try:
-                args = _parse(argv)
+                args = _parse(sys.argv[1:] if argv is None else argv)
             except SystemExit as stop:
                 return int(stop.code or 0)
-        with notices_on_stderr(_level(args.command)), guarded("stdout", needed=args.command not in _WORK):
+        with notices_on_stderr(_log_level(args.command)), guarded("stdout", needed=args.command not in _WORK):
             return _run(args, program=argv is None)
     except OutputLostError as lost:
-        if lost.reader_left:  # as in `mae spec keys | head`: it has what it wanted
+        if lost.reader_left:  # as in `mae spec keys | head`
             return 0
         print(f"{lost}\n  Fix: Free space on the disk, or redirect the output to another one.", file=sys.stderr)
         return 1
@@ -84,14 +91,14 @@ def _run(args: argparse.Namespace, *, program: bool) -> int:
     except OutputLostError:
         raise
     except Exception as error:
-        print(_told(args.command, error), file=sys.stderr)
+        print(_describe_unexpected(args.command, error), file=sys.stderr)
         return 1
 
 
 def _interrupted(message: str, code: int, *, program: bool) -> int:
-    """Say what happened; as a program, end at once.
+    """Print the message and return the exit code; as a program, exit at once.
 
-    Python would wait without a limit for threads and child processes, and aborts where a thread holds a file's lock.
+    A normal exit would wait without limit for threads and child processes, and abort if a thread holds a file's lock.
     """
     if program:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -104,8 +111,8 @@ def _interrupted(message: str, code: int, *, program: bool) -> int:
     return code
 
 
-def _level(command: str) -> int:
-    """Of the processes that a launcher or several nodes started, one tells what happens; the others tell of errors."""
+def _log_level(command: str) -> int:
+    """Return the log level: of several processes of a run only the first reports progress, the others report errors."""
     from openmae.distributed.topology import follows
 
     if not follows():
@@ -115,198 +122,104 @@ def _level(command: str) -> int:
     return logging.ERROR if command in DEVICES else logging.INFO
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    args, rest = parser.parse_known_args(with_command(sys.argv[1:] if argv is None else argv))
-    # argparse gives overrides that follow an option back as unknown: `mae train a=1 -e spec.yaml b=2`
-    if rest and (not hasattr(args, "overrides") or any(item.startswith("-") for item in rest)):
-        parser.error(_unrecognized(args, rest))
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser, argv = _parser(), automl.with_command(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse returns overrides that follow an option as unknown: `mae train a=1 -e spec.yaml b=2`
+    leaf = parser.leaf(argv)
+    if rest and (not leaf.takes_overrides or any(item.startswith("-") for item in rest)):
+        _refuse_unrecognized(leaf, args, rest)
     if rest:
         args.overrides = [*args.overrides, *rest]
-    if mistake := expanded_braces(getattr(args, "overrides", ())):
-        parser.error(mistake)
+    if mistake := dataset.expanded_braces(getattr(args, "overrides", ())):
+        leaf.error(mistake)
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    helps = {"quickstart": _QUICKSTART, **ACTIONS, **{name: help for name, (_, help) in _OTHERS.items()}}
+    parser = Parser(
         prog="mae",
-        description="Pretrain image backbones with masked autoencoders, fine-tune them, measure them.",
-        epilog=_EXAMPLES,
+        usage="mae [-h] [--version] COMMAND ...",
+        description=_HELP.format(commands="\n".join(f"  {name:<16}{help}" for name, help in helps.items())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--version", action="version", version=f"openmae {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, help in _ACTIONS.items():
-        command = commands.add_parser(
-            name,
-            help=help,
-            description=f"{help[0].upper()}{help[1:]}.",
-            epilog=f"`mae spec template {name}` prints a spec to start from, `mae spec keys` all options.",
-            allow_abbrev=False,
-        )
-        _add_spec_arguments(command)
-        command.set_defaults(run=_run_action)
-    _add_serve_arguments(
-        commands.add_parser(
-            "serve", help="answer requests over HTTP, with a page to try a model on", allow_abbrev=False
-        )
-    )
-    add_dataset_commands(commands.add_parser("dataset", help="pack images into shards, check what a source holds"))
-    add_automl_arguments(
-        commands.add_parser("automl", help="search for the best training options", allow_abbrev=False),
-        _add_spec_arguments,
-    )
-    add_jobs_arguments(commands.add_parser("jobs", help="run actions as jobs that feed one another"), _ACTIONS)
-    add_checkpoint_arguments(commands.add_parser("checkpoint", help="join a checkpoint that fsdp wrote in parts"))
-    add_cache_arguments(commands.add_parser("cache", help="what is downloaded and extracted: list or clear it"))
-    add_skill_arguments(commands.add_parser("skill", help="the folder that coding agents and other runners use"))
-    _add_spec_commands(commands.add_parser("spec", help="check a spec, print a template or all options"))
-    quickstart = commands.add_parser("quickstart", help="see on a small data set that pretraining helps")
-    quickstart.add_argument("--results_dir", type=Path, default=Path("results/quickstart"), metavar="DIR")
-    quickstart.add_argument("--seed", type=int, default=0, metavar="N")
-    quickstart.set_defaults(run=_run_quickstart)
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"openmae {__version__}", help=argparse.SUPPRESS)
+    commands = parser.add_commands(dest="command", help=argparse.SUPPRESS)
+    for name, help in helps.items():
+        command = commands.add_parser(name, description=f"{help[0].upper()}{help[1:]}.")
+        if name in ACTIONS:
+            _add_action_arguments(command, name)
+        elif name == "quickstart":
+            _add_quickstart_arguments(command)
+        else:
+            _OTHERS[name][0].add_arguments(command)
+    parser.commands["completion"].set_defaults(run=lambda args: completion.run(args, parser))
     return parser
 
 
-def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
-    limits = Settings()
-    add = parser.add_argument
-    add("-m", "--model", type=Path, required=True, metavar="MODEL", help="a checkpoint, an .onnx or an .engine file")
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for every network (default: %(default)s)")
-    add("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-    add("--encryption-key", default="", metavar="KEY", help="of an encrypted model: env:NAME or file:PATH")
-    add(
-        "--max-batch", type=int, default=limits.max_batch, metavar="N", help="images run at once (default: %(default)s)"
+def _add_action_arguments(parser: Parser, action: str) -> None:
+    parser.epilog = (
+        f"`mae spec template {action}` prints a spec to start from; `mae spec keys --action {action}` lists the "
+        "config options."
     )
-    add(
-        "--max-request-mb",
-        type=float,
-        default=limits.max_request_mb,
-        metavar="MB",
-        help="size of a request, all its images together (default: %(default)g)",
-    )
-    add(
-        "--max-pixels",
-        type=int,
-        default=limits.max_pixels,
-        metavar="N",
-        help="width x height of an image (default: %(default)s)",
-    )
-    parser.set_defaults(run=_run_serve)
+    add_spec_arguments(parser)
+    parser.set_defaults(run=_run_action)
 
 
-def _add_spec_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="spec_command", metavar="COMMAND", required=True)
-    check = commands.add_parser("check", help="print the resolved spec, or every mistake in it", allow_abbrev=False)
-    _add_spec_arguments(check)
-    check.add_argument(
-        "--action", choices=(*_ACTIONS, "automl"), default="train", help="what it is for (default: train)"
-    )
-    check.set_defaults(run=_run_check)
-    template = commands.add_parser("template", help="print a commented spec to start from")
-    template.add_argument("action", choices=_ACTIONS, metavar="ACTION", help=", ".join(_ACTIONS))
-    template.set_defaults(run=_run_template)
-    keys = commands.add_parser("keys", help="list all options: key, type, default, bounds, help")
-    keys.add_argument("--action", choices=_ACTIONS, help="only those in the spec of this action")
-    keys.set_defaults(run=_run_keys)
-
-
-def _unrecognized(args: argparse.Namespace, rest: Sequence[str]) -> str:
-    """Name the options that no command has, without their values, and the keys of a spec that they may mean."""
-    options = [item.partition("=")[0] for item in rest if item.startswith("-")]
-    text = f"unrecognized arguments: {' '.join(options or rest)} (options of a spec are written key=value"
-    if not hasattr(args, "overrides"):
-        return f"{text})"
-    from openmae.spec.describe import key_of_option
-
-    instead = [key_of_option(item, _spec_section(args)) for item in rest if item.startswith("-")]
-    return f"{text}, here {' '.join(filter(None, instead))})" if any(instead) else f"{text})"
-
-
-def _spec_section(args: argparse.Namespace) -> str:
-    """The section of a spec that the command reads first."""
-    action = getattr(args, "action", None) or args.command
-    return action if action in _ACTIONS else "train"
-
-
-def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_quickstart_arguments(parser: Parser) -> None:
     parser.add_argument(
-        *SPEC_OPTION, dest="experiment_spec", metavar="SPEC", help="YAML file; without it, all defaults"
+        "--results_dir", type=Path, default=Path("results/quickstart"), metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="option that replaces the file's")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+    parser.set_defaults(run=_run_quickstart)
+
+
+def _refuse_unrecognized(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> NoReturn:
+    """Name the unknown options, without their values, and what may have been meant: an option or a config key."""
+    options = [item.partition("=")[0] for item in rest if item.startswith("-")]
+    problem = f"unrecognized arguments: {' '.join(options or rest)}"
+    if parser.takes_overrides:
+        from openmae.spec.describe import key_of_option
+
+        action = getattr(args, "action", None) or args.command
+        section = action if action in ACTIONS else "train"
+        keys = " ".join(filter(None, (key_of_option(item, section) for item in rest if item.startswith("-"))))
+        if keys:
+            parser.refuse(problem, f"Config options are written key=value, here {keys}")
+    near = [nearest(option, list(parser.flags)) for option in options if option.startswith("--")]
+    if any(near):
+        parser.refuse(problem, f"Did you mean {' '.join(filter(None, near))}?")
+    if parser.takes_overrides:
+        parser.refuse(problem, "Config options are written key=value; `mae spec keys` lists them.")
+    parser.error(problem)
 
 
 def _run_action(args: argparse.Namespace) -> None:
     from openmae.spec.load import load_spec
 
     _hide_secrets()
-
     spec = load_spec(args.experiment_spec, args.overrides, action=args.command)
     importlib.import_module(f"openmae.actions.{args.command}").run(spec)
 
 
 def _hide_secrets() -> None:
-    """Take a key that is an override out of ``sys.argv``, which loggers such as Weights & Biases write down."""
+    """Remove an encryption key from ``sys.argv``, which loggers such as Weights & Biases record."""
     from openmae.spec.option import SECRET_MARK, is_secret
 
-    for place, (name, equals, value) in enumerate(item.partition("=") for item in sys.argv):
+    for index, (name, equals, value) in enumerate(item.partition("=") for item in sys.argv):
         if name.lstrip("+") == "encryption_key" and is_secret(value):
-            sys.argv[place] = name + equals + SECRET_MARK
+            sys.argv[index] = name + equals + SECRET_MARK
 
 
 def _run_quickstart(args: argparse.Namespace) -> None:
     importlib.import_module("openmae.quickstart").run(args.results_dir, args.seed)
 
 
-def _run_serve(args: argparse.Namespace) -> None:
-    settings = Settings(max_batch=args.max_batch, max_request_mb=args.max_request_mb, max_pixels=args.max_pixels)
-    server = importlib.import_module("openmae.serving.server")
-    server.serve(args.model, args.host, args.port, settings, args.device, args.encryption_key)
-
-
-def _run_check(args: argparse.Namespace) -> None:
-    from openmae.data.presence import missing_files, missing_sources
-    from openmae.spec.load import load_spec, to_yaml
-
-    spec, action = load_spec(args.experiment_spec, args.overrides, action=args.action), args.action
-    data_of = "train" if action == "automl" else action
-    for key, text in {**missing_sources(spec, data_of), **missing_files(spec, action)}.items():
-        logging.getLogger("openmae").warning("%s: %s on this machine.", key, text)
-    print(to_yaml(spec), end="")
-
-
-def _run_template(args: argparse.Namespace) -> None:
-    from openmae.spec.describe import template
-
-    print(template(args.action), end="")
-
-
-def _run_keys(args: argparse.Namespace) -> None:
-    from openmae.spec.describe import KeyRow, keys_table
-
-    print(_table([KeyRow._fields, *keys_table(args.action)]))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side; the last two are wrapped so that a row fits the terminal, if that has room."""
-    total = max(shutil.get_terminal_size((160, 24)).columns, 120)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 2)]
-    widths.append(24)
-    widths.append(max(24, total - sum(widths) - 2 * len(widths)))
-    lines = []
-    for row in rows:
-        cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
-        for i in range(max(map(len, cells))):
-            parts = [(cell[i] if i < len(cell) else "").ljust(w) for cell, w in zip(cells, widths, strict=True)]
-            lines.append("  ".join(parts).rstrip())
-    return "\n".join(lines)
-
-
-def _told(command: str, error: Exception) -> str:
-    """The message of an error that nobody has explained: of the disk, or a fault in openmae, with its traceback."""
+def _describe_unexpected(command: str, error: Exception) -> str:
+    """Return the message for an unexpected error: a disk error, or a bug, with the traceback in a file."""
     from openmae.storage.atomic import disk_error, fault_of_disk
 
     if fault := fault_of_disk(error):
@@ -317,7 +230,7 @@ def _told(command: str, error: Exception) -> str:
             "w", prefix="mae-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
         ) as file:
             file.write(trace)
-        place = f"The traceback is in {file.name}"
-    except OSError:  # no place is left for it
-        place = f"The traceback:\n{trace}"
-    return f"mae {command} failed: {type(error).__name__}: {error}\n  This is a fault in openmae or below it. {place}"
+        where = f"The traceback is in {file.name}"
+    except OSError:  # the disk is full
+        where = f"The traceback:\n{trace}"
+    return f"mae {command} failed: {type(error).__name__}: {error}\n  This is a bug in openmae or a library. {where}"

@@ -1,22 +1,26 @@
-"""``mae skill``: make the agent skill, copy it out, check one."""
+"""``mae skill``: build, install or validate the agent skill."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from openmae.cli.parser import Parser
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Parser) -> None:
     """Add ``build``, ``install`` and ``validate``."""
-    commands = parser.add_subparsers(dest="skill_command", metavar="COMMAND", required=True)
-    build = commands.add_parser("build", help="make anew what is generated of it, in the source tree")
+    commands = parser.add_commands()
+    build = commands.add_parser("build", help="regenerate the generated files in the source tree")
     build.set_defaults(run=_build)
-    install = commands.add_parser("install", help="copy it into a folder of skills")
-    install.add_argument("folder", type=Path, metavar="DIR", help="gets the folder tao-train-mask-auto-encoder")
-    install.add_argument("--overwrite", action="store_true", help="replace one that is there")
+    install = commands.add_parser("install", help="copy the skill into a folder of skills")
+    install.add_argument("folder", type=Path, metavar="DIR", help="receives the folder tao-train-mask-auto-encoder")
+    install.add_argument("--overwrite", action="store_true", help="replace an existing copy")
     install.set_defaults(run=_install)
-    validate = commands.add_parser("validate", help="check a skill folder by the contract's rules")
-    validate.add_argument("folder", type=Path, metavar="DIR", help="the skill's own folder")
+    validate = commands.add_parser(
+        "validate", help="check a skill folder by the rules of NVIDIA's runner and skill bank"
+    )
+    validate.add_argument("folder", type=Path, metavar="DIR", help="the folder that contains SKILL.md")
     validate.set_defaults(run=_validate)
 
 
@@ -25,7 +29,7 @@ def _build(args: argparse.Namespace) -> None:
     from openmae.skill.package import build
 
     changed = build()
-    print(f"Wrote {', '.join(changed)}" if changed else "Everything is as it should be", f"in {FOLDER}.")
+    print(f"Wrote {', '.join(changed)}" if changed else "Everything is up to date", f"in {FOLDER}.")
 
 
 def _install(args: argparse.Namespace) -> None:
@@ -36,15 +40,15 @@ def _install(args: argparse.Namespace) -> None:
 
     target: Path = args.folder.expanduser() / NAME
     if target.exists() and not args.overwrite:
-        raise UserError(f"{target} exists, and is not replaced unasked.", "Give another folder, or --overwrite.")
+        raise UserError(f"{target} already exists.", "Choose another folder, or pass --overwrite to replace it.")
     if target.exists() and not (target / "SKILL.md").is_file():
-        raise UserError(f"{target} is not a skill: it has no SKILL.md.", "Give another folder.")
+        raise UserError(f"{target} is not a skill: it has no SKILL.md.", "Choose another folder.")
     try:
         if target.exists():
             shutil.rmtree(target)
         shutil.copytree(FOLDER, target, ignore=shutil.ignore_patterns("__pycache__"))
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}.", "Give another folder.") from error
+        raise UserError(f"{target} cannot be written: {error.strerror or error}.", "Choose another folder.") from error
     print(target)
 
 
@@ -54,6 +58,6 @@ def _validate(args: argparse.Namespace) -> None:
 
     folder = args.folder.expanduser().resolve()
     if breaches := find_breaches(folder):
-        count = "a breach" if len(breaches) == 1 else f"{len(breaches)} breaches"
-        raise UserError("\n".join([f"{folder} has {count} of the contract:", *(f"  {text}" for text in breaches)]))
-    print(f"{folder} keeps to the contract.")
+        count = "1 problem" if len(breaches) == 1 else f"{len(breaches)} problems"
+        raise UserError("\n".join([f"{folder} has {count}:", *(f"  {text}" for text in breaches)]))
+    print(f"{folder} is valid.")

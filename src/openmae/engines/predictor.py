@@ -104,7 +104,7 @@ class OnnxPredictor:
 
 
 def open_predictor(
-    path: Path, device: torch.device | str = "cpu", encryption_key: str | Key | None = None
+    path: str | Path, device: torch.device | str = "cpu", encryption_key: str | Key | None = None
 ) -> Predictor:
     """A predictor from a checkpoint, an ONNX file or a TensorRT engine, see :func:`exported_kind`.
 

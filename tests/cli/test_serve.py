@@ -1,0 +1,28 @@
+"""``mae serve``: its arguments."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from openmae.cli.main import main
+from openmae.serving.settings import Settings
+
+
+def test_serve_gets_its_arguments(monkeypatch):
+    calls = []
+    module = ModuleType("openmae.serving.server")
+    module.serve = lambda *arguments: calls.append(arguments)
+    monkeypatch.setitem(sys.modules, "openmae.serving.server", module)
+    assert main(["serve", "-m", "model.onnx"]) == 0
+    limits = ("--max-batch", "2", "--max-request-mb", "0.5", "--max-pixels", "1000")
+    more = ("--device", "cpu", "--encryption-key", "env:NAME")
+    assert main(["serve", "--model", "m.pth", "--host", "::", "--port", "0", *more, *limits]) == 0
+    assert calls == [
+        (Path("model.onnx"), "127.0.0.1", 8000, Settings(), "auto", ""),
+        (Path("m.pth"), "::", 0, Settings(max_batch=2, max_request_mb=0.5, max_pixels=1000), "cpu", "env:NAME"),
+    ]
+
+
+def test_wrong_limits_of_serve(capsys):
+    assert main(["serve", "-m", "model.pth", "--max-batch", "0"]) == 2
+    assert capsys.readouterr().err == "--max-batch must be 1 or more, got 0.\n  Fix: Leave it out for 8.\n"
