@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from tests.helpers.simulation import BrokenError, loss, make_spec, make_worker
 
-from openmae.automl.terminal import Progress, showing_progress
+from openmae.automl.terminal import SearchProgress, showing_progress
 from openmae.results.status import StatusLog, read_status
 
 
@@ -39,7 +39,7 @@ def test_live_table(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=3), learn)
     console = Console(width=120, record=True, file=(tmp_path / "terminal").open("w"))
     with Live(console=console, auto_refresh=False) as live:
-        worker.changed = Progress(worker.study, live)
+        worker.changed = SearchProgress(worker.study, live)
         worker.run()
         live.refresh()
     lines = console.export_text().splitlines()

@@ -31,7 +31,7 @@ def format_params(params: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return ", ".join(f"{names[key]} {format_value(value)}" for key, value in params.items())
 
 
-class Progress:
+class SearchProgress:
     """Shows a search in a live table or as log lines, and writes to ``status.json`` if one is given."""
 
     def __init__(self, study: Study, live: Live | None, status: StatusLog | None = None) -> None:
@@ -100,11 +100,11 @@ class Progress:
 
 
 @contextmanager
-def showing_progress(study: Study, status: StatusLog | None = None) -> Iterator[Progress]:
-    """Yield a ``Progress`` that shows the study while the block runs."""
+def showing_progress(study: Study, status: StatusLog | None = None) -> Iterator[SearchProgress]:
+    """Yield a ``SearchProgress`` that shows the study while the block runs."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Progress(study, None, status)
+        yield SearchProgress(study, None, status)
         return
     with Live(console=console, refresh_per_second=4, redirect_stderr=True) as live:
-        yield Progress(study, live, status)
+        yield SearchProgress(study, live, status)
