@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "openmae"
 TREES = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text("utf-8")) for path in SOURCE.rglob("*.py")}
 MAX_FILE, MAX_FUNCTION = 400, 60  # lines
 # Names that still stand for two things. Delete yours when it is renamed.
-PENDING_MODULES = {"base", "folder", "automl"}
+PENDING_MODULES = {"base", "folder", "load", "automl"}
 PENDING_CLASSES = {"Answer", "Request", "Share"}
 
 
