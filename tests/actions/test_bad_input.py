@@ -139,19 +139,19 @@ CHECKPOINT_MISTAKES = [
     (
         "evaluate",
         (*EVALUATE, f"evaluate.{PRE}", "dataset.augmentation.input_size=40"),
-        ("40x40 is not a multiple of 16", "the checkpoint's vit_tiny_patch16", "such as 32 or 48"),
+        ("input size 40x40 is not a multiple of 16", "vit_tiny_patch16's units", "Use 32x32"),
     ),
     (
         "evaluate",
         (*EVALUATE, f"evaluate.{PRE}", "train.mask_ratio=0.95"),
-        ("model.mask_ratio: 0.95 leaves 0 of 4 units visible",),
+        ("model.mask_ratio", "0.95 of 4 leaves no unit visible"),
     ),
     *(
         (action, (*sources, f"{action}.checkpoint={{made}}/{name}"), (f"{action}.checkpoint: ", name, text))
         for action, sources in (("evaluate", EVALUATE), ("inference", INFER))
         for name, text in (
             ("none.pth", "No checkpoint at"),
-            ("cut.pth", "is cut off or damaged"),
+            ("cut.pth", "is truncated or damaged"),
             ("text.pth", "begins with the text 'hello"),
             ("nothing.pth", "is empty (0 bytes)"),
         )
@@ -182,15 +182,15 @@ CHECKPOINT_MISTAKES = [
             (
                 "pretrained_model_path",
                 "train.pretrained_model_path: ",
-                (("none.pth", "No checkpoint at"), ("cut.pth", "is cut off"), ("text.pth", "begins with the text")),
+                (("none.pth", "No checkpoint at"), ("cut.pth", "is truncated"), ("text.pth", "begins with the text")),
             ),
             (
                 "resume_training_checkpoint_path",
                 "train.resume_training_checkpoint_path: ",
                 (
-                    ("none.pth", "there is no file"),
-                    ("cut.pth", "truncated, damaged or foreign"),
-                    ("text.pth", "truncated, damaged or foreign"),
+                    ("none.pth", "No checkpoint at"),
+                    ("cut.pth", "is truncated or damaged"),
+                    ("text.pth", "begins with the text"),
                     ("timm.pth", "holds no training state"),
                 ),
             ),

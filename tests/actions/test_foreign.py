@@ -209,7 +209,7 @@ def test_training_names_the_weights_that_it_takes_and_the_patches_that_do_not_fi
     chosen = ["train.pretrained_weights_key=model", "model.patch_size=16", f"results_dir={tmp_path}/b"]
     assert main([*command, *chosen]) == 0
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "the weights under 'model' were taken; the file also has model_ema" in said
+    assert "using the weights under 'model'; the file also has model_ema" in said
     assert "resized: pos_embed, patch_embed.proj" in said
     assert main([*command, "train.pretrained_weights_key=ema", f"results_dir={tmp_path}/c"]) == 2
     assert "no weights under 'ema'. Fix: It has: model, model_ema." in " ".join(capsys.readouterr().err.split())
@@ -223,7 +223,7 @@ def test_weights_that_are_not_finite_give_no_answers(action: str, photos: Any, t
     source = {"evaluate": "dataset.val_data_sources", "inference": "dataset.test_data_sources"}.get(action)
     sources = [f"{source}={photos.val}"] if source else [f"export.onnx_file={tmp_path}/m.onnx"]
     said = refused(action, [f"{action}.checkpoint={path}", f"results_dir={tmp_path}", *sources])
-    assert "tensors hold NaN or infinite numbers, the first is head.weight" in said
+    assert "tensors hold NaN or infinite values, the first is head.weight" in said
 
 
 def test_an_onnx_file_of_weights_that_are_not_finite_is_refused(tmp_path: Path) -> None:

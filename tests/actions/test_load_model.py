@@ -1,4 +1,4 @@
-"""The trained model that evaluate and inference look at."""
+"""Tests of opening the model of evaluate and inference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def spec_for(checkpoint, *overrides, source=None):
     return load_spec(source, [*settings, *overrides], action="evaluate")
 
 
-def test_what_the_checkpoint_says_stands(trained):
+def test_checkpoint_determines_the_model(trained):
     run = trained("vit", "pretrain")
     model = open_model(spec_for(run.checkpoint), "evaluate")
     assert isinstance(model.network, MaskedAutoencoder)
@@ -38,26 +38,26 @@ def test_what_the_checkpoint_says_stands(trained):
 
 
 @pytest.mark.parametrize(("key", "value"), [("model.mask_ratio", 0.5), ("train.mask_ratio", 0.25)])
-def test_the_mask_ratio_may_be_another(trained, key, value):
+def test_mask_ratio_can_be_changed(trained, key, value):
     model = open_model(spec_for(trained("vit", "pretrain").checkpoint, f"{key}={value}"), "evaluate")
     assert model.info.model.mask_ratio == value
 
 
-def test_the_same_said_again_is_fine(trained):
+def test_options_equal_to_the_checkpoint_are_accepted(trained):
     run = trained("vit", "finetune")
     said = ["model.arch=vit_tiny_patch16", "model.patch_size=16", "model.num_classes=3", "train.stage=finetune"]
     open_model(spec_for(run.checkpoint, *said), "evaluate")
     open_model(spec_for(run.checkpoint, source=run.folder / "experiment.yaml"), "evaluate")
 
 
-def test_a_decoder_is_asked_of_a_pretrained_model_only(trained):
+def test_decoder_options_are_checked_for_pretrained_models_only(trained):
     open_model(spec_for(trained("vit", "finetune").checkpoint, "model.decoder_depth=4"), "evaluate")
     with pytest.raises(SpecError, match=r"model.decoder_depth is 4, but evaluate.checkpoint .* holds .*=1"):
         open_model(spec_for(trained("vit", "pretrain").checkpoint, "model.decoder_depth=4"), "evaluate")
 
 
-def test_a_decoder_with_cross_attention_is_one_everywhere(photos, tmp_path, capsys):
-    """Trained, gone on with, validated, its pictures drawn; and refused as another one."""
+def test_cross_attention_works_in_every_action(photos, tmp_path, capsys):
+    """Train, resume, evaluate and reconstruct, and refuse another attention."""
     changes = [f"results_dir={tmp_path}", "model.decoder_attention=cross", "model.decoder_targets=0.5"]
     command = ["train", *train_arguments(photos, "vit", "pretrain"), "dataset.augmentation.input_size=64", *changes]
     assert main([*command, "train.num_epochs=2", "train.stop_after_epoch=1"]) == 0
@@ -82,14 +82,14 @@ def test_a_decoder_with_cross_attention_is_one_everywhere(photos, tmp_path, caps
         open_model(spec_for(checkpoint, "model.decoder_attention=self"), "evaluate")
 
 
-def test_one_option_needs_no_others_beside_it(trained):
+def test_one_option_needs_no_others(trained):
     checkpoint = trained("vit", "finetune").checkpoint
     open_model(spec_for(checkpoint, "model.patch_size=16"), "evaluate")
     with pytest.raises(SpecError, match=r"mean is \(0.5,\), but evaluate.checkpoint"):
         open_model(spec_for(checkpoint, "dataset.augmentation.mean=[0.5]"), "evaluate")
 
 
-def test_the_backbone_alone_cannot_reconstruct(trained, photos, refused, tmp_path):
+def test_backbone_file_cannot_reconstruct(trained, photos, refused, tmp_path):
     run = trained("vit", "pretrain")
     backbone = run.folder / "backbone.safetensors"
     text = refused(
@@ -101,7 +101,7 @@ def test_the_backbone_alone_cannot_reconstruct(trained, photos, refused, tmp_pat
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_all_that_does_not_fit_a_checkpoint_is_reported_together(trained, stage):
+def test_all_mistakes_are_reported_together(trained, stage):
     run = trained("vit", stage)
     other = "finetune" if stage == "pretrain" else "pretrain"
     said = [f"train.stage={other}", "model.arch=vit_small_patch16", "model.in_chans=1", "model.num_classes=7"]
@@ -119,7 +119,7 @@ def test_all_that_does_not_fit_a_checkpoint_is_reported_together(trained, stage)
     assert ("model.num_classes is 7, but" in text) == (stage == "finetune")
 
 
-def test_an_export_reports_all_that_does_not_fit(trained, refused, tmp_path):
+def test_export_reports_all_mistakes_together(trained, refused, tmp_path):
     run = trained("vit", "finetune")
     text = refused(
         "export",

@@ -51,18 +51,6 @@ def test_every_trial_runs_once_and_the_best_checkpoint_stays(tmp_path: Path) -> 
     assert (trial.user_attrs["epochs"], trial.user_attrs["folder"]) == (9, f"{best:03d}")
 
 
-def test_sharded_checkpoints_are_deleted(tmp_path: Path) -> None:
-    worker, _ = make_worker(make_spec(tmp_path, algorithm="random"))
-    folder, name = worker.jobs.folder_of("000"), "model_epoch_001_step_00004.shards"
-    for parts in (name, f".{name}.tmp", f"{name}.superseded"):
-        (folder / parts).mkdir(parents=True)
-        (folder / parts / "index.pth").touch()
-    for other in ("status.json", "model_best.pth"):
-        (folder / other).touch()
-    worker.jobs.delete_models("000")
-    assert [path.name for path in folder.iterdir()] == ["status.json"]
-
-
 def test_keep_all(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=3, keep_all=True))
     worker.run()

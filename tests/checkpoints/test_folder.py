@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not at all, rotated, found again."""
+"""Tests of the checkpoint folder: complete files, rotation, links, best."""
 
 from __future__ import annotations
 
@@ -13,17 +13,11 @@ import pytest
 import torch
 
 from openmae.checkpoints import folder as checkpoints_module
-from openmae.checkpoints.folder import (
-    CheckpointFolder,
-    list_checkpoints,
-    read_training_state,
-    write_checkpoint,
-)
-from openmae.checkpoints.writer import BackgroundWorker, HostCopy
+from openmae.checkpoints.folder import CheckpointFolder, list_checkpoints
 from openmae.cli.main import main
-from openmae.errors import CheckpointError, RunError, StoppedAtOnce
+from openmae.errors import RunError, StoppedAtOnce
 from openmae.storage.encryption import Key
-from openmae.training.resume import newest_checkpoint, newest_readable
+from openmae.training.resume import newest_checkpoint
 
 PAYLOAD = {"openmae": {"stage": "pretrain"}, "progress": {"epoch": 1}, "optimizer": {}, "x": torch.arange(3)}
 
@@ -38,7 +32,7 @@ def number_in(path: Path) -> int:
 
 @contextmanager
 def largest_file(size: int):
-    """A disk on which no file can grow past ``size`` bytes; Python ignores the signal that tells of it."""
+    """Limit the size of files, as a full disk does; Python ignores the signal that reports it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -61,7 +55,7 @@ def test_names_link_and_rotation(tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / "model_epoch_003_step_00030.pth"
 
 
-def test_the_newest_is_by_number_not_by_name(tmp_path):
+def test_checkpoints_are_ordered_by_number(tmp_path):
     with CheckpointFolder(tmp_path, "vit", keep=9) as folder:
         for epoch, step in [(1000, 5), (999, 7), (1000, 100_000), (2, 9)]:
             folder.save(payload(0), epoch, step)
@@ -74,11 +68,11 @@ def test_the_newest_is_by_number_not_by_name(tmp_path):
     ]
 
 
-def test_an_empty_or_missing_folder_has_none(tmp_path):
+def test_empty_or_missing_folder_has_no_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path) is newest_checkpoint(tmp_path / "no") is None
 
 
-def test_rotation_spares_what_was_just_written(tmp_path):
+def test_rotation_keeps_the_checkpoint_just_written(tmp_path):
     with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
         folder.save(payload(5), 5, 50)
         written = folder.save(payload(3), 3, 30)
@@ -86,7 +80,7 @@ def test_rotation_spares_what_was_just_written(tmp_path):
     assert number_in(folder.latest) == 3
 
 
-def test_the_best_outlives_rotation(tmp_path):
+def test_best_checkpoint_survives_rotation(tmp_path):
     with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
         folder.save(payload(1), 1, 1, best=True)
         folder.save(payload(2), 2, 2)
@@ -94,15 +88,15 @@ def test_the_best_outlives_rotation(tmp_path):
     assert names(tmp_path) == ["model_best.pth", "model_epoch_002_step_00002.pth", "vit_latest.pth"]
 
 
-def test_the_best_without_a_checkpoint_of_its_own(tmp_path):
+def test_best_checkpoint_can_be_written_alone(tmp_path):
     with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
         folder.save_best(payload(4))
     assert number_in(tmp_path / "model_best.pth") == 4
     assert names(tmp_path) == ["model_best.pth"]
 
 
-def test_a_run_killed_while_it_writes_has_no_best_older_than_its_checkpoint(tmp_path, monkeypatch):
-    """Renaming is what becomes visible; the kill may come between any two."""
+def test_best_checkpoint_is_renamed_before_the_numbered_one(tmp_path, monkeypatch):
+    """A run may be killed between any two renames."""
     renamed = []
     replace = os.replace
 
@@ -116,7 +110,7 @@ def test_a_run_killed_while_it_writes_has_no_best_older_than_its_checkpoint(tmp_
     assert renamed == ["model_best.pth", "model_epoch_001_step_00001.pth", "vit_latest.pth"]
 
 
-def test_a_file_system_without_links(tmp_path, monkeypatch):
+def test_file_system_without_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
@@ -127,22 +121,8 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
     assert [number_in(tmp_path / name) for name in names(tmp_path)] == [1, 1, 1]
 
 
-def test_the_copy_is_of_the_moment_and_its_memory_is_used_again():
-    host = HostCopy()
-    weights = torch.arange(4.0)
-    state = {"model": {"w": weights}, "groups": [{"lr": 1.0, "betas": (0.9, 0.95)}], "progress": {"step": 3}}
-    first = host.take(state)
-    weights.zero_()
-    assert first["model"]["w"].tolist() == [0, 1, 2, 3]
-    assert {k: first[k] for k in ("groups", "progress")} == {k: state[k] for k in ("groups", "progress")}
-    second = host.take(state)
-    assert second["model"]["w"].data_ptr() == first["model"]["w"].data_ptr()
-    other = host.take({"model": {"w": torch.zeros(2, 3, dtype=torch.int64)}})
-    assert torch.equal(other["model"]["w"], torch.zeros(2, 3, dtype=torch.int64)), "the shape had changed"
-
-
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """Two are never written at once: the second waits for the first."""
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The second checkpoint waits until the first is written."""
     go, began = threading.Event(), []
     save = torch.save
 
@@ -163,19 +143,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert began == ["openmae-checkpoint"] * 2
 
 
-def test_an_error_of_the_thread_is_told_once():
-    worker = BackgroundWorker()
-
-    def fail():
-        raise RunError("no")
-
-    worker.start(fail)
-    with pytest.raises(RunError, match="no"):
-        worker.wait()
-    worker.wait()
-
-
-def test_another_error_is_not_hidden_by_a_write_that_failed(tmp_path, caplog):
+def test_failed_write_does_not_hide_another_error(tmp_path, caplog):
     def write_and_fail():
         with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
             folder.save({**payload(1), "weights": torch.zeros(100_000)}, 1, 1)
@@ -186,7 +154,7 @@ def test_another_error_is_not_hidden_by_a_write_that_failed(tmp_path, caplog):
     assert "model_epoch_001_step_00001.pth could not be written (File too large)." in caplog.text
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
     folder = CheckpointFolder(tmp_path, "vit", keep=1)
     folder.save({**payload(1), "weights": torch.zeros(1000)}, 1, 1)
     folder.wait()
@@ -206,7 +174,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert number_in(folder.latest) == 1
 
 
-def test_a_read_only_folder(tmp_path, monkeypatch):
+def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -217,13 +185,14 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
         folder.wait()
 
 
-def test_what_a_killed_run_left_is_written_over(tmp_path):
-    (tmp_path / ".a.pth.tmp").write_text("half a checkpoint")
-    write_checkpoint(PAYLOAD, tmp_path / "a.pth")
-    assert names(tmp_path) == ["a.pth"]
+def test_leftover_of_a_killed_run_is_overwritten(tmp_path):
+    (tmp_path / ".model_epoch_001_step_00001.pth.tmp").write_text("half a checkpoint")
+    with CheckpointFolder(tmp_path, "vit", keep=1) as folder:
+        folder.save(PAYLOAD, 1, 1)
+    assert names(tmp_path) == ["model_epoch_001_step_00001.pth", "vit_latest.pth"]
 
 
-def test_a_full_disk_during_training_exits_1(train, tiny_overrides, payload_of, tmp_path, capsys):
+def test_full_disk_during_training_exits_1(train, tiny_overrides, payload_of, tmp_path, capsys):
     unwatched = {"dataset.val_data_sources": None}
     train(tmp_path, {**unwatched, "train.num_epochs": 1})
     before = {path.name: path.read_bytes()[:1000] for path in tmp_path.glob("*.pth")}
@@ -239,114 +208,35 @@ def test_a_full_disk_during_training_exits_1(train, tiny_overrides, payload_of, 
         assert {"openmae", "state_dict"} <= torch.load(path, weights_only=True).keys()
 
 
-def test_resuming_from_no_file(tmp_path):
-    with pytest.raises(CheckpointError, match=r"there is no file '.*/no\.pth'") as caught:
-        read_training_state(tmp_path / "no.pth")
-    assert "leave the key empty to resume from the newest" in caught.value.fix
-
-
-@pytest.mark.parametrize("lazily", [False, True])
-def test_resuming_from_a_truncated_file(tmp_path, lazily):
-    path = tmp_path / "model_epoch_001_step_00001.pth"
-    write_checkpoint(PAYLOAD, path)
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read as a checkpoint .* truncated, damaged or foreign"
-    ) as caught:
-        read_training_state(path, lazily=lazily)
-    assert "older model_epoch_*.pth" in caught.value.fix
-
-
-def test_resuming_from_weights_alone(tmp_path):
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="holds no training state") as caught:
-        read_training_state(tmp_path / "w.pth")
-    assert "train.pretrained_model_path" in caught.value.fix
-
-
-def test_resuming_reads_the_payload(tmp_path):
-    write_checkpoint(PAYLOAD, tmp_path / "a.pth")
-    state = read_training_state(tmp_path / "a.pth")
-    assert torch.equal(state["x"], torch.arange(3))
-    assert state["progress"] == {"epoch": 1}
-
-
 def three(folder: Path, key: Key | None = None) -> list[Path]:
-    """Three checkpoints, oldest first."""
+    """Write three checkpoints, and return them oldest first."""
     with CheckpointFolder(folder, "vit", keep=3, key=key) as checkpoints:
         for number in (1, 2, 3):
             checkpoints.save({**payload(number), "weights": torch.ones(5000)}, number, number)
     return list_checkpoints(folder)
 
 
-def damage(path: Path, *, at: int = -1) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 if at < 0 else at] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["cut off", "a bit has changed", "empty"])
-@pytest.mark.parametrize("key", [None, Key(b"k")], ids=["plain", "encrypted"])
-def test_the_newest_that_cannot_be_read_is_set_aside(how, key, tmp_path, caplog):
-    one, two, three_ = three(tmp_path, key)
-    for path in (two, three_):
-        if how == "a bit has changed":
-            damage(path)
-        else:
-            path.write_bytes(path.read_bytes()[: 700 if how == "cut off" else 0])
-    with caplog.at_level(logging.WARNING, "openmae"):
-        found = newest_readable(tmp_path, key)
-    assert found is not None
-    assert (found[0], found[1]["number"]) == (one, 1)
-    assert names(tmp_path) == [
-        "model_epoch_001_step_00001.pth",
-        "model_epoch_002_step_00002.pth.unreadable",
-        "model_epoch_003_step_00003.pth.unreadable",
-        "vit_latest.pth",
-    ]
-    told = f"{three_} cannot be read: it is now {three_.name}.unreadable, and {one.name} is used."
-    assert told in caplog.messages
-
-
-def test_where_none_can_be_read_nothing_is_touched(tmp_path):
-    for path in three(tmp_path):
-        damage(path)
-    before = names(tmp_path)
-    with pytest.raises(CheckpointError, match=r"model_epoch_003_step_00003\.pth cannot be read .* truncated, damaged"):
-        newest_readable(tmp_path)
-    assert names(tmp_path) == before
-
-
-@pytest.mark.parametrize("key", [None, Key(b"another")])
-def test_a_key_that_does_not_fit_sets_nothing_aside(tmp_path, key):
-    three(tmp_path, Key(b"k"))
-    before = names(tmp_path)
-    with pytest.raises(CheckpointError, match=r"encryption_key|there is no key"):
-        newest_readable(tmp_path, key)
-    assert names(tmp_path) == before
-
-
-def test_going_on_from_an_older_one_sets_the_newer_aside(tmp_path, caplog):
+def test_resuming_from_an_older_checkpoint_sets_newer_ones_aside(tmp_path, caplog):
     one, two, three_ = three(tmp_path)
     folder = CheckpointFolder(tmp_path, "vit", keep=3)
-    folder.go_on_from(3, 3)
+    folder.resume_from(3, 3)
     assert list_checkpoints(tmp_path) == [one, two, three_]
     with caplog.at_level(logging.WARNING, "openmae"):
-        folder.go_on_from(1, 1)
+        folder.resume_from(1, 1)
     assert list_checkpoints(tmp_path) == [one]
     assert number_in(folder.latest) == 1
-    assert "The run goes on from epoch 1, step 1: what is newer in" in caplog.text
-    assert f"is set aside as *.superseded ({two.name}, {three_.name})." in caplog.text
+    assert f"The run resumes from epoch 1, step 1: newer checkpoints in {tmp_path} are set aside as" in caplog.text
+    assert f"*.superseded ({two.name}, {three_.name})." in caplog.text
 
 
-def test_no_link_points_at_what_was_set_aside(tmp_path):
+def test_link_to_a_checkpoint_set_aside_is_removed(tmp_path):
     three(tmp_path)
     folder = CheckpointFolder(tmp_path, "vit", keep=3)
-    folder.go_on_from(0, 1)
+    folder.resume_from(0, 1)
     assert not folder.latest.is_symlink()
 
 
-def test_a_run_that_stops_at_once_does_not_wait_for_a_disk(tmp_path, monkeypatch):
+def test_run_that_stops_at_once_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints_module, "_STOP_SECONDS", 0.05)
     begun, release = threading.Event(), threading.Event()
 
@@ -355,7 +245,7 @@ def test_a_run_that_stops_at_once_does_not_wait_for_a_disk(tmp_path, monkeypatch
         release.wait()
         path.touch()
 
-    monkeypatch.setattr(checkpoints_module, "_dump", hanging)
+    monkeypatch.setattr(checkpoints_module, "write_checkpoint", hanging)
     folder = CheckpointFolder(tmp_path, "vit", keep=3)
     with folder:
         folder.save(payload(1), 1, 1)

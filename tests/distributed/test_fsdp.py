@@ -62,7 +62,7 @@ def test_fsdp_trains_as_one_process_and_one_process_goes_on(one, train, tiny_ove
         main(["train", *tiny_overrides(tmp_path / "two", {"dataset.batch_size": 2, "train.clip_grad_norm": 0.3})]) == 0
     )
     told = capfd.readouterr().err
-    assert "goes on with 1 process(es) in place of 2: its global batch stays 4 = 1 process(es) x 2 images x 2" in told
+    assert "resumes with 1 process instead of 2: its global batch stays 4 (2 images x 2 accumulated batches)" in told
     assert "goes on with other settings" not in told
     assert _losses(tmp_path / "two") == pytest.approx(_losses(one), rel=2e-3)
     newest, last = (_weights(list_checkpoints(folder)[-1]) for folder in (tmp_path / "two", one))

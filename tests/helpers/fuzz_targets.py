@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openmae.checkpoints.folder import read_training_state, write_checkpoint
-from openmae.checkpoints.format import read_checkpoint
+from openmae.checkpoints.format import read_checkpoint, read_training_state, write_checkpoint
 from openmae.data.archives import resolve_source
 from openmae.data.decode import CorruptImage, Picture
 from openmae.data.formats import READ_FORMATS

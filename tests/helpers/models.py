@@ -1,4 +1,4 @@
-"""What the models' parity tests share: fixtures that give functions, as test folders are no packages."""
+"""Fixtures for parity tests of models; each returns a function."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from openmae.models.masking import Mask, mask_from_noise
 
 @pytest.fixture(scope="session")
 def randomise() -> Callable[..., None]:
-    """``randomise(module, seed)``: a random value for every parameter.
+    """``randomise(module, seed)`` sets every parameter to random values.
 
-    timm starts GRN, biases and norms at zero or one, where many a mistake has no effect.
+    timm initialises GRN, biases and norms with zero or one, which hides many mistakes.
     """
 
     def apply(module: nn.Module, seed: int = 0) -> None:
@@ -36,9 +36,9 @@ def randomise() -> Callable[..., None]:
     return apply
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built() -> Callable[..., nn.Module]:
-    """``built(build, config)``: a copy of what ``build(config)`` gave the first time; to start one anew is slow."""
+    """``built(build, config)`` returns a copy of the first result of ``build(config)``: initialising is slow."""
     models: dict[tuple[Callable, ModelConfig], nn.Module] = {}
 
     def get(build: Callable[[ModelConfig], nn.Module], config: ModelConfig) -> nn.Module:
@@ -51,7 +51,7 @@ def built() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def draw_mask() -> Callable[..., Mask]:
-    """``draw_mask(batch, units, visible, seed)``: a random mask for each sample."""
+    """``draw_mask(batch, units, visible, seed)`` draws a random mask for each sample."""
 
     def draw(batch: int, units: int, visible: int, seed: int = 0) -> Mask:
         return mask_from_noise(torch.rand(batch, units, generator=torch.Generator().manual_seed(seed)), visible)
@@ -61,7 +61,7 @@ def draw_mask() -> Callable[..., Mask]:
 
 @pytest.fixture(scope="session")
 def assert_near() -> Callable[[Tensor, Tensor, float], None]:
-    """``assert_near(actual, expected, tolerance)``: the largest error, as a share of the largest value."""
+    """``assert_near(actual, expected, tolerance)`` bounds the largest error relative to the largest value."""
 
     def check(actual: Tensor, expected: Tensor, tolerance: float) -> None:
         assert actual.shape == expected.shape

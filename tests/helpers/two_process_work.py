@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -17,7 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from openmae.actions import train as train_action
 from openmae.actions.plan import Plan
-from openmae.checkpoints import parts
 from openmae.data.image_dataset import Batch
 from openmae.data.normalise import Normaliser
 from openmae.distributed.collectives import gather, gather_objects, sum_over_ranks
@@ -97,20 +95,6 @@ def train_preempted_in_validation(fabric: Fabric, plan: Plan) -> dict[str, float
         return original(task, *arguments)
 
     PretrainTask.validate = validate
-    return train_action._work(fabric, plan)
-
-
-def train_on_a_full_disk(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """A training; the disk of rank 1 has room for its part of one checkpoint."""
-    original, calls = parts.created, []
-
-    def created(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) > 1 and fabric.global_rank == 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(*arguments)
-
-    parts.created = created
     return train_action._work(fabric, plan)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -63,34 +62,6 @@ def test_a_folder_is_listed_without_unfinished_files(tmp_path: Path) -> None:
         ("last.png", "picture", 5, False),
         ("vit_latest.pth", "checkpoint", 5, True),
     ]
-    remove(found)
-    assert list_folder(str(tmp_path)) == []
-
-
-def test_a_checkpoint_in_parts_is_one_that_training_alone_takes(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "model_epoch_001_step_00003.pth", tmp_path / "model_epoch_001_step_00006.shards"
-    whole.write_bytes(b"12345")
-    aside = tmp_path / "model_epoch_001_step_00009.shards.superseded"
-    hidden = [f".model_epoch_002_step_00009.shards.{ending}" for ending in ("tmp", "replaced")]
-    for folder in (parts, aside, *(tmp_path / name for name in hidden)):
-        folder.mkdir()
-        for name in ("index.pth", "part_0000_of_0001.pth"):
-            (folder / name).write_bytes(b"12345")
-    found = list_folder(str(tmp_path))
-    assert [(item.path, item.kind, item.size) for item in found] == [
-        (str(whole), "checkpoint", 5),
-        (str(parts), "parts", 10),
-        (str(aside), "parts", 10),
-    ]
-    assert newest_checkpoint(found) == found[1]
-    assert choose_model(found, ("checkpoint",), (), "the parent")[0] == found[0]
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint \(\.pth\) to take") as caught:
-        choose_model(found[1:], ("checkpoint",), (), "the parent")
-    assert f"`mae checkpoint consolidate {parts}`" in caught.value.fix
-    with pytest.raises(CheckpointError) as caught:
-        choose_model(found[1:], ("onnx",), (), "the parent")
-    assert "consolidate" not in caught.value.fix
-    shutil.rmtree(parts)  # by the training, meanwhile
     remove(found)
     assert list_folder(str(tmp_path)) == []
 

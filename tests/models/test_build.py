@@ -44,12 +44,12 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_the_table_of_published_sizes_is_whole() -> None:
+def test_published_sizes_cover_every_architecture() -> None:
     assert set(PUBLISHED) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-def test_every_architecture_builds_in_its_published_size(arch: str) -> None:
+def test_every_architecture_has_its_published_size(arch: str) -> None:
     row = get_architecture(arch)
     config = ModelConfig(
         arch,
@@ -72,7 +72,7 @@ def test_every_architecture_builds_in_its_published_size(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"])
-def test_the_pretrained_backbone_loads_into_the_classifier(arch: str) -> None:
+def test_pretrained_backbone_loads_into_the_classifier(arch: str) -> None:
     encoder = build_encoder(ModelConfig(arch, (64, 96)))
     classifier = build_classifier(ModelConfig(arch, (64, 96), num_classes=7))
     keys = classifier.load_state_dict(encoder.backbone.state_dict(), strict=False)
@@ -86,7 +86,7 @@ def test_the_pretrained_backbone_loads_into_the_classifier(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"])
-def test_the_feature_extractor_takes_the_whole_backbone(arch: str, randomise, assert_near) -> None:
+def test_feature_extractor_uses_the_complete_backbone(arch: str, randomise, assert_near) -> None:
     encoder = build_encoder(ModelConfig(arch, (64, 96)))
     randomise(encoder.backbone)
     extractor = build_feature_extractor(ModelConfig(arch, (64, 96))).eval()
@@ -106,7 +106,7 @@ def pooled(encoder: nn.Module, features: Tensor) -> Tensor:
     return nn.functional.layer_norm(mean, mean.shape[1:], norm.weight, norm.bias, norm.eps)
 
 
-def test_a_vit_reads_the_class_token_where_it_does_not_pool() -> None:
+def test_vit_without_pooling_uses_the_class_token() -> None:
     config = ModelConfig("vit_tiny_patch16", (32, 32), num_classes=5, global_pool=False)
     classifier = build_classifier(config)
     assert isinstance(classifier.norm, nn.LayerNorm)
@@ -117,8 +117,8 @@ def test_a_vit_reads_the_class_token_where_it_does_not_pool() -> None:
 @pytest.mark.parametrize(
     ("arch", "bias"), [("vit_tiny_patch16", 0.0), ("hiera_tiny_224", 2e-5), ("convnextv2_atto", 0.0)]
 )
-def test_a_fresh_head_starts_as_in_the_official_code(arch: str, bias: float) -> None:
-    """``trunc_normal_(head.weight, std=2e-5)``; Hiera's .02 and its head_init_scale of .001 make the same."""
+def test_new_head_is_initialised_as_in_the_official_code(arch: str, bias: float) -> None:
+    """``trunc_normal_(head.weight, std=2e-5)``; Hiera's .02 times its head_init_scale of .001 is the same."""
     head = build_classifier(ModelConfig(arch, (32, 32), num_classes=100)).get_classifier()
     assert head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
     assert (head.bias == bias).all()
@@ -142,8 +142,8 @@ def test_patch_size_and_drop_path_reach_the_model() -> None:
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"])
-def test_every_trainable_parameter_takes_part_in_the_loss(arch: str, draw_mask) -> None:
-    """An idle one would stop DDP: it waits for every trainable parameter's gradient."""
+def test_every_trainable_parameter_contributes_to_the_loss(arch: str, draw_mask) -> None:
+    """DDP would hang otherwise: it waits for the gradient of every trainable parameter."""
     model = build_autoencoder(ModelConfig(arch, (64, 64), decoder_depth=1, decoder_embed_dim=64))
     mask = draw_mask(2, model.num_units, model.num_units // 2)
     model(torch.randn(2, 3, 64, 64), mask).loss.backward()

@@ -15,7 +15,7 @@ LATENT, TOKEN_VALUES = 20, 12
 
 
 def filled(visible: Tensor, mask, token: Tensor) -> Tensor:
-    """Every token in its place, one by one."""
+    """Fill in every token, one by one."""
     rows = []
     for sample in range(len(visible)):
         tokens = [token.flatten()] * (GRID[0] * GRID[1])
@@ -71,7 +71,7 @@ def normed(x: Tensor, norm: torch.nn.Module) -> Tensor:
 
 
 def decoded_one_by_one(decoder: CrossAttentionDecoder, latent: Tensor, token: int) -> Tensor:
-    """The prediction of one token of one image, head by head, from its latent ``[T, D]``."""
+    """Predict one token of one image, head by head, from its latent ``[T, D]``."""
     x = decoder.mask_token.flatten() + decoder.pos_embed[0, decoder.num_prefix_tokens + token]
     for block in decoder.cross_blocks:
         query = block.query.weight @ normed(x, block.norm1) + block.query.bias
@@ -107,7 +107,7 @@ def test_cross_attention_equals_decoding_token_by_token(prefix, learned, randomi
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_with_cross_attention_a_prediction_does_not_depend_on_the_others(seed, randomise, draw_mask, assert_near):
+def test_cross_attention_predicts_each_token_independently(seed, randomise, draw_mask, assert_near):
     decoder = CrossAttentionDecoder(LATENT, 64, 3, GRID, 1, TOKEN_VALUES, learned_positions=False)
     randomise(decoder, seed)
     mask, latent = draw_mask(3, 6, 2, seed), torch.randn(3, 3, LATENT)
@@ -118,7 +118,7 @@ def test_with_cross_attention_a_prediction_does_not_depend_on_the_others(seed, r
 
 
 @pytest.mark.parametrize("kind", [TransformerDecoder, CrossAttentionDecoder])
-def test_vits_positions_are_fixed_and_hieras_learned(kind) -> None:
+def test_positions_are_fixed_for_vit_and_learned_for_hiera(kind) -> None:
     fixed = kind(LATENT, 64, 1, GRID, 1, TOKEN_VALUES, learned_positions=False)
     assert not fixed.pos_embed.requires_grad
     assert torch.equal(fixed.pos_embed, sincos_position_embedding(64, GRID, 1))
@@ -127,7 +127,7 @@ def test_vits_positions_are_fixed_and_hieras_learned(kind) -> None:
     assert learned.pos_embed.std().item() == pytest.approx(0.02, rel=0.2)
 
 
-def test_depth_and_width_act() -> None:
+def test_depth_and_width_have_an_effect() -> None:
     decoder = TransformerDecoder(LATENT, 96, 3, GRID, 1, TOKEN_VALUES, learned_positions=False)
     assert len(decoder.blocks) == 3
     assert decoder.predict.in_features == 96
@@ -139,7 +139,7 @@ def test_depth_and_width_act() -> None:
 
 
 @pytest.mark.parametrize(("prefix", "learned"), [(1, False), (0, True)], ids=["vit", "hiera"])
-def test_a_transformer_leaves_out_what_is_neither_visible_nor_predicted(
+def test_transformer_drops_tokens_neither_visible_nor_predicted(
     prefix, learned, randomise, draw_mask, assert_near
 ) -> None:
     decoder = TransformerDecoder(LATENT, 64, 2, GRID, prefix, TOKEN_VALUES, learned_positions=learned).double()
@@ -156,7 +156,7 @@ def test_a_transformer_leaves_out_what_is_neither_visible_nor_predicted(
         assert_near(decoder(latent, mask)[sample], expected, 1e-12)
 
 
-def test_convnext_predicts_some_of_the_masked_as_it_predicts_all(randomise, draw_mask, assert_near) -> None:
+def test_convnext_predicts_some_tokens_as_it_predicts_all(randomise, draw_mask, assert_near) -> None:
     decoder = ConvNeXtDecoder(LATENT, 16, 2, GRID, TOKEN_VALUES).double()
     randomise(decoder)
     mask, latent = draw_mask(3, 6, 2), torch.randn(3, 2, LATENT).double()

@@ -66,7 +66,7 @@ def our_vit_mae(norm_pix_loss: bool) -> MaskedAutoencoder:
 
 
 def converted(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's names to ours; query, key and value become one matrix."""
+    """Convert Hugging Face's names to OpenMAE's; query, key and value become one matrix."""
     renames = {
         "vit.embeddings.position_embeddings": "encoder.backbone.pos_embed",
         "vit.embeddings.patch_embeddings.projection": "encoder.backbone.patch_embed.proj",
@@ -95,7 +95,7 @@ def converted(official: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_vits_loss_and_gradients_are_transformers(norm_pix_loss, seed, randomise, assert_near) -> None:
+def test_vit_loss_and_gradients_equal_transformers(norm_pix_loss, seed, randomise, assert_near) -> None:
     official, ours = official_vit_mae(norm_pix_loss), our_vit_mae(norm_pix_loss)
     randomise(official, seed)
     ours.load_state_dict(converted(official.state_dict()))
@@ -119,10 +119,10 @@ def test_vits_loss_and_gradients_are_transformers(norm_pix_loss, seed, randomise
         assert_near(gradient, gradients[name], 3e-5)
 
 
-# What every family shares
+# Shared by all families
 
 
-def test_the_loss_is_the_mean_squared_error_of_masked_units_alone(model, mask, tokens, assert_near) -> None:
+def test_loss_is_the_mean_squared_error_of_masked_units(model, mask, tokens, assert_near) -> None:
     images = torch.randn(2, 3, *SIZE)
     result = model(images, mask)
     assert result.loss.dtype == result.predicted_BMP.dtype == torch.float32
@@ -134,7 +134,7 @@ def test_the_loss_is_the_mean_squared_error_of_masked_units_alone(model, mask, t
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_targets_are_the_pixels_or_the_normalised_pixels(model, tokens, norm_pix_loss) -> None:
+def test_targets_are_pixels_or_normalised_pixels(model, tokens, norm_pix_loss) -> None:
     model.norm_pix_loss = norm_pix_loss
     images = 3 * torch.randn(2, 3, *SIZE) + 1
     targets = model.targets(images, tokens)
@@ -144,24 +144,22 @@ def test_targets_are_the_pixels_or_the_normalised_pixels(model, tokens, norm_pix
     assert targets.mean(dim=-1).abs().max().item() < (1e-5 if norm_pix_loss else 10)
 
 
-def test_a_batch_of_float16_images_has_float32_targets(model, tokens) -> None:
+def test_float16_images_have_float32_targets(model, tokens) -> None:
     targets = model.targets((100 * torch.randn(2, 3, *SIZE)).half(), tokens)
     assert targets.dtype == torch.float32
     assert targets.isfinite().all()
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_paint_keeps_visible_pixels_and_a_perfect_prediction_gives_the_image(
-    model, mask, tokens, norm_pix_loss
-) -> None:
+def test_render_keeps_visible_pixels_and_restores_a_perfect_prediction(model, mask, tokens, norm_pix_loss) -> None:
     model.norm_pix_loss = norm_pix_loss
     images = 2 * torch.randn(2, 3, *SIZE) + 0.5
-    *_, pasted = model.paint(images, mask, model.targets(images, tokens))
+    *_, pasted = model.render(images, mask, model.targets(images, tokens))
     torch.testing.assert_close(pasted, images)
 
     predicted = torch.randn_like(model.targets(images, tokens))
     painted = [
-        patchify(picture, model.encoder.token_size) for picture in (images, *model.paint(images, mask, predicted))
+        patchify(picture, model.encoder.token_size) for picture in (images, *model.render(images, mask, predicted))
     ]
     for sample in range(2):
         visible, covered = tokens.visible_BV[sample], tokens.masked_BM[sample]
@@ -177,7 +175,7 @@ def test_paint_keeps_visible_pixels_and_a_perfect_prediction_gives_the_image(
         torch.testing.assert_close(reconstructed[covered], expected)
 
 
-def test_bfloat16_autocast_trains_and_keeps_the_loss_in_float32(model, mask) -> None:
+def test_bfloat16_autocast_keeps_the_loss_in_float32(model, mask) -> None:
     images = torch.randn(2, 3, *SIZE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = model(images, mask)
@@ -202,8 +200,8 @@ def some_of(mask: Mask) -> Mask:
     return mask._replace(masked_BM=mask.masked_BM[:, 1:3])
 
 
-def test_predicting_some_units_is_the_full_path_at_these_units(model, mask, randomise, assert_near) -> None:
-    """Of all decoders but the one with self-attention, whose tokens see which others are there."""
+def test_predicting_some_units_equals_the_full_path(model, mask, randomise, assert_near) -> None:
+    """Compare for all decoders except self-attention, where each token depends on which others are present."""
     if isinstance(model.decoder, TransformerDecoder):
         pytest.skip("its own test is the next one")
     model, images = model.double(), torch.randn(2, 3, *SIZE).double()
@@ -218,7 +216,7 @@ def test_predicting_some_units_is_the_full_path_at_these_units(model, mask, rand
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224"])
-def test_self_attention_over_visible_and_predicted_units_alone(arch, randomise, draw_mask, assert_near) -> None:
+def test_self_attention_uses_visible_and_predicted_units_only(arch, randomise, draw_mask, assert_near) -> None:
     model = build_autoencoder(ModelConfig(arch, SIZE, decoder_depth=2, decoder_embed_dim=64)).double()
     randomise(model)
     images, units = torch.randn(2, 3, *SIZE).double(), model.num_units

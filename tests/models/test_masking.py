@@ -30,7 +30,7 @@ def draw(samples: list[int] | Tensor, seed: int = 0, epoch: int = 0, units: int 
     units=st.integers(min_value=2, max_value=300),
     data=st.data(),
 )
-def test_every_unit_is_visible_or_masked_once_in_ascending_order(samples, seed, epoch, units, data) -> None:
+def test_every_unit_is_either_visible_or_masked_in_ascending_order(samples, seed, epoch, units, data) -> None:
     visible = data.draw(st.integers(min_value=1, max_value=units - 1))
     ratio = 1 - (visible + 0.5) / units
     mask = draw(samples, seed, epoch, units, ratio)
@@ -47,7 +47,7 @@ def test_every_unit_is_visible_or_masked_once_in_ascending_order(samples, seed, 
     epoch=st.integers(min_value=0, max_value=2000),
     data=st.data(),
 )
-def test_a_mask_depends_on_its_address_and_not_on_its_batch(samples, seed, epoch, data) -> None:
+def test_mask_depends_on_its_address_and_not_on_its_batch(samples, seed, epoch, data) -> None:
     together = draw(samples, seed, epoch)
     place = data.draw(st.integers(min_value=0, max_value=len(samples) - 1))
     alone = draw([samples[place]], seed, epoch)
@@ -55,7 +55,7 @@ def test_a_mask_depends_on_its_address_and_not_on_its_batch(samples, seed, epoch
     assert torch.equal(together.masked_BM[place], alone.masked_BM[0])
 
 
-def test_torchs_random_state_is_neither_read_nor_moved() -> None:
+def test_random_state_of_torch_is_neither_read_nor_changed() -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = draw([3, 4])
@@ -87,13 +87,13 @@ def test_units_and_pairs_of_units_are_visible_equally_often() -> None:
     assert ((pairs - expected).abs() < 5 * expected**0.5).all()
 
 
-def test_a_mask_is_the_same_in_every_version() -> None:
+def test_mask_is_the_same_in_every_version() -> None:
     mask = draw([0, 1], seed=42, epoch=5, units=8, ratio=0.5)
     assert mask.visible_BV.tolist() == splitmix_masks([0, 1], seed=42, epoch=5, units=8, visible=4)
 
 
 def splitmix_masks(samples: list[int], seed: int, epoch: int, units: int, visible: int) -> list[list[int]]:
-    """The same addresses in Python's integers, from SplitMix64's reference code (Vigna, public domain)."""
+    """Compute the same with Python's integers, after SplitMix64's reference code (Vigna, public domain)."""
 
     def mix(x: int) -> int:
         z = (x + 0x9E3779B97F4A7C15) % 2**64
@@ -112,14 +112,14 @@ def splitmix_masks(samples: list[int], seed: int, epoch: int, units: int, visibl
     return masks
 
 
-def test_noise_is_ranked_per_sample_and_ties_go_to_the_first() -> None:
+def test_noise_is_ranked_per_sample_with_stable_ties() -> None:
     mask = mask_from_noise(torch.tensor([[0.9, 0.1, 0.5, 0.1], [0.0, 0.0, 0.0, 0.0]]), 2)
     assert mask.visible_BV.tolist() == [[1, 3], [0, 1]]
     assert mask.masked_BM.tolist() == [[0, 2], [2, 3]]
 
 
 @given(rows=st.integers(1, 4), columns=st.integers(2, 4), split=st.integers(1, 3), seed=st.integers(0, 2**31))
-def test_split_units_are_the_tokens_of_each_unit_in_turn(rows: int, columns: int, split: int, seed: int) -> None:
+def test_split_units_are_the_tokens_of_each_unit_in_order(rows: int, columns: int, split: int, seed: int) -> None:
     mask = draw([0, 1], seed, units=rows * columns, ratio=0.5)
     tokens = split_units(mask, (rows, columns), split)
     finer = torch.arange(rows * split * columns * split).view(rows * split, columns * split)
@@ -139,7 +139,7 @@ def test_all_visible_hides_nothing() -> None:
 
 
 @pytest.mark.parametrize(("units", "ratio", "visible"), [(196, 0.75, 49), (49, 0.6, 19), (256, 0.75, 64), (2, 0.5, 1)])
-def test_visible_units_are_counted_as_the_papers_count(units: int, ratio: float, visible: int) -> None:
+def test_visible_units_are_counted_as_in_the_papers(units: int, ratio: float, visible: int) -> None:
     assert count_visible(units, ratio) == visible
 
 
@@ -153,7 +153,7 @@ def test_visible_units_are_counted_as_the_papers_count(units: int, ratio: float,
         (0, 0.5, "no unit"),
     ],
 )
-def test_a_ratio_that_leaves_nothing_to_see_or_to_predict_is_refused(units: int, ratio: float, what: str) -> None:
+def test_ratio_that_leaves_nothing_visible_or_masked_is_refused(units: int, ratio: float, what: str) -> None:
     with pytest.raises(SpecError) as error:
         count_visible(units, ratio)
     assert error.value.problem == (
@@ -165,7 +165,7 @@ def test_a_ratio_that_leaves_nothing_to_see_or_to_predict_is_refused(units: int,
 
 
 @pytest.mark.parametrize(("targets", "count"), [(1.0, 9), (0.5, 4), (0.01, 1)])
-def test_a_share_of_the_masked_is_predicted(targets: float, count: int) -> None:
+def test_share_of_the_masked_units_is_predicted(targets: float, count: int) -> None:
     samples = torch.arange(200)
     address = {"seed": 0, "epoch": 1, "num_units": 12, "mask_ratio": 0.75}
     whole, some = random_mask(samples, **address), random_mask(samples, **address, targets=targets)

@@ -1,4 +1,4 @@
-"""Which layer each parameter belongs to, against the official rules written anew."""
+"""Tests of parameter layers and weight decay against the official rules, reimplemented here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def official_convnext_grouped(name: str) -> int:
 
 
 def official_convnext_name(name: str) -> str:
-    """timm's name in the official layout, where the stem is the first of four downsampling layers."""
+    """Convert timm's name to the official layout, where the stem is the first of four downsampling layers."""
     if name.startswith("stem."):
         return name.replace("stem.", "downsample_layers.0.")
     if ".downsample." in name:
@@ -69,7 +69,7 @@ def classifier(arch: str) -> tuple[ModelConfig, torch.nn.Module]:
 
 
 @pytest.mark.parametrize("arch", DEPTHS)
-def test_layers_are_the_papers(arch):
+def test_layers_are_those_of_the_papers(arch):
     config, model = classifier(arch)
     depths = DEPTHS[arch]
     layer_of, head = layer_index(config, model)
@@ -95,7 +95,7 @@ def official_optim_factory(name, parameter):
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"])
-def test_fine_tuning_decays_what_the_official_code_decays(arch):
+def test_fine_tuning_decays_as_the_official_code(arch):
     _, model = classifier(arch)
     official = official_optim_factory if arch == "convnextv2_atto" else official_lr_decay
     for name, parameter in model.named_parameters():
@@ -108,7 +108,7 @@ def official_add_weight_decay(name, shape):
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"])
-def test_pretraining_decays_what_the_official_code_decays(arch):
+def test_pretraining_decays_as_the_official_code(arch):
     with torch.device("meta"):
         model = build_autoencoder(ModelConfig(arch, decoder_depth=1, decoder_embed_dim=32))
     decayed = set()
@@ -136,6 +136,6 @@ def test_pretraining_decays_what_the_official_code_decays(arch):
         ("convnextv2_atto", {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}),
     ],
 )
-def test_what_belongs_to_the_head(arch, expected):
+def test_parameters_of_the_head(arch, expected):
     _, model = classifier(arch)
     assert {name for name, _ in model.named_parameters() if is_head(name)} == expected

@@ -21,14 +21,14 @@ def images_of(shape: tuple[int, int, int, int, int]) -> torch.Tensor:
 
 
 @given(shape=SHAPES)
-def test_unpatchify_undoes_patchify(shape) -> None:
+def test_unpatchify_inverts_patchify(shape) -> None:
     images = images_of(shape)
     side = shape[-1]
     assert torch.equal(unpatchify(patchify(images, side), side, (images.shape[2], images.shape[3])), images)
 
 
 @given(shape=SHAPES)
-def test_a_units_values_lie_row_column_channel(shape) -> None:
+def test_values_of_a_unit_are_ordered_row_column_channel(shape) -> None:
     images = images_of(shape)
     batch, channels, rows, columns, side = shape
     units = patchify(images, side)
@@ -53,7 +53,7 @@ def test_select_units_is_patchify_then_gather(shape, data) -> None:
 
 
 @given(shape=SHAPES.filter(lambda shape: shape[-1] > 1), scale=st.sampled_from([1e-2, 1.0, 50.0]))
-def test_normalised_units_have_mean_zero_and_deviation_one_and_come_back(shape, scale) -> None:
+def test_normalised_units_are_standardised_and_invertible(shape, scale) -> None:
     units = patchify(images_of(shape).double(), shape[-1]) * scale + 3
     normalised = normalise_units(units)
     torch.testing.assert_close(normalised.mean(dim=-1), torch.zeros(units.shape[:2]).double(), atol=1e-9, rtol=0)
@@ -62,7 +62,7 @@ def test_normalised_units_have_mean_zero_and_deviation_one_and_come_back(shape, 
     torch.testing.assert_close(denormalise_units(normalised, units), units)
 
 
-def test_a_flat_unit_normalises_to_zeros() -> None:
+def test_constant_unit_normalises_to_zeros() -> None:
     units = torch.full((1, 2, 12), 0.25)
     assert torch.equal(normalise_units(units), torch.zeros(1, 2, 12))
     assert torch.equal(denormalise_units(torch.zeros(1, 2, 12), units), units)

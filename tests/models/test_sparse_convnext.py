@@ -1,4 +1,4 @@
-"""Sites as the encoder's parity tests do not see them: the plain formulation, frozen weights, other modes."""
+"""Tests of sparse blocks beyond the encoder's parity tests: plain formulation, frozen weights, other modes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 from openmae.models import sparse_convnext
-from openmae.models.cpu_autograd import by_hand
+from openmae.models.cpu_autograd import use_manual_backward
 from openmae.models.sparse_convnext import Sites
 
 GRID, CHANNELS = (2, 3), 5
@@ -16,7 +16,7 @@ GRID, CHANNELS = (2, 3), 5
 
 @pytest.fixture(params=[8, 4, 2, 1, None])
 def laid_out(request, draw_mask) -> tuple[Sites, Tensor]:
-    """Sites of 3 samples with 4 visible units, by the side of a unit (None: a whole map), and values there."""
+    """Sites of 3 samples with 4 visible units, by side of a unit (None: all sites), and their values."""
     side = request.param
     if side is None:
         return Sites((3, *GRID)), torch.randn(3, *GRID, CHANNELS, dtype=torch.float64)
@@ -35,30 +35,30 @@ def gradients(output: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
 
 def plainly(monkeypatch, call, *args) -> Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(sparse_convnext, "by_hand", lambda x: False)
+        patch.setattr(sparse_convnext, "use_manual_backward", lambda x: False)
         return call(*args)
 
 
-def test_the_convolutions_gradients_equal_autograds(laid_out, monkeypatch, assert_near) -> None:
+def test_gradients_of_the_convolution_equal_autograd(laid_out, monkeypatch, assert_near) -> None:
     where, x = laid_out
     conv, wanted = depthwise(), [x.requires_grad_(True)]
     wanted += [conv.weight, conv.bias]
     actual, expected = where.convolve(x, conv), plainly(monkeypatch, where.convolve, x, conv)
-    assert type(actual.grad_fn) is not type(expected.grad_fn), "the same formulation twice"
+    assert type(actual.grad_fn) is not type(expected.grad_fn), "both used the same formulation"
     assert_near(actual, expected, 1e-12)
     for one, other in zip(gradients(actual, wanted), gradients(expected, wanted), strict=True):
         assert_near(one, other, 1e-12)
 
 
-def test_many_images_are_summed_in_parts(monkeypatch, assert_near) -> None:
-    where, conv = Sites((35, *GRID)), depthwise()  # three parts, the last one shorter
+def test_weight_gradient_of_many_images_is_summed_in_chunks(monkeypatch, assert_near) -> None:
+    where, conv = Sites((35, *GRID)), depthwise()  # three chunks, the last one shorter
     x = torch.randn(35, *GRID, CHANNELS, dtype=torch.float64)
     actual = gradients(where.convolve(x, conv), [conv.weight])
     assert_near(actual[0], gradients(plainly(monkeypatch, where.convolve, x, conv), [conv.weight])[0], 1e-12)
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen, laid_out) -> None:
+def test_frozen_inputs_get_no_gradient_and_change_no_other(frozen, laid_out) -> None:
     where, x = laid_out
     conv = depthwise()
     leaves = {"x": x.requires_grad_(True), "weight": conv.weight, "bias": conv.bias}
@@ -68,19 +68,19 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen, laid_out) 
         assert torch.equal(gradient, every[name]), name
 
 
-def test_by_hand_only_where_it_was_measured() -> None:
+def test_manual_backward_is_used_only_where_it_is_faster() -> None:
     x = torch.zeros(1)
-    assert by_hand(x)
-    assert by_hand(x.double())
-    assert not by_hand(x.bfloat16())
-    assert not by_hand(x.to("meta"))
+    assert use_manual_backward(x)
+    assert use_manual_backward(x.double())
+    assert not use_manual_backward(x.bfloat16())
+    assert not use_manual_backward(x.to("meta"))
     with torch.no_grad():
-        assert not by_hand(x)
+        assert not use_manual_backward(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not by_hand(x)
+        assert not use_manual_backward(x)
 
 
-def test_a_second_derivative_is_refused_not_wrong(laid_out) -> None:
+def test_second_derivative_is_refused(laid_out) -> None:
     where, x = laid_out
     x.requires_grad_(True)
     first = torch.autograd.grad(where.convolve(x, depthwise()).square().sum(), x, create_graph=True)[0]
@@ -98,7 +98,7 @@ def test_grn_sums_half_precision_in_float32() -> None:
 
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([[4, 1], [0, 3]])], ids=["all", "some"])
-def test_grns_gradients_equal_autograds(rows, randomise, monkeypatch, assert_near) -> None:
+def test_gradients_of_grn_equal_autograd(rows, randomise, monkeypatch, assert_near) -> None:
     grn = GlobalResponseNorm(6).double()
     randomise(grn)
     x = torch.randn(2, 5, 6).double()
@@ -106,13 +106,13 @@ def test_grns_gradients_equal_autograds(rows, randomise, monkeypatch, assert_nea
     wanted = [x.requires_grad_(True), grn.weight, grn.bias]
     actual = sparse_convnext.global_response_norm(x, grn, rows)
     expected = plainly(monkeypatch, sparse_convnext.global_response_norm, x, grn, rows)
-    assert type(actual.grad_fn) is not type(expected.grad_fn), "the same formulation twice"
+    assert type(actual.grad_fn) is not type(expected.grad_fn), "both used the same formulation"
     assert_near(actual, expected, 1e-12)
     for one, other in zip(gradients(actual, wanted), gradients(expected, wanted), strict=True):
         assert_near(one, other, 1e-12)
 
 
-def test_a_compiler_sees_one_graph_of_the_plain_formulation(laid_out) -> None:
+def test_compiler_traces_the_plain_formulation_as_one_graph(laid_out) -> None:
     where, x = laid_out
     conv, targets = depthwise(), []
 

@@ -220,6 +220,10 @@ def test_overrides_replace_the_file(write):
         ),
         ("train=3", "train (override): is a section and must have keys below it, got 3."),
         ("nothing=3", "nothing (override): there is no such key. `mae spec keys` lists all keys."),
+        (
+            "train.sharded_checkpoints=true",
+            "this option was removed: checkpoints are always complete. Remove the key.",
+        ),
     ],
 )
 def test_bad_overrides(override, message):

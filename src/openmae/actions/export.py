@@ -19,7 +19,8 @@ from openmae.actions.load_model import check_request, number_classes, read_train
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import export_report
 from openmae.actions.sources import match_classes, open_images
-from openmae.checkpoints.format import BACKBONE, CheckpointInfo, check_size, save_backbone
+from openmae.checkpoints.format import BACKBONE, CheckpointInfo, save_backbone
+from openmae.checkpoints.load import check_size
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.engines.batching import eval_transform
 from openmae.engines.metadata import FEATURES, LOGITS, ModelCard

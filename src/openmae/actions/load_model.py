@@ -1,4 +1,4 @@
-"""The trained model that evaluate and inference look at: a checkpoint, an ONNX file or a TensorRT engine."""
+"""Open the trained model of evaluate and inference: a checkpoint, an ONNX file or a TensorRT engine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from openmae.checkpoints.folder import BEST
-from openmae.checkpoints.format import (
-    Checkpoint,
-    CheckpointInfo,
-    check_size,
-    load_into,
-    read_checkpoint,
-    refuse_foreign,
-)
-from openmae.checkpoints.matching import likely_arch
-from openmae.checkpoints.shapes import guess_config
+from openmae.checkpoints.format import Checkpoint, CheckpointInfo, read_checkpoint
+from openmae.checkpoints.load import check_size, load_into
 from openmae.data.normalise import Normaliser
 from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
@@ -35,9 +27,9 @@ from openmae.engines.predictor import (
 )
 from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES
 from openmae.errors import CheckpointError, SpecError, blaming
-from openmae.models.build import ModelConfig, build_autoencoder
+from openmae.models.build import build_autoencoder
 from openmae.models.mae import MaskedAutoencoder
-from openmae.spec.architectures import visible_units
+from openmae.models.masking import count_visible
 from openmae.spec.load import DEFAULT_MEAN, DEFAULT_STD
 from openmae.spec.rules import INERT
 from openmae.spec.schema import ExperimentSpec
@@ -53,15 +45,15 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model that was found to fit the request; it can be sent to other processes.
+    """A model that fits the request; it can be sent to other processes.
 
     Attributes:
-        path: its file.
-        card: what it is.
-        info: the same as a checkpoint puts it, with the settings that act.
+        path: file of the model.
+        card: description of the model.
+        info: the same as a checkpoint's entry, with the settings that apply.
         network: a checkpoint's model with its weights, in eval mode: a ``MaskedAutoencoder`` (pretrain) or a
             ``DeployedModel`` (finetune); None for ONNX and TensorRT.
-        key: opens the file where it is encrypted.
+        key: decrypts the file.
     """
 
     path: Path
@@ -71,7 +63,7 @@ class TrainedModel:
     key: Key | None
 
     def outputs(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """From images as the data set gives them to logits ``[B, K]`` (finetune) or embeddings ``[B, D]``."""
+        """Return a function from a data set's images to logits ``[B, K]`` (finetune) or embeddings ``[B, D]``."""
         if isinstance(self.network, MaskedAutoencoder):
             encoder, normalise = self.network.encoder, Normaliser(self.card.mean, self.card.std)
             return lambda images: encoder.embed(normalise(images))
@@ -85,27 +77,26 @@ class TrainedModel:
         return lambda images: predictor(images)[name]
 
     def named(self, class_names: tuple[str, ...]) -> TrainedModel:
-        """The same model with names for its classes, where its file has none."""
+        """Return the model with names for its classes, for a file that holds none."""
         card, info = replace(self.card, class_names=class_names), replace(self.info, class_names=class_names)
         return replace(self, card=card, info=info)
 
 
 def open_model(spec: ExperimentSpec, action: Literal["evaluate", "inference"]) -> TrainedModel:
-    """The model that ``<action>.checkpoint`` or ``<action>.trt_engine`` names.
+    """Open the model that ``<action>.checkpoint`` or ``<action>.trt_engine`` names.
 
-    What the file says of the model stands; for a checkpoint, the spec may change the input size and the mask ratio.
+    The file determines the model; for a checkpoint, the spec may change the input size and the mask ratio.
 
     Raises:
-        SpecError: the spec says otherwise (stage, architecture, classes, channels), or no unit would be visible.
-        CheckpointError: the file cannot be used.
+        SpecError: The spec contradicts the file (stage, architecture, classes, channels), or no unit would be visible.
+        CheckpointError: The file cannot be used.
     """
     section = getattr(spec, action)
-    key, path = ("checkpoint", section.checkpoint) if section.checkpoint else ("trt_engine", section.trt_engine)
-    key, path = f"{action}.{key}", Path(path)
-    secret = resolve_key(spec.encryption_key)
+    name = "checkpoint" if section.checkpoint else "trt_engine"
+    key, path, secret = f"{action}.{name}", Path(getattr(section, name)), resolve_key(spec.encryption_key)
     if exported_kind(path):
         return _open_exported(spec, key, path, secret)
-    if key.endswith("trt_engine"):
+    if name == "trt_engine":
         raise SpecError(
             f"{key}: must be a TensorRT engine ({', '.join(ENGINE_SUFFIXES)}) or an ONNX file (.onnx), got {path}.",
             f"Give a checkpoint as {action}.checkpoint.",
@@ -128,7 +119,7 @@ def _open_exported(spec: ExperimentSpec, key: str, path: Path, secret: Key | Non
         )
     check_request(spec, key, path, card.info, more)
     if spec.typed("model.mask_ratio"):
-        log.warning("model.mask_ratio does not act: an exported model masks nothing.")
+        log.warning("model.mask_ratio has no effect: an exported model masks nothing.")
     return TrainedModel(path, card, card.info, None, secret)
 
 
@@ -138,7 +129,7 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
         if info.stage == "pretrain" and not checkpoint.weights.rest:
             raise CheckpointError(
                 f"{path} holds only the backbone, and {key.split('.')[0]} also reconstructs images.",
-                f"Give the checkpoint beside it, such as {checkpoint.path.with_name(BEST)}.",
+                f"Give the checkpoint beside it, such as {path.with_name(BEST)}.",
             )
     config = info.model
     if spec.typed(_SIZE):
@@ -147,11 +138,12 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
         config = replace(config, mask_ratio=spec.model.mask_ratio)
     more = []
     try:
-        if info.stage == "pretrain":
-            _check_geometry(config)
-        else:
-            with blaming(_SIZE):
-                check_size(config)
+        masked = info.stage == "pretrain"
+        with blaming(_SIZE):
+            check_size(config, masked=masked)
+        if masked:
+            rows, columns = (side // config.unit for side in config.input_size)
+            count_visible(rows * columns, config.mask_ratio)
     except SpecError as error:
         more.append(error)
     check_request(spec, key, path, info, more)
@@ -168,21 +160,19 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
 
 
 def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[Checkpoint, CheckpointInfo]:
-    """A checkpoint, and what it says about itself; of another program's classifier, what its tensors and the spec say.
+    """Read a checkpoint with its ``openmae`` entry; for another program's classifier, derive the entry.
 
-    NVIDIA TAO's files are such classifiers: they do not name their classes, so ``class_names`` is empty.
+    It is derived from the tensors and the spec. NVIDIA TAO's files are such classifiers. They do not name their
+    classes, so ``class_names`` is empty.
 
     Raises:
-        CheckpointError: the file cannot be used, or holds no classifier of another program.
+        CheckpointError: The file cannot be used, or is another program's and holds no classifier.
     """
     checkpoint = read_checkpoint(path, secret)
-    if checkpoint.info is not None:
-        return checkpoint, checkpoint.info
     pretrains = spec.typed("train.stage") and spec.train.stage == "pretrain"
-    if not checkpoint.num_classes or pretrains:
-        raise refuse_foreign(checkpoint)
-    typed = spec.model.arch if spec.typed("model.arch") else None
-    config = guess_config(checkpoint.weights, likely_arch(checkpoint.weights) or typed)
+    if checkpoint.info is not None or not checkpoint.num_classes or pretrains:
+        return checkpoint, checkpoint.own_info()
+    config = checkpoint.config(spec.model.arch if spec.typed("model.arch") else None)
     augmentation = spec.dataset.augmentation
     if config.architecture.family == "convnextv2":
         config = replace(config, input_size=augmentation.size)  # any size fits its tensors
@@ -193,7 +183,7 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
 
 
 def number_classes(info: CheckpointInfo) -> CheckpointInfo:
-    """Number the classes of another program's classifier, with a notice."""
+    """Name the classes of another program's classifier by their numbers, with a warning."""
     if info.stage == "pretrain" or info.class_names:
         return info
     count = info.model.num_classes
@@ -202,15 +192,14 @@ def number_classes(info: CheckpointInfo) -> CheckpointInfo:
 
 
 def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
-    """The spec with the checkpoint's own settings in place of defaults that do not act.
+    """Return the spec with the checkpoint's settings instead of defaults that have no effect.
 
-    The seed fixes the masks of validation: with the training's own, evaluation gives the training's numbers. The batch
-    size is one that the training's machine could take.
+    The seed determines the masks of validation: with the training run's own, evaluation gives the same numbers. The
+    batch size is one that the training machine could hold.
     """
-    shape = {key: value for key, value in info.model.to_dict().items() if key not in _NO_KEYS}
-    model = {f"model.{key}": value for key, value in shape.items()}
+    shape = {f"model.{key}": value for key, value in info.model.to_dict().items() if key not in _NO_KEYS}
     values: dict[str, Any] = {
-        **model,
+        **shape,
         "model.num_classes": info.model.num_classes or None,
         "train.stage": info.stage,
         _SIZE: info.model.input_size,
@@ -227,17 +216,17 @@ def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
 def check_request(
     spec: ExperimentSpec, named_by: str, path: Path, info: CheckpointInfo, more: Sequence[SpecError] = ()
 ) -> None:
-    """Compare what was typed with what the file holds.
+    """Compare the options that were set with what a file holds.
 
     Args:
         spec: the request.
         named_by: key that names the file.
-        path: of the file.
+        path: the file.
         info: what it holds.
-        more: what else is wrong with the request.
+        more: other mistakes in the request, to report together.
 
     Raises:
-        SpecError: with all that does not fit.
+        SpecError: Something does not fit; the text lists everything.
     """
     said: dict[str, tuple[Any, Any]] = {"train.stage": (spec.train.stage, info.stage)}
     for name in _MODEL_KEYS:
@@ -255,7 +244,7 @@ def check_request(
     fixes = []
     if wrong:
         asked = " and ".join(f"{key}={value}" for key, (value, _) in wrong.items())
-        fixes.append(f"Remove {', '.join(wrong)} (the checkpoint knows its own), or give a checkpoint with {asked}.")
+        fixes.append(f"Remove {', '.join(wrong)} (the checkpoint has its own), or give a checkpoint with {asked}.")
     problems += [error.problem for error in more]
     fixes += [error.fix for error in more]
     if problems:
@@ -267,23 +256,3 @@ def _look_up(tree: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
-
-
-def _check_geometry(config: ModelConfig) -> None:
-    """The rules of ``spec.checks`` for masking, for a model that the spec did not know of."""
-    (height, width), unit = config.input_size, config.unit
-    if height % unit or width % unit:
-        near = " or ".join(str(max(unit, side // unit * unit)) for side in (height, height + unit))
-        raise SpecError(
-            f"{_SIZE}: {height}x{width} is not a multiple of {unit}, the side of the units of the checkpoint's "
-            f"{config.arch}.",
-            f"Use multiples of {unit}, such as {near}, or leave input_size out: the checkpoint knows its own.",
-        )
-    units = (height // unit) * (width // unit)
-    visible = visible_units(units, config.mask_ratio)
-    if not 0 < visible < units:
-        raise SpecError(
-            f"model.mask_ratio: {config.mask_ratio:g} leaves {visible} of {units} units visible ({height}x{width} "
-            f"pixels, {unit} pixels a unit); some must be visible and some masked.",
-            f"Use another model.mask_ratio, or a larger {_SIZE}.",
-        )

@@ -22,7 +22,7 @@ from openmae.spec.load import to_dict
 from openmae.spec.rules import INERT
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key, resolve_key
-from openmae.training.elastic import Share, accumulation_for
+from openmae.training.elastic import BatchLayout, accumulation_for
 from openmae.training.resume import best_was_set_aside, newest_checkpoint, newest_readable, read_finite
 
 log = logging.getLogger("openmae")
@@ -38,7 +38,7 @@ _RHYTHM = frozenset(
         "dataset.max_megapixels",
         "dataset.test_data_sources",
         *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "results_dir", "precision")),
-        *("train.distributed_strategy", "train.sharded_checkpoints"),
+        "train.distributed_strategy",
         *(key for key in fields() if key.startswith("train.checkpointer.")),
         *(f"train.checkpoint_{name}" for name in ("interval", "interval_unit")),
         *(f"train.{name}" for name in ("keep_checkpoints", "validation_interval", "allow_partial_weights")),
@@ -189,8 +189,8 @@ def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[Experime
         The spec, and how the run began; nothing where neither processes nor anything else of it has changed since, or
         where the user changes the accumulation.
     """
-    last, now = Share.of(earlier.info.spec), Share.of(to_dict(spec))
-    begun = Share(**earlier.info.begun) if earlier.info.begun else last
+    last, now = BatchLayout.of(earlier.info.spec), BatchLayout.of(to_dict(spec))
+    begun = BatchLayout(**earlier.info.begun) if earlier.info.begun else last
     same = now.processes == begun.processes == last.processes
     if same or now.accumulated not in (begun.accumulated, last.accumulated):  # experiment.yaml has that of the last run
         return spec, {}
@@ -240,12 +240,13 @@ def _defaults() -> dict[str, Any]:
 def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What shapes the result of a training, by dotted key; unset keys are left out."""
     found: dict[str, Any] = {}
+    known = fields()  # an earlier version may have had other options
 
     def walk(tree: Mapping[str, Any], prefix: str) -> None:
         for name, value in tree.items():
             if isinstance(value, Mapping):
                 walk(value, f"{prefix}{name}.")
-            elif value not in (None, "") and f"{prefix}{name}" not in _RHYTHM:
+            elif value not in (None, "") and f"{prefix}{name}" in known and f"{prefix}{name}" not in _RHYTHM:
                 found[f"{prefix}{name}"] = value
 
     walk({section: spec.get(section, {}) for section in ("model", "dataset", "train")}, "")

@@ -19,8 +19,9 @@ from openmae.actions.plan import Plan, make_plan, resolved
 from openmae.actions.profiling import leave_profile
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import train_report
-from openmae.checkpoints.folder import CheckpointFolder, read_training_state
-from openmae.checkpoints.format import BACKBONE, Checkpoint, load_into, read_checkpoint, save_backbone
+from openmae.checkpoints.folder import CheckpointFolder
+from openmae.checkpoints.format import BACKBONE, Checkpoint, read_checkpoint, read_training_state, save_backbone
+from openmae.checkpoints.load import load_into
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.data.index import unread_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
@@ -37,7 +38,7 @@ from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
 from openmae.spec.schema import ExperimentSpec
-from openmae.training.elastic import Share, same_place
+from openmae.training.elastic import BatchLayout, same_position
 from openmae.training.finetune import FinetuneTask
 from openmae.training.loggers import Loggers, open_wandb
 from openmae.training.optim import Schedule, build_adamw, finetuning_groups, freeze, pretraining_groups
@@ -131,9 +132,9 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if fabric.is_global_zero:
         show_table(f"{spec.train.stage} recipe", rows)
     if state is not None:
-        shares = Share.of(state["openmae"]["spec"]), Share.of(plan.info.spec)
+        shares = BatchLayout.of(state["openmae"]["spec"]), BatchLayout.of(plan.info.spec)
         with _blaming_the_checkpoint(plan):
-            trainer.resume({**state, "progress": same_place(state["progress"], *shares, len(train_loader))})
+            trainer.resume({**state, "progress": same_position(state["progress"], *shares, len(train_loader))})
         if plan.best_is_lost:
             trainer.progress.best = None
         log.info(
@@ -242,7 +243,6 @@ def _loop_settings(plan: Plan, fabric: Fabric) -> LoopSettings:
         seed=train.seed,
         stop_after_epoch=train.stop_after_epoch,
         compile=train.compile,
-        sharded_checkpoints=train.sharded_checkpoints,
     )
 
 
@@ -320,7 +320,7 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
         return Outputs(checkpoints, plan.facts, console=Console(force_terminal=False))  # one bar is enough
     begin_results(plan.folder, spec, resumed=state is not None)
     if state is not None:
-        checkpoints.go_on_from(state["progress"]["epoch"], state["progress"]["step"])
+        checkpoints.resume_from(state["progress"]["epoch"], state["progress"]["step"])
     wandb_run = open_wandb(spec.wandb.model_dump(), plan.folder, dict(plan.info.spec))
     clock = StepClock(fabric.device) if spec.train.profile else None
     loggers = Loggers(plan.folder, state["progress"]["step"] if state else None, wandb_run)

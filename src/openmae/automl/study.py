@@ -60,7 +60,6 @@ _MAY_CHANGE = frozenset(
         "train.checkpoint_interval",
         "train.checkpoint_interval_unit",
         "train.keep_checkpoints",
-        "train.sharded_checkpoints",
         "train.results_dir",
         "train.resume_training_checkpoint_path",
         "train.stop_after_epoch",

@@ -25,7 +25,6 @@ from openmae.spec.describe import fields
 from openmae.spec.from_environment import environment_of
 from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
-from openmae.storage.atomic import delete_folder
 
 _MODELS = (".pth", ".safetensors")
 _WANDB = {"wandb.group": "automl", "wandb.name": "trial {}"}
@@ -145,9 +144,7 @@ class TrialJobs:
     def delete_models(self, name: str, why: str = "") -> None:
         """Delete the checkpoints of a trial and note why; its status, metrics and spec stay."""
         for path in self.folder_of(name).glob("*"):
-            if path.is_dir() and ".shards" in path.suffixes:
-                delete_folder(path)
-            elif path.suffix in _MODELS:
+            if path.suffix in _MODELS:
                 path.unlink(missing_ok=True)
         if why:
             with suppress(OSError):  # the disk may be full, or the folder was never created

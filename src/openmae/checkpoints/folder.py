@@ -1,13 +1,11 @@
-"""Checkpoints on disk: named, written whole or not at all, rotated, and found again.
+"""The checkpoints of a training run on disk: names, rotation, the best one, the link to the newest.
 
-A checkpoint is a plain dict of tensors and plain values that ``torch.load(weights_only=True)`` reads. Its names are
-the contract's: ``model_epoch_EEE_step_SSSSS.pth``, ``<arch>_latest.pth`` (a link to the newest), ``model_best.pth``.
-Under fsdp it may be a folder of parts (``parts.py``), ``model_epoch_EEE_step_SSSSS.shards``, to which no link points.
+The names are part of the contract: ``model_epoch_EEE_step_SSSSS.pth``, ``<arch>_latest.pth`` (a link to the newest) and
+``model_best.pth``. A file has such a name only when it is complete; the content is described in ``format.py``.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -15,52 +13,37 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from lightning_fabric.utilities import move_data_to_device
-
-from openmae.checkpoints.parts import (
-    SHARDS,
-    clear_begun,
-    complete,
-    discard,
-    load_file,
-    own_part,
-    put_back,
-    read_parts,
-    reason,
-    write_part,
-)
+from openmae.checkpoints.damage import sharded
+from openmae.checkpoints.format import read_training_state, write_checkpoint
 from openmae.checkpoints.writer import BackgroundWorker, HostCopy
-from openmae.distributed.watchdog import answer_seconds
 from openmae.errors import CheckpointError, RunError, StoppedAtOnce
-from openmae.storage.encryption import Key, created
+from openmae.storage.encryption import Key
 
 BEST = "model_best.pth"
-_PASSING = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
 UNREADABLE = ".unreadable"
 SUPERSEDED = ".superseded"
 DIVERGED = ".diverged"
-_STOP_SECONDS = 5.0  # for what is being written, when a run is to stop at once
-_NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.(pth|shards)")
+_STOP_SECONDS = 5.0  # to wait for a write in progress when the run is to stop at once
+_NAME = re.compile(r"model_epoch_(\d+)_step_(\d+)\.pth")
+_SHARDED = "model_epoch_*.shards"  # folders that earlier versions wrote under fsdp
 
 log = logging.getLogger("openmae")
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, written by a thread while the training goes on, one at a time.
+    """The checkpoints of one run, written one at a time by a background thread while training continues.
 
-    A context: its end waits for what is being written.
+    A context manager: leaving it waits for the write in progress.
 
     Args:
-        folder: where they lie.
-        arch: names the link to the newest.
-        keep: how many of the newest are kept; the best is kept besides.
-        key: encrypts them.
+        folder: where the checkpoints are.
+        arch: architecture, which names the link to the newest checkpoint.
+        keep: number of newest checkpoints to keep; the best one is kept in addition.
+        key: encrypts the checkpoints.
     """
 
     def __init__(self, folder: Path, arch: str, keep: int, key: Key | None = None) -> None:
@@ -77,7 +60,7 @@ class CheckpointFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # a write that is given up leaves nothing under a checkpoint's name
+            # an abandoned write leaves nothing under a checkpoint's name
             self._writer.wait(_STOP_SECONDS if isinstance(error, StoppedAtOnce) else None)
         except RunError as failure:
             if error is None:
@@ -89,113 +72,62 @@ class CheckpointFolder:
     def save(
         self, payload: Mapping[str, Any], epoch: int, step: int, *, best: bool = False, rotate: bool = True
     ) -> Path:
-        """Copy a payload, and begin to write it as the checkpoint of ``epoch`` and ``step``; returns its path.
+        """Copy a payload and start to write it as the checkpoint of ``epoch`` and ``step``; return its path.
 
-        When it is written, the link points at it, and the oldest are dropped.
+        Once it is written, the link points at it and the oldest checkpoints are deleted.
 
         Args:
-            payload: may change afterwards.
-            epoch, step: finished ones.
-            best: make it ``model_best.pth`` too, first: of a run that is killed in between, the best is never older
-                than what its checkpoint says of it.
-            rotate: drop the oldest; False after a skipped step, whose weights may be worse than older ones.
+            payload: content of the checkpoint; may change afterwards.
+            epoch: finished epochs.
+            step: finished steps.
+            best: also write ``model_best.pth``, and do so first: if the run is killed in between, the best checkpoint
+                is never older than the newest one claims.
+            rotate: delete the oldest checkpoints; False after a skipped step, when the weights may be worse than older
+                ones.
 
         Raises:
-            RunError: the one before could not be written; what was there is untouched.
+            RunError: The previous checkpoint could not be written. Files that existed before are unchanged.
         """
-        path = self._path(epoch, step, ".pth")
-        self._begin(payload, path, best, rotate)
+        path = self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}.pth"
+        self._start(payload, path, best, rotate)
         return path
 
-    def make_room(self, epoch: int, step: int) -> None:
-        """Make the folder that the parts of a checkpoint are written into; by process 0, before all of them begin.
-
-        Raises:
-            RunError: it cannot be made, or the checkpoint before could not be written.
-        """
-        self.wait()
-        path = self._path(epoch, step, SHARDS)
-        with _explaining(path):
-            put_back(self.folder)
-            clear_begun(self.folder)
-            _hidden(path).mkdir(exist_ok=True)
-        if left := [file.name for file in _hidden(path).iterdir() if not file.name.startswith(".")]:
-            raise RunError(
-                f"{_hidden(path)} of a run that was killed cannot be deleted ({', '.join(sorted(left))}).",
-                "Delete that folder: the parts of two runs must not mix.",
-            )
-
-    def save_part(
-        self,
-        payload: Mapping[str, Any],
-        best: Mapping[str, Any],
-        epoch: int,
-        step: int,
-        ranks: tuple[int, int],
-        *,
-        rotate: bool = True,
-    ) -> None:
-        """As :meth:`save`, by all processes: each writes its part, and process 0 waits for them and counts them.
-
-        Args:
-            payload: as the processes share it out.
-            best: of process 0, a whole payload for ``model_best.pth``; empty: this is not the best.
-            ranks: number of this process, and of all.
-            rotate: as for :meth:`save`.
-
-        Raises:
-            RunError: the one before could not be written, or this process does not see the folder of process 0.
-        """
-        self.wait()
-        path = self._path(epoch, step, SHARDS)
-        if not _hidden(path).is_dir():
-            raise RunError(
-                f"Process {ranks[0]} does not see the folder in {self.folder} that process 0 has made for {path.name}.",
-                "Put results_dir on a file system that all nodes share, or set train.sharded_checkpoints=false.",
-            )
-        index, rows = own_part(payload)
-        mine = {"index": {}, "best": {}} if ranks[0] else {"index": index, "best": best}
-        copy = self._host.take({**mine, "rows": rows})
-        self._writer.start(partial(self._write_part, copy, path, *ranks, rotate))
-
     def save_best(self, payload: Mapping[str, Any]) -> None:
-        """As :meth:`save`, of a ``model_best.pth`` that is no checkpoint besides."""
-        self._begin(payload, self.folder / BEST, best=False, rotate=False)
+        """Copy a payload and start to write it as ``model_best.pth`` only; see :meth:`save`."""
+        self._start(payload, self.folder / BEST, best=False, rotate=False)
 
     def wait(self) -> None:
-        """Return when everything is written.
+        """Wait until everything is written.
 
         Raises:
-            RunError: something could not be written; what was there is untouched.
+            RunError: A checkpoint could not be written. Files that existed before are unchanged.
         """
         self._writer.wait()
 
-    def go_on_from(self, epoch: int, step: int) -> None:
-        """Set aside what is newer than the place that a run goes on from: the next start would take the newest."""
-        put_back(self.folder)
-        clear_begun(self.folder)
-        newer = [path for path in list_checkpoints(self.folder) if _place(path) > (epoch, step)]
+    def resume_from(self, epoch: int, step: int) -> None:
+        """Set aside the checkpoints after the one that a run resumes from, or the next start would take the newest."""
+        newer = [path for path in list_checkpoints(self.folder) if _position(path) > (epoch, step)]
         for path in newer:
             set_aside(path, SUPERSEDED)
         if newer:
             log.warning(
-                "The run goes on from epoch %d, step %d: what is newer in %s is set aside as *%s (%s).",
+                "The run resumes from epoch %d, step %d: newer checkpoints in %s are set aside as *%s (%s).",
                 epoch, step, self.folder, SUPERSEDED, ", ".join(path.name for path in newer),
             )  # fmt: skip
         self._repair_link()
 
     def drop_diverged(self, step: int) -> str:
-        """Set aside what was written at ``step`` or later; return the name of what a run then resumes from, or "".
+        """Set aside the checkpoints of ``step`` and later; return the name of the newest one left, or "".
 
         Raises:
-            RunError: the checkpoint before could not be written.
+            RunError: The previous checkpoint could not be written.
         """
         self.wait()
         for path in list_checkpoints(self.folder):
-            if _place(path)[1] >= step:
+            if _position(path)[1] >= step:
                 set_aside(path, DIVERGED)
         best = self.folder / BEST
-        with suppress(CheckpointError):  # missing, or of no training
+        with suppress(CheckpointError):  # missing, or not written by training
             if read_training_state(best, self.key, lazily=True)["progress"]["step"] >= step:
                 set_aside(best, DIVERGED)
         self._repair_link()
@@ -203,62 +135,37 @@ class CheckpointFolder:
         return left[-1].name if left else ""
 
     def _repair_link(self) -> None:
-        """Point the link at the newest checkpoint, where the one that it pointed at was set aside."""
+        """Point the link at the newest checkpoint where its target was set aside."""
         if self.latest.is_symlink() and not self.latest.exists():
-            left = [path for path in list_checkpoints(self.folder) if path.is_file()]
+            left = list_checkpoints(self.folder)
             if left:
-                _point(self.latest, left[-1])
+                _link(self.latest, left[-1])
             else:
                 self.latest.unlink()
 
-    def _path(self, epoch: int, step: int, suffix: str) -> Path:
-        return self.folder / f"model_epoch_{epoch:03d}_step_{step:05d}{suffix}"
-
-    def _begin(self, payload: Mapping[str, Any], path: Path, best: bool, rotate: bool) -> None:
+    def _start(self, payload: Mapping[str, Any], path: Path, best: bool, rotate: bool) -> None:
         self.wait()
-        self._writer.start(partial(self._write, self._host.take(payload), path, best, rotate))
+        self._writer.start(partial(self._write, self._host.copy(payload), path, best, rotate))
 
     def _write(self, payload: Mapping[str, Any], path: Path, best: bool, rotate: bool) -> None:
         with _replacing(path) as temporary:
-            _dump(payload, temporary, self.key)
+            write_checkpoint(payload, temporary, self.key)
             if best:
                 self._name_best(temporary)
         if path.name == BEST:
             return
-        _point(self.latest, path)
+        _link(self.latest, path)
         if rotate:
-            self._drop_oldest(path)
+            self._delete_oldest(path)
 
-    def _write_part(self, copy: Mapping[str, Any], path: Path, rank: int, ranks: int, rotate: bool) -> None:
-        hidden = _hidden(path)
-        try:
-            with _explaining(path):
-                if copy["best"]:
-                    with _replacing(self.folder / BEST) as temporary:
-                        _dump(copy["best"], temporary, self.key)
-                write_part(copy["rows"], hidden, rank, ranks, self.key)
-                if rank:
-                    return
-                complete(hidden, path, copy["index"], ranks, self.key, answer_seconds())
-                self.latest.unlink(missing_ok=True)  # it would point at an older one
-        except Exception as error:
-            if rank == 0:
-                discard(hidden)
-            elif isinstance(error.__cause__, FileNotFoundError) and not hidden.exists():  # process 0 tells why
-                log.warning("Process %d: %s was given up before its part was written.", rank, path.name)
-                return
-            raise
-        if rotate:
-            self._drop_oldest(path)
-
-    def _drop_oldest(self, written: Path) -> None:
+    def _delete_oldest(self, written: Path) -> None:
         for old in list_checkpoints(self.folder)[: -self.keep]:
             if old == written:
                 continue
-            try:  # half of a folder is not to be found under its name
-                discard(old.replace(_hidden(old)) if old.is_dir() else old)
+            try:
+                old.unlink(missing_ok=True)
             except OSError as error:
-                log.warning("%s cannot be dropped (%s): it only takes room.", old, reason(error))
+                log.warning("The old checkpoint %s cannot be deleted (%s).", old, _reason(error))
 
     def _name_best(self, written: Path) -> None:
         with _replacing(self.folder / BEST) as temporary:
@@ -269,53 +176,42 @@ class CheckpointFolder:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The numbered checkpoints of a folder, oldest first by (epoch, step); a whole one stands after its parts."""
-    found = (path for path in folder.glob("model_epoch_*") if _NAME.fullmatch(path.name))
-    return sorted(found, key=lambda path: (_place(path), path.suffix != SHARDS))
+    """Return the numbered checkpoints in a folder, oldest first by (epoch, step)."""
+    return sorted((path for path in folder.glob("model_epoch_*") if _NAME.fullmatch(path.name)), key=_position)
+
+
+def check_not_sharded(folder: Path) -> None:
+    """Raise an error if the newest checkpoint is a folder of shards, as earlier versions wrote them.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    found = list_checkpoints(folder)
+    newest = _position(found[-1]) if found else (-1, -1)
+    for path in folder.glob(_SHARDED):
+        if _position(path.with_suffix(".pth")) > newest:
+            raise sharded(path)
 
 
 def set_aside(path: Path, ending: str) -> Path:
-    """Rename a checkpoint, so that no run takes it up; returns where it is."""
+    """Rename a checkpoint so that no run resumes from it; return its new path."""
     aside = path.with_name(path.name + ending)
-    for number in count(2):
-        try:
-            return path.replace(aside)
-        except FileNotFoundError:  # another process of the run was quicker
-            break
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise  # a file takes the place of another, a folder does not
-        aside = path.with_name(f"{path.name}{ending}.{number}")
+    with suppress(FileNotFoundError):  # another process of the run has renamed it already
+        path.replace(aside)
     return aside
 
 
-def _place(path: Path) -> tuple[int, int]:
-    """The epoch and the step in a checkpoint's name."""
+def _position(path: Path) -> tuple[int, int]:
+    """Return the epoch and the step in a checkpoint's name."""
     found = _NAME.fullmatch(path.name)
     assert found is not None
     return int(found[1]), int(found[2])
 
 
-def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = None) -> None:
-    """Write to a temporary name, flush to the disk, rename; a GPU's tensors as a CPU's, so that any machine reads them.
-
-    Raises:
-        RunError: the disk is full or not writable; nothing is left of the attempt.
-    """
-    on_cpu = move_data_to_device(dict(payload), torch.device("cpu"))
-    with _replacing(path) as temporary:
-        _dump(on_cpu, temporary, key)
-
-
-def _dump(payload: Mapping[str, Any], path: Path, key: Key | None) -> None:
-    with created(path, key) as file:
-        torch.save(payload, file)
-
-
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write, which then takes the place of ``path`` in one move."""
-    temporary = _hidden(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with _explaining(path):
             temporary.unlink(missing_ok=True)  # a killed run left it
@@ -326,65 +222,31 @@ def _replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _hidden(path: Path) -> Path:
-    """What it is called while it is written."""
-    return path.with_name(f".{path.name}.tmp")
-
-
 @contextmanager
 def _explaining(path: Path) -> Iterator[None]:
-    """Tell why a checkpoint could not be written, and what is left."""
+    """Report why a checkpoint could not be written, and what is left."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         left = list_checkpoints(path.parent)
         kept = f" {left[-1].name} is intact: the same command resumes from it." if left else ""
         raise RunError(
-            f"The checkpoint {path.name} could not be written ({reason(error)}).",
+            f"The checkpoint {path.name} could not be written ({_reason(error)}).",
             f"Free space in {path.parent}, or lower train.keep_checkpoints.{kept}",
         ) from error
 
 
-def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> dict[str, Any]:
-    """The whole payload of a checkpoint that this package wrote.
-
-    Args:
-        path: the file, or the folder of parts, whose shared tensors are ``Shared``.
-        key: opens it where it is encrypted.
-        lazily: for a look at the plain values: tensors stay in a plain file, which must stay where it is. As torch
-            compares no checksums, this does.
-
-    Raises:
-        CheckpointError: missing, truncated, not written by a training run of this package, or encrypted and not
-            to be opened with this key.
-    """
-    in_parts = path.suffix == SHARDS and path.is_dir()
-    if not in_parts and not path.is_file():
-        raise CheckpointError(
-            f"there is no file {str(path)!r}.",
-            "Name a model_epoch_*.pth, or leave the key empty to resume from the newest in results_dir.",
-        )
-    payload: Any
-    try:
-        payload = read_parts(path, key, check=lazily) if in_parts else load_file(path, key, mmap=lazily, check=lazily)
-    except (MemoryError, CheckpointError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _PASSING:  # it says nothing of the file
-            raise
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is truncated, damaged or foreign.",
-            "Resume from an older model_epoch_*.pth, or use train.pretrained_model_path for foreign weights.",
-        ) from error
-    if not isinstance(payload, dict) or not {"openmae", "progress", "optimizer"} <= payload.keys():
-        raise CheckpointError(
-            f"{path} holds no training state, so training cannot resume from it.",
-            "Give it as train.pretrained_model_path to start from its weights.",
-        )
-    return payload
+def _reason(error: BaseException) -> str:
+    """Return the operating system's text for a failure, which torch wraps in texts of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _point(link: Path, target: Path) -> None:
+def _link(link: Path, target: Path) -> None:
     with _replacing(link) as temporary:
         try:
             temporary.symlink_to(target.name)

@@ -1,9 +1,10 @@
-"""Names and shapes of other people's checkpoints -> timm's names for the backbone, ours for the decoder.
+"""Rename the tensors of other programs' checkpoints: timm's names for the backbone, OpenMAE's for the decoder.
 
-Each layout is a table of renamings, applied in order, and at most one function that reshapes values. Sources:
+Each layout is a table of substitutions, applied in order, and at most one function that reshapes values. Sources:
 facebookresearch/mae (models_mae.py), facebookresearch/ConvNeXt-V2 (models/fcmae.py, utils.py),
-facebookresearch/hiera (hiera_mae.py), NVIDIA TAO's MAE (the same names behind ``model.``). What wraps the weights:
-``wrappers.py``; transformers' names: ``huggingface.py``.
+facebookresearch/hiera (hiera_mae.py), NVIDIA TAO's MAE (the same names behind ``model.``), Hugging Face transformers.
+Of the latter, both spellings of a ViT are read: ``encoder.layer.0.attention.attention.query`` (``save_pretrained`` and
+the Hub) and ``layers.0.attention.q_proj`` (modules of transformers 5).
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from openmae.checkpoints.huggingface import from_transformers, is_transformers
 from openmae.checkpoints.wrappers import State, unwrap
 from openmae.errors import CheckpointError
 from openmae.spec.architectures import Family
 
 _Rules = tuple[tuple[str, str], ...]
+_Reshape = Callable[[str, Tensor, State], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class NamedWeights:
     """A checkpoint's tensors under the names that OpenMAE uses.
 
     Attributes:
-        layout: where the names came from, for people to read.
-        family: of the backbone.
-        backbone: by timm's names; the classifier, where there is one, included.
-        rest: fusion heads and decoder by our names (``encoder.fusion.*``, ``decoder.*``), if any.
-        note: which of several models in the file was taken, and what was left; empty where there is no choice.
+        layout: where the names came from, for messages.
+        family: family of the backbone.
+        backbone: tensors of the backbone by timm's names, with the classifier if there is one.
+        rest: fusion heads and decoder by OpenMAE's names (``encoder.fusion.*``, ``decoder.*``), if any.
+        note: which of several models in the file was chosen; see ``Wrapped.note``.
     """
 
     layout: str
@@ -43,21 +45,20 @@ class NamedWeights:
     note: str = ""
 
 
-_OURS = "encoder.backbone."
+_OWN = "encoder.backbone."
 _STEMS = ("stem", "downsample_layers.0", "encoder.downsample_layers.0")
 
-_DECODER: _Rules = (
+_VIT: _Rules = (
     (r"^decoder_pred\.", "decoder.predict."),
     (r"^decoder_(embed|pos_embed|blocks|norm)\b", r"decoder.\1"),
     (r"^mask_token$", "decoder.mask_token"),
 )
-_VIT: _Rules = _DECODER
 _HIERA: _Rules = (
     (r"^pos_embed_abs$", "pos_embed"),
     (r"^(encoder_)?norm\.", "head.norm."),
     (r"^head\.projection\.", "head.fc."),
     (r"^multi_scale_fusion_heads\.", "encoder.fusion."),
-    *_DECODER,
+    *_VIT,
 )
 _CONVNEXT: _Rules = (
     (r"^encoder\.", ""),
@@ -77,35 +78,87 @@ _CONVNEXT: _Rules = (
     (r"^pred\.", "decoder.predict."),
     (r"^mask_token$", "decoder.mask_token"),
 )
+_HF_VIT: _Rules = (
+    (r"^vit\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+    (r"^decoder\.decoder_(encoder\.layer|layers)\.(\d+)\.", r"decoder.blocks.\2."),
+    (r"^decoder\.decoder_pred\.", "decoder.predict."),
+    (r"^decoder\.decoder_(pos_embed|embed|norm)\b", r"decoder.\1"),
+    (r"\.attention\.(attention\.)?(query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.)?(key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.)?(value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+)
+_HF_HIERA: _Rules = (
+    (r"^hiera\.", ""),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(pooler\.layernorm|encoder_norm)\.", "head.norm."),
+    (r"^classifier\.", "head.fc."),
+    (r"^multiscale_fusion\.multi_scale_fusion_heads\.", "encoder.fusion."),
+    (r"^decoder\.decoder_block\.layers\.(\d+)\.", r"decoder.blocks.\1."),
+    (r"^decoder\.decoder_position_embeddings$", "decoder.pos_embed"),
+    (r"^decoder\.decoder_embeddings\.", "decoder.embed."),
+    (r"^decoder\.decoder_pred\.", "decoder.predict."),
+    (r"^decoder\.decoder_norm\.", "decoder.norm."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+)
+_HF_CONVNEXT: _Rules = (
+    (r"^convnextv2\.", ""),
+    (r"^embeddings\.patch_embeddings\.", "stem.0."),
+    (r"^embeddings\.layernorm\.", "stem.1."),
+    (r"^encoder\.stages\.(\d+)\.downsampling_layer\.", r"stages.\1.downsample."),
+    (r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^layernorm\.", "head.norm."),
+    (r"^classifier\.", "head.fc."),
+    (r"\.dwconv\.", ".conv_dw."),
+    (r"\.layernorm\.", ".norm."),
+    (r"\.pwconv([12])\.", r".mlp.fc\1."),
+    (r"\.grn\.", ".mlp.grn."),
+)
+_HF_UNUSED = re.compile(r"pooler\.dense\.|embeddings\.mask_token$")  # transformers' own pooling, DINOv2's masks
 
 
 def recognise(raw: Mapping[str, Any], wanted: str = "") -> NamedWeights:
-    """Find out whose layout a loaded checkpoint follows, and bring it to the names that OpenMAE uses.
+    """Identify the layout of the content of a file, and rename its tensors.
 
     Args:
-        raw: the mapping that the file holds: a state dict, or one wrapped in a dict of other things.
-        wanted: the entry or prefix to take, where the file has several models.
+        raw: a state dict, or one wrapped in a dict of other things.
+        wanted: entry or prefix to choose if the file has several models.
 
     Raises:
-        CheckpointError: no layout fits; the text shows the first names.
+        CheckpointError: No layout fits; the text shows the first names.
     """
     wrapped = unwrap(raw, wanted)
-    state, note = wrapped.state, str(wrapped) if wrapped.others or wrapped.left else ""
-    if any(name.startswith(_OURS) for name in state):
-        return replace(_ours(state), note=note)
-    if is_transformers(state):
-        layout, family, renamed = from_transformers(state, _reorder_predictions)
+    state = wrapped.state
+    if any(name.startswith(_OWN) for name in state):
+        return replace(_own(state), note=wrapped.note)
+    if any("embeddings.patch_embeddings." in name for name in state):
+        layout, family, renamed = _from_transformers(state)
     else:
         layout, family, rules, reshape = _layout(state, wrapped.entry)
         renamed = {_rename(name, rules): reshape(name, value, state) for name, value in state.items()}
     if "model." in wrapped.prefix:
         layout += " (behind 'model.', as TAO's)"
-    backbone, rest = _split(renamed)
-    return NamedWeights(layout, family, backbone, rest, note)
+    rest = {name: value for name, value in renamed.items() if name.startswith(("decoder.", "encoder."))}
+    backbone = {name: value for name, value in renamed.items() if name not in rest}
+    return NamedWeights(layout, family, backbone, rest, wrapped.note)
 
 
 def family_of(backbone: Mapping[str, Tensor]) -> Family | None:
-    """The family that a backbone's timm or official names belong to; None for none of ours."""
+    """Return the family that timm's or official names of a backbone belong to, or None."""
     if any(f"{stem}.0.weight" in backbone for stem in _STEMS):
         return "convnextv2" if any(".grn." in name for name in backbone) else None
     if "blocks.0.norm1.weight" not in backbone or "patch_embed.proj.weight" not in backbone:
@@ -113,13 +166,22 @@ def family_of(backbone: Mapping[str, Tensor]) -> Family | None:
     return "vit" if "cls_token" in backbone else "hiera"
 
 
-def _layout(state: State, wrapper: str) -> tuple[str, Family, _Rules, Callable[[str, Tensor, State], Tensor]]:
-    """(layout, family, renamings, reshaping) of a bare state dict."""
+def _own(state: State) -> NamedWeights:
+    """Split the state dict of a ``MaskedAutoencoder``."""
+    backbone = {name.removeprefix(_OWN): value for name, value in state.items() if name.startswith(_OWN)}
+    rest = {name: value for name, value in state.items() if not name.startswith(_OWN)}
+    family = family_of(backbone)
+    if family is None:
+        raise CheckpointError("The weights under 'encoder.backbone.' belong to no supported architecture.")
+    return NamedWeights("OpenMAE", family, backbone, rest)
+
+
+def _layout(state: State, entry: str) -> tuple[str, Family, _Rules, _Reshape]:
+    """Return (layout, family, substitutions, reshaping) of a bare state dict."""
     family = family_of(state)
     with_decoder = "decoder_embed.weight" in state
     if family == "vit":
-        official = with_decoder or wrapper == "model"
-        return ("official MAE ViT" if official else "timm ViT"), family, _VIT, _keep
+        return ("official MAE ViT" if with_decoder or entry == "model" else "timm ViT"), family, _VIT, _keep
     if family == "hiera":
         if "head.norm.weight" in state:
             return "timm Hiera", family, (), _keep
@@ -134,25 +196,26 @@ def _layout(state: State, wrapper: str) -> tuple[str, Family, _Rules, Callable[[
     names = ", ".join(list(state)[:5]) or "none"
     raise CheckpointError(
         f"The weights follow no layout that OpenMAE knows; their first names: {names}.",
-        "Use a checkpoint of OpenMAE, timm, TAO's MAE, or the official MAE, ConvNeXt V2 or Hiera repository, "
-        "for one of the architectures of model.arch.",
+        "Use a checkpoint of OpenMAE, timm, transformers, TAO's MAE, or the official MAE, ConvNeXt V2 or Hiera code "
+        "whose architecture model.arch supports.",
     )
 
 
-def _ours(state: State) -> NamedWeights:
-    """A masked autoencoder's own names."""
-    backbone = {name.removeprefix(_OURS): value for name, value in state.items() if name.startswith(_OURS)}
-    rest = {name: value for name, value in state.items() if not name.startswith(_OURS)}
-    family = family_of(backbone)
-    if family is None:
-        raise CheckpointError("The weights under 'encoder.backbone.' belong to no architecture of model.arch.")
-    return NamedWeights("OpenMAE", family, backbone, rest)
-
-
-def _split(state: State) -> tuple[State, State]:
-    """(backbone, rest) of renamed weights."""
-    rest = {name: value for name, value in state.items() if name.startswith(("decoder.", "encoder."))}
-    return {name: value for name, value in state.items() if name not in rest}, rest
+def _from_transformers(state: State) -> tuple[str, Family, State]:
+    """Return (layout, family, renamed state dict)."""
+    state = {name: value for name, value in state.items() if not _HF_UNUSED.search(name)}
+    if any(name.endswith("embeddings.cls_token") for name in state):
+        return "transformers ViT", "vit", _join_attention({_rename(n, _HF_VIT): value for n, value in state.items()})
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state):
+        named = {_rename(name, _HF_HIERA): value for name, value in _number_blocks(state).items()}
+        channels = named["patch_embed.proj.weight"].shape[1]
+        for name in ("decoder.predict.weight", "decoder.predict.bias"):
+            if name in named:
+                named[name] = _reorder_predictions(named[name], channels)
+        return "transformers Hiera", "hiera", named
+    named = {_rename(name, _HF_CONVNEXT): value for name, value in state.items()}
+    flat = {name: value.reshape(-1) if ".grn." in name else value for name, value in named.items()}
+    return "transformers ConvNeXt V2", "convnextv2", flat
 
 
 def _rename(name: str, rules: _Rules) -> str:
@@ -166,7 +229,7 @@ def _keep(name: str, value: Tensor, state: State) -> Tensor:
 
 
 def _reshape_convnext(name: str, value: Tensor, state: State) -> Tensor:
-    """Sparse kernels made dense, GRN (up to 6-D in TAO's files) and biases flat, 1x1 kernels matrices."""
+    """Make sparse kernels dense, GRN (up to 6-D in TAO's files) and biases 1-D, and 1x1 kernels matrices."""
     if name.endswith(".kernel"):
         return _dense_kernel(value)
     if ".grn." in name or name.endswith(".bias"):
@@ -177,9 +240,9 @@ def _reshape_convnext(name: str, value: Tensor, state: State) -> Tensor:
 
 
 def _dense_kernel(kernel: Tensor) -> Tensor:
-    """MinkowskiEngine's ``[k*k, in, out]`` or depthwise ``[k*k, C]`` -> ``[out, in, k, k]``.
+    """Convert MinkowskiEngine's ``[k*k, in, out]`` or depthwise ``[k*k, C]`` to ``[out, in, k, k]``.
 
-    Its kernel volume is column-major: hence the transposition (ConvNeXt-V2's ``remap_checkpoint_keys``).
+    Its kernel volume is column-major, hence the transposition (ConvNeXt-V2's ``remap_checkpoint_keys``).
     """
     side = math.isqrt(kernel.shape[0])
     if kernel.ndim == 2:
@@ -188,11 +251,32 @@ def _dense_kernel(kernel: Tensor) -> Tensor:
 
 
 def _reshape_hiera(name: str, value: Tensor, state: State) -> Tensor:
-    """Predictions ordered (channel, row, column) in Hiera's code, (row, column, channel) in ours."""
     if not name.startswith("decoder_pred."):
         return value
     return _reorder_predictions(value, state["patch_embed.proj.weight"].shape[1])
 
 
 def _reorder_predictions(value: Tensor, channels: int) -> Tensor:
+    """Reorder Hiera's predictions from (channel, row, column) to OpenMAE's (row, column, channel)."""
     return value.unflatten(0, (channels, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _join_attention(state: State) -> State:
+    """Join the query, key and value layers of each block into timm's ``qkv``."""
+    joined = dict(state)
+    for name in state:
+        parts = [re.sub(r"\.attn\.q\.", f".attn.{part}.", name) for part in "qkv"]
+        if ".attn.q." in name and all(part in state for part in parts):
+            joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([joined.pop(part) for part in parts])
+    return joined
+
+
+def _number_blocks(state: State) -> State:
+    """Renumber Hiera's blocks through all stages, as timm does."""
+    place = re.compile(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.")
+    found = sorted({(int(match[1]), int(match[2])) for name in state if (match := place.search(name))})
+    number = {block: index for index, block in enumerate(found)}
+    return {
+        place.sub(lambda match: f"blocks.{number[int(match[1]), int(match[2])]}.", name): value
+        for name, value in state.items()
+    }

@@ -1,71 +1,91 @@
-"""Checkpoints in and out: read safely, match by name and shape, report what matched.
+"""The checkpoint format, its reader and its writer.
 
-Our checkpoint file is a plain dict that ``torch.load(weights_only=True)`` reads: ``"openmae"`` holds a
-:class:`CheckpointInfo` as plain values, ``"state_dict"`` the tensors behind ``model.``, ``"ema_state_dict"``
-their moving average where there is one, the rest is Lightning's. ``backbone.safetensors`` holds bare timm
-names, and the same plain values as JSON in its header. Other people's layouts: ``models.layouts``.
+Training writes dicts that ``torch.load(weights_only=True)`` reads, so they hold tensors and plain values only::
+
+    key              value
+    openmae          CheckpointInfo.to_dict(): format, version, stage, model, class_names, mean, std, spec, and begun
+                     where it is set; training adds train_images, a digest of the names of the training images
+    state_dict       the model's state dict, each name behind "model."
+    ema_state_dict   the averaged weights under the same names; only with train.ema_decay
+    optimizer        AdamW's state dict
+    precision        the gradient scaler's state (fp16), else empty
+    progress         training.state.Progress: finished epochs, batches of the current epoch and steps, best metric
+
+Under fsdp the tensors are complete all the same. ``backbone.safetensors`` holds the backbone's state dict with timm's
+names, and the ``openmae`` entry as JSON in its metadata.
+
+``openmae.format`` is 1. It increases when an older version could misread a file; a file of another format is refused.
+Entries that are added later have defaults (``model.final_norm`` is written only where it is false).
+
+With an encryption key, a file is encrypted as a whole (``storage/encryption.py``); its name and size are not hidden.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-import math
+import pickle
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save, save_file
-from torch import Tensor, nn
+from pydantic import FiniteFloat
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save, save_file
+from torch import Tensor
 
 from openmae._version import __version__
-from openmae.checkpoints.data_config import describe
-from openmae.checkpoints.files import check_file, read_content
+from openmae.checkpoints.damage import check_path, damaged, first_bytes, holds_objects
 from openmae.checkpoints.foreign_names import NamedWeights, recognise
-from openmae.checkpoints.matching import LoadReport, complain, match
 from openmae.checkpoints.shapes import check_header, count_classes, guess_config
-from openmae.errors import CheckpointError, RunError, SpecError
-from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
+from openmae.checkpoints.unpickling import load_plain
+from openmae.errors import CheckpointError, RunError, blaming
+from openmae.models.build import ModelConfig, validate
+from openmae.spec.architectures import get_architecture
 from openmae.storage.atomic import replacing
-from openmae.storage.encryption import Key, created, resolve_key, unlocked
+from openmae.storage.encryption import Key, created, unlocked
 
 Stage = Literal["pretrain", "finetune"]
+Content = dict[str, Any]
+
 FORMAT = 1
 BACKBONE = "backbone.safetensors"  # in a results folder
-_DEEPEST, _LARGEST = 50, 100_000  # levels and values of the spec in a header
+_MAX_DEPTH, _MAX_VALUES = 50, 100_000  # of the spec in a header
+_TRANSIENT = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
 
 log = logging.getLogger("openmae")
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What our checkpoints say about themselves.
+    """The ``openmae`` entry of a checkpoint.
 
     Attributes:
         stage: pretrain or finetune.
-        model: everything that fixes the model's shape.
-        class_names: of the classifier, in the order of its outputs; empty for pretraining.
-        mean, std: of the images, per channel, on the scale of 0 to 1.
+        model: everything that determines the model's shape.
+        class_names: classes in the order of the classifier's outputs; empty for pretraining.
+        mean: mean of the images per channel, on a scale of 0 to 1.
+        std: standard deviation of the images, likewise.
         spec: the resolved spec as plain values.
-        version: of the OpenMAE that wrote the file.
-        begun: how an update's images were shared out when the run began, where that has changed since; see
-            ``training.elastic``.
+        version: OpenMAE version that wrote the file.
+        begun: batch layout when the run began, if it has changed since; see ``training.elastic``.
     """
 
     stage: Stage
     model: ModelConfig
     class_names: tuple[str, ...] = ()
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    mean: tuple[FiniteFloat, ...] = ()
+    std: tuple[FiniteFloat, ...] = ()
     spec: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
     begun: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: the ``"openmae"`` entry of a checkpoint."""
+        """Return plain values for a checkpoint."""
         return {
             "format": FORMAT,
             "version": self.version,
@@ -78,63 +98,45 @@ class CheckpointInfo:
             **({"begun": dict(self.begun)} if self.begun else {}),
         }
 
-    def check(self) -> None:
-        """Raise a ValueError where a field is not what it is meant to be."""
-        if self.stage not in ("pretrain", "finetune"):
-            raise ValueError(f"stage is {self.stage!r}")
-        if not all(isinstance(name, str) for name in self.class_names):
-            raise ValueError("class_names are not all text")
-        if self.class_names and len(self.class_names) != self.model.num_classes:
-            raise ValueError(f"{len(self.class_names)} class_names for {self.model.num_classes} classes")
-        for name, numbers in (("mean", self.mean), ("std", self.std)):
-            if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-                raise ValueError(f"{name} is {numbers!r}")
-        _check_tree(self.spec)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CheckpointInfo:
-        """The inverse of :meth:`to_dict`.
+        """Read the values that :meth:`to_dict` returns.
 
         Raises:
-            CheckpointError: the entry is damaged, or a newer OpenMAE wrote it.
+            CheckpointError: The entry is damaged, or a newer version wrote it.
         """
         if not isinstance(values, Mapping):
-            raise CheckpointError("The 'openmae' entry is damaged: it is no mapping.", "Use another checkpoint.")
+            raise CheckpointError("The 'openmae' entry is damaged: it is not a mapping.", "Use another checkpoint.")
         version = values.get("version", "unknown")
         if values.get("format") != FORMAT:
             raise CheckpointError(
                 f"The checkpoint has format {values.get('format')!r} (OpenMAE {version}); this is OpenMAE "
                 f"{__version__}, which reads format {FORMAT}.",
-                "Install the OpenMAE that wrote it, or a newer one.",
+                "Install the version that wrote it, or a newer one.",
             )
         try:
-            info = cls(
-                stage=values["stage"],
-                model=ModelConfig.from_dict(values["model"]),
-                class_names=tuple(values["class_names"]),
-                mean=tuple(values["mean"]),
-                std=tuple(values["std"]),
-                spec=values.get("spec", {}),
-                begun=values.get("begun", {}),
-                version=version,
-            )
-            info.check()
+            known = {item.name for item in fields(cls)}
+            info = validate(cls, {name: value for name, value in values.items() if name in known})
+            get_architecture(info.model.arch)
+            if info.class_names and len(info.class_names) != info.model.num_classes:
+                raise ValueError(f"{len(info.class_names)} class_names for {info.model.num_classes} classes")
+            _check_tree(info.spec)
             return info
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except ValueError as error:
             raise CheckpointError(
-                f"The 'openmae' entry (of OpenMAE {version}) is damaged or of another version: {error!r}.",
-                f"This is OpenMAE {__version__}; install the one that wrote the checkpoint.",
+                f"The 'openmae' entry (OpenMAE {version}) is damaged or of another version: {error}.",
+                f"This is OpenMAE {__version__}; install the version that wrote the checkpoint.",
             ) from error
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory, on the CPU.
+    """The weights in a file, on the CPU.
 
     Attributes:
         path: the file.
-        weights: tensors under timm's and our names, and the layout they came in.
-        info: what the file says about itself; None for other people's.
+        weights: tensors under timm's and OpenMAE's names.
+        info: the file's ``openmae`` entry; None if another program wrote the file.
     """
 
     path: Path
@@ -143,190 +145,116 @@ class Checkpoint:
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the classifier that the file holds; 0 for none."""
+        """Number of outputs of the classifier in the file; 0 if it has none."""
         return count_classes(self.weights.backbone)
+
+    def own_info(self) -> CheckpointInfo:
+        """Return the ``openmae`` entry.
+
+        Raises:
+            CheckpointError: Another program wrote the file.
+        """
+        if self.info is not None:
+            return self.info
+        fix = "Give it to mae train as train.pretrained_model_path first."
+        if self.num_classes:
+            fix = "Export it with mae export first, or give it to mae train as train.pretrained_model_path."
+        raise CheckpointError(f"{self.path} holds weights of another program ({self.weights.layout} layout).", fix)
+
+    def config(self, arch: str | None = None) -> ModelConfig:
+        """Return the shape of the model: what the file says, or what its tensors imply.
+
+        Args:
+            arch: architecture to assume if the tensors of another program's file fit none.
+
+        Raises:
+            CheckpointError: The tensors fit no architecture.
+        """
+        if self.info is not None:
+            return self.info.model
+        with blaming(str(self.path)):
+            return guess_config(self.weights, arch)
 
 
 def read_checkpoint(path: str | Path, key: Key | None = None, weights_key: str = "") -> Checkpoint:
-    """Read a .pth, .pt, .pth.tar, .ckpt or .safetensors file; nothing in it is ever executed.
+    """Read the weights in a .pth, .pt, .pth.tar, .ckpt or .safetensors file without executing anything in it.
 
-    An averaged (EMA) copy, where there is one, is read in place of the plain weights, unless ``weights_key`` names
-    another entry. ``key`` opens an encrypted file.
+    Args:
+        path: the file.
+        key: decrypts an encrypted file.
+        weights_key: entry to read, such as ``model_ema``. By default averaged weights are preferred to plain ones.
 
     Raises:
-        CheckpointError: missing, empty, truncated, foreign, holding classes or numbers that are not finite, saying of
-            itself what its tensors do not confirm, or encrypted and not to be opened; the text says which.
+        CheckpointError: The file is missing, damaged, foreign, encrypted with another key, holds arbitrary objects or
+            non-finite values, or its header does not fit its tensors; the text says which.
+        OSError: The file cannot be read at the moment, which says nothing about its content.
     """
     path = Path(path)
-    check_file(path)
-    raw, header = read_content(path, unlocked(path, key), weights_key)
-    try:
-        info = None if header is None else CheckpointInfo.from_dict(header)
-        weights = recognise(raw, "" if info else weights_key)
+    content, header = _read_file(path, key)
+    with blaming(str(path)):
+        if header is None:
+            checkpoint = Checkpoint(path, recognise(content, weights_key), None)
+        else:
+            info = CheckpointInfo.from_dict(header)
+            weights = recognise(_own_weights(content, weights_key) if "openmae" in content else content)
+            checkpoint = Checkpoint(path, replace(weights, layout="OpenMAE", note=""), info)
+        weights = checkpoint.weights
         _check_finite({**weights.backbone, **weights.rest})
-        if info is not None:
-            check_header(info.model, weights)
-            weights = replace(weights, layout="OpenMAE", note="")
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error.problem}", error.fix) from error
-    if weights.note:  # a choice was made for the user, who may not see less than warnings
+        if checkpoint.info is not None:
+            check_header(checkpoint.info.model, weights)
+    if weights.note:  # a choice was made for the user, so it is a warning
         log.warning("%s: %s.", path, weights.note)
-    return Checkpoint(path, weights, info)
+    return checkpoint
 
 
-def _check_tree(values: Any) -> None:
-    """Raise a ValueError where plain values are nested or repeated beyond what a spec can be."""
-    level, count = [values], 0
-    for _ in range(_DEEPEST):
-        level = [
-            child
-            for node in level
-            if isinstance(node, Mapping | list | tuple)
-            for child in (node.values() if isinstance(node, Mapping) else node)
-        ]
-        count += len(level)
-        if not level:
-            return
-        if count > _LARGEST:
-            raise ValueError(f"more than {_LARGEST:,} values in the spec")
-    raise ValueError(f"a spec of more than {_DEEPEST} levels")
-
-
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that a diverged training has left: every output of such a model would be NaN."""
-    absent = next((name for name, value in tensors.items() if value.is_meta), None)
-    if absent:
-        raise CheckpointError(f"{absent} has a shape, but no values.", "Save the model's state dict from a device.")
-    broken = [name for name, value in tensors.items() if not _is_finite(value)]
-    if broken:
-        raise CheckpointError(
-            f"{len(broken)} of {len(tensors)} tensors hold NaN or infinite numbers, the first is {broken[0]}.",
-            "The training that wrote it has diverged: use a checkpoint from before that, or start again with a lower "
-            "learning rate.",
-        )
-
-
-def _is_finite(value: Tensor) -> bool:
-    if not value.numel() or not value.is_floating_point():
-        return True
-    if value.element_size() == 1:  # aminmax has no kernel for float8
-        value = value.float()
-    low, high = value.aminmax()  # one pass, and no copy
-    return bool(low.isfinite() and high.isfinite())
-
-
-def read_own(path: str | Path, key: Key | None = None) -> tuple[Checkpoint, CheckpointInfo]:
-    """A checkpoint that OpenMAE wrote, and what it says about itself.
-
-    Raises:
-        CheckpointError: as ``read_checkpoint``, or another program wrote the file.
-    """
-    checkpoint = read_checkpoint(path, key)
-    if checkpoint.info is None:
-        raise refuse_foreign(checkpoint)
-    return checkpoint, checkpoint.info
-
-
-def refuse_foreign(checkpoint: Checkpoint) -> CheckpointError:
-    """The error for a file of another program where only OpenMAE's own will do."""
-    if checkpoint.num_classes:
-        fix = "Export it with mae export first, or give it to mae train as train.pretrained_model_path."
-    else:
-        fix = "Give it to mae train as train.pretrained_model_path first."
-    return CheckpointError(
-        f"{checkpoint.path} holds weights of another program ({checkpoint.weights.layout} layout).", fix
-    )
-
-
-def load_into(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    *,
-    part: Literal["backbone", "everything"],
-    allow_partial: bool = False,
-) -> LoadReport:
-    """Copy a checkpoint's weights into a masked autoencoder or a timm model.
-
-    Position embeddings are resampled to the model's grid, the first convolution to its channels and patch.
+def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> Content:
+    """Read everything that training resumes from: the dict described at the top of this module.
 
     Args:
-        model: what ``models.build`` gives.
-        part: "backbone" asks for 95 % of the backbone, and takes a fitting classifier, decoder and fusion
-            heads along; "everything" asks for all of the model, as evaluation does.
-        allow_partial: train what is missing afresh, instead of an error; another family's file stays one.
+        path: the file.
+        key: decrypts an encrypted file.
+        lazily: map the tensors of a plain file into memory instead of reading them, after verifying its checksums.
 
     Raises:
-        CheckpointError: too little matched; the text gives share, names, shapes and the likely architecture.
+        CheckpointError: See ``read_checkpoint``; or the file holds weights only.
+        OSError: The file cannot be read at the moment, which says nothing about its content.
     """
-    source = checkpoint.info.model if checkpoint.info else None
-    report, fitted = match(model, checkpoint.weights, source, everything=part == "everything")
-    if report.sufficient or (allow_partial and report.partial):
-        model.load_state_dict(fitted, strict=False)
-        return report
-    raise CheckpointError(*complain(report, checkpoint.weights, source, checkpoint.path))
+    content, _ = _read_file(path, key, lazily=lazily)
+    if not {"openmae", "progress", "optimizer"} <= content.keys():
+        raise CheckpointError(
+            f"{path} holds no training state, so training cannot resume from it.",
+            "Give it as train.pretrained_model_path to start from its weights.",
+        )
+    return content
 
 
-def load_backbone(
-    checkpoint: str | Path,
-    input_size: int | tuple[int, int] | None = None,
-    arch: str | None = None,
-    *,
-    encryption_key: str = "",
-    weights_key: str = "",
-) -> nn.Module:
-    """A timm model in eval mode with a checkpoint's weights.
-
-    A pretrained checkpoint gives embeddings ``[B, D]``, a fine-tuned one its class logits. ``timm.data``'s
-    ``resolve_model_data_config(model)`` gives the images' size, mean, standard deviation and resizing that belong to
-    it; another program's file does not say them, and gets those that the papers use.
+def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = None) -> None:
+    """Write the dict described at the top of this module, and flush it to the disk.
 
     Args:
-        checkpoint: our checkpoint or ``backbone.safetensors``, or a timm, official, transformers or TAO file.
-        input_size: pixels of a side, or (height, width); None keeps the checkpoint's.
-        arch: a name of the architecture table; only needed where a foreign file's shapes fit none.
-        encryption_key: of an encrypted file: ``env:NAME``, ``file:PATH``, or the key itself.
-        weights_key: the entry of the file to take, such as ``model_ema``, where there are several.
-
-    Raises:
-        CheckpointError: the file cannot be used, ``arch`` is not what it holds, or the model would be another function.
-        SpecError: ``input_size`` does not divide into patches or mask units, or there is no key where it should be.
-    """
-    loaded = read_checkpoint(checkpoint, resolve_key(encryption_key), weights_key)
-    config = loaded.info.model if loaded.info else _guess_config(loaded, arch)
-    if arch is not None and arch != config.arch:
-        raise CheckpointError(
-            f"{loaded.path} holds {config.arch}, not {arch}.", f"Use arch={config.arch!r}, or leave arch out."
-        )
-    if input_size is not None:
-        size = (input_size, input_size) if isinstance(input_size, int) else input_size
-        config = replace(config, input_size=size)
-    check_size(config)
-    finetuned = loaded.info.stage == "finetune" if loaded.info else loaded.num_classes > 0
-    build = build_classifier if finetuned or "fc_norm.weight" in loaded.weights.backbone else build_feature_extractor
-    model: Any = build(replace(config, num_classes=loaded.num_classes))
-    report = load_into(model, loaded, part="everything" if loaded.info else "backbone")
-    untrained = [name for name in report.fresh if name != "head" or loaded.weights.family != "convnextv2"]
-    if untrained:
-        raise CheckpointError(
-            f"{loaded.path} lacks {', '.join(untrained)}: {config.arch} would give other outputs than the model that "
-            "wrote it.",
-            "Use a complete checkpoint; mae train takes this one as train.pretrained_model_path.",
-        )
-    describe(model, config, loaded.info)
-    return model.eval()
-
-
-def save_backbone(path: str | Path, state: Mapping[str, Tensor], info: CheckpointInfo, key: Key | None = None) -> Path:
-    """Write bare timm names as safetensors, to a temporary name that is then renamed.
-
-    Args:
-        path: the file, usually ``backbone.safetensors``; a file already there survives a failure.
-        state: a timm model's state dict.
-        info: goes into the header as JSON.
+        payload: its tensors are on the CPU.
+        path: a temporary name: ``CheckpointFolder`` renames the file when it is complete.
         key: encrypts the file.
 
     Raises:
-        RunError: the disk is full, or the folder cannot be written.
+        OSError: The disk is full or cannot be written.
+        RuntimeError: The same, as torch reports it.
+    """
+    with created(path, key) as file:
+        torch.save(dict(payload), file)
+
+
+def save_backbone(path: str | Path, state: Mapping[str, Tensor], info: CheckpointInfo, key: Key | None = None) -> Path:
+    """Write a backbone as safetensors, replacing ``path`` only when the new file is complete; return the path.
+
+    Args:
+        path: the file, usually ``backbone.safetensors``.
+        state: a timm model's state dict.
+        info: goes into the metadata.
+        key: encrypts the file.
+
+    Raises:
+        RunError: The disk is full or cannot be written.
     """
     path = Path(path)
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
@@ -343,19 +271,98 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], info: Checkpoin
     return path
 
 
-def _guess_config(loaded: Checkpoint, arch: str | None) -> ModelConfig:
+def _read_file(path: Path, key: Key | None, *, lazily: bool = False) -> tuple[Content, Mapping[str, Any] | None]:
+    """Return the content of a file, and its ``openmae`` entry if OpenMAE wrote it."""
+    check_path(path)
+    file = unlocked(path, key)
+    if _is_safetensors(path, file):
+        return _read_safetensors(path, file)
     try:
-        return guess_config(loaded.weights, arch)
-    except CheckpointError as error:
-        raise CheckpointError(f"{loaded.path}: {error.problem}", error.fix) from error
+        content = load_plain(file or path, lazily=lazily and file is None)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise holds_objects(path, found[1]) if found else damaged(path, "PyTorch checkpoint", error) from error
+    except Exception as error:  # foreign bytes make the reader fail in many ways
+        if isinstance(error, MemoryError | CheckpointError) or getattr(error, "errno", None) in _TRANSIENT:
+            raise
+        raise damaged(path, "PyTorch checkpoint", error) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.", "Save model.state_dict().")
+    header = content.get("openmae")
+    return dict(content), header if isinstance(header, Mapping) else None
 
 
-def check_size(config: ModelConfig) -> None:
-    """timm's ConvNeXt takes any size; ViT whole patches, Hiera whole mask units."""
-    if config.architecture.family == "convnextv2" or not any(side % config.unit for side in config.input_size):
-        return
-    height, width = (max(1, round(side / config.unit)) * config.unit for side in config.input_size)
-    raise SpecError(
-        f"input_size: {config.input_size} does not divide into {config.arch}'s units of {config.unit} px.",
-        f"Use ({height}, {width}).",
-    )
+def _is_safetensors(path: Path, file: BinaryIO | None) -> bool:
+    """Tell by the name, or by the first bytes: the length of a JSON object, and the object."""
+    if path.suffix.lower() == ".safetensors":
+        return True
+    start = file.read(9) if file else first_bytes(path)[:9]
+    if file:
+        file.seek(0)
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**27
+
+
+def _read_safetensors(path: Path, file: BinaryIO | None) -> tuple[Content, Mapping[str, Any] | None]:
+    try:
+        if file is not None:
+            data = file.read()
+            tensors, length = load(data), int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        else:
+            with safe_open(path, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+                metadata = opened.metadata() or {}
+        return tensors, json.loads(metadata["openmae"]) if "openmae" in metadata else None
+    except (SafetensorError, OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise damaged(path, "safetensors file", error) from error
+
+
+def _own_weights(content: Content, weights_key: str) -> Content:
+    """Select the weights of a training checkpoint: those asked for, or else averaged ones, or else plain ones."""
+    if not isinstance(content.get("state_dict"), Mapping):
+        raise CheckpointError("the checkpoint holds no weights.", "Use another checkpoint.")
+    held = [name for name in ("state_dict", "ema_state_dict") if isinstance(content.get(name), Mapping)]
+    if weights_key and weights_key not in held:
+        raise CheckpointError(f"there are no weights under {weights_key!r}.", f"It has: {', '.join(held)}.")
+    chosen = {**content["state_dict"], **content[weights_key or held[-1]]}
+    return {name: value for name, value in chosen.items() if str(name).startswith("model.")}
+
+
+def _check_tree(values: Any) -> None:
+    """Raise a ValueError if plain values are nested deeper or are more than a spec can be."""
+    level, count = [values], 0
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, Mapping | list | tuple)
+            for child in (node.values() if isinstance(node, Mapping) else node)
+        ]
+        count += len(level)
+        if not level:
+            return
+        if count > _MAX_VALUES:
+            raise ValueError(f"more than {_MAX_VALUES:,} values in the spec")
+    raise ValueError(f"a spec of more than {_MAX_DEPTH} levels")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights of a diverged run: every output of such a model would be NaN."""
+    absent = next((name for name, value in tensors.items() if value.is_meta), None)
+    if absent:
+        raise CheckpointError(f"{absent} has a shape, but no values.", "Save the model's state dict from a device.")
+    broken = [name for name, value in tensors.items() if not _is_finite(value)]
+    if broken:
+        raise CheckpointError(
+            f"{len(broken)} of {len(tensors)} tensors hold NaN or infinite values, the first is {broken[0]}.",
+            "The run that wrote it has diverged: use an earlier checkpoint, or start again with a lower learning rate.",
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.numel() or not value.is_floating_point():
+        return True
+    if value.element_size() == 1:  # aminmax has no kernel for float8
+        value = value.float()
+    low, high = value.aminmax()  # one pass, no copy
+    return bool(low.isfinite() and high.isfinite())

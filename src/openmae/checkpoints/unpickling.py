@@ -1,9 +1,9 @@
-"""PyTorch files read without running anything in them: ``torch.load(weights_only=True)`` and inert stand-ins.
+"""Read PyTorch files without running anything in them: ``torch.load(weights_only=True)`` plus inert stand-ins.
 
 Training scripts store more than tensors beside their weights: arguments with paths, numpy scalars, metrics in a
 ``defaultdict``. For these harmless types the unpickler gets the stand-ins of this module, never the classes themselves:
-numpy's own ``__setstate__`` trusts the flags that a file gives it, and a ``WindowsPath`` cannot be made on Linux.
-Everything else is refused by name.
+numpy's ``__setstate__`` trusts the flags in a file, and a ``WindowsPath`` cannot be created on Linux. All other types
+are refused by name.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ _MODEL_CLASSES = ("torch.nn.modules.", "timm.", "transformers.", "torchvision.mo
 
 
 class NumpyDtype:
-    """A numpy dtype in a file: the code and the byte order, and nothing else of what its state may claim.
-
-    Args:
-        code: such as ``f4``.
-    """
+    """A numpy dtype in a file, reduced to its code (such as ``f4``) and byte order."""
 
     def __init__(self, code: str | bytes = "", *_: Any) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else str(code)
@@ -43,18 +39,18 @@ class NumpyDtype:
 
     @property
     def numpy(self) -> np.dtype | None:
-        """The dtype; None where it is not one of numbers."""
+        """The dtype, or None unless it is a dtype of numbers."""
         return np.dtype(self.code) if _NUMBERS.fullmatch(self.code.lstrip("<>|=")) else None
 
 
 class NumpyArray:
-    """A numpy array in a file; what is not an array of numbers is empty."""
+    """A numpy array in a file; empty unless it is an array of numbers."""
 
     def __init__(self, *_: Any) -> None:
         self.array = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, by_columns, data = state
+        _, shape, dtype, fortran_order, data = state
         kind = dtype.numpy
         if kind is None:
             return
@@ -62,43 +58,48 @@ class NumpyArray:
         if math.prod(shape) * kind.itemsize != len(data):
             raise ValueError(f"an array of shape {shape} does not have {len(data)} bytes")
         flat = np.frombuffer(data, kind).astype(kind.newbyteorder("="), copy=False)
-        self.array = flat.reshape(shape, order="F" if by_columns else "C")
+        self.array = flat.reshape(shape, order="F" if fortran_order else "C")
 
     def tensor(self) -> Tensor:
-        """The values as a tensor."""
+        """Return the values as a tensor."""
         return torch.from_numpy(np.array(self.array, order="C"))
 
 
-def load_plain(source: Path | BinaryIO) -> Any:
-    """Read what ``torch.save`` wrote, on the CPU.
+def load_plain(source: Path | BinaryIO, *, lazily: bool = False) -> Any:
+    """Read the output of ``torch.save`` into CPU memory.
+
+    Args:
+        source: a file, or a seekable stream.
+        lazily: map the tensors of a file into memory instead of reading them, after verifying the file's checksums,
+            which torch does not.
 
     Raises:
-        pickle.UnpicklingError: it holds objects of other types; the text names the first.
-        ValueError: it would take more memory than the file has bytes.
-        Exception: foreign bytes break torch's reader in every way there is.
+        pickle.UnpicklingError: The file holds objects of other types; the text names the first.
+        ValueError: The file would take more memory than its own size.
+        Exception: Foreign bytes make torch's reader fail in many other ways.
     """
-    _check_members(source)
+    _check_records(source, checksums=lazily)
     with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of TorchScript and pickle protocols; errors say what matters
-        return torch.load(source, map_location="cpu", weights_only=True)
+        warnings.simplefilter("ignore")  # of TorchScript and pickle protocols; the errors say what matters
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=lazily)
 
 
-def is_whole_model(path: Path) -> bool:
-    """Whether a file holds a pickled module rather than its state dict, as far as torch can tell."""
+def is_pickled_model(path: Path) -> bool:
+    """Return whether a file holds a pickled module instead of a state dict, as far as torch can tell."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # only a reason for an error is looked for
+    except Exception:  # the answer only improves an error message
         return False
     return any(name.startswith(_MODEL_CLASSES) for name in names)
 
 
-def _check_members(source: Path | BinaryIO) -> None:
-    """Torch stores without compression; a small file could otherwise claim any amount of memory."""
-    if not isinstance(source, Path) and not source.seekable():
-        return
+def _check_records(source: Path | BinaryIO, *, checksums: bool) -> None:
+    """Refuse compressed records, which torch never writes: a small file could claim any amount of memory."""
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as bundle:
             members = bundle.infolist()
+            if checksums and (damaged := bundle.testzip()):
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
         size = source.stat().st_size if isinstance(source, Path) else source.seek(0, 2)
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > size:
@@ -109,13 +110,11 @@ def _check_members(source: Path | BinaryIO) -> None:
 
 def _scalar(dtype: NumpyDtype, data: Any = b"") -> Any:
     kind = dtype.numpy
-    if kind is None:
-        return None
-    return np.frombuffer(_bytes(data), kind, count=1)[0].item()
+    return None if kind is None else np.frombuffer(_bytes(data), kind, count=1)[0].item()
 
 
 def _bytes(data: Any) -> bytes:
-    """Return the bytes of a pickled array; ``bytes`` of an integer would be as many zeros."""
+    """Return the bytes of a pickled array; ``bytes(n)`` of an integer would allocate n zeros."""
     if isinstance(data, str):
         return data.encode("latin1")
     if not isinstance(data, bytes | bytearray):
@@ -136,7 +135,7 @@ def _empty_list(*_: Any) -> list[Any]:
 
 
 def _nothing(*_: Any) -> None:
-    """What a factory of a ``defaultdict`` or a scalar type stands for: nobody calls it."""
+    """Stand in for the factory of a ``defaultdict`` or a scalar type, which is never called."""
 
 
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

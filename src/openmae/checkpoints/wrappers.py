@@ -1,7 +1,7 @@
-"""Where the weights are in a file: under which entry, and behind which prefix of the names.
+"""Find the weights in a file: under which entry, and behind which prefix of the names.
 
-Training programs wrap a state dict in a dict of other things, keep averaged copies beside it, and put the names of
-the modules that held the backbone in front of its own. The backbone is found by its first weight.
+Training programs wrap a state dict in a dict of other things, keep averaged copies beside it, and prefix the names with
+those of the modules that hold the backbone. The backbone is found by its first weight.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SECONDARY = re.compile(r"momentum|target|encoder_k|(^|[._])key([._]|$)")
 _USUAL = ("state_dict", "model_state", "model", "module")
 _COUNTERS = frozenset({"n_averaged"})  # of torch.optim.swa_utils
 _SHOWN = 4
-_DEPTH, _MOST_NAMES = 3, 2_000_000  # of dicts in dicts, the same one wherever it stands
+_MAX_DEPTH, _MAX_NAMES = 3, 2_000_000  # of nested dicts, which may contain the same dict many times
 
 
 @dataclass(frozen=True)
@@ -38,47 +38,52 @@ class Wrapped:
     """The tensors of one model in a file.
 
     Attributes:
-        state: names without the wrappers' prefix.
-        entry: the keys that lead to them (``model_ema``); empty for a bare state dict.
-        prefix: what was taken off the names.
-        others: entries and prefixes that hold weights of the same kind and were not taken.
-        left: first parts of the names that do not have the prefix.
+        state: tensors by their names without the wrappers' prefix.
+        entry: dotted keys that lead to them (``model_ema``); empty for a bare state dict.
+        prefix: prefix that was removed from the names.
+        others: entries and prefixes of weights of the same kind that were not chosen.
+        unused: first parts of the names that do not have the prefix.
     """
 
     state: State
-    entry: str
-    prefix: str
-    others: tuple[str, ...]
-    left: tuple[str, ...]
+    entry: str = ""
+    prefix: str = ""
+    others: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        taken = ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part)
-        said = f"the weights under {taken!r} were taken"
+    @property
+    def note(self) -> str:
+        """Which of several models was chosen and what was left out; empty if there was no choice."""
+        if not self.others and not self.unused:
+            return ""
+        chosen = ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part)
+        note = f"using the weights under {chosen!r}"
         if self.others:
-            said += f"; the file also has {_list(self.others)}: train.pretrained_weights_key chooses"
-        if self.left:
-            said += f"; not used: {_list(self.left)}"
-        return said
+            note += f"; the file also has {_list(self.others)} (choose with train.pretrained_weights_key)"
+        if self.unused:
+            note += f"; not used: {_list(self.unused)}"
+        return note
 
 
 def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
-    """Find the weights of one model in what a file holds.
+    """Find the weights of one model in the content of a file.
 
-    An averaged copy (``model_ema``, ``teacher``) goes before the plain weights, as timm's and DINO's evaluation do.
+    An averaged copy (``model_ema``, ``teacher``) is preferred to the plain weights, as in timm's and DINO's evaluation.
 
     Args:
-        raw: the file's content: a state dict, or one wrapped in a dict of other things.
-        wanted: the entry (dots for nested ones) or the prefix of the names to take instead.
+        raw: a state dict, or one wrapped in a dict of other things.
+        wanted: entry (with dots for nested ones) or prefix of the names to choose instead.
 
     Raises:
-        CheckpointError: there are no weights, or not under ``wanted``.
+        CheckpointError: There are no weights, or none under ``wanted``.
     """
     if raw.get("state_dict_encrypted"):
         raise CheckpointError("TAO has encrypted the weights of this file.", "Decrypt it with TAO first.")
     entries = {entry: state for entry, state in _entries(raw) if any(map(_FOUND.fullmatch, state))}
     if not entries:
-        return _nothing_known(raw)
-    entry, prefix = _choose(entries, wanted)
+        return _largest(raw)
+    candidates = [(entry, prefix) for entry, state in entries.items() for prefix in _prefixes(state)]
+    entry, prefix = _choose(candidates, wanted)
     state = entries[entry]
     prefixes = tuple(other for other in _prefixes(state) if other != prefix)
     longer = tuple(other for other in prefixes if other.startswith(prefix))
@@ -90,27 +95,25 @@ def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
     return Wrapped(own, entry, prefix, tuple(others), tuple(dict.fromkeys(name.split(".")[0] for name in outside)))
 
 
-def _choose(entries: Mapping[str, State], wanted: str) -> tuple[str, str]:
-    """The entry and the prefix to take."""
-    if wanted:
-        for entry, state in entries.items():
-            if entry == wanted:
-                return entry, _best(_prefixes(state))
-            for prefix in _prefixes(state):
-                if wanted in (prefix.rstrip("."), f"{entry}.{prefix}".rstrip(".")):
-                    return entry, prefix
-        there = [entry for entry in entries if entry]
-        there += [prefix.rstrip(".") for state in entries.values() for prefix in _prefixes(state) if prefix]
+def _choose(candidates: list[tuple[str, str]], wanted: str) -> tuple[str, str]:
+    """Return the entry and the prefix to use."""
+
+    def preference(candidate: tuple[str, str]) -> tuple[Any, ...]:
+        entry, prefix = candidate
+        usual = entry.split(".")[-1] in _USUAL
+        return bool(entry), _rank(entry), not usual, _rank(prefix), prefix.count(".")
+
+    names = {
+        (entry, prefix): (entry, prefix.rstrip("."), f"{entry}.{prefix}".rstrip(".")) for entry, prefix in candidates
+    }
+    fitting = [candidate for candidate in candidates if not wanted or wanted in names[candidate]]
+    if not fitting:
+        there = dict.fromkeys(name for candidate in candidates for name in names[candidate][:2] if name)
         raise CheckpointError(
             f"The file has no weights under {wanted!r}.",
-            f"It has: {', '.join(dict.fromkeys(there))}." if there else "It is a bare state dict: leave the key empty.",
+            f"It has: {', '.join(there)}." if there else "It is a bare state dict: leave the key empty.",
         )
-    entry = min(entries, key=lambda name: (bool(name), _rank(name), name.split(".")[-1] not in _USUAL))
-    return entry, _best(_prefixes(entries[entry]))
-
-
-def _best(prefixes: list[str]) -> str:
-    return min(prefixes, key=lambda prefix: (_rank(prefix), prefix.count(".")))
+    return min(fitting, key=preference)
 
 
 def _rank(name: str) -> int:
@@ -118,7 +121,7 @@ def _rank(name: str) -> int:
 
 
 def _prefixes(state: State) -> list[str]:
-    """What stands before the names of each backbone in a state dict."""
+    """Return the prefix of the names of each backbone in a state dict."""
     found = []
     for name in state:
         if match := _FOUND.fullmatch(name):
@@ -132,18 +135,18 @@ def _prefixes(state: State) -> list[str]:
 
 
 def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
-    """The state dicts in a file by the keys that lead to them, the outermost first."""
+    """Yield the state dicts in a file with the dotted keys that lead to them, the outermost first."""
     waiting, names = [("", raw, 0)], 0
     for place, mapping, depth in waiting:
         names += len(mapping)
-        if names > _MOST_NAMES:
+        if names > _MAX_NAMES:
             raise CheckpointError(
-                f"The file holds more than {_MOST_NAMES:,} names.", "Save only the model's state dict."
+                f"The file holds more than {_MAX_NAMES:,} names.", "Save only the model's state dict."
             )
         tensors = {_plain(name): _as_tensor(value) for name, value in mapping.items()}
         yield place, {name: value for name, value in tensors.items() if value is not None}
         for name, value in mapping.items():
-            if isinstance(value, Mapping) and depth < _DEPTH:
+            if isinstance(value, Mapping) and depth < _MAX_DEPTH:
                 waiting.append((f"{place}.{name}".lstrip("."), value, depth + 1))
 
 
@@ -160,8 +163,8 @@ def _as_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _nothing_known(raw: Mapping[str, Any]) -> Wrapped:
-    """What is there where no backbone is recognised: the largest state dict, for the error that names its tensors."""
+def _largest(raw: Mapping[str, Any]) -> Wrapped:
+    """Return the largest state dict of a file without a known backbone, for the error that names its tensors."""
     entry, state = max(_entries(raw), key=lambda found: len(found[1]))
     if not state:
         keys = ", ".join(str(key) for key in list(raw)[:5]) or "none"
@@ -169,15 +172,15 @@ def _nothing_known(raw: Mapping[str, Any]) -> Wrapped:
             f"The file holds no weights; its first keys: {keys}.",
             "Save the model's state dict: torch.save(model.state_dict(), path).",
         )
-    return Wrapped(state, entry, "", (), ())
+    return Wrapped(state, entry)
 
 
 def _check_tensors(state: State) -> None:
-    """Only plain tensors whose every value is in the file: shapes are trusted from here on."""
+    """Accept only dense tensors whose every value is in the file: shapes are trusted from here on."""
     for name, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.is_complex():
             kind = "quantized" if value.is_quantized else value.dtype if value.is_complex() else value.layout
-            raise CheckpointError(f"{name} is no dense tensor ({kind}).", "Save dense floating-point weights.")
+            raise CheckpointError(f"{name} is not a dense tensor ({kind}).", "Save dense floating-point weights.")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise CheckpointError(
                 f"{name} claims the shape {list(value.shape)}, but the file holds fewer values of it.",
@@ -185,8 +188,8 @@ def _check_tensors(state: State) -> None:
             )
         if value.numel() == 0:
             raise CheckpointError(
-                f"{name} is empty: the file is one process's part of a partitioned model (DeepSpeed ZeRO-3, FSDP).",
-                "Join the parts first, for DeepSpeed with zero_to_fp32.py.",
+                f"{name} is empty: the file is one process's part of a sharded model (DeepSpeed ZeRO-3, FSDP).",
+                "Join the parts first; for DeepSpeed use zero_to_fp32.py.",
             )
 
 

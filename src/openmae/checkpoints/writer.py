@@ -1,9 +1,9 @@
-"""Work beside the training: a copy of the tensors that the next update changes, and a thread that writes it."""
+"""Writing in the background: a host copy of the tensors that training will change, and a thread."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,67 +11,53 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Copies what a checkpoint is made of into host memory, which is used again for the same part of the next one.
+    """Copies of a checkpoint's tensors in host memory, whose buffers the next checkpoint reuses.
 
-    New memory would cost several times what copying into it does. What the next one lacks is let go: only some have a
-    best with them.
+    Allocating new memory takes several times as long as copying into existing memory.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], Tensor] = {}
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
-    def take(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy, which holds until the next one is taken."""
-        places = set(_tensor_places(payload, ()))
-        self._kept = {place: tensor for place, tensor in self._kept.items() if place in places}
-        copy = self._copied(payload, ())
+    def copy(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a copy of ``payload``, valid until the next call."""
+        copy = self._copy(payload, ())
         if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()  # the copies were only asked for
+            torch.cuda.current_stream().synchronize()  # the copies are asynchronous
         return copy
 
-    def _copied(self, value: Any, place: tuple[Any, ...]) -> Any:
+    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
         if isinstance(value, Tensor):
-            return self._tensor(value.detach(), place)
+            return self._copy_tensor(value.detach(), path)
         if isinstance(value, Mapping):
-            return {key: self._copied(item, (*place, key)) for key, item in value.items()}
+            return {key: self._copy(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self._copied(item, (*place, number)) for number, item in enumerate(value))
+            return type(value)(self._copy(item, (*path, number)) for number, item in enumerate(value))
         return value
 
-    def _tensor(self, value: Tensor, place: tuple[Any, ...]) -> Tensor:
-        kept = self._kept.get(place)
-        if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
-            kept = self._kept[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return kept.copy_(value, non_blocking=True)
-
-
-def _tensor_places(value: Any, place: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    if isinstance(value, Tensor):
-        yield place
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensor_places(item, (*place, key))
-    elif isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            yield from _tensor_places(item, (*place, number))
+    def _copy_tensor(self, value: Tensor, path: tuple[Any, ...]) -> Tensor:
+        buffer = self._buffers.get(path)
+        if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+            buffer = self._buffers[path] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return buffer.copy_(value, non_blocking=True)
 
 
 class BackgroundWorker:
-    """Does one thing at a time in a thread; what went wrong is raised by whoever waits for it next."""
+    """One thread that runs one function at a time; its exception is raised by the next :meth:`wait`."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin; nothing else may be under way."""
+        """Start ``work``; nothing else may be running."""
         assert self._thread is None
-        # A daemon: a second Ctrl-C does not wait for it. Every other way out does, by `wait`.
+        # A daemon thread: a second Ctrl-C does not wait for it. Every other way out does, through `wait`.
         self._thread = threading.Thread(target=self._run, args=(work,), name="openmae-checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Return when nothing is under way, or after some seconds; raises what went wrong, once."""
+        """Wait until nothing is running, or for ``seconds``; raise the exception of the work, once."""
         if self._thread is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from openmae._version import __version__
-from openmae.cli import automl, cache, checkpoint, completion, dataset, jobs, serve, skill, spec
+from openmae.cli import automl, cache, completion, dataset, jobs, serve, skill, spec
 from openmae.cli.parser import ACTIONS, Parser, add_spec_arguments, nearest
 from openmae.errors import OpenMAEError, Preempted
 from openmae.main_guard import end_if_rerun
@@ -33,7 +33,6 @@ _OTHERS = {
     "jobs": (jobs, "run actions as background jobs, here or on a cluster"),
     "dataset": (dataset, "check a data source, or pack images into shards"),
     "spec": (spec, "check a spec, print a template, list all config options"),
-    "checkpoint": (checkpoint, "join a checkpoint that fsdp wrote in parts"),
     "cache": (cache, "list or clear downloaded and extracted data"),
     "skill": (skill, "install the skill for coding agents and NVIDIA's runner"),
     "completion": (completion, "set up tab completion in a shell"),

@@ -1,6 +1,6 @@
 """Fully sharded training (torch's FSDP2): weights, gradients and moments in parts, one a process.
 
-A checkpoint holds whole tensors all the same, or parts that are joined (``parts.py``), so that any other run reads it.
+Checkpoints hold complete tensors all the same, so that any other run reads them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openmae.checkpoints.format import CheckpointInfo
-from openmae.checkpoints.parts import Shared, first_row, joined
 from openmae.distributed.rendezvous import ShardedStrategy
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.fsdp_units import sharded_units
@@ -57,14 +56,10 @@ def gathered(tree: Any, *, keep: bool = True) -> Any:
     return tree
 
 
-def in_shards(payload: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
-    """A checkpoint's payload with this process's parts of the weights and moments, where ``model`` is shared out.
-
-    Of tensors that are in parts on the disk, it reads its own rows alone.
-    """
+def distributed(payload: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """Return a checkpoint's payload with weights and moments sharded as those of ``model`` are."""
     if not is_sharded(model):
-        whole: Mapping[str, Any] = joined(payload)
-        return whole
+        return payload
     own = model.state_dict()
     weights = {
         name: _part(value, own.get(name.removeprefix("model."))) for name, value in payload["state_dict"].items()
@@ -92,10 +87,7 @@ def whole_model(model: nn.Module, info: Mapping[str, Any], device: torch.device)
 
 
 def _part(value: Any, like: Tensor | None) -> Any:
-    """This process's part of a tensor, as ``like`` is shared out; what has another shape is left whole."""
-    if not isinstance(like, DTensor) or not isinstance(value, Tensor | Shared) or value.shape != like.shape:
-        return joined(value)
-    if isinstance(value, Shared):
-        own = value.rows(first_row(like), len(like.to_local())).to(like.device)
-        return DTensor.from_local(own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    """Return a tensor sharded like ``like``; one of another shape is returned as it is."""
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmae.checkpoints.format import Checkpoint, load_into
+from openmae.checkpoints.format import Checkpoint
+from openmae.checkpoints.load import load_into
 from openmae.engines.metadata import ModelCard
 from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
 

@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from openmae.checkpoints.format import CheckpointInfo, read_own
+from openmae.checkpoints.format import CheckpointInfo, read_checkpoint
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import crop_pct
 from openmae.engines.batching import as_input, run_split
@@ -125,7 +125,8 @@ def open_predictor(
         return OnnxPredictor(path, device, key)
     if kind == "engine":
         return TensorRTPredictor(path, device, key)
-    checkpoint, info = read_own(path, key)
+    checkpoint = read_checkpoint(path, key)
+    info = checkpoint.own_info()
     card = card_of(info, path)
     return TorchPredictor(build_deployed(checkpoint, card), card, device)
 

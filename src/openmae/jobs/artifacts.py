@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from openmae.errors import CheckpointError, DataError
-from openmae.storage.atomic import delete_folder
 from openmae.storage.urls import is_remote, join, redact
 
 Kind = Literal[
     "checkpoint", "onnx", "engine", "weights", "spec", "status", "metrics", "report", "picture", "predictions",
-    "events", "parts", "other",
+    "events", "other",
 ]  # fmt: skip
 DELETED = "checkpoints_deleted.txt"  # in the folder of a training whose checkpoints a search deleted: why
 _NAMES: dict[str, Kind] = {"status.json": "status", "experiment.yaml": "spec", "corrupt_files.txt": "report"}
@@ -32,14 +30,13 @@ _SUFFIXES: dict[str, Kind] = {
     ".parquet": "predictions",
     ".npy": "predictions",
 }
-_IN_PARTS = re.compile(r"model_epoch_\d+_step_\d+\.shards(\..+)?")  # also what training has set aside
 _NUMBERED = re.compile(r".*epoch_(\d+)_step_(\d+)\.\w+")
 _SHOWN = 12  # files that an error lists
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of a results folder, or a local checkpoint in parts.
+    """A file of a results folder.
 
     Attributes:
         path: local path or URL.
@@ -80,8 +77,6 @@ def artifact(path: str, size: int = 0, modified: float = 0.0, link: bool = False
     kind = _NAMES.get(name) or _SUFFIXES.get(os.path.splitext(name)[1].lower(), "other")
     if name == "results.csv":
         kind = "predictions"
-    if _IN_PARTS.fullmatch(name):
-        kind = "parts"
     if name.startswith("events.out.tfevents"):
         kind = "events"
     numbers = _NUMBERED.fullmatch(name)
@@ -145,17 +140,14 @@ def remove(items: Iterable[Artifact]) -> None:
             ask(item.path, open_filesystem(item.path)._rm_file(item.path))
             continue
         try:
-            if item.kind == "parts":
-                delete_folder(Path(item.path))
-            else:
-                Path(item.path).unlink(missing_ok=True)
+            Path(item.path).unlink(missing_ok=True)
         except OSError as error:
             raise DataError(f"{item.path} cannot be deleted: {error.strerror}.", "Check its rights.") from error
 
 
 def newest_checkpoint(items: Iterable[Artifact]) -> Artifact | None:
-    """The numbered checkpoint with the highest epoch, then step, whole or in parts: what training goes on from."""
-    numbered = [item for item in items if item.kind in ("checkpoint", "parts") and item.epoch is not None]
+    """The numbered checkpoint with the highest epoch, then step: what training resumes from."""
+    numbered = [item for item in items if item.kind == "checkpoint" and item.epoch is not None]
     return max(numbered, key=_order, default=None)
 
 
@@ -196,19 +188,13 @@ def choose_model(
             "again with automl.keep_all=true.",
         )
     words = " or ".join(sorted({"checkpoint": "checkpoint (.pth)"}.get(kind, f".{kind} file") for kind in kinds))
-    raise CheckpointError(
-        f"parent_job_id: {where} holds no {words} to take. {_held(items)}", _fix(items, fitting, kinds)
-    )
+    raise CheckpointError(f"parent_job_id: {where} holds no {words} to take. {_held(items)}", _fix(fitting))
 
 
-def _fix(items: Sequence[Artifact], fitting: Sequence[Artifact], kinds: Collection[str]) -> str:
+def _fix(fitting: Sequence[Artifact]) -> str:
     if fitting:
         return f"Name the one to take in the spec, such as {redact(fitting[0].path)}."
-    wait = "Wait for the parent to finish, or look at its log with `mae jobs logs`."
-    newest = newest_checkpoint(item for item in items if item.kind == "parts")
-    if newest is None or "checkpoint" not in kinds:
-        return wait
-    return f"{wait} A whole one is made of its parts by `mae checkpoint consolidate {newest.path}`."
+    return "Wait for the parent to finish, or look at its log with `mae jobs logs`."
 
 
 def _held(items: Sequence[Artifact]) -> str:
@@ -224,13 +210,7 @@ def _order(item: Artifact) -> tuple[int, int, float, str]:
 
 
 def _list_local(folder: Path) -> Iterable[Artifact]:
-    for parent, folders, names in os.walk(folder):
-        parts = [name for name in folders if artifact(name.removeprefix(".")).kind == "parts"]
-        folders[:] = [name for name in folders if name not in parts]
-        for path in (Path(parent, name) for name in parts if not name.startswith(".")):
-            with suppress(FileNotFoundError):  # a training drops its oldest
-                size = sum(part.stat().st_size for part in path.iterdir())
-                yield artifact(str(path), size, path.stat().st_mtime)
+    for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():

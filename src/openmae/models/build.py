@@ -1,12 +1,14 @@
-"""A row of the architecture table + plain values -> a module."""
+"""Build models from a row of the architecture table and plain values."""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import timm
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
 from openmae.models.decoders import ConvNeXtDecoder, CrossAttentionDecoder, Decoder, TransformerDecoder
@@ -15,13 +17,15 @@ from openmae.models.mae import MaskedAutoencoder
 from openmae.spec.architectures import Architecture, Family, get_architecture
 
 _HIERA_Q_POOL = 2  # pooling steps in pretraining; see encoders/hiera.py
-_LARGEST = 2**24  # of any count in a model's description
-_HEAD_STD = 2e-5  # of a fresh classifier: MAE's and ConvNeXt V2's main_finetune.py, Hiera's .02 * head_init_scale
+_T = TypeVar("_T")
+Count = Annotated[int, Field(strict=True, ge=1, le=2**24)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+_HEAD_STD = 2e-5  # of a new classifier: MAE's and ConvNeXt V2's main_finetune.py, Hiera's .02 * head_init_scale
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes a model's shape; a checkpoint carries it as a plain dict.
+    """Everything that determines a model's shape; stored in checkpoints as a plain dict.
 
     Attributes:
         arch: a name of the architecture table.
@@ -29,31 +33,36 @@ class ModelConfig:
         in_chans: channels of the images.
         patch_size: side of a ViT's patch in pixels; None keeps the architecture's own.
         drop_path_rate: stochastic depth.
-        mask_ratio, norm_pix_loss, decoder_depth, decoder_embed_dim: of pretraining.
-        decoder_attention: whether the masked tokens see all tokens (self) or the visible ones alone (cross; not for
+        mask_ratio: share of units that are masked in pretraining.
+        norm_pix_loss: predict normalised pixels in pretraining.
+        decoder_depth: blocks of the decoder.
+        decoder_embed_dim: width of the decoder.
+        decoder_attention: masked tokens attend to all tokens (self) or to the visible ones only (cross; not for
             ConvNeXt V2).
-        global_pool: a ViT classifier pools the patch tokens (True) or reads the class token (False).
+        global_pool: a ViT classifier pools the patch tokens (True) or uses the class token (False).
         final_norm: a ViT classifier normalises before its head; False for one that NVIDIA TAO has fine-tuned.
-        num_classes: of the classifier; 0 for pretraining.
+        num_classes: outputs of the classifier; 0 for pretraining.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     arch: str
-    input_size: tuple[int, int] = (224, 224)
-    in_chans: int = 3
-    patch_size: int | None = None
-    drop_path_rate: float = 0.0
-    mask_ratio: float = 0.75
+    input_size: tuple[Count, Count] = (224, 224)
+    in_chans: Count = 3
+    patch_size: Count | None = None
+    drop_path_rate: Fraction = 0.0
+    mask_ratio: Fraction = 0.75
     norm_pix_loss: bool = True
-    decoder_depth: int = 8
-    decoder_embed_dim: int = 512
+    decoder_depth: Count = 8
+    decoder_embed_dim: Count = 512
     decoder_attention: Literal["self", "cross"] = "self"
     global_pool: bool = True
     final_norm: bool = True
-    num_classes: int = 0
+    num_classes: Annotated[int, Field(strict=True, ge=0, le=2**24)] = 0
 
     @property
     def architecture(self) -> Architecture:
-        """The row of the table."""
+        """Row of the architecture table."""
         return get_architecture(self.arch)
 
     @property
@@ -62,48 +71,48 @@ class ModelConfig:
         return self.patch_size or self.architecture.mask_unit
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values (a list for the input size), for a checkpoint."""
+        """Return plain values (a list for the input size) for a checkpoint."""
         values = asdict(self) | {"input_size": list(self.input_size)}
         if self.final_norm:
-            del values["final_norm"]  # of nearly all models; versions before it read their checkpoints
+            del values["final_norm"]  # the default, which earlier versions do not know
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of :meth:`to_dict`.
+        """Read the values that :meth:`to_dict` returns.
 
         Raises:
-            KeyError, TypeError, ValueError: the values are not those of a model.
+            ValueError: A value is missing, unknown or invalid.
         """
-        height, width = values["input_size"]
-        config = cls(**{**values, "input_size": (height, width)})
+        config = validate(cls, values)
         get_architecture(config.arch)
-        counts = {
-            "input_size": (height, width),
-            "in_chans": (config.in_chans,),
-            "patch_size": (config.patch_size or 1,),
-            "decoder_depth": (config.decoder_depth,),
-            "decoder_embed_dim": (config.decoder_embed_dim,),
-            "num_classes": (config.num_classes + 1,),
-        }
-        for name, numbers in counts.items():
-            if not all(type(number) is int and 1 <= number <= _LARGEST for number in numbers):
-                raise ValueError(f"{name} is {values.get(name)!r}")
-        for name in ("drop_path_rate", "mask_ratio"):
-            if not 0 <= getattr(config, name) <= 1:
-                raise ValueError(f"{name} is {values.get(name)!r}")
         return config
 
 
+def validate(kind: type[_T], values: Any) -> _T:
+    """Make a dataclass from plain values in a file, and check their types and bounds.
+
+    Raises:
+        ValueError: A value is missing, unknown or invalid; the text names the first.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = ".".join(map(str, fault["loc"])) or kind.__name__
+        faults = {"missing": "missing", "unexpected_keyword_argument": "unknown"}
+        raise ValueError(f"{name} is {faults.get(fault['type']) or reprlib.repr(fault['input'])}") from None
+
+
 def build_autoencoder(config: ModelConfig) -> MaskedAutoencoder:
-    """A freshly initialised masked autoencoder for pretraining."""
+    """Build a newly initialised masked autoencoder for pretraining."""
     encoder = build_encoder(config)
     encoder.init_weights()
     return MaskedAutoencoder(encoder, _build_decoder(config, encoder), config.norm_pix_loss)
 
 
 def build_encoder(config: ModelConfig) -> MaskedEncoder:
-    """The family's encoder around a timm backbone without a classifier."""
+    """Build the family's encoder around a timm backbone without a classifier."""
     family = config.architecture.family
     if family == "vit":
         encoder = ViTEncoder(_create(config, num_classes=0, global_pool="token"))
@@ -115,10 +124,10 @@ def build_encoder(config: ModelConfig) -> MaskedEncoder:
 
 
 def build_classifier(config: ModelConfig) -> nn.Module:
-    """A timm model with a classifier of ``config.num_classes`` outputs, for fine-tuning.
+    """Build a timm model with a classifier of ``config.num_classes`` outputs for fine-tuning.
 
-    A ViT that pools patch tokens normalises after pooling (``fc_norm``), as the paper's fine-tuning does. The head
-    starts as in the official code: a normal of std 2e-5, and no bias; Hiera's bias is 2e-5 too.
+    A ViT that pools patch tokens normalises after pooling (``fc_norm``), as the paper's fine-tuning does. The head is
+    initialised as in the official code: a normal distribution of std 2e-5 and a zero bias; Hiera's bias is also 2e-5.
     """
     options: dict[str, Any] = {}
     if config.architecture.family == "vit":
@@ -135,10 +144,10 @@ def build_classifier(config: ModelConfig) -> nn.Module:
 
 
 def build_feature_extractor(config: ModelConfig) -> nn.Module:
-    """A timm model whose forward gives one embedding an image, ``[B, D]``, from a pretrained backbone.
+    """Build a timm model that returns one embedding per image, ``[B, D]``, from a pretrained backbone.
 
-    ViT: the patch tokens after the pretrained final norm, averaged. Hiera (with the two pooling steps that it was
-    pretrained with) and ConvNeXt V2: timm's pooled features after ``head.norm``.
+    ViT: the mean of the patch tokens after the pretrained final norm. Hiera (with the two pooling steps of pretraining)
+    and ConvNeXt V2: timm's pooled features after ``head.norm``.
     """
     options: dict[Family, dict[str, Any]] = {
         "vit": {"global_pool": "avg", "fc_norm": False, "final_norm": config.final_norm},

@@ -1,8 +1,8 @@
-"""From the visible tokens to the pixels of the masked ones.
+"""Decoders: from the visible tokens to the pixels of the masked ones.
 
-A token is one latent vector of the encoder: a unit, but for Hiera a quarter of one; the masks here are of tokens.
-Shapes: B batch, L tokens of an image, V visible, M masked, T = prefix + V, D latent width, E decoder width, P values
-of a token's square.
+A token is one latent vector of the encoder and stands for a unit, for Hiera for a quarter of one. Masks here are masks
+of tokens. Shapes: B batch, L tokens of an image, V visible, M masked, T = prefix + V, D latent width, E decoder width,
+P pixel values of a token.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from openmae.models.encoders.base import init_linear
-from openmae.models.masking import Mask, take
+from openmae.models.masking import Mask, gather_tokens
 from openmae.models.positions import sincos_position_embedding
-from openmae.models.sparse_convnext import Sites, branch
+from openmae.models.sparse_convnext import Sites, residual_branch
 from openmae.spec.architectures import DECODER_HEAD_DIM
 
 
 class TransformerDecoder(nn.Module):
-    """MAE's light transformer, for ViT (fixed positions, class token) and Hiera (learned positions).
+    """MAE's lightweight transformer for ViT (fixed positions, class token) and Hiera (learned positions).
 
     Args:
         latent_dim: D.
         dim: E, a multiple of 32 (the width of a head).
         depth: number of blocks.
         grid: tokens in (rows, columns).
-        num_prefix_tokens: latent tokens in front of the image's.
+        num_prefix_tokens: latent tokens before those of the image.
         token_values: P.
-        learned_positions: Hiera's learned embedding instead of the sine-cosine one.
+        learned_positions: learn the position embedding, as Hiera does, instead of the fixed sine-cosine one.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TransformerDecoder(nn.Module):
         learned_positions: bool,
     ) -> None:
         super().__init__()
-        assert dim % DECODER_HEAD_DIM == 0, dim  # the spec checks it
+        assert dim % DECODER_HEAD_DIM == 0, dim  # checked by the spec
         self.num_prefix_tokens = num_prefix_tokens
         self.embed = nn.Linear(latent_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -61,39 +61,38 @@ class TransformerDecoder(nn.Module):
         _init_weights(self)
 
     def forward(self, latent_BTD: Tensor, mask: Mask) -> Tensor:
-        """Predicted values of the masked tokens, ``[B, M, P]``."""
+        """Return predictions for the masked tokens, ``[B, M, P]``."""
         x = self.embed(latent_BTD)
         prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         num_tokens = self.pos_embed.shape[1] - self.num_prefix_tokens
         x = torch.cat([prefix, _fill(visible, mask, self.mask_token, num_tokens)], dim=1)
-        x = x + self.pos_embed  # float32 from here on under autocast, as in the official code
-        mask, x = self._without_what_is_left_out(mask, x)
+        x = x + self.pos_embed  # under autocast float32 from here on, as in the official code
+        mask, x = self._drop_unused(mask, x)
         others, last = self.blocks[:-1], cast(Block, self.blocks[-1])
         x = others(x)
-        x = x + last.attn(last.norm1(x))  # after it no token sees another: the rest is for the masked alone
-        masked = take(x[:, self.num_prefix_tokens :], mask.masked_BM)
+        # no tokens interact after the last attention, so its norm and MLP run on masked tokens only
+        x = x + last.attn(last.norm1(x))
+        masked = gather_tokens(x[:, self.num_prefix_tokens :], mask.masked_BM)
         return self.predict(self.norm(masked + last.mlp(last.norm2(masked))))
 
-    def _without_what_is_left_out(self, mask: Mask, x_BTE: Tensor) -> tuple[Mask, Tensor]:
-        """Only the tokens that are visible or predicted, in this order, and where they are then."""
+    def _drop_unused(self, mask: Mask, x_BTE: Tensor) -> tuple[Mask, Tensor]:
+        """Return only the tokens that are visible or predicted, in this order, and their mask."""
         (B, V), M = mask.visible_BV.shape, mask.masked_BM.shape[1]
         if self.num_prefix_tokens + V + M == x_BTE.shape[1]:
             return mask, x_BTE
         prefix, tokens = x_BTE[:, : self.num_prefix_tokens], x_BTE[:, self.num_prefix_tokens :]
-        kept = take(tokens, torch.cat(mask, dim=1))
-        place = torch.arange(V + M, device=x_BTE.device).expand(B, -1)
-        return Mask(place[:, :V], place[:, V:]), torch.cat([prefix, kept], dim=1)
+        kept = gather_tokens(tokens, torch.cat(mask, dim=1))
+        index = torch.arange(V + M, device=x_BTE.device).expand(B, -1)
+        return Mask(index[:, :V], index[:, V:]), torch.cat([prefix, kept], dim=1)
 
 
 class CrossAttentionDecoder(nn.Module):
-    """CrossMAE's decoder (Fu et al. 2024, arXiv:2401.14391): masked tokens read the visible ones, and not each other.
+    """CrossMAE's decoder (Fu et al. 2024, arXiv:2401.14391): masked tokens attend to visible ones only.
 
-    So a token's prediction does not depend on which others are predicted. As in the authors' code, keys and values come
-    from the encoder's normed latent, whose positions the encoder has put in. Their weighting of several encoder
-    layers for each block (inter-block attention) is not here: all blocks read the last layer.
-
-    Args:
-        latent_dim, dim, depth, grid, num_prefix_tokens, token_values, learned_positions: as of ``TransformerDecoder``.
+    A token's prediction thus does not depend on which other tokens are predicted. As in the authors' code, keys and
+    values come from the encoder's normalised latent, which already includes positions. Their weighting of several
+    encoder layers for each block (inter-block attention) is left out: all blocks use the last layer. The arguments are
+    those of ``TransformerDecoder``.
     """
 
     def __init__(
@@ -107,19 +106,19 @@ class CrossAttentionDecoder(nn.Module):
         learned_positions: bool,
     ) -> None:
         super().__init__()
-        assert dim % DECODER_HEAD_DIM == 0, dim  # the spec checks it
+        assert dim % DECODER_HEAD_DIM == 0, dim  # checked by the spec
         self.num_prefix_tokens = num_prefix_tokens
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        positions = sincos_position_embedding(dim, grid, num_prefix_tokens)  # the self-attention decoder's, to load it
+        positions = sincos_position_embedding(dim, grid, num_prefix_tokens)  # as in the other decoder, to load
         self.pos_embed = nn.Parameter(positions, requires_grad=learned_positions)
-        # not "blocks": norms and MLPs of a self-attention decoder would load into them, by their names
+        # not "blocks": the norms and MLPs of a self-attention decoder would load into them by name
         self.cross_blocks = nn.ModuleList(CrossAttentionBlock(latent_dim, dim) for _ in range(depth))
         self.norm = LayerNorm(dim)
         self.predict = nn.Linear(dim, token_values)
         _init_weights(self)
 
     def forward(self, latent_BTD: Tensor, mask: Mask) -> Tensor:
-        """Predicted values of the masked tokens, ``[B, M, P]``."""
+        """Return predictions for the masked tokens, ``[B, M, P]``."""
         x = self.mask_token + self.pos_embed[0, self.num_prefix_tokens :][mask.masked_BM]
         for block in self.cross_blocks:
             x = block(x, latent_BTD)
@@ -127,7 +126,7 @@ class CrossAttentionDecoder(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """A transformer block whose queries are the masked tokens, and whose keys and values the latent.
+    """A transformer block with queries from the masked tokens, and keys and values from the latent.
 
     Args:
         latent_dim: D.
@@ -144,7 +143,7 @@ class CrossAttentionBlock(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x_BME: Tensor, latent_BTD: Tensor) -> Tensor:
-        """``x_BME`` after attention and MLP."""
+        """Apply attention and MLP."""
         keys_BTE, values_BTE = self.key_value(latent_BTD).chunk(2, dim=-1)
         query, keys, values = map(_split_heads, (self.query(self.norm1(x_BME)), keys_BTE, values_BTE))
         read = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
@@ -153,7 +152,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class ConvNeXtDecoder(nn.Module):
-    """FCMAE's decoder: ConvNeXt V2 blocks over the whole grid, masked places filled by a learned token.
+    """FCMAE's decoder: ConvNeXt V2 blocks on the complete grid, with a learned token at masked positions.
 
     Args:
         latent_dim: D.
@@ -179,21 +178,21 @@ class ConvNeXtDecoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, latent_BVD: Tensor, mask: Mask) -> Tensor:
-        """Predicted values of the masked tokens, ``[B, M, P]``."""
+        """Return predictions for the masked tokens, ``[B, M, P]``."""
         x_BLE = _fill(self.embed(latent_BVD), mask, self.mask_token, self.grid[0] * self.grid[1])
         sites = Sites((len(x_BLE), *self.grid))
         *others, last = self.blocks
         for block in others:
-            x_BLE = x_BLE + branch(x_BLE.unflatten(1, self.grid), block, sites)
-        rest_BME = branch(x_BLE.unflatten(1, self.grid), last, sites, mask.masked_BM)
-        return self.predict(take(x_BLE, mask.masked_BM) + rest_BME)
+            x_BLE = x_BLE + residual_branch(x_BLE.unflatten(1, self.grid), block, sites)
+        rest_BME = residual_branch(x_BLE.unflatten(1, self.grid), last, sites, mask.masked_BM)
+        return self.predict(gather_tokens(x_BLE, mask.masked_BM) + rest_BME)
 
 
 Decoder = TransformerDecoder | CrossAttentionDecoder | ConvNeXtDecoder
 
 
 def _init_weights(decoder: TransformerDecoder | CrossAttentionDecoder) -> None:
-    """The paper's start."""
+    """Initialise the weights as the paper does."""
     nn.init.normal_(decoder.mask_token, std=0.02)
     if decoder.pos_embed.requires_grad:
         nn.init.trunc_normal_(decoder.pos_embed, std=0.02)
@@ -203,12 +202,12 @@ def _init_weights(decoder: TransformerDecoder | CrossAttentionDecoder) -> None:
 
 
 def _split_heads(x_BLE: Tensor) -> Tensor:
-    """``[B, heads, L, width of a head]``."""
+    """Return ``[B, heads, L, width of a head]``."""
     return x_BLE.unflatten(-1, (-1, DECODER_HEAD_DIM)).transpose(1, 2)
 
 
 def _fill(visible_BVE: Tensor, mask: Mask, token: Tensor, num_tokens: int) -> Tensor:
-    """All tokens in order: the visible ones' vectors, and the mask token elsewhere; ``[B, L, E]``."""
+    """Return all tokens in order, ``[B, L, E]``: visible ones with their vectors, others with the mask token."""
     B, _, E = visible_BVE.shape
     filled = token.to(visible_BVE.dtype).expand(B, num_tokens, E)
     return filled.scatter(1, mask.visible_BV.unsqueeze(-1).expand(-1, -1, E), visible_BVE)

@@ -1,4 +1,4 @@
-"""Which parts of a model fully sharded training gathers at a time, by family."""
+"""The parts of a model that fully sharded training gathers at a time, by family."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from openmae.models.mae import MaskedAutoencoder
 
 
 def sharded_units(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
-    """The modules whose weights are gathered together, inner ones first; the rest is the whole model's own.
+    """Return the modules whose weights are gathered together, inner ones first; the model itself gathers the rest.
 
-    A unit's weights are gathered when its ``forward`` is called. Blocks are the natural ones. In pretraining ConvNeXt
-    V2 applies the weights of its blocks without calling them, so its encoder and its decoder are a unit each, with the
-    memory of that; a decoder with self-attention does so with its last block, whose weights are the whole model's own.
+    A module's weights are gathered when its ``forward`` is called, so the natural units are blocks. ConvNeXt V2's
+    pretraining applies the weights of its blocks without calling them: its encoder and its decoder are one unit each,
+    at the cost of memory. So does the last block of a self-attention decoder: the model gathers its weights.
     """
     if not isinstance(model, MaskedAutoencoder):
         return _blocks(model)
@@ -26,6 +26,6 @@ def sharded_units(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The children of ``blocks``: the model's own, or each stage's."""
+    """Return the children of ``blocks`` of the model, or of each stage."""
     holders = model.get_submodule("stages").children() if hasattr(model, "stages") else [model]
     return [block for holder in holders for block in holder.get_submodule("blocks").children()]

@@ -1,7 +1,7 @@
-"""The masked autoencoder: encoder + decoder + loss, the same for every family.
+"""The masked autoencoder: encoder, decoder and loss, the same for every family.
 
-Masks are drawn over *units*. The encoder gives one latent *token* a unit, but Hiera four; the decoder predicts a
-token's square of pixels. Shapes: B batch, C channels, M masked tokens, P values of a token's square.
+Masks are drawn over *units*. The encoder returns one latent *token* per unit (Hiera: four); the decoder predicts the
+square of pixels of a token. Shapes: B batch, C channels, M masked tokens, P pixel values of a token.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from openmae.models.patches import denormalise_units, normalise_units, patchify,
 
 
 class Reconstruction(NamedTuple):
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
         loss: scalar float32, mean squared error over the masked tokens' pixels.
-        predicted_BMP: float32 predictions in the loss's own space (normalised where norm_pix_loss is on).
+        predicted_BMP: float32 predictions as the loss compares them (normalised if norm_pix_loss is set).
     """
 
     loss: Tensor
@@ -31,10 +31,11 @@ class Reconstruction(NamedTuple):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Predicts the pixels of masked units from the visible ones.
+    """A model that predicts the pixels of masked units from the visible ones.
 
     Args:
-        encoder, decoder: of one family; see ``models.build``.
+        encoder: encoder of a family; see ``models.build``.
+        decoder: decoder of the same family.
         norm_pix_loss: predict each token's pixels normalised by their own mean and deviation.
     """
 
@@ -46,11 +47,11 @@ class MaskedAutoencoder(nn.Module):
 
     @property
     def num_units(self) -> int:
-        """Units of an image."""
+        """Number of units of an image."""
         return self.encoder.grid[0] * self.encoder.grid[1]
 
     def forward(self, images_BCHW: Tensor, mask: Mask) -> Reconstruction:
-        """Loss and predictions for normalised images of the encoder's size, and a mask of units."""
+        """Return loss and predictions for normalised images of the encoder's size and a mask of units."""
         rows, columns = self.encoder.grid
         assert images_BCHW.shape[2:] == (rows * self.encoder.unit, columns * self.encoder.unit), images_BCHW.shape
         tokens = split_units(mask, self.encoder.grid, self.encoder.split)
@@ -60,16 +61,16 @@ class MaskedAutoencoder(nn.Module):
         return Reconstruction(F.mse_loss(predicted_BMP, target_BMP), predicted_BMP)
 
     def targets(self, images_BCHW: Tensor, tokens: Mask) -> Tensor:
-        """What the masked tokens should be predicted as, ``[B, M, P]`` in float32."""
+        """Return the correct predictions for the masked tokens, ``[B, M, P]`` in float32."""
         pixels_BMP = select_units(images_BCHW, tokens.masked_BM, self.encoder.token_size).flatten(2).float()
         return normalise_units(pixels_BMP) if self.norm_pix_loss else pixels_BMP
 
-    def paint(self, images_BCHW: Tensor, mask: Mask, predicted_BMP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures of a reconstruction, pixel normalisation undone.
+    def render(self, images_BCHW: Tensor, mask: Mask, predicted_BMP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Render a reconstruction as images, with pixel normalisation undone.
 
         Returns:
-            ``(masked, reconstructed, pasted)`` like ``images_BCHW``: the visible units, the predicted ones
-            (the other units are zero in both), and the two together.
+            ``(masked, reconstructed, pasted)`` in the shape of ``images_BCHW``: the visible units, the predicted ones
+            (other units are zero in both), and the sum of both.
         """
         unit, size = self.encoder.token_size, (images_BCHW.shape[2], images_BCHW.shape[3])
         units_BLP = patchify(images_BCHW.float(), unit)

@@ -1,8 +1,8 @@
-"""Which mask units are visible: the one place that fixes polarity, counts and seeding.
+"""Masks: which units are visible. Polarity, counts and seeding are defined here only.
 
-Shapes: B batch, L mask units of an image, V visible units, M masked units (L = V + M, or more where a training step
-leaves some of the masked ones out). A unit is either *visible* (the encoder sees it) or *masked* (the decoder predicts
-it); nothing else in the package holds a boolean mask, so its polarity cannot flip.
+Shapes: B batch, L mask units of an image, V visible units, M masked units (L = V + M, or more if a training step
+predicts only some of the masked ones). A unit is either *visible* (the encoder sees it) or *masked* (the decoder
+predicts it); no other module has a boolean mask, so its polarity cannot be confused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 class Mask(NamedTuple):
-    """Row-major indices of the units; of a mask drawn here, ascending within a sample.
+    """Row-major indices of units; in masks drawn here, ascending within a sample.
 
     Attributes:
         visible_BV: int64 indices of the units that the encoder sees.
@@ -35,10 +35,10 @@ class Mask(NamedTuple):
 
 
 def count_visible(num_units: int, mask_ratio: float) -> int:
-    """Number of visible units out of ``num_units``, checked.
+    """Return the number of visible units among ``num_units``.
 
     Raises:
-        SpecError: nothing or everything would be visible.
+        SpecError: Nothing or everything would be visible.
     """
     visible = visible_units(num_units, mask_ratio)
     if 0 < visible < num_units:
@@ -47,14 +47,14 @@ def count_visible(num_units: int, mask_ratio: float) -> int:
     raise SpecError(
         f"model.mask_ratio: some units must be visible and some masked; {mask_ratio} of {num_units} "
         f"leaves {what} visible.",
-        "Choose a ratio between them, a larger dataset.augmentation.input_size, or a smaller model.patch_size (ViT).",
+        "Use another ratio, a larger dataset.augmentation.input_size, or a smaller model.patch_size (ViT).",
     )
 
 
 def mask_from_noise(noise_BL: Tensor, num_visible: int, targets: float = 1.0) -> Mask:
-    """The ``num_visible`` units with the smallest noise are visible (MAE's per-sample shuffling).
+    """Return the mask in which the ``num_visible`` units with the smallest noise are visible (MAE's shuffling).
 
-    Of the others the share ``targets`` with the largest noise is predicted, one at least.
+    Of the others, the share ``targets`` with the largest noise is predicted, at least one.
     """
     order_BL = noise_BL.argsort(dim=1, stable=True)
     hidden = order_BL.shape[1] - num_visible
@@ -63,10 +63,10 @@ def mask_from_noise(noise_BL: Tensor, num_visible: int, targets: float = 1.0) ->
 
 
 def split_units(mask: Mask, grid: tuple[int, int], split: int) -> Mask:
-    """The mask of a finer grid, each unit split into ``split`` x ``split`` tokens.
+    """Return the mask of a finer grid, in which each unit is ``split`` x ``split`` tokens.
 
     Args:
-        mask: of units.
+        mask: mask of units.
         grid: units in (rows, columns).
         split: tokens along a unit's side.
 
@@ -89,11 +89,12 @@ def split_units(mask: Mask, grid: tuple[int, int], split: int) -> Mask:
 def random_mask(
     sample_B: Tensor, *, seed: int, epoch: int, num_units: int, mask_ratio: float, targets: float = 1.0
 ) -> Mask:
-    """Mask addressed by (seed, epoch, sample): the same on every device, batch size, worker and rank.
+    """Draw a mask addressed by (seed, epoch, sample): the same for every device, batch size, worker and rank.
 
     Args:
         sample_B: int64 index of each sample in its data set.
-        seed, epoch: the rest of the address; validation keeps ``epoch`` fixed, and with it its masks.
+        seed: seed of the run.
+        epoch: epoch; validation keeps it fixed, and with it its masks.
         num_units: L.
         mask_ratio: share of units that are not visible.
         targets: share of those that are predicted; the rest is in neither part of the mask.
@@ -104,7 +105,7 @@ def random_mask(
 
 
 def all_visible(batch: int, num_units: int, device: torch.device | str = "cpu") -> Mask:
-    """Mask that hides nothing (M = 0); for features, and for parity with the plain backbone."""
+    """Return a mask that hides nothing (M = 0), for features and for parity with the plain backbone."""
     units_BL = torch.arange(num_units, device=device).expand(batch, -1)
     return Mask(units_BL, units_BL[:, :0])
 
@@ -115,7 +116,7 @@ def _scramble(number: int) -> int:
 
 
 def _splitmix64(x: Tensor) -> Tensor:
-    """One output of SplitMix64 for each int64 of ``x``; multiplication wraps, shifts are logical."""
+    """Return one output of SplitMix64 for each int64 of ``x``; multiplication wraps, shifts are logical."""
     x = x + _GAMMA
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
@@ -126,6 +127,6 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def take(x_BLE: Tensor, index_BK: Tensor) -> Tensor:
-    """The rows of the given tokens, ``[B, K, E]``."""
+def gather_tokens(x_BLE: Tensor, index_BK: Tensor) -> Tensor:
+    """Return the vectors of the given tokens, ``[B, K, E]``."""
     return x_BLE.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BLE.shape[-1]))

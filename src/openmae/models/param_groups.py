@@ -1,7 +1,7 @@
-"""What the optimizer must know of a model: each parameter's layer, and which parameters are not decayed.
+"""Properties of parameters that the optimizer needs: the layer of each, and whether it is decayed.
 
-The models own this knowledge, so that ``training.optim`` is blind to families. A layer index counts from the
-input; the head has the highest, and layer decay scales the learning rate by ``decay ** (head layer - layer)``.
+They are defined here so that ``training.optim`` does not depend on families. Layers are counted from the input; the
+head has the highest, and layer decay scales the learning rate by ``decay ** (head layer - layer)``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _GROUPED_CONVNEXTV2 = ("convnextv2_base", "convnextv2_large", "convnextv2_huge")
 
 
 def layer_index(config: ModelConfig, model: nn.Module) -> tuple[Callable[[str], int], int]:
-    """The layer of each parameter name of a timm classifier, and the head's layer.
+    """Return the layer of each parameter of a timm classifier by name, and the head's layer.
 
-    ViT and Hiera: the embeddings are layer 0, block i is layer i + 1 (MAE's ``lr_decay.py``). ConvNeXt V2:
-    a layer a block up to tiny, 12 groups for base and larger (its ``optim_factory.py``: single, group).
+    ViT and Hiera: the embeddings are layer 0, block i is layer i + 1 (MAE's ``lr_decay.py``). ConvNeXt V2: one layer
+    per block up to tiny, 12 groups for base and larger (its ``optim_factory.py``: single, group).
     """
     if config.architecture.family != "convnextv2":
         head = _depth(model) + 1
@@ -32,11 +32,11 @@ def layer_index(config: ModelConfig, model: nn.Module) -> tuple[Callable[[str], 
 
 
 def is_decayed(name: str, parameter: Tensor, *, pretraining: bool = False) -> bool:
-    """Whether weight decay applies, as in the official code.
+    """Return whether weight decay applies, as in the official code.
 
-    Never to biases, norms and position embeddings. Fine-tuning (MAE's ``lr_decay.py``, ConvNeXt V2's
-    ``optim_factory.py``) also spares the class token and GRN; pretraining (timm's ``add_weight_decay`` in both) spares
-    what has one axis, which there neither tokens nor GRN's parameters have.
+    It never applies to biases, norms and position embeddings. Fine-tuning (MAE's ``lr_decay.py``, ConvNeXt V2's
+    ``optim_factory.py``) also excludes the class token and GRN. Pretraining (timm's ``add_weight_decay`` in both)
+    excludes 1-D parameters, which neither tokens nor GRN's parameters are in that code.
     """
     if name.endswith("pos_embed"):
         return False
@@ -46,7 +46,7 @@ def is_decayed(name: str, parameter: Tensor, *, pretraining: bool = False) -> bo
 
 
 def is_head(name: str) -> bool:
-    """Whether a timm classifier's parameter belongs to its head, which no backbone multiplier scales."""
+    """Return whether a timm classifier's parameter is in its head, which no backbone multiplier scales."""
     return name.startswith(("head.", "fc_norm."))
 
 

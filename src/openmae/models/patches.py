@@ -1,6 +1,6 @@
-"""Images to units and back, and the pixels that the decoder has to predict.
+"""Conversion between images and units, and the pixels that the decoder predicts.
 
-Shapes: B batch, C channels, H and W pixels, L units of a whole image, K selected units, p side of a unit in
+Shapes: B batch, C channels, H and W pixels, L units of an image, K selected units, p side of a unit in
 pixels, P = p*p*C values of a unit, ordered (row, column, channel) as in MAE's ``patchify``.
 """
 
@@ -16,7 +16,7 @@ NORM_EPS = 1e-6
 
 
 def select_units(images_BCHW: Tensor, index_BK: Tensor, size: int) -> Tensor:
-    """Pixels of the selected units.
+    """Return the pixels of the selected units.
 
     Args:
         images_BCHW: images whose height and width are multiples of ``size``.
@@ -34,14 +34,14 @@ def select_units(images_BCHW: Tensor, index_BK: Tensor, size: int) -> Tensor:
 
 
 def patchify(images_BCHW: Tensor, size: int) -> Tensor:
-    """All units of an image, ``[B, L, P]``."""
+    """Return all units of an image, ``[B, L, P]``."""
     B, C, H, W = images_BCHW.shape
     units = images_BCHW.reshape(B, C, H // size, size, W // size, size).permute(0, 2, 4, 3, 5, 1)
     return units.reshape(B, (H // size) * (W // size), size * size * C)
 
 
 def unpatchify(units_BLP: Tensor, size: int, image_size: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`patchify`: ``[B, C, H, W]`` for ``image_size`` (H, W)."""
+    """Invert :func:`patchify`: return ``[B, C, H, W]`` for ``image_size`` (H, W)."""
     B = units_BLP.shape[0]
     rows, columns = image_size[0] // size, image_size[1] // size
     units = units_BLP.reshape(B, rows, columns, size, size, -1).permute(0, 5, 1, 3, 2, 4)
@@ -49,14 +49,14 @@ def unpatchify(units_BLP: Tensor, size: int, image_size: tuple[int, int]) -> Ten
 
 
 def normalise_units(units_BKP: Tensor) -> Tensor:
-    """Each unit to zero mean and unit variance: MAE's ``norm_pix_loss`` (2111.06377, section 3)."""
+    """Normalise each unit to zero mean and unit variance: MAE's ``norm_pix_loss`` (arXiv:2111.06377, section 3)."""
     size = units_BKP.shape[-1]
     unbiased = (size - 1) / size  # MAE divides by size - 1 in the variance, layer_norm by size
     return F.layer_norm(units_BKP, (size,), eps=NORM_EPS * unbiased) * math.sqrt(unbiased)
 
 
 def denormalise_units(predicted_BKP: Tensor, true_BKP: Tensor) -> Tensor:
-    """Undo :func:`normalise_units` for a prediction, by the true units' statistics (for pictures only)."""
+    """Invert :func:`normalise_units` for a prediction with the statistics of the true units (for display only)."""
     mean, std = _statistics(true_BKP)
     return predicted_BKP * std + mean
 

@@ -1,4 +1,4 @@
-"""Fixed position embeddings, and learned ones brought to another grid."""
+"""Fixed position embeddings, and resampling of learned ones."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def sincos_position_embedding(dim: int, grid: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """2-D sine-cosine position embedding of MAE's code; zeros for the prefix tokens.
+    """Return the 2-D sine-cosine position embedding of MAE's code, with zeros for prefix tokens.
 
     Args:
-        dim: width, a multiple of 4: half codes the column, half the row, each as sines then cosines.
+        dim: width, a multiple of 4; half encodes the column, half the row, each as sines and then cosines.
         grid: (rows, columns).
-        num_prefix_tokens: tokens in front of the grid.
+        num_prefix_tokens: tokens before those of the grid.
 
     Returns:
         ``[1, num_prefix_tokens + rows * columns, dim]``, float32.
@@ -28,7 +28,7 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int], num_prefix_tokens
 def resize_position_embedding(
     embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix_tokens: int
 ) -> Tensor:
-    """Bicubic resampling of a learned ``[1, prefix + rows*columns, D]`` embedding (timm's, antialiased)."""
+    """Resample a learned ``[1, prefix + rows*columns, D]`` embedding with timm's antialiased bicubic filter."""
     return resample_abs_pos_embed(
         embedding, list(new_grid), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
     )

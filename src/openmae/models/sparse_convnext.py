@@ -1,4 +1,4 @@
-"""ConvNeXt V2's block over some sites of a map: the visible ones (encoder), or all of them (decoder).
+"""ConvNeXt V2's block on the visible sites of a feature map (encoder) or on all of them (decoder).
 
 Shapes: B batch, V visible units, N = B*V, s side of a unit in sites, S visible sites of a sample, C channels.
 """
@@ -13,21 +13,21 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from openmae.models.cpu_autograd import DepthwiseConv, ResponseNorm, by_hand
-from openmae.models.masking import take
+from openmae.models.cpu_autograd import DepthwiseConv, ResponseNorm, use_manual_backward
+from openmae.models.masking import gather_tokens
 
-_WINDOW_SIDE = 4  # from this side on, windows around the visible units cost less than a dense map
+_WINDOW_SIDE = 4  # from this side of a unit, windows around the visible units are cheaper than a dense map
 
 
 @dataclass(frozen=True)
 class Sites:
-    """Where the sites of one stage lie in a dense map, and how to convolve them.
+    """Positions of the visible sites of one stage in a dense map, and their convolution.
 
     Attributes:
-        shape: (B, height, width) of the dense map, its margin included.
-        flat: ``[N*s*s]`` index of each visible site in the flattened map; None: every site is visible, in order.
+        shape: (B, height, width) of the dense map, including its margin.
+        flat: ``[N*s*s]`` index of each visible site in the flattened map; None if every site is visible, in order.
         window: ``[N*(s+6)*(s+6)]`` index of each visible unit and its 3-site halo, in a map with a margin of 3 empty
-            sites; None: the map has no margin and is convolved itself.
+            sites; None if the map has no margin and is convolved itself.
         side: s.
     """
 
@@ -38,7 +38,7 @@ class Sites:
 
     @classmethod
     def of(cls, visible_BV: Tensor, grid: tuple[int, int], side: int) -> Sites:
-        """Lay out a stage whose units are ``side`` sites wide."""
+        """Return the layout of a stage whose units are ``side`` sites wide."""
         margin = 3 if side >= _WINDOW_SIDE else 0
         height, width = grid[0] * side + 2 * margin, grid[1] * side + 2 * margin
         B = visible_BV.shape[0]
@@ -55,11 +55,11 @@ class Sites:
 
     @property
     def padding(self) -> int:
-        """Of the convolution: windows have their halo."""
+        """Padding of the convolution; windows include their halo."""
         return 0 if self.window is not None else 3
 
-    def place(self, x: Tensor) -> Tensor:
-        """Sites ``[..., C]`` to what is convolved: windows ``[N, C, s+6, s+6]`` or maps ``[B, C, H, W]``."""
+    def scatter(self, x: Tensor) -> Tensor:
+        """Return sites ``[..., C]`` as windows ``[N, C, s+6, s+6]`` or maps ``[B, C, H, W]``, zero elsewhere."""
         (B, H, W), C = self.shape, x.shape[-1]
         dense = x.reshape(-1, C)
         if self.flat is not None:
@@ -69,32 +69,32 @@ class Sites:
         extent = self.side + 6
         return dense.index_select(0, self.window).view(-1, extent, extent, C).permute(0, 3, 1, 2)
 
-    def pick(self, y: Tensor) -> Tensor:
-        """What was convolved to sites: ``[N, s, s, C]``."""
+    def gather(self, y: Tensor) -> Tensor:
+        """Return the sites ``[N, s, s, C]`` of a convolution's output."""
         y = y.permute(0, 2, 3, 1)
         if self.window is not None or self.flat is None:
             return y
         return y.reshape(-1, y.shape[-1]).index_select(0, self.flat).view(-1, self.side, self.side, y.shape[-1])
 
-    def spread(self, g: Tensor, placed: Tensor) -> Tensor:
-        """The gradient of what was convolved, from that of the sites; ``placed`` is ``place(g)``."""
-        return placed if self.window is None else g.permute(0, 3, 1, 2)
+    def gather_backward(self, g: Tensor, scattered: Tensor) -> Tensor:
+        """Return the gradient of a convolution's output from that of the sites; ``scattered`` is ``scatter(g)``."""
+        return scattered if self.window is None else g.permute(0, 3, 1, 2)
 
     def convolve(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """Depthwise 7x7 over the visible sites, masked ones reading as zero; ``[N, s, s, C]``."""
-        if by_hand(x):
+        """Apply a depthwise 7x7 convolution to the visible sites, masked ones being zero; ``[N, s, s, C]``."""
+        if use_manual_backward(x):
             return DepthwiseConv.apply(x, conv.weight, conv.bias, self)
-        return self.pick(F.conv2d(self.place(x), conv.weight, conv.bias, padding=self.padding, groups=conv.groups))
+        return self.gather(F.conv2d(self.scatter(x), conv.weight, conv.bias, padding=self.padding, groups=conv.groups))
 
 
-def branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tensor | None = None) -> Tensor:
-    """The residual branch of a block over ``[..., C]``; ``[B, S, C]``, so that drop path draws once a sample.
+def residual_branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tensor | None = None) -> Tensor:
+    """Return the residual branch of a block as ``[B, S, C]``, so that drop path draws once per sample.
 
     Args:
-        x: values of the sites.
-        block: a block with GRN and no layer scale.
-        sites: where they lie.
-        rows_BK: the sites whose result is wanted, ``[B, K, C]``; None: all.
+        x: values of the sites, ``[..., C]``.
+        block: a block with GRN and without layer scale.
+        sites: positions of the sites.
+        rows_BK: sites whose result is needed (``[B, K, C]``); None for all.
     """
     y = layer_norm(sites.convolve(x, block.conv_dw), block.norm)
     hidden = block.mlp.act(site_linear(y.reshape(sites.shape[0], -1, y.shape[-1]), block.mlp.fc1))
@@ -102,21 +102,21 @@ def branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tensor | None
 
 
 def global_response_norm(x_BSC: Tensor, grn: GlobalResponseNorm, rows_BK: Tensor | None = None) -> Tensor:
-    """GRN (paper, algorithm 1) pooled over a sample's sites; fp32 sums: half precision overflows."""
-    if by_hand(x_BSC):
+    """Apply GRN (paper, algorithm 1) pooled over a sample's sites, with fp32 sums: half precision overflows."""
+    if use_manual_backward(x_BSC):
         return ResponseNorm.apply(x_BSC, grn.weight, grn.bias, grn.eps, rows_BK)
     wide = torch.promote_types(x_BSC.dtype, torch.float32)
     energy = torch.linalg.vector_norm(x_BSC, dim=1, keepdim=True, dtype=wide)
     scale = energy / (energy.mean(dim=-1, keepdim=True) + grn.eps)
-    x = x_BSC if rows_BK is None else take(x_BSC, rows_BK)
+    x = x_BSC if rows_BK is None else gather_tokens(x_BSC, rows_BK)
     return x + torch.addcmul(grn.bias, grn.weight, x * scale.to(x.dtype)).to(x.dtype)
 
 
 def site_linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """A linear layer, or a 1x1 convolution, over the channels of each site."""
+    """Apply a linear layer or a 1x1 convolution to the channels of each site."""
     return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """The norm's parameters over the last dimension, whichever layout timm built it for."""
+    """Apply a norm to the last dimension, whichever memory layout timm built it for."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

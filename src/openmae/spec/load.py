@@ -38,6 +38,7 @@ Source = str | Path | Mapping[str, Any] | ExperimentSpec | None
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_MEAN = {1: (0.449,), 3: _IMAGENET_MEAN, 4: (*_IMAGENET_MEAN, 0.5)}  # by the number of channels
 DEFAULT_STD = {1: (0.226,), 3: _IMAGENET_STD, 4: (*_IMAGENET_STD, 0.25)}
+_REMOVED = {"train.sharded_checkpoints": "checkpoints are always complete"}
 ALIASES = {"train.mask_ratio": "model.mask_ratio", "train.norm_pix_loss": "model.norm_pix_loss"}
 
 
@@ -224,6 +225,8 @@ def _explain(path: tuple[str, ...], value: Any, detail: Any) -> str:
 
 def _unknown(path: tuple[str, ...]) -> str:
     key = ".".join(path)
+    if key in _REMOVED:
+        return f"this option was removed: {_REMOVED[key]}. Remove the key."
     if any("." in part for part in path) and key in fields():
         section, name = key.rsplit(".", 1)
         return f"a file has sections, not dotted keys. Write {name}: below {section}: instead."

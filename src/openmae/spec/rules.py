@@ -75,8 +75,6 @@ def inert_keys(spec: ExperimentSpec) -> list[str]:
         keys.append("train.optim.lr")
     if spec.train.stage == "finetune":
         keys += _unused_mixing(spec)
-    if spec.train.distributed_strategy != "fsdp":
-        keys.append("train.sharded_checkpoints")
     keys += [key for key in fields() if ".checkpointer." in key or ".cal_" in key]
     return [*keys, *(key for key, needed in _NEEDS.items() if not value_of(spec, needed))]
 
@@ -133,8 +131,6 @@ def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
     for key, needed in _NEEDS.items():
         if spec.typed(key) and not value_of(spec, needed):
             yield f"{key} does not act without {needed}."
-    if spec.train.sharded_checkpoints and spec.train.distributed_strategy != "fsdp":
-        yield "train.sharded_checkpoints does not act without train.distributed_strategy=fsdp."
     if optim.lr_scheduler == "cosine":
         unused = [k for k in ("train.optim.milestones", "train.optim.gamma") if spec.typed(k)]
         if unused:
@@ -257,17 +253,6 @@ def _training(spec: ExperimentSpec) -> Iterator[Problem]:
             f"averaged weights are whole, but fsdp shares the weights out, got {train.ema_decay:g}. "
             "Set it to 0, or use train.distributed_strategy=ddp.",
             also=("train.distributed_strategy", "train.stage"),
-        )
-    if (
-        train.distributed_strategy == "fsdp"
-        and train.sharded_checkpoints
-        and spec.results_folder("train").lower().startswith(_REMOTE)
-    ):
-        yield Problem(
-            "train.sharded_checkpoints",
-            "the processes write the parts of a checkpoint into one folder, but results_dir is in a store. "
-            "Set it to false, or give results_dir a path on a file system that all nodes share.",
-            also=("results_dir", "train.results_dir"),
         )
     if train.optim.monitor_name == "val_loss" and not spec.dataset.val_data_sources:
         yield Problem(

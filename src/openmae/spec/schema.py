@@ -267,11 +267,6 @@ class TrainSpec(Section):
     checkpoint_interval: int = option(1, "epochs or steps between checkpoints", ge=1, automl=False)
     checkpoint_interval_unit: Literal["epoch", "step"] = option("epoch", "unit of checkpoint_interval", automl=False)
     keep_checkpoints: int = option(3, "newest checkpoints to keep, besides the best one (ours)", ge=1, automl=False)
-    sharded_checkpoints: bool = option(
-        False,
-        "fsdp: each process writes its part of a checkpoint; the last and the best are whole (ours)",
-        automl=False,
-    )
     validation_interval: int = option(1, "epochs between validations", ge=1, automl=False)
     accum_grad_batches: int = option(1, "batches whose gradients make one optimizer step", ge=1)
     clip_grad_norm: float = option(

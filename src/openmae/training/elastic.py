@@ -1,4 +1,4 @@
-"""A run that goes on with more or fewer processes: the same global batch, the same place in the epoch."""
+"""Resuming with another number of processes: the same global batch, the same position in the epoch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Share:
-    """How an update's images are shared out.
+class BatchLayout:
+    """How the images of one optimizer update are split.
 
     Attributes:
-        processes: of all nodes.
-        batch_size: images of a batch, of one process.
-        accumulated: batches of an update, of one process.
+        processes: processes on all nodes.
+        batch_size: images in a batch of one process.
+        accumulated: batches per update in one process.
     """
 
     processes: int
@@ -22,63 +22,71 @@ class Share:
     accumulated: int
 
     @property
-    def step(self) -> int:
-        """Images that one batch of all processes takes."""
+    def per_batch(self) -> int:
+        """Images in one batch of all processes."""
         return self.processes * self.batch_size
 
     @property
-    def update(self) -> int:
-        """Images of an update: the global batch."""
-        return self.step * self.accumulated
+    def global_batch(self) -> int:
+        """Images in an update."""
+        return self.per_batch * self.accumulated
 
     @classmethod
-    def of(cls, spec: Mapping[str, Any]) -> Share:
-        """Of a resolved spec, such as a checkpoint carries."""
+    def of(cls, spec: Mapping[str, Any]) -> BatchLayout:
+        """Read the layout from a resolved spec, such as the one in a checkpoint."""
         train = spec["train"]
         processes = train.get("num_gpus", 1) * train.get("num_nodes", 1)
         return cls(processes, spec["dataset"]["batch_size"], train.get("accum_grad_batches", 1))
 
     def to_dict(self) -> dict[str, int]:
-        """For a checkpoint."""
+        """Return plain values for a checkpoint."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.processes} process(es) x {self.batch_size} images x {self.accumulated} accumulated"
+        factors = [f"{self.batch_size} images"]
+        if self.processes > 1:
+            factors.append(f"{self.processes} processes")
+        if self.accumulated > 1:
+            factors.append(f"{self.accumulated} accumulated batches")
+        return f"{self.global_batch}" + (f" ({' x '.join(factors)})" if len(factors) > 1 else "")
 
 
-def accumulation_for(begun: Share, last: Share, now: Share) -> tuple[int, str]:
-    """The accumulation that keeps the global batch on another number of processes, and what to tell.
+def accumulation_for(begun: BatchLayout, last: BatchLayout, now: BatchLayout) -> tuple[int, str]:
+    """Return the accumulation that keeps the global batch on another number of processes, and a notice (may be "").
 
     Args:
-        begun: when the run began.
-        last: in the checkpoint.
-        now: as the spec says it, with the accumulation that ``begun`` has as well.
+        begun: layout when the run began.
+        last: layout in the checkpoint.
+        now: layout that the spec asks for, with the accumulation of ``begun``.
     """
-    accumulated = max(1, round(begun.update / now.step)) if now.processes != begun.processes else now.accumulated
-    kept = Share(now.processes, now.batch_size, accumulated)
+    accumulated = now.accumulated
+    if now.processes != begun.processes:
+        accumulated = max(1, round(begun.global_batch / now.per_batch))
+    kept = BatchLayout(now.processes, now.batch_size, accumulated)
     if now.processes == last.processes:
         return accumulated, ""
-    moved = f"The run goes on with {now.processes} process(es) in place of {last.processes}"
-    if kept.update == last.update:
-        return accumulated, f"{moved}: its global batch stays {kept.update} = {kept}."
-    text = (
-        f"{moved}: its global batch was {last.update} = {last} and is now {kept.update} = {kept}. The learning rate is "
-        "what the spec makes of that."
-    )
-    if begun.update % now.processes == 0:
-        text += f" dataset.batch_size={begun.update // now.processes} would keep a global batch of {begun.update}."
+    processes = "process" if now.processes == 1 else "processes"
+    moved = f"The run resumes with {now.processes} {processes} instead of {last.processes}"
+    if kept.global_batch == last.global_batch:
+        return accumulated, f"{moved}: its global batch stays {kept}."
+    text = f"{moved}: its global batch was {last} and is now {kept}; the spec's learning rate applies to the new one."
+    if begun.global_batch % now.processes == 0:
+        size = begun.global_batch // now.processes
+        text += f" Set dataset.batch_size={size} to keep a global batch of {begun.global_batch}."
     return accumulated, text
 
 
-def same_place(progress: Mapping[str, Any], before: Share, now: Share, batches_per_epoch: int) -> dict[str, Any]:
-    """A checkpoint's progress, its batches counted in those of ``now``.
+def same_position(
+    progress: Mapping[str, Any], before: BatchLayout, now: BatchLayout, batches_per_epoch: int
+) -> dict[str, Any]:
+    """Return a checkpoint's progress with its batches counted in those of ``now``.
 
-    The samples of an epoch are dealt in one order to any number of processes, so a place in it is a number of images.
-    Where no batch of ``now`` begins there, the progress is left as it is, and the epoch starts again.
+    An epoch's samples are dealt in one order to any number of processes, so a position in it is a number of images. If
+    no batch of ``now`` starts at that image, the progress is returned unchanged and the epoch starts again.
     """
-    images = progress["batch"] * before.step
-    if progress["batch"] and progress["batch"] == progress["batches_per_epoch"]:  # trained, and not yet validated
+    images = progress["batch"] * before.per_batch
+    if progress["batch"] and progress["batch"] == progress["batches_per_epoch"]:  # trained, but not yet validated
         return {**progress, "batch": batches_per_epoch, "batches_per_epoch": batches_per_epoch}
-    if before.step == now.step or images % now.step or images // now.step >= batches_per_epoch:
+    if before.per_batch == now.per_batch or images % now.per_batch or images // now.per_batch >= batches_per_epoch:
         return dict(progress)
-    return {**progress, "batch": images // now.step, "batches_per_epoch": batches_per_epoch}
+    return {**progress, "batch": images // now.per_batch, "batches_per_epoch": batches_per_epoch}

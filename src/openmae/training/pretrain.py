@@ -93,7 +93,7 @@ class PretrainTask:
             predicted = model(images, mask).predicted_BMP
         original, masked, reconstructed, pasted = (
             self.normalise.undo(picture).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-            for picture in (images, *model.paint(images, mask, predicted))
+            for picture in (images, *model.render(images, mask, predicted))
         )
         return original, masked, reconstructed, pasted
 

@@ -1,80 +1,77 @@
-"""Find the checkpoint that a run resumes from: the newest that can be read and whose weights are finite."""
+"""Find the checkpoint that a run resumes from: the newest that can be read and whose values are finite."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from openmae.checkpoints.folder import (
-    BEST,
-    DIVERGED,
-    UNREADABLE,
-    list_checkpoints,
-    read_training_state,
-    set_aside,
-)
-from openmae.checkpoints.parts import INDEX, Shared, put_back
+from openmae.checkpoints.folder import BEST, DIVERGED, UNREADABLE, check_not_sharded, list_checkpoints, set_aside
+from openmae.checkpoints.format import read_training_state
 from openmae.errors import CheckpointError
 from openmae.storage.encryption import Key, is_encrypted
 
 log = logging.getLogger("openmae")
 
 
+class Resumable(NamedTuple):
+    """A checkpoint that a run can resume from, and its content."""
+
+    path: Path
+    payload: dict[str, Any]
+
+
 class NotFiniteError(CheckpointError):
-    """A checkpoint can be read, but training cannot resume from its weights."""
+    """A checkpoint that can be read, but whose weights training cannot resume from."""
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest numbered checkpoint, or None where there is none."""
-    put_back(folder)
+    """Return the newest numbered checkpoint, or None if there is none."""
     found = list_checkpoints(folder)
     return found[-1] if found else None
 
 
-def newest_readable(folder: Path, key: Key | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint to resume from and its payload, read lazily; None where there is none.
+def newest_readable(folder: Path, key: Key | None = None) -> Resumable | None:
+    """Return the checkpoint to resume from and its payload, read lazily, or None if there is none.
 
-    The newest numbered checkpoint is taken, and ``model_best.pth`` where none of them can be used. Checkpoints that are
-    damaged, or whose weights are not finite, are set aside with a warning. Where none can be read nothing is touched,
-    since the key may be wrong; where all can be read and none is finite, training starts from the beginning.
+    This is the newest numbered checkpoint, or ``model_best.pth`` if none of them can be used. Damaged checkpoints and
+    those with non-finite weights are set aside with a warning. If none can be read, nothing is renamed, since the key
+    may be wrong; if all can be read but none is finite, training starts from the beginning.
 
     Raises:
-        CheckpointError: there are some, and none can be read; or the newest is encrypted, and there is no key.
+        CheckpointError: There are checkpoints, but none can be read; or the newest is encrypted and there is no key; or
+            it is a sharded checkpoint of an earlier version.
     """
+    check_not_sharded(folder)
     found, refused = look_for_checkpoint(folder, key)
     unreadable = [error for error in refused.values() if not isinstance(error, NotFiniteError)]
     if found is None and unreadable:
         raise unreadable[0]
     for path, error in refused.items():
-        _set_aside(path, error, f"{found[0].name} is used" if found else "training starts from the beginning")
-    if len(unreadable) < len(refused) and found and found[0].name != BEST and (folder / BEST).is_file():
+        _set_aside(path, error, f"{found.path.name} is used" if found else "training starts from the beginning")
+    if len(unreadable) < len(refused) and found and found.path.name != BEST and (folder / BEST).is_file():
         try:
             read_finite(folder / BEST, key)
         except CheckpointError as error:
-            _set_aside(folder / BEST, error, "the next epoch's takes its place")
+            _set_aside(folder / BEST, error, "the next epoch replaces it")
     return found
 
 
-def look_for_checkpoint(
-    folder: Path, key: Key | None
-) -> tuple[tuple[Path, dict[str, Any]] | None, dict[Path, CheckpointError]]:
-    """Return the checkpoint to resume from with its payload, or None, and the newer ones with what is wrong with them.
+def look_for_checkpoint(folder: Path, key: Key | None) -> tuple[Resumable | None, dict[Path, CheckpointError]]:
+    """Return the checkpoint to resume from with its payload, or None, and the errors of the newer ones.
 
     Raises:
-        CheckpointError: one is encrypted, and there is no key.
+        CheckpointError: A checkpoint is encrypted and there is no key.
     """
-    put_back(folder)
     refused: dict[Path, CheckpointError] = {}
     for path in _candidates(folder):
         try:
-            return (path, read_finite(path, key)), refused
+            return Resumable(path, read_finite(path, key)), refused
         except CheckpointError as error:
-            file = path / INDEX if path.is_dir() else path
-            if key is None and file.exists() and is_encrypted(file):
+            if key is None and path.exists() and is_encrypted(path):
                 raise
             refused[path] = error
     return None, refused
@@ -84,48 +81,44 @@ def read_finite(path: Path, key: Key | None) -> dict[str, Any]:
     """Return the payload of a checkpoint, read lazily, after checking that all its tensors are finite.
 
     Raises:
-        CheckpointError: as ``read_training_state``.
-        NotFiniteError: a tensor holds NaN or infinity.
+        CheckpointError: See ``read_training_state``.
+        NotFiniteError: A tensor holds NaN or infinity.
     """
     payload = read_training_state(path, key, lazily=True)
     parts = {name: payload.get(name) for name in ("state_dict", "ema_state_dict", "optimizer")}
     for name, tensor in _tensors(parts):
+        # a sum of squares may overflow where every value is finite
         if tensor.is_floating_point() and not (tensor.norm().isfinite() or tensor.isfinite().all()):
             raise NotFiniteError(
-                f"{path} holds values that are not finite ({name}): the training that wrote it had diverged.",
+                f"{path} holds values that are not finite ({name}): the run that wrote it had diverged.",
                 "Resume from an older checkpoint, or set another results_dir to start a new run.",
             )
     return payload
 
 
 def best_was_set_aside(folder: Path) -> bool:
-    """Return whether a folder has lost its ``model_best.pth``, so that the next epoch is the best so far."""
+    """Return whether ``model_best.pth`` was set aside, so that the next epoch is the best so far."""
     return not (folder / BEST).exists() and any(folder.glob(f"{BEST}.*"))
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
     yield from reversed(list_checkpoints(folder))
-    # without a numbered checkpoint, even one set aside, model_best.pth is no remainder of a run
+    # if there is no numbered checkpoint, not even one set aside, model_best.pth is not a leftover of a run
     if any(folder.glob("model_epoch_*")) and (folder / BEST).is_file():
         yield folder / BEST
 
 
 def _set_aside(path: Path, error: CheckpointError, instead: str) -> None:
-    broken = isinstance(error, NotFiniteError)
-    aside = set_aside(path, DIVERGED if broken else UNREADABLE)
-    fault = "holds weights that are not finite" if broken else "cannot be read"
+    diverged = isinstance(error, NotFiniteError)
+    aside = set_aside(path, DIVERGED if diverged else UNREADABLE)
+    fault = "holds weights that are not finite" if diverged else "cannot be read"
     log.warning("%s %s: it is now %s, and %s.", path, fault, aside.name, instead)
 
 
-def _tensors(tree: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested dicts and lists with their dotted names."""
     if isinstance(tree, Tensor):
-        yield place, tree
-    elif isinstance(tree, Shared):
-        for _, rows in tree.pieces:
-            yield place, rows
-    elif isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield from _tensors(value, f"{place}.{name}" if place else str(name))
-    elif isinstance(tree, list):
-        for number, value in enumerate(tree):
-            yield from _tensors(value, f"{place}.{number}")
+        yield name, tree
+    elif isinstance(tree, Mapping | list):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))

@@ -50,7 +50,6 @@ class LoopSettings:
         clip_grad_norm, ema_decay: 0 is off.
         checkpoint_interval_unit: ``epoch`` or ``step`` (an update of the weights).
         stop_after_epoch: pause there; the schedule is that of ``num_epochs`` all the same.
-        sharded_checkpoints: in parts, where the weights are shared out; the last one is whole.
     """
 
     num_epochs: int
@@ -64,7 +63,6 @@ class LoopSettings:
     seed: int = 1234
     stop_after_epoch: int | None = None
     compile: bool = False
-    sharded_checkpoints: bool = False
 
     @property
     def last_epoch(self) -> int:

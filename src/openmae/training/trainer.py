@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.distributed.collectives import sum_over_ranks
-from openmae.distributed.fsdp import gathered, in_shards, is_sharded, whole_model
+from openmae.distributed.fsdp import distributed, gathered, is_sharded, whole_model
 from openmae.distributed.signals import InterruptWatch, Stop, stop_from_counts, stop_to_counts
 from openmae.distributed.watchdog import pulse_of
 from openmae.training.compiling import compile_errors, compiled
@@ -92,7 +92,7 @@ class Trainer:
             CheckpointError: other parameters are trained now than then.
         """
         prefix = "model."
-        payload = in_shards(payload, self.task.model, self.optimizer)
+        payload = distributed(payload, self.task.model, self.optimizer)
         self.task.model.load_state_dict({k.removeprefix(prefix): v for k, v in payload["state_dict"].items()})
         if self.ema is not None:
             averaged = payload.get("ema_state_dict", payload["state_dict"])
@@ -282,7 +282,7 @@ class Trainer:
         improved = (due or self.task.monitor != "train_loss") and self._note_best(metrics)
         progress.epoch, progress.batch, progress.loss_sum, progress.loss_count = epoch + 1, 0, 0.0, 0
         if due:
-            self._save(best=improved, last=last)
+            self._save(best=improved)
         elif improved:
             self.guard.require_finite_weights(self.progress, self.ema)
             payload = self._whole_payload()
@@ -348,26 +348,18 @@ class Trainer:
         self._mark("checkpoints")
         return whole
 
-    def _save(self, *, best: bool = False, last: bool = False) -> None:
-        """A checkpoint of here; the last one is whole, so that whatever takes a model finds one."""
+    def _save(self, *, best: bool = False) -> None:
+        """Write a checkpoint of the current state."""
         self.guard.require_finite_weights(self.progress, self.ema)
         place, checkpoints = (self.progress.epoch, self.progress.step), self.outputs.checkpoints
         rotate = self.progress.bad_steps == 0
-        if last or not (self.settings.sharded_checkpoints and is_sharded(self.task.model)):
-            payload = self._whole_payload()
-            self._on_rank_zero(lambda: checkpoints.save(payload, *place, best=best, rotate=rotate))
-            return
-        payload = self._whole_payload() if best else {}
-        self._on_rank_zero(lambda: checkpoints.make_room(*place))
-        ranks = (self.fabric.global_rank, self.fabric.world_size)
-        checkpoints.save_part(self._payload(), payload, *place, ranks, rotate=rotate)
+        payload = self._whole_payload()
+        self._on_rank_zero(lambda: checkpoints.save(payload, *place, best=best, rotate=rotate))
 
     def _on_rank_zero(self, write: Callable[[], Any]) -> None:
         self._mark("other")
         if self.fabric.is_global_zero:
             write()
-        else:
-            self.outputs.checkpoints.wait()  # for a part of its own: what went wrong is to end the run
         self._pulse.passes()
         self.fabric.barrier()
         self._mark("checkpoints")

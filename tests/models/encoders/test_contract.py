@@ -1,4 +1,4 @@
-"""What every family's encoder owes the rest of the package."""
+"""Tests that every family's encoder must pass."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def in_chans(encoder: MaskedEncoder) -> int:
     return next(module for module in encoder.backbone.modules() if isinstance(module, nn.Conv2d)).in_channels
 
 
-def test_split_squared_vectors_for_each_visible_unit(encoder: MaskedEncoder, images: Tensor, mask) -> None:
+def test_encoder_returns_split_squared_tokens_per_visible_unit(encoder: MaskedEncoder, images: Tensor, mask) -> None:
     latent = encoder(images, mask.visible_BV)
     tokens = encoder.num_prefix_tokens + mask.visible_BV.shape[1] * encoder.split**2
     assert latent.shape == (BATCH, tokens, encoder.dim)
@@ -55,7 +55,7 @@ def test_split_squared_vectors_for_each_visible_unit(encoder: MaskedEncoder, ima
     assert latent.std() > 0.1
 
 
-def test_no_masked_pixel_changes_any_visible_feature(encoder: MaskedEncoder, images: Tensor, mask) -> None:
+def test_masked_pixels_change_no_visible_feature(encoder: MaskedEncoder, images: Tensor, mask) -> None:
     units = patchify(images, encoder.unit)
     index = mask.masked_BM.unsqueeze(-1).expand(-1, -1, units.shape[-1])
     other = unpatchify(units.scatter(1, index, 1e3 * torch.randn(index.shape)), encoder.unit, SIZE)
@@ -63,9 +63,7 @@ def test_no_masked_pixel_changes_any_visible_feature(encoder: MaskedEncoder, ima
     assert torch.equal(encoder(images, mask.visible_BV), encoder(other, mask.visible_BV))
 
 
-def test_the_gradient_reaches_every_visible_pixel_and_no_masked_one(
-    encoder: MaskedEncoder, images: Tensor, mask
-) -> None:
+def test_gradient_reaches_visible_pixels_only(encoder: MaskedEncoder, images: Tensor, mask) -> None:
     images.requires_grad_(True)
     latent = encoder(images, mask.visible_BV)
     (gradient,) = torch.autograd.grad((latent * torch.randn_like(latent)).sum(), images)
@@ -74,14 +72,14 @@ def test_the_gradient_reaches_every_visible_pixel_and_no_masked_one(
     assert (energy.amin(dim=-1).gather(1, mask.visible_BV) > 0).all()
 
 
-def test_a_sample_does_not_see_the_rest_of_its_batch(encoder: MaskedEncoder, images: Tensor, mask, assert_near) -> None:
+def test_samples_of_a_batch_are_independent(encoder: MaskedEncoder, images: Tensor, mask, assert_near) -> None:
     together = encoder(images, mask.visible_BV)
     for sample in range(BATCH):
         alone = encoder(images[sample : sample + 1], mask.visible_BV[sample : sample + 1])
         assert_near(alone[0], together[sample], 1e-5)
 
 
-def test_the_images_memory_layout_does_not_matter(encoder: MaskedEncoder, images: Tensor, mask, assert_near) -> None:
+def test_memory_layout_of_images_does_not_matter(encoder: MaskedEncoder, images: Tensor, mask, assert_near) -> None:
     expected = encoder(images, mask.visible_BV)
     padded = torch.randn(BATCH, images.shape[1] + 1, SIZE[0] + 5, SIZE[1] + 3)
     padded[:, 1:, 2:-3, 1:-2] = images
@@ -101,7 +99,7 @@ def test_one_visible_unit_is_enough(encoder: MaskedEncoder, images: Tensor) -> N
     assert latent.isfinite().all()
 
 
-def test_backbone_is_timms_model_name_for_name(arch: str) -> None:
+def test_parameter_names_equal_timm(arch: str) -> None:
     config = ModelConfig(arch, (224, 224))
     expected = timm.create_model(config.architecture.timm_name, num_classes=0).state_dict()
     actual = build_encoder(config).backbone.state_dict()
@@ -110,7 +108,7 @@ def test_backbone_is_timms_model_name_for_name(arch: str) -> None:
     }
 
 
-def test_drop_path_draws_once_a_sample(arch: str) -> None:
+def test_drop_path_draws_once_per_sample(arch: str) -> None:
     torch.manual_seed(0)
     batch, config = 24, ModelConfig(arch, SIZE, drop_path_rate=0.5)
     encoder = build_encoder(config).train()
@@ -145,7 +143,7 @@ def test_drop_path_draws_once_a_sample(arch: str) -> None:
     assert abs(drawn.sum().item() - expected) < 5 * expected**0.5
 
 
-def test_drop_path_rests_in_eval(arch: str, draw_mask) -> None:
+def test_drop_path_is_off_in_eval(arch: str, draw_mask) -> None:
     encoder = build_encoder(ModelConfig(arch, SIZE, drop_path_rate=0.5)).eval()
     visible = draw_mask(2, encoder.grid[0] * encoder.grid[1], 2).visible_BV
     images = torch.randn(2, 3, *SIZE)

@@ -1,4 +1,4 @@
-"""Sparse = dense with the mask before and after every spatial operator, of timm's own model."""
+"""Parity of the sparse encoder with timm's dense model, masked before and after every spatial operator."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build(arch: str, size: tuple[int, int], dtype: torch.dtype, randomise, **opt
 
 
 def masked_dense_features(backbone: ConvNeXt, images: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
-    """timm's dense forward, its input and output zeroed at masked sites around every spatial operator.
+    """Run timm's dense forward with masked sites zeroed before and after every spatial operator.
 
     Spatial: the stem, the downsamplings, the depthwise convolutions and GRN's pooling.
     """
@@ -37,7 +37,7 @@ def masked_dense_features(backbone: ConvNeXt, images: Tensor, visible: Tensor, g
 
     def masked(x: Tensor, channels_last: bool) -> Tensor:
         sites = F.interpolate(keep, size=x.shape[1:3] if channels_last else x.shape[2:])
-        return x * (sparse_convnext.permute(0, 2, 3, 1) if channels_last else sites)
+        return x * (sites.permute(0, 2, 3, 1) if channels_last else sites)
 
     def wrap(module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         last = isinstance(module, GlobalResponseNorm) and module.channel_dim == -1
@@ -59,7 +59,7 @@ def masked_dense_features(backbone: ConvNeXt, images: Tensor, visible: Tensor, g
 
 
 def assert_equal_to_dense(encoder: ConvNeXtV2Encoder, images: Tensor, visible: Tensor, assert_near, tolerance) -> None:
-    """Forward, and the gradient of every parameter and of the image."""
+    """Compare outputs and the gradients of every parameter and of the images."""
     images.requires_grad_(True)
     actual = encoder(images, visible)
     expected = masked_dense_features(encoder.backbone, images, visible, encoder.grid)
@@ -76,7 +76,7 @@ def assert_equal_to_dense(encoder: ConvNeXtV2Encoder, images: Tensor, visible: T
 
 @pytest.fixture(params=["chosen", "windows", "dense map"])
 def path(request, monkeypatch) -> None:
-    """Both ways of the depthwise convolution in every stage, whichever is the faster."""
+    """Use both forms of the depthwise convolution in every stage, whichever is faster."""
     side = {"chosen": None, "windows": 1, "dense map": 99}[request.param]
     if side:
         monkeypatch.setattr(sparse_convnext, "_WINDOW_SIDE", side)
@@ -96,7 +96,9 @@ def test_sparse_equals_masking_around_every_operator(arch, size, seed, randomise
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("arch", [CONV_MLP, LINEAR_MLP])
-def test_published_models(arch, dtype, tolerance, randomise, draw_mask, assert_near) -> None:
+def test_published_models_equal_masking_around_every_operator(
+    arch, dtype, tolerance, randomise, draw_mask, assert_near
+) -> None:
     encoder = build(arch, (64, 96), dtype, randomise)
     images = torch.randn(2, 3, 64, 96, dtype=dtype)
     assert_equal_to_dense(encoder, images, draw_mask(2, 6, 2).visible_BV, assert_near, tolerance)
@@ -104,7 +106,7 @@ def test_published_models(arch, dtype, tolerance, randomise, draw_mask, assert_n
 
 @pytest.mark.parametrize("arch", [CONV_MLP, LINEAR_MLP])
 @pytest.mark.parametrize("size", SIZES)
-def test_unmasked_equals_timms_forward(arch, size, randomise, assert_near) -> None:
+def test_unmasked_forward_equals_timm(arch, size, randomise, assert_near) -> None:
     encoder = build(arch, size, torch.float64, randomise, **SMALL)
     images = torch.randn(2, 3, *size, dtype=torch.float64)
     latent = encoder(images, all_visible(2, encoder.grid[0] * encoder.grid[1]).visible_BV)
@@ -112,8 +114,8 @@ def test_unmasked_equals_timms_forward(arch, size, randomise, assert_near) -> No
     assert_near(latent, expected, 1e-10)
 
 
-def test_the_reference_tells_true_sparsity_from_masking_once(randomise, draw_mask) -> None:
-    """Masked after the stem alone, later kernels, biases and GRN refill hidden sites (79.3 for 83.7 %)."""
+def test_reference_distinguishes_true_sparsity_from_masking_once(randomise, draw_mask) -> None:
+    """If masked only after the stem, later kernels, biases and GRN fill masked sites again (79.3 instead of 83.7 %)."""
     encoder = build(LINEAR_MLP, (96, 96), torch.float64, randomise, **SMALL)
     images, visible = torch.randn(2, 3, 96, 96, dtype=torch.float64), draw_mask(2, 9, 4).visible_BV
     keep = torch.zeros(2, 9, dtype=torch.float64).scatter(1, visible, 1.0).view(2, 1, 3, 3)

@@ -31,12 +31,12 @@ def without_fusion(encoder: HieraEncoder) -> HieraEncoder:
 
 
 def boolean(visible: Tensor, units: int) -> Tensor:
-    """timm's mask: True is kept."""
+    """Return timm's mask, where True is visible."""
     return torch.zeros(len(visible), units, dtype=torch.bool).scatter(1, visible, True)
 
 
 def fused_features(encoder: HieraEncoder, images: Tensor, keep: Tensor) -> Tensor:
-    """Multi-scale fusion as in facebookresearch/hiera ``hiera_mae.py``, from timm's own intermediates.
+    """Fuse timm's intermediate outputs as facebookresearch/hiera's ``hiera_mae.py`` does.
 
     Every pooled stage's units, ``[B, V, side, side, C]``, shrink to the last stage's t x t by a kernel of side / t;
     the last stage joins unchanged; the sum is normalised.
@@ -54,7 +54,7 @@ def fused_features(encoder: HieraEncoder, images: Tensor, keep: Tensor) -> Tenso
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", range(2))
-def test_without_fusion_equals_timms_masked_forward(size, q_pool, seed, randomise, draw_mask, assert_near) -> None:
+def test_masked_forward_without_fusion_equals_timm(size, q_pool, seed, randomise, draw_mask, assert_near) -> None:
     encoder = without_fusion(small_hiera(size, q_pool, seed, randomise))
     units = encoder.grid[0] * encoder.grid[1]
     images = torch.randn(3, 3, *size).double()
@@ -62,12 +62,12 @@ def test_without_fusion_equals_timms_masked_forward(size, q_pool, seed, randomis
     hiera = encoder.backbone
     last, stages = hiera.forward_features(images, mask=boolean(visible, units), return_intermediates=True)
     assert_near(encoder(images, visible), hiera.head.norm(stages[-1]).flatten(1, 3), 1e-10)
-    if q_pool == 3:  # one token a unit: timm's output is in order without reroll
+    if q_pool == 3:  # one token per unit: timm's output is in order without reroll
         assert_near(encoder(images, visible), hiera.head.norm(last), 1e-10)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_unmasked_without_fusion_equals_timms_forward(size, q_pool, randomise, assert_near) -> None:
+def test_unmasked_forward_without_fusion_equals_timm(size, q_pool, randomise, assert_near) -> None:
     encoder = without_fusion(small_hiera(size, q_pool, 0, randomise))
     images = torch.randn(2, 3, *size).double()
     mask = all_visible(2, encoder.grid[0] * encoder.grid[1])
@@ -80,7 +80,7 @@ def test_unmasked_without_fusion_equals_timms_forward(size, q_pool, randomise, a
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", range(2))
-def test_fusion_equals_the_official_ones(size, q_pool, seed, randomise, draw_mask, assert_near) -> None:
+def test_fusion_equals_the_official_code(size, q_pool, seed, randomise, draw_mask, assert_near) -> None:
     encoder = small_hiera(size, q_pool, seed, randomise)
     units = encoder.grid[0] * encoder.grid[1]
     images = torch.randn(3, 3, *size).double()

@@ -18,7 +18,7 @@ def small_vit(size: tuple[int, int], patch: int = 8) -> ViTEncoder:
 
 
 def masked_features(encoder: ViTEncoder, images: Tensor, visible: Tensor) -> Tensor:
-    """timm's modules, hidden patches dropped after the position embedding, as the paper describes it."""
+    """Run timm's modules and drop masked patches after the position embedding, as the paper describes."""
     vit = encoder.backbone
     tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
     kept = torch.stack([tokens[sample, visible[sample]] for sample in range(len(images))])
@@ -27,7 +27,7 @@ def masked_features(encoder: ViTEncoder, images: Tensor, visible: Tensor) -> Ten
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)])
-def test_unmasked_equals_timms_forward(size, randomise, assert_near) -> None:
+def test_unmasked_forward_equals_timm(size, randomise, assert_near) -> None:
     encoder = small_vit(size).double()
     randomise(encoder)
     images = torch.randn(2, 3, *size).double()
@@ -56,7 +56,7 @@ def test_masked_equals_dropping_patches(size, dtype, tolerance, randomise, draw_
         assert_near(one, other, 10 * tolerance if dtype == torch.float32 else tolerance)
 
 
-def test_start_is_the_papers() -> None:
+def test_initialisation_is_that_of_the_paper() -> None:
     torch.manual_seed(0)
     encoder = small_vit((32, 48))
     encoder.init_weights()

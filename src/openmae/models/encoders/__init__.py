@@ -1,4 +1,4 @@
-"""A timm backbone run over the visible units only, one file a family; ``base`` is the face they share."""
+"""Encoders that run a timm backbone on visible units only: an interface and one module per family."""
 
 from openmae.models.encoders.base import MaskedEncoder
 from openmae.models.encoders.convnextv2 import ConvNeXtV2Encoder

@@ -1,4 +1,4 @@
-"""The face that every encoder shows to the autoencoder."""
+"""The interface between an encoder and the autoencoder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 class MaskedEncoder(nn.Module, ABC):
-    """A timm backbone run over visible units only.
+    """A timm backbone that runs on visible units only.
 
     Args:
-        backbone: the timm model; its parameters keep timm's names.
+        backbone: timm model; its parameters keep timm's names.
         unit: side of a mask unit in pixels.
         grid: units in (rows, columns).
         dim: D, width of the latent.
         split: latent tokens along a unit's side.
-        num_prefix_tokens: latent tokens in front of the units' (ViT's class token).
+        num_prefix_tokens: latent tokens before those of the units (ViT's class token).
     """
 
     def __init__(
@@ -40,21 +40,21 @@ class MaskedEncoder(nn.Module, ABC):
 
     @property
     def token_size(self) -> int:
-        """Side of the square, in pixels, that one latent token stands for and the decoder predicts."""
+        """Side in pixels of the square that one latent token stands for and the decoder predicts."""
         return self.unit // self.split
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """Latent tokens of a whole image in (rows, columns)."""
+        """Latent tokens of an unmasked image in (rows, columns)."""
         return self.grid[0] * self.split, self.grid[1] * self.split
 
     @abstractmethod
     def init_weights(self) -> None:
-        """Give the weights the paper's start, where timm's own differs."""
+        """Initialise the weights as the paper does, where timm differs."""
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
-        """Latent tokens of the visible units, ``[B, num_prefix_tokens + V * split**2, D]``, unit by unit.
+        """Return the latent tokens of the visible units, ``[B, num_prefix_tokens + V * split**2, D]``, unit by unit.
 
         Args:
             images_BCHW: normalised images.
@@ -63,11 +63,11 @@ class MaskedEncoder(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """One vector an image, ``[B, D]``, nothing masked."""
+        """Return one vector per unmasked image, ``[B, D]``."""
 
 
 def init_linear(linear: nn.Linear) -> None:
-    """Xavier-uniform weight and zero bias, as MAE's code starts every linear layer."""
+    """Initialise with Xavier-uniform weights and zero bias, as MAE's code does for every linear layer."""
     nn.init.xavier_uniform_(linear.weight)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

@@ -1,9 +1,9 @@
 """FCMAE for ConvNeXt V2 (Woo et al. 2023, arXiv:2301.00808): truly sparse, in plain PyTorch.
 
-Equal, to rounding, to zeroing the masked sites before and after every spatial operator of the dense model,
-but masked sites are never computed. Every sample keeps the same number of visible 32-px units, so shapes are
-static. Stem and downsampling are local to a unit; LayerNorm, MLP and GRN act on visible sites alone (GRN
-pools a sample's visible sites); only the depthwise convolution looks at neighbours.
+The result equals, up to rounding, the dense model with masked sites zeroed before and after every spatial operator, but
+masked sites are never computed. Every sample has the same number of visible 32-px units, so shapes are static. Stem and
+downsampling are local to a unit; LayerNorm, MLP and GRN use visible sites only (GRN pools the visible sites of a
+sample); only the depthwise convolution reads neighbours.
 
 Shapes: B batch, V visible units, N = B*V, s side of a unit in sites (8, 4, 2, 1 in the four stages),
 S = V*s*s visible sites of a sample, C channels.
@@ -17,29 +17,30 @@ from torch import Tensor, nn
 
 from openmae.models.encoders.base import MaskedEncoder
 from openmae.models.patches import select_units
-from openmae.models.sparse_convnext import Sites, branch, layer_norm
+from openmae.models.sparse_convnext import Sites, layer_norm, residual_branch
 
 _UNIT = 32  # px, the stride of the last stage
 
 
 class ConvNeXtV2Encoder(MaskedEncoder):
-    """timm's ConvNeXt V2 over visible 32-px units.
+    """timm's ConvNeXt V2 on visible 32-px units.
 
     Args:
-        backbone: a ConvNeXt with GRN and no layer scale.
+        backbone: a ConvNeXt with GRN and without layer scale.
         input_size: (height, width) of the images in pixels, multiples of 32.
     """
 
     def __init__(self, backbone: ConvNeXt, input_size: tuple[int, int]) -> None:
         grid = (input_size[0] // _UNIT, input_size[1] // _UNIT)
         super().__init__(backbone, unit=_UNIT, grid=grid, dim=backbone.num_features)
-        backbone.head.requires_grad_(False)  # FCMAE does not run the classifier's norm; DDP wants no idle weight
+        # FCMAE does not use the classifier's norm, and under DDP every trained weight must be used
+        backbone.head.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """timm has initialised the backbone as the paper does: truncated normal of std .02, zero biases."""
+        """Do nothing: timm initialises as the paper does (truncated normal of std .02, zero biases)."""
 
     def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
-        """Latent of each visible unit, ``[B, V, D]``."""
+        """Return the latent of each visible unit, ``[B, V, D]``."""
         x = select_units(images_BCHW, visible_BV, _UNIT).flatten(0, 1)
         x = layer_norm(_patch_linear(x, self.backbone.stem[0]), self.backbone.stem[1])
         for stage in self.backbone.stages:
@@ -48,16 +49,16 @@ class ConvNeXtV2Encoder(MaskedEncoder):
                 x = _patch_linear(layer_norm(x, norm), conv)
             sites = Sites.of(visible_BV, self.grid, side=x.shape[1])
             for block in stage.blocks:
-                x = x + block.drop_path(branch(x, block, sites)).view_as(x)
+                x = x + block.drop_path(residual_branch(x, block, sites)).view_as(x)
         return x.view(*visible_BV.shape, self.dim)
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """One vector an image, ``[B, D]``, nothing masked: timm's features, pooled and then normed."""
+        """Return one vector per unmasked image, ``[B, D]``: timm's features, pooled and then normalised."""
         return self.backbone(images_BCHW)
 
 
 def _patch_linear(x_NssC: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A k x k convolution of stride k over the sites of each unit, as one matrix product."""
+    """Apply a k x k convolution of stride k to the sites of each unit as one matrix product."""
     k = conv.stride[0]
     N, s, _, C = x_NssC.shape
     patches = x_NssC.reshape(N, s // k, k, s // k, k, C).transpose(2, 3).flatten(3)

@@ -1,7 +1,7 @@
 """MAE for Hiera (Ryali et al. 2023, arXiv:2306.00989): visible 32-px mask units, multi-scale fusion.
 
-Pretraining pools the queries twice, not three times as fine-tuning does (``q_pool=2`` in the official hiera_mae.py): a
-unit ends as 2 x 2 latent tokens of 16 px, and the decoder predicts 16-px squares. No parameter depends on it.
+Pretraining pools the queries twice, not three times as fine-tuning does (``q_pool=2`` in the official hiera_mae.py), so
+a unit becomes 2 x 2 latent tokens of 16 px and the decoder predicts 16-px squares. No parameter depends on it.
 
 Shapes: B batch, V visible units, U units of an image, D width of the last stage, C channels of the image,
 P = 64 patches of a unit (8 x 8 of 4 px), t latent tokens along a unit's side.
@@ -22,11 +22,10 @@ _HALO = 3  # the 7x7 patch kernel reaches 3 px above and left of a unit; its las
 
 
 class HieraEncoder(MaskedEncoder):
-    """timm's Hiera over visible mask units, the pooled stages' outputs fused into the last one's.
+    """timm's Hiera on visible mask units, with the outputs of the pooled stages fused into the last one's.
 
     Args:
-        backbone: a 2-D Hiera with ``q_pool=2``; ``head.norm`` serves as the encoder's norm, as timm
-            loads it for fine-tuning.
+        backbone: a 2-D Hiera with ``q_pool=2``; ``head.norm`` is the encoder's norm, as timm loads it for fine-tuning.
         input_size: (height, width) of the images in pixels, multiples of the unit.
     """
 
@@ -48,14 +47,14 @@ class HieraEncoder(MaskedEncoder):
         self.register_buffer("unroll_P", unroll(tokens).flatten(), persistent=False)
 
     def init_weights(self) -> None:
-        """The start of the official hiera_mae.py: Xavier-uniform linears, the patch convolution among them."""
+        """Initialise as the official hiera_mae.py: Xavier-uniform linear layers and patch convolution."""
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module)
         nn.init.xavier_uniform_(self.backbone.patch_embed.proj.weight.flatten(1))
 
     def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
-        """Fused latent tokens of the visible units, ``[B, V*t*t, D]``, unit by unit."""
+        """Return the fused latent tokens of the visible units, ``[B, V*t*t, D]``, unit by unit."""
         hiera = self.backbone
         x = self._embed(images_BCHW, visible_BV) + self._positions()[visible_BV]
         x = x[:, :, self.unroll_P].transpose(1, 2).flatten(1, 2)  # timm's order: units vary fastest
@@ -71,11 +70,11 @@ class HieraEncoder(MaskedEncoder):
         return hiera.head.norm(tokens.reshape(len(x), -1, self.dim))
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """One vector an image, ``[B, D]``, nothing masked: timm's features, pooled and then normed."""
+        """Return one vector per unmasked image, ``[B, D]``: timm's features, pooled and then normalised."""
         return self.backbone(images_BCHW)
 
     def _embed(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
-        """The patches of the visible units, ``[B, V, P, channels]``; masked pixels read as zero."""
+        """Return the patches of the visible units, ``[B, V, P, channels]``; masked pixels are zero."""
         B, C, H, W = images_BCHW.shape
         (rows, columns), unit = self.grid, self.unit
         seen = torch.zeros(B, rows * columns, dtype=images_BCHW.dtype, device=images_BCHW.device)
@@ -90,14 +89,14 @@ class HieraEncoder(MaskedEncoder):
         return x.flatten(2).transpose(1, 2).view(B, visible_BV.shape[1], -1, x.shape[1])
 
     def _positions(self) -> Tensor:
-        """Position embedding unit by unit, ``[U, P, channels]``."""
+        """Return the position embedding unit by unit, ``[U, P, channels]``."""
         rows, columns = self.grid
         side = math.isqrt(self.backbone.mu_size)
         positions = self.backbone.pos_embed.view(rows, side, columns, side, -1)
         return positions.transpose(1, 2).reshape(rows * columns, side * side, -1)
 
     def _fusion_heads(self) -> list[nn.Conv2d]:
-        """A strided convolution for each pooled stage, from a unit's tokens there to its latent ones (section 4)."""
+        """Return a strided convolution for each pooled stage, from a unit's tokens to its latent ones (section 4)."""
         side, stride = self.backbone.mask_unit_size[0], self.backbone.q_stride[0]
         heads = []
         for stage, end in enumerate(self.backbone.stage_ends[: self.backbone.q_pool]):

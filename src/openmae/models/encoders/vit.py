@@ -1,4 +1,4 @@
-"""MAE for ViT (He et al. 2021, arXiv:2111.06377): the transformer sees the visible patches alone.
+"""MAE for ViT (He et al. 2021, arXiv:2111.06377): the transformer sees the visible patches only.
 
 Shapes: B batch, V visible patches, L patches of an image, D width, p side of a patch.
 """
@@ -16,10 +16,10 @@ from openmae.models.positions import sincos_position_embedding
 
 
 class ViTEncoder(MaskedEncoder):
-    """timm's VisionTransformer over visible patches.
+    """timm's VisionTransformer on visible patches.
 
     Args:
-        backbone: a ViT with a class token, learned-size position embedding and a final ``norm``.
+        backbone: a ViT with a class token, a position embedding and a final ``norm``.
     """
 
     def __init__(self, backbone: VisionTransformer) -> None:
@@ -32,7 +32,7 @@ class ViTEncoder(MaskedEncoder):
         )
 
     def init_weights(self) -> None:
-        """The paper's start: Xavier-uniform linears, class token of std .02, fixed sine-cosine positions."""
+        """Initialise as the paper does: Xavier-uniform linear layers, class token of std .02, sine-cosine positions."""
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module)
@@ -42,7 +42,7 @@ class ViTEncoder(MaskedEncoder):
         self.backbone.pos_embed.data.copy_(positions)
 
     def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
-        """Latent of the class token and of each visible patch, ``[B, 1 + V, D]``."""
+        """Return the latent of the class token and of each visible patch, ``[B, 1 + V, D]``."""
         vit = self.backbone
         prefix_pos, patch_pos = vit.pos_embed.tensor_split([self.num_prefix_tokens], dim=1)
         x = self._embed(images_BCHW, visible_BV) + patch_pos[0, visible_BV]
@@ -51,11 +51,11 @@ class ViTEncoder(MaskedEncoder):
         return vit.norm(vit.blocks(x))
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """One vector an image, ``[B, D]``, nothing masked: the mean of the normed patch tokens."""
+        """Return one vector per unmasked image, ``[B, D]``: the mean of the normalised patch tokens."""
         return self.backbone.forward_features(images_BCHW)[:, self.num_prefix_tokens :].mean(dim=1)
 
     def _embed(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
-        """The patch convolution as one matrix product over the visible patches."""
+        """Apply the patch convolution to the visible patches as one matrix product."""
         projection = self.backbone.patch_embed.proj
         pixels = select_units(images_BCHW, visible_BV, self.unit).flatten(2)
         return F.linear(pixels, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
