@@ -19,7 +19,7 @@ from openmae.engines.module import DeployedModel, example_input
 from openmae.engines.precision import to_int8
 from openmae.engines.session import open_session
 from openmae.models.build import ModelConfig, build_classifier
-from openmae.spec.schema import ExportSpec
+from openmae.spec.sections.deploy import ExportSpec
 
 from .measure import Comparison, compare
 from .report import Report, this_machine

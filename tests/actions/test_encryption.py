@@ -82,7 +82,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, photos: Photos) -> Path:
     return root
 
 
-def test_all_models_are_encrypted_and_the_key_is_nowhere(chain, photos, tmp_path, capsys):
+def test_models_are_encrypted_and_the_key_is_not_stored(chain, photos, tmp_path, capsys):
     key = f"encryption_key={KEY}"
     evaluate = ["evaluate", f"dataset.val_data_sources={photos.val}", f"results_dir={chain}", key]
     assert main([*evaluate, f"evaluate.checkpoint={chain / 'train' / 'model_best.pth'}"]) == 0
@@ -141,7 +141,7 @@ def test_a_missing_key_is_named_before_anything_is_done(photos, tmp_path, refuse
     assert "'NO_KEY' is not set" in read_status(tmp_path / "train" / "status.json")[-1]["message"]
 
 
-def test_resumed_and_taken_along(chain, photos, tmp_path, monkeypatch, capsys):
+def test_encrypted_checkpoints_resume_and_initialise(chain, photos, tmp_path, monkeypatch, capsys):
     """By a reference: a second epoch of an encrypted run, and another run with its weights."""
     monkeypatch.setenv("MY_KEY", KEY)
     (tmp_path / "train").mkdir()
@@ -197,7 +197,7 @@ def test_two_processes_get_the_key_and_no_command_line_shows_it(chain, photos, t
     assert_nowhere(tmp_path, *capsys.readouterr())
 
 
-def test_a_command_line_is_not_noted(photos, tmp_path, monkeypatch, capsys):
+def test_the_command_line_is_not_recorded(photos, tmp_path, monkeypatch, capsys):
     """Weights & Biases, and whoever asks Python, reads sys.argv."""
     monkeypatch.setattr(sys, "argv", ["mae", "evaluate", f"encryption_key={KEY}", "encryption_key=env:NO_KEY"])
     assert main() == 2
@@ -205,7 +205,7 @@ def test_a_command_line_is_not_noted(photos, tmp_path, monkeypatch, capsys):
     assert_nowhere(tmp_path, *capsys.readouterr())
 
 
-def test_a_fault_of_ours_does_not_show_the_key(photos, tmp_path, monkeypatch, capsys):
+def test_a_bug_in_openmae_does_not_show_the_key(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def fail(spec: object, *rest: object) -> None:
@@ -218,7 +218,7 @@ def test_a_fault_of_ours_does_not_show_the_key(photos, tmp_path, monkeypatch, ca
     assert_nowhere(tmp_path, *capsys.readouterr())
 
 
-def test_python_opens_what_was_encrypted(chain, monkeypatch, tmp_path):
+def test_the_python_api_decrypts(chain, monkeypatch, tmp_path):
     monkeypatch.setenv("MY_KEY", KEY)
     write_atomically(tmp_path / "key", KEY + "\n")
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -275,7 +275,7 @@ def test_an_encrypted_graph_in_another_precision_is_in_no_file(tmp_path):
             assert os.listdir(tmp_path) == ["model.onnx"]
 
 
-def test_the_reports_script_opens_the_file(chain, tmp_path, monkeypatch, capsys):
+def test_the_script_of_the_report_decrypts(chain, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NAME", KEY)
     monkeypatch.chdir(tmp_path)
     paint(tmp_path / "image.jpg", (200, 30, 30), 1)
@@ -285,7 +285,7 @@ def test_the_reports_script_opens_the_file(chain, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().out.strip() in card.class_names
 
 
-def test_a_file_with_weights_beside_it_is_refused(tmp_path, monkeypatch):
+def test_external_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("openmae.engines.onnx.LARGEST_PROTOBUF", 4)
     with pytest.raises(SpecError, match="which have their weights beside them, cannot be encrypted"):
         writing(linear_graph(), tmp_path / "model.onnx", Key(b"x")).__enter__()

@@ -39,7 +39,7 @@ def last_validation(folder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_classifier_scores_as_in_training(trained, family, photos, tmp_path):
+def test_a_classifier_has_the_accuracy_of_training(trained, family, photos, tmp_path):
     run = trained(family, "finetune")
     metrics = evaluate(run.checkpoint, photos.val, tmp_path)
     trained_metrics = last_validation(run.folder)
@@ -70,7 +70,7 @@ def test_a_pretrained_model_has_the_training_validation_loss(trained, family, ph
     assert (folder / "reconstructions" / "validation.png").stat().st_size > 1000
 
 
-def test_the_training_seed_acts(trained, photos, tmp_path):
+def test_the_training_seed_is_used(trained, photos, tmp_path):
     overrides = [o for o in trained("vit", "pretrain").overrides if not o.startswith("results_dir=")]
     more = ["train.seed=7", f"results_dir={tmp_path}"]
     assert main(["train", *overrides, *more]) == 0
@@ -84,7 +84,7 @@ def test_the_training_seed_acts(trained, photos, tmp_path):
     assert resolved["dataset"]["batch_size"] == 4, "as in training"
 
 
-def test_images_without_classes_give_the_loss_alone(trained, photos, tmp_path):
+def test_images_without_classes_give_only_the_loss(trained, photos, tmp_path):
     assert set(evaluate(trained("vit", "pretrain").checkpoint, photos.plain, tmp_path)) == {"val_loss"}
     report = (tmp_path / "evaluate" / "report.html").read_text()
     assert "kNN" not in re.sub(r"base64,[^\"]*", "", report)
@@ -100,19 +100,19 @@ def test_another_input_size_than_in_training(trained, family, stage, photos, tmp
     assert written["dataset"]["augmentation"]["input_size"] == [96, 64]
 
 
-def test_the_resolved_spec_gives_the_same_again(trained, photos, tmp_path):
+def test_the_resolved_spec_reproduces_the_metrics(trained, photos, tmp_path):
     metrics = evaluate(trained("hiera", "finetune").checkpoint, photos.val, tmp_path)
     assert openmae.evaluate(tmp_path / "evaluate" / "experiment.yaml") == metrics
 
 
-def test_the_training_spec_may_be_given_as_it_is(trained, photos, tmp_path):
+def test_the_training_spec_is_accepted(trained, photos, tmp_path):
     run = trained("convnextv2", "finetune")
     overrides = [f"evaluate.checkpoint={run.checkpoint}", f"results_dir={tmp_path}"]
     metrics = openmae.evaluate(run.folder / "experiment.yaml", overrides)
     assert metrics["ACC_all"] == last_validation(run.folder)["ACC_all"]
 
 
-def test_a_part_of_the_classes_keeps_their_numbers(trained, photos, tmp_path):
+def test_a_subset_of_the_classes_keeps_their_numbers(trained, photos, tmp_path):
     run = trained("vit", "finetune")
     red_only = tmp_path / "set"
     shutil.copytree(photos.val / "red", red_only / "red")
@@ -136,7 +136,7 @@ def test_classes_are_matched_by_name(photos, caplog):
     assert match_classes(replace(index, labels=(1, -1)), ("blue", "green", "red")).labels == (2, -1)
 
 
-def test_classes_are_matched_whatever_the_unicode_form_of_their_names():
+def test_classes_are_matched_in_any_unicode_form():
     index = ImageIndex(Path(), ("a.png", "b.png"), (0, 1), ("caf\u00e9", "x"))
     assert match_classes(index, ("x", "cafe\u0301")).labels == (1, 0)
 

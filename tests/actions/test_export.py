@@ -55,7 +55,7 @@ def metrics_of(folder):
     return [line["kpi"] for line in read_status(folder / "status.json") if "kpi" in line][-1]
 
 
-def test_what_is_left_behind(exported, trained):
+def test_results_of_export(exported, trained):
     root = exported("finetune")
     assert {path.name for path in root.iterdir()} == {"model.onnx", "export"}
     names = {"backbone.safetensors", "experiment.yaml", "report.html", "status.json"}
@@ -122,7 +122,7 @@ def test_the_backbone_loads_into_timm(exported):
     model.load_state_dict(load_file(root / "export" / "backbone.safetensors"))
 
 
-def test_the_reports_script_gives_what_evaluation_gives(exported, tmp_path, monkeypatch):
+def test_the_script_of_the_report_agrees_with_evaluation(exported, tmp_path, monkeypatch):
     """On a picture whose sides tell what was cut off: wide, its ends of another colour than its centre."""
     pixels = np.zeros((40, 120, 3), np.uint8)
     pixels[:, :45] = (210, 40, 40)
@@ -141,26 +141,26 @@ def test_the_reports_script_gives_what_evaluation_gives(exported, tmp_path, monk
     np.testing.assert_allclose(names["outputs"]["features"], expected.numpy(), atol=0.02)
 
 
-def test_its_own_record_exports_again(exported, tmp_path):
+def test_the_resolved_spec_exports_again(exported, tmp_path):
     record = exported("finetune") / "export" / "experiment.yaml"
     target = tmp_path / "again.onnx"
     assert main(["export", "-e", str(record), f"export.onnx_file={target}", f"results_dir={tmp_path}"]) == 0
     assert target.is_file()
 
 
-def test_what_does_not_act_is_told(exported, trained, tmp_path, capsys):
+def test_options_without_effect_are_reported(exported, trained, tmp_path, capsys):
     request = [f"export.checkpoint={trained('vit', 'pretrain').checkpoint}", f"export.onnx_file={tmp_path}/m.onnx"]
     settings = ["dataset.augmentation.input_size=64", "dataset.augmentation.interpolation=bilinear", "export.gpu_id=3"]
     size = ["export.input_height=48", "export.input_width=32"]
     assert main(["export", *request, *settings, *size, f"results_dir={tmp_path}"]) == 0
     text = capsys.readouterr().err
-    assert "trained at 32x32 and is exported for 48x32: measure with mae evaluate" in text
-    assert "dataset.augmentation.input_size does not act here, the file takes 48x32" in text
-    assert "dataset.augmentation.interpolation does not act here" in text
-    assert "export.gpu_id does not act: the export runs on the CPU." in text
+    assert "trained at 32x32 and is exported for 48x32: measure its accuracy with mae evaluate" in text
+    assert "dataset.augmentation.input_size has no effect on `mae export`, and the file takes 48x32" in text
+    assert "dataset.augmentation.interpolation has no effect on `mae export`" in text
+    assert "export.gpu_id has no effect: the export runs on the CPU." in text
 
 
-def test_the_reports_script_runs_as_it_stands(exported, photos, tmp_path, monkeypatch):
+def test_the_script_of_the_report_runs(exported, photos, tmp_path, monkeypatch):
     for stage, expected in (("finetune", {"blue", "green", "red"}), ("pretrain", {"(1, 192) (1, 192, 2, 2)"})):
         root = exported(stage)
         shutil.copy(root / "model.onnx", tmp_path / "model.onnx")
@@ -174,7 +174,7 @@ def test_the_reports_script_runs_as_it_stands(exported, photos, tmp_path, monkey
         assert out.getvalue().strip() in expected
 
 
-def test_size_batch_and_preprocessing_are_as_asked(exported, photos, tmp_path):
+def test_size_batch_and_preprocessing(exported, photos, tmp_path):
     settings = ("export.input_height=48", "export.input_width=80", "export.batch_size=2")
     root = exported("finetune", *settings, "export.include_preprocessing=true", "export.opset_version=18")
     session = onnxruntime.InferenceSession(root / "model.onnx")
@@ -185,7 +185,7 @@ def test_size_batch_and_preprocessing_are_as_asked(exported, photos, tmp_path):
     assert found["ACC_all"] >= 0, "nine images in batches of two, the last one filled up"
 
 
-def test_a_name_without_a_suffix_is_taken_as_it_is(exported, photos, tmp_path):
+def test_a_name_without_a_suffix(exported, photos, tmp_path):
     """NVIDIA's SDK sets export.onnx_file to a path that ends in export_onnx_file, and uploads that file."""
     record = exported("finetune") / "export" / "experiment.yaml"
     target = tmp_path / "export_onnx_file"
@@ -226,22 +226,22 @@ CHECKPOINT = "export.checkpoint={checkpoint}"
 @pytest.mark.parametrize(
     ("overrides", "texts"),
     [
-        ((CHECKPOINT, "export.onnx_file={there}"), ("exists, and is not replaced unasked", "export.overwrite=true")),
+        ((CHECKPOINT, "export.onnx_file={there}"), ("already exists.", "export.overwrite=true")),
         (
             (CHECKPOINT, "export.onnx_file={root}/model.pb"),
-            ("must be the name of a file that ends in .onnx", "model.onnx"),
+            ("must be a file name that ends in .onnx", "model.onnx"),
         ),
-        ((CHECKPOINT, "export.onnx_file={root}"), ("must be the name of a file", "{root}/model.onnx")),
+        ((CHECKPOINT, "export.onnx_file={root}"), ("must be a file name", "{root}/model.onnx")),
         ((CHECKPOINT, "export.onnx_file={new}", "export.format=xdl"), ("only onnx can be written, got xdl",)),
         (
             (CHECKPOINT, "export.onnx_file={new}", "export.quantize=int8"),
-            ("export.calibration.images", "Name a folder"),
+            ("export.calibration.images", "Give a folder"),
         ),
         (
             (CHECKPOINT, "export.onnx_file={there}/x.onnx"),
             ("export.onnx_file: cannot write to",),
         ),
-        ((CHECKPOINT, "export.onnx_file={beside}"), ("beside.onnx.data exists, and is not replaced",)),
+        ((CHECKPOINT, "export.onnx_file={beside}"), ("beside.onnx.data already exists",)),
         (("export.checkpoint={there}", "export.onnx_file={new}"), ("there.onnx is an ONNX file, not a checkpoint",)),
         (
             (CHECKPOINT, "export.onnx_file={new}", "export.input_channel=1"),
@@ -260,7 +260,7 @@ CHECKPOINT = "export.checkpoint={checkpoint}"
         (("export.checkpoint={root}/none.pth", "export.onnx_file={new}"), ("export.checkpoint: No checkpoint at",)),
     ],
 )
-def test_wrong_requests_are_refused_and_write_nothing(trained, refused, tmp_path, overrides, texts):
+def test_invalid_input_writes_nothing(trained, refused, tmp_path, overrides, texts):
     there = tmp_path / "there.onnx"
     there.write_bytes(b"an earlier file")
     names = {"checkpoint": trained("vit", "pretrain").checkpoint, "root": tmp_path, "there": there}
@@ -287,7 +287,7 @@ def test_a_file_that_differs_is_a_failed_run(trained, tmp_path, monkeypatch, cap
     assert read_status(tmp_path / "results" / "export" / "status.json")[-1]["status"] == "FAILURE"
 
 
-def test_overwriting_when_asked(exported, trained, tmp_path):
+def test_overwrite(exported, trained, tmp_path):
     target = tmp_path / "model.onnx"
     target.write_bytes(b"an earlier file")
     spec = {

@@ -144,7 +144,7 @@ def test_load_backbone_is_tao_s_own_forward(tao: tuple[Path, nn.Module, str, int
         assert torch.allclose(openmae.load_backbone(path)(images), model(images), atol=1e-5)
 
 
-def test_evaluate_inference_and_export_give_tao_s_answers(
+def test_evaluate_inference_and_export_agree_with_tao(
     tao: tuple[Path, nn.Module, str, int], photos: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, model, arch, size = tao
@@ -184,7 +184,7 @@ def test_a_classifier_that_does_not_fit_the_request_is_refused(photos: Any, tmp_
     assert "holds model.arch=vit_tiny_patch16" in said
     assert "holds model.num_classes=3" in refused("evaluate", [*common, source, "model.num_classes=4"])
     two = refused("evaluate", [*common, f"dataset.val_data_sources={photos.two_classes}"])
-    assert f"dataset.val_data_sources has 2 classes, but {path} tells 3 classes apart" in two
+    assert f"dataset.val_data_sources has 2 classes, but {path} has 3 classes" in two
     said = refused("evaluate", [*common, source, "train.stage=pretrain"])
     assert "weights of another program" in said
 
@@ -195,7 +195,7 @@ def test_a_backbone_of_another_program_is_not_evaluated(tmp_path: Path) -> None:
         read_trained(load_spec(None), tmp_path / "f.pth", None)
 
 
-def test_training_names_the_weights_that_it_takes_and_the_patches_that_do_not_fit(
+def test_training_reports_loaded_weights_and_other_patch_sizes(
     photos: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=0)

@@ -111,7 +111,7 @@ def test_an_engine_its_sidecar_and_a_report(request_for, tmp_path, capsys):
     load_spec(tmp_path / "results" / "gen_trt_engine" / "experiment.yaml", action="gen_trt_engine")
 
 
-def test_names_without_a_suffix_are_taken_as_they_are(request_for, tmp_path):
+def test_names_without_a_suffix(request_for, tmp_path):
     """NVIDIA's SDK names output files after their keys."""
     (tmp_path / "model.onnx").rename(tmp_path / "export_onnx_file")
     engine = tmp_path / "out" / "gen_trt_engine_trt_engine"
@@ -128,14 +128,14 @@ def test_int8_is_calibrated_with_images(request_for, tmp_path, photos):
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["engine"]["data_type"] == "int8"
 
 
-def test_int8_is_calibrated_by_the_names_of_tao(request_for, tmp_path, photos, caplog):
-    """Six batches of two, shared by two folders; the cache is said to have no effect."""
+def test_int8_calibration_with_the_names_of_tao(request_for, tmp_path, photos, caplog):
+    """Six batches of two, shared by two folders; the cache has no effect."""
     names = {"cal_image_dir": [str(photos.plain)] * 2, "cal_batch_size": 2, "cal_batches": 6, "cal_cache_file": "c.bin"}
     calibration = {f"tensorrt.calibration.{name}": value for name, value in names.items()}
     request = request_for(**tensorrt(data_type="INT8"), **calibration)
     assert main(["gen_trt_engine", *request]) == 0
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["engine"]["data_type"] == "int8"
-    assert "calibration.cal_cache_file has no effect: the ranges are part of the engine" in caplog.text
+    assert "calibration.cal_cache_file has no effect because the ranges are part of the engine" in caplog.text
     spec = load_spec(None, request, action="gen_trt_engine")
     settings = spec.gen_trt_engine.tensorrt.calibration
     assert (settings.sources, settings.total, settings.batch_size) == ((str(photos.plain),) * 2, 12, 2)
@@ -148,11 +148,11 @@ def test_int8_is_calibrated_by_the_names_of_tao(request_for, tmp_path, photos, c
 
 def test_int8_needs_images(request_for, tmp_path, refused):
     text = refused("gen_trt_engine", request_for(**tensorrt(data_type="int8")))
-    assert "there are no images to calibrate with: gen_trt_engine.tensorrt.calibration.images is not set" in text
+    assert "there are no images: gen_trt_engine.tensorrt.calibration.images is not set" in text
     assert "export.quantize=int8" in text
     write_model(tmp_path / "model.onnx", card=None)
     text = refused("gen_trt_engine", request_for(**tensorrt(data_type="int8")))
-    assert "is not of mae export: how images are prepared for it is not known, so it cannot be calibrated" in text
+    assert "was not written by mae export: it cannot be calibrated, since its preprocessing is unknown" in text
     write_model(tmp_path / "model.onnx")
     missing = {"tensorrt.calibration.images": tmp_path / "none"}
     text = refused("gen_trt_engine", request_for(**tensorrt(data_type="int8"), **missing))
@@ -160,7 +160,7 @@ def test_int8_needs_images(request_for, tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_foreign_file_is_built_without_a_card(request_for, tmp_path):
+def test_a_foreign_file_is_built_without_metadata(request_for, tmp_path):
     write_model(tmp_path / "model.onnx", card=None)
     assert main(["gen_trt_engine", *request_for(**tensorrt(data_type="fp32"))]) == 0
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["card"] is None
@@ -191,25 +191,25 @@ def test_the_batches_of_the_engine(request_for, tmp_path, batch, changes, profil
         (tensorrt(max_batch_size=8), "gen_trt_engine.tensorrt.max_batch_size"),
     ],
 )
-def test_batches_that_the_file_does_not_take(request_for, tmp_path, refused, changes, key):
+def test_batch_sizes_that_the_file_does_not_support(request_for, tmp_path, refused, changes, key):
     write_model(tmp_path / "model.onnx", 4)
     text = refused("gen_trt_engine", request_for(**changes))
     value = next(iter(changes.values()))
-    assert f"{key} is {value}, but {tmp_path / 'model.onnx'} takes batches of 4 alone." in text
+    assert f"{key} is {value}, but {tmp_path / 'model.onnx'} takes batches of 4 only." in text
     assert "export.batch_size=-1" in text
 
 
 @pytest.mark.parametrize(
     ("changes", "notice"),
     [
-        ({"timing_cache": "t.cache"}, "timing_cache does not act: tensorrt_rtx times nothing while it builds."),
-        ({"gpu_id": 0}, "gpu_id does not act: the engine is built ahead of time, without a GPU."),
-        (tensorrt(layers_precision="[stem*:fp32]"), "layers_precision does not act: every node has the precision"),
-        ({"tensorrt.calibration.images": "photos"}, "calibration does not act: the engine is fp32."),
-        ({"batch_size": 4, **tensorrt(opt_batch_size=2)}, "opt_batch_size does not act: gen_trt_engine.batch_size=4"),
+        ({"timing_cache": "t.cache"}, "timing_cache has no effect: tensorrt_rtx does not time kernels"),
+        ({"gpu_id": 0}, "gpu_id has no effect: the engine is built without a GPU."),
+        (tensorrt(layers_precision="[stem*:fp32]"), "layers_precision has no effect: nodes have the precision"),
+        ({"tensorrt.calibration.images": "photos"}, "calibration has no effect: the engine is fp32."),
+        ({"batch_size": 4, **tensorrt(opt_batch_size=2)}, "opt_batch_size has no effect: gen_trt_engine.batch_size=4"),
     ],
 )
-def test_what_does_not_act_says_so(request_for, caplog, changes, notice):
+def test_options_without_effect_are_reported(request_for, caplog, changes, notice):
     with caplog.at_level(logging.WARNING, "openmae"):
         assert main(["gen_trt_engine", *request_for(**{**tensorrt(data_type="fp32"), **changes})]) == 0
     assert [message for message in caplog.messages if notice in message], f"no notice, but {caplog.messages}"
@@ -223,7 +223,7 @@ def test_the_default_data_type_without_a_gpu_is_fp16(request_for, tmp_path, capl
     assert json.loads((tmp_path / "out" / "model.engine.json").read_text())["engine"]["data_type"] == "fp16"
 
 
-def test_of_two_engines_the_faster_is_kept_FAKE_gpu(request_for, tmp_path, monkeypatch, capsys):
+def test_the_faster_of_two_engines_is_kept_FAKE_gpu(request_for, tmp_path, monkeypatch, capsys):
     """On a GPU both are built and timed; here the times are made up."""
     backend = choose_backend("tensorrt_rtx", ["sm_89"], 0)
     present = SimpleNamespace(
@@ -251,7 +251,7 @@ def test_of_two_engines_the_faster_is_kept_FAKE_gpu(request_for, tmp_path, monke
 
 
 @pytest.mark.parametrize(("error", "code"), [(RunError("It failed."), 1), (KeyboardInterrupt(), 130)])
-def test_a_failed_build_leaves_the_older_engine_alone(request_for, tmp_path, monkeypatch, error, code):
+def test_a_failed_build_keeps_the_old_engine(request_for, tmp_path, monkeypatch, error, code):
     engine = tmp_path / "out" / "model.engine"
     engine.parent.mkdir()
     engine.write_bytes(b"older")
@@ -266,7 +266,7 @@ def test_a_failed_build_leaves_the_older_engine_alone(request_for, tmp_path, mon
     assert status(tmp_path)[-1]["status"] == "FAILURE"
 
 
-def test_a_wrong_request_writes_nothing(request_for, tmp_path, refused):
+def test_invalid_input_writes_nothing(request_for, tmp_path, refused):
     assert "gen_trt_engine.compute_capability: current, or unset" in refused(
         "gen_trt_engine", request_for(compute_capability="[]")
     )
@@ -285,7 +285,7 @@ def test_a_wrong_request_writes_nothing(request_for, tmp_path, refused):
     older = tmp_path / "older.engine"
     older.write_bytes(b"older")
     text = refused("gen_trt_engine", request_for(trt_engine=older))
-    assert f"{older} exists, and is not replaced unasked." in text
+    assert f"{older} already exists." in text
     assert "gen_trt_engine.overwrite=true" in text
     assert older.read_bytes() == b"older"
     (tmp_path / "file").write_text("no folder")

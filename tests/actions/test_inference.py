@@ -41,7 +41,7 @@ def model_input(folder, names, size):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_embeddings_are_those_of_the_backbone_at_every_call(trained, family, photos, tmp_path):
+def test_embeddings_are_deterministic_and_those_of_the_backbone(trained, family, photos, tmp_path):
     run = trained(family, "pretrain")
     folder = infer(run.checkpoint, photos.plain, tmp_path)
     first = pq.read_table(folder / "embeddings.parquet")
@@ -92,7 +92,7 @@ def test_the_classes_found_are_printed(trained, photos, tmp_path, capsys):
     assert f"written{tmp_path}" in "".join(text.split()), "a long path may be wrapped"
 
 
-def test_a_folder_of_odd_photographs(trained, photos, tmp_path):
+def test_a_folder_of_odd_images(trained, photos, tmp_path):
     """Formats, modes, turned pictures, names with blanks, folders within folders, and files that are no pictures."""
     odd = tmp_path / "odd"
     (odd / "deep er" / "still").mkdir(parents=True)
@@ -121,7 +121,7 @@ def test_a_folder_of_odd_photographs(trained, photos, tmp_path):
         assert rows == 8
 
 
-def test_few_corrupt_files_are_left_out_and_listed(trained, photos, tmp_path, capsys):
+def test_few_corrupt_files_are_skipped_and_listed(trained, photos, tmp_path, capsys):
     shutil.copytree(photos.plain, tmp_path / "set")
     (tmp_path / "set" / "0.png").write_bytes((tmp_path / "set" / "0.png").read_bytes()[:60])
     checkpoint = trained("vit", "finetune").checkpoint

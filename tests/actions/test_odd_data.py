@@ -131,7 +131,7 @@ def test_files_that_are_not_read_are_named_at_the_start_and_in_every_report(
         assert "red/IMG_0.cr2" in page
 
 
-def test_a_validation_set_may_lack_a_class(photos, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validation_images_may_lack_a_class(photos, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sources = (f"dataset.train_data_sources={photos.train}", f"dataset.val_data_sources={photos.two_classes}")
     trained = run("train", tmp_path, *sources, *FINETUNE)
     assert (
@@ -147,7 +147,7 @@ def test_a_validation_set_may_lack_a_class(photos, tmp_path: Path, capsys: pytes
     assert "green" in page
 
 
-def test_a_loose_file_leaves_the_accuracy_of_the_others(
+def test_an_unlabelled_file_does_not_change_the_accuracy(
     photos, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "val"

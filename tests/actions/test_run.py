@@ -30,7 +30,7 @@ def statuses(run: Run) -> list[str]:
     return [line["status"] for line in read_status(run.folder / "status.json")]
 
 
-def test_the_status_tells_how_an_action_ended(spec):
+def test_the_status_reports_the_outcome(spec):
     with running(spec, "evaluate") as run:
         assert statuses(run) == ["STARTED"]
     assert statuses(run) == ["STARTED", "SUCCESS"]
@@ -48,7 +48,7 @@ def test_the_status_tells_how_an_action_ended(spec):
         (KeyboardInterrupt(), "train was interrupted", "WARNING"),
     ],
 )
-def test_a_failure_is_told_and_passed_on(spec, error, message, verbosity):
+def test_a_failure_is_reported_and_raised(spec, error, message, verbosity):
     with pytest.raises(type(error)), running(spec, "train") as run:
         raise error
     last = read_status(run.folder / "status.json")[-1]
@@ -79,7 +79,7 @@ def test_results_begin_with_the_spec_and_an_empty_list_of_corrupt_files(spec, tm
     assert load_spec(tmp_path / "experiment.yaml").results_dir == str(tmp_path)
 
 
-def test_blaming_names_the_key_and_keeps_kind_and_mend():
+def test_blaming_names_the_key_and_keeps_type_and_fix():
     with pytest.raises(DataError) as caught, blaming("dataset.val_data_sources"):
         raise DataError("It is empty.", "Fill it.")
     assert str(caught.value) == "dataset.val_data_sources: It is empty.\n  Fix: Fill it."
@@ -131,9 +131,14 @@ def test_the_orchestrator_replaces_numbers_of_the_spec(
 
 
 @pytest.mark.parametrize(
-    "streams", ["2>&1 >/dev/null | true", ">&- 2>&-", ">/dev/full 2>/dev/full"], ids=["pipe", "closed", "full"]
+    "streams",
+    [
+        pytest.param("2>&1 >/dev/null | true", id="pipe", marks=pytest.mark.slow),
+        pytest.param(">&- 2>&-", id="closed"),
+        pytest.param(">/dev/full 2>/dev/full", id="full", marks=pytest.mark.slow),
+    ],
 )
-def test_a_training_outlives_those_who_read_its_output(trained, tmp_path, streams):
+def test_a_training_survives_a_closed_output(trained, tmp_path, streams):
     words = [sys.executable, "-m", "openmae", "train", *trained("vit", "pretrain").overrides]
     command = " ".join(map(shlex.quote, [*words, f"results_dir={tmp_path}"]))
     script = f"set -o pipefail; {command} {streams}"
@@ -143,7 +148,7 @@ def test_a_training_outlives_those_who_read_its_output(trained, tmp_path, stream
 
 
 @pytest.mark.parametrize("action", ["train", "evaluate", "inference", "export"])
-def test_a_folder_that_another_run_writes_to_is_left_alone(action, spec, tmp_path):
+def test_a_folder_of_another_run_is_refused(action, spec, tmp_path):
     folder = tmp_path / action
     folder.mkdir()
     with locked_folder(folder, "results_dir"):

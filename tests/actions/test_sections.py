@@ -49,7 +49,7 @@ def test_after_evaluating(trained, photos, stage, texts, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "texts"),
-    [("pretrain", ("read_table", "dimensions")), ("finetune", ("Some of the images", "second class"))],
+    [("pretrain", ("read_table", "dimensions")), ("finetune", ("Examples", "second class"))],
 )
 def test_after_inference(trained, photos, stage, texts, tmp_path):
     spec = {
@@ -61,7 +61,7 @@ def test_after_inference(trained, photos, stage, texts, tmp_path):
     assert check(tmp_path / "inference" / "report.html", "OpenMAE inference", *texts, "Spec") == 1
 
 
-def test_classes_are_counted_as_they_should_be():
+def test_class_table():
     confusion = np.array([[3, 1, 0], [0, 2, 2], [0, 0, 0]])
     table = class_table(confusion, ["a", "b", "c"])
     rows = {row[0]: row[1:] for row in table.rows}

@@ -42,7 +42,7 @@ def assert_same_weights(ours, theirs) -> None:
     assert all(torch.equal(mine[name], value) for name, value in others.items()), f"{ours.name}: the weights differ"
 
 
-def test_pretraining_from_shards_equals_that_from_a_folder_also_when_resumed(photos, pattern, tmp_path):
+def test_shards_give_the_same_pretraining_as_a_folder_also_resumed(photos, pattern, tmp_path):
     loose, shards, resumed = (tmp_path / name for name in ("loose", "shards", "resumed"))
     run(photos.train, loose)
     run(

@@ -16,7 +16,7 @@ def test_errors_name_the_key(tmp_path):
     assert caught.value.fix
 
 
-def test_labels_are_taken_as_asked(photos):
+def test_labelled(photos):
     assert open_images(str(photos.train), "k", labelled=True).class_names == ("blue", "green", "red")
     assert open_images(str(photos.train), "k", labelled=None).class_names == ("blue", "green", "red")
     assert open_images(str(photos.train), "k", labelled=False).labels is None
@@ -31,10 +31,10 @@ def test_the_number_of_classes_comes_from_the_data(photos, caplog):
     assert class_count(load_spec(None, ["model.num_classes=3"]), index) == 3
     with pytest.raises(SpecError, match=r"model.num_classes is 4, but the data has 3 classes"):
         class_count(load_spec(None, ["model.num_classes=4"]), index)
-    with pytest.raises(DataError, match=r"two classes or more, but .* holds one: red"):
+    with pytest.raises(DataError, match=r"two classes or more, but .* has one: red"):
         class_count(load_spec(None), open_images(str(photos.one_class), "k", labelled=True))
 
 
-def test_long_lists_are_cut():
+def test_shorten():
     assert shorten(("a", "b")) == "a, b"
     assert shorten(tuple("abcdefgh")) == "a, b, c, d, e, f and 2 more"

@@ -45,7 +45,7 @@ def paint(path: Path, seed: int, mode: str = "RGB", size: tuple[int, int] = (48,
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_training_leaves(trained, family, stage):
+def test_results_of_training(trained, family, stage):
     run = trained(family, stage)
     arch = next(o for o in run.overrides if o.startswith("model.arch=")).partition("=")[2]
     steps = 2 if stage == "pretrain" else 3
@@ -64,7 +64,7 @@ def test_what_training_leaves(trained, family, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_status_log_is_the_contracts(trained, stage):
+def test_the_status_log_has_the_keys_of_the_contract(trained, stage):
     lines = read_status(trained("vit", stage).folder / "status.json")
     assert [line["status"] for line in lines] == ["STARTED", "RUNNING", "SUCCESS"]
     progress = {"epoch", "max_epoch", "step", "max_step", "time_per_epoch", "time_per_step", "eta"}
@@ -92,7 +92,7 @@ def test_the_resolved_spec_loads_back_and_runs_again(trained, stage, tmp_path):
     assert first == second
 
 
-def test_a_second_call_leaves_a_finished_run_as_it_is(trained, photos, capsys):
+def test_a_second_call_does_not_change_a_finished_run(trained, photos, capsys):
     run = trained("vit", "pretrain")
     before = {
         path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and path.name != "status.json"
@@ -111,7 +111,7 @@ def test_a_second_call_leaves_a_finished_run_as_it_is(trained, photos, capsys):
     (run.folder / "status.json").write_text("\n".join((run.folder / "status.json").read_text().splitlines()[:3]) + "\n")
 
 
-def test_more_epochs_go_on_from_the_newest_checkpoint(trained, photos, tmp_path, capsys):
+def test_more_epochs_resume_from_the_newest_checkpoint(trained, photos, tmp_path, capsys):
     run = trained("vit", "finetune")
     overrides = [o for o in run.overrides if not o.startswith("results_dir=")]
     assert main(["train", *overrides, f"results_dir={tmp_path}"]) == 0
@@ -129,7 +129,7 @@ def test_more_epochs_go_on_from_the_newest_checkpoint(trained, photos, tmp_path,
     assert "num_epochs: 2" in (folder / "experiment.yaml").read_text()
 
 
-def test_a_run_pauses_where_it_is_told_to(trained, tmp_path, capsys):
+def test_stop_after_epoch(trained, tmp_path, capsys):
     overrides = [o for o in trained("vit", "finetune").overrides if not o.startswith("results_dir=")]
     command = ["train", *overrides, f"results_dir={tmp_path}", "train.num_epochs=2"]
     assert main([*command, "train.stop_after_epoch=1"]) == 0
@@ -142,7 +142,7 @@ def test_a_run_pauses_where_it_is_told_to(trained, tmp_path, capsys):
     assert statuses == ["STARTED", "RUNNING", "SUCCESS", "STARTED", "SKIPPED", "STARTED", "RUNNING", "SUCCESS"]
 
 
-def test_a_finished_run_whose_end_was_cut_off_is_completed(trained, tmp_path):
+def test_a_finished_run_without_a_report_is_completed(trained, tmp_path):
     overrides = [o for o in trained("vit", "pretrain").overrides if not o.startswith("results_dir=")]
     assert main(["train", *overrides, f"results_dir={tmp_path}"]) == 0
     whole = (tmp_path / "train" / "backbone.safetensors").read_bytes()
@@ -154,7 +154,7 @@ def test_a_finished_run_whose_end_was_cut_off_is_completed(trained, tmp_path):
     assert read_status(tmp_path / "train" / "status.json")[-1]["status"] == "SUCCESS"
 
 
-def test_a_drawn_seed_is_written_down_and_kept_on_resuming(trained, tmp_path):
+def test_a_random_seed_is_recorded_and_kept_on_resume(trained, tmp_path):
     overrides = [o for o in trained("vit", "finetune").overrides if not o.startswith("results_dir=")]
     seeds = []
     for epochs in (1, 2):
@@ -164,7 +164,7 @@ def test_a_drawn_seed_is_written_down_and_kept_on_resuming(trained, tmp_path):
     assert seeds[0] == seeds[1] >= 0
 
 
-def test_the_best_checkpoint_is_the_metrics(trained):
+def test_the_best_checkpoint_has_the_best_metric(trained):
     folder = trained("vit", "finetune").folder
     best = torch.load(folder / "model_best.pth", weights_only=True)
     assert best["progress"]["best"] == max(
@@ -173,7 +173,7 @@ def test_the_best_checkpoint_is_the_metrics(trained):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pretrained_weights_are_taken_along(trained, family, tmp_path, capsys):
+def test_pretrained_weights_are_loaded(trained, family, tmp_path, capsys):
     source = trained(family, "pretrain").folder / "backbone.safetensors"
     overrides = [o for o in trained(family, "finetune").overrides if not o.startswith("results_dir=")]
     capsys.readouterr()  # the fixtures' own trainings may have printed
@@ -184,13 +184,13 @@ def test_pretrained_weights_are_taken_along(trained, family, tmp_path, capsys):
     assert "100" in text.partition("Weights: ")[2].splitlines()[0]
 
 
-def test_training_from_scratch_is_told(trained, tmp_path, capsys):
+def test_training_from_scratch_is_reported(trained, tmp_path, capsys):
     overrides = [o for o in trained("vit", "finetune").overrides if not o.startswith("results_dir=")]
     assert main(["train", *overrides, f"results_dir={tmp_path}"]) == 0
     assert "Notice: train.pretrained_model_path is empty: fine-tuning starts from scratch" in capsys.readouterr().err
 
 
-def test_pretraining_goes_on_from_pretrained_weights(trained, tmp_path):
+def test_pretraining_starts_from_pretrained_weights(trained, tmp_path):
     run = trained("vit", "pretrain")
     overrides = [o for o in run.overrides if not o.startswith("results_dir=")]
     more = [f"train.pretrained_model_path={run.checkpoint}", "train.optim.lr=1e-9", f"results_dir={tmp_path}"]
@@ -248,7 +248,7 @@ def test_a_table_of_labels(trained, tmp_path):
     assert torch.load(checkpoint, weights_only=True)["openmae"]["class_names"] == ["9", "10"]
 
 
-def test_another_request_is_not_answered_by_an_old_result(trained, refused):
+def test_a_finished_run_with_other_settings_is_refused(trained, refused):
     """A finished run with other settings in the same results_dir is refused, and nothing of it changes."""
     run = trained("vit", "finetune")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.folder.glob("*.pth"))
@@ -274,13 +274,13 @@ def test_an_option_that_is_newer_than_the_run_had_its_default():
         plan._compare_settings(earlier, other, finished=True)
 
 
-def test_an_unfinished_run_goes_on_with_other_settings_aloud(caplog):
+def test_an_unfinished_run_resumes_with_other_settings_and_a_warning(caplog):
     before = {"train": {"optim": {"lr": 0.1}, "num_epochs": 3, "pretrained_model_path": "a.pth"}, "dataset": {}}
     now = {"train": {"optim": {"lr": 0.2}, "num_epochs": 9}}
     infos = [CheckpointInfo("pretrain", ModelConfig("vit_tiny_patch16"), spec=spec) for spec in (before, now)]
     earlier = plan.Earlier("results_dir", Path("runs/train/model.pth"), infos[0], 1, None)
     plan._compare_settings(earlier, infos[1], finished=False)
-    assert "The run in runs/train goes on with other settings: train.optim.lr was 0.1 and is 0.2." in caplog.text
+    assert "The run in runs/train resumes with other settings: train.optim.lr was 0.1 and is 0.2." in caplog.text
     assert "pretrained_model_path" not in caplog.text, "a resumed run needs it no more"
 
 

@@ -15,7 +15,7 @@ from tests.helpers.simulation import loss, make_spec, make_worker, open_study
 from openmae.automl.algorithms import Algorithm, Member, WeightedSampler, next_member
 from openmae.automl.space import Parameter, Space, epochs_of, make_space
 from openmae.errors import SpecError
-from openmae.spec.automl import AutomlSpec
+from openmae.spec.sections.automl import AutomlSpec
 
 LR, MOMENTUM, SCHEDULER, GAMMA = (f"train.optim.{name}" for name in ("lr", "momentum", "lr_scheduler", "gamma"))
 TWO = Space((Parameter(LR, 1e-4, 1e-2, log=True, own=1e-3), Parameter(MOMENTUM, 0.8, 0.98, own=0.9)), {})

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from openmae.automl.algorithms import Algorithm
 from openmae.automl.space import Space, epochs_of, make_space
 from openmae.errors import SpecError
-from openmae.spec.describe import fields
+from openmae.spec.describe import fields, traits
 from openmae.spec.load import load_spec
-from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 
 OPTIM = "train.optim."
 FLAGGED = ["lr", "weight_decay", "momentum", "backbone_multiplier", "warmup_epochs"]
@@ -292,7 +292,7 @@ def _draws(spec: ExperimentSpec, count: int = 40) -> list[dict[str, Any]]:
     """Random draws; each of them is a training that the spec admits, or this raises."""
     space, study = make_space(spec), optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     found = [space.suggest(study.ask()) for _ in range(count)]
-    typed = {key: value_of(spec, key) for key in fields() if spec.typed(key) and not key.startswith("automl.")}
+    typed = {key: value_of(spec, key) for key in fields() if spec.is_set(key) and not key.startswith("automl.")}
     for params in found:
         load_spec(None, [f"{key}={value}" for key, value in {**typed, **params}.items()], action="train")
     return found
@@ -382,7 +382,7 @@ def test_user_range_that_breaks_a_rule_is_rejected() -> None:
     assert "0.8 leaves 0 of 4 visible" in problem
     widths = {WIDTH: [100, 128, 256]}
     problem = _refused("model.arch=vit_tiny_patch16", parameters=[WIDTH], ranges=widths)
-    assert "must be a multiple of 32, a head's width, got 100. Use 96." in problem
+    assert "must be a multiple of 32, the width of an attention head, got 100. Use 96." in problem
     rates = [OPTIM + "lr", OPTIM + "base_lr"]
     problem = _refused(parameters=rates, ranges={OPTIM + "base_lr": [1e-4, 1e-2]})
     assert "both set the learning rate" in problem
@@ -431,9 +431,8 @@ def test_every_draw_of_a_default_space_is_a_valid_spec(stage: str, epochs: int, 
 def _with_ranges(stage: str) -> list[str]:
     """All options that say where good values lie, and act in a stage."""
     found = []
-    for key, field in fields().items():
-        extra = field.json_schema_extra
-        if not isinstance(extra, dict) or extra["search"] is None or key.endswith("max_scale"):
+    for key in fields():
+        if traits(key).search is None or key.endswith("max_scale"):
             continue
         with contextlib.suppress(SpecError):
             make_space(_spec(stage=stage, parameters=[key]))

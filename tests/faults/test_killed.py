@@ -86,7 +86,7 @@ def test_a_killed_loader_ends_the_run_and_it_goes_on(server: Server, photos: Pat
         os.kill(child, signal.SIGKILL)
         break
     assert training.code() == 1, training.text
-    assert "A process that loads images was ended from outside" in training.text
+    assert "A worker that loads images was killed" in training.text
     assert "dataset.num_workers_per_gpu" in training.text
     assert "Traceback" not in training.text
     assert last_status(folder) == "FAILURE"

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmae.errors import CheckpointError, SpecError
-from openmae.jobs.parameters import FILLED, Filled, Parent, fill, merge, nested
-from openmae.spec.schema import ACTIONS
+from openmae.jobs.parameters import Filled, Parent, fill, merge, nested
+from openmae.spec.actions import ACTIONS, TABLE
 
 _KEYS = {
     "train.num_epochs": "num_epochs",
@@ -125,11 +125,11 @@ def _filled(action: str, typed: dict[str, Any], parent: Parent | None, own: str 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_every_key_of_the_table_is_explained(action: str) -> None:
     filled = _filled(action, {}, None)
-    assert {"encryption_key", "results_dir", *FILLED[action]} == set(filled.origins)
+    assert {"encryption_key", "results_dir", *TABLE[action].filled} == set(filled.origins)
     assert filled.values["results_dir"] == "/jobs/1/results"
     assert filled.origins["results_dir"].function == "output_dir"
     assert filled.origins["encryption_key"].function == "key"
-    for key, function in FILLED[action].items():
+    for key, function in TABLE[action].filled.items():
         assert filled.origins[key].function == function
         assert filled.origins[key].why
 

@@ -89,7 +89,6 @@ class TestTexts:
         assert text("ACC_all", 0.9342, 0.5) == "93.4 %"
         assert text("knn_acc", 0.9345, 0.9349) == "93.45 %", "two results that differ look alike"
         assert text("train_loss", 0.9345, 0.5) == "0.9345"
-        assert text("ACC_all", 93.45, 50.0) == "93.45", "no share, yet written as one"
 
     def test_numbers_are_short(self) -> None:
         numbers = [0, 4, 0.05, 0.00031, 1e-5, 123456, 2e6, 0.9345678]

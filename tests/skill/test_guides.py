@@ -15,8 +15,8 @@ import yaml
 from openmae.cli.main import main
 from openmae.jobs.policy import route
 from openmae.skill import FOLDER
+from openmae.spec.actions import ACTIONS
 from openmae.spec.load import load_spec
-from openmae.spec.schema import ACTIONS
 
 GUIDES = {
     path.name: path.read_text(encoding="utf-8") for path in (FOLDER / "SKILL.md", *FOLDER.rglob("tao-deploy-*.md"))
@@ -54,7 +54,7 @@ def specs(place: Path) -> Path:
     return place
 
 
-def test_the_guides_are_read_whole():
+def test_the_guides_are_parsed_completely():
     assert {language for _, language, _ in BLOCKS} == {"bash", "yaml", "python", "console"}
     assert len(SPECS) == sum(language == "yaml" for _, language, _ in BLOCKS), "a YAML block without its head"
     assert LINES[:3] == INSTALLATION, "the quick start of NVIDIA's skill bank"
@@ -105,7 +105,7 @@ def test_every_command_can_be_resolved(words, specs, capsys):
 
 
 @pytest.mark.parametrize(("command", "printed"), PRINTED, ids=[command for command, _ in PRINTED])
-def test_errors_are_what_is_printed(command, printed, specs, capsys, monkeypatch):
+def test_quoted_errors_match_the_output(command, printed, specs, capsys, monkeypatch):
     for name in ("WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):  # of a launch in this process
         monkeypatch.delenv(name, raising=False)
     if "pretrain.yaml" in command:  # it speaks of a run that is there
@@ -119,7 +119,7 @@ def test_errors_are_what_is_printed(command, printed, specs, capsys, monkeypatch
 
 
 @pytest.mark.slow(reason="trains six times, exports and builds an engine")
-def test_the_commands_run_as_they_stand(specs):
+def test_the_commands_run(specs):
     for words in COMMANDS:
         done = subprocess.run(
             [sys.executable, "-m", "openmae", *words[1:]], capture_output=True, text=True, check=False
@@ -151,7 +151,7 @@ def test_the_policy_example_runs(capsys):
     assert "plain training" in capsys.readouterr().out
 
 
-def test_the_overrides_are_right():
+def test_the_overrides_are_valid():
     (code,) = python_blocks("S3_TRAIN")
     names: dict = {}
     exec(compile(code, "SKILL.md", "exec"), names)
@@ -182,7 +182,7 @@ def test_the_ranges_for_other_runners_are_legal():
     assert warmup["valid_max"] < schema["default"]["train"]["num_epochs"]
 
 
-def test_the_evals_say_what_the_policy_does(tmp_path):
+def test_the_evals_agree_with_the_policy(tmp_path):
     cases = json.loads((FOLDER / "evals/evals.json").read_text())
     assert len(cases) >= 8
     for case in cases:
@@ -212,4 +212,4 @@ def test_templates_can_be_filled_in_and_used(place):
         for section, values in filled[action].items():
             spec[section].update(values)
         resolved = load_spec(spec, action=action)
-        assert not (action != "train" and resolved.typed("model.arch")), "the checkpoint decides the architecture"
+        assert not (action != "train" and resolved.is_set("model.arch")), "the checkpoint decides the architecture"

@@ -1,4 +1,4 @@
-"""What is generated is as it would be made now, ships in the wheel, and can be copied out."""
+"""The generated files are up to date, ship in the wheel, and can be installed elsewhere."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from openmae import __version__
 from openmae.cli.parser import Parser
 from openmae.cli.skill import add_arguments
 from openmae.errors import UserError
-from openmae.jobs import parameters
 from openmae.skill import COMMAND, FOLDER, NAME
-from openmae.skill.info import SHORTHANDS, skill_info
+from openmae.skill.info import skill_info
 from openmae.skill.package import build, differences, render
-from openmae.spec.schema import ACTIONS
+from openmae.spec.actions import ACTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,12 +36,12 @@ def run(*argv: str) -> None:
     args.run(args)
 
 
-def test_the_committed_skill_is_as_it_would_be_made():
+def test_the_committed_skill_is_up_to_date():
     wrong = differences()
-    assert not wrong, f"{', '.join(wrong)} in {FOLDER} is not what would be made now: run `{COMMAND}`"
+    assert not wrong, f"{', '.join(wrong)} in {FOLDER} is outdated: run `{COMMAND}`"
 
 
-def test_building_mends_what_differs(skill):
+def test_build_updates_outdated_files(skill):
     (skill / "schemas/train.schema.json").write_text("{}")
     (skill / "references/spec_template_export.yaml").unlink()
     (skill / "SKILL.md").write_text(
@@ -52,18 +51,18 @@ def test_building_mends_what_differs(skill):
     broken = ["SKILL.md", "references/spec_template_export.yaml", "schemas/train.schema.json"]
     assert differences(skill) == [*broken[:1], "notes.txt", *broken[1:]]
     assert sorted(build(skill)) == broken
-    assert differences(skill) == ["notes.txt"], "a file that nobody knows is not ours to delete, but is said"
+    assert differences(skill) == ["notes.txt"], "an unknown file is reported and not deleted"
     assert build(skill) == []
 
 
-def test_a_place_that_nothing_fills_is_an_error(skill):
+def test_an_unknown_placeholder_is_an_error(skill):
     path = skill / "SKILL.md"
     path.write_text(path.read_text().replace("generated: data", "generated: dates"))
-    with pytest.raises(UserError, match="nothing fills a place named 'dates'"):
+    with pytest.raises(UserError, match="there is no generated part 'dates'"):
         render(skill)
 
 
-def test_the_version_is_the_package_s():
+def test_the_version_is_that_of_the_package():
     front = yaml.safe_load((FOLDER / "SKILL.md").read_text().split("---\n")[1])
     assert front["metadata"]["version"] == __version__
 
@@ -75,12 +74,11 @@ def test_every_action_has_its_files():
         assert all((FOLDER / path).is_file() for path in entry.values()), entry
 
 
-def test_shorthands_are_those_of_jobs():
-    assert set(SHORTHANDS) == set(parameters._SHORTHANDS)
+def test_shorthands():
     assert skill_info()["spec_shorthand_keys"]["image_size"] == "dataset.augmentation.input_size"
 
 
-def test_spec_params_are_the_contract_s_table():
+def test_spec_params_are_those_of_the_contract():
     expected = {
         "train": {
             "encryption_key": "key",
@@ -116,7 +114,7 @@ def test_spec_params_are_the_contract_s_table():
     assert skill_info()["spec_params"] == expected
 
 
-def test_install_copies_it_and_replaces_only_when_asked(tmp_path, capsys):
+def test_install_replaces_only_with_overwrite(tmp_path, capsys):
     run("install", str(tmp_path / "skills"))
     target = tmp_path / "skills" / NAME
     assert capsys.readouterr().out == f"{target}\n"
@@ -132,7 +130,7 @@ def test_install_copies_it_and_replaces_only_when_asked(tmp_path, capsys):
         run("install", str(tmp_path / "other"), "--overwrite")
 
 
-def test_validate_says_every_breach(skill, capsys):
+def test_validate_reports_every_breach(skill, capsys):
     run("validate", str(skill))
     assert "is valid." in capsys.readouterr().out
     (skill / "schemas/manifest.json").unlink()
@@ -152,7 +150,7 @@ def test_the_commands_import_nothing_heavy_before_they_run():
     assert done.stdout == "[]\n"
 
 
-def test_the_wheel_holds_it(tmp_path):
+def test_the_wheel_contains_the_skill(tmp_path):
     pytest.importorskip("hatchling", reason="builds the wheel without a network")
     code = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

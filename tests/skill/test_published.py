@@ -27,7 +27,7 @@ def test_every_file_is_tried():
 
 
 @pytest.mark.parametrize(("name", "action", "overrides"), CASES)
-def test_it_passes_the_check_and_means_what_it_says(name, action, overrides, capsys):
+def test_published_specs_resolve_to_their_values(name, action, overrides, capsys):
     code = main(["spec", "check", "-e", str(PUBLISHED / name), "--action", action, *overrides])
     printed = capsys.readouterr()
     assert code == 0, printed.err
@@ -46,6 +46,6 @@ def test_it_passes_the_check_and_means_what_it_says(name, action, overrides, cap
         assert resolved["gen_trt_engine"]["trt_engine"] == "/results/mae/gen_trt_engine/model.engine"
 
 
-def test_a_missing_value_of_the_example_is_asked_for(capsys):
+def test_a_missing_value_of_an_example_is_reported(capsys):
     assert main(["spec", "check", "-e", str(PUBLISHED / "finetune.yaml"), "--action", "evaluate"]) == 2
     assert "evaluate.checkpoint (line 19): `mae evaluate` needs it" in capsys.readouterr().err

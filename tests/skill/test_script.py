@@ -42,7 +42,7 @@ def status(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "status.json").read_text().splitlines()]
 
 
-def test_a_wrong_request_is_2_and_stands_in_status_json(tmp_path):
+def test_invalid_input_exits_with_2_and_is_in_status_json(tmp_path):
     done = start("train", {"results_dir": str(tmp_path / "out"), "train": {"num_epochs": 0}}, tmp_path)
     assert done.returncode == 2, done.stderr
     assert "train.num_epochs (line 3): must be an integer >= 1, got 0." in done.stderr
@@ -51,7 +51,7 @@ def test_a_wrong_request_is_2_and_stands_in_status_json(tmp_path):
     assert "must be an integer >= 1, got 0" in line["message"]
 
 
-def test_missing_data_are_told_once(tmp_path):
+def test_missing_data_is_reported_once(tmp_path):
     spec = {"results_dir": str(tmp_path / "out"), "dataset": {"train_data_sources": str(tmp_path / "none")}}
     assert start("train", spec, tmp_path).returncode == 2
     lines = status(tmp_path / "out" / "train")
@@ -60,13 +60,13 @@ def test_missing_data_are_told_once(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [(), ("train",), ("train", "a.yaml", "b=1")])
-def test_wrong_arguments_are_2(arguments):
+def test_wrong_arguments_exit_with_2(arguments):
     done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "usage: run_action.py ACTION SPEC.yaml\n")
 
 
 @pytest.mark.parametrize("text", [None, "train: [", "- 1", "train: 1", "results_dir: s3://bucket/x\n"])
-def test_where_nobody_knows_the_folder_the_exit_code_is_true(text, tmp_path):
+def test_the_exit_code_without_a_results_folder(text, tmp_path):
     if text is not None:
         (tmp_path / "a.yaml").write_text(text)
     done = subprocess.run(
@@ -111,7 +111,7 @@ def test_sigterm_writes_a_checkpoint_first(place):
     assert status(place / "out/train")[-1]["status"] == "FAILURE"
 
 
-def test_a_folder_that_cannot_be_written_leaves_the_exit_code_true(tmp_path):
+def test_the_exit_code_with_a_read_only_folder(tmp_path):
     (tmp_path / "file").write_text("")
     done = start("train", {"results_dir": str(tmp_path / "file"), "train": {"num_epochs": 0}}, tmp_path)
     assert done.returncode == 2, done.stderr
@@ -132,7 +132,7 @@ def check_tuning(done: list, longer: tuple, base: dict) -> None:
     assert written == list(range(epochs + 1, 2 * epochs + 1)), "it began anew and did not resume"
 
 
-def test_a_runner_that_knows_the_contract_tunes(place):
+def test_a_runner_by_the_contract_tunes(place):
     """The mechanism, on a handful of pictures."""
     skill = Path(shutil.copytree(FOLDER, place / "skills" / NAME))
     base = SMALL | {
@@ -143,7 +143,7 @@ def test_a_runner_that_knows_the_contract_tunes(place):
 
 
 @pytest.mark.slow(reason="installs the wheel and all that it needs into a new environment, then trains five times")
-def test_in_a_fresh_environment_with_the_wheel_alone(tmp_path, monkeypatch):
+def test_in_a_fresh_environment_with_only_the_wheel(tmp_path, monkeypatch):
     """Done when: wheel, install, validate, four trials on the quickstart's digits."""
     pytest.importorskip("hatchling", reason="builds the wheel")
     monkeypatch.delenv("PYTHONPATH", raising=False)

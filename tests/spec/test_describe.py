@@ -2,12 +2,12 @@ import pytest
 import yaml
 
 from openmae.errors import UserError
-from openmae.spec.describe import REQUIRED, fields, keys_table, sections, template
+from openmae.spec.actions import ACTIONS, TABLE
+from openmae.spec.describe import fields, keys_table, sections, template
 from openmae.spec.load import load_spec, to_dict
-from openmae.spec.schema import ACTIONS
 
 
-def test_the_table_tells_type_default_bounds_and_help():
+def test_keys_table():
     rows = {row.key: row for row in keys_table()}
     assert set(rows) == set(fields())
     assert rows["train.optim.lr"][1:4] == ("number", "0.0002", "> 0 and <= 1")
@@ -25,7 +25,7 @@ def test_the_table_tells_type_default_bounds_and_help():
     assert all(row.help for row in rows.values())
 
 
-def test_the_table_of_an_action_leaves_other_actions_out():
+def test_keys_table_of_an_action():
     keys = {row.key.split(".")[0] for row in keys_table("evaluate")}
     assert "evaluate" in keys
     assert not {"inference", "export", "gen_trt_engine"} & keys
@@ -42,13 +42,13 @@ def test_sections():
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_a_template_loads_once_it_is_filled_in(action, caplog):
+def test_a_completed_template_loads(action, caplog):
     text = template(action)
-    assert text.count("???") - 1 == len(REQUIRED[action])  # the header names ??? too
+    assert text.count("???") - 1 == len(TABLE[action].required)  # the header names ??? too
     spec = load_spec(yaml.safe_load(text.replace(": ???", ": path")), action=action)
     assert not caplog.records
     assert all(line == line.rstrip() for line in text.splitlines())
-    groups = [f"{group[0]}=path" for group in REQUIRED[action]]
+    groups = [f"{group[0]}=path" for group in TABLE[action].required]
     assert to_dict(spec) == to_dict(load_spec(None, groups, action))
 
 

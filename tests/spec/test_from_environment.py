@@ -46,25 +46,25 @@ def test_the_recorded_spec_refers_to_variables_and_loads_back():
     assert to_yaml(again) == text
 
 
-def test_a_spec_that_is_given_again_still_refers_to_variables():
+def test_a_reloaded_spec_keeps_references():
     again = load_spec(load_spec(SPEC), ["wandb.name=mine"])
     assert VALUE not in to_yaml(again)
     assert to_dict(again)["wandb"]["name"] == "mine"
     assert again.encryption_key == VALUE
 
 
-def test_a_variable_that_another_function_takes(monkeypatch):
+def test_a_reference_inside_another_resolver(monkeypatch):
     spec = load_spec({"model_name": "${oc.decode:${oc.env:MAE_SECRET}}"})
     assert spec.model_name == VALUE
     assert to_dict(spec)["model_name"] == "${oc.decode:${oc.env:MAE_SECRET}}"
 
 
-def test_a_spec_without_variables_is_recorded_as_it_is():
+def test_a_spec_without_variables_is_recorded_unchanged():
     spec = load_spec({"results_dir": "a", "train": {"results_dir": "${results_dir}/b"}})
     assert to_dict(spec)["train"]["results_dir"] == "a/b"
     assert not spec.shown
 
 
-def test_variables_that_are_referred_to():
+def test_environment_of_references():
     values = ["${oc.env:MAE_SECRET}/x", ["${oc.env: MAE_COUNT,1}", "${oc.env:MAE_UNSET}"], 3]
     assert environment_of(values) == {"MAE_SECRET": VALUE, "MAE_COUNT": "3"}

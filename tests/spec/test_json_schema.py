@@ -12,10 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from openmae.errors import UserError
-from openmae.spec.describe import REQUIRED, fields
+from openmae.spec.actions import ACTIONS, TABLE
+from openmae.spec.describe import fields
 from openmae.spec.json_schema import action_schema, leaves
 from openmae.spec.load import load_spec
-from openmae.spec.schema import ACTIONS, ExperimentSpec
+from openmae.spec.schema import ExperimentSpec
 
 PUBLISHED = list(
     csv.DictReader((Path(__file__).parent / "data/published_keys.tsv").open(), delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -109,7 +110,7 @@ def test_a_node_is_of_one_type_and_no_collection_is_empty(action):
     assert "dataset.segment" not in found
 
 
-def test_what_a_schema_has_no_place_for_still_loads():
+def test_options_outside_the_schema_still_load():
     spec = load_spec(
         {
             "dataset": {
@@ -180,7 +181,7 @@ def is_legal(key: str, value: object) -> bool:
 
 
 @pytest.mark.parametrize("key", [key for key, leaf in leaves(SCHEMAS["train"]).items() if "minimum" in leaf])
-def test_bounds_are_those_that_the_spec_keeps(key):
+def test_bounds_are_those_of_the_spec(key):
     """What the schema allows is legal, and what it forbids is not: bound by bound."""
     leaf = leaves(SCHEMAS["train"])[key]
     whole = "int" in (leaf.get("type"), *(part["type"] for part in leaf.get("anyOf", ())))
@@ -198,13 +199,13 @@ def test_bounds_are_those_that_the_spec_keeps(key):
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_the_default_is_a_template_that_loads(action):
+def test_the_default_loads(action):
     spec = copy.deepcopy(SCHEMAS[action]["default"])
     sources = {"train": "train", "evaluate": "val", "inference": "test"}
     if action in sources:
         assert spec["dataset"][f"{sources[action]}_data_sources"] == ""
         spec["dataset"][f"{sources[action]}_data_sources"] = "photos"
-    for group in REQUIRED[action]:
+    for group in TABLE[action].required:
         section, name = group[0].split(".", 1)
         if section == action:
             assert spec[section][name] == "???", group[0]
@@ -214,7 +215,7 @@ def test_the_default_is_a_template_that_loads(action):
         unset = load_spec({"dataset": {"train_data_sources": "photos"}}, action="train")
         assert loaded.model_dump() == unset.model_dump(), "the template changes what acts"
     else:
-        assert not any(loaded.typed(key) for key in fields() if key.startswith(("model.", "train.")))
+        assert not any(loaded.is_set(key) for key in fields() if key.startswith(("model.", "train.")))
 
 
 def test_no_template_has_a_checkpointer():
@@ -223,7 +224,7 @@ def test_no_template_has_a_checkpointer():
 
 
 @pytest.mark.parametrize("alias", ["mask_ratio", "norm_pix_loss"])
-def test_a_key_with_two_places_is_in_neither_template(alias):
+def test_aliased_keys_are_in_no_template(alias):
     """Else setting one place in a template would contradict the other."""
     found = leaves(SCHEMAS["train"])
     for section in ("model", "train"):
@@ -236,7 +237,7 @@ def test_a_key_with_two_places_is_in_neither_template(alias):
         assert getattr(load_spec(spec, action="train").model, alias) == value
 
 
-def test_what_is_popular_stands_apart():
+def test_popular_options():
     popular = SCHEMAS["train"]["popular"]
     assert popular["train"]["optim"]["lr"] == 2e-4
     assert popular["model"] == {"arch": "convnextv2_base"}
@@ -276,7 +277,7 @@ def standard(node: dict) -> dict:
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_another_library_reads_it_the_same_way(action):
+def test_jsonschema_agrees(action):
     jsonschema = pytest.importorskip("jsonschema", reason="an independent reader of JSON Schema")
     schema = standard(SCHEMAS[action])
     validator = jsonschema.Draft202012Validator(schema)

@@ -11,8 +11,8 @@ from openmae.errors import SpecError
 from openmae.spec import yaml_reader
 from openmae.spec.describe import choices, fields
 from openmae.spec.load import find_refusals, load_spec, to_dict, to_yaml
-from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 
 TRAIN = ["dataset.train_data_sources=photos"]
 FINETUNE = [*TRAIN, "train.stage=finetune", "dataset.batch_size=8"]
@@ -63,12 +63,12 @@ def test_published_specs_load_unchanged(write):
         action="train",
     )
     assert spec.train.gpu_ids == (0, 1, 2, 3)
-    assert spec.typed("model.num_classes")
-    assert not spec.typed("evaluate.checkpoint")
+    assert spec.is_set("model.num_classes")
+    assert not spec.is_set("evaluate.checkpoint")
     assert spec.evaluate.checkpoint == ""
 
 
-def test_numbers_as_people_mean_them(write):
+def test_numbers_in_yaml(write):
     path = write("""\
         train: {optim: {lr: 1e-4, weight_decay: .5}, num_epochs: 1e2}
         wandb: {name: 007, group: 2026-01-31, entity: 12:30, run_id: 5}
@@ -79,22 +79,22 @@ def test_numbers_as_people_mean_them(write):
     assert (wandb.name, wandb.group, wandb.entity, wandb.run_id) == ("007", "2026-01-31", "12:30", "5")
 
 
-def test_an_empty_file_and_nothing_are_the_defaults(write):
+def test_an_empty_file_gives_the_defaults(write):
     assert to_dict(load_spec(write(""))) == to_dict(load_spec(None)) == to_dict(load_spec({}))
 
 
 def test_null_unsets(write):
     path = write("train: {pretrained_model_path: null, num_epochs: 3}\nmodel:\n")
-    assert not load_spec(path).typed("train.pretrained_model_path")
+    assert not load_spec(path).is_set("train.pretrained_model_path")
     assert load_spec(path, ["train.num_epochs="]).train.num_epochs == 10
 
 
-def test_a_key_twice_names_both_lines(write):
+def test_a_duplicate_key_names_both_lines(write):
     text = mistakes(write("train:\n  num_epochs: 1\nmodel:\n  arch: vit_base_patch16\ntrain:\n  seed: 3\n"))
-    assert "train (line 5): stands twice, on lines 1 and 5. Keep one" in text
+    assert "train (line 5): occurs twice, on lines 1 and 5. Keep one" in text
 
 
-def test_a_key_twice_hides_what_may_follow_from_it(write):
+def test_a_duplicate_key_hides_its_consequences(write):
     path = write("dataset: {train_data_sources: photos}\ndataset: {batch_size: 2}\n")
     assert "has a mistake:" in mistakes(path, action="train")
 
@@ -115,7 +115,7 @@ def test_broken_yaml(write, text, message):
     assert mistakes(path).startswith(f"{path} {message}")
 
 
-def test_files_that_are_no_spec(tmp_path):
+def test_files_that_are_not_specs(tmp_path):
     assert "There is no spec file" in mistakes(tmp_path / "nope.yaml")
     assert "is a folder, not a spec file" in mistakes(tmp_path)
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
@@ -129,8 +129,8 @@ def test_a_spec_that_is_a_pipe_a_device_or_huge(tmp_path, monkeypatch):
     assert "pipe.yaml cannot be read: it is a pipe that nothing is written to." in mistakes(tmp_path / "pipe.yaml")
     assert "endless.yaml cannot be read: it is a device, not a regular" in mistakes(tmp_path / "endless.yaml")
     (tmp_path / "large.yaml").write_bytes(b"#" * 2000)
-    monkeypatch.setattr(yaml_reader, "_LARGEST_FILE", 1000)
-    assert "large.yaml has more than 0.001 MB, too much for a spec" in mistakes(tmp_path / "large.yaml")
+    monkeypatch.setattr(yaml_reader, "_MAX_FILE_SIZE", 1000)
+    assert "large.yaml has more than 0.001 MB, which is too large for a spec" in mistakes(tmp_path / "large.yaml")
 
 
 def test_a_spec_from_a_pipe():
@@ -171,10 +171,10 @@ def test_interpolation(write, monkeypatch):
 
 def test_interpolation_of_something_missing_is_missing(write):
     path = write("evaluate:\n  checkpoint: ${train.pretrained_model_path}\ntrain:\n  pretrained_model_path: ???\n")
-    assert not load_spec(path).typed("evaluate.checkpoint")
+    assert not load_spec(path).is_set("evaluate.checkpoint")
 
 
-def test_interpolations_that_lead_nowhere_are_named():
+def test_invalid_interpolations_are_reported():
     text = mistakes(
         {
             "train": {"pretrained_model_path": "${nope.key}", "results_dir": "${train.results_dir}"},
@@ -189,7 +189,7 @@ def test_interpolations_that_lead_nowhere_are_named():
     assert "evaluate.checkpoint: '${oc.env:MAE_NOT_SET_ANYWHERE}' cannot be resolved: Environment" in text
 
 
-def test_the_users_mapping_stays_as_it_was():
+def test_a_given_mapping_is_not_changed():
     source = {"train": {"freeze": ["${model.arch}"], "mask_ratio": 0.5}}
     assert load_spec(source).train.freeze == ("convnextv2_base",)
     assert source == {"train": {"freeze": ["${model.arch}"], "mask_ratio": 0.5}}
@@ -203,7 +203,7 @@ def test_overrides_replace_the_file(write):
     spec = load_spec(path, ["train.optim.lr=2e-3", "train.gpu_ids=[2,3]", "dataset.augmentation={hflip: 0}"])
     assert (spec.train.num_epochs, spec.train.optim.lr, spec.train.num_gpus) == (3, 2e-3, 2)
     assert spec.dataset.augmentation.hflip == 0
-    assert spec.typed("dataset.augmentation.hflip")
+    assert spec.is_set("dataset.augmentation.hflip")
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_overrides_replace_the_file(write):
         ("train.gpu_ids=[1", "train.gpu_ids: '[1' is not valid YAML"),
         (
             "dataset.train_data_sources=caf\udce9",
-            "dataset.train_data_sources: 'caf\\udce9' holds bytes that are not UTF-8. Rename it, or, of a data source, "
-            "write caf\\xe9.",
+            "dataset.train_data_sources: 'caf\\udce9' contains bytes that are not UTF-8. Rename it, or write caf\\xe9 "
+            "for a data source.",
         ),
         ("train=3", "train (override): is a section and must have keys below it, got 3."),
         ("nothing=3", "nothing (override): there is no such key. `mae spec keys` lists all keys."),
@@ -275,7 +275,7 @@ def test_overrides_and_yaml_round_trip(lr, epochs, flip, freeze, name, tmp_path)
         (["model.mask_ratio=.5", "model.drop_path_rate=.3", "train.optim.beta2=.9"], (0.5, 1, 512, 0.3, 0.9)),
     ],
 )
-def test_the_architecture_and_the_stage_decide_what_is_unset(overrides, expected):
+def test_dependent_defaults(overrides, expected):
     spec = load_spec(None, ["dataset.batch_size=2", *overrides])
     model = spec.model
     decoder = (model.decoder_depth, model.decoder_embed_dim)
@@ -295,14 +295,14 @@ def test_mean_and_std_follow_the_channels(channels, mean, std):
     assert (augment.mean, augment.std) == (mean, std)
 
 
-def test_the_two_places_of_mask_ratio_and_norm_pix_loss():
+def test_aliases_of_mask_ratio_and_norm_pix_loss():
     spec = load_spec({"train": {"mask_ratio": 0.5, "norm_pix_loss": False}})
     assert (spec.model.mask_ratio, spec.model.norm_pix_loss) == (0.5, False)
-    assert spec.typed("model.mask_ratio")
+    assert spec.is_set("model.mask_ratio")
     load_spec({"train": {"mask_ratio": 0.5}, "model": {"mask_ratio": 0.5}})
 
 
-def test_gpus_follow_what_was_typed():
+def test_num_gpus_and_gpu_ids_follow_each_other():
     def gpus(*overrides):
         train = load_spec(None, overrides).train
         return train.num_gpus, train.gpu_ids
@@ -314,7 +314,7 @@ def test_gpus_follow_what_was_typed():
     assert gpus("train.gpu_ids=[3]", "train.num_gpus=1") == (1, (3,))
 
 
-def test_the_resolved_spec_loads_back_as_it_was(tmp_path, caplog):
+def test_the_resolved_spec_loads_back_unchanged(tmp_path, caplog):
     overrides = [*FINETUNE, "model.arch=vit_tiny_patch16", "train.num_gpus=2", "train.optim.base_lr=1e-3"]
     spec = load_spec(None, [*overrides, "train.optim.lr_scheduler=cosine"], "train")
     text = to_yaml(spec)
@@ -332,12 +332,12 @@ def test_a_spec_can_be_loaded_again_with_other_overrides():
     spec = load_spec(None, ["model.arch=vit_base_patch16", "train.num_gpus=4"]).replaced({"model.num_classes": 7})
     again = load_spec(spec, ["model.arch=hiera_tiny_224", "train.num_gpus=2"])
     assert (again.model.mask_ratio, again.train.gpu_ids, again.model.num_classes) == (0.6, (0, 1), 7)
-    assert again.typed("model.arch")
-    assert not again.typed("model.num_classes")
-    assert not again.typed("model.mask_ratio")
+    assert again.is_set("model.arch")
+    assert not again.is_set("model.num_classes")
+    assert not again.is_set("model.mask_ratio")
 
 
-def test_refusals_of_other_values_leave_out_the_specs_own_faults():
+def test_find_refusals_ignores_existing_problems():
     """Wherever these stand among the others."""
     spec = load_spec(None, ["model.arch=convnextv2_atto", "dataset.train_data_sources=photos"], "train")
     spec = spec.replaced({"train.optim.monitor_name": "val_loss"})
@@ -347,7 +347,7 @@ def test_refusals_of_other_values_leave_out_the_specs_own_faults():
 
 
 @pytest.mark.parametrize("change", [str.upper, str.lower, str.title], ids=["upper", "lower", "title"])
-def test_choices_are_taken_in_any_case(change):
+def test_choices_in_any_case(change):
     found = 0
     for key, field in fields().items():
         for choice in choices(field):
@@ -399,6 +399,6 @@ def test_a_key_that_is_not_text():
 
 
 @pytest.mark.parametrize(("path", "reason"), [("a\0b", "embedded null"), ("x" * 5000, "File name too long")])
-def test_a_path_that_no_file_can_have(path, reason):
+def test_an_impossible_path(path, reason):
     with pytest.raises(SpecError, match=f"cannot be read: {reason}"):
         load_spec(path)

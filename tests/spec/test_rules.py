@@ -46,8 +46,8 @@ def notices(caplog, overrides, action="train"):
         ("model.mask_ratio=1", "must be a number > 0 and < 1, got 1."),
         ("evaluate.batch_size=0", "must be -1 (automatic) or at least 1, got 0."),
         ("train.gpu_ids=[0,0]", "must name at least one GPU, each once, counted from 0, got [0, 0]."),
-        ("train.optim.milestones=[9,3]", "must be epochs in rising order, 1 or more, got [9, 3]."),
-        ("dataset.augmentation.std=[0,1,1]", "must hold numbers > 0, got [0, 1, 1]."),
+        ("train.optim.milestones=[9,3]", "must be epochs in ascending order, 1 or more, got [9, 3]."),
+        ("dataset.augmentation.std=[0,1,1]", "must contain numbers > 0, got [0, 1, 1]."),
         ("dataset.augmentation.input_size=a", "must be a number of pixels, or [height, width], got 'a'."),
         ("dataset.augmentation.input_size=[]", "must be a number of pixels, or [height, width], got []."),
         ("dataset.augmentation.cutmix_minmax=[.8,.2]", "must be [min, max] with 0 <= min <= max <= 1"),
@@ -60,7 +60,7 @@ def notices(caplog, overrides, action="train"):
             "must have a number for each of the 3 channels of model.in_chans",
         ),
         ("dataset.augmentation.min_ratio=2", "must not be above max_ratio (1.33), got 2."),
-        ("model.patch_size=8", "only ViT has a patch size to choose, and convnextv2_base is not one, got 8."),
+        ("model.patch_size=8", "only ViT has a patch size to choose, and convnextv2_base is not a ViT, got 8."),
         ("train.gpu_ids=[0,1] train.num_gpus=3", "names 2 GPUs, [0, 1], but train.num_gpus is 3."),
         (
             "train.optim.lr=.1 train.optim.base_lr=.2",
@@ -68,7 +68,7 @@ def notices(caplog, overrides, action="train"):
         ),
         (
             "train.distributed_strategy=fsdp train.stage=finetune train.ema_decay=.9 dataset.batch_size=2",
-            "averaged weights are whole, but fsdp shares the weights out, got 0.9. Set it to 0, or use train.distri",
+            "averaged weights are not sharded, but fsdp shards the weights, got 0.9. Set it to 0, or use train.distri",
         ),
         ("train.optim.monitor_name=val_loss", "val_loss needs validation images"),
         (
@@ -94,18 +94,21 @@ def notices(caplog, overrides, action="train"):
         ),
         (
             "encryption_key='***'",
-            "encryption_key (override): *** stands for a key that was not written down. Give it again: env:NAME, ",
+            "encryption_key (override): *** replaces a key that was not written down. Give the key again: env:NAME, ",
         ),
         (
             "results_dir=https://host/x",
-            "results_dir (override): a web server takes no files. Give s3://BUCKET/path, gs://BUCKET/path or a local",
+            "results_dir (override): cannot be written to a web server. Give s3://BUCKET/path, gs://BUCKET/path or a",
         ),
-        ("export.onnx_file=http://host/m.onnx", "export.onnx_file (override): a web server takes no files"),
+        ("export.onnx_file=http://host/m.onnx", "export.onnx_file (override): cannot be written to a web server"),
         (
             "gen_trt_engine.timing_cache=s3://b/cache",
-            "must be a local file, since it is read and written while an engine is built. Give a path.",
+            "must be a local file, since it is read and written during the build. Give a path.",
         ),
-        ("gen_trt_engine.tensorrt.min_batch_size=4", "min, opt and max_batch_size must rise in this order"),
+        (
+            "gen_trt_engine.tensorrt.min_batch_size=4",
+            "min_batch_size <= opt_batch_size <= max_batch_size must",
+        ),
         (
             "gen_trt_engine.batch_size=8 gen_trt_engine.tensorrt.max_batch_size=4",
             "gen_trt_engine.batch_size (override): 8 images per batch are not within "
@@ -114,9 +117,9 @@ def notices(caplog, overrides, action="train"):
         ("gen_trt_engine.batch_size=1 gen_trt_engine.tensorrt.min_batch_size=2", "1 images per batch are not within"),
         (
             "gen_trt_engine.tensorrt.layers_precision=[head:fp16]",
-            "must be name:fp32 each, for the nodes that stay in fp32, got 'head:fp16'. Write *norm*:fp32, say;",
+            "each entry must be name:fp32, for nodes that stay in fp32, got 'head:fp16'. Example: *norm*:fp32,",
         ),
-        ("gen_trt_engine.tensorrt.layers_precision=[head]", "must be name:fp32 each"),
+        ("gen_trt_engine.tensorrt.layers_precision=[head]", "each entry must be name:fp32"),
     ],
 )
 def test_each_mistake_by_its_text(override, message):
@@ -147,7 +150,7 @@ def test_a_secret_is_not_repeated(override):
 
 
 @pytest.mark.parametrize("line", ["encryption_key: *hunter2", "encryption_key: !hunter2 x", "encryption_key: 'hunter2"])
-def test_a_secret_that_is_no_yaml_is_not_repeated(tmp_path, line):
+def test_a_secret_in_invalid_yaml_is_not_repeated(tmp_path, line):
     (tmp_path / "spec.yaml").write_text(f"results_dir: a\n{line}\n")
     with pytest.raises(SpecError) as caught:
         load_spec(tmp_path / "spec.yaml")
@@ -173,7 +176,7 @@ def test_mixup_needs_an_even_batch():
     load_spec(None, [*TRAIN, "dataset.batch_size=7"], "train")
 
 
-def test_all_mistakes_come_together_by_line(tmp_path):
+def test_all_mistakes_are_reported_by_line(tmp_path):
     text = dedent("""\
         model: {arch: vit_base_patch16, patch: 8}
         train:
@@ -203,7 +206,7 @@ def test_all_mistakes_come_together_by_line(tmp_path):
         ("gen_trt_engine", ["gen_trt_engine.onnx_file", "gen_trt_engine.trt_engine"]),
     ],
 )
-def test_what_an_action_cannot_do_without(action, keys):
+def test_required_keys(action, keys):
     text = mistakes({action: {"results_dir": "???"}}, (), action)
     for key in keys:
         assert f"{key}: `mae {action}` needs it" in text
@@ -225,7 +228,7 @@ def test_an_engine_for_one_batch_needs_no_range():
     load_spec(None, [*given, *within], "gen_trt_engine")
 
 
-def test_what_is_read_may_be_remote_and_what_is_written_in_a_store():
+def test_remote_inputs_and_outputs():
     given = ["dataset.train_data_sources=https://host/set.zip", "train.pretrained_model_path=https://x/y.pth"]
     assert (
         load_spec(None, [*given, "results_dir=s3://bucket/x"], "train").results_folder("train") == "s3://bucket/x/train"
@@ -234,22 +237,22 @@ def test_what_is_read_may_be_remote_and_what_is_written_in_a_store():
     load_spec(None, given, "export")
 
 
-def test_what_an_action_does_not_use_does_not_stop_it():
+def test_problems_of_other_actions_are_ignored():
     overrides = ["dataset.val_data_sources=photos", "evaluate.checkpoint=m.pth", "train.stage=finetune"]
     overrides += ["dataset.train_data_sources=s3://b/x", "train.distributed_strategy=fsdp", "train.ema_decay=.9"]
     load_spec(None, overrides, "evaluate")
 
 
 @pytest.mark.parametrize(("action", "spoken_of"), [("evaluate", True), ("inference", True), ("train", False)])
-def test_what_only_a_training_step_does_is_told_of_where_nothing_is_trained(caplog, action, spoken_of):
+def test_decoder_targets_has_no_effect_outside_training(caplog, action, spoken_of):
     given = [f"dataset.{name}_data_sources=photos" for name in ("train", "val", "test")]
     given += ["evaluate.checkpoint=m.pth", "inference.checkpoint=m.pth"]
-    said = f"model.decoder_targets does not act on `mae {action}`: it is a share of what a training step predicts."
+    said = f"model.decoder_targets has no effect on `mae {action}`: only a training step predicts a share of the units."
     assert (said in notices(caplog, [*given, "model.decoder_targets=0.5"], action)) == spoken_of
     assert not notices(caplog, given, action)
 
 
-def test_a_trained_model_brings_its_geometry_along():
+def test_geometry_of_a_trained_model():
     overrides = ["dataset.val_data_sources=photos", "evaluate.checkpoint=m.pth"]
     overrides += ["dataset.augmentation.input_size=72"]
     load_spec(None, overrides, "evaluate")
@@ -278,22 +281,22 @@ def test_small_images_and_patches():
         (["dataset.augmentation.max_scale=2"], "max_scale 2 is used as 1"),
         (
             ["train.optim.layer_decay=.7", "dataset.augmentation.mixup=.8"],
-            "The pretrain stage does not use train.optim.layer_decay, dataset.augmentation.mixup.",
+            "dataset.augmentation.mixup and train.optim.layer_decay have no effect in the pretrain stage.",
         ),
-        (["model.global_pool=false"], "The pretrain stage does not use model.global_pool."),
+        (["model.global_pool=false"], "model.global_pool has no effect in the pretrain stage."),
         (
             ["dataset.augmentation.interpolation=bilinear"],
-            "The pretrain stage does not use dataset.augmentation.interpolation.",
+            "dataset.augmentation.interpolation has no effect in the pretrain stage.",
         ),
         (
             ["train.stage=finetune", "model.mask_ratio=.5"],
-            "The finetune stage does not use model.mask_ratio.",
+            "model.mask_ratio has no effect in the finetune stage.",
         ),
         (
             ["train.optim.lr_scheduler=cosine", "train.optim.gamma=.5"],
-            "The cosine schedule does not use train.optim.gamma.",
+            "train.optim.gamma has no effect without train.optim.lr_scheduler=MultiStep.",
         ),
-        (["train.optim.milestones=[20]"], "[20] all lie at or after the last of 10 epochs"),
+        (["train.optim.milestones=[20]"], "[20] are all at or after the last of 10 epochs"),
         (
             ["train.optim.warmup_epochs=10"],
             "(10) is not below train.num_epochs (10): the learning rate only rises",
@@ -301,9 +304,9 @@ def test_small_images_and_patches():
         (["train.cudnn.benchmark=true"], "picks kernels by timing"),
         (
             ["dataset.segment={num_classes: 3}"],
-            "dataset.segment stands in published specs; nothing reads it.",
+            "dataset.segment has no effect because it belongs to another task of TAO.",
         ),
-        (["model_name=mae"], "model_name stands in published specs; nothing reads it."),
+        (["model_name=mae"], "model_name has no effect because the architecture is model.arch."),
         (["train.stage=finetune", "model.global_pool=false"], "convnextv2_base has no class token"),
     ],
 )
@@ -323,8 +326,8 @@ def test_cross_attention_needs_a_decoder_with_attention() -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(None, ["model.arch=convnextv2_atto", "model.decoder_attention=cross"])
     assert str(caught.value).endswith(
-        "model.decoder_attention (override): cross needs a decoder with attention, and that of convnextv2_atto is a "
-        "convolution over the whole grid, got cross. Remove it, or choose a vit_ or hiera_ architecture."
+        "model.decoder_attention (override): cross needs a decoder with attention, but the decoder of "
+        "convnextv2_atto is convolutional, got cross. Remove it, or choose a vit_ or hiera_ architecture."
     )
     for arch in ("vit_tiny_patch16", "hiera_tiny_224"):
         load_spec(None, [f"model.arch={arch}", "model.decoder_attention=cross"])
@@ -333,7 +336,7 @@ def test_cross_attention_needs_a_decoder_with_attention() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -0.5, 1.5])
-def test_the_share_of_targets_is_a_share(value: float) -> None:
+def test_bounds_of_decoder_targets(value: float) -> None:
     with pytest.raises(SpecError, match=r"model\.decoder_targets .*must be a number > 0 and <= 1, got"):
         load_spec(None, [f"model.decoder_targets={value}"])
 
@@ -342,29 +345,33 @@ def test_width_of_a_transformer_decoder() -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(None, ["model.arch=vit_tiny_patch16", "model.decoder_embed_dim=100"])
     assert "model.decoder_embed_dim" in str(caught.value)
-    assert "must be a multiple of 32, a head's width, got 100. Use 96." in str(caught.value)
+    assert "must be a multiple of 32, the width of an attention head, got 100. Use 96." in str(caught.value)
     load_spec(None, ["model.arch=convnextv2_atto", "model.decoder_embed_dim=100"])
 
 
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["dataset.augmentation.cutmix_minmax=[0.2, 0.8]", "dataset.augmentation.cutmix=1.0"], "cutmix does not act"),
-        (["dataset.augmentation.mixup=0", "dataset.augmentation.mixup_switch_prob=0.3"], "mixup_switch_prob does not"),
+        (
+            ["dataset.augmentation.cutmix_minmax=[0.2, 0.8]", "dataset.augmentation.cutmix=1.0"],
+            "cutmix has no effect with these",
+        ),
+        (
+            ["dataset.augmentation.mixup=0", "dataset.augmentation.mixup_switch_prob=0.3"],
+            "mixup_switch_prob has no effect",
+        ),
         (
             [
                 "dataset.augmentation.mixup=0",
                 "dataset.augmentation.cutmix=0",
                 "dataset.augmentation.mixup_mode=elem",
             ],
-            "mixup_mode does not act",
+            "mixup_mode has no effect with",
         ),
-        (["train.allow_partial_weights=true"], "does not act without train.pretrained_model_path."),
-        (["train.validation_interval=2"], "does not act without dataset.val_data_sources."),
+        (["train.allow_partial_weights=true"], "has no effect without train.pretrained_model_path."),
+        (["train.validation_interval=2"], "has no effect without dataset.val_data_sources."),
     ],
 )
-def test_what_another_option_replaces_or_lacks(
-    overrides: list[str], text: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_options_without_effect(overrides: list[str], text: str, caplog: pytest.LogCaptureFixture) -> None:
     load_spec(None, ["train.stage=finetune", "dataset.batch_size=2", *overrides])
     assert text in caplog.text

@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from openmae.spec.describe import choices, fields
+from openmae.spec.describe import choices, fields, traits
 from openmae.spec.load import load_spec
-from openmae.spec.schema import ExperimentSpec, ModelSpec, OptimSpec, TrainSpec
+from openmae.spec.schema import ExperimentSpec
+from openmae.spec.sections.model import ModelSpec
+from openmae.spec.sections.train import OptimSpec, TrainSpec
+from openmae.spec.tree import nest
 
 with (Path(__file__).parent / "data" / "published_keys.tsv").open(encoding="utf-8") as file:
     PUBLISHED = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
-# Our defaults that differ from the published ones on purpose.
-OURS = {
+# Defaults that differ from the published ones on purpose.
+OTHER_DEFAULTS = {
     "dataset.augmentation.max_scale", "dataset.augmentation.mean", "dataset.augmentation.std",
     "train.optim.backbone_multiplier", "train.mask_ratio", "train.norm_pix_loss",
     "model.num_classes", "model.decoder_depth", "model.decoder_embed_dim", "model.drop_path_rate",
@@ -22,35 +25,25 @@ OURS = {
 }  # fmt: skip
 
 
-def nested(key, value):
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row["key"])
 def test_every_published_key_loads_with_its_published_default(row):
     key, default = row["key"], row["default_in_published_schema"]
     examples = {"dataset.augmentation.cutmix_minmax": 0.5, "dataset.test_data_sources": "photos"}
     value = json.loads(default) if default else examples[key]
-    spec = load_spec(nested(key, value))
+    spec = load_spec(nest({key: value}))
     field = fields()[key]
-    if key not in OURS and default and value != "???":
+    if key not in OTHER_DEFAULTS and default and value != "???":
         assert (list(field.default) if isinstance(field.default, tuple) else field.default) == value
     if row["enum"]:
         assert set(map(str, json.loads(row["enum"]))) <= set(choices(field))
     alias = {"train.mask_ratio": "model.mask_ratio", "train.norm_pix_loss": "model.norm_pix_loss"}
-    assert spec.typed(alias.get(key, key)) == (value != "???")
+    assert spec.is_set(alias.get(key, key)) == (value != "???")
 
 
 def test_the_automl_parameters_are_the_published_five():
-    searched = {key for key, field in fields().items() if field.json_schema_extra["automl"]}
+    searched = {key for key in fields() if traits(key).automl}
     names = ("lr", "weight_decay", "momentum", "warmup_epochs", "backbone_multiplier")
     assert searched == {f"train.optim.{name}" for name in names}
-
-
-def test_every_option_has_help():
-    assert all(field.description for field in fields().values())
 
 
 def test_specs_are_frozen_and_closed():
@@ -103,19 +96,19 @@ def test_batch_size_of_an_action():
     assert [spec.batch_size(action) for action in ("train", "evaluate", "inference")] == [8, 8, 3]
 
 
-def test_typed_tells_what_the_user_set():
+def test_is_set():
     spec = ExperimentSpec(model=ModelSpec(arch="vit_base_patch16"))
-    assert spec.typed("model.arch")
-    assert not spec.typed("model.num_classes")
+    assert spec.is_set("model.arch")
+    assert not spec.is_set("model.num_classes")
     with pytest.raises(KeyError):
-        spec.typed("model.nope")
+        spec.is_set("model.nope")
 
 
-def test_replaced_values_do_not_count_as_typed():
+def test_replaced_values_do_not_count_as_set():
     spec = load_spec({"model": {"arch": "vit_base_patch16"}})
     other = spec.replaced({"model.num_classes": 7, "train.optim.lr": 0.1})
     assert (other.model.num_classes, other.train.optim.lr, spec.model.num_classes) == (7, 0.1, None)
-    assert other.typed("model.arch")
-    assert not other.typed("model.num_classes")
+    assert other.is_set("model.arch")
+    assert not other.is_set("model.num_classes")
     with pytest.raises(KeyError):
         spec.replaced({"model.nope": 1})

@@ -152,7 +152,7 @@ def test_resume_on_another_machine_and_export_in_a_store(trained, store, bucket,
     assert main(export) == 0, capfd.readouterr().err
     assert "results/run1/export/model.onnx" in store.names(bucket)
     assert main(export) == 2
-    assert f"export.onnx_file: {onnx} exists, and is not replaced unasked" in capfd.readouterr().err
+    assert f"export.onnx_file: {onnx} already exists" in capfd.readouterr().err
     elsewhere = f"s3://{bucket}/models/m.onnx"
     assert main([*export[:2], f"export.onnx_file={elsewhere}", f"results_dir={tmp_path / 'here'}"]) == 0
     assert store.get(bucket, "models/m.onnx") == store.get(bucket, "results/run1/export/model.onnx")

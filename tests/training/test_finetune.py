@@ -9,7 +9,7 @@ from openmae.data.image_dataset import Batch
 from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric
 from openmae.models.build import ModelConfig, build_classifier
-from openmae.spec.schema import AugmentationSpec
+from openmae.spec.sections.dataset import AugmentationSpec
 from openmae.training.finetune import FinetuneTask, Predictions, predict, score
 
 ARCHS = {"vit_tiny_patch16": 32, "hiera_tiny_224": 64, "convnextv2_atto": 64}

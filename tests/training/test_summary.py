@@ -8,7 +8,7 @@ import torch
 from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
-from openmae.spec.schema import AugmentationSpec
+from openmae.spec.sections.dataset import AugmentationSpec
 from openmae.training.finetune import FinetuneTask
 from openmae.training.optim import Schedule, finetuning_groups, freeze, pretraining_groups
 from openmae.training.pretrain import PretrainTask

@@ -1,0 +1,1 @@
+"""The actions of ``mae``, a module each."""

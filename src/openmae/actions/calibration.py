@@ -1,4 +1,4 @@
-"""Images that int8 is calibrated with, as the model takes them."""
+"""Calibration images for int8, preprocessed for the model."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from openmae.actions.sources import open_images
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.engines.batching import as_input, eval_transform, fill_up
 from openmae.engines.metadata import ModelCard
-from openmae.spec.deployment import CalibrationSpec
+from openmae.spec.sections.deploy import CalibrationSpec
 
-_MAX_CORRUPT = 0.5  # a calibration set is a sample anyway
+_MAX_CORRUPT = 0.5  # of a calibration set, which is a sample anyway
 
 
 def calibration_batches(
     settings: CalibrationSpec, key: str, card: ModelCard, folder: Path, largest: int
 ) -> Iterator[np.ndarray]:
-    """Batches of images spread evenly over the set, as the exported model takes them.
+    """Return batches of images spread evenly over the set, as the exported model takes them.
 
     Args:
-        settings: which images, how many, how many at a time; a model of a fixed batch gets just that.
-        key: dotted, of the settings, put in front of an error's text.
-        card: of the model.
-        folder: of the list of corrupt files.
+        settings: sources, number of images and batch size; a model with a fixed batch size gets that.
+        key: the dotted key of the settings, for errors.
+        card: the metadata of the model.
+        folder: for the list of corrupt files.
         largest: ``dataset.max_megapixels``.
 
     Raises:
-        DataError: the source cannot be used; at the call, not at the first batch.
+        DataError: the source cannot be used; raised by the call, not by the first batch.
     """
     sources = settings.sources
     name = "images" if sources == (settings.images,) else "cal_image_dir"
@@ -47,5 +47,5 @@ def calibration_batches(
 
 def _inputs(loader: EvaluationLoader, card: ModelCard) -> Iterator[np.ndarray]:
     for batch in loader:
-        # a model with a fixed batch gets its last one filled up
+        # the last batch is padded for a model with a fixed batch size
         yield as_input(fill_up(batch.images, card.batch_size), card).numpy()

@@ -1,15 +1,17 @@
-"""``mae evaluate``: how good a checkpoint is on the validation set."""
+"""``mae evaluate``: measure a model on the validation images."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 from lightning_fabric import Fabric
 
 from openmae.actions.load_model import TrainedModel, open_model, resolve_model
-from openmae.actions.run import begin_results, running, show_table, watched
+from openmae.actions.run import Run, begin_results, running, show_table, with_progress
 from openmae.actions.sections import classifier_report, pretrained_report
 from openmae.actions.sources import match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
@@ -27,26 +29,32 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.training.finetune import predict, score
 from openmae.training.pretrain import PretrainTask, embed, probe
 
-PICTURES = 8  # images of a reconstruction grid
+Result = TypeVar("Result")
+PICTURES = 8  # images in a reconstruction grid
 
 
 @dataclass(frozen=True)
 class Request:
-    """What evaluate and inference hand to each process."""
+    """The input of each process of evaluate and inference."""
 
+    action: Literal["evaluate", "inference"]
     spec: ExperimentSpec
     folder: Path
     model: TrainedModel
     index: ImageIndex
-    batch_size: int
+
+    @property
+    def title(self) -> str:
+        """The title of the printed table."""
+        return f"{self.info.model.arch} ({self.info.stage}) on {len(self.index):,} images"
 
     @property
     def info(self) -> CheckpointInfo:
-        """Of the model."""
+        """The metadata of the model."""
         return self.model.info
 
     def loader(self, fabric: Fabric) -> EvaluationLoader:
-        """This process's share of the images, in order.
+        """Return this process's share of the images, in order.
 
         Raises:
             DataError: the nodes do not see the same images or the same model.
@@ -56,7 +64,7 @@ class Request:
         check_agreement(fabric, lambda: {"set of images": self.index.digest, "model": file})
         dataset = self.spec.dataset
         settings = LoaderSettings(
-            batch_size=self.batch_size,
+            batch_size=self.spec.batch_size(self.action),
             results=self.folder,
             max_corrupt_fraction=dataset.max_corrupt_fraction,
             num_workers=dataset.num_workers_per_gpu,
@@ -66,7 +74,7 @@ class Request:
         return evaluation_loader(self.index, eval_transform(self.model.card), settings)
 
     def pretrain_task(self, fabric: Fabric) -> PretrainTask | None:
-        """The autoencoder on the device, with the spec's masks; None for an exported model, which has no decoder."""
+        """Return the autoencoder on the device; None for an exported model, which has no decoder."""
         network = self.model.network
         if not isinstance(network, MaskedAutoencoder):
             return None
@@ -79,22 +87,30 @@ class Request:
             monitor="val_loss",
         )
 
+    def launch(self, this_run: Run, work: Callable[[Fabric, Request], Result]) -> Result:
+        """Write ``experiment.yaml``, and do the work on the devices of the spec."""
+        section = getattr(self.spec, self.action)
+        fabric = build_fabric(self.action, section.num_gpus, section.gpu_ids, section.num_nodes)
+        if this_run.leads:
+            begin_results(this_run.folder, self.spec)
+        return launch(fabric, work, self)
+
 
 def run(spec: ExperimentSpec) -> dict[str, float]:
-    """Measure a model of either stage: a checkpoint, an ONNX file or a TensorRT engine.
+    """Measure a checkpoint, an ONNX file or a TensorRT engine on the validation images.
 
-    finetune: ``ACC_all``, ``ACC_top5``, ``val_loss``, a table of the classes and a confusion matrix. pretrain:
-    ``val_loss`` under fixed masks, reconstructions, and ``knn_acc`` and ``probe_acc`` where the images have classes;
-    of an exported backbone, which cannot reconstruct, the last two alone.
+    A classifier gets ``ACC_all``, ``ACC_top5``, ``val_loss``, a table of the classes and a confusion matrix. An
+    autoencoder gets ``val_loss`` with fixed masks, reconstructions, and ``knn_acc`` and ``probe_acc`` if the images
+    have classes. An exported backbone, which cannot reconstruct, gets ``knn_acc`` and ``probe_acc`` only.
 
     Args:
-        spec: as ``load_spec`` gives it for ``evaluate``.
+        spec: as ``load_spec`` returns it for ``evaluate``.
 
     Returns:
         The metrics.
 
     Raises:
-        UserError: the request is wrong.
+        UserError: the spec, the model or the data are invalid.
     """
     with running(spec, "evaluate") as this_run:
         spec = this_run.spec
@@ -106,42 +122,35 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         index = open_images(source, key, labelled=labelled, largest=spec.dataset.max_megapixels)
         if info.stage == "finetune":
             if not info.class_names:
-                model = _named_by_data(model, index)
+                model = _with_class_names(model, index)
             index = match_classes(index, model.info.class_names)
-        request = Request(spec, this_run.folder, model, index, spec.batch_size("evaluate"))
-        section = spec.evaluate
-        fabric = build_fabric("evaluate", section.num_gpus, section.gpu_ids, section.num_nodes)
-        if this_run.leads:
-            begin_results(this_run.folder, spec)
-        work = _evaluate_classifier if info.stage == "finetune" else _evaluate_pretrained
-        metrics = launch(fabric, work, request)
+        request = Request("evaluate", spec, this_run.folder, model, index)
+        metrics = request.launch(this_run, _evaluate_classifier if info.stage == "finetune" else _evaluate_pretrained)
         if this_run.leads:
             this_run.status.write("RUNNING", f"Evaluated on {len(index)} images", kpi=metrics)
-            title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
-            show_table(title, [(name, f"{value:.4f}") for name, value in metrics.items()])
+            show_table(request.title, [(name, f"{value:.4f}") for name, value in metrics.items()])
     return metrics
 
 
-def _named_by_data(model: TrainedModel, index: ImageIndex) -> TrainedModel:
-    """Take the names of the classes from the images where the checkpoint has none, as NVIDIA TAO does.
+def _with_class_names(model: TrainedModel, index: ImageIndex) -> TrainedModel:
+    """Return a model without class names with those of the images, as NVIDIA TAO does.
 
     Raises:
-        DataError: there are more or fewer than the classifier has outputs.
+        DataError: the number of classes is not the number of the classifier's outputs.
     """
     names, count = index.class_names, model.info.model.num_classes
     if len(names) != count:
         raise DataError(
-            f"dataset.val_data_sources has {len(names)} classes, but {model.path} tells {count} classes apart and does "
-            "not name them.",
-            "Give images with a folder for each class that it was trained on: they are numbered in the order of their "
-            "names.",
+            f"dataset.val_data_sources has {len(names)} classes, but {model.path} has {count} classes without names.",
+            "Give images with a folder for each class that it was trained on: classes are numbered in the order of "
+            "the folder names.",
         )
     return model.named(names)
 
 
 def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
     task, loader = request.pretrain_task(fabric), request.loader(fabric)
-    batches = watched(fabric, loader)
+    batches = with_progress(fabric, loader)
     if task is None:
         _, vectors, labels = embed(fabric, request.model.outputs(fabric.device), batches)
         metrics = probe(vectors, labels)
@@ -159,7 +168,7 @@ def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
 
 def _evaluate_classifier(fabric: Fabric, request: Request) -> dict[str, float]:
     loader = request.loader(fabric)
-    predictions = predict(fabric, request.model.outputs(fabric.device), watched(fabric, loader))
+    predictions = predict(fabric, request.model.outputs(fabric.device), with_progress(fabric, loader))
     metrics = score(predictions)
     if fabric.is_global_zero:
         names = request.info.class_names

@@ -1,4 +1,4 @@
-"""``mae export``: from a checkpoint to an ONNX file that is proven equal to it."""
+"""``mae export``: write a checkpoint as an ONNX file that is verified against it."""
 
 from __future__ import annotations
 
@@ -44,26 +44,27 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.storage.atomic import disk_errors, make_folder
 from openmae.storage.encryption import Key, resolve_key, temporaries_in_memory
 
-_BEARABLE_LOSS = 0.01  # of accuracy, by a lower precision
+_TOLERATED_LOSS = 0.01  # of accuracy, by a lower precision
 
 log = logging.getLogger("openmae")
 
 
 def run(spec: ExperimentSpec) -> Path:
-    """Write a checkpoint's model as ONNX, and its backbone in timm's names.
+    """Write the model of a checkpoint as ONNX, and its backbone in timm's names.
 
-    finetune: the output is ``logits``. pretrain: ``features``, the pooled embedding, and ``tokens``, the last feature
-    map. The file is checked by onnx, and run in ONNX Runtime beside torch; where the two differ, it is removed.
+    The output of a fine-tuned model is ``logits``; those of a pretrained one are ``features``, the pooled embedding,
+    and ``tokens``, the last feature map. The file is checked by onnx and compared with torch in ONNX Runtime; if the
+    outputs differ, it is removed.
 
     Args:
-        spec: as ``load_spec`` gives it for ``export``.
+        spec: as ``load_spec`` returns it for ``export``.
 
     Returns:
         The ONNX file.
 
     Raises:
-        UserError: the request is wrong.
-        RunError: the file would not be equal to the checkpoint.
+        UserError: the spec, the checkpoint or the data are invalid.
+        RunError: the file does not give the outputs of the checkpoint.
     """
     with running(spec, "export") as this_run:
         job = _prepare(this_run.spec, this_run.folder)
@@ -87,7 +88,7 @@ def run(spec: ExperimentSpec) -> Path:
 
 @dataclass(frozen=True)
 class _Job:
-    """A checked request."""
+    """A checked export."""
 
     spec: ExperimentSpec
     info: CheckpointInfo
@@ -100,21 +101,21 @@ class _Job:
 
 
 def _prepare(spec: ExperimentSpec, folder: Path) -> _Job:
-    """Everything that can be known to be wrong before the model is traced."""
+    """Check the spec, the checkpoint and the data before the model is traced."""
     key, target = resolve_key(spec.encryption_key), _target(spec)
     _device(spec)
     with blaming("export.checkpoint"):
         checkpoint, info = read_trained(spec, Path(spec.export.checkpoint), key)
         info = number_classes(info)
     card = _card(spec, info)
-    _tell(spec, info, card)
+    _log_notices(spec, info, card)
     with blaming("export.checkpoint"):
         model = build_deployed(checkpoint, card)
     quantize = spec.export.quantize
     size = sum(4 * parameter.numel() for parameter in model.parameters())
     if quantize != "none" and size > LARGEST_PROTOBUF:
         raise SpecError(
-            f"export.quantize: {quantize} is for models of up to 2 GB, and {card.model.arch} has {size / 1e9:.1f} GB.",
+            f"export.quantize: {quantize} supports models of up to 2 GB, but {card.model.arch} has {size / 1e9:.1f}.",
             "Set export.quantize=none, or train a smaller architecture.",
         )
     calibration = None
@@ -128,28 +129,27 @@ def _prepare(spec: ExperimentSpec, folder: Path) -> _Job:
     return _Job(spec, info, card, model, target, key, calibration, validation)
 
 
-def _tell(spec: ExperimentSpec, info: CheckpointInfo, card: ModelCard) -> None:
-    """Notices of what was set and does not act, and of what acts more than one may think."""
+def _log_notices(spec: ExperimentSpec, info: CheckpointInfo, card: ModelCard) -> None:
     export, (height, width) = spec.export, card.model.input_size
     trained = info.model.input_size
     if card.model.input_size != trained:
         log.warning(
-            "The model was trained at %dx%d and is exported for %dx%d: measure with mae evaluate what that costs.",
+            "The model was trained at %dx%d and is exported for %dx%d: measure its accuracy with mae evaluate.",
             *trained,
             height,
             width,
         )
-    if spec.typed("dataset.augmentation.input_size") and spec.dataset.augmentation.size != (height, width):
+    if spec.is_set("dataset.augmentation.input_size") and spec.dataset.augmentation.size != (height, width):
         log.warning(
-            "dataset.augmentation.input_size does not act here, the file takes %dx%d: set export.input_height and "
-            "export.input_width.",
+            "dataset.augmentation.input_size has no effect on `mae export`, and the file takes %dx%d: set "
+            "export.input_height and export.input_width.",
             height,
             width,
         )
-    if spec.typed("dataset.augmentation.interpolation"):
-        log.warning("dataset.augmentation.interpolation does not act here: images are resized bicubically.")
-    if spec.typed("export.gpu_id") and export.gpu_id and _device(spec).type == "cpu":
-        log.warning("export.gpu_id does not act: the export runs on the CPU.")
+    if spec.is_set("dataset.augmentation.interpolation"):
+        log.warning("dataset.augmentation.interpolation has no effect on `mae export`: images are resized bicubically.")
+    if spec.is_set("export.gpu_id") and export.gpu_id and _device(spec).type == "cpu":
+        log.warning("export.gpu_id has no effect: the export runs on the CPU.")
 
 
 def _target(spec: ExperimentSpec) -> Path:
@@ -157,14 +157,14 @@ def _target(spec: ExperimentSpec) -> Path:
     # NVIDIA's SDK sets a path that is named after the key, without a suffix
     if target.suffix.lower() not in ("", *ONNX_SUFFIXES) or target.is_dir():
         raise SpecError(
-            f"export.onnx_file: must be the name of a file that ends in .onnx, got {target}.",
+            f"export.onnx_file: must be a file name that ends in .onnx, got {target}.",
             f"Set export.onnx_file={target / 'model.onnx' if target.is_dir() else target.with_suffix('.onnx')}.",
         )
     for path in (target, weights_path(target)):
         if path.exists() and not spec.export.overwrite:
             raise SpecError(
-                f"export.onnx_file: {path} exists, and is not replaced unasked.",
-                "Give another name, or set export.overwrite=true.",
+                f"export.onnx_file: {path} already exists.",
+                "Pass export.overwrite=true to replace it, or give another name.",
             )
     return target
 
@@ -175,20 +175,20 @@ def _device(spec: ExperimentSpec) -> torch.device:
         return torch.device("cpu")
     if export.gpu_id >= torch.cuda.device_count():
         raise SpecError(
-            f"export.gpu_id: this machine has {torch.cuda.device_count()} GPU(s), there is no GPU {export.gpu_id}.",
+            f"export.gpu_id: this machine has {torch.cuda.device_count()} GPU(s), and no GPU {export.gpu_id}.",
             "Set export.gpu_id=0, or export.on_cpu=true.",
         )
     return torch.device("cuda", export.gpu_id)
 
 
 def _card(spec: ExperimentSpec, info: CheckpointInfo) -> ModelCard:
-    """What the checkpoint holds, as the spec wants it."""
+    """Return the description of the exported model."""
     export, path, wrong = spec.export, Path(spec.export.checkpoint), []
     if export.input_channel not in (None, info.model.in_chans):
         wrong.append(
             SpecError(
                 f"export.input_channel is {export.input_channel}, but {path} takes {info.model.in_chans} channel(s).",
-                "Remove export.input_channel: the checkpoint knows its own.",
+                "Remove export.input_channel: the checkpoint has its own.",
             )
         )
     height, width = info.model.input_size
@@ -207,12 +207,12 @@ def _card(spec: ExperimentSpec, info: CheckpointInfo) -> ModelCard:
 
 
 def _validation(spec: ExperimentSpec, card: ModelCard, folder: Path) -> EvaluationLoader | None:
-    """The images that a lower precision is measured on."""
+    """Return the images on which a lower precision is compared with fp32."""
     source, key = spec.dataset.val_data_sources, "dataset.val_data_sources"
     if spec.export.quantize == "none":
         return None
     if not source:
-        log.warning("%s is not set: what %s costs in accuracy is not measured.", key, spec.export.quantize)
+        log.warning("%s is not set: the accuracy in %s is not measured.", key, spec.export.quantize)
         return None
     classifies = card.stage == "finetune"
     dataset = spec.dataset
@@ -226,9 +226,9 @@ def _validation(spec: ExperimentSpec, card: ModelCard, folder: Path) -> Evaluati
 
 
 def _write(job: _Job, proto: ModelProto) -> tuple[Rows, dict[str, float]]:
-    """Prove the graph equal to torch, then write it in the precision asked for."""
+    """Verify the graph against torch, then write it in the requested precision."""
     card, target, precision = job.card, job.target, job.spec.export.quantize
-    log.info("Comparing it with torch in ONNX Runtime.")
+    log.info("Comparing the graph with torch in ONNX Runtime.")
     like: Rows = []
     if precision == "none":
         with writing(proto, target, job.key) as file:
@@ -259,7 +259,7 @@ def _layout(card: ModelCard) -> str:
 
 
 def _write_reduced(job: _Job, proto: ModelProto) -> float:
-    """Returns the lowest cosine between the outputs in lower precision and torch's, on random images."""
+    """Return the lowest cosine similarity of the outputs with torch's, on random images."""
     precision: Literal["fp16", "int8"] = "int8" if job.calibration is not None else "fp16"
     if job.calibration is None:
         reduced = to_half(proto, "fp16")
@@ -274,17 +274,17 @@ def _write_reduced(job: _Job, proto: ModelProto) -> float:
 def _fidelity(
     model: DeployedModel, card: ModelCard, exported: OnnxPredictor, loader: EvaluationLoader
 ) -> tuple[Rows, dict[str, float]]:
-    """What the lower precision costs on the validation images."""
+    """Compare the exported model with fp32 on the validation images."""
     cpu = torch.device("cpu")
     plain = TorchPredictor(DeployedModel(model.backbone, replace(card, preprocessing=False)).eval(), card, cpu)
-    ours, theirs, labels = _outputs(exported, plain, loader)
-    count = f"{len(labels):,} images"
+    exported_NC, plain_NC, labels_N = _outputs(exported, plain, loader)
+    count = f"{len(labels_N):,} images"
     if card.stage == "pretrain":
-        lowest = cosine(ours, theirs)
+        lowest = cosine(exported_NC, plain_NC)
         return [("features, lowest cosine to fp32", f"{lowest:.5f} on {count}")], {"cosine": lowest}
-    accuracy, reference = (float((logits.argmax(axis=1) == labels).mean()) for logits in (ours, theirs))
-    agreement = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
-    if accuracy < reference - _BEARABLE_LOSS:
+    accuracy, reference = (float((x_NC.argmax(axis=1) == labels_N).mean()) for x_NC in (exported_NC, plain_NC))
+    agreement = float((exported_NC.argmax(axis=1) == plain_NC.argmax(axis=1)).mean())
+    if accuracy < reference - _TOLERATED_LOSS:
         log.warning(
             "Accuracy fell from %.1f %% to %.1f %%: calibrate with more images like the validation's, or use fp16.",
             100 * reference,
@@ -299,11 +299,11 @@ def _fidelity(
 def _outputs(
     predictor: Predictor, reference: Predictor, loader: EvaluationLoader
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits or features of both ``[N, ...]``, and the labels ``[N]``."""
+    """Return the logits or features ``[N, ...]`` of both predictors, and the labels ``[N]``."""
     name = LOGITS if predictor.card.stage == "finetune" else FEATURES
     rows = [
         (predictor(batch.images)[name].numpy(), reference(batch.images)[name].numpy(), batch.labels.numpy())
         for batch in loader
     ]
-    ours, theirs, labels = (np.concatenate(part) for part in zip(*rows, strict=True))
-    return ours, theirs, labels
+    outputs, expected, labels = (np.concatenate(part) for part in zip(*rows, strict=True))
+    return outputs, expected, labels

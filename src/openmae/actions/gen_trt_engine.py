@@ -1,4 +1,4 @@
-"""``mae gen_trt_engine``: from ONNX to a TensorRT engine, with or without a GPU."""
+"""``mae gen_trt_engine``: build a TensorRT engine from ONNX, with or without a GPU."""
 
 from __future__ import annotations
 
@@ -29,30 +29,34 @@ from openmae.engines.tensorrt.source import (
 )
 from openmae.errors import SpecError, blaming
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.storage.atomic import disk_errors, make_folder, replacing
 from openmae.storage.encryption import Key, created, resolve_key
 
-_SECTION = "gen_trt_engine"
 _BF16_SM = 80  # Ampere
-_TENSORRT = f"{_SECTION}.tensorrt"
-_CALIBRATION = f"{_TENSORRT}.calibration"
-_SIZES = ("min_batch_size", "opt_batch_size", "max_batch_size")
+_CALIBRATION = "gen_trt_engine.tensorrt.calibration"
+_BATCH_SIZES = (
+    "gen_trt_engine.tensorrt.min_batch_size",
+    "gen_trt_engine.tensorrt.opt_batch_size",
+    "gen_trt_engine.tensorrt.max_batch_size",
+    "gen_trt_engine.batch_size",
+)
 
 log = logging.getLogger("openmae")
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request that has proved right.
+    """A checked build.
 
     Attributes:
         source: the ONNX file.
-        onnx_sha256: of the file.
-        backend: builds it.
-        settings: what it is told.
-        precisions: to build; the fastest is kept.
+        onnx_sha256: its hash.
+        backend: the builder.
+        settings: for the builder.
+        precisions: to build; the fastest engine is kept.
         keep: patterns of the nodes that stay in fp32.
-        batches: to calibrate with; empty where nothing is to be calibrated.
+        batches: calibration images; empty without calibration.
     """
 
     source: Source
@@ -65,19 +69,19 @@ class _Plan:
 
 
 def run(spec: ExperimentSpec) -> Path:
-    """Build an engine, and write it with its sidecar ``<engine>.json``, both whole or not at all.
+    """Build an engine, and write it and its sidecar ``<engine>.json``; an error leaves neither.
 
     Args:
-        spec: as ``load_spec`` gives it for ``gen_trt_engine``.
+        spec: as ``load_spec`` returns it for ``gen_trt_engine``.
 
     Returns:
-        The engine's path.
+        The path of the engine.
 
     Raises:
-        UserError: the request is wrong.
+        UserError: the spec, the ONNX file or the data are invalid.
         RunError: the builder fails.
     """
-    with running(spec, _SECTION) as this_run:
+    with running(spec, "gen_trt_engine") as this_run:
         spec = this_run.spec
         engine = Path(spec.gen_trt_engine.trt_engine)
         key = resolve_key(spec.encryption_key)
@@ -104,19 +108,21 @@ def _plan(spec: ExperimentSpec, engine: Path, key: Key | None, results: Path) ->
     section, options = spec.gen_trt_engine, spec.gen_trt_engine.tensorrt
     onnx_file = Path(section.onnx_file)
     if engine.is_dir() or engine.resolve() == onnx_file.resolve():
-        what = "a folder" if engine.is_dir() else f"the same file as {_SECTION}.onnx_file"
-        raise SpecError(f"{_SECTION}.trt_engine: {engine} is {what}.", "Give the file to write, such as model.engine.")
+        what = "a folder" if engine.is_dir() else "the same file as gen_trt_engine.onnx_file"
+        raise SpecError(
+            f"gen_trt_engine.trt_engine: {engine} is {what}.", "Give the file to write, such as model.engine."
+        )
     if engine.suffix.lower() not in ("", *ENGINE_SUFFIXES):  # NVIDIA's SDK sets a path without a suffix
         raise SpecError(
-            f"{_SECTION}.trt_engine: must end in {', '.join(ENGINE_SUFFIXES)}, got {engine}.",
-            f"Set {_SECTION}.trt_engine={engine.with_suffix('.engine')}.",
+            f"gen_trt_engine.trt_engine: must end in {', '.join(ENGINE_SUFFIXES)}, got {engine}.",
+            f"Set gen_trt_engine.trt_engine={engine.with_suffix('.engine')}.",
         )
     if engine.exists() and not section.overwrite:
         raise SpecError(
-            f"{_SECTION}.trt_engine: {engine} exists, and is not replaced unasked.",
-            f"Give another name, or set {_SECTION}.overwrite=true.",
+            f"gen_trt_engine.trt_engine: {engine} already exists.",
+            "Pass gen_trt_engine.overwrite=true to replace it, or give another name.",
         )
-    with blaming(f"{_SECTION}.onnx_file"):
+    with blaming("gen_trt_engine.onnx_file"):
         source = read_source(onnx_file, key)
     timing_cache = Path(section.timing_cache) if section.timing_cache else None
     settings = BuildSettings(_profile(spec, source), options.workspace_size, timing_cache, section.verbose)
@@ -124,29 +130,28 @@ def _plan(spec: ExperimentSpec, engine: Path, key: Key | None, results: Path) ->
     precisions = choose_precision(source, options.data_type, can_time=backend.gpu is not None)
     if "bf16" in precisions and (old := [name for name in backend.targets if int(name.removeprefix("SM")) < _BF16_SM]):
         raise SpecError(
-            f"{_TENSORRT}.data_type: bf16 needs a GPU of sm_{_BF16_SM} or newer, got {', '.join(map(pretty, old))}.",
-            f"Set {_TENSORRT}.data_type=fp16, or build for newer GPUs.",
+            f"gen_trt_engine.tensorrt.data_type: bf16 needs a GPU of sm_{_BF16_SM} or newer, "
+            f"got {', '.join(map(pretty, old))}.",
+            "Set gen_trt_engine.tensorrt.data_type=fp16, or build for newer GPUs.",
         )
     calibrated = precisions == ("int8",) and source.precision != "int8"
     batches = _calibration(spec, source, results) if calibrated else ()
     keep = kept_nodes(source, options.layers_precision)
     for notice in _without_effect(spec, source, backend, precisions):
         log.warning(notice)
-    make_folder(engine.parent, f"{_SECTION}.trt_engine")
+    make_folder(engine.parent, "gen_trt_engine.trt_engine")
     return _Plan(source, file_sha256(onnx_file), backend, settings, precisions, keep, batches)
 
 
 def _profile(spec: ExperimentSpec, source: Source) -> Profile:
-    """The batches of the engine: one size where the file or batch_size says so, else the three sizes of the spec."""
+    """Return the batch sizes: one size if the ONNX file or batch_size fixes it, else the three sizes of the spec."""
     section, sizes = spec.gen_trt_engine, spec.gen_trt_engine.tensorrt
-    asked = {f"{_TENSORRT}.{name}": getattr(sizes, name) for name in _SIZES}
-    if section.batch_size != -1:
-        asked[f"{_SECTION}.batch_size"] = section.batch_size
     if source.batch != -1:
-        for key, value in asked.items():
-            if spec.typed(key) and value != source.batch:
+        for key in _BATCH_SIZES:
+            value = value_of(spec, key)
+            if spec.is_set(key) and value not in (-1, source.batch):
                 raise SpecError(
-                    f"{key} is {value}, but {source.path} takes batches of {source.batch} alone.",
+                    f"{key} is {value}, but {source.path} takes batches of {source.batch} only.",
                     f"Remove {key}, or export the model with export.batch_size=-1 for batches of any size.",
                 )
         return Profile(source.batch, source.batch, source.batch)
@@ -159,14 +164,13 @@ def _calibration(spec: ExperimentSpec, source: Source, results: Path) -> Iterabl
     calibration = spec.gen_trt_engine.tensorrt.calibration
     if source.card is None:
         raise SpecError(
-            f"{_TENSORRT}.data_type is int8, but {source.path} is not of mae export: how images are prepared for it is "
-            "not known, so it cannot be calibrated.",
-            f"Quantise it with the program that wrote it, or set {_TENSORRT}.data_type to fp16.",
+            f"gen_trt_engine.tensorrt.data_type is int8, but {source.path} was not written by mae export: it cannot be "
+            "calibrated, since its preprocessing is unknown.",
+            "Quantise it with the program that wrote it, or set gen_trt_engine.tensorrt.data_type=fp16.",
         )
     if not calibration.sources:
         raise SpecError(
-            f"{_TENSORRT}.data_type is int8, but there are no images to calibrate with: {_CALIBRATION}.images is not "
-            "set.",
+            f"gen_trt_engine.tensorrt.data_type is int8, but there are no images: {_CALIBRATION}.images is not set.",
             "Set it to a folder or archive of images like those that the model will see, or give an ONNX file that "
             "mae export wrote with export.quantize=int8.",
         )
@@ -176,20 +180,21 @@ def _calibration(spec: ExperimentSpec, source: Source, results: Path) -> Iterabl
 def _without_effect(
     spec: ExperimentSpec, source: Source, backend: Backend, precisions: tuple[Precision, ...]
 ) -> Iterator[str]:
-    """Notices of options that were set and do not act."""
+    """Yield notices for options that are set and have no effect."""
     section, options = spec.gen_trt_engine, spec.gen_trt_engine.tensorrt
     cast = [precision for precision in precisions if precision != source.precision]
     if section.timing_cache and backend.name == "tensorrt_rtx":
-        yield f"{_SECTION}.timing_cache does not act: tensorrt_rtx times nothing while it builds."
-    if spec.typed(f"{_SECTION}.gpu_id") and backend.gpu is None:
-        yield f"{_SECTION}.gpu_id does not act: the engine is built ahead of time, without a GPU."
+        yield "gen_trt_engine.timing_cache has no effect: tensorrt_rtx does not time kernels during the build."
+    if spec.is_set("gen_trt_engine.gpu_id") and backend.gpu is None:
+        yield "gen_trt_engine.gpu_id has no effect: the engine is built without a GPU."
     if options.layers_precision and not cast:
-        yield f"{_TENSORRT}.layers_precision does not act: every node has the precision that the ONNX file gives it."
+        yield "gen_trt_engine.tensorrt.layers_precision has no effect: nodes have the precision of the ONNX file."
     if options.calibration.sources and "int8" not in cast:
         why = "the ONNX file is int8 already" if source.precision == "int8" else f"the engine is {precisions[0]}"
-        yield f"{_CALIBRATION} does not act: {why}."
-    if section.batch_size not in (-1, options.opt_batch_size) and spec.typed(f"{_TENSORRT}.opt_batch_size"):
-        yield f"{_TENSORRT}.opt_batch_size does not act: {_SECTION}.batch_size={section.batch_size} is the only batch."
+        yield f"gen_trt_engine.tensorrt.calibration has no effect: {why}."
+    opt = "gen_trt_engine.tensorrt.opt_batch_size"
+    if spec.is_set(opt) and section.batch_size not in (-1, options.opt_batch_size):
+        yield f"{opt} has no effect: gen_trt_engine.batch_size={section.batch_size} is the only batch size."
 
 
 def _build(plan: _Plan, precision: Precision, folder: Path) -> Built:
@@ -199,7 +204,7 @@ def _build(plan: _Plan, precision: Precision, folder: Path) -> Built:
 
 
 def _fastest(plan: _Plan, built: Mapping[Precision, Built]) -> Precision:
-    """The one precision, or the one whose engine takes least for a batch on the GPU."""
+    """Return the precision whose engine takes least time for a batch on the GPU."""
     if len(built) == 1:
         return next(iter(built))
     device = torch.device(f"cuda:{plan.backend.gpu}")
@@ -210,7 +215,7 @@ def _fastest(plan: _Plan, built: Mapping[Precision, Built]) -> Precision:
         )
         seconds[precision] = loaded.seconds_per_batch()
     times = ", ".join(f"{precision} {1000 * taken:.3g} ms" for precision, taken in seconds.items())
-    log.info("A batch of %d takes: %s. The fastest is kept.", plan.settings.profile.opt, times)
+    log.info("Time per batch of %d: %s. The fastest engine is kept.", plan.settings.profile.opt, times)
     return min(seconds, key=lambda precision: seconds[precision])
 
 
@@ -236,7 +241,7 @@ def _rows(engine: Path, info: EngineInfo, result: Built, keep: Sequence[str]) ->
     kept = f", {', '.join(keep)} in fp32" if keep and info.data_type != "fp32" else ""
     return [
         ("engine", str(engine)),
-        ("described by", sidecar_path(engine).name),
+        ("sidecar", sidecar_path(engine).name),
         ("size", f"{result.megabytes:.1f} MB"),
         ("builder", f"{info.builder} {info.builder_version}"),
         ("precision", f"{info.data_type}{kept}"),

@@ -1,4 +1,4 @@
-"""``mae inference``: classes of unseen images, or embeddings and reconstructions of them."""
+"""``mae inference``: classify the test images, or compute embeddings and reconstructions of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from lightning_fabric import Fabric
 
 from openmae.actions.evaluate import PICTURES, Request
 from openmae.actions.load_model import open_model, resolve_model
-from openmae.actions.run import begin_results, running, show_table, watched
+from openmae.actions.run import running, show_table, with_progress
 from openmae.actions.sections import embedding_report, inference_report
 from openmae.actions.sources import open_images
 from openmae.data.image_dataset import Batch
 from openmae.data.index import unread_table
-from openmae.distributed.launch import build_fabric, launch
 from openmae.results.images import reconstruction_grid, save_predictions
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.atomic import replacing, write_atomically
@@ -29,26 +28,26 @@ from openmae.training.finetune import Predictions, predict
 from openmae.training.pretrain import embed
 
 RESULTS, EMBEDDINGS = "results.csv", "embeddings.parquet"
-_SHEET = 16  # images of the contact sheet
-_CLASSES = 5  # shown on the terminal
+_SHEET = 16  # images in the contact sheet
+_CLASSES = 5  # printed on the terminal
 
 
 def run(spec: ExperimentSpec) -> Path:
-    """Run a model of either stage over the test images: a checkpoint, an ONNX file or a TensorRT engine.
+    """Run a checkpoint, an ONNX file or a TensorRT engine on the test images.
 
-    finetune: ``results.csv`` with a row an image (path, class, probability, and the next four classes) and a contact
-    sheet; cells are written by ``spreadsheet_cell``. pretrain: ``embeddings.parquet`` (path, vector; nothing masked, so
-    the same at every call), and from a checkpoint pictures of reconstructions. Paths are written by ``printable_name``.
-    An image that cannot be read has no row; ``corrupt_files.txt`` names it.
+    A classifier writes ``results.csv`` with a row per image (path, class, probability, and the next four classes) and a
+    contact sheet; cells are escaped by ``spreadsheet_cell``. A pretrained model writes ``embeddings.parquet`` (path and
+    vector; nothing is masked, so that embeddings are deterministic), and a checkpoint also reconstructions. Paths are
+    written by ``printable_name``. An unreadable image has no row; ``corrupt_files.txt`` lists it.
 
     Args:
-        spec: as ``load_spec`` gives it for ``inference``.
+        spec: as ``load_spec`` returns it for ``inference``.
 
     Returns:
-        The file written.
+        The file that was written.
 
     Raises:
-        UserError: the request is wrong.
+        UserError: the spec, the model or the data are invalid.
     """
     with running(spec, "inference") as this_run:
         spec = this_run.spec
@@ -57,23 +56,18 @@ def run(spec: ExperimentSpec) -> Path:
         spec = resolve_model(spec, info)
         source, largest = spec.dataset.test_data_sources, spec.dataset.max_megapixels
         index = open_images(source, "dataset.test_data_sources", labelled=False, largest=largest)
-        request = Request(spec, this_run.folder, model, index, spec.batch_size("inference"))
-        section = spec.inference
-        fabric = build_fabric("inference", section.num_gpus, section.gpu_ids, section.num_nodes)
-        if this_run.leads:
-            begin_results(this_run.folder, spec)
-        found = launch(fabric, _classify if info.stage == "finetune" else _embed, request)
+        request = Request("inference", spec, this_run.folder, model, index)
+        found = request.launch(this_run, _classify if info.stage == "finetune" else _embed)
         path = this_run.folder / (RESULTS if info.stage == "finetune" else EMBEDDINGS)
         if this_run.leads:
-            title = f"{info.model.arch} ({info.stage}) on {len(index):,} images"
-            show_table(title, [*found.items(), ("written", str(path))])
+            show_table(request.title, [*found.items(), ("written", str(path))])
     return path
 
 
 def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
-    """Returns how many images the most frequent classes got."""
+    """Return the number of images of the most frequent classes."""
     loader = request.loader(fabric)
-    predictions = predict(fabric, request.model.outputs(fabric.device), watched(fabric, loader))
+    predictions = predict(fabric, request.model.outputs(fabric.device), with_progress(fabric, loader))
     names = request.info.class_names
     counts = Counter(names[label] for label in predictions.classes[:, 0])
     if fabric.is_global_zero:
@@ -86,7 +80,7 @@ def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
 
 
 def _as_csv(rows: Sequence[Sequence[str]]) -> str:
-    """The table as CSV, of which a spreadsheet takes no cell for a formula, whatever it takes for a separator."""
+    """Return the table as CSV in which a spreadsheet reads no cell as a formula, whichever separator it uses."""
     text = io.StringIO()
     plain = csv.writer(text, lineterminator="\n")
     quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
@@ -97,7 +91,7 @@ def _as_csv(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _draw_sheet(predictions: Predictions, request: Request, batch: Batch) -> Path:
-    """Some of the images as the model saw them, each with its class and the class's probability."""
+    """Draw some images as the model sees them, each with its class and probability."""
     places = np.searchsorted(predictions.indices, batch.indices.numpy())
     labels = [request.info.class_names[label] for label in predictions.classes[places, 0]]
     shares = predictions.probabilities[places, 0].tolist()
@@ -107,7 +101,7 @@ def _draw_sheet(predictions: Predictions, request: Request, batch: Batch) -> Pat
 
 
 def _result_rows(predictions: Predictions, request: Request) -> list[list[str]]:
-    """A header, then a row an image: path, and the most likely classes with their probabilities."""
+    """Return a header and a row per image: path, and the most likely classes with their probabilities."""
     names = request.info.class_names
     top = predictions.classes.shape[1]
     header = ["path", "class", "probability"]
@@ -120,9 +114,9 @@ def _result_rows(predictions: Predictions, request: Request) -> list[list[str]]:
 
 
 def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
-    """Returns how many vectors of which length there are."""
+    """Return the number and the dimension of the embeddings."""
     task, loader = request.pretrain_task(fabric), request.loader(fabric)
-    indices, vectors, _ = embed(fabric, request.model.outputs(fabric.device), watched(fabric, loader))
+    indices, vectors, _ = embed(fabric, request.model.outputs(fabric.device), with_progress(fabric, loader))
     if fabric.is_global_zero:
         _write_embeddings(
             request.folder / EMBEDDINGS, [printable_name(request.index.paths[index]) for index in indices], vectors
@@ -132,7 +126,7 @@ def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
             picture = request.folder / "reconstructions" / "test.png"
             reconstruction_grid(*task.reconstruct(fabric, loader.first(PICTURES)), picture)
         embedding_report(request.folder, request.info, vectors.shape, picture, unread_table([request.index]))
-    return {"embeddings": f"{len(vectors):,} of {vectors.shape[1]:,} numbers each"}
+    return {"embeddings": f"{len(vectors):,} embeddings of {vectors.shape[1]:,} dimensions"}
 
 
 def _write_embeddings(path: Path, names: list[str], vectors: np.ndarray) -> None:

@@ -1,9 +1,9 @@
-"""Open the trained model of evaluate and inference: a checkpoint, an ONNX file or a TensorRT engine."""
+"""The trained model of evaluate, inference and export: a checkpoint, an ONNX file or a TensorRT engine."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,28 +30,25 @@ from openmae.errors import CheckpointError, SpecError, blaming
 from openmae.models.build import build_autoencoder
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import count_visible
-from openmae.spec.load import DEFAULT_MEAN, DEFAULT_STD
-from openmae.spec.rules import INERT
+from openmae.spec.actions import TABLE
+from openmae.spec.describe import fields, traits
+from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD, resolve
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import get, value_of
 from openmae.storage.encryption import Key, resolve_key
-
-_DECODER = ("decoder_depth", "decoder_embed_dim", "decoder_attention")
-_MODEL_KEYS = ("arch", "in_chans", "patch_size", "global_pool", *_DECODER, "norm_pix_loss")
-_NO_KEYS = ("input_size", "final_norm")  # of a model's shape, but not options of the spec's model section
-_SIZE = "dataset.augmentation.input_size"
 
 log = logging.getLogger("openmae")
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model that fits the request; it can be sent to other processes.
+    """A model that fits the spec; it can be sent to other processes.
 
     Attributes:
-        path: file of the model.
-        card: description of the model.
-        info: the same as a checkpoint's entry, with the settings that apply.
-        network: a checkpoint's model with its weights, in eval mode: a ``MaskedAutoencoder`` (pretrain) or a
+        path: its file.
+        card: its metadata.
+        info: its metadata as in checkpoints, with the settings of the spec.
+        network: the model of a checkpoint with its weights, in eval mode: a ``MaskedAutoencoder`` (pretrain) or a
             ``DeployedModel`` (finetune); None for ONNX and TensorRT.
         key: decrypts the file.
     """
@@ -63,7 +60,7 @@ class TrainedModel:
     key: Key | None
 
     def outputs(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Return a function from a data set's images to logits ``[B, K]`` (finetune) or embeddings ``[B, D]``."""
+        """Return a function from images of a data set to logits ``[B, K]`` (finetune) or embeddings ``[B, D]``."""
         if isinstance(self.network, MaskedAutoencoder):
             encoder, normalise = self.network.encoder, Normaliser(self.card.mean, self.card.std)
             return lambda images: encoder.embed(normalise(images))
@@ -77,7 +74,7 @@ class TrainedModel:
         return lambda images: predictor(images)[name]
 
     def named(self, class_names: tuple[str, ...]) -> TrainedModel:
-        """Return the model with names for its classes, for a file that holds none."""
+        """Return the model with names for its classes."""
         card, info = replace(self.card, class_names=class_names), replace(self.info, class_names=class_names)
         return replace(self, card=card, info=info)
 
@@ -85,18 +82,17 @@ class TrainedModel:
 def open_model(spec: ExperimentSpec, action: Literal["evaluate", "inference"]) -> TrainedModel:
     """Open the model that ``<action>.checkpoint`` or ``<action>.trt_engine`` names.
 
-    The file determines the model; for a checkpoint, the spec may change the input size and the mask ratio.
+    The file decides the model; for a checkpoint, the spec may change the input size and the mask ratio.
 
     Raises:
-        SpecError: The spec contradicts the file (stage, architecture, classes, channels), or no unit would be visible.
-        CheckpointError: The file cannot be used.
+        SpecError: the spec contradicts the file (stage, architecture, classes, channels), or no unit would be visible.
+        CheckpointError: the file cannot be used.
     """
-    section = getattr(spec, action)
-    name = "checkpoint" if section.checkpoint else "trt_engine"
-    key, path, secret = f"{action}.{name}", Path(getattr(section, name)), resolve_key(spec.encryption_key)
+    key = next(file.key for file in TABLE[action].inputs if value_of(spec, file.key))
+    path, secret = Path(value_of(spec, key)), resolve_key(spec.encryption_key)
     if exported_kind(path):
         return _open_exported(spec, key, path, secret)
-    if name == "trt_engine":
+    if key.endswith("trt_engine"):
         raise SpecError(
             f"{key}: must be a TensorRT engine ({', '.join(ENGINE_SUFFIXES)}) or an ONNX file (.onnx), got {path}.",
             f"Give a checkpoint as {action}.checkpoint.",
@@ -108,17 +104,17 @@ def _open_exported(spec: ExperimentSpec, key: str, path: Path, secret: Key | Non
     with blaming(key):
         card = read_exported_card(path, secret)
     size, more = spec.dataset.augmentation.size, []
-    if spec.typed(_SIZE) and size != card.model.input_size:
-        (height, width), (own_height, own_width) = size, card.model.input_size
+    if spec.is_set("dataset.augmentation.input_size") and size != card.model.input_size:
+        (height, width), own = size, "x".join(map(str, card.model.input_size))
         more.append(
             SpecError(
-                f"{_SIZE} is {height}x{width}, but {path} takes images of {own_height}x{own_width}.",
-                f"Remove {_SIZE}, or export the checkpoint with export.input_height={height} "
+                f"dataset.augmentation.input_size is {height}x{width}, but {path} takes images of {own}.",
+                f"Remove dataset.augmentation.input_size, or export the checkpoint with export.input_height={height} "
                 f"export.input_width={width}.",
             )
         )
     check_request(spec, key, path, card.info, more)
-    if spec.typed("model.mask_ratio"):
+    if spec.is_set("model.mask_ratio"):
         log.warning("model.mask_ratio has no effect: an exported model masks nothing.")
     return TrainedModel(path, card, card.info, None, secret)
 
@@ -129,17 +125,17 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
         if info.stage == "pretrain" and not checkpoint.weights.rest:
             raise CheckpointError(
                 f"{path} holds only the backbone, and {key.split('.')[0]} also reconstructs images.",
-                f"Give the checkpoint beside it, such as {path.with_name(BEST)}.",
+                f"Give a checkpoint of the same run, such as {path.with_name(BEST)}.",
             )
     config = info.model
-    if spec.typed(_SIZE):
+    if spec.is_set("dataset.augmentation.input_size"):
         config = replace(config, input_size=spec.dataset.augmentation.size)
-    if spec.model.mask_ratio is not None and spec.typed("model.mask_ratio"):
+    if spec.model.mask_ratio is not None and spec.is_set("model.mask_ratio"):
         config = replace(config, mask_ratio=spec.model.mask_ratio)
     more = []
+    masked = info.stage == "pretrain"
     try:
-        masked = info.stage == "pretrain"
-        with blaming(_SIZE):
+        with blaming("dataset.augmentation.input_size"):
             check_size(config, masked=masked)
         if masked:
             rows, columns = (side // config.unit for side in config.input_size)
@@ -160,30 +156,29 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
 
 
 def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[Checkpoint, CheckpointInfo]:
-    """Read a checkpoint with its ``openmae`` entry; for another program's classifier, derive the entry.
+    """Read a checkpoint and its metadata; the metadata of another program's classifier come from tensors and spec.
 
-    It is derived from the tensors and the spec. NVIDIA TAO's files are such classifiers. They do not name their
-    classes, so ``class_names`` is empty.
+    Such classifiers, as NVIDIA TAO writes them, do not name their classes, so that ``class_names`` is empty.
 
     Raises:
-        CheckpointError: The file cannot be used, or is another program's and holds no classifier.
+        CheckpointError: the file cannot be used, or another program wrote it and it is not a classifier.
     """
     checkpoint = read_checkpoint(path, secret)
-    pretrains = spec.typed("train.stage") and spec.train.stage == "pretrain"
+    pretrains = spec.is_set("train.stage") and spec.train.stage == "pretrain"
     if checkpoint.info is not None or not checkpoint.num_classes or pretrains:
         return checkpoint, checkpoint.own_info()
-    config = checkpoint.config(spec.model.arch if spec.typed("model.arch") else None)
-    augmentation = spec.dataset.augmentation
+    config = checkpoint.config(spec.model.arch if spec.is_set("model.arch") else None)
     if config.architecture.family == "convnextv2":
-        config = replace(config, input_size=augmentation.size)  # any size fits its tensors
-    mean, std = augmentation.mean or (), augmentation.std or ()
+        config = replace(config, input_size=spec.dataset.augmentation.size)  # any size fits its tensors
+    values = resolve(spec)
+    mean, std = values.mean, values.std
     if len(mean) != config.in_chans:
         mean, std = DEFAULT_MEAN.get(config.in_chans, ()), DEFAULT_STD.get(config.in_chans, ())
-    return checkpoint, CheckpointInfo("finetune", config, (), tuple(mean), tuple(std))
+    return checkpoint, CheckpointInfo("finetune", config, (), mean, std)
 
 
 def number_classes(info: CheckpointInfo) -> CheckpointInfo:
-    """Name the classes of another program's classifier by their numbers, with a warning."""
+    """Return the metadata with numbers as class names if the checkpoint has none, with a notice."""
     if info.stage == "pretrain" or info.class_names:
         return info
     count = info.model.num_classes
@@ -192,23 +187,23 @@ def number_classes(info: CheckpointInfo) -> CheckpointInfo:
 
 
 def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
-    """Return the spec with the checkpoint's settings instead of defaults that have no effect.
+    """Return the spec with the settings of the checkpoint instead of defaults.
 
-    The seed determines the masks of validation: with the training run's own, evaluation gives the same numbers. The
-    batch size is one that the training machine could hold.
+    With the seed of the training, which fixes the masks of validation, evaluation gives the numbers of the training.
+    The batch size of the training fits into memory.
     """
-    shape = {f"model.{key}": value for key, value in info.model.to_dict().items() if key not in _NO_KEYS}
+    shape = info.model.to_dict()
     values: dict[str, Any] = {
-        **shape,
+        **{f"model.{name}": value for name, value in shape.items() if f"model.{name}" in fields()},
         "model.num_classes": info.model.num_classes or None,
         "train.stage": info.stage,
-        _SIZE: info.model.input_size,
+        "dataset.augmentation.input_size": info.model.input_size,
         "dataset.augmentation.mean": info.mean,
         "dataset.augmentation.std": info.std,
     }
     for key in ("train.seed", "dataset.augmentation.interpolation", "dataset.batch_size"):
-        trained = _look_up(info.spec, key)
-        if trained is not None and not spec.typed(key):
+        trained = get(info.spec, key)
+        if trained is not None and not spec.is_set(key):
             values[key] = trained
     return spec.replaced(values)
 
@@ -216,28 +211,30 @@ def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
 def check_request(
     spec: ExperimentSpec, named_by: str, path: Path, info: CheckpointInfo, more: Sequence[SpecError] = ()
 ) -> None:
-    """Compare the options that were set with what a file holds.
+    """Compare the options that the user set with the model in a file.
 
     Args:
-        spec: the request.
-        named_by: key that names the file.
+        spec: resolved.
+        named_by: the key that names the file.
         path: the file.
-        info: what it holds.
-        more: other mistakes in the request, to report together.
+        info: its metadata.
+        more: other errors to report together.
 
     Raises:
-        SpecError: Something does not fit; the text lists everything.
+        SpecError: lists everything that does not fit.
     """
-    said: dict[str, tuple[Any, Any]] = {"train.stage": (spec.train.stage, info.stage)}
-    for name in _MODEL_KEYS:
-        if f"model.{name}" not in INERT[info.stage]:
-            said[f"model.{name}"] = (getattr(spec.model, name), getattr(info.model, name))
-    said["model.patch_size"] = (spec.model.patch_size, info.model.unit)
+    pairs: dict[str, tuple[Any, Any]] = {"train.stage": (spec.train.stage, info.stage)}
+    for key in fields():
+        section, _, name = key.partition(".")
+        fixed = section == "model" and traits(key).on_resume == "refuse" and key != "model.mask_ratio"
+        if fixed and info.stage in traits(key).stages:
+            pairs[key] = (getattr(spec.model, name), getattr(info.model, name))
+    pairs["model.patch_size"] = (spec.model.patch_size, info.model.unit)
     if info.model.num_classes:
-        said["model.num_classes"] = (spec.model.num_classes, info.model.num_classes)
+        pairs["model.num_classes"] = (spec.model.num_classes, info.model.num_classes)
     for name in ("mean", "std"):
-        said[f"dataset.augmentation.{name}"] = (getattr(spec.dataset.augmentation, name), getattr(info, name))
-    wrong = {key: values for key, values in said.items() if spec.typed(key) and None is not values[0] != values[1]}
+        pairs[f"dataset.augmentation.{name}"] = (getattr(spec.dataset.augmentation, name), getattr(info, name))
+    wrong = {key: values for key, values in pairs.items() if spec.is_set(key) and None is not values[0] != values[1]}
     problems = [
         f"{key} is {asked}, but {named_by} ({path}) holds {key}={held}." for key, (asked, held) in wrong.items()
     ]
@@ -249,10 +246,3 @@ def check_request(
     fixes += [error.fix for error in more]
     if problems:
         raise SpecError("\n".join(problems), " ".join(fixes))
-
-
-def _look_up(tree: Mapping[str, Any], key: str) -> Any:
-    value: Any = tree
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

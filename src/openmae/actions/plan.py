@@ -1,4 +1,4 @@
-"""What a training run will do, fixed and checked before the first process starts."""
+"""The plan of a training run: checked completely before the first process starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from openmae.data.image_dataset import AddressedSampler
 from openmae.data.image_index import ImageIndex
 from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig
-from openmae.spec.describe import fields
+from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
-from openmae.spec.rules import INERT
+from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import flatten
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.elastic import BatchLayout, accumulation_for
 from openmae.training.resume import best_was_set_aside, newest_checkpoint, newest_readable, read_finite
@@ -29,29 +30,25 @@ log = logging.getLogger("openmae")
 
 _IMAGES = "train_images"
 
-#: What may change between the parts of one run without a word: its length, its pace, its place.
-_RHYTHM = frozenset(
-    {
-        "model.num_classes",
-        "dataset.num_workers_per_gpu",
-        "dataset.max_corrupt_fraction",
-        "dataset.max_megapixels",
-        "dataset.test_data_sources",
-        *(f"train.{name}" for name in ("num_epochs", "num_gpus", "gpu_ids", "num_nodes", "results_dir", "precision")),
-        "train.distributed_strategy",
-        *(key for key in fields() if key.startswith("train.checkpointer.")),
-        *(f"train.checkpoint_{name}" for name in ("interval", "interval_unit")),
-        *(f"train.{name}" for name in ("keep_checkpoints", "validation_interval", "allow_partial_weights")),
-        *(f"train.{name}" for name in ("stop_after_epoch", "compile", "profile")),
-        "train.resume_training_checkpoint_path",
-    }
-)
 _ACCUMULATION = "train.accum_grad_batches"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked request: everything that can be wrong has been looked at before the first process starts."""
+    """A checked training run.
+
+    Attributes:
+        spec: with the seed, the classes and the accumulation of the run.
+        folder: for results.
+        train: the training images.
+        val: the validation images.
+        info: the description of the model and the run in its checkpoints.
+        resume: the checkpoint to resume from.
+        epochs_done: epochs that an earlier run has finished.
+        key: encrypts checkpoints.
+        images: a digest of the names of the training images.
+        best_is_lost: ``model_best.pth`` was set aside, so that the next epoch is the best so far.
+    """
 
     spec: ExperimentSpec
     folder: Path
@@ -66,18 +63,26 @@ class Plan:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint says about the run."""
+        """The entry of checkpoints that describes the run."""
         return {**self.info.to_dict(), _IMAGES: self.images}
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model."""
+        """The configuration of the model."""
         return self.info.model
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """The run that this one goes on from."""
+    """The run that this one resumes.
+
+    Attributes:
+        key: the option that names it.
+        checkpoint: its newest checkpoint.
+        info: the description in that checkpoint.
+        epochs_done: finished epochs.
+        images: a digest of the names of its training images; None in old checkpoints.
+    """
 
     key: str
     checkpoint: Path
@@ -87,72 +92,71 @@ class Earlier:
 
 
 def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
-    """Open the data, look back at an earlier run in ``folder``, and fix the model.
+    """Read the key, find an earlier run in ``folder``, open the data, and fix the model.
 
     Raises:
-        UserError: anything in the request that can be known to be wrong before training.
+        UserError: the spec, the data or the earlier run do not allow the training.
     """
     key = resolve_key(spec.encryption_key)
-    earlier = _look_back(spec, folder, key)
+    earlier = _find_earlier(spec, folder, key)
+    train, val = _open_data(spec)
     finetune = spec.train.stage == "finetune"
-    data, largest = spec.dataset, spec.dataset.max_megapixels
-    train = open_images(data.train_data_sources, "dataset.train_data_sources", labelled=finetune, largest=largest)
-    val = None
-    if data.val_data_sources:
-        labelled = finetune or None
-        val = open_images(data.val_data_sources, "dataset.val_data_sources", labelled=labelled, largest=largest)
-    if finetune and val is not None:
-        val = match_classes(val, train.class_names, "dataset.train_data_sources")
-    with blaming("dataset.batch_size"):
-        processes = spec.train.num_gpus * spec.train.num_nodes
-        AddressedSampler(len(train), spec.dataset.batch_size, spec.train.seed, 0, processes)
-    if not spec.typed("dataset.batch_size"):
-        log.warning(
-            "dataset.batch_size is %d, the published default: set it to what memory holds, such as 64.",
-            spec.dataset.batch_size,
-        )
+    begun: dict[str, int] = {}
     if spec.train.seed < 0:
         seed = earlier.info.spec["train"]["seed"] if earlier else random.SystemRandom().randrange(2**31)
-        log.info("train.seed is -1: this run draws %d.", seed)
+        log.info("train.seed is -1: this run uses the seed %d.", seed)
         spec = spec.replaced({"train.seed": seed})
-    begun: dict[str, int] = {}
     if earlier:
         spec, begun = _keep_global_batch(earlier, spec)
     if finetune:
         spec = spec.replaced({"model.num_classes": class_count(spec, train)})
-    config = _model_config(spec)
-    augmentation = spec.dataset.augmentation
+    values = resolve(spec)
     info = CheckpointInfo(
         stage=spec.train.stage,
-        model=config,
+        model=_model_config(spec),
         class_names=train.class_names if finetune else (),
-        mean=tuple(augmentation.mean or ()),
-        std=tuple(augmentation.std or ()),
+        mean=values.mean,
+        std=values.std,
         spec=to_dict(spec),
         begun=begun,
     )
-    images = _names_of(train)
+    images = hashlib.sha256("\n".join(train.paths).encode(errors="surrogateescape")).hexdigest()[:16]
     if earlier:
-        _check_same_run(earlier, info)
-        if earlier.images not in (None, images):
-            log.warning(
-                "dataset.train_data_sources holds other images than the checkpoint %s was trained with.",
-                earlier.checkpoint,
-            )
-        _compare_settings(earlier, info, finished=earlier.epochs_done >= spec.train.num_epochs)
+        _compare(earlier, info, images, num_epochs=spec.train.num_epochs)
     elif finetune and not spec.train.pretrained_model_path:
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
     resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
     return Plan(spec, folder, train, val, info, resume, epochs_done, key, images, best_was_set_aside(folder))
 
 
-def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlier | None:
-    typed = spec.train.resume_training_checkpoint_path
-    key = "train.resume_training_checkpoint_path" if typed else "results_dir"
+def _open_data(spec: ExperimentSpec) -> tuple[ImageIndex, ImageIndex | None]:
+    finetune, data = spec.train.stage == "finetune", spec.dataset
+    largest = data.max_megapixels
+    train = open_images(data.train_data_sources, "dataset.train_data_sources", labelled=finetune, largest=largest)
+    val = None
+    if data.val_data_sources:
+        labelled = finetune or None
+        val = open_images(data.val_data_sources, "dataset.val_data_sources", labelled=labelled, largest=largest)
+        if finetune:
+            val = match_classes(val, train.class_names, "dataset.train_data_sources")
+    with blaming("dataset.batch_size"):
+        processes = spec.train.num_gpus * spec.train.num_nodes
+        AddressedSampler(len(train), data.batch_size, spec.train.seed, 0, processes)
+    if not spec.is_set("dataset.batch_size"):
+        log.warning(
+            "dataset.batch_size is %d, the published default: set it to what fits into memory, such as 64.",
+            data.batch_size,
+        )
+    return train, val
+
+
+def _find_earlier(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlier | None:
+    given = spec.train.resume_training_checkpoint_path
+    key = "train.resume_training_checkpoint_path" if given else "results_dir"
     with blaming(key):
-        found = _gone_on(folder, typed, secret) if typed else newest_readable(folder, secret)
-        if found is None and typed:
-            found = Path(typed), read_finite(Path(typed), secret)
+        found = _continued(folder, given, secret) if given else newest_readable(folder, secret)
+        if given and found is None:
+            found = Path(given), read_finite(Path(given), secret)
         if found is None:
             return None
         checkpoint, state = found
@@ -166,122 +170,105 @@ def _look_back(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlie
         return Earlier(key, checkpoint, CheckpointInfo.from_dict(facts), progress["epoch"], facts.get(_IMAGES))
 
 
-def _gone_on(folder: Path, typed: str, secret: Key | None) -> tuple[Path, dict[str, Any]] | None:
-    """Where an interrupted run that began from the checkpoint ``typed`` has come to; the same command goes on there."""
+def _continued(folder: Path, given: str, secret: Key | None) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint in ``folder`` if it is of a run that started from the checkpoint ``given``.
+
+    The same command then resumes that run instead of starting it again.
+    """
     newest = newest_checkpoint(folder)
-    if newest is not None and newest != Path(typed):
+    if newest is not None and newest != Path(given):
         with suppress(CheckpointError):
             state = read_finite(newest, secret)
-            if state["openmae"]["spec"]["train"].get("resume_training_checkpoint_path") == typed:
+            if state["openmae"]["spec"]["train"].get("resume_training_checkpoint_path") == given:
                 return newest, state
     return None
 
 
-def _names_of(index: ImageIndex) -> str:
-    """Tells the images of a data set from others, by their names."""
-    return hashlib.sha256("\n".join(index.paths).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
 def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[ExperimentSpec, dict[str, int]]:
-    """On another number of processes, accumulate so that the global batch stays.
+    """Change the accumulation so that the global batch stays the same on another number of processes.
 
     Returns:
-        The spec, and how the run began; nothing where neither processes nor anything else of it has changed since, or
-        where the user changes the accumulation.
+        The spec, and how the run began; empty if neither processes nor accumulation have changed since, or the user
+        changes the accumulation.
     """
     last, now = BatchLayout.of(earlier.info.spec), BatchLayout.of(to_dict(spec))
     begun = BatchLayout(**earlier.info.begun) if earlier.info.begun else last
     same = now.processes == begun.processes == last.processes
     if same or now.accumulated not in (begun.accumulated, last.accumulated):  # experiment.yaml has that of the last run
         return spec, {}
-    accumulated, told = accumulation_for(begun, last, replace(now, accumulated=begun.accumulated))
-    if told and earlier.epochs_done < spec.train.num_epochs:
-        log.warning(told)
-    return spec.replaced({_ACCUMULATION: accumulated}), begun.to_dict()
+    accumulated, notice = accumulation_for(begun, last, replace(now, accumulated=begun.accumulated))
+    if notice and earlier.epochs_done < spec.train.num_epochs:
+        log.warning(notice)
+    return spec.replaced({"train.accum_grad_batches": accumulated}), begun.to_dict()
 
 
-def _check_same_run(earlier: Earlier, now: CheckpointInfo) -> None:
-    """A run can only go on as what it was."""
+def _compare(earlier: Earlier, now: CheckpointInfo, images: str, *, num_epochs: int) -> None:
+    """Refuse or report the differences between an earlier run and this one."""
     old, new = _identity(earlier.info), _identity(now)
-    keys = [key for key in new if old.get(key, new[key]) != new[key]]
-    if keys:
-        changed = "; ".join(f"{key} was {old[key]} and is {new[key]}" for key in keys)
+    if keys := [key for key in new if old.get(key, new[key]) != new[key]]:
         raise CheckpointError(
-            f"{earlier.key}: training cannot resume from {earlier.checkpoint}: {changed}.",
-            "Set another results_dir for a new run (train.pretrained_model_path takes weights along), or restore the "
-            "old settings.",
+            f"{earlier.key}: training cannot resume from {earlier.checkpoint}: {_changes(keys, old, new)}.",
+            "Set another results_dir for a new run (train.pretrained_model_path starts it from weights), or restore "
+            "the old settings.",
         )
-
-
-def _compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -> None:
-    """An unfinished run may go on with other settings, aloud; a finished one is no answer to another request."""
-    # an option that is newer than the run had its default then
-    before, wanted = _defaults() | _settings(earlier.info.spec), _defaults() | _settings(now.spec)
+    if earlier.images not in (None, images):
+        log.warning(
+            "dataset.train_data_sources holds other images than the checkpoint %s was trained with.",
+            earlier.checkpoint,
+        )
+    finished = earlier.epochs_done >= num_epochs
+    # an option that is newer than the earlier run had its default then
+    defaults = _settings(ExperimentSpec().model_dump(mode="json", exclude_none=True))
+    before, wanted = defaults | _settings(earlier.info.spec), defaults | _settings(now.spec)
     if now.begun:
-        wanted[_ACCUMULATION] = before.get(_ACCUMULATION)  # it follows from the processes, and was told of with them
+        wanted[_ACCUMULATION] = before.get(_ACCUMULATION)  # it follows from the processes
     keys = sorted(key for key in before | wanted if before.get(key) != wanted.get(key))
-    if not finished and "train.pretrained_model_path" not in wanted:  # a resumed run needs it no more
+    if not finished and "train.pretrained_model_path" not in wanted:  # a resumed run does not need it
         keys = [key for key in keys if key not in ("train.pretrained_model_path", "train.pretrained_weights_key")]
-    if not keys:
-        return
-    changed = "; ".join(f"{key} was {before.get(key, 'unset')} and is {wanted.get(key, 'unset')}" for key in keys)
-    if finished:
+    folder, changes = earlier.checkpoint.parent, _changes(keys, before, wanted)
+    if keys and finished:
         raise CheckpointError(
-            f"{earlier.key}: {earlier.checkpoint.parent} holds a finished run with other settings: {changed}.",
+            f"{earlier.key}: {folder} holds a finished run with other settings: {changes}.",
             "Set another results_dir for this run.",
         )
-    log.warning("The run in %s goes on with other settings: %s.", earlier.checkpoint.parent, changed)
+    if keys:
+        log.warning("The run in %s resumes with other settings: %s.", folder, changes)
 
 
-def _defaults() -> dict[str, Any]:
-    return _settings(ExperimentSpec().model_dump(mode="json", exclude_none=True))
+def _changes(keys: list[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return "; ".join(f"{key} was {before.get(key, 'unset')} and is {now.get(key, 'unset')}" for key in keys)
 
 
 def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What shapes the result of a training, by dotted key; unset keys are left out."""
-    found: dict[str, Any] = {}
-    known = fields()  # an earlier version may have had other options
-
-    def walk(tree: Mapping[str, Any], prefix: str) -> None:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                walk(value, f"{prefix}{name}.")
-            elif value not in (None, "") and f"{prefix}{name}" in known and f"{prefix}{name}" not in _RHYTHM:
-                found[f"{prefix}{name}"] = value
-
-    walk({section: spec.get(section, {}) for section in ("model", "dataset", "train")}, "")
-    return found
+    """Return the set options whose changes are reported, by dotted key; without those of other versions."""
+    values = flatten({section: spec.get(section, {}) for section in ("model", "dataset", "train")})
+    known = [key for key in values if key in fields() and traits(key).on_resume != "allow"]
+    return {key: values[key] for key in known if values[key] not in (None, "")}
 
 
 def _identity(info: CheckpointInfo) -> dict[str, Any]:
-    """What may not change when a run is resumed, by its key."""
+    """Return the values that must not change when a run is resumed, by key."""
     model = {f"model.{key}": value for key, value in info.model.to_dict().items()}
     size = model.pop("model.input_size")
-    free = ("model.drop_path_rate", "model.num_classes", *INERT[info.stage])
-    shape = {key: value for key, value in model.items() if key not in free}
+    final_norm = {key: model.pop(key) for key in ("model.final_norm",) if key in model}
+    shape = {k: v for k, v in model.items() if traits(k).on_resume == "refuse" and info.stage in traits(k).stages}
     names = {"class names": ", ".join(info.class_names)} if info.class_names else {}
-    return {"train.stage": info.stage, **shape, "dataset.augmentation.input_size": size, **names}
+    return {"train.stage": info.stage, **shape, **final_norm, "dataset.augmentation.input_size": size, **names}
 
 
 def _model_config(spec: ExperimentSpec) -> ModelConfig:
-    model = spec.model
+    model, values = spec.model, resolve(spec)
     return ModelConfig(
         arch=model.arch,
         input_size=spec.dataset.augmentation.size,
         in_chans=model.in_chans,
         patch_size=model.patch_size,
-        drop_path_rate=resolved(model.drop_path_rate),
-        mask_ratio=resolved(model.mask_ratio),
+        drop_path_rate=values.drop_path_rate,
+        mask_ratio=values.mask_ratio,
         norm_pix_loss=model.norm_pix_loss,
-        decoder_depth=resolved(model.decoder_depth),
-        decoder_embed_dim=resolved(model.decoder_embed_dim),
+        decoder_depth=values.decoder_depth,
+        decoder_embed_dim=values.decoder_embed_dim,
         decoder_attention=model.decoder_attention,
         global_pool=model.global_pool,
         num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,
     )
-
-
-def resolved(value: Any) -> Any:
-    """A value that ``load_spec`` has filled in."""
-    assert value is not None, "load_spec fills in what the architecture decides"
-    return value

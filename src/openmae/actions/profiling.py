@@ -1,4 +1,4 @@
-"""What ``train.profile`` leaves: a table on the terminal, ``profile.json``, and what the report shows."""
+"""The results of ``train.profile``: a table on the terminal, ``profile.json``, and a section of the report."""
 
 from __future__ import annotations
 
@@ -14,42 +14,52 @@ from openmae.distributed import launch
 from openmae.distributed.launch import describe_device, world_of
 from openmae.machine import usable_cores
 from openmae.results.profile import Breakdown, Phase, advice, write_breakdown
-from openmae.spec.rules import value_of
+from openmae.spec.metrics import monitored_metric
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.training.profiler import PAUSES, STEP_PHASES, WARMUP_STEPS, Measured
 
 PROFILE = "profile.json"
 _KEYS = (
     "dataset.batch_size",
     "dataset.num_workers_per_gpu",
-    *(f"train.{name}" for name in ("accum_grad_batches", "precision", "compile", "num_gpus", "num_nodes")),
-    *("train.ema_decay", "train.distributed_strategy"),
-    *(f"train.{name}" for name in ("validation_interval", "checkpoint_interval", "checkpoint_interval_unit")),
+    "train.accum_grad_batches",
+    "train.precision",
+    "train.compile",
+    "train.num_gpus",
+    "train.num_nodes",
+    "train.ema_decay",
+    "train.distributed_strategy",
+    "train.validation_interval",
+    "train.checkpoint_interval",
+    "train.checkpoint_interval_unit",
 )
-_DECODER = ("model.decoder_attention", "model.decoder_targets")  # what makes a transformer's decoder faster
+_DECODER = ("model.decoder_attention", "model.decoder_targets")  # they can make a transformer decoder faster
 
 log = logging.getLogger("openmae")
 
 
 def leave_profile(fabric: Fabric, spec: ExperimentSpec, folder: Path, measured: Measured) -> Breakdown | None:
-    """Print and write what was measured; None, with a notice, for a run that is too short.
+    """Print and write the measured times. Return None, with a notice, if the run was too short.
 
     Args:
         fabric: of the run.
-        spec: as it acts.
-        folder: of the results.
-        measured: by this process.
+        spec: resolved.
+        folder: for results.
+        measured: the times of this process.
     """
     if not measured.steps:
-        log.warning("train.profile: nothing was measured, as the run made no step after %d of warm-up.", WARMUP_STEPS)
+        log.warning(
+            "train.profile: nothing was measured, since the run ended within the %d warmup steps.", WARMUP_STEPS
+        )
         return None
     breakdown = _breakdown(fabric, spec, measured)
     write_breakdown(breakdown, folder / PROFILE)
     rows = [("measured", breakdown.summary)]
     for name, phase in breakdown.phases.items():
-        a_step = "" if phase.mean_ms is None else f"  {phase.mean_ms:10.2f} ms a step"
-        rows.append((name, f"{100 * breakdown.share(name):5.1f} %{a_step}"))
-    show_table("where the time goes", rows)
+        per_step = "" if phase.mean_ms is None else f"  {phase.mean_ms:10.2f} ms per step"
+        rows.append((name, f"{100 * breakdown.share(name):5.1f} %{per_step}"))
+    show_table("Profile", rows)
     for line in advice(breakdown):
         log.info("%s", line)
     return breakdown
@@ -59,7 +69,7 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
     finetune, family = spec.train.stage == "finetune", spec.model.architecture.family
     on_gpu = fabric.device.type == "cuda"
     keys = _KEYS if finetune or family == "convnextv2" else (*_KEYS, *_DECODER)
-    acting = {"train.precision": acting_precision(spec, on_gpu), "train.optim.monitor_name": acting_monitor(spec)}
+    acting = {"train.precision": acting_precision(spec, on_gpu), "train.optim.monitor_name": monitored_metric(spec)}
     phases = {}
     for name in (*STEP_PHASES, *PAUSES):
         seconds, times = measured.seconds[name], measured.per_step.get(name)
@@ -84,14 +94,5 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
 
 
 def acting_precision(spec: ExperimentSpec, on_gpu: bool) -> str:
-    """The precision that acts in a training of this spec."""
+    """Return the precision that a training of this spec uses."""
     return launch.acting_precision(spec.train.precision, spec.train.distributed_strategy == "fsdp", on_gpu)
-
-
-def acting_monitor(spec: ExperimentSpec) -> str:
-    """The monitor that acts: train_loss without validation, else as asked for; a classifier's default is ACC_all."""
-    if not spec.dataset.val_data_sources:
-        return "train_loss"
-    if spec.train.stage == "finetune" and not spec.typed("train.optim.monitor_name"):
-        return "ACC_all"
-    return spec.train.optim.monitor_name

@@ -1,4 +1,4 @@
-"""What every action does around its work: a results folder, a status log, the resolved spec, and the end told."""
+"""The frame of every action: the results folder, ``status.json``, ``experiment.yaml`` and the outcome."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from openmae.data.presence import missing_files, missing_sources
 from openmae.distributed.topology import World, find_world, gpus_per_node
 from openmae.errors import DataError, OpenMAEError, Preempted, RunError
 from openmae.results.status import StatusLog
+from openmae.spec.actions import DEVICES
 from openmae.spec.load import to_yaml
-from openmae.spec.rules import value_of
-from openmae.spec.schema import DEVICES, ExperimentSpec
+from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.storage.atomic import FULL, disk_error, fault_of_disk, write_atomically
 from openmae.storage.memory_folder import remove_abandoned
 
@@ -43,11 +44,11 @@ class Run:
     """A running action.
 
     Attributes:
-        spec: with local paths in place of the URLs of files, and the numbers of processes and nodes that act.
-        folder: of its results, local.
-        status: its log.
-        leads: this process writes the results; False: it leaves that, and the log, to another one of the run.
-        skipped: why there was nothing to do; empty where there was.
+        spec: with local paths instead of URLs of files, and the actual numbers of processes and nodes.
+        folder: local, for results.
+        status: the log of the action.
+        leads: this process writes the results and the log; False: another process of the run does.
+        skipped: why there was nothing to do; empty if the action did its work.
     """
 
     spec: ExperimentSpec
@@ -58,7 +59,7 @@ class Run:
 
 
 class _NoStatus(StatusLog):
-    """Of a process that leaves the log to another one of its run."""
+    """The log of a process that does not lead: it writes nothing."""
 
     def __init__(self) -> None:
         pass
@@ -72,29 +73,28 @@ class _NoStatus(StatusLog):
         kpi: Mapping[str, float] | None = None,
         progress: Mapping[str, int | str] | None = None,
     ) -> None:
-        """It is written once."""
+        """Write nothing."""
 
 
 @contextmanager
 def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
-    """Open the results folder, and tell ``status.json`` how the action began and ended.
+    """Open the results folder, and write to ``status.json`` how the action began and ended.
 
-    Lines of an earlier run are kept, and so are its other files until the action has something to put in their place:
-    a request that turns out to be wrong costs nothing. What is remote is fetched first; results that go to a store are
-    written to a local folder, and uploaded from there while the action runs. Of the processes that several nodes or a
-    launcher started, the first one alone does so.
+    Files of an earlier run are kept until the action replaces them, so that invalid input destroys nothing. Remote
+    inputs are downloaded first. Results for an object store are written to a local folder, and uploaded while the
+    action runs. If several nodes or a launcher start the action, only the first process does all this.
 
     Args:
         spec: resolved.
-        action: names the folder.
+        action: the name of the action.
 
     Raises:
-        UserError: the folder cannot be written, or what is remote cannot be had.
+        UserError: the folder cannot be written, or an input cannot be downloaded.
         RunError: the disk is full, or results could not be uploaded.
     """
     remove_abandoned()
     _refuse_missing(spec, action)
-    spec, world = _placed(spec, action)
+    spec, world = _apply_topology(spec, action)
     if not world.leads:
         with local_place(spec, action, leads=False) as place, _machine_faults(place.folder):
             yield Run(place.spec, place.folder, _NoStatus(), leads=False)
@@ -108,8 +108,8 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
                 yield run
             place.finish_uploads()
         except KeyboardInterrupt as stop:
-            if place.loss.error is not None:
-                raise place.loss.error from None
+            if place.lost is not None:
+                raise place.lost from None
             how = "preempted" if isinstance(stop, Preempted) else "interrupted"
             _write_failure(run.status, f"{action} was {how}", "WARNING")
             raise
@@ -123,39 +123,38 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
 
 
 def _refuse_missing(spec: ExperimentSpec, action: str) -> None:
-    """Name all paths that do not exist at once; a single one is explained by whatever opens it."""
-    missing = {**missing_sources(spec, "train" if action == "automl" else action), **missing_files(spec, action)}
+    """Report all missing paths together; for a single one, the function that opens it has a better message."""
+    missing = {**missing_sources(spec, action), **missing_files(spec, action)}
     if len(missing) > 1:
         raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the paths.")
 
 
-def _placed(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:
-    """The spec with the numbers of processes and nodes that a launcher decides, and this process's place."""
+def _apply_topology(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:
+    """Return the spec with the numbers of processes and nodes that a launcher sets, and this process's place."""
     if action not in DEVICES:
         return spec, World()
-    own, key = getattr(spec, action), f"{action}."
-    counted = spec.typed(f"{key}num_gpus") or (spec.typed(f"{key}gpu_ids") and own.gpu_ids != (0,))
-    nodes = own.num_nodes if spec.typed(f"{key}num_nodes") else None
+    own = getattr(spec, action)
+    counted = spec.is_set(f"{action}.num_gpus") or (spec.is_set(f"{action}.gpu_ids") and own.gpu_ids != (0,))
+    nodes = own.num_nodes if spec.is_set(f"{action}.num_nodes") else None
     world = find_world(action, own.num_gpus if counted else None, nodes)
-    values: dict[str, Any] = {f"{key}num_nodes": world.nodes}
+    values: dict[str, Any] = {f"{action}.num_nodes": world.nodes}
     if world.per_node != own.num_gpus or gpus_per_node():  # else the user may choose among a node's GPUs
-        values |= {f"{key}num_gpus": world.per_node, f"{key}gpu_ids": tuple(range(world.per_node))}
-    replaced = [f"{name}={_plain(value_of(spec, name))}" for name in values if value_of(spec, name) != values[name]]
-    replaced = [item for item in replaced if spec.typed(item.partition("=")[0])]
+        values |= {f"{action}.num_gpus": world.per_node, f"{action}.gpu_ids": tuple(range(world.per_node))}
+    replaced = [key for key in values if spec.is_set(key) and value_of(spec, key) != values[key]]
     if replaced and world.leads:
+        given = [(key, value_of(spec, key)) for key in replaced]
         log.warning(
             "%s set %d process(es) on each of %d node(s). This replaces %s of the spec.",
-            world.launcher or "WORLD_SIZE and NUM_GPU_PER_NODE", world.per_node, world.nodes, ", ".join(replaced),
-        )  # fmt: skip
+            world.launcher or "WORLD_SIZE and NUM_GPU_PER_NODE",
+            world.per_node,
+            world.nodes,
+            ", ".join(f"{key}={list(value) if isinstance(value, tuple) else value}" for key, value in given),
+        )
     return spec.replaced(values), world
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _write_failure(status: StatusLog, message: str, verbosity: str) -> None:
-    with suppress(OSError):  # a disk that is full must not hide what happened
+    with suppress(OSError):  # a full disk must not hide the error
         status.write("FAILURE", message, verbosity=verbosity)
 
 
@@ -168,8 +167,8 @@ def _machine_faults(folder: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RuntimeError) and _LOADER.search(str(error)):  # torch raises it wherever the loop is
             raise RunError(
-                f"A process that loads images was ended from outside: {str(error).splitlines()[0]}",
-                "If memory ran out, lower dataset.num_workers_per_gpu or dataset.batch_size; the same command goes on.",
+                f"A worker that loads images was killed: {str(error).splitlines()[0]}",
+                "If memory ran out, lower dataset.num_workers_per_gpu or dataset.batch_size; the same command resumes.",
             ) from error
         found = fault_of_disk(error)
         if found is None:
@@ -181,12 +180,12 @@ def _machine_faults(folder: Path) -> Iterator[None]:
 
 
 def begin_results(folder: Path, spec: ExperimentSpec, *, resumed: bool = False) -> None:
-    """Write what acts as ``experiment.yaml``, which loads back; to be called when the request has proved right.
+    """Write the resolved spec as ``experiment.yaml``. Must be called after all input was checked.
 
     Args:
-        folder: of the results.
+        folder: for results.
         spec: resolved.
-        resumed: the run goes on, so its list of corrupt files does as well.
+        resumed: an earlier run continues, so that its list of corrupt files is kept.
     """
     if not resumed:
         (folder / CORRUPT_LIST).unlink(missing_ok=True)
@@ -194,7 +193,7 @@ def begin_results(folder: Path, spec: ExperimentSpec, *, resumed: bool = False) 
 
 
 def show_table(title: str, rows: Rows) -> None:
-    """Print label and value pairs below a title on the terminal."""
+    """Print label and value pairs below a title."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -206,8 +205,8 @@ def show_table(title: str, rows: Rows) -> None:
     console.print()
 
 
-def watched(fabric: Fabric, loader: EvaluationLoader) -> Iterable[Batch]:
-    """The loader's batches, with a progress bar where there is a terminal."""
+def with_progress(fabric: Fabric, loader: EvaluationLoader) -> Iterable[Batch]:
+    """Return the batches of a loader, with a progress bar on a terminal."""
     console = Console(stderr=True)
     if not (console.is_terminal and fabric.is_global_zero):
         return loader

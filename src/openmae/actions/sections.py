@@ -1,4 +1,4 @@
-"""``report.html`` of each action: which sections, in which order."""
+"""The sections of ``report.html`` of each action."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from openmae.results.curves import save_curves
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown, table_rows
 from openmae.results.report import Cell, Code, Figure, Numbers, Section, Table, Text, write_report
+from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, is_share, label
 
 _READING = """import pyarrow.parquet as pq
 import numpy as np
@@ -32,7 +33,7 @@ from PIL import Image, ImageOps
 card = {{key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}}
 height, width = card["model"]["input_size"]
 image = ImageOps.exif_transpose(Image.open("image.jpg")).convert({mode!r})
-share = card["crop_pct"] * min(image.width / width, image.height / height)  # the centre of the input's shape
+share = card["crop_pct"] * min(image.width / width, image.height / height)  # central crop of the input's shape
 w, h = round(width * share), round(height * share)
 left, top = (image.width - w) // 2, (image.height - h) // 2
 method = Image.Resampling[card["interpolation"].upper()]
@@ -46,24 +47,16 @@ _LOAD = "session = onnxruntime.InferenceSession({file!r})"
 _LOAD_ENCRYPTED = """from openmae.storage.encryption import read_bytes, resolve_key
 
 session = onnxruntime.InferenceSession(read_bytes({file!r}, resolve_key("env:NAME")))"""
-_SHARES = ("ACC_all", "ACC_top5", "knn_acc", "probe_acc")
-_LABELS = {
-    "ACC_all": "top-1 accuracy",
-    "ACC_top5": "top-5 accuracy",
-    "knn_acc": "kNN accuracy",
-    "probe_acc": "linear probe accuracy",
-    "val_loss": "validation loss",
-    "train_loss_epoch": "training loss",
-}
 _RECONSTRUCTION = (
-    "From the visible units in the second column the model predicted the masked ones in the third; the last column "
-    "puts the two together. Pixel normalisation is undone with the original's own mean and deviation."
+    "Columns: original, visible units, predicted units, and both together. Predictions of normalised pixels are shown "
+    "with the mean and standard deviation of the original."
 )
 _PROBES = (
-    "kNN and linear probe: the encoder stays as it is, half of the images teach the probe, the other half is counted. "
-    "They say how well the embeddings part the classes."
+    "kNN and linear probe: the encoder is frozen, the probe is trained on half of the images and tested on the rest. "
+    "They measure how well the embeddings separate the classes."
 )
 _MOST_ROWS = 50
+_SHOWN = tuple(EPOCH_TRAIN_LOSS if name == "train_loss" else name for name in METRICS)  # in this order
 
 
 def train_report(
@@ -74,13 +67,13 @@ def train_report(
     breakdown: Breakdown | None = None,
     unread: Sequence[Section] = (),
 ) -> Path:
-    """After training: numbers, curves, reconstructions, what the time went to, recipe, files not read, spec."""
+    """Write the report of a training: metrics, curves, reconstructions, profile, recipe, unread files and spec."""
     rows = read_metrics(folder / "metrics.csv")
-    last = {name: row[name] for row in rows for name in _LABELS if name in row}
-    sections: list[Section] = [_numbers("At the end", last)] if last else []
+    last = {name: row[name] for row in rows for name in _SHOWN if name in row}
+    sections: list[Section] = [_numbers("Final metrics", last)] if last else []
     if rows:
         curves = save_curves(rows, folder / "curves.png")
-        sections.append(Figure("Curves", curves, "Losses, accuracies, learning rate and pace over the steps."))
+        sections.append(Figure("Curves", curves, "Losses, accuracies, learning rate and speed over the steps."))
     if picture is not None:
         sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
     if breakdown is not None:
@@ -90,16 +83,16 @@ def train_report(
 
 
 def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
-    """What bounds the run, in words, as a picture and as a table."""
-    gpu = " Phases are the GPU's time: what the host does meanwhile costs nothing." if breakdown.on_gpu else ""
+    """Return the bottleneck of the run in words, as an image and as a table."""
+    gpu = " Phases are GPU times: work of the CPU at the same time is not counted." if breakdown.on_gpu else ""
     return [
-        Text("Where the time goes", "\n\n".join(advice(breakdown))),
+        Text("Profile", "\n\n".join(advice(breakdown))),
         Figure("", save_breakdown(breakdown, folder / "profile.png"), f"{breakdown.summary}.{gpu}"),
         Table(
             "",
-            ("phase", "mean, ms a step", "median", "95th percentile", "% of the time"),
+            ("phase", "mean, ms per step", "median", "95th percentile", "% of the time"),
             list(table_rows(breakdown)),
-            caption="Data wait includes the first batch of an epoch; other is drawing, logging and what lies between.",
+            caption="Data wait includes the first batch of an epoch; other includes drawing and logging.",
         ),
     ]
 
@@ -112,7 +105,7 @@ def pretrained_report(
     picture: Path | None,
     unread: Sequence[Section] = (),
 ) -> Path:
-    """After evaluating a pretrained checkpoint: loss, probes where there were classes, reconstructions."""
+    """Write the report of an evaluated autoencoder: loss, probes if there are classes, and reconstructions."""
     sections: list[Section] = [_numbers(f"{images:,} images", metrics)]
     if "knn_acc" in metrics:
         sections.append(Text("", _PROBES))
@@ -128,11 +121,11 @@ def embedding_report(
     picture: Path | None,
     unread: Sequence[Section] = (),
 ) -> Path:
-    """After embedding: how many vectors, how to read them, reconstructions."""
+    """Write the report of embeddings: their number, code that reads them, and reconstructions."""
     images, dimensions = shape
     sections: list[Section] = [
         Numbers("embeddings.parquet", {"images": f"{images:,}", "dimensions": f"{dimensions:,}"}),
-        Code("How to read them", _READING),
+        Code("Read the embeddings", _READING),
     ]
     if picture is not None:
         sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
@@ -147,7 +140,7 @@ def classifier_report(
     picture: Path,
     unread: Sequence[Section] = (),
 ) -> Path:
-    """After evaluating a fine-tuned checkpoint: accuracies, confusion matrix, a row a class."""
+    """Write the report of an evaluated classifier: accuracies, confusion matrix, and a row per class."""
     sections: list[Section] = [
         _numbers(f"{int(confusion.sum()):,} images", metrics),
         Figure("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
@@ -157,16 +150,18 @@ def classifier_report(
 
 
 def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
-    """Images, precision, recall and F1 of each class, the weakest first; a class without images shows dashes."""
+    """Return images, precision, recall and F1 of each class, lowest F1 first; a class without images has dashes."""
     rows: list[tuple[str, int, float | None, float | None, float | None]] = []
-    for label, name in enumerate(class_names):
+    for number, name in enumerate(class_names):
         right, images, guesses = (
-            int(n) for n in (confusion[label, label], confusion[label].sum(), confusion[:, label].sum())
+            int(n) for n in (confusion[number, number], confusion[number].sum(), confusion[:, number].sum())
         )
         f1 = 2 * right / (images + guesses) if images + guesses else None
         rows.append((name, images, right / guesses if guesses else None, right / images if images else None, f1))
     rows.sort(key=lambda row: (row[4] is not None, row[4] or 0.0))
-    return Table("Classes", ("class", "images", "precision", "recall", "F1"), rows, caption="The weakest first.")
+    return Table(
+        "Classes", ("class", "images", "precision", "recall", "F1"), rows, caption="Sorted by F1, lowest first."
+    )
 
 
 def inference_report(
@@ -176,20 +171,20 @@ def inference_report(
     sheet: Path,
     unread: Sequence[Section] = (),
 ) -> Path:
-    """After classifying: some of the images, how often each class was seen, and the first rows of results.csv."""
+    """Write the report of classified images: some images, the counts of classes, and the first rows of results.csv."""
     _, *found = rows
     counts = Counter(row[1] for row in found)
     most = sorted(((name, counts[name]) for name in info.class_names), key=lambda item: -item[1])
     sections: list[Section] = [
         Numbers(
-            "What was classified",
-            {"images": f"{len(found):,}", "classes seen": str(sum(n > 0 for _, n in most))},
+            "Classified images",
+            {"images": f"{len(found):,}", "classes predicted": str(sum(n > 0 for _, n in most))},
         ),
-        Figure("Some of the images", sheet, "As the model saw them, with the most likely class and its probability."),
+        Figure("Examples", sheet, "Images after preprocessing, with the most likely class and its probability."),
         Table("Predicted classes", ("class", "images"), most),
         Table(
             "results.csv",
-            ("path", "class", "probability", "second class", "its probability"),
+            ("path", "class", "probability", "second class", "probability"),
             [_result_cells(row) for row in found[:_MOST_ROWS]],
             caption=f"The first {min(_MOST_ROWS, len(found))} of {len(found):,} rows.",
         ),
@@ -200,16 +195,16 @@ def inference_report(
 def export_report(
     folder: Path, card: ModelCard, target: Path, rows: Sequence[tuple[str, str]], *, encrypted: bool
 ) -> Path:
-    """After exporting: how equal the file is, what goes in and comes out, how to run it."""
+    """Write the report of an export: the differences to torch, inputs and outputs, and code that runs the file."""
     sections: list[Section] = [
         Table("The ONNX file", ("", ""), list(rows)),
-        Code("How to run it", running_example(card, target.name, encrypted=encrypted)),
+        Code("Run the model", running_example(card, target.name, encrypted=encrypted)),
     ]
     return _write(folder, "export", card.info, sections)
 
 
 def running_example(card: ModelCard, file: str, *, encrypted: bool = False) -> str:
-    """A script that runs an exported model on one image with ONNX Runtime, and this package where it is encrypted."""
+    """Return a script that runs an exported model on an image with ONNX Runtime, and OpenMAE if it is encrypted."""
     prepare = ["images = np.asarray(image).reshape(1, height, width, -1)"]
     if not card.preprocessing:
         prepare.append('images = (images / 255 - card["mean"]) / card["std"]')
@@ -232,13 +227,12 @@ def _result_cells(row: Sequence[str]) -> list[Cell]:
 
 
 def _numbers(title: str, metrics: Mapping[str, float]) -> Numbers:
-    """The metrics in the order of ``_LABELS``, as text."""
-    known = {name: metrics[name] for name in _LABELS if name in metrics} | dict(metrics)
-    return Numbers(title, {_LABELS.get(name, name): _text(name, value) for name, value in known.items()})
+    known = {name: metrics[name] for name in _SHOWN if name in metrics} | dict(metrics)
+    return Numbers(title, {label(name): _text(name, value) for name, value in known.items()})
 
 
 def _text(name: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if name in _SHARES else f"{value:.4f}"
+    return f"{100 * value:.1f} %" if is_share(name) else f"{value:.4f}"
 
 
 def _write(folder: Path, action: str, info: CheckpointInfo, sections: Sequence[Section]) -> Path:
@@ -249,10 +243,10 @@ def _write(folder: Path, action: str, info: CheckpointInfo, sections: Sequence[S
 
 
 def engine_report(folder: Path, onnx_name: str, kpi: Mapping[str, float], rows: Sequence[tuple[str, str]]) -> Path:
-    """After building a TensorRT engine: its size and build time, how it was built, spec."""
+    """Write the report of a TensorRT engine: size, build time, settings and spec."""
     sections: list[Section] = [
         Numbers("Engine", {"MB": f"{kpi['engine_mb']:.1f}", "seconds to build": f"{kpi['build_seconds']:.1f}"}),
-        Table("How it was built", ("", ""), list(rows)),
+        Table("Build", ("", ""), list(rows)),
         Code("Spec", (folder / "experiment.yaml").read_text(encoding="utf-8")),
     ]
     return write_report(folder, "OpenMAE gen_trt_engine", sections, subtitle=onnx_name)

@@ -1,4 +1,4 @@
-"""From the keys of a spec to indexed images."""
+"""The data sources of a spec, as indexes of images."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def open_images(source: str, key: str, *, labelled: bool | None, largest: int = 
     """Index a folder, an archive or shards.
 
     Args:
-        source: the key's value.
-        key: dotted, put in front of an error's text.
-        labelled: classes are needed (True), unwanted (False), or taken where there are any (None).
+        source: the value of the key.
+        key: the dotted key, for errors.
+        labelled: True: classes are required. False: classes are ignored. None: classes are used if there are any.
         largest: ``dataset.max_megapixels``.
 
     Raises:
@@ -32,40 +32,40 @@ def open_images(source: str, key: str, *, labelled: bool | None, largest: int = 
 
 
 def class_count(spec: ExperimentSpec, index: ImageIndex) -> int:
-    """Classes of the training set.
+    """Return the number of classes of the training images.
 
     Raises:
-        DataError: there is only one.
-        SpecError: ``model.num_classes`` was typed and differs.
+        DataError: there is only one class.
+        SpecError: ``model.num_classes`` is set to another number.
     """
     found = len(index.class_names)
     if found < 2:
         raise DataError(
-            f"dataset.train_data_sources: fine-tuning needs two classes or more, but {index.place} holds one: "
+            f"dataset.train_data_sources: fine-tuning needs two classes or more, but {index.place} has one: "
             f"{shorten(index.class_names)}.",
-            "Name the folder above the class folders, or add images of another class.",
+            "Give the folder above the class folders, or add images of another class.",
         )
-    typed = spec.model.num_classes
-    if typed is None or not spec.typed("model.num_classes"):
+    if not spec.is_set("model.num_classes"):
         log.info("model.num_classes=%d, from the data: %s", found, shorten(index.class_names))
-    elif typed != found:
+    elif spec.model.num_classes != found:
         raise SpecError(
-            f"model.num_classes is {typed}, but the data has {found} classes: {shorten(index.class_names)}.",
+            f"model.num_classes is {spec.model.num_classes}, but the data has {found} classes: "
+            f"{shorten(index.class_names)}.",
             f"Remove model.num_classes (it is taken from the data), or set it to {found}.",
         )
     return found
 
 
 def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: str = "the checkpoint") -> ImageIndex:
-    """Number the images' classes as in training; log which of those classes have no image.
+    """Return the validation images with classes numbered as in training; log classes without an image.
 
     Args:
-        index: the validation set.
-        class_names: of training, in order.
-        trained_on: what they are the classes of.
+        index: the validation images.
+        class_names: the classes of training, in order.
+        trained_on: the source of those classes, for errors.
 
     Raises:
-        DataError: a class that training does not know.
+        DataError: the images have a class that training does not have.
     """
     number_of = {normalize("NFC", name): number for number, name in enumerate(class_names)}
     if unknown := [name for name in index.class_names if normalize("NFC", name) not in number_of]:
@@ -77,7 +77,7 @@ def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: s
     number = [number_of[normalize("NFC", name)] for name in index.class_names]
     if missing := tuple(name for place, name in enumerate(class_names) if place not in number):
         log.warning(
-            "dataset.val_data_sources has no images of %d of the %d classes of %s: %s. Accuracy is that of the others.",
+            "dataset.val_data_sources has no images of %d of the %d classes of %s: %s. The accuracy ignores them.",
             *(len(missing), len(class_names), trained_on, shorten(missing)),
         )
     labels = tuple(number[label] if label >= 0 else -1 for label in index.labels or ())
@@ -85,5 +85,5 @@ def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: s
 
 
 def shorten(names: tuple[str, ...], most: int = 6) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

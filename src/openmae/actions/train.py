@@ -1,4 +1,4 @@
-"""``mae train``: pretrain or fine-tune, from a spec to a backbone and a report."""
+"""``mae train``: pretrain or fine-tune a model, and write its backbone and a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from torch import nn
 
-from openmae.actions.plan import Plan, make_plan, resolved
+from openmae.actions.plan import Plan, make_plan
 from openmae.actions.profiling import leave_profile
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import train_report
@@ -37,6 +37,8 @@ from openmae.results.images import reconstruction_grid
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
+from openmae.spec.metrics import EPOCH_TRAIN_LOSS, monitored_metric
+from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
 from openmae.training.elastic import BatchLayout, same_position
 from openmae.training.finetune import FinetuneTask
@@ -48,27 +50,27 @@ from openmae.training.state import LoopSettings, Outputs
 from openmae.training.summary import recipe_rows
 from openmae.training.trainer import Trainer
 
-PICTURES = 8  # images of a reconstruction grid
+PICTURES = 8  # images in a reconstruction grid
 REPORT = "report.html"
 
 log = logging.getLogger("openmae")
 
 
 def run(spec: ExperimentSpec) -> dict[str, float]:
-    """Train to the last epoch, or go on from the newest checkpoint in the results folder.
+    """Train to the last epoch, or resume from the newest checkpoint in the results folder.
 
-    A run that was trained to its end before is left as it is. With ``train.stop_after_epoch`` it pauses there: what a
-    finished run leaves besides checkpoints is made when it has come to its last epoch.
+    A finished run is not changed. With ``train.stop_after_epoch`` the run pauses after that epoch; the backbone and the
+    report are written after the last epoch.
 
     Args:
-        spec: as ``load_spec`` gives it for ``train``.
+        spec: as ``load_spec`` returns it for ``train``.
 
     Returns:
-        The last epoch's metrics.
+        The metrics of the last epoch.
 
     Raises:
-        UserError: the request is wrong; nothing was trained.
-        RunError: training failed; the checkpoints written so far are good.
+        UserError: the spec or the data are invalid; nothing was trained.
+        RunError: training failed; the checkpoints written so far are valid.
         KeyboardInterrupt: Ctrl-C, or as Preempted SIGTERM or SIGUSR1; a checkpoint was written.
     """
     with PreemptionWatch(), running(spec, "train") as this_run:
@@ -77,7 +79,7 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         if _nothing_left(plan):
             this_run.skipped = f"All {plan.epochs_done} epochs are trained already; nothing was changed."
             more = "train.num_epochs" if spec.train.stop_after_epoch is None else "train.stop_after_epoch"
-            log.warning("%s Raise %s to train on, or set another results_dir.", this_run.skipped, more)
+            log.warning("%s Raise %s to train longer, or set another results_dir.", this_run.skipped, more)
             return _last_metrics(plan.folder)
         train = plan.spec.train
         fabric = build_fabric(
@@ -87,7 +89,7 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
 
 
 def _nothing_left(plan: Plan) -> bool:
-    """Whether an earlier run came to its end, with all it has to leave, or as far as this one is to go."""
+    """Return whether an earlier run has trained all epochs of this one, and written its backbone and report."""
     train = plan.spec.train
     if train.stop_after_epoch is not None and train.stop_after_epoch < train.num_epochs:
         return plan.epochs_done >= train.stop_after_epoch
@@ -97,16 +99,16 @@ def _nothing_left(plan: Plan) -> bool:
 
 def _last_metrics(folder: Path) -> dict[str, float]:
     epochs = [row for row in read_metrics(folder / "metrics.csv") if "train_loss" not in row]
-    names = {"train_loss_epoch": "train_loss"}
+    names = {EPOCH_TRAIN_LOSS: "train_loss"}
     last = epochs[-1] if epochs else {}
     return {names.get(name, name): value for name, value in last.items() if name not in ("step", "epoch")}
 
 
 def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """The run of one process."""
+    """Train in one process."""
     plan = _agreed(fabric, plan)
     spec, config = plan.spec, plan.config
-    torch.manual_seed(spec.train.seed)  # the same start in every process
+    torch.manual_seed(spec.train.seed)  # the same weights in every process
     torch.backends.cudnn.benchmark = spec.train.cudnn.benchmark
     torch.backends.cudnn.deterministic = spec.train.cudnn.deterministic
     state = read_training_state(plan.resume, plan.key) if plan.resume else None
@@ -124,7 +126,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     )
     settings = _loop_settings(plan, fabric)
     groups = _groups(plan, model)
-    optimizer = build_adamw(groups, settings.lr, optim.momentum, resolved(optim.beta2))
+    optimizer = build_adamw(groups, settings.lr, optim.momentum, resolve(spec).beta2)
     images = (len(plan.train), len(plan.val) if plan.val else 0)
     rows = recipe_rows(fabric, task, config, groups, schedule, settings, images, spec.dataset.batch_size)
     outputs = _outputs(fabric, plan, state)
@@ -132,37 +134,36 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if fabric.is_global_zero:
         show_table(f"{spec.train.stage} recipe", rows)
     if state is not None:
-        shares = BatchLayout.of(state["openmae"]["spec"]), BatchLayout.of(plan.info.spec)
-        with _blaming_the_checkpoint(plan):
-            trainer.resume({**state, "progress": same_position(state["progress"], *shares, len(train_loader))})
-        if plan.best_is_lost:
-            trainer.progress.best = None
-        log.info(
-            "Resuming from %s, after epoch %d, step %d.",
-            plan.resume,
-            trainer.progress.epoch,
-            trainer.progress.step,
-        )
-        state = None  # as large as the model, its moments and its average together
+        _resume(trainer, plan, state, len(train_loader))
+        state = None  # free the memory: weights, moments and averaged weights
     breakdown = None
     try:
         metrics = trainer.fit() or _last_metrics(plan.folder)
     finally:
         if outputs.loggers:
             outputs.loggers.close()
-        if outputs.clock is not None and not isinstance(sys.exception(), Exception):  # Ctrl-C may end a profile
+        if outputs.clock is not None and not isinstance(sys.exception(), Exception):  # Ctrl-C ends a profile too
             breakdown = leave_profile(fabric, spec, plan.folder, outputs.clock.read())
-    paused = trainer.progress.epoch < spec.train.num_epochs
-    if not paused:
-        _finish(fabric, plan, trainer, rows, breakdown)
+    if trainer.progress.epoch < spec.train.num_epochs:
+        log.info("Paused after epoch %d of %d (train.stop_after_epoch).", trainer.progress.epoch, spec.train.num_epochs)
     else:
-        log.info("Paused after epoch %d of %d, as asked for.", trainer.progress.epoch, spec.train.num_epochs)
+        _finish(fabric, plan, trainer, rows, breakdown)
     return metrics
 
 
+def _resume(trainer: Trainer, plan: Plan, state: dict[str, Any], batches_per_epoch: int) -> None:
+    layouts = BatchLayout.of(state["openmae"]["spec"]), BatchLayout.of(plan.info.spec)
+    with _explaining_state_errors(plan):
+        trainer.resume({**state, "progress": same_position(state["progress"], *layouts, batches_per_epoch)})
+    progress = trainer.progress
+    if plan.best_is_lost:
+        progress.best = None
+    log.info("Resuming from %s, after epoch %d, step %d.", plan.resume, progress.epoch, progress.step)
+
+
 @contextmanager
-def _blaming_the_checkpoint(plan: Plan) -> Iterator[None]:
-    """Name the checkpoint where its state is not what a run of this model has written."""
+def _explaining_state_errors(plan: Plan) -> Iterator[None]:
+    """Turn errors about the state of the checkpoint to resume from into a CheckpointError that names it."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -178,7 +179,7 @@ def _blaming_the_checkpoint(plan: Plan) -> Iterator[None]:
 
 
 def _agreed(fabric: Fabric, plan: Plan) -> Plan:
-    """The plan of rank 0, with this process's own files.
+    """Return the plan with the spec and the facts of rank 0, and this process's own files.
 
     Raises:
         DataError: the nodes do not see the same images, or do not resume from the same checkpoint.
@@ -211,9 +212,9 @@ def _load_pretrained(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_patches(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Resample the patch embedding only for a user who has chosen the size of the patches."""
+    """Refuse a checkpoint with another patch size unless the user has set one, and so asked for resampling."""
     held, unit = patch_size_of(checkpoint.weights), plan.config.unit
-    if held in (None, unit) or plan.config.architecture.family != "vit" or plan.spec.typed("model.patch_size"):
+    if held in (None, unit) or plan.config.architecture.family != "vit" or plan.spec.is_set("model.patch_size"):
         return
     raise CheckpointError(
         f"{checkpoint.path} has patches of {held} pixels, and {plan.config.arch} has {unit}.",
@@ -248,19 +249,13 @@ def _loop_settings(plan: Plan, fabric: Fabric) -> LoopSettings:
 
 def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
     spec, normalise = plan.spec, Normaliser(plan.info.mean, plan.info.std)
-    monitor: str = spec.train.optim.monitor_name
-    if plan.val is None and monitor == "val_loss":
-        log.warning("train.optim.monitor_name=val_loss needs dataset.val_data_sources: train_loss is monitored.")
-        monitor = "train_loss"
     if plan.config.num_classes:
-        if plan.val is not None and not spec.typed("train.optim.monitor_name"):
-            monitor = "ACC_all"
         return FinetuneTask(
             model,
             normalise,
             augmentation=spec.dataset.augmentation,
             num_classes=plan.config.num_classes,
-            monitor=monitor,
+            monitor=monitored_metric(spec),
         )
     assert isinstance(model, MaskedAutoencoder)
     return PretrainTask(
@@ -268,7 +263,7 @@ def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
         normalise,
         mask_ratio=plan.config.mask_ratio,
         seed=spec.train.seed,
-        monitor=monitor,
+        monitor=monitored_metric(spec),
         targets=spec.model.decoder_targets,
     )
 
@@ -328,7 +323,7 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
 
 
 def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown: Breakdown | None) -> None:
-    """What is left after the last epoch: the backbone in timm's names, pictures, the report; by rank 0."""
+    """Write the backbone in timm's names, the reconstructions and the report, on rank 0."""
     model = trainer.evaluated_model()
     if not fabric.is_global_zero:
         return

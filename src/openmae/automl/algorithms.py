@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial
 
 from openmae.automl.space import Parameter, Space
 from openmae.errors import SpecError
-from openmae.spec.automl import AutomlSpec
+from openmae.spec.describe import traits
+from openmae.spec.sections.automl import AutomlSpec
 
 STOPS_EARLY = ("asha", "hyperband", "bohb")
 _RUNGS = 3
@@ -26,8 +27,6 @@ _GP_TRIALS = 50  # a Gaussian process learns more from few trials, but its cost 
 _QUANTILE = 0.25  # share of a population that is replaced, and share that it is replaced by
 _PERTURB = (0.8, 1.25)
 _RESAMPLE = 0.25  # probability that pbt draws an option again instead of perturbing it
-# These options of the model do not change the shape of its weights.
-_SAME_WEIGHTS = ("model.decoder_targets", "model.drop_path_rate", "model.mask_ratio", "model.norm_pix_loss")
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
@@ -48,11 +47,7 @@ class Algorithm:
 
     def check(self) -> None:
         """Raise ``SpecError`` if the algorithm cannot search this space or does not fit its budget."""
-        shapes = [
-            item.key
-            for item in self.space.parameters
-            if item.key.startswith("model.") and item.key not in _SAME_WEIGHTS
-        ]
+        shapes = [item.key for item in self.space.parameters if traits(item.key).shapes_model]
         if self.name == "pbt" and shapes:
             raise SpecError(
                 f"automl.algorithm: pbt copies weights between trials, so it cannot search {', '.join(shapes)}.",

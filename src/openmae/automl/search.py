@@ -24,13 +24,12 @@ from openmae.data.open import open_index
 from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import DataError, RunError, SpecError, UserError, blaming
 from openmae.jobs.artifacts import list_folder, newest_checkpoint
-from openmae.jobs.parameters import nested
 from openmae.results.status import read_status
 from openmae.spec.describe import fields
 from openmae.spec.load import to_dict
 from openmae.spec.option import is_secret
-from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import get, has, nest, value_of
 from openmae.spec.yaml_reader import write_text
 from openmae.storage import cache
 from openmae.storage.atomic import make_folder, replacing, write_atomically
@@ -240,11 +239,7 @@ def best_spec(spec: ExperimentSpec, params: Mapping[str, Any], epochs: int) -> s
         "results_dir": (spec.shown.get("results_dir") or spec.results_dir or "results").rstrip("/") + "/best"
     }
     for key in fields():
-        if spec.typed(key) and not key.startswith("automl.") and key not in ("results_dir", "train.results_dir"):
-            *above, name = key.split(".")
-            section = resolved
-            for part in above:
-                section = section.get(part, {})
-            if name in section:  # an empty text is left out there
-                values[key] = section[name]
-    return write_text(nested({**values, **params, "train.num_epochs": epochs}))
+        own = spec.is_set(key) and not key.startswith("automl.") and key not in ("results_dir", "train.results_dir")
+        if own and has(resolved, key):  # to_dict leaves empty texts out
+            values[key] = get(resolved, key)
+    return write_text(nest({**values, **params, "train.num_epochs": epochs}))

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from openmae.errors import SpecError
 from openmae.spec.architectures import ARCHITECTURES
-from openmae.spec.describe import choices, fields, why_illegal
+from openmae.spec.describe import choices, fields, traits, unused_by, why_illegal
 from openmae.spec.load import ALIASES, find_refusals
-from openmae.spec.option import Search
-from openmae.spec.rules import INERT, inert_keys, value_of
+from openmae.spec.notices import inert_keys
+from openmae.spec.option import Search, meets
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -69,7 +70,7 @@ class Parameter:
 
     def has_effect(self, params: Mapping[str, Any]) -> bool:
         """Return whether the option has an effect together with the values drawn so far."""
-        return self.needs is None or (self.needs[0] in params and _meets(params[self.needs[0]], self.needs[1]))
+        return self.needs is None or (self.needs[0] in params and meets(params[self.needs[0]], self.needs[1]))
 
     def suggest(self, trial: Trial) -> Any:
         """Let Optuna choose a value."""
@@ -133,7 +134,7 @@ def make_space(spec: ExperimentSpec) -> Space:
     """
     named = [ALIASES.get(key, key) for key in spec.automl.parameters]
     ranges = {ALIASES.get(key, key): value for key, value in spec.automl.ranges.items()}
-    wanted = named or [key for key in fields() if _extra(key)["automl"] is True]
+    wanted = named or [key for key in fields() if traits(key).automl is True]
     problems = [
         f"automl.ranges.{key}: {_unknown(key) or 'it is not in automl.parameters. Add it there, or remove it.'}"
         for key in ranges
@@ -171,12 +172,6 @@ def epochs_of(spec: ExperimentSpec) -> int:
     return spec.automl.max_epochs or spec.train.num_epochs
 
 
-def _extra(key: str) -> Mapping[str, Any]:
-    extra = fields()[key].json_schema_extra
-    assert isinstance(extra, dict)
-    return extra
-
-
 def _unknown(key: str) -> str:
     if key in fields():
         return ""
@@ -188,41 +183,25 @@ def _unknown(key: str) -> str:
 def _not_searchable(key: str) -> str:
     if key == _EPOCHS:
         return "it is the length of a trial and cannot be searched. Set automl.max_epochs."
-    if not key.startswith(_SECTIONS) or _extra(key)["automl"] is False:
+    if not key.startswith(_SECTIONS) or traits(key).automl is False:
         return "it cannot be searched: it decides what is trained and where, not how well. Set it in the spec."
     return ""
 
 
 def _without_effect(spec: ExperimentSpec, key: str, wanted: list[str]) -> str:
     """Return why an option has no effect in a spec; empty where it has one."""
-    if key in INERT[spec.train.stage]:
+    if key in unused_by(spec.train.stage):
         return f"it has no effect in the {spec.train.stage} stage."
     if key == "train.optim.lr" and spec.train.optim.base_lr is not None:
         return "train.optim.base_lr replaces it. Search train.optim.base_lr instead, with a range of your own."
-    if need := _needs(key):
-        other, values = need
-        if other in wanted:
-            return ""
-        if not _meets(value_of(spec, other), values):
-            return f"it has no effect without {_extra(key)['needs']}."
-    if key == "train.optim.base_lr" and spec.typed("train.optim.lr"):
+    other, values = traits(key).condition
+    if other in wanted:
+        return ""
+    if other and not meets(value_of(spec, other), values):
+        return f"it has no effect without {traits(key).needs}."
+    if key == "train.optim.base_lr" and spec.is_set("train.optim.lr"):
         return "train.optim.lr is set, and both set the learning rate. Remove train.optim.lr."
     return "another option of the spec replaces it or switches it off." if key in inert_keys(spec) else ""
-
-
-def _needs(key: str) -> Needs | None:
-    """Return what an option needs to have an effect; the schema says ``key=a|b`` or ``key>0``."""
-    need: str | None = _extra(key)["needs"]
-    if not need:
-        return None
-    if need.endswith(">0"):
-        return need.removesuffix(">0"), (">0",)
-    other, _, values = need.partition("=")
-    return other, tuple(values.split("|"))
-
-
-def _meets(value: Any, wanted: tuple[str, ...]) -> bool:
-    return (value or 0) > 0 if wanted == (">0",) else str(value) in wanted
 
 
 def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wanted: list[str]) -> Parameter | str:
@@ -230,9 +209,8 @@ def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wa
     field, own = fields()[key], value_of(spec, key)
     low: Any
     high: Any
-    search: Search = _extra(key)["search"] or Search()
-    needs = _needs(key)
-    needs = needs if needs and needs[0] in wanted else None
+    search = traits(key).search or Search()
+    needs = traits(key).condition if traits(key).condition[0] in wanted else None
     known: tuple[Any, ...] = (True, False) if field.annotation is bool else choices(field)
     if given is not None and (problem := why_illegal(key, given)):
         return f"automl.ranges.{key}: {problem}"
@@ -313,7 +291,7 @@ def _on_steps(step: float, low: float, high: float, own: Any) -> tuple[float, fl
 
 def _condition(key: str) -> tuple[str, str]:
     """Return the sign and the key of the option that bounds another one; both empty where there is none."""
-    condition: str = _extra(key)["cond"] or ""
+    condition = traits(key).cond
     sign = next((sign for sign in _SIGNS if condition.startswith(sign)), "")
     return sign, condition.removeprefix(sign).strip()
 

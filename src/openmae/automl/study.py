@@ -31,9 +31,10 @@ from openmae.automl.space import epochs_of, make_space
 from openmae.errors import SpecError
 from openmae.jobs.processes import alive, identify
 from openmae.results.trials import State, TrialSummary
-from openmae.spec.describe import fields
+from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import get
 
 TRIALS = "trials"
 BEAT = 15.0  # seconds between two heartbeats of a worker
@@ -47,24 +48,6 @@ _STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "stopped early",
     TrialState.FAIL: "failed",
 }
-# Options that decide where and how a job runs, but not its result: they may change during a search.
-_MAY_CHANGE = frozenset(
-    {
-        "dataset.test_data_sources",
-        "dataset.num_workers_per_gpu",
-        "train.num_epochs",
-        "train.num_gpus",
-        "train.gpu_ids",
-        "train.num_nodes",
-        "train.distributed_strategy",
-        "train.checkpoint_interval",
-        "train.checkpoint_interval_unit",
-        "train.keep_checkpoints",
-        "train.results_dir",
-        "train.resume_training_checkpoint_path",
-        "train.stop_after_epoch",
-    }
-)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -316,11 +299,12 @@ class Study:
             facts["automl.population_size"] = settings.population_size
         if name in ("pbt", "grid"):  # other algorithms may get more trials later
             facts["automl.max_recommendations"] = settings.max_recommendations
-        tree = to_dict(spec)
+        values = to_dict(spec)
         for key in fields():
-            value = _at(tree, key)
-            if key.startswith(("model.", "dataset.", "train.")) and key not in _MAY_CHANGE | searched.keys():
-                facts |= {} if value is None else {key: value}
+            value = get(values, key)
+            trained = key.startswith(("model.", "dataset.", "train.")) and traits(key).in_search
+            if trained and key not in searched and value is not None:
+                facts[key] = value
         return facts
 
 
@@ -374,12 +358,6 @@ def _check_folder(folder: Path, name: str, *, known: bool) -> None:
     if used and mark.is_file() and mark.read_text(encoding="utf-8") != name:
         raise _other_search(folder, "its trials belong to another study")
     mark.write_text(name, encoding="utf-8")
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
 
 
 def _is_default(key: str, value: Any) -> bool:

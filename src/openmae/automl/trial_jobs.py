@@ -23,8 +23,8 @@ from openmae.jobs.processes import identify
 from openmae.machine import usable_cores
 from openmae.spec.describe import fields
 from openmae.spec.from_environment import environment_of
-from openmae.spec.rules import value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 
 _MODELS = (".pth", ".safetensors")
 _WANDB = {"wandb.group": "automl", "wandb.name": "trial {}"}
@@ -58,10 +58,10 @@ class TrialJobs:
         # Each machine has its own root: it would take the processes of another one for dead.
         self.client = Client(platform, root=folder / TRAININGS / (this_machine() if platform == "local" else platform))
         excluded = ("automl.", "wandb.run_id")  # trials cannot share one run of Weights & Biases
-        specs = {key: value_of(spec, key) for key in fields() if spec.typed(key) and not key.startswith(excluded)}
+        specs = {key: value_of(spec, key) for key in fields() if spec.is_set(key) and not key.startswith(excluded)}
         variables = {key: text for key, text in spec.shown.items() if key in specs and key != "encryption_key"}
         self.specs = {**specs, **variables, "results_dir": str(folder)}  # a job hides its encryption key itself
-        self._wandb = {key: value for key, value in _WANDB.items() if not spec.typed(key)}
+        self._wandb = {key: value for key, value in _WANDB.items() if not spec.is_set(key)}
         at_once = spec.automl.max_concurrent
         self.environment = {SLOTS: "1000", **environment_of(variables.values())}  # the worker limits its jobs itself
         if platform == "local" and "OMP_NUM_THREADS" not in os.environ and at_once > 1:

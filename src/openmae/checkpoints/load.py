@@ -14,7 +14,7 @@ from openmae.checkpoints.matching import LoadReport, complaint, match
 from openmae.data.transforms import crop_pct
 from openmae.errors import CheckpointError, SpecError
 from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
-from openmae.spec.load import DEFAULT_MEAN, DEFAULT_STD
+from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD
 from openmae.storage.encryption import resolve_key
 
 

@@ -25,11 +25,12 @@ from openmae.errors import OpenMAEError, Preempted
 from openmae.main_guard import end_if_rerun
 from openmae.results.console import notices_on_stderr
 from openmae.results.streams import OutputLostError, guarded, open_standard_streams
+from openmae.spec.actions import SEARCH
 
 _WORK = {*ACTIONS, "quickstart", "serve", "automl"}  # commands whose result is not what they print
 _OTHERS = {
     "serve": (serve, "serve a model over HTTP, with a page to try it"),
-    "automl": (automl, "search for the best training options"),
+    "automl": (automl, SEARCH.title),
     "jobs": (jobs, "run actions as background jobs, here or on a cluster"),
     "dataset": (dataset, "check a data source, or pack images into shards"),
     "spec": (spec, "check a spec, print a template, list all config options"),
@@ -116,7 +117,7 @@ def _log_level(command: str) -> int:
 
     if not follows():
         return logging.INFO
-    from openmae.spec.schema import DEVICES
+    from openmae.spec.actions import DEVICES
 
     return logging.ERROR if command in DEVICES else logging.INFO
 

@@ -8,13 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-ACTIONS = {
-    "train": "pretrain or fine-tune a backbone",
-    "evaluate": "measure a trained model on validation images",
-    "inference": "classify test images, or compute embeddings",
-    "export": "export a trained model to ONNX",
-    "gen_trt_engine": "build a TensorRT engine from an ONNX file",
-}
+from openmae.spec.actions import TABLE
+
+ACTIONS = {name: action.title for name, action in TABLE.items()}
 _INVALID_CHOICE = re.compile(r"argument (.+?): invalid choice: (.+) \(choose from (.*)\)$", re.DOTALL)
 
 

@@ -34,8 +34,7 @@ def _check(args: argparse.Namespace) -> None:
     from openmae.spec.load import load_spec, to_yaml
 
     spec, action = load_spec(args.experiment_spec, args.overrides, action=args.action), args.action
-    data_of = "train" if action == "automl" else action
-    for key, text in {**missing_sources(spec, data_of), **missing_files(spec, action)}.items():
+    for key, text in {**missing_sources(spec, action), **missing_files(spec, action)}.items():
         logging.getLogger("openmae").warning("%s: %s on this machine.", key, text)
     print(to_yaml(spec), end="")
 

@@ -7,9 +7,10 @@ import re
 
 from openmae.data.patterns import expand_braces, is_shards
 from openmae.errors import DataError
+from openmae.spec.actions import ROWS
 from openmae.spec.option import KEY_IN_FILE
-from openmae.spec.rules import READS, SOURCES, value_of
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.storage.printable import original_name
 
 _SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # of a URL, or of what is no path
@@ -17,12 +18,12 @@ _SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # of a URL, or of what 
 
 def missing_sources(spec: ExperimentSpec, action: str) -> dict[str, str]:
     """Return what is wrong with each local data source of an action that does not exist, by key."""
-    return _missing({f"dataset.{name}": _texts(spec, f"dataset.{name}") for name in SOURCES.get(action, ())})
+    return _missing({data.key: _texts(spec, data.key) for data in ROWS[action].data})
 
 
 def missing_files(spec: ExperimentSpec, action: str) -> dict[str, str]:
     """Return the same for checkpoints, exported models, calibration images and a key file."""
-    paths = {key: _texts(spec, key) for key in READS.get(action, ())}
+    paths = {file.key: _texts(spec, file.key) for file in ROWS[action].inputs}
     if action == "gen_trt_engine" and spec.gen_trt_engine.tensorrt.data_type == "int8":
         calibration = spec.gen_trt_engine.tensorrt.calibration
         name = "cal_image_dir" if calibration.cal_image_dir else "images"

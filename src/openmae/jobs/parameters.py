@@ -15,55 +15,14 @@ import yaml
 
 from openmae.errors import SpecError
 from openmae.jobs.artifacts import Artifact, below, choose_model, list_folder, newest_checkpoint, read_text
-from openmae.spec.describe import REQUIRED
+from openmae.spec.actions import SHORTHANDS, TABLE, ModelKind, expand_shorthand
 from openmae.spec.option import SECRET_MARK, is_secret
+from openmae.spec.tree import NotASectionError, Tree, flatten, get, put
 from openmae.storage.urls import is_remote
 
-Tree = dict[str, Any]
 KEY_VARIABLE = "OPENMAE_ENCRYPTION_KEY"
-KINDS = {"train": "checkpoint", "export": "onnx", "gen_trt_engine": "engine"}  # what an action leaves to its children
-#: What a key that a parent fills takes.
-TAKES = {
-    "train.pretrained_model_path": ("checkpoint",),
-    "evaluate.checkpoint": ("checkpoint",),
-    "evaluate.trt_engine": ("engine", "onnx"),
-    "inference.checkpoint": ("checkpoint",),
-    "inference.trt_engine": ("engine", "onnx"),
-    "export.checkpoint": ("checkpoint",),
-    "gen_trt_engine.onnx_file": ("onnx",),
-}
-#: Sections of the contract's table, besides ``encryption_key`` and ``results_dir``, which every action has.
-FILLED = {
-    "train": {
-        "train.resume_training_checkpoint_path": "resume_model",
-        "train.pretrained_model_path": "ptm_if_no_resume_model",
-    },
-    "evaluate": {"evaluate.checkpoint": "parent_model", "evaluate.trt_engine": "parent_model"},
-    "inference": {"inference.checkpoint": "parent_model", "inference.trt_engine": "parent_model"},
-    "export": {"export.checkpoint": "parent_model", "export.onnx_file": "create_onnx_file"},
-    "gen_trt_engine": {
-        "gen_trt_engine.onnx_file": "parent_model",
-        "gen_trt_engine.trt_engine": "create_engine_file",
-    },
-}
 CARRIED = ("train.stage", "model.arch", "model.num_classes", "dataset.augmentation.input_size")
 _SHAPE = ("model.patch_size", "model.in_chans")  # belong to the architecture where they were chosen
-_SHORTHANDS = {
-    "num_epochs": "train.num_epochs",
-    "batch_size": "dataset.batch_size",
-    "learning_rate": "train.optim.lr",
-    "num_classes": "model.num_classes",
-    "stage": "train.stage",
-    "arch": "model.arch",
-    "image_size": "dataset.augmentation.input_size",
-    "resume_checkpoint": "train.resume_training_checkpoint_path",
-    "trt_data_type": "gen_trt_engine.tensorrt.data_type",
-    "trt_engine": "{action}.trt_engine",
-}
-_SHORTHANDS_OF = {
-    "export": {"batch_size": "export.batch_size"},
-    "gen_trt_engine": {"batch_size": "gen_trt_engine.batch_size"},
-}
 
 
 @dataclass(frozen=True)
@@ -148,12 +107,12 @@ def merge(
         short, deep, dotted = {}, {}, {}
         for name, value in given.items():
             key = str(name)
-            if key in _SHORTHANDS:
-                short.update({meant: (key, part) for meant, part in _meaning(action, key, value).items()})
+            if key in SHORTHANDS:
+                short.update({meant: (key, part) for meant, part in expand_shorthand(action, key, value).items()})
             elif "." in key:
-                dotted.update(_leaves(value, key))
+                dotted.update(flatten({key: value}))
             else:
-                deep.update(_leaves(value, key))
+                deep.update(flatten({key: value}))
         for key, (word, value) in short.items():
             _put_typed(filled, key, value, source, f"shorthand {word} in {source}")
         for key, value in {**deep, **dotted}.items():
@@ -180,7 +139,7 @@ def fill(filled: Filled, parent: Parent | None, own_results: str) -> None:
     elif not is_remote(filled.values["results_dir"]) and "${" not in filled.values["results_dir"]:
         filled.values["results_dir"] = os.path.abspath(os.path.expanduser(filled.values["results_dir"]))
     model = _model_of(filled, parent)
-    for key, function in FILLED[filled.action].items():
+    for key, function in TABLE[filled.action].filled.items():
         if filled.typed(key):
             continue
         if function == "parent_model":
@@ -204,48 +163,21 @@ def nested(values: Mapping[str, Any]) -> Tree:
     """Dotted keys as sections; what cannot be one, as it stands, for the spec's own checks to name."""
     tree: Tree = {}
     for key, value in values.items():
-        *parents, name = key.split(".")
-        section = tree
-        for part in parents:
-            inner = section.setdefault(part, {})
-            if not isinstance(inner, dict):
-                raise SpecError(
-                    f"{key}: cannot be set, since {part} is {inner!r} and not a section.",
-                    f"Give {part} as a mapping, or leave it out.",
-                )
-            section = inner
-        if isinstance(section.get(name), dict) and section[name]:
+        if isinstance(get(tree, key), dict):
             raise SpecError(f"{key}: is a section, but a plain value is given for it as well.", "Remove one of them.")
-        section[name] = value
+        try:
+            put(tree, key, value)
+        except NotASectionError as error:
+            raise SpecError(
+                f"{key}: cannot be set, since {error}.", f"Give {error.section} as a mapping, or leave it out."
+            ) from error
     return tree
-
-
-def _meaning(action: str, word: str, value: Any) -> dict[str, Any]:
-    """The keys that a shorthand stands for, each with its value."""
-    if word == "trt_engine" and action not in ("evaluate", "inference", "gen_trt_engine"):
-        raise SpecError(
-            f"trt_engine: the shorthand has no meaning for {action}.",
-            "Use it with gen_trt_engine, evaluate, inference.",
-        )
-    if word == "image_size" and action == "export":
-        sides = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
-        return dict(zip(("export.input_height", "export.input_width"), sides, strict=True))
-    return {_SHORTHANDS_OF.get(action, {}).get(word, _SHORTHANDS[word]).format(action=action): value}
 
 
 def _put_typed(filled: Filled, key: str, value: Any, source: str, why: str) -> None:
     if value is None or (isinstance(value, str) and value == "???"):
         return
     filled.put(key, value, source, why)
-
-
-def _leaves(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {path: value}
-    found: dict[str, Any] = {}
-    for name, inner in value.items():
-        found |= _leaves(inner, f"{path}.{name}")
-    return found
 
 
 def _key(filled: Filled, parent: Parent | None) -> None:
@@ -277,25 +209,31 @@ class _Model:
                 folder = path.rpartition("/")[0]
                 held += [item for item in list_folder(folder) if item.path == path]
         where = f"{key}: job {self.parent.id} ({self.parent.action}, {self.parent.state})"
-        return choose_model(held, TAKES[key], self.parent.outputs, where)
+        return choose_model(held, kinds_of(key), self.parent.outputs, where)
 
 
 def _model_of(filled: Filled, parent: Parent | None) -> _Model | None:
     if parent is None:
         return None
-    if parent.action not in KINDS:
+    kind = TABLE[parent.action].produces
+    if not kind:
         raise SpecError(
             f"parent_job_id: {parent.id} is a job of {parent.action}, whose results hold no model.",
             "Give a train, export or gen_trt_engine job.",
         )
-    return _Model(KINDS[parent.action], parent)
+    return _Model(kind, parent)
+
+
+def kinds_of(key: str) -> tuple[ModelKind, ...]:
+    """The kinds of model that a key takes."""
+    return next(file.kinds for row in TABLE.values() for file in row.inputs if file.key == key)
 
 
 def _parent_model(filled: Filled, key: str, parent: Parent | None, model: _Model | None) -> None:
-    others = [other for other in FILLED[filled.action] if other != key and other in TAKES and filled.typed(other)]
+    others = [file.key for file in TABLE[filled.action].inputs if file.key != key and filled.typed(file.key)]
     if parent is None or model is None:
         filled.put(key, None, "parent_model", "there is no parent_job_id")
-    elif model.kind not in TAKES[key]:
+    elif model.kind not in kinds_of(key):
         filled.put(key, None, "parent_model", _unfit(parent))
     elif others and filled.action in ("evaluate", "inference"):
         filled.put(key, None, "parent_model", f"{others[0]} is given, and only one of them acts")
@@ -305,7 +243,7 @@ def _parent_model(filled: Filled, key: str, parent: Parent | None, model: _Model
 
 
 def _unfit(parent: Parent) -> str:
-    return f"a job of {parent.action} leaves {KINDS[parent.action]}, which does not fit"
+    return f"a job of {parent.action} leaves {TABLE[parent.action].produces}, which does not fit"
 
 
 def _resume_model(filled: Filled, key: str, parent: Parent | None, model: _Model | None) -> None:
@@ -324,7 +262,7 @@ def _ptm(filled: Filled, key: str, parent: Parent | None, model: _Model | None) 
         filled.put(key, None, function, "training resumes from a checkpoint of its own")
     elif parent is None or model is None:
         filled.put(key, None, function, "no checkpoint to resume from, and no parent_job_id")
-    elif model.kind not in TAKES[key]:
+    elif model.kind not in kinds_of(key):
         filled.put(key, None, function, _unfit(parent))
     else:
         chosen, why = model.take(key)
@@ -349,15 +287,16 @@ _FUNCTIONS = {
 
 def _require_model(filled: Filled, parent: Parent) -> None:
     """Refuse a parent whose model nothing in the action takes."""
-    for group in REQUIRED[filled.action]:
-        if group[0] in TAKES and not any(map(filled.typed, group)):
-            kinds = sorted({kind for key in group for kind in TAKES[key]})
-            wanted = " or ".join(action for action, kind in KINDS.items() if kind in kinds)
-            raise SpecError(
-                f"parent_job_id: {filled.action} takes {' or '.join(kinds)}, but {parent.id} is a job of "
-                f"{parent.action}, which leaves {KINDS[parent.action]}.",
-                f"Give a job of {wanted} as the parent, or set {' or '.join(group)}.",
-            )
+    row = TABLE[filled.action]
+    keys = [file.key for file in row.inputs]
+    if row.needs_input and not any(map(filled.typed, keys)):
+        kinds = sorted({kind for file in row.inputs for kind in file.kinds})
+        wanted = " or ".join(name for name, action in TABLE.items() if action.produces in kinds)
+        raise SpecError(
+            f"parent_job_id: {filled.action} takes {' or '.join(kinds)}, but {parent.id} is a job of "
+            f"{parent.action}, which leaves {TABLE[parent.action].produces}.",
+            f"Give a job of {wanted} as the parent, or set {' or '.join(keys)}.",
+        )
 
 
 def _carry(filled: Filled, parent: Parent) -> None:
@@ -387,9 +326,5 @@ def _known_of(parent: Parent) -> tuple[dict[str, Any], str]:
                 "Restore it, or remove it and name model.arch and train.stage in the spec.",
             ) from error
         if isinstance(tree, dict):
-            return _leaves_of(tree), "resolved spec"
-    return _leaves_of(parent.spec), "spec"
-
-
-def _leaves_of(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for name, inner in tree.items() for key, value in _leaves(inner, str(name)).items()}
+            return flatten(tree), "resolved spec"
+    return flatten(parent.spec), "spec"

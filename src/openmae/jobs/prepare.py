@@ -19,10 +19,11 @@ from openmae.jobs.parameters import (
     nested,
 )
 from openmae.jobs.policy import Route, route
+from openmae.spec.actions import ACTIONS, DEVICES, get_action
 from openmae.spec.load import load_spec
 from openmae.spec.option import KEY_IN_ENVIRONMENT, KEY_IN_FILE, SECRET_MARK, is_secret
-from openmae.spec.rules import SOURCES, value_of
-from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
+from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.spec.yaml_reader import write_text
 from openmae.storage.urls import is_remote, redact
 
@@ -136,12 +137,12 @@ def check_sources(spec: ExperimentSpec, action: str) -> None:
     missing = missing_sources(spec, action)
     if missing:
         raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the path.")
-    for name in SOURCES.get(action, ()):
-        source = str(value_of(spec, f"dataset.{name}"))
+    for data in get_action(action).data:
+        source = str(value_of(spec, data.key))
         if is_remote(source) and "{" not in source:  # else a pattern of shards
             from openmae.storage.listing import require
 
-            with blaming(f"dataset.{name}"):
+            with blaming(data.key):
                 require(source)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from openmae.results import style
 from openmae.results.metrics_csv import series
 from openmae.results.style import BLUE
+from openmae.spec.metrics import METRICS, is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,13 +57,11 @@ class _Panel:
     epoch_mean: str = ""  # suffix of the metric whose last value is next to the curve if there is one
 
 
+_LOSSES = {name: METRICS[name].short for name in sorted(METRICS) if not is_share(name)}
+_SHARES = {name: METRICS[name].short for name in sorted(METRICS) if is_share(name)}
 _PANELS = (
-    _Panel("Loss", {"train_loss": "train", "val_loss": "validation"}, log_axis=True, noisy=True, epoch_mean="_epoch"),
-    _Panel(
-        "Accuracy",
-        {"ACC_all": "top-1", "ACC_top5": "top-5", "probe_acc": "linear probe", "knn_acc": "kNN"},
-        _percent,
-    ),
+    _Panel("Loss", _LOSSES, log_axis=True, noisy=True, epoch_mean="_epoch"),
+    _Panel("Accuracy", _SHARES, _percent),
     _Panel("Learning rate", {}, from_zero=True, peak=True),  # its last value is near 0 by design
     _Panel("Images per second", {"images_per_s": ""}, from_zero=True, noisy=True),
     _Panel("Time spent waiting for data", {"data_wait": ""}, _percent, from_zero=True, noisy=True),

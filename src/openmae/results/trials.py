@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmae.results.style import plural
+from openmae.spec.metrics import is_share
 
 Floats = NDArray[np.float64]
 State = Literal["complete", "stopped early", "failed", "running"]
@@ -93,14 +94,9 @@ class SearchResults:
         """Name of the values outside the range."""
         return f"below {self.text(self.low)}" if self.maximize else f"above {self.text(self.high)}"
 
-    @property
-    def is_share(self) -> bool:
-        """True if values are shares, shown as percentages."""
-        return "acc" in self.metric.lower() and bool(((self.values >= 0) & (self.values <= 1)).all())
-
     def text(self, value: float) -> str:
         """Return a value as text, with the decimals that distinguish the results."""
-        if not self.is_share:
+        if not is_share(self.metric):
             return number_text(value, 4)
         return f"{100 * value:.{2 if 0 < self.high - self.low < 0.01 else 1}f} %"
 
@@ -108,7 +104,7 @@ class SearchResults:
         """Return places and labels of ticks in a range."""
         if low == high:
             return [(low, self.text(low))]
-        if self.is_share:
+        if is_share(self.metric):
             shown = linear_ticks(100 * max(low, 0), 100 * min(high, 1))
             return [(tick / 100, f"{number_text(tick, 5)} %") for tick in shown]
         return [(tick, number_text(tick, 5)) for tick in linear_ticks(low, high)]

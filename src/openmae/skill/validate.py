@@ -1,351 +1,386 @@
-"""Check a skill folder: the contract's rules, and those of NVIDIA's AutoML runner (7.0 to 7.2) and skill bank.
+"""Check a skill folder against the contract, and the rules of NVIDIA's AutoML runner (7.0 to 7.2) and skill bank.
 
-``tests/nvidia`` runs NVIDIA's own code against the packaged folder. This module checks the same rules without it.
+The structure of each file is declared as a model; rules that compare files are functions. ``tests/nvidia`` runs
+NVIDIA's own code on the packaged folder.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-BODY_LIMIT, COMPATIBILITY_LIMIT, NAME_LIMIT, DESCRIPTION_LIMIT = 18_000, 500, 64, 1024
-TYPES = ("string", "int", "float", "bool", "list", "categorical", "ordered_int", "collection")
-TOP_LEVEL = (
-    *("type", "default", "properties", "automl_default_parameters", "automl_disabled_parameters", "popular"),
-    "x_tao_schema",
-)
-ORIGIN = ("action", "core_module", "model", "network_arch", "schema_action", "schema_version", "source")
+from openmae.spec.tree import flatten
+
+BODY_LIMIT = 18_000  # characters
 SEARCHED = {f"train.optim.{n}" for n in ("lr", "weight_decay", "momentum", "warmup_epochs", "backbone_multiplier")}
-CASE = {"id": str, "question": str, "expected_skill": str, "ground_truth": str, "expected_behavior": list}
-_VALUES: dict[str, Any] = {
-    "string": str, "int": int, "float": (int, float), "bool": bool, "list": list, "ordered_int": int
-}  # fmt: skip
-_NUMBERS = ("int", "float", "ordered_int")
-_CONDITION = re.compile(r"(?:<|<=|>|>=) (depends_on|-?\d+(?P<fraction>\.\d+)?(?:e[+-]?\d+)?)")
 _INFO = "references/skill_info.yaml"
+_CONDITION = r"^(<|<=|>|>=) (depends_on|-?\d+(\.\d+)?(e[+-]?\d+)?)$"
+_VALUES: dict[str, Any] = {
+    "string": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "list": list,
+    "ordered_int": int,
+    "categorical": object,
+}
+
+Kind = Literal["string", "int", "float", "bool", "list", "categorical", "ordered_int"]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+Mapped = Annotated[dict[str, Any], Field(min_length=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=_Part)
+
+
+class _Metadata(_Part):
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
+    author: Text
+
+
+class FrontMatter(_Part):
+    """The frontmatter of SKILL.md."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
+    description: Annotated[str, Field(pattern=r"^[^<>]+$", max_length=1024)]
+    license: Text
+    compatibility: Annotated[str, Field(min_length=1, max_length=500)]
+    metadata: _Metadata
+    allowed_tools: Text = Field(alias="allowed-tools")
+    tags: Texts
+
+
+class _File(_Part):
+    type: Literal["folder", "file"]
+
+
+class _Execution(_Part):
+    type: Literal["python_script"]
+    config_format: Literal["yaml"]
+    script: Text
+    args: Texts
+
+
+class _Action(_Part):
+    command: Text
+    config_format: Literal["yaml"]
+    mode: Literal["config"]
+    inputs: Annotated[dict[str, _File], Field(min_length=1)]
+    outputs: Annotated[dict[str, _File], Field(min_length=1)]
+    upload_excludes: Texts
+    execution: _Execution | None = None
+
+
+class _Source(_Part):
+    source: Text
+    path: Text  # the name of a file; NVIDIA's SDK takes a text
+
+
+class DeployInfo(_Part):
+    """``references/tao-deploy-*.skill_info.yaml``."""
+
+    name: Text
+    description: Text
+    network_arch: Literal["mae"]
+    automl_enabled: bool
+    actions: Annotated[dict[str, _Action], Field(min_length=1)]
+    spec_params: Mapped
+    spec_templates: Annotated[dict[str, Text], Field(min_length=1)]
+
+
+class SkillInfo(DeployInfo):
+    """``references/skill_info.yaml``."""
+
+    automl_enabled: Literal[True]
+    data_format: Literal["ssl"]
+    gpu_spec_key: Literal["train.num_gpus"]
+    data_sources: Annotated[dict[str, dict[str, _Source]], Field(min_length=1)]
+    spec_shorthand_keys: Mapped
+
+
+class _Manifest(_Part):
+    actions: Mapped
+
+
+class _Case(_Part):
+    id: Text
+    question: Text
+    expected_skill: Text
+    ground_truth: Text
+    expected_behavior: Texts
+
+
+class _Cases(_Part):
+    cases: Annotated[list[_Case], Field(min_length=1)]
+
+
+class _Origin(_Part):
+    action: Text
+    core_module: Text
+    model: Text
+    network_arch: Text
+    schema_action: Text
+    schema_version: Annotated[int, Field(ge=1)]
+    source: Text
+
+
+class Schema(_Part):
+    """``schemas/<action>.schema.json``."""
+
+    type: Literal["object"]
+    default: dict[str, Any]
+    properties: Mapped
+    automl_default_parameters: list[str]
+    automl_disabled_parameters: list[str]
+    popular: dict[str, Any]
+    x_tao_schema: _Origin
+
+
+class _Collection(_Part):
+    type: Literal["collection"]
+    properties: Mapped
+
+
+class _OneType(_Part):
+    type: Kind | Literal["null"]
+
+
+class Leaf(_Part):
+    """An option in a schema."""
+
+    title: Text
+    description: str
+    default: Any
+    type: Kind | None = None
+    any_of: list[_OneType] = Field([], alias="anyOf")
+    minimum: float | None = None
+    maximum: float | None = None
+    enum: Annotated[list[Any], Field(min_length=1)] | None = None
+    option_weights: list[Annotated[float, Field(ge=0)]] | None = None
+    math_cond: Annotated[str, Field(pattern=_CONDITION)] | None = None
+    depends_on: str | None = None
+    popular: bool = False
+    automl_enabled: bool | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """The types without null; a valid leaf has one."""
+        return [self.type] if self.type else [item.type for item in self.any_of if item.type != "null"]
+
+    def fits(self, value: Any, *, choice: bool = False) -> bool:
+        """Return whether a value, or a choice of ``enum``, is legal."""
+        if value is None:
+            return any(item.type == "null" for item in self.any_of)
+        kind = self.kinds[0]
+        if not isinstance(value, _VALUES[kind]) or (isinstance(value, bool) and kind not in ("bool", "categorical")):
+            return False
+        if isinstance(value, int | float) and kind != "categorical":
+            low, high = (-float("inf") if self.minimum is None else self.minimum, self.maximum)
+            if value < low or (high is not None and value > high):
+                return False
+        return choice or self.enum is None or value in self.enum
+
+    @model_validator(mode="after")
+    def _check(self) -> Leaf:
+        if problems := list(self._problems()):
+            raise PydanticCustomError("rule", "{text}", {"text": "; ".join(problems)})
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        if len(self.kinds) != 1 or bool(self.type) == bool(self.any_of):
+            yield "must have a type, or an anyOf of one type and null"
+            return
+        kind, choices = self.kinds[0], self.enum or []
+        if self.default != "???" and not self.fits(self.default):
+            yield f"the default {self.default!r} is not a legal value"
+        if kind not in ("int", "float", "ordered_int") and not self.minimum is self.maximum is None:
+            yield "minimum and maximum are for numbers"
+        if kind in ("categorical", "ordered_int") and not choices:
+            yield "enum is missing"
+        if not all(self.fits(value, choice=True) for value in choices):
+            yield f"enum must be a list of legal values, got {choices}"
+        weights = self.option_weights
+        if weights is not None and (len(weights) != len(choices) or not any(weights)):
+            yield f"option_weights must have one number for each value of enum, one of them above 0, got {weights}"
+        if self.automl_enabled and not choices and None in (self.minimum, self.maximum):
+            yield "automl_enabled needs a minimum and a maximum, or an enum"
+        condition = self.math_cond or ""
+        if kind == "int" and "." in condition:
+            yield f"math_cond must compare with an integer, got {condition!r}"
+        if condition.endswith("depends_on") and self.depends_on is None:
+            yield f"math_cond {condition!r} needs depends_on, the key to compare with"
 
 
 def find_breaches(folder: Path) -> list[str]:
-    """Return the broken rules of a skill folder as "FILE: rule, value", in a fixed order."""
+    """Return the broken rules of a skill folder as "FILE: key: rule, value", in a fixed order."""
     if not folder.is_dir():
         return [f"{folder}: is not a folder"]
     found: list[str] = []
-    info = _load(folder, _INFO, found, dict) or {}
-    actions = list(_mapping(info.get("actions")))
-    found += _front(folder)
-    leaves: dict[str, dict[str, Any]] = {action: {} for action in actions}
-    schemas = [text for action in actions for text in _schema(folder, action, leaves[action])]
+    _check_skill_md(folder, found)
+    info = _read(folder, _INFO, SkillInfo, found)
+    actions = list(info.actions) if info else []
+    leaves = {action: _check_schema(folder, action, found) for action in actions}
     if info:
-        found += _info(folder, info, folder.name, _INFO, leaves)
-    manifest = _load(folder, "schemas/manifest.json", found, dict)
-    if manifest is not None and sorted(_mapping(manifest.get("actions"))) != sorted(actions):
-        found.append(f"schemas/manifest.json: actions must be those of skill_info.yaml, {sorted(actions)}")
-    found += schemas
-    found += _deploy(folder, leaves)
-    found += _evals(folder)
-    return found
+        _check_info(folder, info, folder.name, _INFO, leaves, found)
+    manifest = _read(folder, "schemas/manifest.json", _Manifest, found)
+    if info and manifest and sorted(manifest.actions) != sorted(actions):
+        found.append(f"schemas/manifest.json: actions: must be those of skill_info.yaml, {sorted(actions)}")
+    _check_deploy(folder, leaves, found)
+    cases = _read(folder, "evals/evals.json", _Cases, found)
+    ids = [case.id for case in cases.cases] if cases else []
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    return [*found, *(f"evals/evals.json: the id {name!r} occurs twice" for name in twice)]
 
 
-def _load(folder: Path, name: str, found: list[str], kind: type) -> Any:
-    """Return the content of a JSON or YAML file; None where it cannot be used, which is noted."""
+def _content(folder: Path, name: str, found: list[str]) -> Any:
+    """Return the content of a JSON or YAML file; None, with a line in ``found``, if it cannot be parsed."""
     try:
         text = (folder / name).read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_refuse) if name.endswith(".json") else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         found.append(f"{name}: cannot be read: {getattr(error, 'strerror', None) or 'not text'}")
-        return None
-    try:
-        content = json.loads(text, parse_constant=_refuse) if name.endswith(".json") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         found.append(f"{name}: does not parse: {str(error).splitlines()[0]}")
-        return None
-    if not isinstance(content, kind):
-        found.append(f"{name}: must be {'a mapping' if kind is dict else 'a list'} at its top level")
-        return None
-    return content
+    return None
 
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is not allowed: bounds are finite")
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _read(folder: Path, name: str, model: type[Model], found: list[str]) -> Model | None:
+    before = len(found)
+    content = _content(folder, name, found)
+    if len(found) > before:
+        return None
+    return _validated(model, {"cases": content} if model is _Cases else content, name, found)
 
 
-def _front(folder: Path) -> Iterator[str]:
+def _validated(model: type[Model], content: Any, where: str, found: list[str]) -> Model | None:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            key = ".".join(map(str, detail["loc"]))
+            value = "" if detail["type"] in ("missing", "rule") else f", got {detail['input']!r:.60}"
+            found.append(": ".join(filter(None, (where, key, f"{detail['msg']}{value}"))))
+        return None
+
+
+def _check_skill_md(folder: Path, found: list[str]) -> None:
     file = "SKILL.md"
     try:
         text = (folder / file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        yield f"{file}: cannot be read"
+        found.append(f"{file}: cannot be read")
         return
     parts = re.match(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL)
     if not parts:
-        yield f"{file}: must begin with frontmatter between two lines of ---"
+        found.append(f"{file}: must begin with frontmatter between two lines of ---")
         return
     try:
-        front = yaml.safe_load(parts[1])
+        front = _validated(FrontMatter, yaml.safe_load(parts[1]), file, found)
     except yaml.YAMLError as error:
-        yield f"{file}: the frontmatter does not parse: {str(error).splitlines()[0]}"
+        found.append(f"{file}: the frontmatter does not parse: {str(error).splitlines()[0]}")
         return
-    if not isinstance(front, dict):
-        yield f"{file}: the frontmatter must be a mapping"
-        return
-    yield from (f"{file}: {text}" for text in _fields(folder, front))
+    if front and front.name != folder.name:
+        found.append(f"{file}: name: must be the folder's, {folder.name!r}, got {front.name!r}")
     if len(parts[2]) > BODY_LIMIT:
-        yield f"{file}: the body must have up to {BODY_LIMIT} characters, got {len(parts[2])}"
+        found.append(f"{file}: the body must have up to {BODY_LIMIT} characters, got {len(parts[2])}")
     if not re.search(r"```bash\n(?:(?!```).*\n)*?python3? -m venv ", parts[2]):
-        yield f"{file}: the body must have a quick start, a bash block with python -m venv"
+        found.append(f"{file}: the body must have a quick start, a bash block with python -m venv")
     if home := re.search(r"/(?:home|Users)/\w+", text):
-        yield f"{file}: {home[0]} is a path of one machine; write a relative path, or /data"
+        found.append(f"{file}: {home[0]} is a path of one machine; write a relative path, or /data")
 
 
-def _fields(folder: Path, front: dict[str, Any]) -> Iterator[str]:
-    name, description, compatibility = (front.get(key) for key in ("name", "description", "compatibility"))
-    if name != folder.name:
-        yield f"name must be the folder's, {folder.name!r}, got {name!r}"
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", str(name)) or len(str(name)) > NAME_LIMIT:
-        yield f"name must be lower-case words joined by hyphens, up to {NAME_LIMIT} characters"
-    if not isinstance(description, str) or not 0 < len(description) <= DESCRIPTION_LIMIT:
-        yield f"description must be a text of 1 to {DESCRIPTION_LIMIT} characters"
-    elif set("<>") & set(description):
-        yield "description must not hold angle brackets"
-    for key in ("license", "allowed-tools"):
-        if not front.get(key):
-            yield f"{key} must be given"
-    if not isinstance(compatibility, str) or not 0 < len(compatibility) <= COMPATIBILITY_LIMIT:
-        yield f"compatibility must be a text of up to {COMPATIBILITY_LIMIT} characters"
-    metadata = _mapping(front.get("metadata"))
-    version, tags = metadata.get("version"), front.get("tags")
-    if not isinstance(version, str) or not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        yield f'metadata.version must be a text "x.y.z", got {version!r}'
-    if not metadata.get("author"):
-        yield "metadata.author must be given"
-    if not isinstance(tags, list) or not tags or not all(isinstance(tag, str) and tag for tag in tags):
-        yield "tags must be a list of at least one text"
-
-
-def _info(folder: Path, info: dict[str, Any], name: str, file: str, leaves: dict[str, dict[str, Any]]) -> Iterator[str]:
-    expected = {"name": name, "network_arch": "mae", "automl_enabled": file == _INFO}
-    expected |= {"data_format": "ssl", "gpu_spec_key": "train.num_gpus"} if file == _INFO else {}
-    for key, value in expected.items():
-        if info.get(key) != value:
-            yield f"{file}: {key} must be {value!r}, got {info.get(key)!r}"
-    mappings = ("actions", "spec_params", "spec_templates")
-    for key in ("description", *mappings, *(("data_sources", "spec_shorthand_keys") if file == _INFO else ())):
-        if not info.get(key) or (key in mappings and not isinstance(info[key], dict)):
-            yield f"{file}: {key} must be {'a mapping' if key in mappings else 'given'}"
-    for action, entry in _mapping(info.get("actions")).items():
-        yield from (f"{file}: actions.{action}{text}" for text in _action(folder, action, entry, leaves))
-    for action, sources in _mapping(info.get("data_sources")).items():
-        for key, rule in _mapping(sources).items():
-            if not _mapping(rule).get("source") or not isinstance(rule.get("path"), str):
-                yield f"{file}: data_sources.{action}.{key} must have a source and a path, the name of a file"
-    for action, path in _mapping(info.get("spec_templates")).items():
-        if not isinstance(path, str) or not (folder / path).is_file():
-            yield f"{file}: spec_templates.{action} names {path!r}, which does not exist"
-
-
-def _action(folder: Path, action: str, entry: Any, leaves: dict[str, dict[str, Any]]) -> Iterator[str]:
-    if not isinstance(entry, dict):
-        yield " must be a mapping"
-        return
-    expected = {"command": f"mae {action} -e {{config_path}}", "config_format": "yaml", "mode": "config"}
-    for key, value in expected.items():
-        if entry.get(key) != value:
-            yield f".{key} must be {value!r}, got {entry.get(key)!r}"
-    for key in ("inputs", "outputs", "upload_excludes"):
-        if not entry.get(key):
-            yield f".{key} must be given"
-    for key in ("inputs", "outputs"):  # names that NVIDIA's SDK looks up in the spec, or writes into it
-        for name, declared in _mapping(entry.get(key)).items():
-            if leaves.get(action) and name not in leaves[action]:
-                yield f".{key} names {name}, which is no spec key"
-            if _mapping(declared).get("type") not in ("folder", "file"):
-                yield f".{key}.{name} must have the type folder or file"
-    how = entry.get("execution")
-    if how is None:
-        return
-    if not isinstance(how, dict) or how.get("type") != "python_script" or how.get("config_format") != "yaml":
-        yield ".execution must have type python_script and config_format yaml"
-        return
-    if not isinstance(how.get("script"), str) or not (folder / how["script"]).is_file():
-        yield f".execution.script names {how.get('script')!r}, which does not exist"
-    if not isinstance(how.get("args"), list) or "{config_path}" not in how["args"]:
-        yield '.execution.args must be a list with "{config_path}"'
-
-
-def _schema(folder: Path, action: str, leaves: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with a schema and its template; its leaves are put into ``leaves``."""
-    found: list[str] = []
+def _check_schema(folder: Path, action: str, found: list[str]) -> dict[str, Leaf | None]:
+    """Return the leaves of a schema by key, with None for an invalid one."""
     file, template_file = f"schemas/{action}.schema.json", f"references/spec_template_{action}.yaml"
-    schema, template = _load(folder, file, found, dict), _load(folder, template_file, found, dict)
-    yield from found
+    schema = _read(folder, file, Schema, found)
+    template = _content(folder, template_file, found)
     if schema is None:
-        return
-    for key in TOP_LEVEL:
-        if key not in schema:
-            yield f"{file}: {key} must be given"
-    if schema.get("type") != "object":
-        yield f"{file}: type must be 'object', got {schema.get('type')!r}"
-    if template is not None and template != schema.get("default"):
-        yield f"{template_file}: must equal the default of {file}"
-    origin = _mapping(schema.get("x_tao_schema"))
-    for key in ORIGIN:
-        if not origin.get(key):
-            yield f"{file}: x_tao_schema.{key} must be given"
-    if origin.get("action") != action:
-        yield f"{file}: x_tao_schema.action must be {action!r}, got {origin.get('action')!r}"
-    yield from (f"{file}: {text}" for text in _collection(schema, "", leaves))
+        return {}
+    if template != schema.default:
+        found.append(f"{template_file}: must equal the default of {file}")
+    if schema.x_tao_schema.action != action:
+        found.append(f"{file}: x_tao_schema.action: must be {action!r}, got {schema.x_tao_schema.action!r}")
+    leaves = dict(_leaves(schema.properties, file, "", found))
     for key, leaf in leaves.items():
-        yield from (f"{file}: {key}: {text}" for text in _leaf(leaf, leaves))
-    for name in ("automl_default_parameters", "automl_disabled_parameters"):
-        for key in schema.get(name) or ():
-            if key not in leaves:
-                yield f"{file}: {name} names {key}, which is no leaf"
-    if action == "train" and set(schema.get("automl_default_parameters") or ()) != SEARCHED:
-        yield f"{file}: automl_default_parameters must be {', '.join(sorted(SEARCHED))}"
-    for key, value in _flat(schema.get("default")):
-        if key not in leaves:
-            yield f"{file}: default names {key}, which is no leaf"
-        elif value not in ("???", leaves[key].get("default")) and not _fits(value, leaves[key]):
-            yield f"{file}: default: {value!r} is no legal value of {key}"
+        if leaf and leaf.depends_on is not None and leaf.depends_on not in leaves:
+            found.append(f"{file}: {key}: depends_on must be a key of this schema, got {leaf.depends_on!r}")
+    named = [*schema.automl_default_parameters, *schema.automl_disabled_parameters, *flatten(schema.default)]
+    found += [f"{file}: {key} is not a key of the schema" for key in named if key not in leaves]
+    if action == "train" and set(schema.automl_default_parameters) != SEARCHED:
+        found.append(f"{file}: automl_default_parameters: must be {', '.join(sorted(SEARCHED))}")
+    for key, value in flatten(schema.default).items():
+        leaf = leaves.get(key)
+        if leaf and value != "???" and not leaf.fits(value):
+            found.append(f"{file}: default: {value!r} is not a legal value of {key}")
+    return leaves
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in _mapping(tree).items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _collection(node: dict[str, Any], prefix: str, leaves: dict[str, Any]) -> Iterator[str]:
-    if not _mapping(node.get("properties")):
-        yield f"{prefix.removesuffix('.') or 'the schema'} must have properties, an object that is not empty"
-    for name, inner in _mapping(node.get("properties")).items():
+def _leaves(
+    properties: Mapping[str, Any], file: str, prefix: str, found: list[str]
+) -> Iterator[tuple[str, Leaf | None]]:
+    for name, node in properties.items():
         key = f"{prefix}{name}"
-        if not isinstance(inner, dict):
-            yield f"{key} must be an object"
-        elif "properties" in inner or _kind(inner) == "collection":
-            if inner.get("type") != "collection":
-                yield f"{key}: a nested object's type must be 'collection', got {inner.get('type')!r}"
-            yield from _collection(inner, f"{key}.", leaves)
+        if isinstance(node, dict) and ("properties" in node or "collection" in str(node.get("type", node))):
+            section = _validated(_Collection, node, f"{file}: {key}", found)
+            if section:
+                yield from _leaves(section.properties, file, f"{key}.", found)
         else:
-            leaves[key] = inner
+            yield key, _validated(Leaf, node, f"{file}: {key}", found)
 
 
-def _leaf(leaf: dict[str, Any], leaves: dict[str, Any]) -> Iterator[str]:
-    for key in ("default", "description", "title"):
-        if key not in leaf:
-            yield f"{key} must be given"
-    kind, options, weights = _kind(leaf), leaf.get("enum"), leaf.get("option_weights")
-    if isinstance(leaf.get("type"), list):
-        yield "type must not be a list; an optional leaf uses anyOf"
-    elif "type" in leaf and "anyOf" in leaf:
-        yield "type and anyOf must not both be given"
-    elif kind not in TYPES:
-        said = leaf.get("type", leaf.get("anyOf"))
-        yield f"type must be one of {', '.join(TYPES)}, or an anyOf of one of them and null, got {said!r}"
-    elif leaf.get("default") != "???" and not _fits(leaf.get("default"), leaf):
-        yield f"the default {leaf.get('default')!r} is not of type {kind}"
-    for key in ("minimum", "maximum"):
-        if key in leaf and (not _is_finite(leaf[key]) or kind not in _NUMBERS):
-            yield f"{key} must be a finite number, of a leaf that is one, got {leaf[key]!r}"
-    choices = options if isinstance(options, list) else []
-    needed = "enum" in leaf or kind in ("categorical", "ordered_int")
-    if needed and not (choices and all(_is_of_type(choice, leaf) for choice in choices)):
-        yield f"enum must be a list of legal values that is not empty, got {options!r}"
-    shares = weights if isinstance(weights, list) else []
-    good = len(shares) == len(choices) and all(_is_finite(share) and share >= 0 for share in shares) and any(shares)
-    if "option_weights" in leaf and not good:
-        yield "option_weights must have one number >= 0 for each value of enum, and one above 0"
-    for key in ("popular", "automl_enabled"):
-        if not isinstance(leaf.get(key, True), bool):
-            yield f"{key} must be true or false, got {leaf[key]!r}"
-    if leaf.get("automl_enabled") is True and not choices and not {"minimum", "maximum"} <= leaf.keys():
-        yield "automl_enabled needs a minimum and a maximum, or an enum"
-    condition, other = leaf.get("math_cond"), leaf.get("depends_on")
-    if other is not None and other not in leaves:
-        yield f"depends_on must be a key of this schema, got {other!r}"
-    if condition is None:
-        return
-    match = _CONDITION.fullmatch(str(condition))
-    if not match or (match["fraction"] and kind == "int"):
-        number = "an integer" if kind == "int" else "a number"
-        yield f"math_cond must be a sign and {number}, or a sign and depends_on, got {condition!r}"
-    elif match[1] == "depends_on" and other is None:
-        yield f"math_cond {condition!r} needs depends_on, the key to compare with"
+def _check_info(
+    folder: Path, info: DeployInfo, name: str, file: str, leaves: Mapping[str, Collection[str]], found: list[str]
+) -> None:
+    if info.name != name:
+        found.append(f"{file}: name: must be {name!r}, got {info.name!r}")
+    for action, entry in info.actions.items():
+        where = f"{file}: actions.{action}"
+        if entry.command != (command := f"mae {action} -e {{config_path}}"):
+            found.append(f"{where}.command: must be {command!r}, got {entry.command!r}")
+        known = leaves.get(action) or (*entry.inputs, *entry.outputs)
+        strange = [key for key in (*entry.inputs, *entry.outputs) if key not in known]  # NVIDIA's SDK writes to them
+        found += [f"{where}: inputs and outputs must be keys of the spec, got {key}" for key in strange]
+        if entry.execution and not (folder / entry.execution.script).is_file():
+            found.append(f"{where}.execution.script: {entry.execution.script!r} does not exist")
+        if entry.execution and "{config_path}" not in entry.execution.args:
+            found.append(f'{where}.execution.args: must contain "{{config_path}}"')
+    for action, path in info.spec_templates.items():
+        if not (folder / path).is_file():
+            found.append(f"{file}: spec_templates.{action}: {path!r} does not exist")
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _kind(leaf: dict[str, Any]) -> Any:
-    """Return the one type of a leaf besides null; None if there is not exactly one."""
-    if "anyOf" not in leaf:
-        return leaf.get("type") if isinstance(leaf.get("type"), str) else None
-    options = leaf["anyOf"] if isinstance(leaf["anyOf"], list) else []
-    kinds = [_mapping(option).get("type") for option in options if _mapping(option).get("type") != "null"]
-    return kinds[0] if len(kinds) == 1 and isinstance(kinds[0], str) else None
-
-
-def _fits(value: Any, leaf: dict[str, Any]) -> bool:
-    if value is None:
-        return {"type": "null"} in (leaf.get("anyOf") or ())
-    return _is_of_type(value, leaf) and ("enum" not in leaf or value in (leaf["enum"] or ()))
-
-
-def _is_of_type(value: Any, leaf: dict[str, Any]) -> bool:
-    """Return whether a value, or a choice of an enum, has the type of the leaf and lies between its bounds."""
-    kind, low, high = _kind(leaf), leaf.get("minimum"), leaf.get("maximum")
-    if kind == "categorical":
-        return True
-    if kind not in _VALUES or not isinstance(value, _VALUES[kind]) or (isinstance(value, bool) and kind != "bool"):
-        return False
-    return not ((_is_finite(low) and value < low) or (_is_finite(high) and value > high))
-
-
-def _deploy(folder: Path, leaves: dict[str, dict[str, Any]]) -> Iterator[str]:
-    guides = sorted(path.name for path in (folder / "references").glob("tao-deploy-*.md"))
+def _check_deploy(folder: Path, leaves: Mapping[str, Collection[str]], found: list[str]) -> None:
+    guides = sorted(path.name.removesuffix(".md") for path in (folder / "references").glob("tao-deploy-*.md"))
     if not guides:
-        yield "references: there is no tao-deploy-*.md"
-    for guide in guides:
-        name = guide.removesuffix(".md")
-        found: list[str] = []
+        found.append("references: there is no tao-deploy-*.md")
+    for name in guides:
         file = f"references/{name}.skill_info.yaml"
-        info = _load(folder, file, found, dict) or {}
-        if info:
-            found += _info(folder, info, name, file, leaves)
-        for action, path in _mapping(info.get("spec_templates")).items():
-            if not Path(str(path)).name.startswith("spec_template_deploy_"):
-                found.append(f"{file}: spec_templates.{action} must be a spec_template_deploy_*.yaml, got {path!r}")
+        info = _read(folder, file, DeployInfo, found)
+        if info is None:
+            continue
+        _check_info(folder, info, name, file, leaves, found)
+        if info.automl_enabled:
+            found.append(f"{file}: automl_enabled: must be false")
+        for action, path in info.spec_templates.items():
+            if not Path(path).name.startswith("spec_template_deploy_"):
+                found.append(f"{file}: spec_templates.{action}: must be a spec_template_deploy_*.yaml, got {path!r}")
             elif (folder / path).is_file():
-                template = _load(folder, path, found, dict)
-                if template is not None and not isinstance(template.get(action), dict):
+                template = _content(folder, path, found)
+                if not isinstance(template, dict) or not isinstance(template.get(action), dict):
                     found.append(f"{path}: must have a section {action}")
-        yield from found
-
-
-def _evals(folder: Path) -> Iterator[str]:
-    found: list[str] = []
-    file = "evals/evals.json"
-    cases = _load(folder, file, found, list)
-    yield from found
-    if cases == []:
-        yield f"{file}: must hold at least one case"
-    seen: set[str] = set()
-    for place, case in enumerate(cases or ()):
-        if not all(isinstance(_mapping(case).get(key), kind) and case[key] for key, kind in CASE.items()):
-            yield f"{file}: case {place} must have {', '.join(CASE)}; the last is a list that is not empty"
-        elif case["id"] in seen:
-            yield f"{file}: the id {case['id']!r} is given twice"
-        else:
-            seen.add(case["id"])

@@ -1,0 +1,1 @@
+"""The spec: options, actions, metrics, and how a spec is read and checked."""

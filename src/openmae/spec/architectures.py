@@ -1,7 +1,7 @@
-"""The table of architectures: every fact that differs between them, as plain data.
+"""The table of architectures: all differences between them, as plain data.
 
 Sources: He et al. 2021 (arXiv:2111.06377), Woo et al. 2023 (arXiv:2301.00808), Ryali et al. 2023
-(arXiv:2306.00989). Nothing else in the package switches on an architecture's name.
+(arXiv:2306.00989). No other module depends on the name of an architecture.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from typing import Literal
 from openmae.errors import SpecError
 
 Family = Literal["vit", "hiera", "convnextv2"]
-DECODER_HEAD_DIM = 32  # of the papers' 512-wide transformer decoder with 16 heads
+DECODER_HEAD_DIM = 32  # the papers' transformer decoder is 512 wide and has 16 heads
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row of the table.
+    """An architecture.
 
     Attributes:
         name: the value of ``model.arch``.
-        family: which encoder runs it.
-        timm_name: the model that ``timm.create_model`` builds.
+        family: the kind of encoder.
+        timm_name: the name for ``timm.create_model``.
         mask_unit: side of the square that is masked as one, in pixels (a patch, for ViT).
         mask_ratio: the paper's share of masked units.
-        decoder_depth, decoder_embed_dim: the paper's decoder.
-        pretrain_drop_path: the paper's stochastic depth rate during pretraining.
+        decoder_depth: the paper's number of decoder blocks.
+        decoder_embed_dim: the paper's decoder width.
+        pretrain_drop_path: the paper's stochastic depth rate for pretraining.
     """
 
     name: str
@@ -75,8 +76,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def get_architecture(name: str) -> Architecture:
-    """Return the row called ``name``, in any case; an unknown name is an error that lists the near ones."""
-    known = str(name).lower()  # a damaged checkpoint may name anything
+    """Return the architecture called ``name``, in any case.
+
+    Raises:
+        SpecError: there is none; the error lists similar names.
+    """
+    known = str(name).lower()  # a damaged checkpoint may contain anything
     if known in ARCHITECTURES:
         return ARCHITECTURES[known]
     near = difflib.get_close_matches(known, ARCHITECTURES, n=3, cutoff=0.4) or list(ARCHITECTURES)
@@ -84,8 +89,8 @@ def get_architecture(name: str) -> Architecture:
 
 
 def visible_units(units: int, mask_ratio: float) -> int:
-    """How many of ``units`` mask units stay visible: floor(L (1 - ratio)), as the papers' code counts.
+    """Return the number of visible units of ``units`` mask units: floor(L (1 - ratio)), as in the papers' code.
 
-    The small term keeps what is whole on paper whole in floating point: 10 units at 0.9 leave one, not none.
+    The small term corrects floating point: 10 units at 0.9 leave one visible unit, not none.
     """
     return int(units * (1 - mask_ratio) + 1e-9)

@@ -1,4 +1,4 @@
-"""The schema in words: type and bounds of an option, the table of keys, spec templates."""
+"""The options in words: the table of keys, types and bounds, and spec templates."""
 
 from __future__ import annotations
 
@@ -11,27 +11,32 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from openmae.errors import UserError
-from openmae.spec.option import InputSize, Section, SharePair
-from openmae.spec.schema import ACTIONS, ExperimentSpec
+from openmae.spec.actions import ACTIONS, get_action
+from openmae.spec.option import FileUse, Section, Traits, TypeWords
+from openmae.spec.schema import ExperimentSpec
 
 _WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", dict: "mapping"}
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
-#: What an action cannot do without; of the keys in one tuple, it needs one.
-REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
-    "train": (("dataset.train_data_sources",),),
-    "evaluate": (("evaluate.checkpoint", "evaluate.trt_engine"), ("dataset.val_data_sources",)),
-    "inference": (("inference.checkpoint", "inference.trt_engine"), ("dataset.test_data_sources",)),
-    "export": (("export.checkpoint",), ("export.onnx_file",)),
-    "gen_trt_engine": (("gen_trt_engine.onnx_file",), ("gen_trt_engine.trt_engine",)),
-}
-
 #: Options of TAO's older entrypoints, and the names of the keys that they set.
 _OPTIONS_OF_TAO = {
-    **{"r": "results_dir", "k": "encryption_key", "key": "encryption_key"},
-    **{"g": "num_gpus", "gpus": "num_gpus", "gpu_index": "gpu_ids"},
+    "r": "results_dir",
+    "k": "encryption_key",
+    "key": "encryption_key",
+    "g": "num_gpus",
+    "gpus": "num_gpus",
+    "gpu_index": "gpu_ids",
+}
+#: Options of ``dataset`` that evaluate and inference use.
+_INFERENCE_DATA = {
+    "dataset.batch_size",
+    "dataset.num_workers_per_gpu",
+    "dataset.max_corrupt_fraction",
+    "dataset.max_megapixels",
+    "dataset.augmentation.input_size",
+    "dataset.augmentation.mean",
+    "dataset.augmentation.std",
 }
 
 
@@ -47,18 +52,37 @@ class KeyRow(NamedTuple):
 
 @cache
 def fields() -> dict[str, FieldInfo]:
-    """Every option by its dotted key, in the schema's order."""
+    """Return every option by its dotted key, in the order of the schema."""
     return dict(_walk(ExperimentSpec, ""))
 
 
 @cache
 def sections() -> frozenset[str]:
-    """The dotted names of all sections."""
+    """Return the dotted names of all sections."""
     return frozenset(key.rsplit(".", depth)[0] for key in fields() for depth in range(1, key.count(".") + 1))
 
 
+def traits(key: str) -> Traits:
+    """Return the declared behaviour of an option."""
+    extra = fields()[key].json_schema_extra
+    assert isinstance(extra, dict), f"{key} is not declared with option()"
+    return cast("Traits", extra["traits"])
+
+
+@cache
+def unused_by(stage: str) -> tuple[str, ...]:
+    """Return the options that a stage of training does not use."""
+    return tuple(key for key in fields() if stage not in traits(key).stages)
+
+
+@cache
+def file_use(key: str) -> FileUse | None:
+    """Return the use of the file or folder that an option names; None for an option that names none."""
+    return next((item for item in fields()[key].metadata if isinstance(item, FileUse)), None)
+
+
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The values of an option that admits a few only; else empty."""
+    """Return the values of an option that has choices, as text; empty for any other."""
     extra = field.json_schema_extra
     if isinstance(extra, dict) and isinstance(extra.get("enum"), list):
         return tuple(str(choice) for choice in cast("list[Any]", extra["enum"]))
@@ -67,12 +91,12 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 
 def type_words(field: FieldInfo) -> str:
-    """The type of an option: "integer", "number", "text", "true or false", "list of numbers", "choice"."""
-    return "choice" if choices(field) else _words(field.annotation, field.metadata)
+    """Return the type of an option: "integer", "number", "text", "true or false", "list of numbers", "choice"."""
+    return "choice" if choices(field) else _words(Annotated[field.annotation, *field.metadata, ""])
 
 
 def bounds_words(field: FieldInfo) -> str:
-    """The bounds of an option, such as "> 0 and <= 1", or its choices; empty where there are none."""
+    """Return the bounds of an option, such as "> 0 and <= 1", or its choices; empty if it has none."""
     if choices(field):
         return ", ".join(filter(None, choices(field)))
     found = []
@@ -82,7 +106,7 @@ def bounds_words(field: FieldInfo) -> str:
 
 
 def why_illegal(key: str, values: Iterable[Any]) -> str:
-    """What the declaration of an option says against the first of these values that it refuses; empty: nothing."""
+    """Return the rule of an option that the first illegal value breaks; empty if all are legal."""
     field = fields()[key]
     declared: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     adapter = TypeAdapter(declared)
@@ -95,11 +119,11 @@ def why_illegal(key: str, values: Iterable[Any]) -> str:
 
 
 def key_of_option(option: str, section: str) -> str:
-    """Return what to write instead of a command-line option such as ``-g`` or ``--num_epochs=3``; empty: unknown.
+    """Return the override that replaces a command-line option such as ``-g`` or ``--num_epochs=3``; empty: unknown.
 
     Args:
-        option: as typed, with its dashes.
-        section: the action's, which goes before others that have a key of that name.
+        option: as given, with its dashes.
+        section: the section of the action, which has priority over others with a key of that name.
     """
     name, _, value = option.lstrip("-").partition("=")
     if name in ("config-path", "config-name"):
@@ -115,36 +139,37 @@ def key_of_option(option: str, section: str) -> str:
 
 
 def keys_table(action: str | None = None) -> list[KeyRow]:
-    """Rows for all options, or for those that stand in the spec of ``action``."""
+    """Return the rows of all options, or of those that an action uses."""
     return [
         KeyRow(
             key,
             type_words(field),
-            _default_words(field.default),
+            "unset" if field.default is None else _yaml_value(field.default),
             bounds_words(field),
             field.description or "",
         )
         for key, field in fields().items()
-        if _concerns(key, action)
+        if _is_used(key, action)
     ]
 
 
 def template(action: str) -> str:
-    """A commented spec for ``action``: what one usually sets is active, the rest shows its default.
+    """Return a commented spec for an action: popular options are active, others are comments with their default.
 
-    ``???`` marks what has to be filled in.
+    ``???`` marks the values that have to be filled in.
+
+    Raises:
+        SpecError: there is no such action.
     """
-    if action not in ACTIONS:
-        raise UserError(f"There is no action {action!r}.", f"Use one of: {', '.join(ACTIONS)}.")
-    needed = {group[0] for group in REQUIRED[action]}
+    needed = {group[0] for group in get_action(action).required}
     lines = [
         f"# mae {action} -e this_file.yaml [key=value ...]",
         "# Replace each ???. A commented line shows an option and its default.",
     ]
-    keys = [key for key in fields() if _in_template(key, action)]
-    # what a checkpoint brings along would contradict it if it stood there with its default
+    keys = [key for key in fields() if _is_in_template(key, action)]
+    # options that the checkpoint decides would contradict it if they were active with their default
     own = [key for key in keys if action == "train" or key.split(".")[0] in (action, "results_dir")]
-    active = needed | {key for key in own if _is_popular(key)}
+    active = needed | {key for key in own if traits(key).popular}
     opened: list[str] = []
     for key in keys:
         *parents, name = key.split(".")
@@ -170,27 +195,15 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]
             yield f"{prefix}{name}", field
 
 
-def _words(annotation: Any, metadata: Any = ()) -> str:
-    for special, words in ((InputSize, "integer or [height, width]"), (SharePair, "number or [min, max]")):
-        if annotation == special or (get_origin(special) is Annotated and _same(annotation, metadata, special)):
-            return words
+def _words(annotation: Any) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _words(parts[0])
+        return next((str(part) for part in parts if isinstance(part, TypeWords)), None) or _words(parts[0])
     if origin in (Union, types.UnionType):
         return " or ".join(_words(part) for part in parts if part is not type(None))
     if origin is tuple:
         return f"list of {_PLURALS[parts[0]]}"
     return _WORDS[origin or annotation]
-
-
-def _same(annotation: Any, metadata: Any, special: Any) -> bool:
-    """Pydantic moves the metadata of a top-level ``Annotated`` into the field."""
-    return annotation == get_args(special)[0] and any(m in metadata for m in get_args(special)[1:])
-
-
-def _default_words(default: Any) -> str:
-    return "unset" if default is None else _yaml_value(default)
 
 
 def _yaml_value(value: Any) -> str:
@@ -201,33 +214,26 @@ def _yaml_value(value: Any) -> str:
     return '""' if value == "" else text
 
 
-def _is_popular(key: str) -> bool:
-    extra = fields()[key].json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("popular"))
-
-
-def _concerns(key: str, action: str | None) -> bool:
+def _is_used(key: str, action: str | None) -> bool:
     if action in (None, "train"):
         return action is None or key.split(".")[0] not in ACTIONS[1:]
-    return _in_template(key, action) or key == "train.seed"  # the seed of the masks
+    return _is_in_template(key, action) or key == "train.seed"  # the seed of the masks
 
 
-def _in_template(key: str, action: str) -> bool:
-    """An action's own section and, for all but train, only what reading a model and data may need."""
-    section, name = key.split(".")[0], key.split(".")[-1]
-    if key in ("encryption_key", "model_name", "dataset.segment", "train.mask_ratio", "train.norm_pix_loss"):
+def _is_in_template(key: str, action: str) -> bool:
+    """Return whether the template of an action lists an option.
+
+    For all actions except train: its own section, and the options that reading a model and data may need.
+    """
+    section = key.split(".")[0]
+    if key == "encryption_key" or traits(key).compat:
         return False
-    if ".checkpointer." in key or ".cal_" in key:  # other names of options that stand there
-        return False
-    if name.endswith("_data_sources"):
-        used = {"train": ("train", "val"), "evaluate": ("val",), "inference": ("test",), "export": ("val",)}
-        return name.split("_")[0] in used.get(action, ())
+    if key.endswith("_data_sources"):
+        return key in [data.key for data in get_action(action).data]
     if action == "train" or section == action:
         return section not in ACTIONS or section == action
     if section == "dataset":
-        return action in ("evaluate", "inference") and name in (
-            "batch_size", "num_workers_per_gpu", "max_corrupt_fraction", "max_megapixels", "input_size", "mean", "std"
-        )  # fmt: skip
+        return action in ("evaluate", "inference") and key in _INFERENCE_DATA
     return section in ("results_dir", "model") or key == "train.stage"
 
 

@@ -1,63 +1,66 @@
-"""The schema as JSON, in the format that NVIDIA's AutoML runner reads: one object per action.
+"""The JSON schemas of the actions' specs, in the format of NVIDIA's AutoML runner.
 
 The types are TAO Core's: ``string``, ``int``, ``float``, ``bool``, ``list``, ``categorical``, ``ordered_int``, and
-``collection`` for a section. A leaf has one type, and null where it may be unset. ``minimum`` and ``maximum`` are the
-legal values; the range that OpenMAE searches by default is given next to them as ``automl_minimum``,
-``automl_maximum``, ``automl_log`` and ``automl_step``.
+``collection`` for a section. A leaf has one type, and null where it may be unset. ``minimum`` and ``maximum`` are
+bounds of the legal values; ``automl_minimum``, ``automl_maximum``, ``automl_log`` and ``automl_step`` describe the
+range that OpenMAE searches by default.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import re
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from openmae.errors import UserError
-from openmae.spec.describe import REQUIRED, choices, fields, sections
+from openmae.spec.actions import ACTIONS, get_action
+from openmae.spec.describe import choices, fields, sections, traits
 from openmae.spec.option import Search
-from openmae.spec.schema import ACTIONS, ExperimentSpec
+from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import nest
+from openmae.spec.yaml_reader import MISSING
 
 SCHEMA_VERSION = 1
-MISSING = "???"
 _TYPES = {bool: "bool", int: "int", float: "float", str: "string", tuple: "list"}
-_FREE_FORM = "dataset.segment"  # a mapping without declared keys, which a schema cannot describe; the loader accepts it
-_ALIASED = ("mask_ratio", "norm_pix_loss")  # of model and of train: a template that holds one forbids the other
+_FREE_FORM = "dataset.segment"  # a mapping without declared keys, which the schema format cannot describe
+#: Options that a template must not contain, as NVIDIA's runner sets every key of it: a key and its alias in one spec
+#: are an error, and the other ones are unused.
+_NOT_IN_TEMPLATES = ("model.mask_ratio", "model.norm_pix_loss", "train.mask_ratio", "train.norm_pix_loss", "model_name")
+_DATA_OPTIONS = (
+    "dataset.batch_size",
+    "dataset.num_workers_per_gpu",
+    "dataset.max_corrupt_fraction",
+    "dataset.val_data_sources",
+    "dataset.test_data_sources",
+)
 
 
 def action_schema(action: str) -> dict[str, Any]:
-    """The JSON schema of an action's spec.
+    """Return the JSON schema of an action's spec.
 
     Args:
         action: one of ``ACTIONS``.
 
     Returns:
-        ``type``, ``default`` (a template: what is safe to type), ``properties``, ``automl_default_parameters``,
+        ``type``, ``default`` (the template of a spec), ``properties``, ``automl_default_parameters``,
         ``automl_disabled_parameters``, ``popular`` and ``x_tao_schema``; plain values, without NaN or infinity.
 
     Raises:
-        UserError: there is no such action.
+        SpecError: there is no such action.
     """
-    if action not in ACTIONS:
-        raise UserError(f"There is no action {action!r}.", f"Use one of: {', '.join(ACTIONS)}.")
-    keys = [key for key in fields() if _stands_in(key, action)]
-    properties: dict[str, Any] = {}
-    for key in keys:
-        _put(properties, key, _leaf(key, action))
-    for section in sorted(sections(), key=lambda name: name.count(".")):
-        if any(key.startswith(f"{section}.") for key in keys):
-            _describe_section(properties, section, [key for key in keys if key.startswith(f"{section}.")], action)
+    get_action(action)
+    keys = [key for key in fields() if _is_in_schema(key, action)]
+    properties = _properties(nest({key: _leaf(key, action) for key in keys}), "", action, keys)
     return {
         "type": "object",
         "title": f"mae {action}",
-        "default": _tree({key: _default(key, action) for key in keys if _is_template_key(key, action)}),
+        "default": nest({key: _default(key, action) for key in keys if _is_in_template(key, action)}),
         "properties": properties,
-        "automl_default_parameters": [key for key in keys if _extra(key).get("automl") is True],
-        "automl_disabled_parameters": [key for key in keys if _extra(key).get("automl") is False],
-        "popular": _tree({key: _default(key, action) for key in keys if _extra(key).get("popular")}),
+        "automl_default_parameters": [key for key in keys if traits(key).automl is True],
+        "automl_disabled_parameters": [key for key in keys if traits(key).automl is False],
+        "popular": nest({key: _default(key, action) for key in keys if traits(key).popular}),
         "x_tao_schema": {
             "action": action,
             "core_module": "openmae.spec.schema",
@@ -71,7 +74,7 @@ def action_schema(action: str) -> dict[str, Any]:
 
 
 def leaves(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The leaves of an action's schema by dotted key."""
+    """Return the leaves of an action's schema by dotted key."""
     found: dict[str, dict[str, Any]] = {}
 
     def walk(properties: dict[str, Any], prefix: str) -> None:
@@ -85,45 +88,41 @@ def leaves(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _stands_in(key: str, action: str) -> bool:
-    """As published: every section but those of the other actions; ``mae automl`` reads its own section itself."""
+def _is_in_schema(key: str, action: str) -> bool:
+    """Return whether the schema of an action has an option: all do except those of other actions, as in TAO."""
     section = key.split(".")[0]
     return key != _FREE_FORM and (section == action or section not in (*ACTIONS[1:], "automl"))
 
 
-def _is_template_key(key: str, action: str) -> bool:
-    """What may stand in a spec with its default: not what would contradict the parent's checkpoint or another key."""
-    section, name = key.split(".")[0], key.split(".")[-1]
-    if name in _ALIASED or key == "model_name" or ".checkpointer." in key:  # NVIDIA's runner sets what it finds there
+def _is_in_template(key: str, action: str) -> bool:
+    """Return whether a spec may set an option to its default, without contradicting a checkpoint or another key."""
+    if _default(key, action) is None or key in _NOT_IN_TEMPLATES or key.startswith("train.checkpointer."):
         return False
-    if action == "train":
-        return _default(key, action) is not None
-    data = ("batch_size", "num_workers_per_gpu", "max_corrupt_fraction", "val_data_sources", "test_data_sources")
-    return (
-        section in (action, "results_dir", "encryption_key") or (section == "dataset" and name in data)
-    ) and _default(key, action) is not None
+    own = key.split(".")[0] in (action, "results_dir", "encryption_key")
+    return action == "train" or own or key in _DATA_OPTIONS
 
 
 def _leaf(key: str, action: str) -> dict[str, Any]:
-    field, extra = fields()[key], _extra(key)
+    field, declared = fields()[key], traits(key)
     kind = _kind(field)
     leaf: dict[str, Any] = {"anyOf": [{"type": kind}, {"type": "null"}]} if field.default is None else {"type": kind}
     leaf |= {"title": _title(key), "description": field.description or "", "default": _default(key, action)}
     if choices(field):
         leaf["enum"] = _enum(field)
-    sign, _, other = (extra.get("cond") or "").partition(" ")
+    sign, _, other = declared.cond.partition(" ")
     leaf |= _bounds(field, f"{sign} depends_on" if other else None, kind)
-    if other or extra.get("needs"):
-        leaf["depends_on"] = other or re.split("[=>]", extra["needs"])[0]
-    if extra.get("popular"):
+    needed = declared.condition[0] if declared.automl is not False and not declared.compat else ""
+    if other or needed:
+        leaf["depends_on"] = other or needed
+    if declared.popular:
         leaf["popular"] = True
-    if extra.get("automl") is not None:
-        leaf["automl_enabled"] = extra["automl"]
-    return leaf | _search(extra.get("search"), leaf.get("enum"))
+    if declared.automl is not None:
+        leaf["automl_enabled"] = declared.automl
+    return leaf | _search(declared.search, leaf.get("enum"))
 
 
 def _kind(field: FieldInfo) -> str:
-    """The type of a leaf that is set; of an option that also takes a list, such as an image size, the plain number."""
+    """Return the type of a leaf that is set; for an option that also takes a list, such as an image size, a number."""
     if choices(field):
         return "ordered_int" if all(isinstance(choice, int) for choice in _enum(field)) else "categorical"
     part = _first(field.annotation)
@@ -131,7 +130,7 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _first(annotation: Any) -> Any:
-    """The first type of a union that is not None."""
+    """Return the first type of a union that is not None."""
     if get_origin(annotation) is Annotated:
         return _first(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -140,7 +139,7 @@ def _first(annotation: Any) -> Any:
 
 
 def _enum(field: FieldInfo) -> list[Any]:
-    """The choices in their own type."""
+    """Return the choices as values."""
     for part in (field.annotation, *get_args(field.annotation)):
         if get_origin(part) is Literal:
             return list(get_args(part))
@@ -150,7 +149,7 @@ def _enum(field: FieldInfo) -> list[Any]:
 def _bounds(field: FieldInfo, cond: str | None, kind: str) -> dict[str, Any]:
     """Return ``minimum``, ``maximum`` and one ``math_cond``: a sign and a number, or a sign and ``depends_on``.
 
-    The format has room for one condition. Any other exclusive bound is moved to the next number inside.
+    The format has one condition per leaf. Any other exclusive bound is moved to the next number inside.
     """
     if choices(field):
         return {}
@@ -192,54 +191,40 @@ def _search(search: Search | None, enum: list[Any] | None) -> dict[str, Any]:
 
 
 def _default(key: str, action: str) -> Any:
-    """As the spec has it; ``???`` where the action cannot do without a value of its own section."""
-    if key.split(".")[0] == action and any(group[0] == key for group in REQUIRED[action]):
+    """Return the default, or ``???`` for an option of the action's section that is required."""
+    if key.split(".")[0] == action and any(group[0] == key for group in get_action(action).required):
         return MISSING
     value = fields()[key].default
     return list(value) if isinstance(value, tuple) else copy.deepcopy(value)
 
 
-def _describe_section(properties: dict[str, Any], section: str, keys: list[str], action: str) -> None:
-    node: dict[str, Any] = {"properties": properties}
+def _properties(tree: dict[str, Any], prefix: str, action: str, keys: list[str]) -> dict[str, Any]:
+    """Return leaves in sections as the schema has them, with a ``collection`` for each section."""
+    found: dict[str, Any] = {}
+    for name, node in tree.items():
+        key = f"{prefix}{name}"
+        if key not in sections():
+            found[name] = node
+            continue
+        below = {item.removeprefix(f"{key}."): _default(item, action) for item in keys if item.startswith(f"{key}.")}
+        found[name] = {
+            "type": "collection",
+            "title": _title(key),
+            "description": _section_help(key),
+            "default": nest(below),
+            "properties": _properties(node, f"{key}.", action, keys),
+        }
+    return found
+
+
+def _section_help(section: str) -> str:
     owner: Any = ExperimentSpec
-    field: FieldInfo | None = None
     for part in section.split("."):
-        node, field = node["properties"][part], owner.model_fields[part]
+        field = owner.model_fields[part]
         owner = field.annotation
-    inner = node.pop("properties")
-    below = {key.removeprefix(f"{section}."): _default(key, action) for key in keys}
-    node |= {
-        "type": "collection",
-        "title": _title(section),
-        "description": (field.description if field else "") or "",
-        "default": _tree(below),
-        "properties": inner,
-    }
-
-
-def _put(properties: dict[str, Any], key: str, leaf: dict[str, Any]) -> None:
-    *parents, name = key.split(".")
-    for part in parents:
-        properties = properties.setdefault(part, {"properties": {}})["properties"]
-    properties[name] = leaf
-
-
-def _tree(values: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *parents, name = key.split(".")
-        inner = tree
-        for part in parents:
-            inner = inner.setdefault(part, {})
-        inner[name] = value
-    return tree
+    return field.description or ""
 
 
 def _title(key: str) -> str:
     words = key.rpartition(".")[2].replace("_", " ")
     return words[0].upper() + words[1:]
-
-
-def _extra(key: str) -> dict[str, Any]:
-    extra = fields()[key].json_schema_extra
-    return extra if isinstance(extra, dict) else {}

@@ -1,4 +1,4 @@
-"""A request in YAML, in overrides or from Python -> one checked ``ExperimentSpec``."""
+"""From a spec in YAML, overrides or Python to a checked ``ExperimentSpec``, and back."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from openmae.errors import SpecError
+from openmae.spec import tree
+from openmae.spec.actions import DEVICES, ROWS, SEARCH, get_action
 from openmae.spec.describe import bounds_words, choices, fields, sections, type_words
+from openmae.spec.notices import find_notices, ignored_by_tao, inert_keys
 from openmae.spec.option import SECRET_MARK, is_secret
-from openmae.spec.rules import find_notices, find_problems, inert_keys, value_of
-from openmae.spec.schema import ACTIONS, DEVICES, ExperimentSpec
-from openmae.spec.tao_checks import find_tao_notices, find_tao_problems, ignored_by_tao
+from openmae.spec.resolved import dependent_defaults, fill_unset
+from openmae.spec.rules import find_problems
+from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import Tree, value_of
 from openmae.spec.yaml_reader import (
     Problem,
     Reading,
-    Tree,
     apply_overrides,
     drop_unset,
     interpolate,
@@ -35,29 +37,27 @@ log = logging.getLogger("openmae")
 
 Source = str | Path | Mapping[str, Any] | ExperimentSpec | None
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DEFAULT_MEAN = {1: (0.449,), 3: _IMAGENET_MEAN, 4: (*_IMAGENET_MEAN, 0.5)}  # by the number of channels
-DEFAULT_STD = {1: (0.226,), 3: _IMAGENET_STD, 4: (*_IMAGENET_STD, 0.25)}
 _REMOVED = {"train.sharded_checkpoints": "checkpoints are always complete"}
+#: Keys of TAO's published schema that mean the same as another key.
 ALIASES = {"train.mask_ratio": "model.mask_ratio", "train.norm_pix_loss": "model.norm_pix_loss"}
 
 
 def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None = None) -> ExperimentSpec:
-    """Read and check a spec, and fill in what the stage, the architecture and the channels decide.
+    """Read and check a spec, and fill in the values that the stage, the architecture and the channels decide.
 
     Args:
         source: a YAML file, a nested mapping, a spec, or None for the defaults.
-        overrides: ``"train.num_epochs=3"``; the value is YAML.
-        action: the action that will run, or automl: its mandatory keys must be set. None: no key is mandatory.
+        overrides: such as ``"train.num_epochs=3"``; the value is YAML.
+        action: the action that will run, or ``automl``: its required keys must be set. None: no key is required.
 
     Raises:
-        SpecError: with every mistake, a line each.
+        SpecError: lists every mistake, a line each.
     """
-    if action not in (None, "automl", *ACTIONS):
-        raise SpecError(f"There is no action {action!r}.", f"Use one of: {', '.join(ACTIONS)}.")
-    searching = action == "automl"
-    action = "train" if searching else action  # every recommendation is one
-    reading, typed = _read(source)
+    if action is not None and action not in ROWS:
+        get_action(action)  # raises
+    searching = action == SEARCH.name
+    action = "train" if searching else action  # every trial is a training
+    reading, set_keys = _read(source)
     name = str(source) if isinstance(source, str | Path) else "The spec"
     apply_overrides(reading, overrides)
     interpolate(reading, ExperimentSpec().model_dump(mode="json"))
@@ -65,81 +65,74 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
     _merge_aliases(reading)
     spec, problems = _validate(reading)
     problems = [_without_secret(problem) for problem in problems]
-    spec._typed = frozenset(
-        key for key in fields() if _has(reading.tree, key) and (typed is None or key in typed or key in reading.origin)
+    spec._set_keys = frozenset(
+        key
+        for key in fields()
+        if tree.has(reading.tree, key) and (set_keys is None or key in set_keys or key in reading.origin)
     )
-    unset = {key: value for key, value in _decided(spec).items() if value_of(spec, key) is None}
-    spec = _with_checkpointer(spec.replaced({**unset, **_devices(spec)})).standing_for(_shown_texts(reading))
+    spec = fill_unset(spec)
+    spec = _apply_checkpointer(spec.replaced(_devices(spec))).standing_for(_shown_texts(reading))
     broken = {problem.key for problem in problems}
-    found = chain(find_problems(spec, action), find_tao_problems(spec, action))
-    problems += [problem for problem in found if not _touches(problem, broken)]
+    problems += [problem for problem in find_problems(spec, action) if not _follows_from(problem, broken)]
     if problems:
         raise _spec_error(problems, reading.origin, name)
-    for notice in chain(find_notices(spec, action), find_tao_notices(spec, action)):
+    for notice in find_notices(spec, action):
         log.warning(notice)
     if action == "train" and not searching:
-        from_file = [key for key, place in reading.origin.items() if place.startswith("line")]
-        for notice in ignored_by_tao(spec, from_file, _decided(spec)):
+        for notice in ignored_by_tao(spec, [key for key, at in reading.origin.items() if at.startswith("line")]):
             log.warning(notice)
-    if action == "train" and not searching and any(spec.typed(key) for key in fields() if key.startswith("automl.")):
-        log.warning("The automl section does not act in a plain training: `mae automl` searches.")
-    return _clamp(spec)
+        if any(spec.is_set(key) for key in fields() if key.startswith("automl.")):
+            log.warning("The automl section has no effect on `mae train`; `mae automl` uses it.")
+    return _clamp_scale(spec)
 
 
 def find_refusals(spec: ExperimentSpec, values: Mapping[str, Any]) -> list[str]:
-    """Why ``load_spec`` would refuse a training of a spec with other values of some keys, besides faults of its own."""
+    """Return the rules that a training would break with other values of some keys, and does not break without them."""
     own = list(find_problems(spec, "train"))
-    spec = spec.model_copy()
-    open_keys = {key: None for key in _decided(spec) if not spec.typed(key)}
-    changed = spec.replaced({**open_keys, **values})
-    changed = changed.replaced({k: value for k, value in _decided(changed).items() if value_of(changed, k) is None})
-    changed._typed = frozenset(key for key in fields() if spec.typed(key)) | values.keys()
+    dependent = {key: None for key in dependent_defaults(spec) if not spec.is_set(key)}
+    changed = fill_unset(spec.model_copy().replaced({**dependent, **values}))
+    changed._set_keys = frozenset(key for key in fields() if spec.is_set(key)) | values.keys()
     return [f"{problem.key}: {problem.text}" for problem in find_problems(changed, "train") if problem not in own]
 
 
 def to_dict(spec: ExperimentSpec) -> Tree:
-    """The spec as plain nested values, without what is unset and what does not act unless it was typed.
+    """Return the spec as plain nested values, without options that are unset, or have no effect and were not set.
 
-    ``load_spec`` gives the same spec back, unless it holds a key itself, which is left out: ``***`` stands there.
+    ``load_spec`` returns the same spec for it, except for a secret, which is replaced by ``***``.
     """
-    tree: Tree = spec.model_dump(mode="json", exclude_none=True)
-    silent = {key for key in inert_keys(spec) if not spec.typed(key)}
-    silent |= {key for key in fields() if key.startswith("automl.") and not spec.typed(key)}
+    values: Tree = spec.model_dump(mode="json", exclude_none=True)
+    silent = {key for key in inert_keys(spec) if not spec.is_set(key)}
+    silent |= {key for key in fields() if key.startswith("automl.") and not spec.is_set(key)}
     for key, field in fields().items():
         if key in silent or value_of(spec, key) == field.default == "":
-            _pop(tree, key.split("."))
-    for parent, name in ((tree, "automl"), (tree["train"], "checkpointer")):
-        if not parent[name]:
-            del parent[name]
+            tree.remove(values, key)
+    for section in ("automl", "train.checkpointer"):
+        if not tree.get(values, section):
+            tree.remove(values, section)
     if is_secret(spec.encryption_key):
-        tree["encryption_key"] = SECRET_MARK
+        values["encryption_key"] = SECRET_MARK
     for key, text in spec.shown.items():
-        *above, name = key.split(".")
-        section = tree
-        for part in above:
-            section = section[part]
-        section[name] = text
-    return tree
+        tree.put(values, key, text)
+    return values
 
 
 def to_yaml(spec: ExperimentSpec) -> str:
-    """``to_dict`` as YAML text."""
+    """Return ``to_dict`` as YAML text."""
     return write_text(to_dict(spec))
 
 
 def _read(source: Any) -> tuple[Reading, set[str] | None]:
-    """What was given, and which keys of it count as typed (None: all)."""
+    """Return what the source contains, and which keys of it the user set; None: all."""
     if source is None:
         return Reading(), None
     if isinstance(source, ExperimentSpec):
-        typed = {ALIASES.get(key, key) for key in fields() if source.typed(key)}
-        tree = source.model_dump(mode="json", exclude_none=True)
-        unset = ExperimentSpec()
-        decided = {**_decided(source), **_devices(source)}
-        for key in set(fields()) - typed:
-            if value_of(source, key) in (value_of(unset, key), decided.get(key)):
-                _pop(tree, key.split("."))
-        return Reading(tree=tree, shown=dict(source.shown)), typed
+        set_keys = {ALIASES.get(key, key) for key in fields() if source.is_set(key)}
+        values = source.model_dump(mode="json", exclude_none=True)
+        unset, derived = ExperimentSpec(), {**dependent_defaults(source), **_devices(source)}
+        for key in set(fields()) - set_keys:
+            if value_of(source, key) in (value_of(unset, key), derived.get(key)):
+                tree.remove(values, key)
+        return Reading(tree=values, shown=dict(source.shown)), set_keys
     if isinstance(source, str | Path):
         return read_file(Path(os.path.expanduser(source))), None
     if isinstance(source, Mapping):
@@ -151,20 +144,20 @@ def _read(source: Any) -> tuple[Reading, set[str] | None]:
 
 
 def _shown_texts(reading: Reading) -> dict[str, Any]:
-    """What is recorded instead of texts from the environment. Numbers and choices hide nothing, and are read back."""
+    """Return the references to the environment to record. Numbers and choices hide nothing, and are recorded."""
     free = {key for key, field in fields().items() if type_words(field) in ("text", "list of texts")}
     return {key: text for key, text in reading.shown.items() if key in free}
 
 
 def _merge_aliases(reading: Reading) -> None:
-    """Move ``train.mask_ratio`` and ``train.norm_pix_loss`` to the section that means the same."""
     for alias, key in ALIASES.items():
-        (alias_section, name), (section, _) = alias.split("."), key.split(".")
-        if not _has(reading.tree, alias) or not isinstance(reading.tree.setdefault(section, {}), dict):
+        section = key.split(".")[0]
+        if not tree.has(reading.tree, alias) or not isinstance(reading.tree.get(section, {}), dict):
             continue
-        value, other = reading.tree[alias_section].pop(name), reading.tree[section].get(name)
+        value, other = tree.get(reading.tree, alias), tree.get(reading.tree, key)
+        tree.remove(reading.tree, alias)
         if other is None:
-            reading.tree[section][name] = value
+            tree.put(reading.tree, key, value)
             reading.origin[key] = f"{reading.origin.get(alias, 'given')}, as {alias}"
         elif other != value:
             text = f"means the same as {key}, but is {value!r} while that is {other!r}. Remove one of them."
@@ -172,7 +165,7 @@ def _merge_aliases(reading: Reading) -> None:
 
 
 def _validate(reading: Reading) -> tuple[ExperimentSpec, list[Problem]]:
-    """The spec without the keys that break a rule, and a problem for each of them."""
+    """Return the spec without the keys that break a rule, and a problem for each of them."""
     problems = reading.problems
     while True:
         try:
@@ -183,26 +176,26 @@ def _validate(reading: Reading) -> tuple[ExperimentSpec, list[Problem]]:
                 path, value = _locate(reading.tree, detail["loc"])
                 found.setdefault(path, Problem(".".join(path), _explain(path, value, detail)))
             for path in found:
-                _pop(reading.tree, path)
+                tree.remove(reading.tree, path)
             problems.extend(found.values())
 
 
-def _locate(tree: Any, loc: Iterable[str | int]) -> tuple[tuple[str, ...], Any]:
+def _locate(value: Any, loc: Iterable[str | int]) -> tuple[tuple[str, ...], Any]:
     path: list[str] = []
     for part in loc:
-        if not isinstance(tree, dict) or part not in tree:
+        if not isinstance(value, dict) or part not in value:
             break
         path.append(str(part))
-        tree = tree[part]
-    return tuple(path), tree
+        value = value[part]
+    return tuple(path), value
 
 
 def _explain(path: tuple[str, ...], value: Any, detail: Any) -> str:
-    """Rule, value and mend for one of pydantic's errors."""
+    """Return the rule, the value and the fix for one of pydantic's errors."""
     key, kind, message = ".".join(path), detail["type"], detail["msg"]
     if kind == "extra_forbidden":
         return _unknown(path)
-    if kind == "said":
+    if kind == "message":
         return str(message)
     if kind == "rule":
         return f"{message}, got {value!r}."
@@ -245,66 +238,52 @@ def _close(word: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
     return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=cutoff)]
 
 
-def _decided(spec: ExperimentSpec) -> Tree:
-    """What the stage, the architecture or the channels decide for keys that are unset."""
-    row, finetune = spec.model.architecture, spec.train.stage == "finetune"
-    return {
-        "model.mask_ratio": row.mask_ratio,
-        "model.decoder_depth": row.decoder_depth,
-        "model.decoder_embed_dim": row.decoder_embed_dim,
-        "model.drop_path_rate": 0.1 if finetune else row.pretrain_drop_path,
-        "train.optim.beta2": 0.999 if finetune else 0.95,
-        "dataset.augmentation.mean": DEFAULT_MEAN[spec.model.in_chans],
-        "dataset.augmentation.std": DEFAULT_STD[spec.model.in_chans],
-    }
-
-
 def _devices(spec: ExperimentSpec) -> Tree:
-    """num_gpus and gpu_ids, the one from the other where only one is typed."""
+    """Return num_gpus and gpu_ids of each action, one from the other where only one of them is set."""
     values: Tree = {}
     for section in DEVICES:
         own = getattr(spec, section)
-        if not spec.typed(f"{section}.gpu_ids") or own.gpu_ids == (0,):  # [0] is the published default
+        if not spec.is_set(f"{section}.gpu_ids") or own.gpu_ids == (0,):  # [0] is the published default
             values[f"{section}.gpu_ids"] = tuple(range(own.num_gpus))
-        elif not spec.typed(f"{section}.num_gpus"):
+        elif not spec.is_set(f"{section}.num_gpus"):
             values[f"{section}.num_gpus"] = len(own.gpu_ids)
     return values
 
 
-def _with_checkpointer(spec: ExperimentSpec) -> ExperimentSpec:
-    """The spec with what ``train.checkpointer`` asks for in the options that act."""
+def _apply_checkpointer(spec: ExperimentSpec) -> ExperimentSpec:
+    """Return the spec with the options that ``train.checkpointer`` sets under other names."""
     checkpointer, monitor, keep = spec.train.checkpointer, "train.optim.monitor_name", "train.keep_checkpoints"
-    typed = {key for key in fields() if spec.typed(key)}
-    if checkpointer.enable_topk and checkpointer.replace_periodic and keep not in typed:
-        spec, typed = spec.replaced({keep: 1}), typed | {keep}
+    set_keys = {key for key in fields() if spec.is_set(key)}
+    if checkpointer.enable_topk and checkpointer.replace_periodic and keep not in set_keys:
+        spec, set_keys = spec.replaced({keep: 1}), set_keys | {keep}
     if metric := checkpointer.metric:
-        if monitor in typed and spec.train.optim.monitor_name != metric:
+        if monitor in set_keys and spec.train.optim.monitor_name != metric:
             log.warning("train.checkpointer.monitor=%s replaces %s=%s.", metric, monitor, value_of(spec, monitor))
-        if metric == "ACC_all":  # what a fine-tuning takes where nothing is typed
-            typed -= {monitor}
+        if metric == "ACC_all":  # the metric of a fine-tuning that sets none
+            set_keys -= {monitor}
         else:
-            spec, typed = spec.replaced({monitor: metric}), typed | {monitor}
-    spec._typed = frozenset(typed)
+            spec, set_keys = spec.replaced({monitor: metric}), set_keys | {monitor}
+    spec._set_keys = frozenset(set_keys)
     return spec
 
 
-def _clamp(spec: ExperimentSpec) -> ExperimentSpec:
+def _clamp_scale(spec: ExperimentSpec) -> ExperimentSpec:
     scale = spec.dataset.augmentation.max_scale
     if scale <= 1:
         return spec
-    log.warning(f"dataset.augmentation.max_scale {scale:g} is used as 1: a crop cannot exceed the image.")
+    log.warning("dataset.augmentation.max_scale %g is used as 1: a crop cannot be larger than the image.", scale)
     return spec.replaced({"dataset.augmentation.max_scale": 1.0})
 
 
 def _without_secret(problem: Problem) -> Problem:
-    """A problem's text may repeat the value."""
+    """Return the problem without the value of a secret."""
     if not problem.key.startswith("encryption_key"):
         return problem
     return Problem("encryption_key", "cannot be read; its value is not shown. Write env:NAME or file:PATH.")
 
 
-def _touches(problem: Problem, broken: set[str]) -> bool:
-    """Whether a problem may only follow from another one: a key of it, or a section of one, is broken."""
+def _follows_from(problem: Problem, broken: set[str]) -> bool:
+    """Return whether a problem may be caused by another one: one of its keys is broken, or a section of a key."""
     keys = (problem.key, *problem.also)
     return any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in broken)
 
@@ -320,17 +299,3 @@ def _spec_error(problems: list[Problem], origin: Mapping[str, str], name: str) -
         where = f" ({origin[problem.key]})" if problem.key in origin else ""
         lines.append(f"  {problem.key}{where}: {problem.text}")
     return SpecError("\n".join(lines))
-
-
-def _has(tree: Any, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return False
-        tree = tree[part]
-    return True
-
-
-def _pop(tree: Any, path: Sequence[str]) -> None:
-    for part in path[:-1]:
-        tree = tree.get(part, {})
-    tree.pop(path[-1], None)

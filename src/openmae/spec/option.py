@@ -1,10 +1,11 @@
-"""What an option is made of: its declaration, the types with rules of their own, the base of a section."""
+"""Options of the spec: their declaration and traits, types with rules, and the base of all sections."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -13,16 +14,25 @@ from pydantic_core import PydanticCustomError
 from openmae.errors import SpecError
 from openmae.spec.architectures import ARCHITECTURES, get_architecture
 
+Stage = Literal["pretrain", "finetune"]
+PRETRAIN: tuple[Stage, ...] = ("pretrain",)
+FINETUNE: tuple[Stage, ...] = ("finetune",)
+# Traits that several options share:
+EXECUTION: dict[str, Any] = {"automl": False, "on_resume": "allow", "in_search": False}  # where and how long it runs
+SHAPE: dict[str, Any] = {"on_resume": "refuse", "shapes_model": True}
+TAO_NAME: dict[str, Any] = {"compat": True, "on_resume": "allow"}
+
 
 @dataclass(frozen=True)
 class Search:
-    """Where AutoML looks for the value of an option: inside what is legal, where good values lie.
+    """The range in which AutoML looks for the value of an option: inside the legal values, where good values are.
 
     Attributes:
-        low, high: bounds, both included; of an option with choices, None.
-        log: draw by orders of magnitude.
-        step: between values; None: any value, or any integer.
-        weights: of choices, as text; how often a random draw takes each.
+        low: smallest value; None for an option with choices.
+        high: largest value; None for an option with choices.
+        log: sample on a logarithmic scale.
+        step: distance between values; None: any value, or any integer.
+        weights: probability of each choice in a random draw, by the choice as text.
     """
 
     low: float | None = None
@@ -32,39 +42,112 @@ class Search:
     weights: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Traits:
+    """The behaviour of an option.
+
+    Attributes:
+        stages: the stages of training that use it.
+        needs: a condition without which it has no effect: ``key=value`` (several values: ``key=a|b``), ``key>0``, or
+            ``key``, which must be set.
+        no_effect: why it never has an effect; such an option is accepted because TAO's specs have it.
+        compat: another name that TAO's specs have for an option, or an option without effect: not in templates.
+        on_resume: a resumed run with another value is refused, continues with a warning, or continues.
+        in_search: a search with another value is another search.
+        shapes_model: another value needs other weights.
+        changes_loss: losses of two pretraining runs with different values cannot be compared.
+        automl: True: searched by default. False: never searched. None: searched on request.
+        search: the range to search; None: the user has to give one, or it has choices, which are all tried.
+        cond: a sign and the key of another option, which is a bound of this one: ``< train.num_epochs``.
+        popular: active in templates.
+        tao: what TAO does with the option.
+    """
+
+    stages: tuple[Stage, ...] = ("pretrain", "finetune")
+    needs: str = ""
+    no_effect: str = ""
+    compat: bool = False
+    on_resume: Literal["refuse", "warn", "allow"] = "warn"
+    in_search: bool = True
+    shapes_model: bool = False
+    changes_loss: bool = False
+    automl: bool | None = None
+    search: Search | None = None
+    cond: str = ""
+    popular: bool = False
+    tao: Literal["applies", "lacks", "ignores", "ignores in pretraining"] = "applies"
+
+    @property
+    def in_tao(self) -> bool:
+        """True if TAO has the option."""
+        return self.tao != "lacks"
+
+    @property
+    def ignored_by_tao(self) -> tuple[Stage, ...]:
+        """The stages in which OpenMAE uses the option and TAO ignores it."""
+        return {"ignores": self.stages, "ignores in pretraining": PRETRAIN}.get(self.tao, ())
+
+    @property
+    def condition(self) -> tuple[str, tuple[str, ...]]:
+        """The key that ``needs`` names and the values that it may have; ``>0`` is a value too. No value: any."""
+        if self.needs.endswith(">0"):
+            return self.needs.removesuffix(">0"), (">0",)
+        key, _, values = self.needs.partition("=")
+        return key, tuple(values.split("|")) if values else ()
+
+
+def meets(value: Any, wanted: tuple[str, ...]) -> bool:
+    """Return whether a value is among those of ``Traits.condition``."""
+    if wanted == (">0",):
+        return (value or 0) > 0
+    return str(value).lower() in map(str.lower, wanted) if wanted else bool(value)
+
+
 def option(
     default: Any,
     help: str,
     *,
-    automl: bool | None = None,
-    search: Search | None = None,
-    needs: str | None = None,
-    cond: str | None = None,
-    popular: bool = False,
     gt: float | None = None,
     ge: float | None = None,
     lt: float | None = None,
     le: float | None = None,
+    **traits: Any,
 ) -> Any:
-    """Declare one option.
+    """Declare an option.
 
     Args:
-        default: the value when the spec does not name the key; ``None`` when the stage, the
-            architecture or the data decides.
+        default: the value where the spec does not set the key; None where the stage, the architecture or the data
+            decides.
         help: one line, shown by ``mae spec keys`` and in templates.
-        automl: True: searched by default; False: never searched; None: searched when asked for.
-        search: where AutoML looks; None: the user has to say, or, of an option with choices, at all of them.
-        needs: ``key=value`` (several values: ``key=a|b``) or ``key>0`` without which the option does not act.
-        cond: a sign and the key of another option, which bounds this one: ``< train.num_epochs``.
-        popular: stands uncommented in templates.
-        gt, ge, lt, le: bounds, as in pydantic.
+        gt: exclusive lower bound.
+        ge: lower bound.
+        lt: exclusive upper bound.
+        le: upper bound.
+        traits: attributes of ``Traits``.
     """
-    extra: dict[str, Any] = {"automl": automl, "popular": popular, "search": search, "needs": needs, "cond": cond}
-    return Field(default, description=help, json_schema_extra=extra, gt=gt, ge=ge, lt=lt, le=le)
+    declared = Traits(**traits)
+    notes = ["finetune"] if declared.stages == FINETUNE else []
+    notes += [] if declared.in_tao else ["not in TAO"]
+    help += f" ({', '.join(notes)})" if notes else ""
+    return Field(default, description=help, json_schema_extra={"traits": declared}, gt=gt, ge=ge, lt=lt, le=le)  # type: ignore[dict-item]
+
+
+class TypeWords(str):
+    """The description of a type of an option."""
+
+    __slots__ = ()
+
+
+class FileUse(Enum):
+    """The use of the file or folder that an option names."""
+
+    READ = "read"  # a local path or a URL
+    WRITTEN = "written"  # a local path or an object store
+    LOCAL = "local"  # a local path
 
 
 def broken(rule: str) -> PydanticCustomError:
-    """The error of a value that breaks a rule."""
+    """Return the error for a value that breaks a rule."""
     return PydanticCustomError("rule", "{rule}", {"rule": rule})
 
 
@@ -73,16 +156,13 @@ def _known_arch(name: str) -> str:
         return get_architecture(name).name
     except SpecError as error:
         message = f"{error.problem.removeprefix('model.arch: ')} {error.fix}"
-        raise PydanticCustomError("said", "{message}", {"message": message}) from None
+        raise PydanticCustomError("message", "{message}", {"message": message}) from None
 
 
 def _side_or_sides(value: Any) -> Any:
     sides = value if isinstance(value, list | tuple) else (value,)
     sides = [int(s) if isinstance(s, str) and s.isdecimal() else s for s in sides]
-    if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides) or len(sides) not in (
-        1,
-        2,
-    ):
+    if len(sides) not in (1, 2) or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides):
         raise broken("must be a number of pixels, or [height, width]")
     return tuple(sides) if len(sides) == 2 else sides[0]
 
@@ -112,7 +192,7 @@ def _batch_or_auto(value: int) -> int:
 
 def _rising(epochs: tuple[int, ...]) -> tuple[int, ...]:
     if any(e < 1 for e in epochs) or list(epochs) != sorted(set(epochs)):
-        raise broken("must be epochs in rising order, 1 or more")
+        raise broken("must be epochs in ascending order, 1 or more")
     return epochs
 
 
@@ -124,7 +204,7 @@ def _distinct(ids: tuple[int, ...]) -> tuple[int, ...]:
 
 def _positive(values: tuple[float, ...] | None) -> tuple[float, ...] | None:
     if values and min(values) <= 0:
-        raise broken("must hold numbers > 0")
+        raise broken("must contain numbers > 0")
     return values
 
 
@@ -135,8 +215,11 @@ def _timm_policy(name: str) -> str:
 
 
 ArchName = Annotated[str, AfterValidator(_known_arch), Field(json_schema_extra={"enum": list(ARCHITECTURES)})]
-InputSize = Annotated[int | tuple[int, int], BeforeValidator(_side_or_sides)]
-SharePair = Annotated[tuple[float, float], BeforeValidator(_number_or_pair)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+InputSize = Annotated[int | tuple[int, int], BeforeValidator(_side_or_sides), TypeWords("integer or [height, width]")]
+SharePair = Annotated[tuple[float, float], BeforeValidator(_number_or_pair), TypeWords("number or [min, max]")]
 EngineType = Annotated[Literal["fp32", "fp16", "bf16", "int8", "fp32,fp16"], BeforeValidator(_lower)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 BatchOrAuto = Annotated[int, AfterValidator(_batch_or_auto)]
@@ -144,15 +227,17 @@ Milestones = Annotated[tuple[int, ...], AfterValidator(_rising)]
 GpuIds = Annotated[tuple[int, ...], AfterValidator(_distinct)]
 Deviations = Annotated[tuple[float, ...] | None, AfterValidator(_positive)]
 AutoAugment = Annotated[str, AfterValidator(_timm_policy)]
-EXPAND_USER = AfterValidator(os.path.expanduser)
-LocalPath = Annotated[str, EXPAND_USER]
+_EXPAND_USER = AfterValidator(os.path.expanduser)
+InputPath = Annotated[str, _EXPAND_USER, FileUse.READ]
+OutputPath = Annotated[str, _EXPAND_USER, FileUse.WRITTEN]
+LocalFile = Annotated[str, _EXPAND_USER, FileUse.LOCAL]
 Secret = Annotated[str, Field(repr=False)]
-KEY_IN_ENVIRONMENT, KEY_IN_FILE = "env:", "file:"  # what tells where a secret is, instead of the secret
-SECRET_MARK = "***"  # stands for a secret that is not written down
+KEY_IN_ENVIRONMENT, KEY_IN_FILE = "env:", "file:"  # prefixes of a reference to a secret
+SECRET_MARK = "***"  # replaces a secret in what is written down
 
 
 def is_secret(text: str) -> bool:
-    """Whether a ``Secret`` is the secret itself, and does not tell where it is."""
+    """Return whether a ``Secret`` is the secret, and not a reference to one."""
     return bool(text) and not text.startswith((KEY_IN_ENVIRONMENT, KEY_IN_FILE))
 
 
@@ -163,7 +248,7 @@ def _admits(annotation: Any, kind: type) -> bool:
 
 
 def _choice_as_declared(value: str, annotation: Any) -> str:
-    """``value``, or the choice of a ``Literal`` that differs from it in case only."""
+    """Return the choice of a ``Literal`` that equals ``value`` in another case, else ``value``."""
     if get_origin(annotation) is Literal:
         return next((c for c in get_args(annotation) if isinstance(c, str) and c.lower() == value.lower()), value)
     for part in get_args(annotation):
@@ -172,14 +257,14 @@ def _choice_as_declared(value: str, annotation: Any) -> str:
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused, no NaN or infinity."""
+    """Base of all sections: immutable, without unknown keys, NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_surprising_casts(cls, value: Any, info: Any) -> Any:
-        """Keep ``true`` from meaning 1; let a path or a run named by an integer be text, and a choice have any case."""
+        """Refuse ``true`` as 1; accept a path and an integer as text, and a choice in any case."""
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, str):
             value = _choice_as_declared(value, annotation)

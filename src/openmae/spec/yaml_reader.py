@@ -1,4 +1,4 @@
-"""From YAML text, overrides and ``${...}`` to one plain tree; mistakes are collected, not raised."""
+"""From YAML text, overrides and ``${...}`` to one plain tree; mistakes are collected, and raised by ``load_spec``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import yaml
 from openmae.errors import SpecError
 from openmae.inputs import read_file_or_pipe
 from openmae.spec import from_environment
+from openmae.spec.tree import Tree, merge
 
 MISSING = "???"
-_DEEPEST, _LARGEST = 50, 100_000  # levels, and values, of a spec: aliases may make a few lines as large as memory
-_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # what Python makes of such bytes on the command line
-Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]
-_LARGEST_FILE = 10_000_000  # bytes
+_MAX_DEPTH, _MAX_VALUES = 50, 100_000  # of a spec: YAML aliases can make a few lines as large as memory
+_MAX_FILE_SIZE = 10_000_000  # bytes
+_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # Python's surrogates for such bytes on the command line
 
 
 class Problem(NamedTuple):
-    """A broken rule. ``key`` is dotted; ``also`` names other keys that have part in it."""
+    """A broken rule. ``key`` is dotted; ``also`` names other keys that the rule compares."""
 
     key: str
     text: str
@@ -33,13 +33,13 @@ class Problem(NamedTuple):
 
 @dataclass
 class Reading:
-    """What was read.
+    """The content of a source.
 
     Attributes:
-        tree: nested sections of what the user typed.
-        origin: dotted key -> where it was typed ("line 12", "override").
-        problems: mistakes met while reading.
-        shown: dotted key -> what is written down in place of a value that comes from the environment.
+        tree: nested sections of the keys that the user set.
+        origin: dotted key -> its place ("line 12", "override").
+        problems: mistakes found while reading.
+        shown: dotted key -> the reference to record instead of a value from the environment.
     """
 
     tree: Tree = field(default_factory=dict)
@@ -49,20 +49,19 @@ class Reading:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the numbers that people mean.
+    """YAML with numbers as in OmegaConf.
 
-    As OmegaConf reads them, 1e-4 is a number; and only plain decimals are integers, so that 007, 12:30
-    and 2026-01-31 stay the text they were.
+    1e-4 is a number; only plain decimals are integers, so that 007, 12:30 and 2026-01-31 are text.
     """
 
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse what is nested so deeply that Python could not follow."""
+        """Compose a node, and refuse one that is nested so deeply that recursion would fail."""
         self._depth += 1
         try:
-            if self._depth > _DEEPEST:
-                raise yaml.YAMLError(f"it is nested deeper than {_DEEPEST} levels")
+            if self._depth > _MAX_DEPTH:
+                raise yaml.YAMLError(f"it is nested deeper than {_MAX_DEPTH} levels")
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
@@ -84,7 +83,7 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on one line; texts that either this loader or another reader takes for a number in quotes."""
+    """YAML with lists on one line, and quotes around texts that this loader or another one would read as a number."""
 
 
 _Dumper.yaml_implicit_resolvers = {
@@ -97,7 +96,7 @@ _Dumper.add_representer(
 
 
 def write_text(tree: Tree) -> str:
-    """A tree of plain values as YAML text, which reads back as it was."""
+    """Return a tree of plain values as YAML text, which reads back unchanged."""
     text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return text
 
@@ -111,7 +110,7 @@ def read_file(path: Path) -> Reading:
     try:
         if path.is_dir():
             raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
-        content = read_file_or_pipe(path, _LARGEST_FILE + 1)
+        content = read_file_or_pipe(path, _MAX_FILE_SIZE + 1)
         text = content.decode("utf-8")
     except SpecError:
         raise
@@ -122,9 +121,11 @@ def read_file(path: Path) -> Reading:
         raise SpecError(f"{path} is not a text file.", "A spec is YAML, in UTF-8.") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
-        raise SpecError(f"{path} cannot be read: {reason}.", "Check the path and its rights.") from None
-    if len(content) > _LARGEST_FILE:
-        raise SpecError(f"{path} has more than {_LARGEST_FILE / 1e6:g} MB, too much for a spec.", "Name a YAML file.")
+        raise SpecError(f"{path} cannot be read: {reason}.", "Check the path and its permissions.") from None
+    if len(content) > _MAX_FILE_SIZE:
+        raise SpecError(
+            f"{path} has more than {_MAX_FILE_SIZE / 1e6:g} MB, which is too large for a spec.", "Name a YAML file."
+        )
     reading = Reading()
     try:
         node, tree = _parse(text)
@@ -145,22 +146,22 @@ def read_file(path: Path) -> Reading:
 
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any]:
-    """The nodes and the values of a YAML text.
+    """Return the nodes and the values of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or too deep or too large.
+        yaml.YAMLError: the text is not valid YAML, too deep or too large.
     """
     node = yaml.compose(text, _Loader)
     if node is not None:
         _measure(node, {}, ())
     try:
         return node, yaml.load(text, _Loader)
-    except ValueError as error:  # Python reads no integer of thousands of digits
-        raise yaml.YAMLError("it has a number of too many digits") from error
+    except ValueError as error:  # Python refuses integers with thousands of digits
+        raise yaml.YAMLError("it has a number with too many digits") from error
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: tuple[yaml.Node, ...]) -> tuple[int, int]:
-    """Values and levels below a node, an alias counted wherever it stands."""
+    """Return the number of values and of levels below a node; an alias counts at each place."""
     if node in above:
         raise yaml.YAMLError(f"line {node.start_mark.line + 1} contains itself")
     if id(node) not in known:
@@ -170,56 +171,58 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: tuple[ya
         sizes = [_measure(part, known, (*above, node)) for part in below]
         known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0)
         size, depth = known[id(node)]
-        if size > _LARGEST or depth > _DEEPEST:
-            raise yaml.YAMLError(f"it has more than {_LARGEST:,} values, or is nested deeper than {_DEEPEST} levels")
+        if size > _MAX_VALUES or depth > _MAX_DEPTH:
+            raise yaml.YAMLError(
+                f"it has more than {_MAX_VALUES:,} values, or is nested deeper than {_MAX_DEPTH} levels"
+            )
     return known[id(node)]
 
 
 def read_mapping(source: Mapping[Any, Any]) -> Reading:
-    """Take a nested mapping from Python; it is copied.
+    """Read a nested mapping, which is copied.
 
     Raises:
-        SpecError: it is too deep, as one that contains itself, or too large.
+        SpecError: it is too large or too deep, such as a mapping that contains itself.
     """
     level: list[Any] = [source]
     values = 0
-    for _ in range(_DEEPEST + 1):
+    for _ in range(_MAX_DEPTH + 1):
         below = [value for item in level for value in (item.values() if isinstance(item, Mapping) else item)]
         values += len(below)
         level = [value for value in below if isinstance(value, Mapping | list | tuple)]
-        if not level or values > _LARGEST:
+        if not level or values > _MAX_VALUES:
             break
-    if level or values > _LARGEST:
+    if level or values > _MAX_VALUES:
         raise SpecError(
-            f"The spec has more than {_LARGEST:,} values, or is nested deeper than {_DEEPEST} levels.",
+            f"The spec has more than {_MAX_VALUES:,} values, or is nested deeper than {_MAX_DEPTH} levels.",
             "Give sections with keys below them, such as {'train': {'num_epochs': 3}}.",
         )
     return Reading(tree=_text_keys(source))
 
 
 def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
-    """Merge ``a.b=c`` into what was read; ``c`` is YAML, and nothing after ``=`` unsets the key.
+    """Merge ``a.b=c`` into a reading; ``c`` is YAML, and nothing after ``=`` unsets the key.
 
-    Hydra's ``+a.b=c`` and ``++a.b=c`` mean the same: whether a key exists is checked for all of them.
+    Hydra's ``+a.b=c`` and ``++a.b=c`` mean the same: ``load_spec`` checks for all of them that the key exists.
     """
     for item in overrides:
         key, equals, text = item.partition("=")
         key = re.sub(r"^\+{1,2}", "", _text(key.strip()))
         if key.startswith("~"):
             key = key.lstrip("~")
-            text = f"{item!r} deletes a key in Hydra. Drop the key instead: leave it out of the spec"
+            text = f"{item!r} deletes a key in Hydra. Drop the key instead: remove it from the spec"
             reading.problems.append(
                 Problem(key or item, f"{text}, or unset it with {key or 'key'}= (nothing after =).")
             )
             continue
-        if not equals or not all(key.split(".")) or key.count(".") >= _DEEPEST:
+        if not equals or not all(key.split(".")) or key.count(".") >= _MAX_DEPTH:
             hint = f" A spec file is given as -e {item}." if item.endswith((".yaml", ".yml")) else ""
             reading.problems.append(Problem(key or item, f"an override is written key=value, got {item!r}.{hint}"))
             continue
         if _NOT_UTF8.search(text):
             written = _NOT_UTF8.sub(lambda sign: f"\\x{ord(sign[0]) - 0xDC00:02x}", text)
-            what = f"{text!r} holds bytes that are not UTF-8. Rename it, or, of a data source, write {written}."
-            reading.problems.append(Problem(key, what))
+            text = f"{text!r} contains bytes that are not UTF-8. Rename it, or write {written} for a data source."
+            reading.problems.append(Problem(key, text))
             continue
         try:
             _, value = _parse(text)
@@ -230,10 +233,9 @@ def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
 
 
 def interpolate(reading: Reading, defaults: Tree) -> None:
-    """Replace ``${section.key}`` and ``${oc.env:NAME}`` by what they point to.
+    """Replace ``${section.key}`` and ``${oc.env:NAME}`` by their values.
 
-    A key that the user did not type has its default; ``<action>.results_dir`` then is
-    ``<results_dir>/<action>``, as it is when the action runs.
+    A key that the user did not set has its default; ``<action>.results_dir`` is then ``<results_dir>/<action>``.
     """
     references = [(path, value) for path, value in _leaves(reading.tree) if "${" in str(value)]
     if not references:
@@ -242,7 +244,7 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
     from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
     base = copy.deepcopy(defaults)
-    _merge(base, reading.tree)
+    merge(base, reading.tree)
     base["results_dir"] = base["results_dir"] if base["results_dir"] not in (None, "", MISSING) else "results"
     for name, section in base.items():
         if isinstance(section, dict) and section.get("results_dir", name) in (None, "", MISSING):
@@ -262,7 +264,7 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
         _put(reading.tree, path, None)
 
     well_formed = []
-    for path, value in references:  # OmegaConf parses a whole tree at once: find the bad ones before
+    for path, value in references:  # OmegaConf parses a whole tree at once: find the malformed ones first
         try:
             OmegaConf.create({"value": value})
             well_formed.append((path, value))
@@ -280,7 +282,7 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
 
 
 def drop_unset(tree: Tree) -> Tree:
-    """The tree without ``???`` and null: such a key counts as not typed."""
+    """Return the tree without ``???`` and null: such a key counts as not set."""
     return {
         key: drop_unset(value) if isinstance(value, dict) else value
         for key, value in tree.items()
@@ -289,7 +291,7 @@ def drop_unset(tree: Tree) -> Tree:
 
 
 def _note_lines(node: yaml.Node, prefix: str, reading: Reading) -> None:
-    """Record the line of every key; a key that stands twice in one section is a problem."""
+    """Record the line of every key; a key that occurs twice in a section is a problem."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _note_lines(item, prefix, reading)
@@ -300,7 +302,7 @@ def _note_lines(node: yaml.Node, prefix: str, reading: Reading) -> None:
         name, line = str(key_node.value), key_node.start_mark.line + 1
         key = prefix + name
         if name in first:
-            text = f"stands twice, on lines {first[name]} and {line}. Keep one, and merge what is under them."
+            text = f"occurs twice, on lines {first[name]} and {line}. Keep one, and merge their contents."
             reading.problems.append(Problem(key, text))
         first.setdefault(name, line)
         reading.origin[key] = f"line {line}"
@@ -312,13 +314,15 @@ def _yaml_message(error: yaml.YAMLError, text: str = "") -> str:
         return str(error).replace("\n", " ")
     mark = error.problem_mark or error.context_mark
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    if mark and "encryption_key" in "".join(text.splitlines()[mark.line : mark.line + 1]):  # no part of it is repeated
+    if mark and "encryption_key" in "".join(
+        text.splitlines()[mark.line : mark.line + 1]
+    ):  # the error must not repeat the value
         return f"{where}the value of encryption_key needs quotes"
     return f"{where}{error.problem or error.context}"
 
 
 def _text(key: Any) -> str:
-    """A key as pydantic gives it back in its errors: ``?`` for bytes that are not UTF-8."""
+    """Return a key as pydantic's errors repeat it: with ``?`` for bytes that are not UTF-8."""
     return str(key).encode("utf-8", "replace").decode("utf-8")
 
 
@@ -339,19 +343,11 @@ def _set(reading: Reading, key: str, value: Any) -> None:
             reading.problems.append(Problem(key, text, also=(parent,)))
             return
         section = below
-    _merge(section, {name: value})
+    merge(section, {name: value})
     below_key = [".".join([*parents, *map(str, path)]) for path, _ in _leaves({name: value})]
     reading.origin.update(dict.fromkeys([key, *below_key], "override"))
     for replaced in (key, *below_key):
         reading.shown.pop(replaced, None)
-
-
-def _merge(target: Tree, source: Mapping[str, Any]) -> None:
-    for key, value in source.items():
-        if isinstance(value, dict) and isinstance(target.get(key), dict):
-            _merge(target[key], value)
-        elif value is not None or not isinstance(target.get(key), dict):
-            target[key] = copy.deepcopy(value)
 
 
 def _leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

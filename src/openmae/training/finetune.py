@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from openmae.data.image_dataset import Batch
 from openmae.data.normalise import Normaliser
 from openmae.distributed.collectives import gather
-from openmae.spec.schema import AugmentationSpec
+from openmae.spec.sections.dataset import AugmentationSpec
 
 _TOP = 5  # classes that are kept of an image
 

@@ -1,10 +1,10 @@
-"""Run one action where there is no container: a YAML spec in, status.json out, and the exit code true.
+"""Run one action without a container: read a YAML spec, write status.json, and return the exit code.
 
     python run_action.py ACTION SPEC.yaml
 
-Any Python with openmae installed runs it. SIGTERM and SIGINT let training write a checkpoint first. Exit codes: 0 done,
-1 the run failed, 2 the request was wrong, 130 interrupted, 75 preempted. Where the request was so wrong that the
-action never began, status.json gets its FAILURE line from here, with what was printed.
+Any Python with openmae installed can run it. On SIGTERM and SIGINT training writes a checkpoint before it ends. Exit
+codes: 0 done, 1 the run failed, 2 invalid input, 130 interrupted, 75 preempted. If the input is so invalid that the
+action never begins, this script writes the FAILURE line of status.json, with the printed message.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ USAGE = "usage: run_action.py ACTION SPEC.yaml"
 
 
 class Tail:
-    """Standard error, of which the last words are kept."""
+    """Standard error that keeps the last printed text."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.text = stream, ""
 
     def write(self, text: str) -> Any:
+        """Print a text, and keep it."""
         self.text = (self.text + text)[-2000:]
         return self.stream.write(text)
 
@@ -34,7 +35,7 @@ class Tail:
 
 
 def results_folder(action: str, spec: str) -> Path | None:
-    """Where the action would have written, as far as the spec can be read; None: nobody knows."""
+    """Return the folder where the action writes; None if the spec cannot be read or the folder is not local."""
     import yaml
 
     try:
@@ -47,13 +48,14 @@ def results_folder(action: str, spec: str) -> Path | None:
 
 
 def entries(folder: Path | None) -> list[dict[str, Any]]:
-    """What status.json holds so far."""
+    """Return the entries of status.json."""
     from openmae.results.status import read_status
 
     return read_status(folder / "status.json") if folder and (folder / "status.json").is_file() else []
 
 
 def main(arguments: list[str]) -> int:
+    """Run an action, and return its exit code."""
     if len(arguments) != 2:
         print(USAGE, file=sys.stderr)
         return 2
@@ -72,10 +74,10 @@ def main(arguments: list[str]) -> int:
         message = tail.text.strip() or f"mae {action} exited with {code}"
         try:
             StatusLog(folder, append=True).write("FAILURE", message, verbosity="ERROR")
-        except (OSError, OpenMAEError) as error:  # the exit code is true all the same
+        except (OSError, OpenMAEError) as error:  # the exit code stays
             print(f"status.json could not be written: {error}", file=sys.stderr)
     return code
 
 
-if __name__ == "__main__":  # a distributed run imports this file again in every process
+if __name__ == "__main__":  # every process of a distributed run imports this file
     sys.exit(main(sys.argv[1:]))

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from openmae.errors import SpecError
-from openmae.spec.describe import fields
+from openmae.spec.actions import ACTIONS
+from openmae.spec.describe import fields, traits
 from openmae.spec.load import load_spec, to_dict
-from openmae.spec.schema import ACTIONS
-from openmae.spec.tao_checks import OWN
 
 TAO_CORE = Path(__file__).parent / "data" / "tao_core_7_3.yaml"
 KEYS = Path(__file__).parent / "data" / "published_keys.tsv"
@@ -36,12 +35,12 @@ PUBLISHED = {
 }
 
 
-def test_the_published_section_loads_without_a_word(caplog):
+def test_the_published_section_loads_without_a_notice(caplog):
     spec = load_spec({"train": {"checkpointer": PUBLISHED}, "dataset": {"train_data_sources": "x"}}, action="train")
     assert spec.train.keep_checkpoints == 3
     assert "checkpointer" not in caplog.text
     assert "checkpointer" in to_dict(spec)["train"]
-    assert "checkpointer" not in to_dict(checked())["train"], "in our own specs it is noise"
+    assert "checkpointer" not in to_dict(checked())["train"], "a template of OpenMAE does not have it"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_the_monitored_metric(overrides, monitor, typed):
     """Untyped, a fine-tuning with labelled validation images takes ACC_all."""
     spec = checked(*overrides)
     assert spec.train.optim.monitor_name == monitor
-    assert spec.typed("train.optim.monitor_name") == typed
+    assert spec.is_set("train.optim.monitor_name") == typed
     assert load_spec(to_dict(spec)).train.optim.monitor_name == monitor
 
 
@@ -90,7 +89,7 @@ def test_replacing_periodic_checkpoints_keeps_one():
         (("period=3",), "train.checkpointer.period (override): there is no such key."),
     ],
 )
-def test_what_cannot_be_monitored_is_refused(overrides, text):
+def test_invalid_monitors_are_refused(overrides, text):
     with pytest.raises(SpecError) as caught:
         checked(TOPK, *(f"train.checkpointer.{item}" for item in overrides))
     assert text in str(caught.value)
@@ -99,19 +98,25 @@ def test_what_cannot_be_monitored_is_refused(overrides, text):
 @pytest.mark.parametrize(
     ("overrides", "notice"),
     [
-        ((TOPK, "train.checkpointer.save_top_k=3"), "train.checkpointer.save_top_k has no effect: the best checkpoint"),
+        (
+            (TOPK, "train.checkpointer.save_top_k=3"),
+            "train.checkpointer.save_top_k has no effect because the best",
+        ),
         (
             (TOPK, "train.checkpointer.filename=a", "train.checkpointer.dirpath=b"),
             "filename and train.checkpointer.dir",
         ),
-        (("train.checkpointer.monitor=train_loss",), "monitor, mode and replace_periodic need enable_topk=true."),
+        (
+            ("train.checkpointer.monitor=train_loss",),
+            "train.checkpointer.monitor has no effect without train.checkpointer.enable",
+        ),
         (
             (TOPK, "train.checkpointer.monitor=val_loss", "train.optim.monitor_name=train_loss", *LABELLED),
             "train.checkpointer.monitor=val_loss replaces train.optim.monitor_name=train_loss.",
         ),
     ],
 )
-def test_what_has_no_effect_is_said(overrides, notice, caplog):
+def test_options_without_effect_are_reported(overrides, notice, caplog):
     checked(*overrides)
     assert notice in caplog.text
 
@@ -128,18 +133,18 @@ IGNORED = {
     [
         (
             ["train.stage=finetune"],
-            "model.drop_path_rate=0.3 (default 0.1), train.optim.backbone_multiplier=0.1 (default 1.0), "
-            "train.optim.layer_decay=0.65 (default 0.75), train.optim.warmup_epochs=3 (default 1)",
+            "model.drop_path_rate=0.3 (default 0.1), train.optim.layer_decay=0.65 (default 0.75), "
+            "train.optim.backbone_multiplier=0.1 (default 1.0), train.optim.warmup_epochs=3 (default 1)",
         ),
         (
             ["train.optim.lr_scheduler=cosine"],
-            "model.drop_path_rate=0.3 (default 0.0), model.decoder_depth=1 (default 8), "
-            "model.decoder_embed_dim=256 (default 512), dataset.augmentation.hflip=0.1 (default 0.5)",
+            "model.decoder_depth=1 (default 8), model.decoder_embed_dim=256 (default 512), "
+            "model.drop_path_rate=0.3 (default 0.0), dataset.augmentation.hflip=0.1 (default 0.5)",
         ),
         (["model.arch=convnextv2_tiny", "model.drop_path_rate=0.1"], "model.decoder_embed_dim=256 (default 512), "),
     ],
 )
-def test_what_tao_ignores_and_acts_here_is_said_of_a_file(overrides, expected, tmp_path, caplog):
+def test_options_that_tao_ignores_are_reported_for_a_file(overrides, expected, tmp_path, caplog):
     path = tmp_path / "spec.yaml"
     path.write_text(json.dumps(IGNORED))
     load_spec(path, overrides, action="train")
@@ -147,7 +152,7 @@ def test_what_tao_ignores_and_acts_here_is_said_of_a_file(overrides, expected, t
     assert "momentum" not in caplog.text, "it is the default"
 
 
-def test_it_is_not_said_of_overrides_of_a_mapping_or_of_another_action(tmp_path, caplog):
+def test_ignored_options_are_reported_for_files_and_training_only(tmp_path, caplog):
     load_spec(IGNORED, action="train")
     path = tmp_path / "spec.yaml"
     path.write_text(json.dumps(IGNORED))
@@ -157,16 +162,16 @@ def test_it_is_not_said_of_overrides_of_a_mapping_or_of_another_action(tmp_path,
     assert "TAO ignores" not in caplog.text
 
 
-def test_it_is_not_said_of_a_file_that_was_written_for_openmae(tmp_path, caplog):
+def test_ignored_options_are_not_reported_for_openmae_specs(tmp_path, caplog):
     path = tmp_path / "spec.yaml"
     path.write_text(json.dumps({**IGNORED, "model": {**IGNORED["model"], "in_chans": 1}}))
     load_spec(path, action="train")
     assert "TAO ignores" not in caplog.text
 
 
-def test_no_published_key_is_taken_for_one_that_tao_does_not_have():
+def test_published_keys_are_in_tao():
     published = {line.split("\t")[0] for line in KEYS.read_text(encoding="utf-8").splitlines()}
-    marked = {key for key, field in fields().items() if any(mark in (field.description or "") for mark in OWN)}
+    marked = {key for key in fields() if not traits(key).in_tao}
     assert len(marked) > 20
     assert not marked & published
 
@@ -201,5 +206,5 @@ def test_the_defaults_of_tao_core_load_for_every_action(action, caplog):
     ]
     spec = load_spec(TAO_CORE, overrides, action=action)
     assert (spec.model.mask_ratio, spec.train.optim.warmup_epochs, spec.dataset.batch_size) == (0.75, 1, 3)
-    assert "model_name stands in published specs" in caplog.text
+    assert "model_name has no effect because" in caplog.text
     assert load_spec(to_dict(spec), action=action).model_dump() == spec.model_dump()

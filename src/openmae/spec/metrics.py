@@ -1,0 +1,88 @@
+"""The metrics of quality: one row each, and the rule that picks the metric of the best checkpoint.
+
+A metric has the same name in ``status.json``, ``metrics.csv``, TensorBoard and the spec.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from openmae.spec.schema import ExperimentSpec
+
+Direction = Literal["minimize", "maximize"]
+Needs = Literal["", "validation images", "validation images with classes"]
+EPOCH_TRAIN_LOSS = "train_loss_epoch"  # in metrics.csv, the epoch's mean of train_loss, which is there per step
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of quality.
+
+    Attributes:
+        name: as it is written down.
+        label: its name in reports.
+        short: its name at a curve.
+        kind: a share is in [0, 1], shown as a percentage, and best at its maximum; a loss is best at its minimum.
+        stages: those that measure it.
+        needs: data that it is measured on, in addition to the training images.
+    """
+
+    name: str
+    label: str
+    short: str
+    kind: Literal["share", "loss"]
+    stages: tuple[str, ...]
+    needs: Needs = "validation images with classes"
+
+    @property
+    def is_share(self) -> bool:
+        """True for values in [0, 1], which are shown as percentages."""
+        return self.kind == "share"
+
+    @property
+    def direction(self) -> Direction:
+        """The direction of better values."""
+        return "maximize" if self.is_share else "minimize"
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("ACC_all", "top-1 accuracy", "top-1", "share", ("finetune",)),
+        Metric("ACC_top5", "top-5 accuracy", "top-5", "share", ("finetune",)),
+        Metric("probe_acc", "linear probe accuracy", "linear probe", "share", ("pretrain",)),
+        Metric("knn_acc", "kNN accuracy", "kNN", "share", ("pretrain",)),
+        Metric("train_loss", "training loss", "train", "loss", ("pretrain", "finetune"), ""),
+        Metric("val_loss", "validation loss", "validation", "loss", ("pretrain", "finetune"), "validation images"),
+    )
+}
+
+
+def metrics_of(stage: str) -> list[str]:
+    """Return the names of the metrics that a stage measures."""
+    return [name for name, metric in METRICS.items() if stage in metric.stages]
+
+
+def is_share(name: str) -> bool:
+    """Return whether a metric is a share in [0, 1]; False for an unknown name."""
+    return name in METRICS and METRICS[name].is_share
+
+
+def label(name: str) -> str:
+    """Return the name of a metric in reports; an unknown name is returned as it is."""
+    name = "train_loss" if name == EPOCH_TRAIN_LOSS else name
+    return METRICS[name].label if name in METRICS else name
+
+
+def monitored_metric(spec: ExperimentSpec) -> str:
+    """Return the metric that picks ``model_best.pth`` in a training of a resolved spec.
+
+    Without validation images it is ``train_loss``. Fine-tuning takes ``ACC_all`` unless the spec names another metric.
+    """
+    if not spec.dataset.val_data_sources:
+        return "train_loss"
+    if spec.train.stage == "finetune" and not spec.is_set("train.optim.monitor_name"):
+        return "ACC_all"
+    return spec.train.optim.monitor_name

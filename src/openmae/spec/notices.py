@@ -1,0 +1,132 @@
+"""Options without effect, and other things that the user should know although the spec is valid."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from openmae.spec.actions import ACTIONS
+from openmae.spec.describe import fields, traits
+from openmae.spec.option import is_secret, meets
+from openmae.spec.resolved import dependent_defaults
+from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
+
+_DEFAULT_MILESTONES = ExperimentSpec().train.optim.milestones
+
+
+def why_unused(spec: ExperimentSpec, key: str) -> str:
+    """Return why an option has no effect on a training run, as the end of a sentence; empty if it has an effect."""
+    declared, stage = traits(key), spec.train.stage
+    if declared.no_effect:
+        return f"because {declared.no_effect}"
+    if stage not in declared.stages:
+        return f"in the {stage} stage"
+    if key == "train.optim.lr" and spec.train.optim.base_lr is not None:
+        return "because train.optim.base_lr replaces it"
+    needed, wanted = declared.condition
+    if needed and not meets(value_of(spec, needed), wanted):
+        return f"without {declared.needs}"
+    if key in _unused_mixing(spec):
+        return "with these values of mixup, cutmix and cutmix_minmax"
+    return ""
+
+
+def inert_keys(spec: ExperimentSpec) -> list[str]:
+    """Return the options that have no effect on a training run, and TAO's other names for options."""
+    return [key for key in fields() if traits(key).compat or why_unused(spec, key)]
+
+
+def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
+    """Yield what the user should know about a valid spec; ``action`` None: as for train."""
+    unused: dict[str, list[str]] = {}
+    for key, why in _without_effect(spec, action):
+        unused.setdefault(why, []).append(key)
+    for why, keys in unused.items():
+        yield f"{' and '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect {why}."
+    if is_secret(spec.encryption_key):
+        yield (
+            "encryption_key contains the key itself, which others can read in the file, the shell's history or the "
+            "list of processes. Use env:NAME or file:PATH."
+        )
+    if action == "export" and spec.export.quantize != "int8" and spec.is_set("export.calibration.images"):
+        yield f"export.calibration has no effect with export.quantize={spec.export.quantize}."
+    if action in (None, "train"):
+        yield from _training_notices(spec)
+
+
+def ignored_by_tao(spec: ExperimentSpec, from_file: Collection[str]) -> Iterator[str]:
+    """Yield the values of a spec file for training that TAO ignores and OpenMAE applies.
+
+    A file with a key that TAO does not have was written for OpenMAE, and yields nothing.
+
+    Args:
+        spec: resolved.
+        from_file: the keys that the file sets.
+    """
+    keys = [key for key in fields() if key in from_file]
+    if not all(traits(key).in_tao for key in keys):
+        return
+    applied = {  # TAO ignores these only here
+        "train.optim.warmup_epochs": spec.train.optim.lr_scheduler == "MultiStep",
+        "model.norm_pix_loss": spec.model.architecture.family == "hiera",
+    }
+    found = []
+    for key in keys:
+        value, default = value_of(spec, key), dependent_defaults(spec).get(key, fields()[key].default)
+        if spec.train.stage in traits(key).ignored_by_tao and applied.get(key, True) and value != default:
+            found.append(f"{key}={value}" + (f" (default {default})" if default != "" else ""))
+    if found:
+        yield (
+            f"TAO ignores these options of the spec file, and OpenMAE applies them: {', '.join(found)}. Remove an "
+            "option to use its default."
+        )
+
+
+def _without_effect(spec: ExperimentSpec, action: str | None) -> Iterator[tuple[str, str]]:
+    training = action in (None, "train")
+    for key, field in fields().items():
+        section, declared = key.split(".")[0], traits(key)
+        if not spec.is_set(key) or section == "automl" or (section in ACTIONS and section != (action or "train")):
+            continue
+        if (declared.compat or declared.no_effect) and value_of(spec, key) == field.default:
+            continue  # published templates write it
+        if not training and key == "model.decoder_targets":
+            yield key, f"on `mae {action}`: only a training step predicts a share of the units"
+        elif training or declared.no_effect:
+            why = why_unused(spec, key)
+            if key == "model.global_pool" and not why and _must_pool(spec):
+                why = f"because {spec.model.arch} has no class token"
+            if why:
+                yield key, why
+
+
+def _must_pool(spec: ExperimentSpec) -> bool:
+    return not spec.model.global_pool and spec.model.architecture.family != "vit"
+
+
+def _training_notices(spec: ExperimentSpec) -> Iterator[str]:
+    train, optim = spec.train, spec.train.optim
+    milestones = list(optim.milestones)
+    late = optim.milestones != _DEFAULT_MILESTONES and all(epoch >= train.num_epochs for epoch in milestones)
+    if optim.lr_scheduler == "MultiStep" and late:
+        yield (
+            f"train.optim.milestones {milestones} are all at or after the last of {train.num_epochs} epochs: the "
+            "learning rate never drops."
+        )
+    if train.num_epochs <= optim.warmup_epochs:
+        yield (
+            f"train.optim.warmup_epochs ({optim.warmup_epochs}) is not below train.num_epochs ({train.num_epochs}): "
+            "the learning rate only rises."
+        )
+    if train.cudnn.benchmark and train.cudnn.deterministic:
+        yield "train.cudnn.benchmark picks kernels by timing: runs may differ in spite of train.cudnn.deterministic."
+
+
+def _unused_mixing(spec: ExperimentSpec) -> list[str]:
+    augment = spec.dataset.augmentation
+    unused = ["dataset.augmentation.cutmix"] if augment.cutmix_minmax is not None else []
+    if not (augment.mixup > 0 and augment.cuts):
+        unused.append("dataset.augmentation.mixup_switch_prob")
+    if not (augment.mixup > 0 or augment.cuts):
+        unused += ["dataset.augmentation.mixup_prob", "dataset.augmentation.mixup_mode"]
+    return unused

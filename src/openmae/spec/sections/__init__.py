@@ -1,0 +1,1 @@
+"""The sections of the spec, a module each."""
