@@ -240,8 +240,9 @@ def test_trial_without_a_finite_value_fails(tmp_path: Path, broken_from: int) ->
         own = overrides["train.results_dir"].endswith("000")
         return None if own and epoch >= broken_from else loss(overrides, epoch)
 
-    spec = make_spec(tmp_path, algorithm="random", max_recommendations=2, metric="train_loss")
-    spec = spec.replaced({"train.optim.monitor_name": "val_loss"})  # then the last epoch counts
+    last_epoch_counts = {"dataset": {"val_data_sources": "val"}, "train": {"optim": {"monitor_name": "val_loss"}}}
+    settings = {"algorithm": "random", "max_recommendations": 2, "metric": "train_loss"}
+    spec = make_spec(tmp_path, **settings, **last_epoch_counts)
     worker, _ = make_worker(spec, learn)
     worker.run()
     own, other = worker.study.trials()
