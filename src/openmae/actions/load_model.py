@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from openmae.checkpoints.folder import BEST
 from openmae.checkpoints.format import Checkpoint, CheckpointInfo, read_checkpoint
-from openmae.checkpoints.load import check_size, load_into
+from openmae.checkpoints.weights import check_size, load_into
 from openmae.data.normalise import Normaliser
 from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed

@@ -17,7 +17,7 @@ names, and the ``openmae`` entry as JSON in its metadata.
 ``openmae.format`` is 1. It increases when an older version could misread a file; a file of another format is refused.
 Entries that are added later have defaults (``model.final_norm`` is written only where it is false).
 
-With an encryption key, a file is encrypted as a whole (``storage/encryption.py``); its name and size are not hidden.
+With an encryption key, the complete file is encrypted (``storage/encryption.py``); its name and size are not.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class CheckpointInfo:
         model: everything that determines the model's shape.
         class_names: classes in the order of the classifier's outputs; empty for pretraining.
         mean: mean of the images per channel, on a scale of 0 to 1.
-        std: standard deviation of the images, likewise.
+        std: standard deviation of the images per channel, on the same scale.
         spec: the resolved spec as plain values.
         version: OpenMAE version that wrote the file.
         begun: batch layout when the run began, if it has changed since; see ``training.elastic``.
