@@ -88,7 +88,7 @@ DATA_MISTAKES = [
     (
         "train",
         (*CLASSES, "dataset.train_data_sources={photos.one_class}"),
-        ("needs two classes or more", "holds one: red", "add images of another class"),
+        ("needs two classes or more", "has one: red", "add images of another class"),
     ),
     (
         "train",

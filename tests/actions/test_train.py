@@ -22,6 +22,7 @@ from openmae.models.build import ModelConfig
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
+from openmae.spec.metrics import metrics_of
 
 from .conftest import train_arguments
 
@@ -73,6 +74,8 @@ def test_the_status_log_has_the_keys_of_the_contract(trained, stage):
     assert set(lines[1]["kpi"]) - PROBES == KPIS[stage]
     assert set(lines[1]["kpi"]) >= PROBES or stage == "finetune"
     assert all(math.isfinite(value) for value in lines[1]["kpi"].values())
+    speed = {"lr", "images_per_s", "data_wait"}
+    assert set(lines[1]["kpi"]) - speed <= set(metrics_of(stage)), "a metric needs a row in openmae.spec.metrics"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -99,7 +102,7 @@ def test_a_second_call_does_not_change_a_finished_run(trained, photos, capsys):
     }
     assert main(["train", *run.overrides]) == 0
     text = capsys.readouterr().err
-    assert "All 1 epochs are trained already; nothing was changed. Raise train.num_epochs to train on" in text
+    assert "All 1 epochs are trained already; nothing was changed. Raise train.num_epochs to train longer" in text
     after = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and path.name != "status.json"}
     assert after == before
     lines = read_status(run.folder / "status.json")
@@ -135,7 +138,7 @@ def test_stop_after_epoch(trained, tmp_path, capsys):
     assert main([*command, "train.stop_after_epoch=1"]) == 0
     assert "Paused after epoch 1 of 2" in capsys.readouterr().err
     assert main([*command, "train.stop_after_epoch=1"]) == 0
-    assert "Raise train.stop_after_epoch to train on" in capsys.readouterr().err
+    assert "Raise train.stop_after_epoch to train longer" in capsys.readouterr().err
     assert main(command) == 0
     assert (tmp_path / "train" / "report.html").is_file()
     statuses = [line["status"] for line in read_status(tmp_path / "train" / "status.json")]
@@ -268,10 +271,10 @@ def test_an_option_that_is_newer_than_the_run_had_its_default():
     for finished, spec in ((True, {}), (False, {}), (True, {"train": {"gpu_ids": [0], "clip_grad_norm": 0.0}})):
         infos = [CheckpointInfo("pretrain", ModelConfig("vit_tiny_patch16"), spec=each) for each in (spec, now)]
         earlier = plan.Earlier("results_dir", Path("runs/train/model.pth"), infos[0], 1, None)
-        plan._compare_settings(earlier, infos[1], finished=finished)
+        plan.compare_settings(earlier, infos[1], finished=finished)
     other = CheckpointInfo("pretrain", ModelConfig("vit_tiny_patch16"), spec={"model": {"decoder_targets": 0.5}})
     with pytest.raises(CheckpointError, match=r"model\.decoder_targets was 1\.0 and is 0\.5\."):
-        plan._compare_settings(earlier, other, finished=True)
+        plan.compare_settings(earlier, other, finished=True)
 
 
 def test_an_unfinished_run_resumes_with_other_settings_and_a_warning(caplog):
@@ -279,7 +282,7 @@ def test_an_unfinished_run_resumes_with_other_settings_and_a_warning(caplog):
     now = {"train": {"optim": {"lr": 0.2}, "num_epochs": 9}}
     infos = [CheckpointInfo("pretrain", ModelConfig("vit_tiny_patch16"), spec=spec) for spec in (before, now)]
     earlier = plan.Earlier("results_dir", Path("runs/train/model.pth"), infos[0], 1, None)
-    plan._compare_settings(earlier, infos[1], finished=False)
+    plan.compare_settings(earlier, infos[1], finished=False)
     assert "The run in runs/train resumes with other settings: train.optim.lr was 0.1 and is 0.2." in caplog.text
     assert "pretrained_model_path" not in caplog.text, "a resumed run needs it no more"
 

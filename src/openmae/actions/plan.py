@@ -122,7 +122,8 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     )
     images = hashlib.sha256("\n".join(train.paths).encode(errors="surrogateescape")).hexdigest()[:16]
     if earlier:
-        _compare(earlier, info, images, num_epochs=spec.train.num_epochs)
+        _check_same_run(earlier, info, images)
+        compare_settings(earlier, info, finished=earlier.epochs_done >= spec.train.num_epochs)
     elif finetune and not spec.train.pretrained_model_path:
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
     resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
@@ -202,8 +203,8 @@ def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[Experime
     return spec.replaced({"train.accum_grad_batches": accumulated}), begun.to_dict()
 
 
-def _compare(earlier: Earlier, now: CheckpointInfo, images: str, *, num_epochs: int) -> None:
-    """Refuse or report the differences between an earlier run and this one."""
+def _check_same_run(earlier: Earlier, now: CheckpointInfo, images: str) -> None:
+    """Refuse an earlier run of another model, and report other images."""
     old, new = _identity(earlier.info), _identity(now)
     if keys := [key for key in new if old.get(key, new[key]) != new[key]]:
         raise CheckpointError(
@@ -216,7 +217,14 @@ def _compare(earlier: Earlier, now: CheckpointInfo, images: str, *, num_epochs: 
             "dataset.train_data_sources holds other images than the checkpoint %s was trained with.",
             earlier.checkpoint,
         )
-    finished = earlier.epochs_done >= num_epochs
+
+
+def compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -> None:
+    """Report settings that an unfinished run did not have, and refuse them for a finished run.
+
+    Raises:
+        CheckpointError: the earlier run is finished, and had other settings.
+    """
     # an option that is newer than the earlier run had its default then
     defaults = _settings(ExperimentSpec().model_dump(mode="json", exclude_none=True))
     before, wanted = defaults | _settings(earlier.info.spec), defaults | _settings(now.spec)
