@@ -26,9 +26,8 @@ from openmae import quickstart
 from openmae.actions import train
 from openmae.automl import worker
 from openmae.automl.algorithms import Algorithm
-from openmae.automl.objective import make_objective
-from openmae.automl.space import make_space
-from openmae.automl.study import Recommendation, Study
+from openmae.automl.study import HeldTrial, Study
+from openmae.automl.trial_jobs import TrialJobs
 from openmae.errors import RunError
 from openmae.jobs.job import Job, State, Transition, now
 from openmae.results.status import StatusLog
@@ -53,20 +52,20 @@ class Budget:
 
     Attributes:
         epochs: of a full training.
-        recommendations: of a search.
+        trials: of a search.
         seeds: one search each.
         pretraining: epochs of the backbone.
     """
 
     epochs: int = 9
-    recommendations: int = 20
+    trials: int = 20
     seeds: tuple[int, ...] = SEEDS
     pretraining: int = quickstart.PRETRAIN_EPOCHS
 
 
 @dataclass(frozen=True)
 class Step:
-    """A recommendation was trained to an epoch; None: it failed."""
+    """A trial was trained to an epoch; None: it failed."""
 
     number: int
     epoch: int
@@ -166,12 +165,12 @@ class Table:
                 return None
 
 
-class InProcess(worker.Trainings):
-    """Trains as ``Trainings`` does, in this process instead of jobs; it is its own client.
+class InProcess(TrialJobs):
+    """Trains as ``TrialJobs`` does, in this process instead of jobs; it is its own client.
 
     Args:
         folder: of the search.
-        algorithm: says how far a recommendation is trained at a time.
+        algorithm: decides how many epochs a job trains.
         table: that knows or trains.
     """
 
@@ -181,17 +180,17 @@ class InProcess(worker.Trainings):
         self.steps: list[Step] = []
         self._jobs: dict[str, Job] = {}
 
-    def train(self, one: Recommendation, until: int) -> Job:
+    def train(self, held: HeldTrial, until: int) -> Job:
         """A job that has ended already; its status tells of its last epoch alone, which is all that was validated."""
-        value = self.table.value(one.params, until)
-        self.steps.append(Step(one.number, until, value))
-        folder = self.folder_of(one.folder)
+        value = self.table.value(held.params, until)
+        self.steps.append(Step(held.number, until, value))
+        folder = self.folder_of(held.folder)
         if value is not None:
             StatusLog(folder, append=False).write("RUNNING", f"Epoch {until}", kpi={METRIC: value})
         state: State = "COMPLETE" if value is not None else "ERROR"
         job = Job(
             id=str(len(self._jobs)), action="train", status=state, results_dir=str(self.folder), parent_job_id=None,
-            created_at=now(), name=one.folder, platform="local", message="the training failed", exit_code=None,
+            created_at=now(), name=held.folder, platform="local", message="the training failed", exit_code=None,
             results_folder=str(folder), notices=(), transitions=(Transition(now(), state, ""),),
         )  # fmt: skip
         self._jobs[job.id] = job
@@ -214,7 +213,7 @@ def run(quick: bool) -> Report:
         UserError: a search cannot be made.
         RunError: trainings fail.
     """
-    budget = Budget(epochs=3, recommendations=4, seeds=(0,), pretraining=1) if quick else Budget()
+    budget = Budget(epochs=3, trials=4, seeds=(0,), pretraining=1) if quick else Budget()
     folder = FOLDER.with_name("automl-quick") if quick else FOLDER
     start = time.perf_counter()
     table = Table(folder, finetuning(folder, budget), budget.epochs)
@@ -257,7 +256,7 @@ def search_with(name: str, seed: int, table: Table, budget: Budget) -> Search:
     """One search, with the code of ``mae automl``."""
     settings = {
         "automl.algorithm": name,
-        "automl.max_recommendations": budget.recommendations,
+        "automl.max_recommendations": budget.trials,
         "automl.seed": seed,
     }
     with (
@@ -266,12 +265,10 @@ def search_with(name: str, seed: int, table: Table, budget: Budget) -> Search:
     ):
         folder = Path(where)
         spec = load_spec(dict(table.tree), [f"{key}={value}" for key, value in settings.items()], action="automl")
-        space = make_space(spec)
-        algorithm = Algorithm(spec.automl, space, table.epochs)
-        study = Study(spec, folder, algorithm, space, make_objective(spec))
-        trainings = InProcess(folder, algorithm, table)
-        worker.Worker(study, trainings).run()
-        return Search(tuple(trainings.steps), sum(trial.epochs for trial in study.shown()), table.epochs)
+        study = Study(spec, folder)
+        jobs = InProcess(folder, study.algorithm, table)
+        worker.Worker(study, jobs).run()
+        return Search(tuple(jobs.steps), sum(trial.epochs for trial in study.summaries()), table.epochs)
 
 
 def report(found: Mapping[str, Mapping[int, Search]], budget: Budget, seconds: float) -> Report:
@@ -324,7 +321,7 @@ _COLUMNS = (
 def _notes(budget: Budget, seconds: float) -> list[str]:
     return [
         f"Fine-tuning of mae quickstart's pretrained ViT-tiny (32 px) on 10 labels a digit, {METRIC} on the 500 "
-        f"held-out digits; {budget.recommendations} recommendations, {len(budget.seeds)} seeds of the search. Of the "
+        f"held-out digits; {budget.trials} trials, {len(budget.seeds)} seeds of the search. Of the "
         "seeds: the mean, the smallest to the largest, the standard deviation (sd).",
         f"A training takes {budget.epochs} epochs instead of {quickstart.FINETUNE_EPOCHS}, with the own warmup "
         "shortened alike, and is validated only where it is judged. The accuracy is of the digits that the search "

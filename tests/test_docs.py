@@ -60,7 +60,7 @@ def test_commands_and_keys_exist(page: str) -> None:
         args = _parse(argv)
         for override in getattr(args, "overrides", ()):
             key = override.partition("=")[0]
-            assert key in fields() or (key in ("worker", "dashboard") and argv[0] == "automl"), f"{page}: {override}"
+            assert key in fields(), f"{page}: {override}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -80,6 +80,16 @@ def test_links_exist(page: str) -> None:
 def test_every_page_is_linked_from_readme() -> None:
     for page in PAGES.keys() - {"README.md"}:
         assert f"(docs/{page}" in PAGES["README.md"], page
+
+
+def test_the_architecture_page_names_existing_modules_and_all_packages() -> None:
+    page, source = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), ROOT / "src" / "openmae"
+    for package in (path.parent.name for path in source.glob("*/__init__.py")):
+        assert f"| `{package}/` |" in page, package
+    if pending_sources():
+        pytest.skip("packages are being rewritten")
+    for path in re.findall(r"`([\w/]+\.py)`", page):
+        assert list(source.rglob(path)) or (ROOT / path).exists(), path
 
 
 def test_the_configuration_reference_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:

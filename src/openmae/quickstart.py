@@ -23,7 +23,7 @@ from openmae.actions import train
 from openmae.actions.run import show_table
 from openmae.errors import UserError
 from openmae.results.images import save_bar_comparison
-from openmae.results.report import Code, Numbers, Picture, Section, Table, Text, write_report
+from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.spec.load import load_spec
 from openmae.storage import layout
 from openmae.storage.atomic import make_folder, write_atomically
@@ -212,17 +212,17 @@ def _report(folder: Path, rows: list[tuple[str, str, str]], accuracies: Mapping[
     pretraining = folder / "pretrain" / "train"
     sections: list[Section] = [
         Numbers("", {label: row[1] for label, row in zip(labels.values(), rows, strict=True)}),
-        Picture(
+        Figure(
             "Accuracy",
             bars,
             "Both models have the same architecture, labelled images and fine-tuning epochs.",
         ),
-        Picture(
+        Figure(
             "Reconstructions",
             pretraining / layout.RECONSTRUCTIONS / "last.png",
             "Held-out digits: original, visible patches, prediction, and both combined.",
         ),
-        Picture("Pretraining", pretraining / layout.CURVES, "kNN and the linear probe classify the frozen features."),
+        Figure("Pretraining", pretraining / layout.CURVES, "kNN and the linear probe classify the frozen features."),
         Table("Time", ("model", "accuracy", "time"), rows, caption="The time of the first row includes pretraining."),
         Text(
             "Your own images",

@@ -1,4 +1,4 @@
-"""Searches whose trainings are simulated, and pictures for those that are not."""
+"""Fixtures of search tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU, nothing of this user's, and workers that do not wait between two looks at a simulated job."""
+    """Use no GPU and no file of the user, and do not wait between two polls of a simulated job."""
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENMAE_JOB_GRACE", "5")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -24,15 +24,15 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
 def _hasten(connection: Any, _: Any) -> None:
-    """No test cuts the power: a study of a few trials need not wait for the disk at each step."""
+    """Do not wait for the disk at each write; no test simulates a power failure."""
     if type(connection).__module__ == "sqlite3":
         connection.execute("PRAGMA synchronous = OFF")
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train`` and ``val``: two classes of five pictures each."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with ``train`` and ``val``: two classes of five images each."""
+    root = tmp_path_factory.mktemp("images")
     noise = np.random.default_rng(0)
     for part in ("train", "val"):
         for number, name in enumerate(("blue", "green")):

@@ -1,4 +1,4 @@
-"""The algorithms: rungs, grids, populations, seeds; each of them really run on a function through a study."""
+"""Search algorithms: rungs, grids, populations, seeds; each of them runs a study with simulated jobs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from tests.helpers.simulation import loss, make_spec, make_worker, open_study
 
 from openmae.automl.algorithms import Algorithm, Member, WeightedSampler, next_member
-from openmae.automl.space import Parameter, Space, budget, make_space
+from openmae.automl.space import Parameter, Space, epochs_of, make_space
 from openmae.errors import SpecError
 from openmae.spec.sections.automl import AutomlSpec
 
@@ -48,35 +48,35 @@ def test_rungs(name: str, epochs: int, factor: int, rungs: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("name", ["bayesian", "random", "grid", "pbt", "cmaes"])
-def test_the_others_train_to_the_end(name: str) -> None:
+def test_algorithms_without_early_stopping_have_one_rung(name: str) -> None:
     assert _algorithm(name).rungs == (9,)
 
 
-def test_a_grid_fits_its_budget() -> None:
-    for recommendations in range(2, 60):
-        algorithm = _algorithm("grid", max_recommendations=recommendations)
+def test_grid_fits_its_budget() -> None:
+    for count in range(2, 60):
+        algorithm = _algorithm("grid", max_recommendations=count)
         points = [len(values) for values in algorithm.grid.values()]
-        assert algorithm.recommendations == 1 + points[0] * points[1] <= recommendations
-        assert min(points) > 1 or recommendations < 7, "one option has all the points"
+        assert algorithm.trials == 1 + points[0] * points[1] <= count
+        assert min(points) > 1 or count < 7, "one option has all the points"
     assert _algorithm("grid", max_recommendations=20).grid == {
         LR: pytest.approx([1e-4, 4.64e-4, 2.154e-3, 1e-2], rel=0.01),
         MOMENTUM: pytest.approx([0.8, 0.86, 0.92, 0.98]),
     }
 
 
-def test_a_small_grid_keeps_the_specs_own_value_of_what_has_no_room() -> None:
+def test_small_grid_keeps_the_spec_value_of_options_without_room() -> None:
     grid = _algorithm("grid", max_recommendations=4).grid
     assert grid == {LR: pytest.approx([1e-4, 1e-3, 1e-2]), MOMENTUM: [0.9]}
 
 
-def test_a_grid_of_integers_has_no_point_twice() -> None:
+def test_grid_of_integers_has_no_duplicate_points() -> None:
     space = Space((Parameter("train.optim.warmup_epochs", 0, 3, integer=True, own=1),), {})
     algorithm = _algorithm("grid", space, max_recommendations=50)
     assert algorithm.grid == {"train.optim.warmup_epochs": [0, 1, 2, 3]}
-    assert algorithm.recommendations == 5
+    assert algorithm.trials == 5
 
 
-def test_choices_in_a_grid_are_all_tried(tmp_path: Path) -> None:
+def test_grid_tries_all_choices(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, algorithm="grid", parameters=[LR, SCHEDULER], max_recommendations=5)
     worker, _ = make_worker(spec)
     worker.run()
@@ -85,20 +85,20 @@ def test_choices_in_a_grid_are_all_tried(tmp_path: Path) -> None:
     assert set(tried[1:]) == {(rate, kind) for rate in (2e-5, 5e-3) for kind in ("cosine", "MultiStep")}
 
 
-def test_what_cannot_be_searched_by_an_algorithm() -> None:
+def test_spaces_that_an_algorithm_cannot_search_are_rejected() -> None:
     shape = Space((Parameter("model.decoder_depth", 1, 8, integer=True),), {})
     with pytest.raises(SpecError) as caught:
         _algorithm("pbt", shape).check()
     assert caught.value.problem == (
-        "automl.algorithm: pbt hands weights on, so that it cannot search model.decoder_depth."
+        "automl.algorithm: pbt copies weights between trials, so it cannot search model.decoder_depth."
     )
     with pytest.raises(SpecError) as caught:
         _algorithm("pbt", max_recommendations=9).check()
     assert caught.value.problem == (
-        "automl.algorithm: pbt needs two generations of 5 (automl.population_size), but there are 9 recommendations "
+        "automl.algorithm: pbt needs two generations of 5 (automl.population_size), but there are 9 trials "
         "and 9 epochs."
     )
-    assert caught.value.fix == "Raise automl.max_recommendations to 10 or more, and train for 2 epochs or more."
+    assert caught.value.fix == "Set automl.max_recommendations to 10 or more, and train for 2 epochs or more."
     conditional = Space(
         (
             Parameter(SCHEDULER, choices=("cosine", "MultiStep")),
@@ -110,28 +110,28 @@ def test_what_cannot_be_searched_by_an_algorithm() -> None:
         _algorithm("grid", conditional).check()
     assert caught.value.problem == (
         "automl.algorithm: grid would train some points twice, since "
-        f"{GAMMA} acts with some values of {SCHEDULER} only."
+        f"{GAMMA} has an effect only with some values of {SCHEDULER}."
     )
     for name in ("bayesian", "random", "asha", "bohb", "cmaes"):
         _algorithm(name, conditional).check()
 
 
 @pytest.mark.parametrize(
-    ("recommendations", "size", "epochs", "generations", "in_all"),
+    ("count", "size", "epochs", "generations", "trials"),
     [(20, 5, 9, 4, 20), (12, 5, 9, 2, 10), (20, 5, 2, 2, 10), (100, 5, 9, 9, 45)],
 )
-def test_generations(recommendations: int, size: int, epochs: int, generations: int, in_all: int) -> None:
-    algorithm = _algorithm("pbt", epochs=epochs, max_recommendations=recommendations, population_size=size)
-    assert (algorithm.generations, algorithm.recommendations) == (generations, in_all)
+def test_generations(count: int, size: int, epochs: int, generations: int, trials: int) -> None:
+    algorithm = _algorithm("pbt", epochs=epochs, max_recommendations=count, population_size=size)
+    assert (algorithm.generations, algorithm.trials) == (generations, trials)
 
 
-def test_a_population_exploits_and_explores_by_its_rule() -> None:
+def test_population_exploits_and_explores() -> None:
     algorithm = _algorithm("pbt", population_size=8, max_recommendations=16)
     members = [Member(slot, float(slot), {LR: 1e-3, MOMENTUM: 0.9}) for slot in range(8)]
     for slot in range(8):
         source, params = next_member(algorithm, members, slot, 8 + slot, maximize=True)
         if slot >= 2:
-            assert (source, params) == (slot, members[slot].params), "a good one goes on as it was"
+            assert (source, params) == (slot, members[slot].params), "a good member must continue unchanged"
         else:
             assert source in (6, 7), "the worst quarter takes the weights of the best quarter"
             assert params != members[slot].params
@@ -149,14 +149,14 @@ def test_a_population_exploits_and_explores_by_its_rule() -> None:
     assert 45 < seen["anew"] < 110
 
 
-def test_a_member_that_failed_goes_on_with_the_weights_of_another() -> None:
+def test_failed_member_continues_with_the_weights_of_another() -> None:
     algorithm = _algorithm("pbt", population_size=4, max_recommendations=8)
     values = (0.1, None, None, 0.4)
     members = [Member(slot, value, {LR: 1e-3}) for slot, value in enumerate(values)]
     assert [next_member(algorithm, members, slot, 4 + slot, maximize=True)[0] for slot in range(4)] == [0, 3, 3, 3]
 
 
-def test_the_rule_is_addressed_by_its_number() -> None:
+def test_population_rule_is_seeded_by_trial_number() -> None:
     algorithm = _algorithm("pbt", population_size=4, max_recommendations=8)
     members = [Member(slot, float(slot), {LR: 1e-3, MOMENTUM: 0.9}) for slot in range(4)]
     again = [next_member(algorithm, members, 0, 4, maximize=True) for _ in range(2)]
@@ -165,18 +165,18 @@ def test_the_rule_is_addressed_by_its_number() -> None:
     assert len(others) > 5
 
 
-def test_choices_are_drawn_by_their_weights() -> None:
+def test_choices_are_drawn_by_weight() -> None:
     space = Space((Parameter(SCHEDULER, choices=("cosine", "MultiStep"), weights=(0.7, 0.3)),), {})
     for name in ("random", "bayesian", "asha", "bohb", "cmaes"):
         counts: Counter[str] = Counter()
         study = optuna.create_study()
         for number in range(200):
             study.sampler = _algorithm(name, space, seed=number).sampler(1)
-            counts[space.draw(study.ask())[SCHEDULER]] += 1
+            counts[space.suggest(study.ask())[SCHEDULER]] += 1
         assert 115 <= counts["cosine"] <= 165, f"{name}: {counts}"
 
 
-def test_the_sampler_fits_the_budget_and_the_space() -> None:
+def test_sampler_depends_on_budget_and_space() -> None:
     assert isinstance(_algorithm("bayesian", max_recommendations=20).sampler(15), GPSampler)
     assert isinstance(_algorithm("bayesian", max_recommendations=51).sampler(15), TPESampler)
     conditional = Space((*TWO.parameters, Parameter(GAMMA, 0.1, 0.5, needs=(LR, ("1",)))), {})
@@ -191,53 +191,55 @@ MIXED = [LR, MOMENTUM, "train.optim.warmup_epochs", "model.norm_pix_loss"]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_runs_through_a_study(name: str, tmp_path: Path) -> None:
-    """Numbers, integers and choices together."""
-    spec = make_spec(tmp_path, algorithm=name, parameters=MIXED, max_recommendations=14, population_size=4)
+def test_every_algorithm_runs_a_study(name: str, tmp_path: Path) -> None:
+    """The space has numbers, integers and choices."""
+    spec = make_spec(tmp_path, algorithm=name, parameters=MIXED, max_recommendations=9, population_size=4)
     worker, _ = make_worker(spec)
     worker.run()
     trials = worker.study.trials()
-    assert len(trials) == worker.trainings.algorithm.recommendations
+    assert len(trials) == worker.jobs.algorithm.trials
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
     own = {LR: 2e-4, MOMENTUM: 0.9, MIXED[2]: 1, MIXED[3]: True}
     assert trials[0].params == own
-    if name != "pbt":  # of which three quarters go on as they were
+    if name != "pbt":  # three quarters of a population continue unchanged
         assert len({tuple(trial.params.values()) for trial in trials}) >= len(trials) - 1
 
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in ("grid", "pbt")])
-def test_every_algorithm_runs_where_options_depend_on_others(name: str, tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, algorithm=name, parameters=[LR, SCHEDULER, GAMMA], max_recommendations=12)
+def test_every_algorithm_handles_conditional_options(name: str, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, algorithm=name, parameters=[LR, SCHEDULER, GAMMA], max_recommendations=8)
     worker, _ = make_worker(spec)
     worker.run()
     for trial in worker.study.trials():
         assert (GAMMA in trial.params) == (trial.params[SCHEDULER] == "MultiStep")
 
 
+def _values(folder: Path, name: str, seed: int, *, interrupted: bool = False) -> list[dict[str, Any]]:
+    """Return the parameters of all trials; an interrupted search opens its study again before each trial."""
+    settings = {"algorithm": name, "max_recommendations": 6, "population_size": 3, "seed": seed}
+    study = open_study(make_spec(folder, **settings))
+    found: list[dict[str, Any]] = []
+    while (held := study.next()) is not None:
+        found.append(dict(held.params))
+        value = loss(held.params, 9)
+        assert study.report(held, value, 9)
+        assert study.end(held, TrialState.COMPLETE, value)
+        if interrupted:
+            study = open_study(make_spec(folder, **settings))
+    return found
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_equal_seeds_draw_equal_values_also_where_the_search_was_cut(name: str, tmp_path: Path) -> None:
-    def values(folder: Path, seed: int, cuts: int) -> list[dict[str, Any]]:
-        settings = {"algorithm": name, "max_recommendations": 10, "population_size": 5, "seed": seed}
-        study = open_study(make_spec(folder, **settings))
-        found: list[dict[str, Any]] = []
-        while (one := study.next()) is not None:
-            found.append(dict(one.params))
-            value = loss(one.params, 9)
-            assert study.report(one, value, 9)
-            assert study.end(one, TrialState.COMPLETE, value)
-            if cuts:
-                study = open_study(make_spec(folder, **settings))
-        return found
-
-    whole = values(tmp_path / "whole", 1, 0)
-    assert values(tmp_path / "cut", 1, 1) == whole
-    if name != "grid":  # whose points are the same, in another order
-        assert values(tmp_path / "other", 2, 0)[1:] != whole[1:]
+def test_equal_seeds_draw_equal_values_even_if_interrupted(name: str, tmp_path: Path) -> None:
+    complete = _values(tmp_path / "complete", name, 1)
+    assert _values(tmp_path / "interrupted", name, 1, interrupted=True) == complete
+    if name in ("random", "bayesian"):
+        assert _values(tmp_path / "other", name, 2)[1:] != complete[1:]
     if name != "pbt":
-        assert len({tuple(params.values()) for params in whole}) >= len(whole) - 1, "draws repeat themselves"
+        assert len({tuple(params.values()) for params in complete}) >= len(complete) - 1, "values are repeated"
 
 
-def test_bayesian_finds_what_chance_does_not(tmp_path: Path) -> None:
+def test_bayesian_beats_random(tmp_path: Path) -> None:
     def best(name: str) -> float:
         spec = make_spec(tmp_path / name, algorithm=name, max_recommendations=18)
         worker, _ = make_worker(spec)
@@ -250,8 +252,8 @@ def test_bayesian_finds_what_chance_does_not(tmp_path: Path) -> None:
     assert best("bayesian") < min(best("random"), 1e-6)
 
 
-def test_the_budget_of_a_training(tmp_path: Path) -> None:
+def test_epochs_of_a_trial(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, max_epochs=4)
-    assert budget(spec) == 4
-    assert budget(make_spec(tmp_path)) == 9
+    assert epochs_of(spec) == 4
+    assert epochs_of(make_spec(tmp_path)) == 9
     assert len(make_space(spec).parameters) == 2

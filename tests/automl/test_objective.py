@@ -1,4 +1,4 @@
-"""What a search judges by: the stage's metric, its value from status.json, and why train_loss misleads."""
+"""The objective: the metric of each stage, its value in status.json, and when train_loss is misleading."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from openmae.automl.objective import MISLEADS, Objective, make_objective, misleading
+from openmae.automl.objective import MISLEADING, Objective, find_misleading, make_objective
 from openmae.errors import SpecError
 from openmae.results.status import StatusLog
 from openmae.spec.load import load_spec
@@ -15,7 +15,7 @@ from openmae.spec.schema import ExperimentSpec
 
 
 def _spec(stage: str, val: bool, *overrides: str, **automl: Any) -> ExperimentSpec:
-    data = {"train_data_sources": "pictures", "batch_size": 8} | ({"val_data_sources": "others"} if val else {})
+    data = {"train_data_sources": "images", "batch_size": 8} | ({"val_data_sources": "others"} if val else {})
     return load_spec({"dataset": data, "train": {"stage": stage}, "automl": automl}, overrides, action="automl")
 
 
@@ -30,11 +30,11 @@ def _spec(stage: str, val: bool, *overrides: str, **automl: Any) -> ExperimentSp
         ("finetune", True, {"direction": "maximize"}, Objective("ACC_all", maximize=True, of_best_epoch=True)),
     ],
 )
-def test_the_metric_of_a_stage(stage: str, val: bool, automl: dict[str, Any], expected: Objective) -> None:
+def test_metric_of_each_stage(stage: str, val: bool, automl: dict[str, Any], expected: Objective) -> None:
     assert make_objective(_spec(stage, val, **automl)) == expected
 
 
-def test_the_best_epoch_counts_where_its_checkpoint_is_kept() -> None:
+def test_best_epoch_counts_only_if_its_checkpoint_is_kept() -> None:
     assert make_objective(_spec("finetune", True, "train.optim.monitor_name=val_loss")).of_best_epoch is False
     pbt = {"algorithm": "pbt", "max_recommendations": 10}
     assert make_objective(_spec("finetune", True, **pbt)).of_best_epoch is False, (
@@ -59,14 +59,14 @@ def test_the_best_epoch_counts_where_its_checkpoint_is_kept() -> None:
             {"metric": "knn_acc"},
             "automl.metric: knn_acc is measured on validation images with classes, but dataset.val_data_sources is not "
             "set.",
-            "Set it, or judge by automl.metric=train_loss.",
+            "Set it, or use automl.metric=train_loss.",
         ),
         (
             "pretrain",
             False,
             {"metric": "val_loss"},
             "automl.metric: val_loss is measured on validation images, but dataset.val_data_sources is not set.",
-            "Set it, or judge by automl.metric=train_loss.",
+            "Set it, or use automl.metric=train_loss.",
         ),
         (
             "pretrain",
@@ -91,7 +91,7 @@ def test_the_best_epoch_counts_where_its_checkpoint_is_kept() -> None:
         ),
     ],
 )
-def test_a_metric_that_cannot_be(stage: str, val: bool, automl: dict[str, Any], problem: str, fix: str) -> None:
+def test_impossible_metrics_are_rejected(stage: str, val: bool, automl: dict[str, Any], problem: str, fix: str) -> None:
     with pytest.raises(SpecError) as caught:
         make_objective(_spec(stage, val, **automl))
     assert (caught.value.problem, caught.value.fix) == (problem, fix)
@@ -105,14 +105,14 @@ def _write(folder: Path, *epochs: float) -> None:
     status.write("SUCCESS", "train finished")
 
 
-def test_the_value_is_that_of_the_best_epoch_or_the_last(tmp_path: Path) -> None:
+def test_value_is_of_the_best_or_the_last_epoch(tmp_path: Path) -> None:
     _write(tmp_path, 0.4, 0.8, 0.6)
     assert Objective("ACC_all", maximize=True, of_best_epoch=True).value_of(tmp_path) == 0.8
     assert Objective("ACC_all", maximize=False, of_best_epoch=True).value_of(tmp_path) == 0.4
     assert Objective("ACC_all", maximize=True, of_best_epoch=False).value_of(tmp_path) == 0.6
 
 
-def test_what_is_not_finite_is_no_value(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_do_not_count(tmp_path: Path) -> None:
     last, best = (Objective("ACC_all", maximize=True, of_best_epoch=flag) for flag in (False, True))
     assert last.value_of(tmp_path / "nothing") is None
     _write(tmp_path, float("nan"))
@@ -122,18 +122,18 @@ def test_what_is_not_finite_is_no_value(tmp_path: Path) -> None:
     assert best.value_of(tmp_path) == 0.5
 
 
-def test_values_as_people_read_them() -> None:
+def test_values_as_text() -> None:
     accuracy, loss = make_objective(_spec("finetune", True)), make_objective(_spec("pretrain", False))
     assert (accuracy.shown(0.98765), loss.shown(0.98765), loss.shown(None)) == ("98.77%", "0.9877", "-")
     assert (accuracy.direction, loss.direction) == ("maximize", "minimize")
 
 
-def test_the_loss_misleads_across_mask_ratios_alone() -> None:
+def test_loss_is_misleading_across_mask_ratios() -> None:
     spec = _spec("pretrain", True)
     objective = make_objective(spec)
-    assert misleading(spec, objective, ("train.optim.lr", "model.mask_ratio")) == MISLEADS
-    assert misleading(spec, objective, ("train.optim.lr",)) == ""
+    assert find_misleading(spec, objective, ("train.optim.lr", "model.mask_ratio")) == MISLEADING
+    assert find_misleading(spec, objective, ("train.optim.lr",)) == ""
     judged = _spec("pretrain", True, metric="knn_acc")
-    assert misleading(judged, make_objective(judged), ("model.mask_ratio",)) == ""
+    assert find_misleading(judged, make_objective(judged), ("model.mask_ratio",)) == ""
     tuned = _spec("finetune", True, metric="train_loss")
-    assert misleading(tuned, make_objective(tuned), ("model.arch",)) == ""
+    assert find_misleading(tuned, make_objective(tuned), ("model.arch",)) == ""

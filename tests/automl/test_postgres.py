@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from tests.helpers.simulation import make_spec, make_worker, open_study
 
 from openmae.automl import study as module
-from openmae.automl.database import stored
+from openmae.automl.database import read_storage
 from openmae.errors import SpecError
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def _until(what: Callable[[], Any], text: str, seconds: float = 60) -> Any:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """The URL of a database of its own, on a socket."""
+    """Start a server on a socket and yield the URL of its database."""
     initdb, postgres = _program("initdb"), _program("postgres")
     if initdb is None or postgres is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
@@ -75,7 +75,7 @@ def _worker(folder: Path, settings: dict[str, Any], pause: float) -> subprocess.
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_three_workers_and_one_of_them_is_killed(server: str, tmp_path: Path) -> None:
+def test_search_survives_a_killed_worker(server: str, tmp_path: Path) -> None:
     settings = {"storage": server, "algorithm": "asha", "max_recommendations": 12}
     workers = [_worker(tmp_path, settings, 0.05) for _ in range(3)]
     try:
@@ -84,7 +84,7 @@ def test_three_workers_and_one_of_them_is_killed(server: str, tmp_path: Path) ->
             assert worker.stdout.readline() == "ready\n", worker.stderr and worker.stderr.read()
         victim = workers[0]
         assert victim.stdout is not None
-        assert victim.stdout.readline().startswith("["), "it was to be killed in the midst of a training"
+        assert victim.stdout.readline().startswith("["), "it must be killed while it trains"
         victim.send_signal(signal.SIGKILL)
         for worker in workers[1:]:
             _, error = worker.communicate(timeout=120)
@@ -112,14 +112,14 @@ def _epochs(folder: Path, name: str) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-def test_who_dies_in_its_turn_does_not_hold_up_the_others(server: str, tmp_path: Path) -> None:
+def test_lock_is_freed_when_its_holder_dies(server: str, tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
 sys.path.append({str(ROOT)!r})
 from tests.helpers.simulation import make_spec, open_study
 study = open_study(make_spec(Path({str(tmp_path)!r}), storage={server!r}))
-with study._turn():
+with study._lock():
     print("mine", flush=True)
     time.sleep(600)
 """
@@ -136,16 +136,16 @@ with study._turn():
     assert time.monotonic() - begun < 10
 
 
-def test_another_machine_goes_on_with_its_own_folder(
+def test_another_machine_continues_in_its_own_folder(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The machines share the database, and no disk: what was trained there is trained again here."""
+    """The machines share the database but no disk, so the trial starts again here."""
     settings = {"storage": server, "algorithm": "random", "max_recommendations": 2, "results_dir": str(tmp_path / "a")}
     with monkeypatch.context() as patched:
         patched.setattr(socket, "gethostname", lambda: "far-away")
         there, _ = make_worker(make_spec(Path("shared"), **settings), stride=1)
     while not there.running:
-        there._turn()
+        there.turn()
     monkeypatch.setattr(module, "LOST", -1.0)
     here, _ = make_worker(make_spec(Path("shared"), **settings | {"results_dir": str(tmp_path / "b")}))
     here.run()
@@ -161,30 +161,30 @@ def test_searches_in_one_database_do_not_mix(server: str, tmp_path: Path) -> Non
     for spec in (first, second):
         worker, _ = make_worker(spec)
         worker.run()
-        assert worker.study.count() == 2
+        assert len(worker.study.trials()) == 2
     with pytest.raises(SpecError) as caught:
         open_study(make_spec(tmp_path / "first", storage=server, algorithm="random", max_recommendations=2, seed=7))
-    assert "holds trainings of a search, but its study is gone, or is another one" in caught.value.problem
+    assert "holds trials of a search, but its study is gone or is another one" in caught.value.problem
 
 
-def test_the_url_may_stand_in_a_variable(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_url_from_an_environment_variable(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUDIES", server)
     spec = make_spec(tmp_path, storage="env:STUDIES")
     assert open_study(spec).next() is not None
-    assert [study.study_name for study in stored(spec).get_all_studies()]
+    assert [study.study_name for study in read_storage(spec).get_all_studies()]
 
 
-def test_a_database_that_is_not_there_is_named(server: str, tmp_path: Path) -> None:
+def test_missing_database_is_named(server: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         open_study(make_spec(tmp_path, storage=server.replace("/postgres?", "/nowhere?")))
     assert 'database "nowhere" does not exist' in caught.value.problem
 
 
 @pytest.mark.slow  # minutes: every job imports torch
-def test_real_trainings_of_a_leader_and_a_worker(server: str, tmp_path: Path, pictures: Path) -> None:
+def test_leader_and_worker_share_real_trials(server: str, tmp_path: Path, images: Path) -> None:
     command = [
         *(sys.executable, "-m", "openmae", "automl"),
-        *(f"dataset.train_data_sources={pictures / 'train'}", "dataset.batch_size=5", "model.arch=vit_tiny_patch16"),
+        *(f"dataset.train_data_sources={images / 'train'}", "dataset.batch_size=5", "model.arch=vit_tiny_patch16"),
         *("dataset.augmentation.input_size=32", "dataset.num_workers_per_gpu=0", "train.num_epochs=1"),
         *("automl.algorithm=random", "automl.max_recommendations=4", f"automl.storage={server}"),
         f"results_dir={tmp_path / 'results'}",

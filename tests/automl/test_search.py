@@ -1,8 +1,7 @@
-"""Whole searches with real trainings, by `mae automl` in a process of its own."""
+"""``mae automl``: complete searches with real jobs, and the parts of a search."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,24 +14,26 @@ from typing import Any
 
 import optuna
 import pytest
+import yaml
 from optuna.trial import TrialState
 
-from openmae.automl import search as run_module
-from openmae.automl.database import stored
-from openmae.automl.worker import this_machine
-from openmae.errors import Preempted, RunError
+from openmae.automl import search
+from openmae.automl.database import read_storage
+from openmae.automl.trial_jobs import TrialJobs, this_machine
+from openmae.errors import DataError, Preempted, RunError, SpecError
 from openmae.jobs import Client
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
 
+TEMPLATE = Path(search.__file__).parents[1] / "skill/tao-train-mask-auto-encoder/references/spec_template_train.yaml"
 Command = list[str]
 
 
-def _command(folder: Path, pictures: Path, *more: str) -> Command:
+def _command(folder: Path, images: Path, *more: str) -> Command:
     return [
         *(sys.executable, "-m", "openmae", "automl"),
-        *(f"results_dir={folder}", f"dataset.train_data_sources={pictures / 'train'}", "model.arch=vit_tiny_patch16"),
+        *(f"results_dir={folder}", f"dataset.train_data_sources={images / 'train'}", "model.arch=vit_tiny_patch16"),
         *("dataset.batch_size=5", "dataset.augmentation.input_size=32", "dataset.num_workers_per_gpu=0"),
         *more,
     ]
@@ -57,16 +58,16 @@ def _spec(command: Command) -> ExperimentSpec:
 
 
 def _trials(command: Command) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="automl", storage=stored(_spec(command))).trials
+    return optuna.load_study(study_name="automl", storage=read_storage(_spec(command))).trials
 
 
 def _jobs(folder: Path) -> list[str]:
     return sorted(job.name for job in Client(root=folder / "automl" / "jobs" / this_machine()).list_jobs())
 
 
-def test_a_search_from_its_review_to_the_training_of_its_best_spec(tmp_path: Path, pictures: Path) -> None:
+def test_search_from_review_to_training_with_the_best_spec(tmp_path: Path, images: Path) -> None:
     command = _command(
-        tmp_path, pictures, "train.num_epochs=1", "automl.max_recommendations=2", "automl.algorithm=random"
+        tmp_path, images, "train.num_epochs=1", "automl.max_recommendations=2", "automl.algorithm=random"
     )
     text = _run(command)
     folder = tmp_path / "automl"
@@ -83,7 +84,7 @@ def test_a_search_from_its_review_to_the_training_of_its_best_spec(tmp_path: Pat
     checkpoint = folder / "trials" / f"{best.number:03d}" / "model_best.pth"
     assert (folder / "model_best.pth").read_bytes() == checkpoint.read_bytes()
     report = (folder / "report.html").read_text(encoding="utf-8")
-    assert all(title in report for title in ("Best values", "History", "Parallel coordinates", "All recommendations"))
+    assert all(title in report for title in ("Best values", "History", "Parallel coordinates", "All trials"))
 
     entries = read_status(folder / "status.json")
     assert entries[0]["status"] == "STARTED"
@@ -101,24 +102,20 @@ def test_a_search_from_its_review_to_the_training_of_its_best_spec(tmp_path: Pat
     assert again == best.value, "the best spec does not train what the search trained"
 
 
-def test_best_of_a_search_is_copied(tmp_path: Path) -> None:
+def test_best_checkpoint_is_copied(tmp_path: Path) -> None:
     trial = tmp_path / "trials" / "000"
     trial.mkdir(parents=True)
-    search: Any = SimpleNamespace(
-        folder=tmp_path,
-        trainings=SimpleNamespace(folder_of=lambda name: tmp_path / "trials" / name),
-        objective=SimpleNamespace(of_best_epoch=False),
-    )
-    with pytest.raises(RunError, match="The best recommendation's checkpoint is not in"):
-        run_module._copy_best(search, "000")
-    (trial / "model_epoch_001_step_00004.pth").write_bytes(b"whole")
-    run_module._copy_best(search, "000")
-    assert (tmp_path / "model_best.pth").read_bytes() == b"whole"
+    with pytest.raises(RunError, match="The best trial's checkpoint is not in"):
+        search.copy_best(trial, tmp_path, of_best_epoch=False)
+    (trial / "model_epoch_001_step_00004.pth").write_bytes(b"complete")
+    search.copy_best(trial, tmp_path, of_best_epoch=False)
+    assert (tmp_path / "model_best.pth").read_bytes() == b"complete"
 
 
-def test_killed_in_the_middle_and_begun_again(tmp_path: Path, pictures: Path) -> None:
+@pytest.mark.slow  # starts two searches with real jobs
+def test_search_continues_after_kill_and_adopts_the_running_job(tmp_path: Path, images: Path) -> None:
     command = _command(
-        tmp_path, pictures, "train.num_epochs=2", "automl.max_recommendations=2", "automl.algorithm=random"
+        tmp_path, images, "train.num_epochs=2", "automl.max_recommendations=2", "automl.algorithm=random"
     )
     client = Client(root=tmp_path / "automl" / "jobs" / this_machine())
 
@@ -139,13 +136,13 @@ def test_killed_in_the_middle_and_begun_again(tmp_path: Path, pictures: Path) ->
             lambda: (
                 _trials(command)[1].user_attrs["worker"]["process"]["pid"] == second.pid or second.poll() is not None
             ),
-            "the second process at the recommendation of the first",
+            "the second process at the trial of the first",
         )
     finally:
         os.kill(process["pid"], signal.SIGCONT)
     text, _ = second.communicate(timeout=240)
     assert second.returncode == 0, text
-    assert "Going on with the search in" in text
+    assert "Continuing the search in" in text
     trials = _trials(command)
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
     assert _jobs(tmp_path) == ["000 to epoch 2", "001 to epoch 2", "probe"], "it was trained twice"
@@ -154,27 +151,27 @@ def test_killed_in_the_middle_and_begun_again(tmp_path: Path, pictures: Path) ->
     assert [line["status"] for line in read_status(tmp_path / "automl" / "status.json")].count("SUCCESS") == 1
 
 
-def test_a_request_that_is_wrong_trains_nothing(tmp_path: Path, pictures: Path) -> None:
-    command = _command(tmp_path, pictures, "train.num_epochs=2", "automl.parameters=[train.seed]")
+def test_invalid_input_trains_nothing(tmp_path: Path, images: Path) -> None:
+    command = _command(tmp_path, images, "train.num_epochs=2", "automl.parameters=[train.seed]")
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "automl.parameters: train.seed: it is never searched" in done.stderr
+    assert "automl.parameters: train.seed: it cannot be searched" in done.stderr
     assert not (tmp_path / "automl").exists()
 
 
-def test_a_preempted_search_says_so(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "open_search", lambda *_: signal.raise_signal(signal.SIGTERM))
+def test_preemption_is_recorded(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "Study", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Preempted):
-        run_module.run(_spec(_command(tmp_path, pictures)))
+        search.run(_spec(_command(tmp_path, images)))
     assert read_status(tmp_path / "automl" / "status.json")[-1]["message"] == "automl was preempted"
 
 
 @pytest.mark.slow  # minutes: every job imports torch
-def test_finetuning_with_early_stopping_interrupted_and_measured(tmp_path: Path, pictures: Path) -> None:
+def test_interrupted_finetuning_search_with_early_stopping_and_evaluation(tmp_path: Path, images: Path) -> None:
     pretrained = tmp_path / "pretrained"
-    _run([*_command(pretrained, pictures)[:3], "train", *_command(pretrained, pictures)[4:], "train.num_epochs=1"])
+    _run([*_command(pretrained, images)[:3], "train", *_command(pretrained, images)[4:], "train.num_epochs=1"])
     command = _command(
-        *(tmp_path / "search", pictures, "train.stage=finetune", f"dataset.val_data_sources={pictures / 'val'}"),
+        *(tmp_path / "search", images, "train.stage=finetune", f"dataset.val_data_sources={images / 'val'}"),
         *("train.num_epochs=3", "automl.algorithm=asha", "automl.max_recommendations=4", "dataset.batch_size=2"),
         f"train.pretrained_model_path={pretrained}/train/model_best.pth",
     )  # fmt: skip
@@ -195,5 +192,81 @@ def test_finetuning_with_early_stopping_interrupted_and_measured(tmp_path: Path,
         lines = read_status(folder / "trials" / f"{trial.number:03d}" / "status.json")
         epochs = [line["message"].split()[1] for line in lines if "kpi" in line]
         assert epochs == [str(number + 1) for number in range(trial.user_attrs["epochs"])], "an epoch was trained twice"
-    final = json.loads(json.dumps(optuna.load_study(study_name="automl", storage=stored(_spec(command))).user_attrs))
-    assert 0 <= final["final"]["ACC_all"] <= 1
+    study = optuna.load_study(study_name="automl", storage=read_storage(_spec(command)))
+    assert 0 <= study.user_attrs["final"]["ACC_all"] <= 1
+
+
+def best_of(spec: ExperimentSpec, params: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load(search.best_spec(spec, params, 7))
+    return tree
+
+
+def test_best_spec_of_a_complete_template_loads(tmp_path: Path) -> None:
+    spec = load_spec(TEMPLATE, ["dataset.train_data_sources=photos", f"results_dir={tmp_path}"], action="automl")
+    tree = best_of(spec, {"train.optim.lr": 0.003, "train.optim.warmup_epochs": 2})
+    loaded = load_spec(tree, action="train")
+    assert loaded.train.optim.lr == 0.003
+    assert loaded.train.num_epochs == 7
+    assert loaded.results_dir == f"{tmp_path}/best", "the search's own folder is taken"
+    assert "automl" not in tree
+
+
+def test_best_spec_contains_only_what_was_set() -> None:
+    spec = load_spec(None, ["dataset.train_data_sources=photos", "train.num_epochs=9"], action="automl")
+    assert best_of(spec, {"train.optim.lr": 0.003}) == {
+        "results_dir": "results/best",
+        "dataset": {"train_data_sources": "photos"},
+        "train": {"num_epochs": 7, "optim": {"lr": 0.003}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        (
+            "train.resume_training_checkpoint_path=a.pth",
+            "train.resume_training_checkpoint_path: belongs to a single training run",
+        ),
+        ("train.stop_after_epoch=2", "train.stop_after_epoch: belongs to a single training run"),
+    ],
+)
+def test_options_of_a_single_run_are_rejected(override: str, problem: str, tmp_path: Path) -> None:
+    spec = load_spec(None, ["dataset.train_data_sources=photos", f"results_dir={tmp_path}", override], action="automl")
+    with pytest.raises(SpecError, match=problem):
+        search.run(spec)
+    assert not list(tmp_path.iterdir()), "something was created for invalid input"
+
+
+def test_shared_study_with_remote_results_is_rejected() -> None:
+    overrides = ["dataset.train_data_sources=photos", "results_dir=s3://bucket/a", "automl.storage=postgresql://h/d"]
+    with pytest.raises(SpecError, match="must share the results too"):
+        search.run(load_spec(None, overrides, action="automl"))
+
+
+def test_knn_needs_classes(tmp_path: Path, images: Path) -> None:
+    folder = images / "train" / "blue"
+    overrides = [f"dataset.train_data_sources={folder}", f"dataset.val_data_sources={folder}", "automl.metric=knn_acc"]
+    with pytest.raises(DataError, match=r"automl.metric: knn_acc needs classes"):
+        search.count_images(load_spec(None, overrides, action="automl"))
+
+
+def test_pretraining_counts_the_classes_of_its_validation_images(images: Path) -> None:
+    sources = [f"dataset.{part}_data_sources={images / part}" for part in ("train", "val")]
+    counts = search.count_images(load_spec(None, sources, action="automl"))
+    assert counts["classes"] == 2
+
+
+def test_evaluation_gets_only_data_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint describes the model; the spec of the search may contradict it."""
+    overrides = ["dataset.train_data_sources=photos", "dataset.val_data_sources=val", "train.stage=finetune"]
+    more = ["model.arch=vit_tiny_patch16", "dataset.batch_size=8", "wandb.run_id=abc", "wandb.name=mine"]
+    spec = load_spec(None, [*overrides, *more], action="automl")
+    jobs = TrialJobs(spec, tmp_path, SimpleNamespace(epochs=3, generations=1), "local")  # type: ignore[arg-type]
+    given: list[Any] = []
+    monkeypatch.setattr(jobs.client, "create_job", lambda *args, **more: given.append(args))
+    jobs.start("evaluate", "final", {})
+    jobs.start("train", "000", {})
+    (_, evaluation, _), (_, training, _) = given
+    assert evaluation == {"results_dir": str(tmp_path), "dataset.val_data_sources": "val", "dataset.batch_size": 8}
+    assert training["model.arch"] == "vit_tiny_patch16"
+    assert "wandb.run_id" not in training, "all trials would share one run"

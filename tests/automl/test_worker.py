@@ -1,4 +1,4 @@
-"""The loop of a search, with simulated trainings: who goes on, who is stopped, what stays, what ends it."""
+"""The worker with simulated jobs: which trials continue, what is kept, and what ends a search."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _states(worker: Worker) -> Counter[str]:
     return Counter(trial.state.name for trial in worker.study.trials())
 
 
-def test_every_recommendation_is_trained_once_and_the_best_checkpoint_stays(tmp_path: Path) -> None:
+def test_every_trial_runs_once_and_the_best_checkpoint_stays(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random"))
     worker.run()
     assert _states(worker) == {"COMPLETE": 6}
@@ -51,13 +51,13 @@ def test_every_recommendation_is_trained_once_and_the_best_checkpoint_stays(tmp_
     assert (trial.user_attrs["epochs"], trial.user_attrs["folder"]) == (9, f"{best:03d}")
 
 
-def test_keep_all_keeps_all(tmp_path: Path) -> None:
+def test_keep_all(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=3, keep_all=True))
     worker.run()
     assert _models(tmp_path) == ["000", "001", "002"]
 
 
-def test_a_job_gets_the_values_and_its_place(tmp_path: Path) -> None:
+def test_overrides_of_a_job(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=2))
     worker.run()
     name, overrides = jobs.started[1]
@@ -68,11 +68,11 @@ def test_a_job_gets_the_values_and_its_place(tmp_path: Path) -> None:
         "train.num_epochs": 9,
         "train.results_dir": str(_folder(tmp_path, "001")),
         "wandb.group": "automl",
-        "wandb.name": "recommendation 1",
+        "wandb.name": "trial 1",
     }
 
 
-def test_the_orchestrator_says_how_many_gpus_a_training_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_gpus_is_passed_to_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job inherits no variables of a launcher, so the search hands the number on."""
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1))
     create, given = jobs.create_job, []
@@ -84,13 +84,13 @@ def test_the_orchestrator_says_how_many_gpus_a_training_has(tmp_path: Path, monk
     assert given == [2]
 
 
-def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: Path) -> None:
+def test_asha_stops_by_its_rule_and_trains_no_epoch_twice(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="asha", max_recommendations=9))
-    assert worker.trainings.algorithm.rungs == (3, 9)
+    assert worker.jobs.algorithm.rungs == (3, 9)
     worker.run()
     assert len(jobs.trained) == len(set(jobs.trained)), "an epoch was trained again"
     rungs: dict[int, list[float]] = {3: []}
-    for trial in worker.study.trials():  # one after the other: the rule can be followed by hand
+    for trial in worker.study.trials():  # in sequence, so the rule can be computed here
         expected = TrialState.COMPLETE
         for rung, values in rungs.items():
             value = loss(trial.params, rung)
@@ -110,8 +110,7 @@ def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: 
     assert set(told) == {trial.user_attrs["folder"] for trial in worker.study.trials()} - {best.user_attrs["folder"]}
     for trial in worker.study.trials():
         if trial.state == TrialState.PRUNED:
-            number = trial.user_attrs["recommendation"]
-            why = f"Trial {number} of the search was pruned after epoch 3 of 9, as others were better, so its"
+            why = f"Trial {trial.number} of the search was pruned after epoch 3 of 9, as others were better, so its"
             assert told[trial.user_attrs["folder"]].startswith(why)
     assert _models(tmp_path) == [best.user_attrs["folder"]]
     stops = [overrides.get("train.stop_after_epoch") for name, overrides in jobs.started if name.startswith("000")]
@@ -119,14 +118,14 @@ def test_asha_stops_early_what_optuna_would_and_trains_no_epoch_twice(tmp_path: 
     assert {overrides["train.num_epochs"] for _, overrides in jobs.started} == {9}, "the schedule is of the whole"
 
 
-def test_asha_beats_its_budget(tmp_path: Path) -> None:
+def test_asha_trains_fewer_epochs(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="asha", max_recommendations=12))
     worker.run()
     assert len(jobs.trained) <= 0.7 * 12 * 9, f"{len(jobs.trained)} epochs"
 
 
 @pytest.mark.parametrize("algorithm", ["hyperband", "bohb"])
-def test_others_that_stop_early(tmp_path: Path, algorithm: str) -> None:
+def test_hyperband_and_bohb_stop_early(tmp_path: Path, algorithm: str) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm=algorithm, max_recommendations=12))
     worker.run()
     states = _states(worker)
@@ -136,7 +135,7 @@ def test_others_that_stop_early(tmp_path: Path, algorithm: str) -> None:
     assert len(jobs.trained) == len(set(jobs.trained))
 
 
-def test_a_population_hands_its_checkpoints_on(tmp_path: Path) -> None:
+def test_population_inherits_checkpoints(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="pbt", max_recommendations=12, population_size=4))
     worker.run()
     trials = worker.study.trials()
@@ -165,7 +164,7 @@ def test_a_population_hands_its_checkpoints_on(tmp_path: Path) -> None:
     assert "000" not in _models(tmp_path), "the first generation cannot hand anything on any more"
 
 
-def test_a_hanging_training_is_stopped_and_counts_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_trial_fails_after_the_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
         if overrides["train.results_dir"].endswith("001"):
             raise BrokenError("hang")
@@ -181,25 +180,25 @@ def test_a_hanging_training_is_stopped_and_counts_as_failed(tmp_path: Path, monk
     assert failed.user_attrs["seconds"] >= 3
 
 
-def test_equal_failures_end_the_search_with_their_cause(tmp_path: Path) -> None:
+def test_equal_failures_end_the_search(tmp_path: Path) -> None:
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
-        raise BrokenError(f"DataError: picture {len(overrides['train.results_dir']) + epoch} is broken\nmore")
+        raise BrokenError(f"DataError: image {len(overrides['train.results_dir']) + epoch} is broken\nmore")
 
     spec = make_spec(tmp_path, algorithm="random")
     worker, jobs = make_worker(spec, learn)
     with pytest.raises(RunError) as caught:
         worker.run()
     problem = caught.value.problem
-    assert problem.startswith("3 recommendations in a row failed for the same reason: data: DataError: picture ")
+    assert problem.startswith("3 trials in a row failed for the same reason: data: DataError: image ")
     assert problem.endswith("is broken")
     assert f"{tmp_path}/automl/jobs" in caught.value.fix
     assert len(jobs.started) == 3
     again, _ = make_worker(spec)
     again.run()
-    assert _states(again) == {"FAIL": 3, "COMPLETE": 3}, "the same command goes on with what is left"
+    assert _states(again) == {"FAIL": 3, "COMPLETE": 3}, "the same command must continue with the trials that are left"
 
 
-def test_values_that_diverge_do_not_end_it_where_others_do_not(tmp_path: Path) -> None:
+def test_divergence_does_not_end_a_search_with_a_success(tmp_path: Path) -> None:
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
         if not overrides["train.results_dir"].endswith("000"):
             raise BrokenError("RunError: The loss or its gradients were not finite 10 steps in a row\nmore")
@@ -212,7 +211,7 @@ def test_values_that_diverge_do_not_end_it_where_others_do_not(tmp_path: Path) -
     assert "not finite" in cause
 
 
-def test_different_failures_do_not_end_it(tmp_path: Path) -> None:
+def test_different_failures_do_not_end_the_search(tmp_path: Path) -> None:
     causes = iter(("lightning", "flood", "lightning", "flood", "hail", "lightning"))
 
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
@@ -225,7 +224,7 @@ def test_different_failures_do_not_end_it(tmp_path: Path) -> None:
     assert _models(tmp_path) == []
 
 
-def test_a_success_between_two_failures_ends_their_row(tmp_path: Path) -> None:
+def test_success_resets_the_count_of_failures(tmp_path: Path) -> None:
     def learn(overrides: Mapping[str, Any], epoch: int) -> float:
         if int(overrides["train.results_dir"][-1]) % 2:
             raise BrokenError("always the same")
@@ -237,27 +236,28 @@ def test_a_success_between_two_failures_ends_their_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken_from", [1, 9])
-def test_without_a_finite_value_a_recommendation_has_failed(tmp_path: Path, broken_from: int) -> None:
+def test_trial_without_a_finite_value_fails(tmp_path: Path, broken_from: int) -> None:
     """Also where the earlier epochs had one: the weights are lost."""
 
     def learn(overrides: Mapping[str, Any], epoch: int) -> float | None:
         own = overrides["train.results_dir"].endswith("000")
         return None if own and epoch >= broken_from else loss(overrides, epoch)
 
-    spec = make_spec(tmp_path, algorithm="random", max_recommendations=2, metric="train_loss")
-    spec = spec.replaced({"train.optim.monitor_name": "val_loss"})  # then the last epoch counts
+    last_epoch_counts = {"dataset": {"val_data_sources": "val"}, "train": {"optim": {"monitor_name": "val_loss"}}}
+    settings = {"algorithm": "random", "max_recommendations": 2, "metric": "train_loss"}
+    spec = make_spec(tmp_path, **settings, **last_epoch_counts)
     worker, _ = make_worker(spec, learn)
     worker.run()
     own, other = worker.study.trials()
     assert own.state == TrialState.FAIL
-    assert own.user_attrs["cause"] == "spec: it told no finite train_loss"
+    assert own.user_attrs["cause"] == "spec: it reported no finite train_loss"
     best = worker.study.best()
     assert best is not None
     assert best.number == other.number == 1
     assert _models(tmp_path) == ["001"]
 
 
-def test_a_job_that_cannot_be_started_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_whose_job_cannot_start_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=2))
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -270,18 +270,18 @@ def test_a_job_that_cannot_be_started_is_a_failure(tmp_path: Path, monkeypatch: 
     ] * 2
 
 
-def test_a_job_that_somebody_stopped_is_a_failure(tmp_path: Path) -> None:
+def test_trial_whose_job_is_canceled_fails(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1))
-    worker._turn()
+    worker.turn()
     jobs.cancel_job(worker.running[0].job.id)
     worker.run()
-    assert worker.study.trials()[0].user_attrs["cause"] == "canceled: somebody else stopped its job"
+    assert worker.study.trials()[0].user_attrs["cause"] == "canceled: its job was canceled from outside the search"
 
 
-def test_a_job_that_was_preempted_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_preempted_trial_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     worker, jobs = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=1), stride=1)
     while len(jobs.trained) < 3:
-        worker._turn()
+        worker.turn()
     job = jobs.cancel_job(worker.running[0].job.id)
     jobs.jobs[job.id] = replace(job, exit_code=75)
     worker.run()
@@ -307,8 +307,8 @@ def _interrupted(tmp_path: Path, after: int, **settings: Any) -> Jobs:
 
 @pytest.mark.parametrize("algorithm", ["random", "asha", "pbt"])
 @pytest.mark.parametrize("after", [1, 14])
-def test_ctrl_c_leaves_recommendations_to_be_continued(tmp_path: Path, algorithm: str, after: int) -> None:
-    """However it is cut, the search ends with the same values as one that was not."""
+def test_interrupted_search_ends_with_the_same_values(tmp_path: Path, algorithm: str, after: int) -> None:
+    """An interruption does not change the values, states and results of a search."""
     settings = {"algorithm": algorithm, "max_recommendations": 6, "population_size": 3, "max_concurrent": 2}
     first = _interrupted(tmp_path / "cut", after, **settings)
     worker, second = make_worker(make_spec(tmp_path / "cut", **settings))
@@ -318,10 +318,10 @@ def test_ctrl_c_leaves_recommendations_to_be_continued(tmp_path: Path, algorithm
     assert sorted(first.trained + second.trained) == sorted(jobs.trained), "epochs were lost or trained again"
     told = [(trial.params, trial.value, trial.state, trial.intermediate_values) for trial in worker.study.trials()]
     assert told == [(t.params, t.value, t.state, t.intermediate_values) for t in whole.study.trials()]
-    assert worker.study.count() == 6
+    assert len(worker.study.trials()) == 6
 
 
-def test_ctrl_c_while_a_job_is_started_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_during_start_leaves_no_job_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, jobs = make_worker(make_spec(tmp_path))
     create = jobs.create_job
 
@@ -335,23 +335,23 @@ def test_ctrl_c_while_a_job_is_started_leaves_none_behind(tmp_path: Path, monkey
     assert [job.status for job in jobs.list_jobs()] == ["CANCELED"]
     again, _ = make_worker(make_spec(tmp_path))
     assert again.study.next() is not None
-    assert again.study.count() == 1
+    assert len(again.study.trials()) == 1
 
 
-def test_a_job_that_still_runs_is_adopted(tmp_path: Path) -> None:
+def test_running_job_is_adopted(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, algorithm="random", max_recommendations=1)
     worker, jobs = make_worker(spec, stride=1)
-    worker._turn()
-    worker._turn()
-    worker.study.leave(0)  # as if it had died: its job runs on
+    worker.turn()
+    worker.turn()
+    worker.study.release(0)  # as if it had died: its job runs on
     heir, _ = make_worker(spec)
-    heir.trainings.client = jobs  # type: ignore[assignment]
+    heir.jobs.client = jobs  # type: ignore[assignment]
     heir.run()
     assert len(jobs.started) == 1
     assert _states(heir) == {"COMPLETE": 1}
 
 
-def test_several_at_once(tmp_path: Path) -> None:
+def test_several_trials_at_once(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="random", max_concurrent=3))
     seen: list[int] = []
     worker.changed = lambda running: seen.append(len(running))
@@ -360,7 +360,7 @@ def test_several_at_once(tmp_path: Path) -> None:
     assert _states(worker) == {"COMPLETE": 6}
 
 
-def test_a_training_that_another_machine_took_over_is_stopped_and_continued_there(
+def test_trial_taken_over_by_another_machine_is_stopped_here_and_continued_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = make_spec(tmp_path, algorithm="asha", max_recommendations=1)
@@ -369,13 +369,13 @@ def test_a_training_that_another_machine_took_over_is_stopped_and_continued_ther
         patched.setattr(socket, "gethostname", lambda: "far-away")
         there, old = make_worker(spec, stride=1)
     while old.trained[-1:] != [("000", 5)]:
-        there._turn()
+        there.turn()
     with monkeypatch.context() as patched:
         patched.setattr(study_module, "LOST", -1.0)
         here, new = make_worker(spec)
         while not here.running:
-            here._turn()
-    there._turn()
+            here.turn()
+    there.turn()
     assert there.running == []
     assert [job.status for job in old.jobs.values()][-1] == "CANCELED", "both train the same"
     here.run()
@@ -387,10 +387,10 @@ def test_a_training_that_another_machine_took_over_is_stopped_and_continued_ther
     lines = (_folder(tmp_path, folder) / "status.json").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 9, "the epochs before are not known there"
     there.run()
-    assert here.study.count() == 1
+    assert len(here.study.trials()) == 1
 
 
-def test_when_it_was_taken_over_after_its_last_epoch_nothing_is_trained(
+def test_trial_taken_over_after_its_last_epoch_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = make_spec(tmp_path, algorithm="random", max_recommendations=1)
@@ -398,7 +398,7 @@ def test_when_it_was_taken_over_after_its_last_epoch_nothing_is_trained(
         patched.setattr(socket, "gethostname", lambda: "far-away")
         there, old = make_worker(spec, stride=1)
     while len(old.trained) < 9:
-        there._turn()
+        there.turn()
     monkeypatch.setattr(study_module, "LOST", -1.0)
     here, new = make_worker(spec)
     here.run()
@@ -407,10 +407,10 @@ def test_when_it_was_taken_over_after_its_last_epoch_nothing_is_trained(
     assert _models(tmp_path) == [here.study.trials()[0].user_attrs["folder"]], "the checkpoints exist twice"
 
 
-def test_a_full_disk_pauses_the_search(tmp_path: Path) -> None:
+def test_full_disk_pauses_the_search(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, algorithm="random", max_recommendations=20)
     worker, jobs = make_worker(spec, stride=1)
-    worker._turn()
+    worker.turn()
     engine = worker.study.study._storage._backend.engine  # type: ignore[attr-defined]
     with engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar() + 1
@@ -419,37 +419,40 @@ def test_a_full_disk_pauses_the_search(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         worker.run()
     assert caught.value.problem == "The study cannot be read or written: database or disk is full."
-    assert caught.value.fix == "Make room where the disk is full, or look at the database; the same command goes on."
+    assert (
+        caught.value.fix
+        == "Free space if the disk is full, or check the database; the same command continues the search."
+    )
     assert all(job.finished for job in jobs.list_jobs()), "a job was left running"
     heir, _ = make_worker(make_spec(tmp_path, algorithm="random", max_recommendations=20))
     held = heir.study.unfinished()
     for trial in held:  # its holder is this very process, which is not dead
-        worker.study.leave(trial.number)
+        worker.study.release(trial.number)
     heir.run()
     assert _states(heir) == {"COMPLETE": 20}
 
 
-def test_the_seconds_of_all_jobs_count(tmp_path: Path) -> None:
+def test_seconds_of_all_jobs_count(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, algorithm="asha", max_recommendations=1), pause=0.02)
     worker.run()
-    (trial,) = worker.study.shown()
+    (trial,) = worker.study.summaries()
     assert 9 * 0.02 <= trial.seconds < 5
     assert trial.epochs == 9
 
 
-def test_settings_of_the_search_are_no_overrides_of_a_training(tmp_path: Path) -> None:
+def test_search_settings_are_not_passed_to_jobs(tmp_path: Path) -> None:
     worker, _ = make_worker(make_spec(tmp_path, seed=5))
-    typed = worker.trainings._specs
+    typed = worker.jobs.specs
     assert not [key for key in typed if key.startswith("automl.")]
     assert typed["results_dir"] == str(tmp_path / "automl")
     assert json.dumps(typed["model.arch"]) == '"vit_tiny_patch16"'
 
 
-def test_trainings_get_variables_and_not_their_values_in_the_spec(
+def test_jobs_get_environment_variables_instead_of_their_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAE_DATA", "hush-hush")
     spec = make_spec(tmp_path).standing_for({"dataset.train_data_sources": "${oc.env:MAE_DATA}"})
     worker, _ = make_worker(spec)
-    assert worker.trainings._specs["dataset.train_data_sources"] == "${oc.env:MAE_DATA}"
-    assert worker.trainings._environment["MAE_DATA"] == "hush-hush"
+    assert worker.jobs.specs["dataset.train_data_sources"] == "${oc.env:MAE_DATA}"
+    assert worker.jobs.environment["MAE_DATA"] == "hush-hush"

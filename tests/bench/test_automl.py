@@ -76,7 +76,7 @@ def test_the_own_values_are_the_quickstarts_shortened(pictures: Path, tmp_path: 
 
 
 def test_searches_share_what_was_trained_and_count_it_each(pictures: Path, tmp_path: Path) -> None:
-    budget = Budget(epochs=9, recommendations=5, seeds=(3,))
+    budget = Budget(epochs=9, trials=5, seeds=(3,))
     table = Formula(tmp_path, tree_of(pictures, tmp_path, 9), 9)
     found = {name: searches[3] for name, searches in automl.measure(table, budget).items()}
     assert len(table.trained) == len(set(table.trained)), "something was trained twice"
@@ -94,14 +94,14 @@ def test_searches_share_what_was_trained_and_count_it_each(pictures: Path, tmp_p
     assert found["random"].best == max(value for value in values.values() if value is not None)
 
 
-def test_a_training_that_fails_is_one_recommendation_less(pictures: Path, tmp_path: Path) -> None:
+def test_a_training_that_fails_is_one_trial_less(pictures: Path, tmp_path: Path) -> None:
     class Fails(Formula):
         def _train(self, params: Mapping[str, Any], epoch: int, folder: Path) -> float | None:
             value = super()._train(params, epoch, folder)
             return None if len(self.trained) == 2 else value
 
     table = Fails(tmp_path, tree_of(pictures, tmp_path, 9), 9)
-    search = automl.search_with("random", 0, table, Budget(recommendations=3))
+    search = automl.search_with("random", 0, table, Budget(trials=3))
     assert [step.value is None for step in search.steps] == [False, True, False]
     assert search.best == max(step.value for step in search.steps if step.value is not None)
 

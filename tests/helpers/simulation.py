@@ -1,4 +1,4 @@
-"""Trainings that are simulated: everything of a search is real but the jobs. As a program: a worker process of one."""
+"""Searches with simulated jobs. Run as a program, it is a worker process of such a search."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from openmae.automl import worker as module
-from openmae.automl.algorithms import Algorithm
-from openmae.automl.objective import make_objective
-from openmae.automl.space import budget, make_space
 from openmae.automl.study import Study
-from openmae.automl.worker import Trainings, Worker
+from openmae.automl.trial_jobs import TrialJobs
+from openmae.automl.worker import Worker
 from openmae.jobs.job import Job, Transition
 from openmae.jobs.outcome import FailureAnalysis
 from openmae.spec.load import load_spec
@@ -27,12 +25,12 @@ Learn = Callable[[Mapping[str, Any], int], float | None]
 
 
 class BrokenError(Exception):
-    """A training fails with this message; ``hang`` goes on for ever."""
+    """The simulated job fails with this message; ``hang`` means that it never ends."""
 
 
 @dataclass
 class Jobs:
-    """Stands in for ``Client``: a job trains some epochs each time it is looked at.
+    """A replacement for ``Client`` whose jobs train some epochs each time they are polled.
 
     Attributes:
         learn: (overrides, epoch) -> the loss after it; None: not finite; BrokenError: the job fails.
@@ -121,23 +119,28 @@ class Jobs:
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
-    """What the newest simulated checkpoint of a folder says."""
+    """Return the content of the newest simulated checkpoint in a folder."""
     files = sorted(folder.glob("model_epoch_*.pth"))
     return json.loads(files[-1].read_text(encoding="utf-8")) if files else None
 
 
 def loss(overrides: Mapping[str, Any], epoch: int) -> float:
-    """Falls with the epochs, and is lowest at a momentum of 0.93."""
+    """Return a loss that falls with the epochs and is lowest at a momentum of 0.93."""
     return (float(overrides.get("train.optim.momentum", 0.9)) - 0.93) ** 2 + 1.0 / epoch
 
 
 def make_spec(folder: Path, **automl: Any) -> ExperimentSpec:
-    """Of a search for two options of a pretraining of 9 epochs; ``automl`` may hold ``train`` and other sections."""
+    """Return the spec of a search for two options of pretraining over 9 epochs.
+
+    Args:
+        folder: results folder.
+        automl: settings of the section ``automl``, or the sections ``model``, ``dataset`` and ``train``.
+    """
     sections = {name: automl.pop(name) for name in ("model", "dataset", "train") if name in automl}
     tree = {
         "results_dir": str(folder),
         "model": {"arch": "vit_tiny_patch16", **sections.get("model", {})},
-        "dataset": {"train_data_sources": "pictures", "batch_size": 4, **sections.get("dataset", {})},
+        "dataset": {"train_data_sources": "images", "batch_size": 4, **sections.get("dataset", {})},
         "train": {"num_epochs": 9, **sections.get("train", {})},
         "automl": {"parameters": ["train.optim.lr", "train.optim.momentum"], "max_recommendations": 6, **automl},
     }
@@ -145,21 +148,18 @@ def make_spec(folder: Path, **automl: Any) -> ExperimentSpec:
 
 
 def open_study(spec: ExperimentSpec) -> Study:
-    """As ``run.open_search`` opens it."""
-    space, folder = make_space(spec), Path(spec.results_folder("automl"))
+    """Open the study of a spec in its results folder."""
+    folder = Path(spec.results_folder("automl"))
     folder.mkdir(parents=True, exist_ok=True)
-    algorithm = Algorithm(spec.automl, space, budget(spec))
-    algorithm.check()
-    return Study(spec, folder, algorithm, space, make_objective(spec))
+    return Study(spec, folder)
 
 
 def make_worker(spec: ExperimentSpec, learn: Learn = loss, pause: float = 0.0, stride: int = 9) -> tuple[Worker, Jobs]:
-    """A worker of the search, whose trainings are simulated."""
+    """Return a worker with simulated jobs."""
     study = open_study(spec)
-    trainings, jobs = Trainings(spec, Path(spec.results_folder("automl")), study.algorithm, "local"), Jobs(learn)
-    jobs.pause, jobs.stride = pause, stride
-    trainings.client = jobs  # type: ignore[assignment]
-    return Worker(study, trainings), jobs
+    trial_jobs, jobs = TrialJobs(spec, study.folder, study.algorithm, "local"), Jobs(learn, pause=pause, stride=stride)
+    trial_jobs.client = jobs  # type: ignore[assignment]
+    return Worker(study, trial_jobs), jobs
 
 
 if __name__ == "__main__":  # RESULTS SETTINGS PAUSE: prints what it trained, as JSON lines

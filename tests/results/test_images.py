@@ -1,3 +1,5 @@
+"""Figures with images, and texts of all figures."""
+
 import os
 import subprocess
 import sys
@@ -6,34 +8,19 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from PIL import Image
+from tests.helpers.pixels import assert_blank_edge, count_near, read_pixels
 
 from openmae.results import curves, style
+from openmae.results.confusion import save_confusion_matrix
+from openmae.results.curves import save_curves
 from openmae.results.dataset_report import save_dataset_figure
-from openmae.results.images import (
-    reconstruction_grid,
-    save_bar_comparison,
-    save_confusion_matrix,
-    save_curves,
-    save_predictions,
-)
+from openmae.results.images import reconstruction_grid, save_bar_comparison, save_predictions
 from openmae.results.search_section import save_importances
-from openmae.results.style import BLUE, GREY, INK, MUTED, RUST
+from openmae.results.style import BLUE, GREY, INK, MUTED
 
 
 def _images(count: int, height: int, width: int, channels: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
-
-
-def _pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        image.load()
-        return np.asarray(image.convert("RGB"))
-
-
-def _near(pixels: np.ndarray, colour: str, tolerance: int = 12) -> int:
-    target = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-    return int((np.abs(pixels.astype(int) - target).max(axis=-1) <= tolerance).sum())
 
 
 class TestPredictions:
@@ -42,23 +29,23 @@ class TestPredictions:
     def test_a_label_below_each_image(self, tmp_path: Path, channels: int, count: int, rows: int, columns: int) -> None:
         images = np.full((count, 32, 32, channels), 128, dtype=np.uint8)
         path = save_predictions(images, ["cat"] * count, [0.5] * count, tmp_path / "new" / "sheet.png")
-        drawn = _pixels(path)
+        drawn = read_pixels(path)
         assert drawn.shape[1] == 2 * 24 + columns * 224 + (columns - 1) * 24
         assert drawn.shape[0] == 2 * 24 + rows * (224 + 40) + (rows - 1) * 24
         captions = drawn[24 + 224 : 24 + 224 + 40]
-        assert _near(captions[:, 24:100], INK) > 20, "the label"
-        assert _near(captions[:, 24 + 150 : 24 + 224], MUTED, 40) > 20, "the probability"
+        assert count_near(captions[:, 24:100], INK) > 20, "the label"
+        assert count_near(captions[:, 24 + 150 : 24 + 224], MUTED, 40) > 20, "the probability"
 
-    def test_long_labels_are_cut_before_the_probability(self, tmp_path: Path) -> None:
+    def test_long_labels_are_shortened(self, tmp_path: Path) -> None:
         images = np.zeros((2, 64, 64, 3), dtype=np.uint8)
-        drawn = _pixels(save_predictions(images, ["m" * 80, ""], [1.0, 0.004], tmp_path / "sheet.png"))
+        drawn = read_pixels(save_predictions(images, ["m" * 80, ""], [1.0, 0.004], tmp_path / "sheet.png"))
         percent = 24 + 256 - int(style.text_font(18).getlength("100 %"))
         below = drawn[24 + 256 : 24 + 256 + 40]
-        assert _near(below[:, percent - 30 : percent - 8], INK) > 0, "the label"
+        assert count_near(below[:, percent - 30 : percent - 8], INK) > 0, "the label"
         assert (below[:, percent - 7 : percent - 1] == 255).all(), "nothing between it and the probability"
 
-    def test_what_does_not_fit_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="1 images, 2 labels and 1 probabilities do not fit"):
+    def test_numbers_that_do_not_match_are_rejected(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="1 images, 2 labels and 1 probabilities do not match"):
             save_predictions(np.zeros((1, 8, 8, 3), dtype=np.uint8), ["a", "b"], [0.1], tmp_path / "sheet.png")
         assert not list(tmp_path.iterdir())
 
@@ -66,40 +53,40 @@ class TestPredictions:
 class TestReconstructionGrid:
     @pytest.mark.parametrize("channels", [1, 3, 4])
     @pytest.mark.parametrize("count", [1, 3, 8])
-    def test_is_wider_than_tall(self, tmp_path: Path, channels: int, count: int) -> None:
+    def test_figure_is_wider_than_tall(self, tmp_path: Path, channels: int, count: int) -> None:
         images = _images(count, 32, 32, channels)
         path = reconstruction_grid(images, images, images, images, tmp_path / "new" / "grid.png")
-        height, width, _ = _pixels(path).shape
+        height, width, _ = read_pixels(path).shape
         assert width > height
 
-    def test_every_pixel_of_a_small_image_stays_a_square(self, tmp_path: Path) -> None:
+    def test_small_images_are_enlarged_without_interpolation(self, tmp_path: Path) -> None:
         images = _images(1, 28, 28, 3)
-        drawn = _pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
+        drawn = read_pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
         tile = images[0].repeat(8, axis=0).repeat(8, axis=1)
         assert np.array_equal(drawn[24 + 34 : 24 + 34 + 224, 24 : 24 + 224], tile)
 
     def test_columns_are_in_order(self, tmp_path: Path) -> None:
         flat = [np.full((1, 224, 224, 3), value, dtype=np.uint8) for value in (10, 80, 150, 220)]
-        drawn = _pixels(reconstruction_grid(*flat, tmp_path / "grid.png"))
+        drawn = read_pixels(reconstruction_grid(*flat, tmp_path / "grid.png"))
         centres = [24 + 112 + column * 230 for column in range(4)]
         assert [int(drawn[150, x, 0]) for x in centres] == [10, 80, 150, 220]
 
-    def test_large_and_oblong_images_are_fitted(self, tmp_path: Path) -> None:
+    def test_large_images_are_reduced(self, tmp_path: Path) -> None:
         images = _images(2, 512, 1024, 1)
-        drawn = _pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
+        drawn = read_pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
         assert drawn.shape[:2] == (2 * 24 + 34 + 2 * 112 + 6, 2 * 24 + 4 * 224 + 3 * 6)
 
     def test_tall_images_leave_no_group_empty(self, tmp_path: Path) -> None:
         images = np.zeros((4, 224, 40, 3), dtype=np.uint8)
-        drawn = _pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
+        drawn = read_pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
         assert drawn.shape[1] == 2 * 24 + 2 * (4 * 40 + 3 * 6) + 40
 
     def test_transparency_is_laid_on_white(self, tmp_path: Path) -> None:
         clear = np.zeros((1, 224, 224, 4), dtype=np.uint8)
-        drawn = _pixels(reconstruction_grid(clear, clear, clear, clear, tmp_path / "grid.png"))
+        drawn = read_pixels(reconstruction_grid(clear, clear, clear, clear, tmp_path / "grid.png"))
         assert (drawn[150, 100] == 255).all()
 
-    def test_bad_arrays_are_refused(self, tmp_path: Path) -> None:
+    def test_invalid_arrays_are_rejected(self, tmp_path: Path) -> None:
         images, path = _images(2, 8, 8, 3), tmp_path / "grid.png"
         with pytest.raises(ValueError, match=r"N > 0 and C 1, 3 or 4; got \(0, 8, 8, 3\)"):
             reconstruction_grid(images[:0], images[:0], images[:0], images[:0], path)
@@ -109,105 +96,25 @@ class TestReconstructionGrid:
             reconstruction_grid(images, images, images, images / 255, path)
 
 
-class TestConfusionMatrix:
-    @pytest.mark.parametrize("classes", [2, 10, 15, 16, 60, 61, 100, 251, 1000])
-    def test_sizes(self, tmp_path: Path, classes: int) -> None:
-        matrix = np.eye(classes, dtype=int) * 9
-        matrix[0, -1] = 1
-        path = save_confusion_matrix(matrix, [f"class {i}" for i in range(classes)], tmp_path / "m.png")
-        drawn = _pixels(path)
-        assert max(drawn.shape) < 3200
-        assert _near(drawn, BLUE) > 200
-
-    def test_mistakes_have_a_colour_of_their_own(self, tmp_path: Path) -> None:
-        wrong = _pixels(save_confusion_matrix(np.array([[0, 5], [5, 0]]), "ab", tmp_path / "wrong.png"))
-        assert _near(wrong, RUST) > 5000
-        assert _near(wrong, BLUE) == 0
-
-    def test_no_images_at_all(self, tmp_path: Path) -> None:
-        assert save_confusion_matrix(np.zeros((3, 3), dtype=int), "abc", tmp_path / "m.png").exists()
-
-    @pytest.mark.filterwarnings("error")
-    def test_odd_names_are_drawn_as_they_are(self, tmp_path: Path) -> None:
-        names = ["$5 note$", "_^{\\", "a very long name of a class that nobody would shorten", "猫"]
-        assert save_confusion_matrix(np.eye(4, dtype=int) * 123_456, names, tmp_path / "m.png").exists()
-
-    def test_shapes_that_do_not_fit_are_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"shape \(2, 2\) does not fit 3 class names"):
-            save_confusion_matrix(np.eye(2, dtype=int), "abc", tmp_path / "m.png")
-        with pytest.raises(ValueError, match=r"does not fit 1 class names \(2 or more\)"):
-            save_confusion_matrix(np.eye(1, dtype=int), "a", tmp_path / "m.png")
-
-
-def _run(steps: int) -> list[dict[str, float]]:
-    return [
-        {
-            "step": i,
-            "epoch": 1 + i // 10,
-            "train_loss": 2.0 * 0.97**i,
-            "lr": 1e-3,
-            "images_per_s": 100,
-            "data_wait": 0.1,
-        }
-        for i in range(1, steps + 1)
-    ]
-
-
-class TestCurves:
-    def test_panels_appear_for_what_was_measured(self, tmp_path: Path) -> None:
-        one = _pixels(save_curves([{"step": 1, "epoch": 1, "train_loss": 1.0}], tmp_path / "one.png"))
-        four = _pixels(save_curves(_run(200), tmp_path / "four.png"))
-        assert four.shape[1] == 2 * one.shape[1]
-        assert four.shape[0] > one.shape[0]
-
-    def test_the_training_loss_is_the_card_s(self) -> None:
-        """One number for one thing: the mean of the last epoch, on the report's card and beside the curve."""
-        rows = [*_run(20), {"step": 20, "epoch": 2, "train_loss_epoch": 0.857, "val_loss": 0.9}]
-        train, validation = curves._curves(curves._PANELS[0], rows)
-        assert (train.reading, validation.reading) == (0.857, 0.9)
-        (unfinished,) = curves._curves(curves._PANELS[0], _run(20))
-        assert unfinished.reading == unfinished.values[-1]
-
-    def test_values_that_are_not_finite_leave_gaps(self, tmp_path: Path) -> None:
-        rows = [*_run(100), {"step": 101, "epoch": 10, "train_loss": float("nan"), "val_loss": float("inf")}]
-        assert save_curves(rows, tmp_path / "c.png").exists()
-
-    def test_many_learning_rates(self, tmp_path: Path) -> None:
-        rows = [{"step": s, "epoch": 1, **{f"lr_{i}": 0.1 * 0.65**i for i in range(14)}} for s in (0, 1, 2)]
-        assert save_curves(rows, tmp_path / "c.png").exists()
-
-    def test_nothing_to_draw(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="nothing to draw"):
-            save_curves([], tmp_path / "c.png")
-        with pytest.raises(ValueError, match="nothing to draw"):
-            save_curves([{"step": 1, "epoch": 1, "train_loss": float("nan")}], tmp_path / "c.png")
-
-    def test_names_that_would_overlap_are_spread(self) -> None:
-        assert curves._spread([0.1, 0.5, 0.9], gap=0.1) == pytest.approx([0.1, 0.5, 0.9])
-        assert curves._spread([0.5, 0.5], gap=0.1) == pytest.approx([0.45, 0.55])
-        spread = curves._spread([0.3, 0.5, 0.5, 0.56], gap=0.1)
-        assert np.diff(spread).min() >= 0.1 - 1e-9
-
-
 class TestBars:
-    def test_the_best_is_in_colour(self, tmp_path: Path) -> None:
+    def test_best_bar_is_blue(self, tmp_path: Path) -> None:
         path = save_bar_comparison(
             {"pretrained": 0.9, "from scratch": 0.45},
             tmp_path / "b.png",
             title="T",
             notes={"pretrained": "1 s"},
         )
-        drawn = _pixels(path)
-        assert _near(drawn, BLUE) == pytest.approx(2 * _near(drawn, GREY), rel=0.05)
+        drawn = read_pixels(path)
+        assert count_near(drawn, BLUE) == pytest.approx(2 * count_near(drawn, GREY), rel=0.05)
 
-    def test_bad_values_are_refused(self, tmp_path: Path) -> None:
+    def test_invalid_values_are_rejected(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no accuracies"):
             save_bar_comparison({}, tmp_path / "b.png", title="T")
-        with pytest.raises(ValueError, match=r"a: an accuracy must lie in \[0, 1\], not 93"):
+        with pytest.raises(ValueError, match=r"a: an accuracy must be in \[0, 1\], not 93"):
             save_bar_comparison({"a": 93}, tmp_path / "b.png", title="T")
 
 
-def test_drawing_leaves_no_trace(tmp_path: Path) -> None:
+def test_drawing_restores_the_settings(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     save_bar_comparison({"a": 0.5}, tmp_path / "b.png", title="T")
     assert dict(matplotlib.rcParams) == before
@@ -218,30 +125,25 @@ LONG = ["W" * 40, "猫", "🐈 cat", "two\nlines", "not text \udcff", "_^{\\$"]
 
 
 class TestText:
-    """Every picture has room for its texts, whatever they are."""
-
-    def _check(self, path: Path) -> None:
-        drawn = _pixels(path)
-        edge = np.concatenate([drawn[:2].ravel(), drawn[-2:].ravel(), drawn[:, :2].ravel(), drawn[:, -2:].ravel()])
-        assert (edge == 255).all(), f"{path.name}: a text is cut off at the edge"
+    """Figures have room for any text."""
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("classes", [6, 12, 20])
     def test_confusion_matrix(self, tmp_path: Path, classes: int) -> None:
         names = (LONG * 4)[:classes]
-        self._check(save_confusion_matrix(np.ones((classes, classes), dtype=int), names, tmp_path / "m.png"))
+        assert_blank_edge(save_confusion_matrix(np.ones((classes, classes), dtype=int), names, tmp_path / "m.png"))
 
     @pytest.mark.filterwarnings("error")
     def test_predictions(self, tmp_path: Path) -> None:
         images = np.zeros((len(LONG), 8, 8, 3), dtype=np.uint8)
-        self._check(save_predictions(images, LONG, [1.0] * len(LONG), tmp_path / "p.png"))
+        assert_blank_edge(save_predictions(images, LONG, [1.0] * len(LONG), tmp_path / "p.png"))
 
     @pytest.mark.filterwarnings("error")
     def test_bars(self, tmp_path: Path) -> None:
         path = save_bar_comparison(
             {"W" * 40: 1.0, "猫": 0.5}, tmp_path / "b.png", title="W" * 90, subtitle="s" * 300, notes={"猫": "W" * 60}
         )
-        self._check(path)
+        assert_blank_edge(path)
 
     @pytest.mark.filterwarnings("error")
     def test_data_set(self, tmp_path: Path) -> None:
@@ -254,19 +156,19 @@ class TestText:
             sizes=sizes,
             file_sizes=np.array([10, 2_000_000]),
         )
-        self._check(path)
+        assert_blank_edge(path)
 
     def test_importances(self, tmp_path: Path) -> None:
         path = save_importances({"train.optim.lr": 0.5, f"dataset.{'W' * 30}": 0.2}, tmp_path / "i.png")
         assert path is not None
-        self._check(path)
+        assert_blank_edge(path)
 
-    def test_the_accuracies_of_a_pretraining(self, tmp_path: Path) -> None:
+    def test_labels_of_pretraining_accuracies(self, tmp_path: Path) -> None:
         rows = [{"step": 9, "epoch": 0, "train_loss": 1.0, "val_loss": 1.0, "probe_acc": 0.874, "knn_acc": 0.8712}]
         path = save_curves(rows, tmp_path / "c.png")
-        self._check(path)
+        assert_blank_edge(path)
         label = curves._BESIDE * curves._WIDTH + style.text_width(["linear probe  87.4 %"], curves._NAME_SIZE)
-        assert _pixels(path).shape[1] >= 2 * (curves._LEFT + curves._WIDTH + label) * style.DPI
+        assert read_pixels(path).shape[1] >= 2 * (curves._LEFT + curves._WIDTH + label) * style.DPI
 
 
 _DRAW = """
@@ -279,7 +181,9 @@ mono = next(entry.fname for entry in own if entry.name == "DejaVu Sans Mono")
 installed = ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "Noto Sans CJK JP", "sans-serif"]
 more = [fonts.FontEntry(fname=mono, name=name) for name in installed] if sys.argv[1] == "many" else []
 fonts.fontManager.ttflist[:] = [*more, *own]
-from openmae.results.images import save_confusion_matrix, save_curves, save_predictions
+from openmae.results.confusion import save_confusion_matrix
+from openmae.results.curves import save_curves
+from openmae.results.images import save_predictions
 row = {"step": 9, "epoch": 0, "train_loss": 1.0, "val_loss": 1.0, "probe_acc": 0.874, "knn_acc": 0.8712}
 folder = Path(sys.argv[2])
 paths = [
@@ -291,7 +195,7 @@ print([hashlib.sha256(path.read_bytes()).hexdigest() for path in paths])
 """
 
 
-def test_pictures_do_not_depend_on_the_fonts_of_the_machine(tmp_path: Path) -> None:
+def test_figures_do_not_depend_on_installed_fonts(tmp_path: Path) -> None:
     drawn = []
     for fonts in ("none", "many"):
         folder = tmp_path / fonts

@@ -25,14 +25,14 @@ def test_columns_grow_as_metrics_appear(tmp_path: Path) -> None:
 
 
 @given(value=st.floats())
-def test_values_come_back_to_the_last_bit(tmp_path_factory: pytest.TempPathFactory, value: float) -> None:
+def test_values_keep_full_precision(tmp_path_factory: pytest.TempPathFactory, value: float) -> None:
     metrics = MetricsLog(tmp_path_factory.mktemp("run"), append=False)
     metrics.write(1, 1, {"x": value})
     (row,) = read_metrics(metrics.path)
     assert row["x"] == value or (math.isnan(row["x"]) and math.isnan(value))
 
 
-def test_resume_appends_after_dropping_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+def test_resume_drops_rows_after_the_checkpoint(tmp_path: Path) -> None:
     metrics = MetricsLog(tmp_path, append=False)
     for step in (10, 20, 30):
         metrics.write(step, 1, {"train_loss": 1 / step, "lr": 0.1})
@@ -45,20 +45,20 @@ def test_resume_appends_after_dropping_what_came_after_the_checkpoint(tmp_path: 
     assert resumed.path.read_text().count("step") == 1
 
 
-def test_without_append_the_file_starts_anew(tmp_path: Path) -> None:
+def test_without_append_the_file_is_replaced(tmp_path: Path) -> None:
     MetricsLog(tmp_path, append=False).write(1, 1, {"a": 1.0})
     assert MetricsLog(tmp_path, append=False).path.read_text() == "step,epoch\n"
 
 
 @pytest.mark.parametrize("content", ["", "step,ep"])
-def test_append_to_a_file_without_a_whole_header(tmp_path: Path, content: str) -> None:
+def test_append_to_a_file_with_an_incomplete_header(tmp_path: Path, content: str) -> None:
     (tmp_path / "metrics.csv").write_text(content)
     metrics = MetricsLog(tmp_path, append=True)
     metrics.write(1, 1, {"a": 1.0})
     assert read_metrics(metrics.path) == [{"step": 1, "epoch": 1, "a": 1.0}]
 
 
-def test_a_torn_last_row_is_left_out_and_cut_on_append(tmp_path: Path) -> None:
+def test_incomplete_last_row_is_ignored_and_removed_on_append(tmp_path: Path) -> None:
     metrics = MetricsLog(tmp_path, append=False)
     metrics.write(1, 1, {"a": 0.125})
     with metrics.path.open("a") as file:
@@ -68,12 +68,12 @@ def test_a_torn_last_row_is_left_out_and_cut_on_append(tmp_path: Path) -> None:
     assert series(read_metrics(metrics.path), "a") == ([1, 2], [0.125, 0.5])
 
 
-def test_the_names_of_the_position_are_taken(tmp_path: Path) -> None:
+def test_reserved_column_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a metric cannot be called 'step'"):
         MetricsLog(tmp_path, append=False).write(1, 1, {"step": 2.0})
 
 
-def test_a_failed_rewrite_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_rewrite_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = MetricsLog(tmp_path, append=False)
     metrics.write(1, 1, {"a": 1.0})
     before = metrics.path.read_text()
@@ -88,8 +88,8 @@ def test_a_failed_rewrite_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == [metrics.path]
 
 
-def test_rows_of_an_older_version_that_counted_epochs_from_0(tmp_path: Path) -> None:
-    """They are read as the others are, and a resumed run writes them anew."""
+def test_old_files_with_epochs_from_0(tmp_path: Path) -> None:
+    """A resumed run rewrites them with epochs from 1."""
     path = tmp_path / "metrics.csv"
     path.write_text("step,epoch,train_loss\n1,0,0.5\n2,0,0.4\n3,1,0.3\n4,1,0.2\n")
     assert [row["epoch"] for row in read_metrics(path)] == [1, 1, 2, 2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from openmae.results.report import Code, Numbers, Picture, Section, Table, Text, write_report
+from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 
 
 class _Page(HTMLParser):
@@ -48,12 +48,12 @@ def sections(tmp_path: Path) -> list[Section]:
             "Of the validation images.",
         ),
         Table("Run", ["", ""], [["device", "CPU"], ["parameters", 5_717_416]]),
-        Picture("Curves", tmp_path / "picture.png", 'Loss & "accuracy"'),
+        Figure("Curves", tmp_path / "picture.png", 'Loss & "accuracy"'),
         Code("Spec", "model:\n  arch: vit\n" * 20),
     ]
 
 
-def test_the_page_holds_everything(tmp_path: Path, sections: list[Section]) -> None:
+def test_page_contains_all_sections(tmp_path: Path, sections: list[Section]) -> None:
     path = write_report(tmp_path / "out", "A <run>", sections, subtitle="vit · pretrain")
     assert path == tmp_path / "out" / "report.html"
     html = path.read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def test_the_page_holds_everything(tmp_path: Path, sections: list[Section]) -> N
     assert "Show 40 lines" in page.text
 
 
-def test_nothing_is_asked_of_the_network(tmp_path: Path, sections: list[Section]) -> None:
+def test_page_makes_no_requests(tmp_path: Path, sections: list[Section]) -> None:
     html = write_report(tmp_path, "Run", sections).read_text(encoding="utf-8")
     page = _Page(html)
     assert page.addresses
@@ -80,7 +80,7 @@ def test_nothing_is_asked_of_the_network(tmp_path: Path, sections: list[Section]
     assert "default-src 'none'" in html
 
 
-def test_the_contents_link_to_the_sections(tmp_path: Path, sections: list[Section]) -> None:
+def test_contents_link_to_sections(tmp_path: Path, sections: list[Section]) -> None:
     page = _Page(write_report(tmp_path, "Run", sections).read_text(encoding="utf-8"))
     links = [str(link["href"])[1:] for link in page.all("a")]
     anchors = [section["id"] for section in page.all("section")]
@@ -101,27 +101,27 @@ def test_columns_of_numbers_are_aligned_and_share_their_decimals(tmp_path: Path)
     assert [kind for kind, _ in cells] == ["", "number", "number", "number", "number"] * 2
 
 
-def test_columns_without_names_have_no_head(tmp_path: Path) -> None:
+def test_table_without_column_names_has_no_head(tmp_path: Path) -> None:
     html = write_report(tmp_path, "Run", [Table("T", ["", ""], [["device", "CPU"]])]).read_text()
     assert "<thead>" not in html
 
 
-def test_pictures_are_shown_at_the_size_their_resolution_asks_for(tmp_path: Path) -> None:
+def test_figures_are_shown_at_the_size_of_their_resolution(tmp_path: Path) -> None:
     Image.new("RGB", (400, 200)).save(tmp_path / "fine.png", dpi=(200, 200))
     Image.new("RGB", (400, 200)).save(tmp_path / "plain.png")
-    pictures = [Picture("", tmp_path / name, "") for name in ("fine.png", "plain.png")]
+    pictures = [Figure("", tmp_path / name, "") for name in ("fine.png", "plain.png")]
     page = _Page(write_report(tmp_path, "Run", pictures).read_text(encoding="utf-8"))
     assert [image["width"] for image in page.all("img")] == ["192", "400"]
 
 
-def test_wrong_sections_are_refused(tmp_path: Path) -> None:
+def test_invalid_sections_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="table 'T': a row does not have 2 cells"):
         write_report(tmp_path, "Run", [Table("T", ["a", "b"], [[1]])])
     with pytest.raises(FileNotFoundError):
-        write_report(tmp_path, "Run", [Picture("P", tmp_path / "absent.png", "")])
+        write_report(tmp_path, "Run", [Figure("P", tmp_path / "absent.png", "")])
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match=r"notes.txt' is not an image file"):
-        write_report(tmp_path, "Run", [Picture("P", tmp_path / "notes.txt", "")])
+        write_report(tmp_path, "Run", [Figure("P", tmp_path / "notes.txt", "")])
     assert not (tmp_path / "report.html").exists()
 
 
@@ -139,7 +139,7 @@ def _chromium(tmp_path: Path, report: Path, *arguments: str) -> str:
 
 
 @pytest.mark.browser
-def test_a_browser_shows_the_page(tmp_path: Path, sections: list[Section]) -> None:
+def test_browser_shows_the_page(tmp_path: Path, sections: list[Section]) -> None:
     report = write_report(tmp_path, "A run", sections)
     page = _Page(_chromium(tmp_path, report, "--dump-dom"))
     assert len(page.all("h1")) == 1
@@ -150,7 +150,7 @@ def test_a_browser_shows_the_page(tmp_path: Path, sections: list[Section]) -> No
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 500])
-def test_a_browser_paints_the_picture(tmp_path: Path, sections: list[Section], width: int) -> None:
+def test_browser_paints_the_figure(tmp_path: Path, sections: list[Section], width: int) -> None:
     report = write_report(tmp_path, "A run", sections)
     shot = tmp_path / "shot.png"
     _chromium(tmp_path, report, "--hide-scrollbars", f"--window-size={width},1600", f"--screenshot={shot}")

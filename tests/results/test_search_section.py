@@ -1,4 +1,4 @@
-"""The pictures of a search: what they say is right, and they are drawn for whatever the trials left."""
+"""The figures of a search: correct texts and places, and no failure for any kind of trials."""
 
 from __future__ import annotations
 
@@ -9,29 +9,35 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from tests.helpers.pixels import count_near, read_pixels
 
-from openmae.results import trials as reading
-from openmae.results.search_section import (
-    Trial,
-    best_trial,
-    save_history,
-    save_importances,
-    save_parallel_coordinates,
-    save_slices,
-)
+from openmae.results.search_section import save_history, save_importances, save_parallel_coordinates, save_slices
 from openmae.results.style import BLUE, RUST
-from openmae.results.trials import UNSET, best_so_far, number_text, read_axis, read_search, short_names, value_text
+from openmae.results.trials import (
+    UNSET,
+    ParameterAxis,
+    SearchResults,
+    TrialSummary,
+    best_so_far,
+    best_trial,
+    format_value,
+    number_text,
+    read_axis,
+    read_search,
+    short_names,
+    shorten,
+    summarize_states,
+)
 
 LR, ARCH, DEPTH = "train.optim.lr", "model.arch", "model.decoder_depth"
-PICTURES = (save_history, save_parallel_coordinates, save_slices)
+FIGURES = (save_history, save_parallel_coordinates, save_slices)
 
 
-def trial(number: int, value: float | None, state: Any = "complete", **params: Any) -> Trial:
-    return Trial(number, value, state, 10, {LR: 1e-3, **params}, 30.0)
+def trial(number: int, value: float | None, state: Any = "complete", **params: Any) -> TrialSummary:
+    return TrialSummary(number, value, state, 10, {LR: 1e-3, **params}, 30.0)
 
 
-def study(count: int) -> list[Trial]:
+def study(count: int) -> list[TrialSummary]:
     """A search with every kind of trial and parameter: failures, conditions, categories, a constant."""
     rng = np.random.default_rng(0)
     found = []
@@ -45,68 +51,66 @@ def study(count: int) -> list[Trial]:
     return found
 
 
-def near(path: Path, colour: str) -> int:
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-    return int((np.abs(pixels - wanted).max(axis=-1) < 12).sum())
+def results(trials: list[TrialSummary], metric: str = "ACC_all", maximize: bool = True) -> SearchResults:
+    found = read_search(trials, metric, maximize)
+    assert found is not None
+    return found
 
 
 class TestBest:
-    def test_every_trial_that_beat_all_before_it(self) -> None:
+    def test_best_so_far(self) -> None:
         tried = [trial(3, 0.7), trial(1, 0.5), trial(2, 0.4), trial(4, 0.7), trial(5, 0.9)]
         assert [t.number for t in best_so_far(tried, True)] == [1, 3, 5], "not in order, or equals counted"
         assert [t.number for t in best_so_far(tried, False)] == [1, 2]
 
-    def test_no_result_is_never_best(self) -> None:
+    def test_trial_without_a_result_is_never_best(self) -> None:
         tried = [trial(1, math.nan), trial(2, math.inf), trial(3, None, "failed"), trial(4, 0.1), trial(5, 9, "failed")]
         best = best_trial(tried, maximize=True)
         assert best is not None
         assert best.number == 4
         assert best_trial(tried[:3], maximize=True) is None
 
-    def test_what_was_stopped_early_wins_only_alone(self) -> None:
+    def test_trial_stopped_early_is_best_only_without_a_complete_one(self) -> None:
         early = trial(1, 0.9, "stopped early")
         assert best_trial([early, trial(2, 0.5)], maximize=True) == trial(2, 0.5)
         assert best_trial([early, trial(2, 0.5, "running")], maximize=True) == early
 
 
 class TestTexts:
-    def test_short_names_tell_keys_apart(self) -> None:
+    def test_short_names_are_unique(self) -> None:
         assert short_names([LR, "train.optim.weight_decay"]) == {LR: "lr", "train.optim.weight_decay": "weight_decay"}
         names = short_names(["train.optim.lr", "probe.optim.lr", "decoder.lr", "lr"])
         assert list(names.values()) == ["train.optim.lr", "probe.optim.lr", "decoder.lr", "lr"]
 
-    def test_accuracies_are_percent_and_losses_are_not(self) -> None:
+    def test_accuracies_are_percentages(self) -> None:
         def text(metric: str, *values: float) -> str:
-            search = read_search([trial(i, value) for i, value in enumerate(values)], metric, True)
-            assert search is not None
-            return search.text(values[0])
+            return results([trial(i, value) for i, value in enumerate(values)], metric).text(values[0])
 
         assert text("ACC_all", 0.9342, 0.5) == "93.4 %"
         assert text("knn_acc", 0.9345, 0.9349) == "93.45 %", "two results that differ look alike"
         assert text("train_loss", 0.9345, 0.5) == "0.9345"
-        assert text("ACC_all", 93.45, 50.0) == "93.45", "no share, yet written as one"
 
     def test_numbers_are_short(self) -> None:
         numbers = [0, 4, 0.05, 0.00031, 1e-5, 123456, 2e6, 0.9345678]
         assert [number_text(n) for n in numbers] == ["0", "4", "0.05", "3.1e-4", "1e-5", "1.23e5", "2e6", "0.935"]
-        assert [value_text(v) for v in (True, None, [0.9, 0.95])] == ["true", "none", "[0.9, 0.95]"]
-        assert len(value_text("x" * 99)) <= 18
+        assert [format_value(v) for v in (True, None, [0.9, 0.95])] == ["true", "none", "[0.9, 0.95]"]
+        assert len(shorten("x" * 99)) <= 18
 
-    def test_the_summary_counts_how_trials_ended(self) -> None:
+    def test_summary_counts_states(self) -> None:
         tried = [trial(1, 0.5), trial(2, math.nan), trial(3, 0.4, "stopped early"), trial(4, None, "running")]
-        assert reading.summary(tried) == (
-            "4 trials · 1 complete, 1 stopped early, 1 failed, 1 running · 40 epochs in 2 min"
+        assert summarize_states(tried) == (
+            "4 trials · 1 complete, 1 stopped early, 1 failed, 1 running · 40 epochs in 0:02:00"
         )
 
 
 class TestAxes:
-    def axis(self, values: list[Any], log: bool = False) -> reading.Axis:
-        tried = [Trial(i, 0.5, "complete", 1, {} if v == "absent" else {LR: v}, 1.0) for i, v in enumerate(values)]
+    def axis(self, values: list[Any], log: bool = False) -> ParameterAxis:
+        tried = [
+            TrialSummary(i, 0.5, "complete", 1, {} if v == "absent" else {LR: v}, 1.0) for i, v in enumerate(values)
+        ]
         return read_axis(LR, "lr", tried, np.zeros(len(tried)), {LR} if log else set())
 
-    def test_numbers_lie_to_scale(self) -> None:
+    def test_numbers_are_to_scale(self) -> None:
         assert self.axis([0.0, 1.0, 4.0]).places == pytest.approx([0, 0.25, 1])
         logarithmic = self.axis([1e-5, 1e-3, 1e-1], log=True)
         assert logarithmic.places == pytest.approx([0, 0.5, 1])
@@ -121,60 +125,57 @@ class TestAxes:
     def test_whole_numbers_have_whole_ticks(self) -> None:
         assert [text for _, text in self.axis([0, 1, 2]).ticks] == ["0", "1", "2"]
 
-    def test_one_value_lies_in_the_middle(self) -> None:
+    def test_single_value_is_in_the_middle(self) -> None:
         for log in (False, True):
             axis = self.axis([0.05, 0.05], log)
             assert (list(axis.places), list(axis.ticks)) == ([0.5, 0.5], [(0.5, "0.05")])
 
-    def test_absent_and_nan_are_not_set(self) -> None:
-        axis = self.axis([1.0, "absent", math.nan, 2.0])
-        assert list(axis.places) == [0, UNSET, UNSET, 1]
+    def test_absent_values_are_not_set(self) -> None:
+        axis = self.axis([1.0, "absent", 2.0])
+        assert list(axis.places) == [0, UNSET, 1]
         assert (UNSET, "not set") in axis.ticks
 
-    def test_categories_have_a_place_each(self) -> None:
+    def test_categories_have_distinct_places(self) -> None:
         axis = self.axis(["patch16", "patch4", "patch4", True])
         assert [text for _, text in axis.ticks] == ["patch4", "patch16", "true"]
         assert axis.places == pytest.approx([1 / 2, 1 / 6, 1 / 6, 5 / 6])
         alike = self.axis(["vit_small_" + name + "_patch16" for name in ("a", "b")])
-        assert alike.places[0] != alike.places[1], "names that are cut alike are one category"
+        assert alike.places[0] != alike.places[1], "categories with equal short names are merged"
 
 
 class TestLimits:
-    def test_all_values_are_shown_where_none_is_far_behind(self) -> None:
-        search = read_search([trial(i, 0.5 + i / 20) for i in range(9)], "ACC_all", True)
-        assert search is not None
+    def test_all_values_are_shown_if_none_is_far_behind(self) -> None:
+        search = results([trial(i, 0.5 + i / 20) for i in range(9)], "ACC_all", True)
         assert (search.low, search.high) == pytest.approx((0.5, 0.9))
         assert not search.clipped.any()
 
     @pytest.mark.parametrize("sign", [1, -1])
-    def test_values_far_behind_do_not_squeeze_the_others(self, sign: int) -> None:
+    def test_values_far_behind_are_clipped(self, sign: int) -> None:
         values = [sign * (10 + i / 10) for i in range(10)] + [-1e30 * sign]
-        search = read_search([trial(i, value) for i, value in enumerate(values)], "score", sign > 0)
-        assert search is not None
+        search = results([trial(i, value) for i, value in enumerate(values)], "score", sign > 0)
         assert sorted([abs(search.low), abs(search.high)]) == pytest.approx([10, 10.9])
         assert list(np.flatnonzero(search.clipped)) == [10]
         assert search.beyond == ("below 10" if sign > 0 else "above -10")
 
-    def test_the_best_is_always_shown(self) -> None:
+    def test_best_is_always_shown(self) -> None:
         """Trials stopped early may look better than the only one that was trained to its end."""
         early = [trial(i, 0.9 + i / 1000, "stopped early") for i in range(1, 20)]
-        search = read_search([*early, trial(20, 0.1)], "ACC_all", True)
-        assert search is not None
+        search = results([*early, trial(20, 0.1)], "ACC_all", True)
         assert search.trials[search.best].number == 20
         assert not search.clipped[search.best]
 
 
-class TestPictures:
+class TestFigures:
     @pytest.mark.filterwarnings("error")
-    @pytest.mark.parametrize("save", PICTURES)
+    @pytest.mark.parametrize("save", FIGURES)
     @pytest.mark.parametrize("count", [1, 2, 3, 60])
     def test_any_number_of_trials(self, tmp_path: Path, save: Callable[..., Path | None], count: int) -> None:
-        path = save(study(count), tmp_path / "new" / "a.png", metric="ACC_all", maximize=True)
+        path = save(results(study(count)), tmp_path / "new" / "a.png")
         assert path == tmp_path / "new" / "a.png"
-        assert near(path, RUST) > 100, "the best does not stand out"
+        assert count_near(read_pixels(path), RUST) > 100, "the best does not stand out"
 
     @pytest.mark.filterwarnings("error")
-    @pytest.mark.parametrize("save", PICTURES)
+    @pytest.mark.parametrize("save", FIGURES)
     @pytest.mark.parametrize(
         "values",
         [[0.5, 0.5, 0.5], [0.0, 0.0], [1e38, 1e-30], [-3.0, math.nan, 2.0], [1e30, *[0.1 + i / 100 for i in range(9)]]],
@@ -182,35 +183,35 @@ class TestPictures:
     )
     def test_any_values(self, tmp_path: Path, save: Callable[..., Path | None], values: list[float]) -> None:
         tried = [trial(i, value) for i, value in enumerate(values)]
-        assert save(tried, tmp_path / "a.png", metric="train_loss", maximize=False) == tmp_path / "a.png"
+        assert save(results(tried, "train_loss", False), tmp_path / "a.png") == tmp_path / "a.png"
 
-    @pytest.mark.parametrize("save", PICTURES)
-    def test_nothing_to_draw(self, tmp_path: Path, save: Callable[..., Path | None]) -> None:
+    def test_without_a_result_there_is_nothing_to_draw(self) -> None:
         for tried in ([], [trial(1, None, "failed"), trial(2, math.nan)], [trial(1, None, "running")]):
-            assert save(tried, tmp_path / "a.png", metric="ACC_all", maximize=True) is None
-        assert not list(tmp_path.iterdir())
+            assert read_search(tried, "ACC_all", True) is None
 
     @pytest.mark.parametrize("save", [save_parallel_coordinates, save_slices])
     def test_no_parameter_to_draw(self, tmp_path: Path, save: Callable[..., Path | None]) -> None:
-        tried = [Trial(1, 0.5, "complete", 1, {}, 1.0)]
-        assert save(tried, tmp_path / "a.png", metric="ACC_all", maximize=True) is None
+        tried = [TrialSummary(1, 0.5, "complete", 1, {}, 1.0)]
+        assert save(results(tried), tmp_path / "a.png") is None
 
-    def test_a_search_draws_the_same_twice(self, tmp_path: Path) -> None:
-        pictures = []
+    def test_drawing_is_deterministic(self, tmp_path: Path) -> None:
+        drawn = []
         for name in "ab":
-            path = save_slices(study(20), tmp_path / name, metric="ACC_all", maximize=True, log={LR})
+            path = save_slices(results(study(20)), tmp_path / name, {LR})
             assert path is not None
-            pictures.append(path.read_bytes())
-        assert pictures[0] == pictures[1]
+            drawn.append(path.read_bytes())
+        assert drawn[0] == drawn[1]
 
 
 class TestImportances:
-    def test_bars_are_as_long_as_parameters_are_important(self, tmp_path: Path) -> None:
+    def test_bars_are_as_long_as_importances(self, tmp_path: Path) -> None:
         equal = save_importances({LR: 0.5, ARCH: 0.5}, tmp_path / "a.png")
         half = save_importances({LR: 4.0, ARCH: 2.0, DEPTH: -1.0, "x": math.nan}, tmp_path / "b.png")
         assert equal is not None
         assert half is not None
-        assert near(half, BLUE) / near(equal, BLUE) == pytest.approx(0.75, abs=0.02)
+        assert count_near(read_pixels(half), BLUE) / count_near(read_pixels(equal), BLUE) == pytest.approx(
+            0.75, abs=0.02
+        )
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
         for importances in ({}, {LR: 0.0}, {LR: math.nan}):

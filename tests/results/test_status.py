@@ -24,7 +24,7 @@ def test_lines_follow_the_contract(tmp_path: Path) -> None:
     assert failure["verbosity"] == "ERROR"
 
 
-def test_values_that_are_not_finite_are_named_in_the_message(tmp_path: Path) -> None:
+def test_non_finite_values_are_named_in_the_message(tmp_path: Path) -> None:
     status = StatusLog(tmp_path, append=False)
     status.write("RUNNING", "Epoch 3 done.", kpi={"train_loss": float("nan"), "lr": 1e-3, "val_loss": float("inf")})
     status.write("RUNNING", "Epoch 4 done.", kpi={"train_loss": float("nan")})
@@ -35,7 +35,7 @@ def test_values_that_are_not_finite_are_named_in_the_message(tmp_path: Path) -> 
     assert "NaN" not in status.path.read_text()
 
 
-def test_a_new_run_starts_anew_and_a_resumed_one_appends(tmp_path: Path) -> None:
+def test_new_run_replaces_the_file_and_resumed_run_appends(tmp_path: Path) -> None:
     StatusLog(tmp_path, append=False).write("STARTED", "first")
     StatusLog(tmp_path, append=True).write("STARTED", "second")
     assert [entry["message"] for entry in read_status(tmp_path / "status.json")] == ["first", "second"]
@@ -48,7 +48,7 @@ def test_append_without_an_earlier_file(tmp_path: Path) -> None:
     assert read_status(tmp_path / "status.json") == []
 
 
-def test_a_torn_last_line_is_left_out_and_cut_on_append(tmp_path: Path) -> None:
+def test_incomplete_last_line_is_ignored_and_removed_on_append(tmp_path: Path) -> None:
     status = StatusLog(tmp_path, append=False)
     status.write("STARTED", "whole")
     with status.path.open("a") as file:
@@ -58,7 +58,7 @@ def test_a_torn_last_line_is_left_out_and_cut_on_append(tmp_path: Path) -> None:
     assert [entry["message"] for entry in read_status(status.path)] == ["whole", "next"]
 
 
-def test_a_damaged_line_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_line_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "status.json"
     path.write_text('{"status": "STARTED"}\nrubbish\n[1]\n{"status": "SUCCESS"}\n')
     with caplog.at_level(logging.WARNING, logger="openmae"):
@@ -67,7 +67,7 @@ def test_a_damaged_line_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest
     assert "line 3 is not a JSON object" in caplog.text
 
 
-def test_unknown_words_are_refused(tmp_path: Path) -> None:
+def test_unknown_status_and_verbosity_are_rejected(tmp_path: Path) -> None:
     status = StatusLog(tmp_path, append=False)
     with pytest.raises(ValueError, match=r"status must be one of STARTED, .* not 'DONE'"):
         status.write("DONE", "")
@@ -75,14 +75,14 @@ def test_unknown_words_are_refused(tmp_path: Path) -> None:
         status.write("RUNNING", "", verbosity="LOUD")
 
 
-def test_a_results_folder_that_is_a_file(tmp_path: Path) -> None:
+def test_results_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=r"results_dir: cannot write to '.*taken' \(file exists\)") as error:
         StatusLog(tmp_path / "taken", append=False)
     assert "Fix: Set results_dir to a folder that you may write to." in str(error.value)
 
 
-def test_a_results_folder_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_folder_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere, so permissions cannot tell
     with pytest.raises(UserError, match=r"\(permission denied\)"):
         StatusLog(tmp_path, append=False)

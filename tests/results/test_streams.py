@@ -16,7 +16,7 @@ FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/fu
 
 @pytest.fixture
 def closed_pipe():
-    """A text stream into a pipe that nobody reads."""
+    """Yield a text stream to a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", buffering=1) as stream:
@@ -24,7 +24,7 @@ def closed_pipe():
         stream.flush()  # the guard must leave nothing behind that fails again when Python ends
 
 
-def test_progress_into_a_closed_pipe_is_dropped(closed_pipe, monkeypatch):
+def test_progress_to_a_closed_pipe_is_dropped(closed_pipe, monkeypatch):
     monkeypatch.setattr(sys, "stderr", closed_pipe)
     with guarded("stderr"):
         console = Console(stderr=True)
@@ -34,7 +34,7 @@ def test_progress_into_a_closed_pipe_is_dropped(closed_pipe, monkeypatch):
     assert sys.stderr is closed_pipe
 
 
-def test_a_result_into_a_closed_pipe_ends_the_command(closed_pipe, monkeypatch):
+def test_result_to_a_closed_pipe_ends_the_command(closed_pipe, monkeypatch):
     monkeypatch.setattr(sys, "stdout", closed_pipe)
     with pytest.raises(OutputLostError) as caught, guarded("stdout", needed=True):
         Console().print("row")  # rich would end the process with SystemExit(1)
@@ -42,7 +42,7 @@ def test_a_result_into_a_closed_pipe_ends_the_command(closed_pipe, monkeypatch):
 
 
 @FULL
-def test_a_result_onto_a_full_disk_is_an_error(monkeypatch):
+def test_result_to_a_full_disk_is_an_error(monkeypatch):
     stream = open("/dev/full", "w")  # noqa: SIM115
     monkeypatch.setattr(sys, "stdout", stream)
     with pytest.raises(OutputLostError, match=r"stdout cannot be written \(No space left on device\)\.") as caught:  # noqa: SIM117
@@ -52,7 +52,7 @@ def test_a_result_onto_a_full_disk_is_an_error(monkeypatch):
     stream.close()
 
 
-def test_a_stream_that_works_is_written_and_restored(capsys):
+def test_working_stream_is_written_and_restored(capsys):
     before = sys.stdout
     with guarded("stdout", needed=True):
         print("row")
@@ -60,7 +60,7 @@ def test_a_stream_that_works_is_written_and_restored(capsys):
     assert capsys.readouterr().out == "row\n"
 
 
-def test_a_closed_descriptor_is_not_given_to_the_next_file(tmp_path):
+def test_closed_descriptor_is_not_reused_by_the_next_file(tmp_path):
     code = (
         "import os, subprocess, sys; from openmae.results.streams import open_standard_streams\n"
         "open_standard_streams()\n"

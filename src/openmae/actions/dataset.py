@@ -22,7 +22,7 @@ from openmae.data.open import open_index
 from openmae.data.shards.packing import PackOptions, PackResult, pack
 from openmae.errors import UserError
 from openmae.results.dataset_report import save_dataset_figure
-from openmae.results.report import Numbers, Picture, Section, Table, write_report
+from openmae.results.report import Figure, Numbers, Section, Table, write_report
 from openmae.storage import layout
 from openmae.storage.atomic import make_folder, write_atomically
 from openmae.storage.printable import printable_name
@@ -167,7 +167,7 @@ def _sections(result: CheckResult, rows: Sequence[tuple[str, str]], figure: Path
     }
     sections: list[Section] = [
         Numbers("", numbers),
-        Picture("Overview", figure, "Images per class, image sizes and file sizes."),
+        Figure("Overview", figure, "Images per class, image sizes and file sizes."),
         Table("Figures", ("", ""), rows),
     ]
     if classes:

@@ -26,7 +26,8 @@ from openmae.evaluation.predictions import predict, score
 from openmae.evaluation.probes import probe
 from openmae.evaluation.reconstructions import reconstruct
 from openmae.models.mae import MaskedAutoencoder
-from openmae.results.images import reconstruction_grid, save_confusion_matrix
+from openmae.results.confusion import save_confusion_matrix
+from openmae.results.images import reconstruction_grid
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.training.pretrain import PretrainTask

@@ -10,10 +10,10 @@ import numpy as np
 
 from openmae.checkpoints.format import CheckpointInfo
 from openmae.engines.metadata import ModelCard
-from openmae.results.images import save_curves
+from openmae.results.curves import save_curves
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown, table_rows
-from openmae.results.report import Cell, Code, Numbers, Picture, Section, Table, Text, write_report
+from openmae.results.report import Cell, Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, is_share, label
 from openmae.storage import layout
 
@@ -74,9 +74,9 @@ def train_report(
     sections: list[Section] = [_numbers("Final metrics", last)] if last else []
     if rows:
         curves = save_curves(rows, folder / "curves.png")
-        sections.append(Picture("Curves", curves, "Losses, accuracies, learning rate and speed over the steps."))
+        sections.append(Figure("Curves", curves, "Losses, accuracies, learning rate and speed over the steps."))
     if picture is not None:
-        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+        sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
     if breakdown is not None:
         sections += _breakdown_sections(folder, breakdown)
     sections.append(Table("Recipe", ("", ""), list(recipe)))
@@ -88,7 +88,7 @@ def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
     gpu = " Phases are GPU times: work of the CPU at the same time is not counted." if breakdown.on_gpu else ""
     return [
         Text("Profile", "\n\n".join(advice(breakdown))),
-        Picture("", save_breakdown(breakdown, folder / "profile.png"), f"{breakdown.summary}.{gpu}"),
+        Figure("", save_breakdown(breakdown, folder / "profile.png"), f"{breakdown.summary}.{gpu}"),
         Table(
             "",
             ("phase", "mean, ms per step", "median", "95th percentile", "% of the time"),
@@ -111,7 +111,7 @@ def pretrained_report(
     if "knn_acc" in metrics:
         sections.append(Text("", _PROBES))
     if picture is not None:
-        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+        sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
     return _write(folder, "evaluate", info, [*sections, *unread])
 
 
@@ -129,7 +129,7 @@ def embedding_report(
         Code("Read the embeddings", _READING),
     ]
     if picture is not None:
-        sections.append(Picture("Reconstructions", picture, _RECONSTRUCTION))
+        sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
     return _write(folder, "inference", info, [*sections, *unread])
 
 
@@ -144,7 +144,7 @@ def classifier_report(
     """Write the report of an evaluated classifier: accuracies, confusion matrix, and a row per class."""
     sections: list[Section] = [
         _numbers(f"{int(confusion.sum()):,} images", metrics),
-        Picture("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
+        Figure("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
         class_table(confusion, info.class_names),
     ]
     return _write(folder, "evaluate", info, [*sections, *unread])
@@ -181,7 +181,7 @@ def inference_report(
             "Classified images",
             {"images": f"{len(found):,}", "classes predicted": str(sum(n > 0 for _, n in most))},
         ),
-        Picture("Examples", sheet, "Images after preprocessing, with the most likely class and its probability."),
+        Figure("Examples", sheet, "Images after preprocessing, with the most likely class and its probability."),
         Table("Predicted classes", ("class", "images"), most),
         Table(
             layout.PREDICTIONS,

@@ -1,4 +1,4 @@
-"""``mae automl``: a search from its review to its best spec; ``mae automl worker``: one more process for it."""
+"""``mae automl``: a search from its review to its best spec. ``mae automl worker``: another process that helps it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from openmae.automl.algorithms import Algorithm
-from openmae.automl.objective import Objective, make_objective
-from openmae.automl.preflight import Pace, probe, show_review
-from openmae.automl.search_report import write_study_report
-from openmae.automl.space import Space, budget, make_space
-from openmae.automl.study import FOLDER, NUMBER, Study
-from openmae.automl.terminal import following
-from openmae.automl.worker import Trainings, Worker
+from openmae.automl.objective import make_objective
+from openmae.automl.preflight import measure_pace, show_review
+from openmae.automl.search_report import write_search_report
+from openmae.automl.space import make_space
+from openmae.automl.study import FOLDER, Study
+from openmae.automl.terminal import showing_progress
+from openmae.automl.trial_jobs import TrialJobs
+from openmae.automl.worker import Worker
 from openmae.data.open import open_index
 from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import DataError, RunError, SpecError, UserError, blaming
 from openmae.jobs.artifacts import list_folder, newest_checkpoint
+from openmae.results.status import read_status
 from openmae.spec.describe import fields
 from openmae.spec.load import to_dict
-from openmae.spec.metrics import METRICS
 from openmae.spec.option import is_secret
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get, has, nest, value_of
@@ -39,88 +38,66 @@ from openmae.storage.urls import is_remote, redact
 log = logging.getLogger("openmae")
 
 
-@dataclass(frozen=True)
-class Search:
-    """A search that is open.
-
-    Attributes:
-        spec: of it, with local paths in place of the URLs of files.
-        folder: local, of its results.
-        study, trainings: its memory, and what trains.
-    """
-
-    spec: ExperimentSpec
-    folder: Path
-    study: Study
-    trainings: Trainings
-
-    @property
-    def objective(self) -> Objective:
-        """What it judges by."""
-        return self.study.objective
-
-    @property
-    def space(self) -> Space:
-        """What it searches."""
-        return self.study.space
-
-
 def run(spec: ExperimentSpec, platform: str = "local") -> dict[str, float]:
-    """Search for the best values, or go on with the search in the results folder.
+    """Search for the best values, or continue the search in the results folder.
 
     Args:
-        spec: as ``load_spec`` gives it for ``automl``.
-        platform: of the jobs that train: ``local``, ``slurm`` or ``ray``.
+        spec: spec of the search, as ``load_spec`` returns it for ``automl``.
+        platform: where jobs run: ``local``, ``slurm`` or ``ray``.
 
     Returns:
-        The best recommendation's metric, and what the final evaluation measured.
+        The best trial's metric, and the metrics of the final evaluation.
 
     Raises:
-        UserError: the request is wrong; nothing was trained.
-        RunError: no recommendation could be trained.
-        KeyboardInterrupt: the same command goes on.
+        UserError: the spec or the data is invalid; nothing was trained.
+        RunError: no trial could be trained.
+        KeyboardInterrupt: the search was interrupted; the same command continues it.
     """
     from openmae.actions.run import begin_results, running
 
-    _check(spec)  # what is wrong in the request is told before anything is fetched or made
-    with PreemptionWatch(), _alone(spec), running(spec, "automl") as this_run:
-        search = open_search(this_run.spec, this_run.folder, platform)
-        counts = count_images(this_run.spec)
-        begin_results(this_run.folder, this_run.spec, resumed=True)
-        study = search.study
+    _check(spec)  # before anything is downloaded or created
+    with PreemptionWatch(), _lead(spec), running(spec, "automl") as this_run:
+        study = Study(this_run.spec, this_run.folder)
+        jobs = TrialJobs(study.spec, study.folder, study.algorithm, platform)
+        counts = count_images(study.spec)
+        begin_results(study.folder, study.spec, resumed=True)
         pace = None
-        if study.count() == 0:
-            pace = probe(search.trainings)
+        if study.trials():
+            log.info("Continuing the search in %s: %d trials so far.", study.folder, len(study.trials()))
         else:
-            log.info("Going on with the search in %s: %d recommendations so far.", search.folder, study.count())
-        show_review(search.spec, study, counts, pace)
-        baseline = _measured(search, "baseline", this_run.spec.train.pretrained_model_path)
-        with following(study, this_run.status) as progress:
-            Worker(study, search.trainings, progress).run()
-        metrics = _finish(search, baseline, counts, pace)
-        this_run.status.write("RUNNING", f"{study.count()} recommendations are done", kpi=metrics)
-    _tell_next(search)
+            pace = measure_pace(jobs)
+        show_review(study, counts, pace)
+        baseline = _evaluate_once(study, jobs, "baseline", study.spec.train.pretrained_model_path)
+        with showing_progress(study, this_run.status) as progress:
+            Worker(study, jobs, progress).run()
+        metrics = _finish(study, jobs, baseline, counts)
+        this_run.status.write("RUNNING", f"{len(study.trials())} trials are done", kpi=metrics)
+    shown = spec.results_folder("automl").rstrip("/")
+    log.info(
+        "Next: mae train -e %s/%s%s   (or use %s/%s, which is already trained)", shown, layout.BEST_SPEC,
+        " encryption_key=..." if is_secret(spec.encryption_key) else "", shown, layout.BEST,
+    )  # fmt: skip
     return metrics
 
 
 def work(spec: ExperimentSpec, platform: str = "local") -> None:
-    """Train recommendations of a search that another process leads, until there are no more.
+    """Run trials of a search that another process leads, until none are left.
 
     Raises:
-        UserError: the request is wrong.
-        RunError: recommendations fail for the same reason.
-        KeyboardInterrupt: others go on with what this one had.
+        UserError: the spec or the data is invalid.
+        RunError: trials fail for the same reason.
+        KeyboardInterrupt: the worker was interrupted; others continue its trials.
     """
     from openmae.actions.staging import local_place
 
     _check(spec)
     with PreemptionWatch(), local_place(spec, "automl") as place:
-        search = open_search(place.spec, place.folder, platform)
+        study = Study(place.spec, place.folder)
         place.begin_uploads()
-        with following(search.study) as progress:
-            Worker(search.study, search.trainings, progress).run()
+        with showing_progress(study) as progress:
+            Worker(study, TrialJobs(study.spec, study.folder, study.algorithm, platform), progress).run()
         place.finish_uploads()
-    log.info("No recommendations are left; `mae automl` writes the report.")
+    log.info("No trials are left; `mae automl` writes the report.")
 
 
 def _check(spec: ExperimentSpec) -> None:
@@ -128,32 +105,19 @@ def _check(spec: ExperimentSpec) -> None:
     make_objective(spec)
     if spec.automl.storage and is_remote(spec.results_folder("automl")):
         raise SpecError(
-            "automl.storage: machines that share a study must see one another's results, but results_dir is a store.",
-            "Set results_dir to a folder that all of them see, or leave automl.storage out.",
+            "automl.storage: machines that share a study must share the results too, but results_dir is remote.",
+            "Set results_dir to a folder that all machines can reach, or remove automl.storage.",
         )
     for key in ("train.resume_training_checkpoint_path", "train.stop_after_epoch"):
         if value_of(spec, key):
             raise SpecError(
-                f"{key}: is of one training, and would act on every recommendation.",
-                "Remove it; train.pretrained_model_path gives all of them weights to start from.",
+                f"{key}: belongs to a single training run, but would apply to every trial.",
+                "Remove it; train.pretrained_model_path sets the initial weights of all trials.",
             )
 
 
-def open_search(spec: ExperimentSpec, folder: Path, platform: str) -> Search:
-    """Open or make the study of a spec.
-
-    Raises:
-        UserError: the request is wrong, or the folder holds another search.
-    """
-    space, objective = make_space(spec), make_objective(spec)
-    algorithm = Algorithm(spec.automl, space, budget(spec))
-    algorithm.check()
-    study = Study(spec, folder, algorithm, space, objective)
-    return Search(spec, folder, study, Trainings(spec, folder, algorithm, platform))
-
-
 def count_images(spec: ExperimentSpec) -> dict[str, int]:
-    """Open the data, which stages it once for all trainings: images, validation images, classes.
+    """Open the data, which also downloads it for all trials, and return the numbers of images and classes.
 
     Raises:
         DataError: a source cannot be used.
@@ -167,16 +131,17 @@ def count_images(spec: ExperimentSpec) -> dict[str, int]:
             val = open_index(spec.dataset.val_data_sources, labelled=finetune or None)
         counts.update(val=len(val), classes=len(val.class_names))
     metric = make_objective(spec).metric
-    if METRICS[metric].needs == "validation images with classes" and not counts["classes"]:
+    if metric in ("knn_acc", "probe_acc") and not counts["classes"]:
         raise DataError(
             f"automl.metric: {metric} needs classes, but the images of dataset.val_data_sources have none.",
-            "Make one folder per class, or judge by automl.metric=val_loss.",
+            "Make one folder per class, or use automl.metric=val_loss.",
         )
     return counts
 
 
 @contextmanager
-def _alone(spec: ExperimentSpec) -> Iterator[None]:
+def _lead(spec: ExperimentSpec) -> Iterator[None]:
+    """Make this process the only one that leads the search."""
     target = spec.results_folder("automl")
     if is_remote(target):
         folder = make_folder(cache.root() / "locks" / hashlib.sha256(target.encode()).hexdigest()[:12])
@@ -192,29 +157,25 @@ def _alone(spec: ExperimentSpec) -> Iterator[None]:
         ) from error
 
 
-def _measured(search: Search, name: str, checkpoint: str) -> dict[str, float]:
-    """Evaluate a checkpoint on the validation images; what was measured before is taken as it is."""
-    known: dict[str, float] | None = search.study.study.user_attrs.get(name)
+def _evaluate_once(study: Study, jobs: TrialJobs, name: str, checkpoint: str) -> dict[str, float]:
+    """Evaluate a checkpoint on the validation images; the metrics of the baseline are kept in the study."""
+    known: dict[str, float] | None = study.study.user_attrs.get(name)
     if known is not None and name == "baseline":
         return known
     metrics: dict[str, float] = {}
-    if checkpoint and search.spec.dataset.val_data_sources:
-        if checkpoint.endswith(".safetensors"):
-            log.info("%s is a backbone alone: without a head there is no baseline to measure.", checkpoint)
-        else:
-            metrics = _evaluate(search, name, checkpoint)
-    search.study.study.set_user_attr(name, metrics)
+    if checkpoint.endswith(".safetensors"):
+        log.info("%s is a backbone without a head, so there is no baseline to measure.", checkpoint)
+    elif checkpoint and study.spec.dataset.val_data_sources:
+        metrics = _evaluate(jobs, name, checkpoint)
+    study.study.set_user_attr(name, metrics)
     return metrics
 
 
-def _evaluate(search: Search, name: str, checkpoint: str) -> dict[str, float]:
-    from openmae.results.status import read_status
-
-    folder = search.folder / name
+def _evaluate(jobs: TrialJobs, name: str, checkpoint: str) -> dict[str, float]:
+    folder, client = jobs.folder / name, jobs.client
     overrides = {"evaluate.checkpoint": checkpoint, "evaluate.results_dir": str(folder)}
-    client = search.trainings.client
     try:
-        job = client.wait(search.trainings.start("evaluate", name, overrides).id)
+        job = client.wait(jobs.start("evaluate", name, overrides).id)
     except UserError as error:
         log.warning("%s: %s could not be evaluated: %s", name, checkpoint, error)
         return {}
@@ -229,48 +190,49 @@ def _evaluate(search: Search, name: str, checkpoint: str) -> dict[str, float]:
 
 
 def _finish(
-    search: Search, baseline: Mapping[str, float], counts: Mapping[str, int], pace: Pace | None
+    study: Study, jobs: TrialJobs, baseline: Mapping[str, float], counts: Mapping[str, int]
 ) -> dict[str, float]:
-    study, folder = search.study, search.folder
-    best = study.best()
-    if best is None:
-        causes = {str(trial.user_attrs.get("cause", "")) for trial in study.trials()}
+    """Write the best checkpoint, its spec and the report; return the metrics."""
+    best, folder = study.best(), study.folder
+    if best is None or best.value is None:
+        causes = sorted({trial.cause for trial in study.summaries()})
         raise RunError(
-            f"None of the {study.count()} recommendations was trained to its end: {'; '.join(sorted(causes))}",
-            "Mend the cause, and set another results_dir.",
+            f"None of the {len(study.trials())} trials was trained to its end: {'; '.join(causes)}",
+            "Fix the cause, and set another results_dir.",
         )
-    _copy_best(search, best.user_attrs[FOLDER])
-    write_atomically(folder / layout.BEST_SPEC, best_spec(search, best.params))
-    final = _measured(search, "final", str(folder / layout.BEST))
-    write_study_report(folder, search.spec, study, baseline, final, counts)
-    value = best.value
-    assert value is not None
-    log.info(
-        "Best: recommendation %d with %s %s.", best.user_attrs[NUMBER], study.objective.metric,
-        study.objective.shown(value),
-    )  # fmt: skip
-    return {**final, study.objective.metric: value}
+    copy_best(jobs.folder_of(best.user_attrs[FOLDER]), folder, of_best_epoch=study.objective.of_best_epoch)
+    write_atomically(folder / layout.BEST_SPEC, best_spec(study.spec, best.params, study.algorithm.epochs))
+    final = _evaluate_once(study, jobs, "final", str(folder / layout.BEST))
+    write_search_report(study, baseline, final, counts)
+    metric = study.objective.metric
+    log.info("Best: trial %d with %s %s.", best.number, metric, study.objective.shown(best.value))
+    return {**final, metric: best.value}
 
 
-def _copy_best(search: Search, name: str) -> None:
-    """The checkpoint that the metric is of, under a name of its own: a copy, since its training may be deleted."""
-    source = search.trainings.folder_of(name)
+def copy_best(source: Path, folder: Path, *, of_best_epoch: bool) -> None:
+    """Copy the checkpoint that the best metric belongs to into the results folder of the search.
+
+    Args:
+        source: results folder of the best trial.
+        folder: results folder of the search.
+        of_best_epoch: whether the metric is of the best epoch; otherwise it is of the last one.
+
+    Raises:
+        RunError: the trial has no complete checkpoint.
+    """
     model = source / layout.BEST
-    if not search.objective.of_best_epoch or not model.is_file():
-        whole = [item for item in list_folder(str(source)) if item.kind == "checkpoint"]
-        newest = newest_checkpoint(whole)
+    if not of_best_epoch or not model.is_file():
+        newest = newest_checkpoint([item for item in list_folder(str(source)) if item.kind == "checkpoint"])
         model = Path(newest.path) if newest else model
     if not model.is_file():
-        raise RunError(
-            f"The best recommendation's checkpoint is not in {source}.", "Run the best spec: it trains anew."
-        )
-    with replacing(search.folder / layout.BEST) as temporary:
+        raise RunError(f"The best trial's checkpoint is not in {source}.", "Train with the best spec again.")
+    with replacing(folder / layout.BEST) as temporary:
         shutil.copyfile(model, temporary)
 
 
-def best_spec(search: Search, params: Mapping[str, Any]) -> str:
-    """What the user typed, with the best values in it, to be trained as it is: YAML."""
-    spec, resolved = search.spec, to_dict(search.spec)
+def best_spec(spec: ExperimentSpec, params: Mapping[str, Any], epochs: int) -> str:
+    """Return the user's spec with the best values, ready to train, as YAML."""
+    resolved = to_dict(spec)
     values: dict[str, Any] = {
         "results_dir": (spec.shown.get("results_dir") or spec.results_dir or "results").rstrip("/") + "/best"
     }
@@ -278,17 +240,4 @@ def best_spec(search: Search, params: Mapping[str, Any]) -> str:
         own = spec.is_set(key) and not key.startswith("automl.") and key not in ("results_dir", "train.results_dir")
         if own and has(resolved, key):  # to_dict leaves empty texts out
             values[key] = get(resolved, key)
-    return write_text(nest({**values, **params, "train.num_epochs": search.study.algorithm.epochs}))
-
-
-def _tell_next(search: Search) -> None:
-    shown = search.spec.results_folder("automl").rstrip("/")
-    key = " encryption_key=..." if is_secret(search.spec.encryption_key) else ""
-    log.info(
-        "Next: mae train -e %s/%s%s   (or use %s/%s, which is trained already)",
-        shown,
-        layout.BEST_SPEC,
-        key,
-        shown,
-        layout.BEST,
-    )
+    return write_text(nest({**values, **params, "train.num_epochs": epochs}))

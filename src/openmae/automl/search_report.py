@@ -1,4 +1,4 @@
-"""``report.html`` of a search: the best values beside the spec's own, its pictures, every recommendation."""
+"""``report.html`` of a search: the best values, figures, and all trials."""
 
 from __future__ import annotations
 
@@ -8,147 +8,123 @@ from pathlib import Path
 import optuna
 from optuna.trial import TrialState
 
-from openmae.automl.objective import MISLEADS, misleading
+from openmae.automl.objective import MISLEADING, find_misleading
 from openmae.automl.preflight import review_rows
-from openmae.automl.study import CAUSE, NUMBER, Study
-from openmae.automl.terminal import duration, value_words
-from openmae.results.report import Code, Numbers, Picture, Section, Table, Text, write_report
+from openmae.automl.study import Study
+from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.results.search_section import save_history, save_importances, save_parallel_coordinates, save_slices
-from openmae.results.trials import Trial, best_trial, short_names
-from openmae.spec.schema import ExperimentSpec
+from openmae.results.trials import TrialSummary, best_trial, duration, format_value, read_search, short_names
 from openmae.storage import layout
 from openmae.storage.atomic import make_folder
 
-_ENOUGH = 4  # complete recommendations from which importances say something
+_MIN_TRIALS = 4  # complete trials from which importances say something
 
 
-def write_study_report(
-    folder: Path,
-    spec: ExperimentSpec,
-    study: Study,
-    baseline: Mapping[str, float],
-    final: Mapping[str, float],
-    counts: Mapping[str, int],
+def write_search_report(
+    study: Study, baseline: Mapping[str, float], final: Mapping[str, float], counts: Mapping[str, int]
 ) -> Path:
-    """Draw the pictures into ``folder/pictures`` and write ``folder/report.html``.
+    """Draw the figures into ``pictures/`` of the results folder and write ``report.html``.
 
     Args:
-        folder: of the search.
-        spec: of the search.
-        study: with at least one complete recommendation.
-        baseline, final: what evaluation measured of the starting checkpoint and of the best one; may be empty.
-        counts: of the images.
+        study: a study with at least one complete trial.
+        baseline: metrics of the starting checkpoint; may be empty.
+        final: metrics of the best checkpoint; may be empty.
+        counts: numbers of images and classes.
     """
-    trials, objective = study.shown(), study.objective
+    trials, objective, folder = study.summaries(), study.objective, study.folder
     best = best_trial(trials, maximize=objective.maximize)
     assert best is not None
     own = next((trial for trial in trials if trial.number == 0 and trial.state == "complete"), None)
     numbers = {f"best {objective.metric}": objective.shown(best.value)}
     if own is not None:
         numbers["your values"] = objective.shown(own.value)
+    note = "" if own is None or own.number != best.number else " No trial was better than your own values."
     keys = [item.key for item in study.space.parameters]
     sections: list[Section] = [
         Numbers("", numbers),
-        _best_values(study, best, own, keys),
-        *_evaluations(baseline, final),
-        *_pictures(folder, study, trials),
-        *_misleading(spec, study, keys, counts),
+        Table(
+            "Best values",
+            ("option", "best", "yours"),
+            [
+                (item.key, format_value(best.params[item.key]), "" if item.own is None else format_value(item.own))
+                for item in study.space.parameters
+                if item.key in best.params
+            ],
+            caption=f"From trial {best.number}; also in best.yaml.{note}",
+        ),
+        *_evaluation(objective.metric, baseline, final),
+        *_figures(study, trials),
+    ]
+    of_pixels = study.spec.train.stage == "pretrain" and objective.metric in ("train_loss", "val_loss")
+    if find_misleading(study.spec, objective, tuple(keys)) or (of_pixels and counts["classes"]):
+        sections.append(Text("Limits of this metric", MISLEADING))
+    sections += [
         _all_trials(study, trials, keys),
-        Table("How it was searched", ("", ""), review_rows(spec, study, counts, None)),
+        Table("Search settings", ("", ""), review_rows(study, counts, None)),
         Code(layout.BEST_SPEC, (folder / layout.BEST_SPEC).read_text(encoding="utf-8")),
     ]
-    subtitle = f"{spec.model.arch} · {spec.train.stage} · {study.algorithm.name}, {len(trials)} recommendations"
+    subtitle = f"{study.spec.model.arch} · {study.spec.train.stage} · {study.algorithm.name}, {len(trials)} trials"
     return write_report(folder, "OpenMAE search", sections, subtitle=subtitle)
 
 
-def _best_values(study: Study, best: Trial, own: Trial | None, keys: Sequence[str]) -> Table:
-    yours = {item.key: item.own for item in study.space.parameters}
-    rows = [
-        (key, value_words(best.params[key]), "" if yours[key] is None else value_words(yours[key]))
-        for key in keys
-        if key in best.params
-    ]
-    note = "" if own is None or own.number != best.number else " Nothing was better than your own values."
-    return Table(
-        "Best values",
-        ("option", "best", "yours"),
-        rows,
-        caption=f"Of recommendation {best.number}; in best.yaml.{note}",
-    )
-
-
-def _evaluations(baseline: Mapping[str, float], final: Mapping[str, float]) -> list[Section]:
+def _evaluation(metric: str, baseline: Mapping[str, float], final: Mapping[str, float]) -> list[Section]:
     if not final:
         return []
     names = list(dict.fromkeys((*final, *baseline)))
+    caption = "Measured by mae evaluate on the validation images."
+    if metric != "train_loss":
+        caption += " The search chose the trial by the same images, so expect a little less on new ones."
+    if not baseline:
+        return [Table("Evaluation", ("metric", "best"), [(name, final[name]) for name in names], caption=caption)]
     rows = [(name, baseline.get(name), final.get(name)) for name in names]
-    caption = (
-        "Measured by mae evaluate on the validation images, by which the search has chosen as well: on images that "
-    )
-    caption += "neither has seen, expect a little less."
-    if baseline:
-        return [Table("Evaluation", ("metric", "starting checkpoint", "best"), rows, caption=caption)]
-    return [Table("Evaluation", ("metric", "best"), [(name, value) for name, _, value in rows], caption=caption)]
+    return [Table("Evaluation", ("metric", "starting checkpoint", "best"), rows, caption=caption)]
 
 
-def _pictures(folder: Path, study: Study, trials: Sequence[Trial]) -> list[Section]:
-    objective, log_keys = study.objective, study.space.log_keys
-    where = make_folder(folder / layout.CHARTS)
-    told = {"metric": objective.metric, "maximize": objective.maximize}
+def _figures(study: Study, trials: Sequence[TrialSummary]) -> list[Section]:
+    folder, log = make_folder(study.folder / layout.CHARTS), study.space.log_keys
+    search = read_search(trials, study.objective.metric, study.objective.maximize)
+    assert search is not None
     drawn = [
-        (
-            "History",
-            save_history(trials, where / "history.png", metric=objective.metric, maximize=objective.maximize),
-            "Each recommendation's value, and the best so far.",
-        ),
+        ("History", save_history(search, folder / "history.png"), "The value of each trial, and the best one so far."),
         (
             "Parallel coordinates",
-            save_parallel_coordinates(trials, where / "parallel_coordinates.png", log=log_keys, **told),  # type: ignore[arg-type]
-            "A line is a recommendation: from its values to its metric.",
+            save_parallel_coordinates(search, folder / "parallel_coordinates.png", log),
+            "Each line is a trial, from its parameters to its result.",
         ),
         (
             "Importances",
-            save_importances(importances(study), where / "importances.png"),
-            "How much of the metric's spread each option explains (fANOVA); from few recommendations, a hint at most.",
+            save_importances(_importances(study), folder / "importances.png"),
+            "Share of the metric's variance that each option explains (fANOVA). With few trials it is only a hint.",
         ),
         (
             "Slices",
-            save_slices(trials, where / "slices.png", log=log_keys, **told),  # type: ignore[arg-type]
-            "Each option's values against the metric.",
+            save_slices(search, folder / "slices.png", log),
+            "The metric over the values of each option.",
         ),
     ]
-    return [Picture(title, path, caption) for title, path, caption in drawn if path is not None]
+    return [Figure(title, path, caption) for title, path, caption in drawn if path is not None]
 
 
-def importances(study: Study) -> dict[str, float]:
-    """The share of the metric's variance that each option explains; empty where there is too little to say."""
+def _importances(study: Study) -> dict[str, float]:
+    """Return the share of the metric's variance that each option explains; empty with too few results."""
     done = study.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(done) < _ENOUGH or len({trial.value for trial in done}) < 2:
+    if len(done) < _MIN_TRIALS or len({trial.value for trial in done}) < 2:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return dict(optuna.importance.get_param_importances(study.study, evaluator=evaluator))
 
 
-def _misleading(spec: ExperimentSpec, study: Study, keys: Sequence[str], counts: Mapping[str, int]) -> list[Section]:
-    pretraining = spec.train.stage == "pretrain" and not study.objective.is_share
-    if misleading(spec, study.objective, tuple(keys)) or (pretraining and counts["classes"]):
-        return [Text("What this metric does not say", MISLEADS)]
-    return []
-
-
-def _all_trials(study: Study, trials: Sequence[Trial], keys: Sequence[str]) -> Table:
-    names, objective = short_names(keys), study.objective
-    causes = {trial.user_attrs[NUMBER]: str(trial.user_attrs.get(CAUSE, "")) for trial in study.trials()}
+def _all_trials(study: Study, trials: Sequence[TrialSummary], keys: Sequence[str]) -> Table:
     rows = [
         (
             str(trial.number),
-            f"failed: {causes[trial.number]}" if trial.state == "failed" else trial.state,
-            "" if trial.state == "failed" else objective.shown(trial.value),
+            f"failed: {trial.cause}" if trial.state == "failed" else trial.state,
+            "" if trial.state == "failed" else study.objective.shown(trial.value),
             str(trial.epochs),
             duration(trial.seconds),
-            *(value_words(trial.params[key]) if key in trial.params else "" for key in keys),
+            *(format_value(trial.params[key]) if key in trial.params else "" for key in keys),
         )
         for trial in trials
     ]
-    heads = ("#", "state", objective.metric, "epochs", "time", *(names[key] for key in keys))
-    return Table("All recommendations", heads, rows, caption="Times are of training jobs, their start included.")
+    heads = ("#", "state", study.objective.metric, "epochs", "time", *short_names(keys).values())
+    return Table("All trials", heads, rows, caption="Times include the start of the jobs.")

@@ -1,9 +1,9 @@
-"""The memory of a search: Optuna's study in a file or in PostgreSQL, which any number of workers share.
+"""The trials of a search in an Optuna study, which any number of workers share.
 
-A recommendation is an Optuna trial, and says who trains it. Workers take turns (a lock of a file, or of the database)
-at whatever changes one, and look first whether it is theirs: so a trial is made once, taken by one worker, and ended by
-the one that has it. A trial whose worker is gone is taken over as it is, with its values, reports and folder; there its
-training is found, still running or at its checkpoint.
+Each trial records which worker holds it. Workers lock the study for every change and first check that the trial is
+still theirs, so that a trial is created once, held by one worker and ended by that worker. If a worker is gone, another
+one takes over its trials with their parameters, reports and folders, and finds their jobs there, still running or at
+their last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,78 +25,84 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from openmae.automl.algorithms import STOPS_EARLY, Algorithm, Member, next_member
-from openmae.automl.database import STORAGE_ERRORS, open_storage, storage_url, turns, unusable
-from openmae.automl.objective import Objective
-from openmae.automl.space import Space
+from openmae.automl.database import STORAGE_ERRORS, make_lock, open_storage, storage_url, unusable
+from openmae.automl.objective import make_objective
+from openmae.automl.space import epochs_of, make_space
 from openmae.errors import SpecError
-from openmae.machine import boot_id, identify, is_running
-from openmae.results.trials import Trial as Shown
+from openmae.machine import identify, is_running
+from openmae.results.trials import State, TrialSummary
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get
 
 TRIALS = "trials"
-BEAT = 15.0  # seconds between signs of life
-LOST = 90.0  # seconds without one after which a worker of another machine counts as gone
+BEAT = 15.0  # seconds between two heartbeats of a worker
+LOST = 90.0  # seconds without a heartbeat after which a worker on another machine counts as gone
 
-# What a trial carries, besides its values.
-NUMBER, FOLDER, SOURCES = "recommendation", "folder", "sources"
-EPOCHS, SECONDS, CAUSE, TRIES = "epochs", "seconds", "cause", "tries"
+FOLDER, SOURCES, EPOCHS, SECONDS, CAUSE, TRIES = "folder", "sources", "epochs", "seconds", "cause", "tries"
 _WORKER = "worker"
-_NAME = ".study"  # in the folder: which study its trainings are of
+_STUDY_NAME = ".study"  # file in the results folder: the study that its trials belong to
+_STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "stopped early",
+    TrialState.FAIL: "failed",
+}
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 @dataclass(frozen=True)
-class Recommendation:
-    """A training that was recommended.
+class HeldTrial:
+    """A trial that this worker holds.
 
     Attributes:
-        trial: of Optuna.
-        number: as people count them, from 0: the spec's own values.
+        trial: the live trial of Optuna.
         params: dotted key -> value.
-        folder: of its training, as a name.
-        sources: folders whose newest checkpoint it begins with, the first that has one; none: the spec's weights.
+        folder: name of its folder below ``trials``.
+        sources: names of folders whose newest checkpoint it continues from; the first one that has a checkpoint counts.
     """
 
     trial: Trial
-    number: int
     params: Mapping[str, Any]
     folder: str
     sources: tuple[str, ...] = ()
 
+    @property
+    def number(self) -> int:
+        """Number of the trial; trial 0 has the values of the spec."""
+        return self.trial.number
+
 
 class Study:
-    """The study of a spec, opened or made.
+    """The study of a spec; it is created if it does not exist.
 
     Args:
-        spec: of the search.
-        folder: local, of the results; the default storage is a file in it.
-        algorithm, space, objective: of the search.
+        spec: spec of the search.
+        folder: local results folder; the default storage is a file in it.
 
     Raises:
-        SpecError: the folder holds another search, or the storage cannot be used.
+        SpecError: the spec cannot be searched, the folder holds another search, or the storage cannot be used.
     """
 
-    def __init__(
-        self, spec: ExperimentSpec, folder: Path, algorithm: Algorithm, space: Space, objective: Objective
-    ) -> None:
-        self.algorithm, self.space, self.objective = algorithm, space, objective
-        self.url, shown = storage_url(spec, folder)
-        host = f"{socket.gethostname()} {boot_id()}"  # machines may share a name
+    def __init__(self, spec: ExperimentSpec, folder: Path) -> None:
+        self.spec, self.folder = spec, folder
+        self.space, self.objective = make_space(spec), make_objective(spec)
+        self.algorithm = Algorithm(spec.automl, self.space, epochs_of(spec))
+        self.algorithm.check()
+        host = f"{socket.gethostname()} {boot_id()}"  # two machines may have the same name
         self.me = {"host": host, "process": identify(os.getpid()), "token": uuid.uuid4().hex}
-        self._watched: dict[int, tuple[float, float]] = {}  # by trial: its worker's last sign of life, and when seen
-        facts = json.loads(json.dumps(_facts(spec, algorithm, objective)))
+        self._heartbeats: dict[int, tuple[float, float]] = {}  # last heartbeat of a trial, and when it was first seen
+        facts = json.loads(json.dumps(self._facts(spec)))
         name = _name(spec, facts)
+        url, shown = storage_url(spec, folder)
         try:
-            turn = turns(self.url, folder)
-            with turn("open"):  # two that make the same tables stumble over one another
-                self.study = self._open(open_storage(self.url), folder, name, facts)
+            lock = make_lock(url, folder)
+            with lock("open"):  # two processes cannot create the same tables at the same time
+                self.study = self._open(open_storage(url), folder, name, facts)
         except (*STORAGE_ERRORS, ImportError) as error:
             raise unusable(shown, error) from error
-        self._turn = lambda: turn(name)
+        self._lock = lambda: lock(name)
 
     def _open(self, storage: RDBStorage, folder: Path, name: str, facts: Mapping[str, Any]) -> optuna.Study:
         options: dict[str, Any] = {"storage": storage, "study_name": name, "pruner": self.algorithm.pruner()}
@@ -104,197 +110,226 @@ class Study:
         if known:
             study = optuna.load_study(**options)
             before = study.user_attrs.get("facts", facts)
-            # an option that is newer than the search had its default then
+            # an option that did not exist when the search was started had its default
             before = {key: value for key, value in facts.items() if _is_default(key, value)} | before
             if before != facts and study.get_trials(deepcopy=False):
-                raise _another(folder, _changes(before, facts))
-            if before != facts:  # nothing of it was begun
+                raise _other_search(folder, _changes(before, facts))
+            if before != facts:  # no trial was started
                 optuna.delete_study(study_name=name, storage=storage)
         _check_folder(folder, name, known=known)
         study = optuna.create_study(**options, direction=self.objective.direction, load_if_exists=True)
         study.set_user_attr("facts", dict(facts))
         return study
 
-    # ---------------------------------------------------------------------------------------- what there is
+    # ------------------------------------------------------------------------------------------ reading
 
     def trials(self) -> list[FrozenTrial]:
-        """The recommendations that were begun, in their order."""
-        return [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+        """Return the trials that were started, by number."""
+        return [trial for trial in self._all() if trial.state != TrialState.WAITING]
 
-    def count(self) -> int:
-        """How many recommendations have been made."""
-        return len(self.trials())
+    def unfinished(self) -> list[FrozenTrial]:
+        """Return the trials that have not ended, whoever holds them."""
+        return [trial for trial in self._all() if not trial.state.is_finished()]
+
+    def mine(self) -> list[FrozenTrial]:
+        """Return the trials that this object holds."""
+        return [trial for trial in self._all() if self._is_mine(trial)]
+
+    def best(self) -> FrozenTrial | None:
+        """Return the best complete trial, the first one of equals."""
+        done = [trial for trial in self._all() if trial.state == TrialState.COMPLETE and trial.value is not None]
+        sign = -1 if self.objective.maximize else 1
+        return min(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+
+    def summaries(self) -> list[TrialSummary]:
+        """Return the trials for figures and tables."""
+        return [summarize(trial) for trial in self.trials()]
 
     def why_deleted(self, trial: FrozenTrial) -> str:
-        """Why no job can take a model of a recommendation that has ended."""
-        how = "was trained to its end, but another one is better"
+        """Return why the checkpoints of an ended trial were deleted."""
+        how = "is complete, but another trial is better"
         if trial.state == TrialState.PRUNED:
             done = f"after epoch {trial.user_attrs.get(EPOCHS)} of {self.algorithm.epochs}"
             how = f"was pruned {done}, as others were better"
         if trial.state == TrialState.FAIL:
             how = f"failed ({trial.user_attrs.get(CAUSE)})"
-        return f"Trial {trial.user_attrs[NUMBER]} of the search {how}, so its checkpoints were deleted."
+        return f"Trial {trial.number} of the search {how}, so its checkpoints were deleted."
 
-    def unfinished(self) -> list[FrozenTrial]:
-        """Those that have not ended, whoever is at them."""
-        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+    def _all(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
 
-    def best(self) -> FrozenTrial | None:
-        """The best of those that were trained to their end."""
-        done = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE and trial.value is not None]
-        sign = -1 if self.objective.maximize else 1
-        return min(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
+    # ------------------------------------------------------------------------------------------ holding
 
-    def shown(self) -> list[Shown]:
-        """All recommendations, as pictures and tables take them."""
-        return [shown_trial(trial) for trial in self.trials()]
-
-    def mine(self) -> list[FrozenTrial]:
-        """Those that this object has taken."""
-        return [trial for trial in self.unfinished() if self._is_mine(trial)]
-
-    # ---------------------------------------------------------------------------------------- what is next
-
-    def next(self) -> Recommendation | None:
-        """Take over a recommendation whose worker is gone, or make a new one; None: there is nothing to begin now."""
-        with self._turn():
-            trials = self.study.get_trials(deepcopy=False)
+    def next(self) -> HeldTrial | None:
+        """Take over a lost trial or create the next one; None if there is nothing to start now."""
+        with self._lock():
+            trials = self._all()
             number = next((trial.number for trial in trials if self._is_lost(trial)), len(trials))
             if number == len(trials):
-                if number >= self.algorithm.recommendations or not self._ready(trials, number):
+                if number >= self.algorithm.trials or not self._is_ready(trials, number):
                     return None
                 self._add(trials, number)
-                trials = self.study.get_trials(deepcopy=False)
+                trials = self._all()
             found = trials[number]
             self.study.sampler = self.algorithm.sampler(number)
-            waits = found.state == TrialState.WAITING
-            trial = self.study.ask() if waits else Trial(self.study, found._trial_id)
+            trial = self.study.ask() if found.state == TrialState.WAITING else resume_trial(self.study, found)
             attrs = found.user_attrs
             folder, sources, before = attrs[FOLDER], attrs[SOURCES], attrs[_WORKER]
             if before is not None and before["host"] != self.me["host"]:
-                # its processes may still live where nobody here can see them
+                # its processes may still run on the other machine, where nothing here can see them
                 folder, sources = f"{number:03d}-{uuid.uuid4().hex[:6]}", [folder, *sources]
-            for name, value in ((FOLDER, folder), (SOURCES, sources), (_WORKER, self._sign())):
+            for name, value in ((FOLDER, folder), (SOURCES, sources), (_WORKER, self._heartbeat())):
                 trial.set_user_attr(name, value)
-            return Recommendation(trial, number, self.space.draw(trial), folder, tuple(sources))
+            return HeldTrial(trial, self.space.suggest(trial), folder, tuple(sources))
 
-    def _add(self, trials: list[FrozenTrial], number: int) -> None:
-        """Put a recommendation into the study, to be taken at once."""
-        params, sources = (self.space.own, []) if number == 0 else ({}, [])
-        if self._generation(number):
-            params, source = self._inherit(trials, number)
-            sources = [source]
-        attrs = {NUMBER: number, FOLDER: f"{number:03d}", SOURCES: sources, _WORKER: None}
-        if params:
-            self.study.enqueue_trial(params, attrs)
-        else:
-            self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attrs))
+    def beat(self, held: HeldTrial) -> bool:
+        """Record a heartbeat; return whether the trial is still held."""
+        return self.note(held, _WORKER, self._heartbeat())
 
-    def _is_lost(self, trial: FrozenTrial) -> bool:
-        """Whether nobody is at a recommendation that has not ended; asked by whose turn it is."""
-        if trial.state != TrialState.RUNNING:
-            return trial.state == TrialState.WAITING  # who added it did not come to take it
-        worker = trial.user_attrs[_WORKER]
-        if worker is None:
-            return True
-        if worker["host"] == self.me["host"]:
-            return not is_running(worker["process"])
-        now = time.monotonic()  # of this machine alone: clocks differ
-        at, since = self._watched.get(trial.number, (None, now))
-        self._watched[trial.number] = (worker["at"], now if at != worker["at"] else since)
-        return at == worker["at"] and now - since > LOST
+    def note(self, held: HeldTrial, name: str, value: Any) -> bool:
+        """Set an attribute of a trial; return whether the trial is still held."""
+        with self._holding(held.number) as found:
+            if found:
+                held.trial.set_user_attr(name, value)
+        return found is not None
 
-    # ---------------------------------------------------------------------------------------- what is told
+    def report(self, held: HeldTrial, value: float, epoch: int) -> bool:
+        """Report the value after an epoch; return whether the trial is still held."""
+        with self._holding(held.number) as found:
+            if found:
+                held.trial.set_user_attr(EPOCHS, epoch)
+                if epoch not in found.intermediate_values:
+                    held.trial.report(value, epoch)
+        return found is not None
 
-    def beat(self, one: Recommendation) -> bool:
-        """A sign of life; False: another worker has taken the recommendation over."""
-        return self.note(one, _WORKER, self._sign())
-
-    def note(self, one: Recommendation, name: str, value: Any) -> bool:
-        """Write something down about a recommendation; False: another worker has taken it over."""
-        with self._holding(one) as mine:
-            if mine:
-                one.trial.set_user_attr(name, value)
-        return mine
-
-    def report(self, one: Recommendation, value: float, epoch: int) -> bool:
-        """Note the value after an epoch; False: another worker has taken the recommendation over."""
-        with self._holding(one) as mine:
-            if mine:
-                one.trial.set_user_attr(EPOCHS, epoch)
-                if epoch not in self.study._storage.get_trial(one.trial._trial_id).intermediate_values:
-                    one.trial.report(value, epoch)
-        return mine
-
-    def leave(self, number: int) -> None:
-        """Stop working at a recommendation: whoever goes on with the study continues it."""
-        with self._turn():
-            trial = self.study.get_trials(deepcopy=False)[number]
-            if self._is_mine(trial):
-                self.study._storage.set_trial_user_attr(trial._trial_id, _WORKER, None)
-
-    def end(self, one: Recommendation, state: TrialState, value: float | None = None, cause: str = "") -> bool:
-        """Tell how a recommendation ended; False: another worker has taken it over meanwhile."""
-        with self._holding(one) as mine:
-            if mine:
+    def end(self, held: HeldTrial, state: TrialState, value: float | None = None, cause: str = "") -> bool:
+        """End a trial; return whether it was still held."""
+        with self._holding(held.number) as found:
+            if found:
                 if cause:
-                    one.trial.set_user_attr(CAUSE, cause)
-                self.study.sampler = optuna.samplers.RandomSampler()  # a grid's would stop a loop that is not Optuna's
-                self.study.tell(one.number, value, state)
-        return mine
+                    held.trial.set_user_attr(CAUSE, cause)
+                self.study.sampler = optuna.samplers.RandomSampler()  # at its end a grid would call study.stop()
+                self.study.tell(held.number, value, state)
+        return found is not None
+
+    def release(self, number: int) -> None:
+        """Give up a trial, so that any worker may continue it."""
+        with self._holding(number) as found:
+            if found:
+                self.study.sampler = optuna.samplers.RandomSampler()  # a grid would assign a point to the trial
+                resume_trial(self.study, found).set_user_attr(_WORKER, None)
 
     @contextmanager
-    def _holding(self, one: Recommendation) -> Iterator[bool]:
-        with self._turn():
-            yield self._is_mine(self.study._storage.get_trial(one.trial._trial_id))
+    def _holding(self, number: int) -> Iterator[FrozenTrial | None]:
+        """Lock the study and yield a trial; None if this object does not hold it."""
+        with self._lock():
+            found = self._all()[number]
+            yield found if self._is_mine(found) else None
 
     def _is_mine(self, trial: FrozenTrial) -> bool:
         worker = trial.user_attrs[_WORKER]
         return not trial.state.is_finished() and worker is not None and worker["token"] == self.me["token"]
 
-    def _sign(self) -> dict[str, Any]:
+    def _is_lost(self, trial: FrozenTrial) -> bool:
+        """Return whether an unfinished trial has no worker any more; the study must be locked."""
+        if trial.state.is_finished():
+            return False
+        worker = trial.user_attrs[_WORKER]
+        if worker is None or trial.state == TrialState.WAITING:  # its worker ended before it took the trial
+            return True
+        if worker["host"] == self.me["host"]:
+            return not is_running(worker["process"])
+        # The clocks of two machines differ: measure with this machine's clock how long a heartbeat has not changed.
+        now = time.monotonic()
+        beat, since = self._heartbeats.get(trial.number, (None, now))
+        self._heartbeats[trial.number] = (worker["at"], now if beat != worker["at"] else since)
+        return beat == worker["at"] and now - since > LOST
+
+    def _heartbeat(self) -> dict[str, Any]:
         return {**self.me, "at": time.time()}
 
-    # ---------------------------------------------------------------------------------------- populations
+    # ------------------------------------------------------------------------------------------ creating
+
+    def _add(self, trials: list[FrozenTrial], number: int) -> None:
+        """Queue a trial with its attributes, so that it is complete even if this process is killed now."""
+        params, sources = (self.space.own, []) if number == 0 else ({}, [])
+        if self._generation(number):
+            params, source = self._inherit(trials, number)
+            sources = [source]
+        attrs = {FOLDER: f"{number:03d}", SOURCES: sources, _WORKER: None}
+        if params:
+            self.study.enqueue_trial(params, attrs)
+        else:
+            self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attrs))
 
     def _generation(self, number: int) -> int:
         return number // self.algorithm.settings.population_size if self.algorithm.generations > 1 else 0
 
-    def _members(self, trials: list[FrozenTrial], generation: int) -> list[FrozenTrial]:
-        return [trial for trial in trials if self._generation(trial.number) == generation]
+    def _previous(self, trials: list[FrozenTrial], number: int) -> list[FrozenTrial]:
+        """Return the generation before that of a trial."""
+        return [trial for trial in trials if self._generation(trial.number) == self._generation(number) - 1]
 
-    def _ready(self, trials: list[FrozenTrial], number: int) -> bool:
-        """Whether the generation before has ended, so that a recommendation knows what to go on with."""
-        generation = self._generation(number)
-        return not generation or all(trial.state.is_finished() for trial in self._members(trials, generation - 1))
+    def _is_ready(self, trials: list[FrozenTrial], number: int) -> bool:
+        """Return whether the previous generation has ended."""
+        return all(trial.state.is_finished() for trial in self._previous(trials, number))
 
     def _inherit(self, trials: list[FrozenTrial], number: int) -> tuple[dict[str, Any], str]:
-        """The values of a training of a later generation, and the folder whose weights it goes on with."""
+        """Return the parameters of a trial of a later generation, and the folder whose weights it continues with."""
         size = self.algorithm.settings.population_size
-        before = {t.number % size: t for t in self._members(trials, self._generation(number) - 1)}
+        before = {trial.number % size: trial for trial in self._previous(trials, number)}
         members = [Member(slot, trial.value, trial.params) for slot, trial in before.items()]
         slot, params = next_member(self.algorithm, members, number % size, number, maximize=self.objective.maximize)
         return params, before[slot].user_attrs[FOLDER]
 
+    def _facts(self, spec: ExperimentSpec) -> dict[str, Any]:
+        """Return all values that identify the search; a search with other values is a different one."""
+        settings, name = self.algorithm.settings, self.algorithm.name
+        searched = {item.key: item.range_words for item in self.space.parameters}
+        facts = {
+            "automl.algorithm": name,
+            "automl.metric": self.objective.metric,
+            "automl.max_epochs": self.algorithm.epochs,
+            "automl.seed": settings.seed,
+            **{f"automl.ranges.{key}": words for key, words in searched.items()},
+        }
+        if name in STOPS_EARLY:
+            facts["automl.reduction_factor"] = settings.reduction_factor
+        if name == "pbt":
+            facts["automl.population_size"] = settings.population_size
+        if name in ("pbt", "grid"):  # other algorithms may get more trials later
+            facts["automl.max_recommendations"] = settings.max_recommendations
+        values = to_dict(spec)
+        for key in fields():
+            value = get(values, key)
+            trained = key.startswith(("model.", "dataset.", "train.")) and traits(key).in_search
+            if trained and key not in searched and value is not None:
+                facts[key] = value
+        return facts
 
-def shown_trial(trial: FrozenTrial) -> Shown:
-    """An Optuna trial as pictures and tables take it."""
-    attrs = trial.user_attrs
-    states: dict[TrialState, Any] = {
-        TrialState.COMPLETE: "complete",
-        TrialState.PRUNED: "stopped early",
-        TrialState.FAIL: "failed",
-    }
+
+def resume_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
+    """Return the live trial of one that another process started: the only use of a private name of Optuna.
+
+    Optuna's public way, ``heartbeat_interval`` with ``RetryFailedTrialCallback``, fails the trial and queues a copy.
+    That would count its results twice, since successive halving compares with the rungs of failed trials too, and move
+    it to another bracket of Hyperband. It also waits for a grace period, even if the process is known to be dead.
+    """
+    return Trial(study, trial._trial_id)
+
+
+def summarize(trial: FrozenTrial) -> TrialSummary:
+    """Return an Optuna trial for figures and tables."""
     value = trial.value
     if trial.state == TrialState.PRUNED and trial.intermediate_values:
         value = trial.intermediate_values[max(trial.intermediate_values)]
-    return Shown(
+    return TrialSummary(
         number=trial.number,
         value=value,
-        state=states.get(trial.state, "running"),
-        epochs=int(attrs.get(EPOCHS) or 0),
+        state=_STATES.get(trial.state, "running"),
+        epochs=int(trial.user_attrs.get(EPOCHS) or 0),
         params=dict(trial.params),
-        seconds=float(attrs.get(SECONDS) or 0.0),
+        seconds=float(trial.user_attrs.get(SECONDS) or 0.0),
+        cause=str(trial.user_attrs.get(CAUSE) or ""),
     )
 
 
@@ -303,51 +338,25 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} was {before.get(key, 'unset')} and is {now.get(key, 'unset')}" for key in changed)
 
 
-def _another(folder: Path, why: str) -> SpecError:
+def _other_search(folder: Path, why: str) -> SpecError:
     return SpecError(
         f"automl: {folder} holds another search: {why}.",
-        "Set another results_dir for this search, or restore the old settings to go on with that one.",
+        "Set another results_dir for this search, or restore the old settings to continue that one.",
     )
 
 
 def _check_folder(folder: Path, name: str, *, known: bool) -> None:
-    """Refuse a folder with the trainings of another study: their checkpoints would be taken for those of this one."""
-    mark, held = folder / _NAME, (folder / TRIALS).is_dir() and any((folder / TRIALS).iterdir())
-    if held and not known:
+    """Reject a folder with trials of another study, whose checkpoints would be mistaken for those of this one."""
+    mark, used = folder / _STUDY_NAME, (folder / TRIALS).is_dir() and any((folder / TRIALS).iterdir())
+    if used and not known:
         raise SpecError(
-            f"automl: {folder / TRIALS} holds trainings of a search, but its study is gone, or is another one.",
-            "Set another results_dir for this search, restore the study or the settings that it was made with, or "
+            f"automl: {folder / TRIALS} holds trials of a search, but its study is gone or is another one.",
+            "Set another results_dir for this search, restore the study or the settings that it was created with, or "
             f"remove {folder}.",
         )
-    if held and mark.is_file() and mark.read_text(encoding="utf-8") != name:
-        raise _another(folder, "its trainings are of another study")
+    if used and mark.is_file() and mark.read_text(encoding="utf-8") != name:
+        raise _other_search(folder, "its trials belong to another study")
     mark.write_text(name, encoding="utf-8")
-
-
-def _facts(spec: ExperimentSpec, algorithm: Algorithm, objective: Objective) -> dict[str, Any]:
-    """What makes a search this search: the number of recommendations may grow where nothing follows from it."""
-    settings, name = algorithm.settings, algorithm.name
-    searched = {item.key: item.range_words for item in algorithm.space.parameters}
-    facts = {
-        "automl.algorithm": name,
-        "automl.metric": objective.metric,
-        "automl.max_epochs": algorithm.epochs,
-        "automl.seed": settings.seed,
-        **{f"automl.ranges.{key}": words for key, words in searched.items()},
-    }
-    if name in STOPS_EARLY:
-        facts["automl.reduction_factor"] = settings.reduction_factor
-    if name == "pbt":
-        facts["automl.population_size"] = settings.population_size
-    if name in ("pbt", "grid"):  # the lengths of generations, and the points, follow from it
-        facts["automl.max_recommendations"] = settings.max_recommendations
-    values = to_dict(spec)
-    for key in fields():
-        value = get(values, key)
-        training = key.startswith(("model.", "dataset.", "train."))
-        if training and traits(key).in_search and key not in searched and value is not None:
-            facts[key] = value
-    return facts
 
 
 def _is_default(key: str, value: Any) -> bool:
@@ -356,9 +365,9 @@ def _is_default(key: str, value: Any) -> bool:
 
 
 def _name(spec: ExperimentSpec, facts: Mapping[str, Any]) -> str:
-    """Of the study: in a shared database it must tell searches apart, and be the same for all workers of one."""
+    """Return the name of the study; in a shared database it is unique, and the same for all workers."""
     if not spec.automl.storage:
         return "automl"
-    told = {key: value for key, value in facts.items() if not _is_default(key, value)}
-    text = json.dumps([spec.results_dir, told], sort_keys=True)
+    set_values = {key: value for key, value in facts.items() if not _is_default(key, value)}
+    text = json.dumps([spec.results_dir, set_values], sort_keys=True)
     return f"openmae-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -123,7 +123,7 @@ def _log_level(command: str) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _parser()
+    parser, argv = _parser(), automl.with_command(argv)
     args, rest = parser.parse_known_args(argv)
     # argparse returns overrides that follow an option as unknown: `mae train a=1 -e spec.yaml b=2`
     leaf = parser.leaf(argv)

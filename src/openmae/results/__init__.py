@@ -1,5 +1,4 @@
-"""Everything a user looks at: status and metric logs, pictures, probes and the report.
+"""Everything that users look at: status, metrics, figures and reports.
 
-No torch here, and nothing heavy at import: matplotlib, Pillow and scikit-learn are loaded by the
-functions that draw and fit.
+Nothing here imports torch, and matplotlib and jinja2 are only imported by the functions that need them.
 """

@@ -18,32 +18,31 @@ if TYPE_CHECKING:
 
 Counts = NDArray[Any]
 
-_COUNTS_UP_TO = 15  # classes whose cells carry numbers
-_NAMES_UP_TO = 60  # classes whose rows and columns carry names
-_CELLS_UP_TO = 250  # classes that have a cell of their own
-_PAIRS = 20  # most frequent mistakes listed beside the matrix
+_COUNTS_UP_TO = 15  # classes with a number in each cell
+_NAMES_UP_TO = 60  # classes with a name at each row and column
+_CELLS_UP_TO = 250  # classes with one cell each
+_MISTAKES = 20  # most frequent mistakes listed next to the matrix
 
 
 def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path) -> Path:
     """Draw a confusion matrix and return ``path``.
 
-    Colour is the share of the true class: blue on the diagonal, rust for mistakes (on a square-root scale,
-    so that rare ones show). Up to 15 classes each cell carries its count; up to 60 each row its name and
-    share of right answers; beyond 15 the most frequent mistakes are listed beside the matrix; beyond 250
-    neighbouring classes share a cell, which shows the largest mistake in it.
+    The colour is the share of the true class: blue on the diagonal, rust for mistakes, on a square-root scale so that
+    rare ones are visible. Up to 15 classes each cell has its count; up to 60 each row has its name and accuracy; from
+    16 the most frequent mistakes are listed; from 251 adjacent classes share a cell, which shows its largest mistake.
 
     Args:
         matrix: [K, K] counts; rows are true classes, columns predicted ones.
         class_names: K names, in the matrix's order.
-        path: the PNG to write.
+        path: PNG to write.
 
     Raises:
-        ValueError: shapes that do not fit, or fewer than 2 classes.
+        ValueError: the shapes do not match, or there are fewer than 2 classes.
     """
     matrix = np.asarray(matrix)
     classes = len(class_names)
     if matrix.shape != (classes, classes) or classes < 2:
-        raise ValueError(f"a matrix of shape {matrix.shape} does not fit {classes} class names (2 or more)")
+        raise ValueError(f"a matrix of shape {matrix.shape} does not match {classes} class names (2 or more)")
     names = [_shorten(style.one_line(name)) for name in class_names]
     named, listed = classes <= _NAMES_UP_TO, classes > _COUNTS_UP_TO
     side = _side_inches(classes)
@@ -70,7 +69,7 @@ def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path
 
 
 def _side_inches(classes: int) -> float:
-    """Side of the matrix: room for a count in a cell, then for a name, then a whole number of pixels."""
+    """Return the side of the matrix: room for a count per cell, or for a name, or a whole number of pixels."""
     if classes <= _COUNTS_UP_TO:
         return classes * max(0.38, 0.62 - 0.03 * max(0, classes - 6))
     if classes <= _NAMES_UP_TO:
@@ -80,12 +79,12 @@ def _side_inches(classes: int) -> float:
 
 
 def _shares(matrix: Counts) -> NDArray[np.float64]:
-    """Each count as a share of its true class; 0 for a class without images."""
+    """Return each count as a share of its true class; 0 for a class without images."""
     return np.asarray(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1), dtype=np.float64)
 
 
 def _depths(matrix: Counts) -> NDArray[np.float64]:
-    """How deep each cell is coloured, in [0, 1]."""
+    """Return the depth of colour of each cell, in [0, 1]."""
     shares = _shares(matrix)
     right = np.diag(shares)
     depth = np.sqrt(shares)
@@ -106,15 +105,10 @@ def _draw_cells(axes: Axes, matrix: Counts) -> None:
     classes, depth = len(matrix), _depths(matrix)
     hue = np.full((*depth.shape, 3), to_rgb(RUST))
     hue[np.diag_indices(len(depth))] = to_rgb(BLUE)
-    named = classes <= _NAMES_UP_TO
+    named, edge = classes <= _NAMES_UP_TO, classes - 0.5
     ground = np.array(to_rgb(EMPTY if named else PAPER))
-    edge = classes - 0.5
-    axes.imshow(
-        ground + (hue - ground) * depth[:, :, None],
-        interpolation="nearest",
-        aspect="auto",
-        extent=(-0.5, edge, edge, -0.5),
-    )
+    pixels, extent = ground + (hue - ground) * depth[:, :, None], (-0.5, edge, edge, -0.5)
+    axes.imshow(pixels, interpolation="nearest", aspect="auto", extent=extent)
     axes.spines[:].set_visible(not named)
     axes.spines[:].set_color(HAIRLINE)
     axes.tick_params(labelsize=8)
@@ -129,36 +123,27 @@ def _write_counts(axes: Axes, matrix: Counts) -> None:
     depth, largest = _depths(matrix), matrix.max()
     for (row, column), count in np.ndenumerate(matrix):
         if count:
-            text = f"{count:,}" if largest < 10_000 else _compact(count)
+            text = f"{count / 1000:.3g}k" if largest >= 10_000 and count >= 1000 else f"{count:,}"
             colour = PAPER if depth[row, column] > 0.5 else INK
             size = 8.5 if largest < 1000 else 7
             axes.text(column, row, text, ha="center", va="center_baseline", size=size, color=colour)
 
 
 def _name_size(classes: int) -> int:
-    """Size of a class name in points."""
     return 8 if classes <= 30 else 7
 
 
 def _name_classes(axes: Axes, matrix: Counts, names: Sequence[str], flat: bool) -> None:
-    """Write the names along both axes, and each class's share of right answers at its row's end."""
-    size = _name_size(len(names))
+    """Write the names along both axes, and the accuracy of each class at the end of its row."""
+    size, end = _name_size(len(names)), len(names) - 0.5
     axes.tick_params(length=0, labelsize=size)
     axes.set_xticks(range(len(names)), names, rotation=0 if flat else 90)
     axes.set_yticks(range(len(names)), names)
-    totals = matrix.sum(axis=1)
-    shares = [f"{100 * share:.0f} %" for share in np.diag(_shares(matrix))]
-    quiet: dict[str, Any] = {
-        "color": MUTED,
-        "size": size - 0.5,
-        "textcoords": "offset points",
-        "annotation_clip": False,
-    }
-    end = len(names) - 0.5
-    axes.annotate("correct", (end, -0.5), xytext=(6, 5), va="bottom", **quiet)
-    for row, share in enumerate(shares):
-        text = share if totals[row] else "no images"
-        axes.annotate(text, (end, row), xytext=(6, 0), va="center_baseline", **quiet)
+    look: dict[str, Any] = {"color": MUTED, "size": size - 0.5, "textcoords": "offset points", "annotation_clip": False}
+    axes.annotate("correct", (end, -0.5), xytext=(6, 5), va="bottom", **look)
+    for row, (share, total) in enumerate(zip(np.diag(_shares(matrix)), matrix.sum(axis=1), strict=True)):
+        text = f"{100 * share:.0f} %" if total else "no images"
+        axes.annotate(text, (end, row), xytext=(6, 0), va="center_baseline", **look)
 
 
 def _list_mistakes(figure: Figure, matrix: Counts, names: Sequence[str], left: float, top: float) -> None:
@@ -167,7 +152,7 @@ def _list_mistakes(figure: Figure, matrix: Counts, names: Sequence[str], left: f
     np.fill_diagonal(mistakes, 0)
     width, height = figure.get_size_inches()
     pitch = 0.36
-    lines = min(_PAIRS, int((height - top - 0.6) / pitch))
+    lines = min(_MISTAKES, int((height - top - 0.6) / pitch))
     order = np.argsort(-mistakes, axis=None, kind="stable")[:lines]
     pairs = [divmod(int(index), len(names)) for index in order if mistakes.flat[index]]
 
@@ -179,16 +164,10 @@ def _list_mistakes(figure: Figure, matrix: Counts, names: Sequence[str], left: f
     shares = _shares(matrix)
     for line, (true, predicted) in enumerate(pairs):
         y = top + 0.52 + pitch * line
-        count = mistakes[true, predicted]
-        images = f"{count:,} image{'' if count == 1 else 's'}"
-        share = f"{100 * shares[true, predicted]:.0f} % of the class"
+        images = style.plural(mistakes[true, predicted], "image")
         write(f"{names[true]} → {names[predicted]}", y, size=8.5)
-        write(f"{images}, {share}", y + 0.15, size=7.5, color=MUTED)
+        write(f"{images}, {100 * shares[true, predicted]:.0f} % of the class", y + 0.15, size=7.5, color=MUTED)
 
 
 def _shorten(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 9]}…{name[-8:]}"
-
-
-def _compact(count: float) -> str:
-    return f"{count / 1000:.3g}k" if count >= 1000 else f"{count}"

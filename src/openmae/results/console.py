@@ -1,4 +1,4 @@
-"""What the library logs, shown on stderr: plain for information, marked for a notice."""
+"""The library's log messages on stderr; warnings and errors are marked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARKS = {logging.WARNING: "Notice: ", logging.ERROR: "Error: "}
 
 @contextmanager
 def notices_on_stderr(level: int = logging.INFO) -> Iterator[None]:
-    """Show the messages of ``level`` and above for as long as the block runs; drop them where stderr is closed."""
+    """Show messages of ``level`` and above while the block runs; drop them if stderr is closed."""
     logger, handler = logging.getLogger("openmae"), _OnStderr()
     handler.setFormatter(_Formatter())
     before = logger.level
@@ -31,7 +31,7 @@ def notices_on_stderr(level: int = logging.INFO) -> Iterator[None]:
 
 
 class _OnStderr(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is at the moment: a live display puts something else there."""
+    """A handler for the current ``sys.stderr``, which a live display replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(sys.stderr)

@@ -1,4 +1,4 @@
-"""The curves of a run: loss, accuracy, learning rate and speed, a panel each."""
+"""Training curves: a panel each for loss, accuracy, learning rate, speed and data loading."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from openmae.results import style
 from openmae.results.metrics_csv import series
-from openmae.results.style import BLUE, HAIRLINE, MUTED
-from openmae.spec.metrics import METRICS
+from openmae.results.style import BLUE
+from openmae.spec.metrics import METRICS, is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH, _HEIGHT, _LABELS = 3.5, 2.3, 1.25  # of a panel, and of the least room for names at its right, in inches
-_BESIDE, _NAME_SIZE = 0.03, 8.5  # from a panel to the names, as a share of its width; their size in points
-_LEFT, _TOP, _PITCH = 0.75, 0.75, 3.2
-_SMOOTH_FROM = 80  # points from which a trend is drawn over the raw curve
+_WIDTH, _HEIGHT, _LABELS = 3.5, 2.3, 1.25  # inches: a panel, and the least room for names on its right
+_BESIDE, _NAME_SIZE = 0.03, 8.5  # gap between a panel and the names as a share of its width; font size in points
+_LEFT, _TOP, _PITCH = 0.75, 0.75, 3.2  # inches
+_SMOOTH_FROM = 80  # points from which a running mean is drawn over the raw curve
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Curve:
     steps: NDArray[np.float64]
     values: NDArray[np.float64]
     trend: NDArray[np.float64]  # the running mean, or the values themselves
-    reading: float  # the number written beside it
+    reading: float  # the number next to the curve
     colour: str
 
 
@@ -45,7 +45,7 @@ def _percent(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Panel:
-    """What one panel shows: metric name -> the name written beside its curve; none: all learning rates."""
+    """A panel: metric name -> name of its curve; without metrics it shows all learning rates."""
 
     title: str
     metrics: Mapping[str, str]
@@ -53,19 +53,15 @@ class _Panel:
     log_axis: bool = False
     from_zero: bool = False
     noisy: bool = False
-    peak: bool = False  # write the highest value beside a curve instead of the last one
-    epoch_mean: str = ""  # its ending names the metric whose last value is written beside a curve, where there is one
+    peak: bool = False  # the number next to a curve is its highest value, not the last one
+    epoch_mean: str = ""  # suffix of the metric whose last value is next to the curve if there is one
 
 
+_LOSSES = {name: METRICS[name].short for name in sorted(METRICS) if not is_share(name)}
+_SHARES = {name: METRICS[name].short for name in sorted(METRICS) if is_share(name)}
 _PANELS = (
-    _Panel(
-        "Loss",
-        {metric.name: metric.short for metric in METRICS.values() if not metric.is_share},
-        log_axis=True,
-        noisy=True,
-        epoch_mean="_epoch",
-    ),
-    _Panel("Accuracy", {metric.name: metric.short for metric in METRICS.values() if metric.is_share}, _percent),
+    _Panel("Loss", _LOSSES, log_axis=True, noisy=True, epoch_mean="_epoch"),
+    _Panel("Accuracy", _SHARES, _percent),
     _Panel("Learning rate", {}, from_zero=True, peak=True),  # its last value is near 0 by design
     _Panel("Images per second", {"images_per_s": ""}, from_zero=True, noisy=True),
     _Panel("Time spent waiting for data", {"data_wait": ""}, _percent, from_zero=True, noisy=True),
@@ -75,45 +71,36 @@ _PANELS = (
 def save_curves(rows: Sequence[Mapping[str, float]], path: Path, *, title: str = "Training") -> Path:
     """Draw the metrics of a run over its steps and return ``path``.
 
-    Panels appear for the metrics that were measured: ``train_loss`` and ``val_loss`` on one axis (a log
-    axis when they span more than a factor of 5), ``ACC_all``, ``ACC_top5``, ``knn_acc`` and ``probe_acc``
-    as shares in [0, 1], every metric whose name starts with ``lr``, ``images_per_s`` and ``data_wait``.
-    Long noisy curves are drawn faintly under their running mean. Non-finite values are left out.
+    There is a panel for each kind of metric in the rows. The loss has a logarithmic axis if it spans more than a factor
+    of 5. Long noisy curves are faint, with their running mean on top. Values that are not finite are left out.
 
     Args:
-        rows: as ``read_metrics`` returns them; ``step`` is the horizontal axis.
-        path: the PNG to write.
-        title: the picture's headline.
+        rows: rows as ``read_metrics`` returns them; ``step`` is the horizontal axis.
+        path: PNG to write.
+        title: headline of the figure.
 
     Raises:
-        ValueError: the rows hold none of these metrics.
+        ValueError: the rows contain none of the metrics.
     """
     panels = [(panel, curves) for panel in _PANELS if (curves := _curves(panel, rows))]
     if not panels:
-        raise ValueError("there is nothing to draw: no row holds a loss, accuracy, learning rate or speed")
+        raise ValueError("there is nothing to draw: no row contains a loss, accuracy, learning rate or speed")
     columns = min(2, len(panels))
-    lines = math.ceil(len(panels) / columns)
     epochs = max(int(row.get("epoch", 1)) for row in rows)
     steps = int(max(row["step"] for row in rows))
-    subtitle = f"{_count(epochs, 'epoch')} · {_count(steps, 'step')}"
     with style.drawing():
         names = [text for panel, curves in panels for _, text in _names(panel, curves)]
         beside = max(_LABELS, _BESIDE * _WIDTH + style.text_width(names, _NAME_SIZE) + 0.15)
         pitch_x = _LEFT + _WIDTH + beside
-        figure = style.new_figure(columns * pitch_x, _TOP + lines * _PITCH)
-        style.headline(figure, title, subtitle)
+        figure = style.new_figure(columns * pitch_x, _TOP + math.ceil(len(panels) / columns) * _PITCH)
+        style.headline(figure, title, f"{style.plural(epochs, 'epoch')} · {style.plural(steps, 'step')}")
         for index, (panel, curves) in enumerate(panels):
-            left = _LEFT + (index % columns) * pitch_x
-            top = _TOP + 0.35 + (index // columns) * _PITCH
-            axes = style.add_axes(figure, left, top, _WIDTH, _HEIGHT)
+            row, column = divmod(index, columns)
+            axes = style.add_axes(figure, _LEFT + column * pitch_x, _TOP + 0.35 + row * _PITCH, _WIDTH, _HEIGHT)
             _draw(axes, panel, curves)
             _scale(axes, panel, curves, steps)
             _name_curves(axes, panel, curves)
         return style.save_figure(figure, path)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _curves(panel: _Panel, rows: Sequence[Mapping[str, float]]) -> list[_Curve]:
@@ -130,13 +117,13 @@ def _curves(panel: _Panel, rows: Sequence[Mapping[str, float]]) -> list[_Curve]:
             colour = style.SERIES[number] if len(names) <= len(style.SERIES) else BLUE
             reading = float(trend.max() if panel.peak else trend[-1])
             if panel.epoch_mean and (means := series(rows, f"{metric}{panel.epoch_mean}")[1]):
-                reading = means[-1]  # the number that the report's card shows
+                reading = means[-1]  # the number at the top of the report
             curves.append(_Curve(name, steps, values, trend, reading, colour))
     return curves
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean over a centred window of a twentieth of the curve, narrower at both ends."""
+    """Return the mean over a centred window of a twentieth of the curve, narrower at both ends."""
     window = np.ones(max(3, len(values) // 20))
     sums = np.convolve(values, window, mode="same")
     return np.asarray(sums / np.convolve(np.ones_like(values), window, mode="same"))
@@ -149,17 +136,12 @@ def _draw(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
         if curve.trend is not curve.values:
             axes.plot(curve.steps, curve.values, color=curve.colour, lw=0.6, alpha=0.3)
         axes.plot(curve.steps, curve.trend, color=curve.colour, lw=width, marker=marker, markersize=4)
-    axes.grid(axis="y", color=HAIRLINE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", which="both", length=0, labelsize=8)
-    axes.tick_params(axis="x", labelsize=8, labelcolor=MUTED)
+    style.value_grid(axes)
     axes.set_xlabel("step", size=8)
     axes.set_title(panel.title, loc="left", size=10, weight="bold", pad=10)
 
 
 def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> None:
-    """Set both axes: all panels share the steps, and values get the scale that suits them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     lowest = min(curve.values.min() for curve in curves)
@@ -180,37 +162,20 @@ def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> N
 
 
 def _names(panel: _Panel, curves: Sequence[_Curve]) -> list[tuple[_Curve, str]]:
-    """The curves that are named beside a panel, the lowest first, and the text for each."""
+    """Return the curves to name next to a panel, from the lowest, with the text for each."""
     ordered = sorted(curves, key=lambda curve: curve.reading)
     if len(ordered) > len(style.SERIES):
-        # Layer decay gives a rate per group of layers: too many names to read, so the ends speak for all.
-        ordered = [ordered[0], ordered[-1]]
+        ordered = [ordered[0], ordered[-1]]  # layer decay gives too many learning rates to name them all
     peak = "peak" if panel.peak else ""
     return [(curve, "  ".join(filter(None, (curve.name, peak, panel.text(curve.reading))))) for curve in ordered]
 
 
 def _name_curves(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
-    """Write each curve's name and value at the panel's right, spread so that no two overlap."""
+    """Write each curve's name and value at the panel's right, so that no two overlap."""
     named = _names(panel, curves)
-    axes.get_ylim()  # makes pending autoscaling happen before positions are asked for
+    axes.get_ylim()  # runs pending autoscaling, which the transform needs
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((curve.steps[-1], curve.reading))[1]) for curve, _ in named]
     look: dict[str, Any] = {"transform": axes.transAxes, "size": _NAME_SIZE, "va": "center_baseline"}
-    for (curve, text), height in zip(named, _spread(wanted, gap=0.09), strict=True):
+    for (curve, text), height in zip(named, style.spread(wanted, gap=0.09), strict=True):
         axes.text(1 + _BESIDE, height, text, color=curve.colour, **look)
-
-
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights in [0, 1] as little as needed to lie ``gap`` apart."""
-    clusters: list[list[float]] = []
-    for height in heights:
-        cluster = [height]
-        while clusters and _bottom(cluster, gap) - _bottom(clusters[-1], gap) < gap * len(clusters[-1]):
-            cluster = clusters.pop() + cluster
-        clusters.append(cluster)
-    return [_bottom(cluster, gap) + gap * i for cluster in clusters for i in range(len(cluster))]
-
-
-def _bottom(cluster: Sequence[float], gap: float) -> float:
-    """The lowest place of a cluster of names that is stacked about the mean of its heights."""
-    return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2

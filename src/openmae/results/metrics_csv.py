@@ -1,8 +1,7 @@
-"""``metrics.csv``: every number of a run, a row per logged step.
+"""``metrics.csv``: all metrics of a run, one row per logged step.
 
-The first columns are ``step`` and ``epoch`` (from 1, as in the names of checkpoints); the others appear as metrics do,
-so a cell is empty where a metric was not measured at that step. Values are written in full: reading gives the same
-floats back.
+The first columns are ``step`` and ``epoch`` (from 1, as in the names of checkpoints); a new metric adds a column. A
+cell is empty if the metric was not measured at that step. Values are written in full precision.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ _KEYS = ("step", "epoch")
 
 
 class MetricsLog:
-    """Writes ``folder/metrics.csv``. Only one process of a run (rank 0) may hold it.
+    """A writer of ``metrics.csv``, for one process of a run (rank 0) only.
 
     Args:
-        folder: the action's results folder; created when it does not exist.
-        append: keep the rows of an earlier run (a resumed one) instead of starting anew.
+        folder: the action's results folder; created if it does not exist.
+        append: keep the rows of the run that is resumed.
 
     Raises:
         UserError: the folder cannot be created or written.
@@ -41,30 +40,28 @@ class MetricsLog:
         self._rewrite([])
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Append one row.
+        """Append a row.
 
         Args:
-            step: optimizer steps done when the values were measured.
-            epoch: the epoch they belong to, from 1.
-            values: metric name -> value; a new name adds a column.
+            step: number of optimizer steps so far.
+            epoch: epoch, from 1.
+            values: metric name -> value.
 
         Raises:
             ValueError: a metric is called ``step`` or ``epoch``.
         """
         if taken := [name for name in _KEYS if name in values]:
-            raise ValueError(f"a metric cannot be called {taken[0]!r}: that column holds the position")
+            raise ValueError(f"a metric cannot be called {taken[0]!r}: a column has this name already")
         row: Row = {"step": int(step), "epoch": int(epoch), **{k: float(v) for k, v in values.items()}}
-        new = [name for name in row if name not in self._columns]
-        if new:
-            rows = read_metrics(self.path)
+        if new := [name for name in row if name not in self._columns]:
             self._columns += new
-            self._rewrite([*rows, row])
-            return
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            file.write(_to_csv([row], self._columns))
+            self._rewrite([*read_metrics(self.path), row])
+        else:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(_to_csv([row], self._columns))
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows written after ``step``: a run resumed there will write them again."""
+        """Drop the rows after ``step``, which a run resumed there writes again."""
         self._rewrite([row for row in read_metrics(self.path) if row["step"] <= step])
 
     def _rewrite(self, rows: Iterable[Row]) -> None:
@@ -73,10 +70,10 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """Return the rows of a ``metrics.csv``, each with the metrics that were measured at its step.
+    """Return the rows of a ``metrics.csv``, each with the metrics measured at its step.
 
-    ``step`` and ``epoch`` are ints. A last row that is still being written is left out. Older versions counted epochs
-    from 0: their rows are returned with epochs from 1.
+    A last row that is still being written is left out. Old files count epochs from 0; their rows are returned with
+    epochs from 1.
     """
     rows: list[Row] = []
     for cells in csv.DictReader(complete_lines(Path(path))):
@@ -87,7 +84,7 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
-    """Return (steps, values) of the rows in which ``name`` was measured."""
+    """Return the steps and values of the rows that have a metric."""
     measured = [row for row in rows if name in row]
     return [row["step"] for row in measured], [row[name] for row in measured]
 

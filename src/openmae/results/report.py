@@ -1,4 +1,4 @@
-"""``report.html``: what an action did, on one page that needs no network, no script and no other file."""
+"""``report.html``: the results of an action on one page, without network requests, scripts or other files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Text:
-    """Plain paragraphs; a blank line parts them. An empty title gives no heading."""
+    """Plain paragraphs, separated by blank lines. In every section, an empty title gives no heading."""
 
     title: str
     text: str
@@ -29,7 +29,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The few figures that matter most, set large: label -> value as it is to be read (``"93.4 %"``)."""
+    """The most important figures in large type: label -> text (``"93.4 %"``)."""
 
     title: str
     items: Mapping[str, str]
@@ -37,10 +37,10 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under column names; names that are all empty are left out.
+    """A table; without column names it has no head.
 
-    A column of numbers is aligned right, and its floats share the decimals that give the largest one four
-    significant digits.
+    Numbers are aligned right. The floats of a column have the decimals that give the largest one four significant
+    digits.
     """
 
     title: str
@@ -50,8 +50,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image file, copied into the page. ``caption`` is also what a screen reader says."""
+class Figure:
+    """An image file, embedded in the page. The caption is also its alternative text."""
 
     title: str
     path: Path
@@ -60,30 +60,29 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
-    """Text shown as it is, such as a spec; a long one is folded away until it is asked for."""
+    """Preformatted text such as a spec; a long one is collapsed."""
 
     title: str
     text: str
 
 
-Section = Text | Numbers | Table | Picture | Code
+Section = Text | Numbers | Table | Figure | Code
 
 
 def write_report(folder: Path, title: str, sections: Sequence[Section], *, subtitle: str = "") -> Path:
     """Write ``folder/report.html`` and return its path.
 
-    Everything is escaped; pictures are embedded as data URIs; the page forbids itself every request by a
-    content security policy.
+    Everything is escaped, images are embedded as data URIs, and a content security policy forbids all requests.
 
     Args:
         folder: the action's results folder.
-        title: the page's heading.
-        sections: in the order to be read.
-        subtitle: a quieter line beneath the heading: architecture, stage, data.
+        title: heading of the page.
+        sections: sections in their order.
+        subtitle: quieter line below the heading: architecture, stage, data.
 
     Raises:
-        FileNotFoundError: a picture does not exist.
-        ValueError: a picture is no image file, or a table's row does not have a cell per column.
+        FileNotFoundError: an image file does not exist.
+        ValueError: a file is not an image, or a table's row does not have one cell per column.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -111,7 +110,7 @@ def write_report(folder: Path, title: str, sections: Sequence[Section], *, subti
 
 
 def _format_columns(table: Table) -> list[tuple[str, list[str]]]:
-    """Each column of a table as ("number" or "", its cells as text)."""
+    """Return the CSS class ("number" or "") and the cells of each column."""
     formatted = []
     for index in range(len(table.columns)):
         cells = [row[index] for row in table.rows]
@@ -122,7 +121,7 @@ def _format_columns(table: Table) -> list[tuple[str, list[str]]]:
 
 
 def _decimals(values: Sequence[float]) -> int | None:
-    """Decimals that suit a whole column, or None where its values lie too far apart for that."""
+    """Return the decimals for a column; None if its values differ too much in size."""
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
     if not sizes or max(sizes) >= 1e9 or min(sizes) < max(sizes) / 1000 or max(sizes) < 1e-3:
         return None
@@ -130,7 +129,6 @@ def _decimals(values: Sequence[float]) -> int | None:
 
 
 def _format_cell(value: Cell, decimals: int | None) -> str:
-    """A cell as text: thousands parted, nothing as a dash."""
     if value is None or value == "":
         return "—"
     if isinstance(value, float):
@@ -154,6 +152,6 @@ def _data_uri(path: Path) -> str:
 
 
 def _width(path: Path) -> int:
-    """Width on the page in CSS pixels (96 an inch), so that text is as large in every picture."""
+    """Return the width on the page in CSS pixels (96 per inch), so that text has the same size in every figure."""
     with Image.open(path) as image:
         return round(image.width * 96 / float(image.info.get("dpi", (96, 96))[0]))

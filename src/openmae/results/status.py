@@ -1,9 +1,8 @@
-"""``status.json``: what a run is doing, as JSON lines that other programs follow.
+"""``status.json``: the progress of a run as JSON lines, in the format of TAO's status logger.
 
-One object a line: ``date`` (m/d/yyyy), ``time`` (h:m:s), ``status``, ``verbosity``, ``message``, and ``kpi`` (a flat
-object of finite numbers) where there are numbers. The line of an epoch also has ``epoch`` and ``max_epoch`` (from 0),
-``step``, ``max_step``, ``time_per_epoch``, ``time_per_step`` and ``eta`` (as ``0:01:23.456789``). The layout is that
-of TAO's status logger, so that programs that follow a TAO job can follow this one.
+Each line is an object with ``date`` (m/d/yyyy), ``time`` (h:m:s), ``status``, ``verbosity``, ``message`` and, if there
+are metrics, ``kpi`` (a flat object of finite numbers). The line of an epoch also has ``epoch`` and ``max_epoch`` (from
+0), ``step``, ``max_step``, ``time_per_epoch``, ``time_per_step`` and ``eta`` (such as ``0:01:23.456789``).
 """
 
 from __future__ import annotations
@@ -26,13 +25,11 @@ log = logging.getLogger("openmae")
 
 
 class StatusLog:
-    """Writes ``folder/status.json``, one flushed line at a time.
-
-    Only one process of a run (rank 0) may hold it.
+    """A writer of ``status.json``, for one process of a run (rank 0) only.
 
     Args:
-        folder: the action's results folder; created when it does not exist.
-        append: keep the lines of an earlier run (a resumed one) instead of starting anew.
+        folder: the action's results folder; created if it does not exist.
+        append: keep the lines of the run that is resumed.
 
     Raises:
         UserError: the folder cannot be created or written.
@@ -54,38 +51,36 @@ class StatusLog:
         kpi: Mapping[str, float] | None = None,
         progress: Mapping[str, int | str] | None = None,
     ) -> None:
-        """Append one line.
+        """Append a line.
 
         Args:
             status: one of ``STATUSES``.
-            message: for a person.
+            message: text for people.
             verbosity: one of ``VERBOSITIES``.
-            kpi: metric name -> value. JSON has no NaN or infinity: such values are left out and the
-                message names them.
-            progress: fields of the line itself, such as ``epoch`` and ``eta``.
+            kpi: metric name -> value. Values that are not finite are left out, and named in the message.
+            progress: more fields of the line, such as ``epoch`` and ``eta``.
 
         Raises:
-            ValueError: an unknown status or verbosity.
+            ValueError: the status or the verbosity is unknown.
         """
         if status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
         if verbosity not in VERBOSITIES:
             raise ValueError(f"verbosity must be one of {', '.join(VERBOSITIES)}, not {verbosity!r}")
-        numbers = {name: float(value) for name, value in (kpi or {}).items()}
-        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        if dropped := [name for name in numbers if name not in finite]:
-            message = f"{message} (not finite: {', '.join(dropped)})"
+        kpi = {name: float(value) for name, value in (kpi or {}).items()}
+        finite = {name: value for name, value in kpi.items() if math.isfinite(value)}
+        if len(finite) < len(kpi):
+            message = f"{message} (not finite: {', '.join(name for name in kpi if name not in finite)})"
         now = datetime.now()
-        entry: dict[str, Any] = {
+        entry = {
             "date": f"{now.month}/{now.day}/{now.year}",
             "time": f"{now.hour}:{now.minute}:{now.second}",
             "status": status,
             "verbosity": verbosity,
             "message": message,
             **(progress or {}),
+            **({"kpi": finite} if finite else {}),
         }
-        if finite:
-            entry["kpi"] = finite
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
@@ -93,7 +88,7 @@ class StatusLog:
 def read_status(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a ``status.json``, oldest first.
 
-    A last line that is still being written is left out; a damaged line is skipped with a warning.
+    A last line that is still being written is left out. A damaged line is skipped with a warning.
     """
     entries = []
     for number, line in enumerate(complete_lines(Path(path)), start=1):

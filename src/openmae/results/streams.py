@@ -1,4 +1,4 @@
-"""Standard streams that nobody reads any more: a closed pipe, a closed descriptor, a full disk behind a redirection."""
+"""Standard streams that cannot be written: closed pipes, closed descriptors, full disks behind a redirection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Name = Literal["stdout", "stderr"]
 
 
 class OutputLostError(Exception):
-    """Stdout cannot be written. Not an ``OSError``, so that libraries do not mistake it for one of their own."""
+    """Stdout cannot be written. Not an ``OSError``, which libraries would handle themselves."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(f"stdout cannot be written ({cause.strerror}).")
@@ -21,15 +21,18 @@ class OutputLostError(Exception):
 
 @contextmanager
 def guarded(name: Name, *, needed: bool = False) -> Iterator[None]:
-    """Keep a standard stream that cannot be written from ending the block with an ``OSError`` or a ``SystemExit``.
+    """Prevent a standard stream that cannot be written from ending the block with ``OSError`` or ``SystemExit``.
 
     Args:
         name: attribute of ``sys``.
-        needed: the stream carries the result. Raise ``OutputLostError`` when it cannot be written. Otherwise the text
-            is dropped and the work continues: a training run is worth more than its progress messages.
+        needed: whether the stream carries the result. If so, ``OutputLostError`` is raised; otherwise the text is
+            dropped and the work continues.
+
+    Raises:
+        OutputLostError: the stream is needed and cannot be written.
     """
     before = getattr(sys, name)
-    if before is None:  # closed, and not opened again by `open_standard_streams`
+    if before is None:  # closed
         yield
         return
     stream = _Guarded(before, needed)
@@ -44,9 +47,9 @@ def guarded(name: Name, *, needed: bool = False) -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Open the null device in place of each standard stream that the caller closed (``>&-``).
+    """Open the null device instead of each standard stream that the caller closed (``>&-``).
 
-    Otherwise the next file that is opened, such as a checkpoint, gets the descriptor and with it all that is printed.
+    Otherwise the next file to be opened, such as a checkpoint, would get the descriptor and everything that is printed.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -63,7 +66,7 @@ def open_standard_streams() -> None:
 
 
 class _Guarded:
-    """A text stream whose failures are dropped, or raised as ``OutputLostError``."""
+    """A text stream that ignores failures, or raises ``OutputLostError``."""
 
     def __init__(self, stream: TextIO, needed: bool) -> None:
         self._stream, self._needed = stream, needed
@@ -94,7 +97,7 @@ class _Guarded:
 
 
 def _settle(stream: TextIO) -> None:
-    """Discard what cannot be written: Python would try again at its end, and exit with code 120."""
+    """Discard what cannot be written. Python would otherwise try again at exit, and exit with code 120."""
     try:
         stream.flush()
     except OSError:

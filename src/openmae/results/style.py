@@ -1,9 +1,9 @@
-"""How OpenMAE's pictures look: one palette, one typeface, and nothing that is not data."""
+"""The look of OpenMAE's figures: one palette, one typeface, and nothing that is not data."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -21,40 +21,36 @@ INK, MUTED, HAIRLINE, EMPTY, PAPER = "#1c2127", "#69717d", "#dfe2e6", "#f3f4f6",
 BLUE, RUST, TEAL, PLUM, GREY = "#2160a6", "#c4532a", "#23857a", "#84529a", "#bcc2ca"
 SERIES = (BLUE, RUST, TEAL, PLUM)
 DPI = 200
-# Matplotlib's own, so that a picture is the same on every machine, and a text is as wide as where it was laid out.
+# Matplotlib's own font: figures are the same on every machine, and texts are as wide as the layout expects.
 _FONT = "DejaVu Sans"
-_MARGIN = 0.1  # in inches, beside what reaches beyond the figure
+_MARGIN = 0.1  # inches, around what extends beyond the figure
+_SETTINGS: dict[Any, Any] = {
+    "font.family": _FONT,
+    "font.size": 9,
+    "text.color": INK,
+    "text.hinting": "none",
+    "text.parse_math": False,  # a class may be called "$5 note"
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": PAPER,
+    "savefig.dpi": DPI,
+    **{f"{axis}tick.color": MUTED for axis in "xy"},
+    **{f"{axis}tick.labelcolor": INK for axis in "xy"},
+    **{f"{axis}tick.major.width": 0.6 for axis in "xy"},
+    **{f"{axis}tick.major.size": 3 for axis in "xy"},
+}
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draw in OpenMAE's style; matplotlib's settings outside stay as they were."""
+    """Draw in OpenMAE's style while the block runs."""
     import matplotlib
 
-    settings: dict[Any, Any] = {
-        "font.family": _FONT,
-        "font.size": 9,
-        "text.color": INK,
-        "text.hinting": "none",
-        "text.parse_math": False,  # a class may be called "$5 note"
-        "axes.edgecolor": MUTED,
-        "axes.labelcolor": MUTED,
-        "axes.linewidth": 0.6,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.labelcolor": INK,
-        "ytick.labelcolor": INK,
-        "xtick.major.width": 0.6,
-        "ytick.major.width": 0.6,
-        "xtick.major.size": 3,
-        "ytick.major.size": 3,
-        "figure.facecolor": PAPER,
-        "savefig.dpi": DPI,
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # A name in a script that no installed font covers is drawn as boxes; that is no news to the user.
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        # Names in a script that the font does not cover are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
@@ -70,23 +66,56 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Add axes placed in inches, measured from the figure's top left corner."""
+    """Add axes placed in inches from the figure's top left corner."""
     w, h = figure.get_size_inches()
     return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
 
-def headline(figure: Figure, title: str, subtitle: str = "", left: float = 0.25) -> None:
-    """Write a title and a quieter second line at the figure's top left corner (``left`` in inches)."""
+def headline(figure: Figure, title: str, subtitle: str = "") -> None:
+    """Write a title and a quieter second line at the figure's top left corner."""
     w, h = figure.get_size_inches()
-    figure.text(left / w, 1 - 0.2 / h, title, size=12, weight="bold", va="top")
-    figure.text(left / w, 1 - 0.45 / h, subtitle, size=9, color=MUTED, va="top")
+    figure.text(0.25 / w, 1 - 0.2 / h, title, size=12, weight="bold", va="top")
+    figure.text(0.25 / w, 1 - 0.45 / h, subtitle, size=9, color=MUTED, va="top")
+
+
+def save_bars(path: Path, title: str, subtitle: str, bars: Sequence[tuple[str, float, str, str]]) -> Path:
+    """Draw horizontal bars and return ``path``.
+
+    Args:
+        path: PNG to write.
+        title: headline of the figure.
+        subtitle: quieter second line.
+        bars: name, length, text at the end and colour of each bar, from the top.
+    """
+    names, lengths, texts, colours = zip(*bars, strict=True)
+    left, top, width, height = max(1.35, 0.3 + text_width(names, 9)), 0.8, 4.0, 0.32 * len(bars)
+    with drawing():
+        figure = new_figure(left + width + 1.9, top + height + 0.2)
+        headline(figure, title, subtitle)
+        axes = add_axes(figure, left, top, width, height)
+        axes.barh(range(len(bars)), lengths, height=0.62, color=colours)
+        for row, (length, text) in enumerate(zip(lengths, texts, strict=True)):
+            axes.text(length + 0.012 * max(lengths), row, text, va="center_baseline", size=8.5, color=MUTED)
+        axes.set_yticks(range(len(bars)), names)
+        axes.set(xlim=(0, max(*lengths, 1e-9)), ylim=(len(bars) - 0.5, -0.5), xticks=[])
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(axis="both", length=0)
+        return save_figure(figure, path)
+
+
+def value_grid(axes: Axes) -> None:
+    """Draw horizontal grid lines instead of the vertical axis."""
+    axes.grid(axis="y", color=HAIRLINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", which="both", length=0, labelsize=8)
+    axes.tick_params(axis="x", labelsize=8, labelcolor=MUTED)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG, whole or not at all, and return the path; it grows by what would be cut off."""
+    """Write the figure as a PNG, enlarged by whatever extends beyond it, and return the path."""
     from matplotlib.transforms import Bbox
 
-    path = Path(path)
     drawn = figure.get_tightbbox()
     (width, height), box = figure.get_size_inches(), None
     if drawn.x0 < 0 or drawn.y0 < 0 or drawn.x1 > width or drawn.y1 > height:
@@ -94,27 +123,47 @@ def save_figure(figure: Figure, path: Path) -> Path:
         box = Bbox.from_extents(
             min(0, left - _MARGIN), min(0, bottom - _MARGIN), max(width, right + _MARGIN), max(height, top + _MARGIN)
         )
-    with replacing(path) as temporary:
+    with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format="png", bbox_inches=box)
-    return path
+    return Path(path)
 
 
 def one_line(name: str) -> str:
-    """Return the name of a class or file as it can be drawn: on one line, ``?`` for bytes that are not text."""
+    """Return a name on one line, with ``?`` for bytes that are not text."""
     return " ".join(name.encode("utf-8", "replace").decode("utf-8").split())
 
 
+def plural(number: int, noun: str) -> str:
+    """Return a number with a noun, such as ``1 step`` or ``1,200 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move ascending heights as little as needed to be ``gap`` apart."""
+    clusters: list[list[float]] = []  # a cluster is stacked around the mean of its heights
+    for height in heights:
+        cluster = [height]
+        while clusters and _bottom(cluster, gap) - _bottom(clusters[-1], gap) < gap * len(clusters[-1]):
+            cluster = clusters.pop() + cluster
+        clusters.append(cluster)
+    return [_bottom(cluster, gap) + gap * i for cluster in clusters for i in range(len(cluster))]
+
+
+def _bottom(cluster: Sequence[float], gap: float) -> float:
+    return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
+
+
 def text_width(texts: Iterable[str], size: float, bold: bool = False) -> float:
-    """Return the width of the widest text in inches, for ``size`` in points; 0 without a text."""
+    """Return the width of the widest text in inches, for a font size in points; 0 without a text."""
     font = text_font(100, bold)
     return max((font.getlength(line) for text in texts for line in text.split("\n")), default=0.0) / 100 * size / 72
 
 
 @lru_cache
 def text_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return the pictures' typeface for Pillow, ``size`` in pixels."""
+    """Return the figures' typeface for Pillow, ``size`` in pixels."""
     from matplotlib.font_manager import FontProperties, findfont
 
     path = findfont(FontProperties(family=_FONT, weight="bold" if bold else "regular"))
-    # the other layout engine, which not every Pillow has, spaces letters differently
+    # The other layout engine, which is not in every Pillow, spaces letters differently.
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
