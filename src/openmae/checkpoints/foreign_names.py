@@ -242,7 +242,7 @@ def _reshape_convnext(name: str, value: Tensor, state: State) -> Tensor:
 def _dense_kernel(kernel: Tensor) -> Tensor:
     """Convert MinkowskiEngine's ``[k*k, in, out]`` or depthwise ``[k*k, C]`` to ``[out, in, k, k]``.
 
-    Its kernel volume is column-major, hence the transposition (ConvNeXt-V2's ``remap_checkpoint_keys``).
+    Its kernel volume is column-major, so it is transposed (ConvNeXt-V2's ``remap_checkpoint_keys``).
     """
     side = math.isqrt(kernel.shape[0])
     if kernel.ndim == 2:

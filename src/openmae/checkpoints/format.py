@@ -69,7 +69,7 @@ class CheckpointInfo:
         model: everything that determines the model's shape.
         class_names: classes in the order of the classifier's outputs; empty for pretraining.
         mean: mean of the images per channel, on a scale of 0 to 1.
-        std: standard deviation of the images, likewise.
+        std: standard deviation of the images per channel, on the same scale.
         spec: the resolved spec as plain values.
         version: OpenMAE version that wrote the file.
         begun: batch layout when the run began, if it has changed since; see ``training.elastic``.

@@ -32,7 +32,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What of a model was found in a checkpoint; ``str()`` is one line.
+    """The tensors of a model that were found in a checkpoint; ``str()`` is one line.
 
     Values are counted, not tensors, and only those that a file of its layout can hold: a classifier that is absent or
     has other classes, and a final norm that is absent, are not counted but listed in ``fresh``.
@@ -65,13 +65,13 @@ class LoadReport:
 
     @property
     def sufficient(self) -> bool:
-        """Whether the model may be used without ``train.allow_partial_weights``."""
+        """True if the model may be used without ``train.allow_partial_weights``."""
         enough = not self.missing if self.everything else self.percent >= REQUIRED_PERCENT
         return self.same_family and enough and not self.unexpected
 
     @property
     def partial(self) -> bool:
-        """Whether the model may use what matched with ``train.allow_partial_weights``."""
+        """True if the model may use what matched with ``train.allow_partial_weights``."""
         return self.same_family and self.percent > 0 and not self.foreign
 
     def __str__(self) -> str:

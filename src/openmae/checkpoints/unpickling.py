@@ -1,6 +1,6 @@
-"""Read PyTorch files without running anything in them: ``torch.load(weights_only=True)`` plus inert stand-ins.
+"""Read PyTorch files without running anything in them: ``torch.load(weights_only=True)`` plus harmless stand-ins.
 
-Training scripts store more than tensors beside their weights: arguments with paths, numpy scalars, metrics in a
+Training scripts store more than tensors in addition to weights: arguments with paths, numpy scalars, metrics in a
 ``defaultdict``. For these harmless types the unpickler gets the stand-ins of this module, never the classes themselves:
 numpy's ``__setstate__`` trusts the flags in a file, and a ``WindowsPath`` cannot be created on Linux. All other types
 are refused by name.
@@ -135,7 +135,7 @@ def _empty_list(*_: Any) -> list[Any]:
 
 
 def _nothing(*_: Any) -> None:
-    """Stand in for the factory of a ``defaultdict`` or a scalar type, which is never called."""
+    """Replace the factory of a ``defaultdict`` or a scalar type, which is never called."""
 
 
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

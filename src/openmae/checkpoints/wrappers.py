@@ -1,6 +1,6 @@
 """Find the weights in a file: under which entry, and behind which prefix of the names.
 
-Training programs wrap a state dict in a dict of other things, keep averaged copies beside it, and prefix the names with
+Training programs wrap a state dict in a dict of other things, keep averaged copies next to it, and prefix names with
 those of the modules that hold the backbone. The backbone is found by its first weight.
 """
 
