@@ -25,7 +25,7 @@ from openmae.api import (
 
 if TYPE_CHECKING:
     from openmae import jobs
-    from openmae.checkpoints.load import load_backbone
+    from openmae.checkpoints.weights import load_backbone
     from openmae.engines.batching import read_images
     from openmae.engines.predictor import open_predictor
     from openmae.models.mae import MaskedAutoencoder
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "load_backbone": "openmae.checkpoints.load",
+    "load_backbone": "openmae.checkpoints.weights",
     "open_predictor": "openmae.engines.predictor",
     "read_images": "openmae.engines.batching",
     "load_spec": "openmae.spec.load",

@@ -97,7 +97,7 @@ def test_backbone_file_cannot_reconstruct(trained, photos, refused, tmp_path):
         [f"inference.checkpoint={backbone}", f"dataset.test_data_sources={photos.val}", f"results_dir={tmp_path}"],
     )
     assert f"inference.checkpoint: {backbone} holds only the backbone, and inference also reconstructs images." in text
-    assert f"Give the checkpoint beside it, such as {run.folder / 'model_best.pth'}." in text
+    assert f"Give the checkpoint next to it, such as {run.folder / 'model_best.pth'}." in text
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

@@ -13,7 +13,7 @@ from tests.helpers.checkpoints import State
 from torch import nn
 
 from openmae.checkpoints.format import read_checkpoint
-from openmae.checkpoints.load import load_backbone
+from openmae.checkpoints.weights import load_backbone
 from openmae.errors import CheckpointError
 
 

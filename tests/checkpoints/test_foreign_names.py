@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openmae.checkpoints.foreign_names import recognise
 from openmae.checkpoints.format import read_checkpoint
-from openmae.checkpoints.load import load_into
+from openmae.checkpoints.weights import load_into
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder

@@ -24,7 +24,7 @@ from openmae.checkpoints.format import (
     save_backbone,
     write_checkpoint,
 )
-from openmae.checkpoints.load import load_backbone
+from openmae.checkpoints.weights import load_backbone
 from openmae.errors import CheckpointError, RunError
 from openmae.models.build import ModelConfig, build_classifier
 from openmae.models.mae import MaskedAutoencoder

@@ -15,7 +15,7 @@ from tests.helpers.checkpoints import CONFIGS, CROSS, INFO, SMALL, save_model
 from timm.layers import resample_abs_pos_embed
 
 from openmae.checkpoints.format import read_checkpoint
-from openmae.checkpoints.load import load_backbone, load_into
+from openmae.checkpoints.weights import load_backbone, load_into
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier, build_feature_extractor
 

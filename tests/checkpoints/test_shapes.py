@@ -13,8 +13,8 @@ from tests.helpers.checkpoints import State, behind, classifier_payload
 
 from openmae.checkpoints.foreign_names import NamedWeights, recognise
 from openmae.checkpoints.format import CheckpointInfo, read_checkpoint
-from openmae.checkpoints.load import load_backbone
 from openmae.checkpoints.shapes import likely_arch
+from openmae.checkpoints.weights import load_backbone
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.spec.architectures import ARCHITECTURES
@@ -44,7 +44,7 @@ def test_header_is_compared_with_tensors_before_anything_is_built(
         classifier_payload(ModelConfig("vit_tiny_patch16", (32, 32), num_classes=2), **header), tmp_path / "f.pth"
     )
     for build in ("build_classifier", "build_feature_extractor"):
-        monkeypatch.setattr(f"openmae.checkpoints.load.{build}", lambda config: pytest.fail(f"built {config}"))
+        monkeypatch.setattr(f"openmae.checkpoints.weights.{build}", lambda config: pytest.fail(f"built {config}"))
     with pytest.raises(CheckpointError, match=said):
         load_backbone(tmp_path / "f.pth")
 
@@ -54,7 +54,7 @@ def test_classifier_of_another_width_is_refused_before_it_is_built(
 ) -> None:
     """Eight million classes of two features are 66 MB in a file, and 6 GB in the model."""
     for build in ("build_classifier", "build_feature_extractor"):
-        monkeypatch.setattr(f"openmae.checkpoints.load.{build}", lambda config: pytest.fail(f"built {config}"))
+        monkeypatch.setattr(f"openmae.checkpoints.weights.{build}", lambda config: pytest.fail(f"built {config}"))
     config = ModelConfig("vit_tiny_patch16", (32, 32), num_classes=2)
     content = classifier_payload(config, num_classes=300)
     content["state_dict"] |= {"model.head.weight": torch.zeros(300, 2), "model.head.bias": torch.zeros(300)}

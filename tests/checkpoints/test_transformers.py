@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from openmae.checkpoints.format import read_checkpoint
-from openmae.checkpoints.load import load_backbone, load_into
+from openmae.checkpoints.weights import load_backbone, load_into
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.models.masking import mask_from_noise

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from tests.helpers.checkpoints import State
 
 from openmae.checkpoints.format import read_checkpoint
-from openmae.checkpoints.load import load_backbone
 from openmae.checkpoints.unpickling import NumpyArray, NumpyDtype, load_plain
+from openmae.checkpoints.weights import load_backbone
 from openmae.errors import CheckpointError
 
 

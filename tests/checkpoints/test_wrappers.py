@@ -18,7 +18,7 @@ from tests.helpers.checkpoints import IMAGES, State, behind
 from torch import nn
 
 from openmae.checkpoints.format import read_checkpoint
-from openmae.checkpoints.load import load_backbone
+from openmae.checkpoints.weights import load_backbone
 from openmae.errors import CheckpointError
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openmae.checkpoints.format import CheckpointInfo, read_checkpoint, save_backbone
-from openmae.checkpoints.load import load_into
+from openmae.checkpoints.weights import load_into
 from openmae.data.normalise import Normaliser
 from openmae.engines.metadata import ModelCard
 from openmae.engines.module import DeployedModel, example_input

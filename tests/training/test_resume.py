@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -106,6 +107,19 @@ def test_sharded_checkpoint_of_an_earlier_version_is_named(tmp_path):
         assert f"mae checkpoint consolidate {shards}" in caught.value.fix
 
 
+def test_transient_disk_error_sets_nothing_aside(tmp_path, monkeypatch):
+    write(tmp_path, ["", ""])
+    before = sorted(os.listdir(tmp_path))
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("torch.load", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        newest_readable(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def spoil(path: Path) -> None:
     """Damage a checkpoint as an earlier version did after a step with non-finite gradients."""
     content = torch.load(path, weights_only=True)
@@ -167,8 +181,8 @@ def test_unreadable_newest_checkpoints_are_set_aside(how, key, tmp_path, caplog)
         "model_epoch_003_step_00003.pth.unreadable",
         "vit_latest.pth",
     ]
-    told = f"{three} cannot be read: it is now {three.name}.unreadable, and {one.name} is used."
-    assert told in caplog.messages
+    message = f"{three} cannot be read: it is now {three.name}.unreadable, and {one.name} is used."
+    assert message in caplog.messages
 
 
 def test_nothing_is_renamed_if_no_checkpoint_can_be_read(tmp_path):

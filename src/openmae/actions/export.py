@@ -20,7 +20,7 @@ from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import export_report
 from openmae.actions.sources import match_classes, open_images
 from openmae.checkpoints.format import BACKBONE, CheckpointInfo, save_backbone
-from openmae.checkpoints.load import check_size
+from openmae.checkpoints.weights import check_size
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, evaluation_loader
 from openmae.engines.batching import eval_transform
 from openmae.engines.metadata import FEATURES, LOGITS, ModelCard

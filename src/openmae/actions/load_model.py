@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from openmae.checkpoints.folder import BEST
 from openmae.checkpoints.format import Checkpoint, CheckpointInfo, read_checkpoint
-from openmae.checkpoints.load import check_size, load_into
+from openmae.checkpoints.weights import check_size, load_into
 from openmae.data.normalise import Normaliser
 from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
@@ -129,7 +129,7 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
         if info.stage == "pretrain" and not checkpoint.weights.rest:
             raise CheckpointError(
                 f"{path} holds only the backbone, and {key.split('.')[0]} also reconstructs images.",
-                f"Give the checkpoint beside it, such as {path.with_name(BEST)}.",
+                f"Give the checkpoint next to it, such as {path.with_name(BEST)}.",
             )
     config = info.model
     if spec.typed(_SIZE):

@@ -21,8 +21,8 @@ from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import train_report
 from openmae.checkpoints.folder import CheckpointFolder
 from openmae.checkpoints.format import BACKBONE, Checkpoint, read_checkpoint, read_training_state, save_backbone
-from openmae.checkpoints.load import load_into
 from openmae.checkpoints.shapes import patch_size_of
+from openmae.checkpoints.weights import load_into
 from openmae.data.index import unread_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader, evaluation_loader, training_loader
 from openmae.data.normalise import Normaliser

@@ -237,7 +237,7 @@ def _explaining(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the operating system's text for a failure, which torch wraps in its own texts."""
+    """Return the operating system's text for a failure, which torch hides in another text."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -17,7 +17,7 @@ names, and the ``openmae`` entry as JSON in its metadata.
 ``openmae.format`` is 1. It increases when an older version could misread a file; a file of another format is refused.
 Entries that are added later have defaults (``model.final_norm`` is written only where it is false).
 
-With an encryption key, a file is encrypted as a whole (``storage/encryption.py``); its name and size are not hidden.
+With an encryption key, the complete file is encrypted (``storage/encryption.py``); its name and size are not.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The tensors of a model that were found in a checkpoint; ``str()`` is one line.
+    """Report of what a checkpoint gave to a model; ``str()`` is one line.
 
     Values are counted, not tensors, and only those that a file of its layout can hold: a classifier that is absent or
     has other classes, and a final norm that is absent, are not counted but listed in ``fresh``.
@@ -40,7 +40,7 @@ class LoadReport:
     Attributes:
         arch: architecture of the model.
         layout: layout of the file.
-        everything: the whole model was asked for, not only its backbone.
+        everything: the complete model was asked for, not only its backbone.
         same_family: the backbone in the file is of the model's family; names of another family match by chance.
         percent: matched values, in percent of the model's and of those in the file that the model lacks.
         missing: counted names that were not found, with the model's shape, and the file's if it differs.
@@ -91,7 +91,7 @@ def match(
         model: a masked autoencoder or a timm model.
         weights: tensors of the file.
         source: model that wrote the weights, if known; else position grids are assumed to be square.
-        everything: count the whole model, not only its backbone.
+        everything: count the complete model, not only its backbone.
 
     Returns:
         The report, and the fitted tensors by the model's names.
@@ -181,7 +181,7 @@ def _foreign_complaint(report: LoadReport, path: Path) -> CheckpointError:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class _PositionGrid:
     """The grid of a position embedding in the model and in the file (None: unknown), and the tokens before it."""
 
     new: tuple[int, int]
@@ -189,14 +189,14 @@ class _Grid:
     num_prefix_tokens: int
 
 
-def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _Grid]:
+def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _PositionGrid]:
     """Return the grids of a model's position embeddings by name."""
 
-    def grid(new: tuple[int, int], split: int, num_prefix_tokens: int) -> _Grid:
+    def grid(new: tuple[int, int], split: int, num_prefix_tokens: int) -> _PositionGrid:
         if source is None:
-            return _Grid(new, None, num_prefix_tokens)
+            return _PositionGrid(new, None, num_prefix_tokens)
         height, width = source.input_size
-        return _Grid(new, (height // source.unit * split, width // source.unit * split), num_prefix_tokens)
+        return _PositionGrid(new, (height // source.unit * split, width // source.unit * split), num_prefix_tokens)
 
     backbone = _backbone_of(model)
     name = "pos_embed" if backbone is model else "encoder.backbone.pos_embed"
@@ -211,7 +211,7 @@ def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _Grid]:
     return grids
 
 
-def _fit(name: str, value: Tensor, target: Tensor, grid: _Grid | None) -> Tensor | None:
+def _fit(name: str, value: Tensor, target: Tensor, grid: _PositionGrid | None) -> Tensor | None:
     """Return the value in the target's shape, or None if it cannot be converted."""
     if grid is not None:
         value = _fit_positions(value, grid)
@@ -222,7 +222,7 @@ def _fit(name: str, value: Tensor, target: Tensor, grid: _Grid | None) -> Tensor
     return value if value.shape == target.shape else None
 
 
-def _fit_positions(value: Tensor, grid: _Grid) -> Tensor:
+def _fit_positions(value: Tensor, grid: _PositionGrid) -> Tensor:
     if value.ndim != 3:
         return value
     tokens = value.shape[1] - grid.num_prefix_tokens
@@ -240,7 +240,7 @@ def _fit_first_convolution(value: Tensor, target: Tensor) -> Tensor:
 
 
 def _part_of(name: str, prefix: str) -> str:
-    """Return the part of a model that a tensor belongs to; the decoder stands for fusion heads too."""
+    """Return the part of a model that a tensor belongs to; fusion heads count as "decoder"."""
     inner = name.removeprefix(prefix)
     if not name.startswith(prefix):
         return "decoder"

@@ -1,6 +1,6 @@
 """Read PyTorch files without running anything in them: ``torch.load(weights_only=True)`` plus harmless stand-ins.
 
-Training scripts store more than tensors in addition to weights: arguments with paths, numpy scalars, metrics in a
+Training scripts store more than weights: arguments with paths, numpy scalars, metrics in a
 ``defaultdict``. For these harmless types the unpickler gets the stand-ins of this module, never the classes themselves:
 numpy's ``__setstate__`` trusts the flags in a file, and a ``WindowsPath`` cannot be created on Linux. All other types
 are refused by name.
@@ -139,7 +139,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    inert: dict[Callable[..., Any], tuple[str, ...]] = {
+    harmless: dict[Callable[..., Any], tuple[str, ...]] = {
         NumpyDtype: ("numpy.dtype",),
         NumpyArray: tuple(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
         _scalar: tuple(f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")),
@@ -158,7 +158,7 @@ def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     }
     real: list[Callable[..., Any]] = [argparse.Namespace, types.SimpleNamespace]
     real += [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
-    return [*real, *((stand_in, name) for stand_in, names in inert.items() for name in names)]
+    return [*real, *((stand_in, name) for stand_in, names in harmless.items() for name in names)]
 
 
 _STAND_INS = _stand_ins()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from openmae.checkpoints.format import Checkpoint
-from openmae.checkpoints.load import load_into
+from openmae.checkpoints.weights import load_into
 from openmae.engines.metadata import ModelCard
 from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
 

@@ -16,7 +16,7 @@ from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from openmae.models.encoders.base import init_linear
+from openmae.models.encoders.interface import init_linear
 from openmae.models.masking import Mask, gather_tokens
 from openmae.models.positions import sincos_position_embedding
 from openmae.models.sparse_convnext import Sites, residual_branch

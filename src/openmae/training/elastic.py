@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the images of one optimizer update are split.
+    """The split of an optimizer update's images into processes and batches.
 
     Attributes:
         processes: processes on all nodes.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from openmae.models.encoders.base import MaskedEncoder
+from openmae.models.encoders.interface import MaskedEncoder
 from openmae.models.patches import select_units
 from openmae.models.sparse_convnext import Sites, layer_norm, residual_branch
 

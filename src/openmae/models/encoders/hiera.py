@@ -16,7 +16,7 @@ from timm.models.hiera import Hiera, Unroll
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from openmae.models.encoders.base import MaskedEncoder, init_linear
+from openmae.models.encoders.interface import MaskedEncoder, init_linear
 
 _HALO = 3  # the 7x7 patch kernel reaches 3 px above and left of a unit; its last row and column end inside it
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from openmae.models.encoders.base import MaskedEncoder, init_linear
+from openmae.models.encoders.interface import MaskedEncoder, init_linear
 from openmae.models.patches import select_units
 from openmae.models.positions import sincos_position_embedding
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import openmae
 from openmae.checkpoints.format import CheckpointInfo, read_checkpoint, save_backbone
-from openmae.checkpoints.load import load_backbone, load_into
+from openmae.checkpoints.weights import load_backbone, load_into
 from openmae.data.image_index import Picture
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
