@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from openmae.jobs import processes
-
 # Read by every Python process of the run, those that are spawned among them. psutil, which would load its library for
 # macOS, is imported before; and it alone still sees /proc, in place of the calls of macOS.
 _SYSTEM = """
@@ -106,16 +104,3 @@ def test_a_job_runs_and_is_seen(images, tmp_path):
     spec = arguments(images, f"results_dir={tmp_path}", "train.num_gpus=2", "dataset.num_workers_per_gpu=0")
     mae(tmp_path, "jobs", "submit", "train", *spec, *root, "--automl", "off", "--wait")
     assert "COMPLETE" in mae(tmp_path, "jobs", "list", *root)
-
-
-def test_processes_are_told_apart_without_proc(monkeypatch):
-    monkeypatch.setattr(processes, "_PROC", Path("/no/proc"))
-    child = subprocess.Popen(["/bin/sh", "-c", "sleep 60 & wait"], start_new_session=True)
-    identity = processes.identify(child.pid)
-    assert processes.alive(identity)
-    assert child.pid in processes.session_of(identity)
-    assert not processes.alive({**identity, "start": identity["start"] + 1})
-    processes.stop_session(identity, grace=0.1)
-    assert not processes.alive(identity), "a zombie does not run"
-    child.wait()
-    assert processes.identify(child.pid) is None

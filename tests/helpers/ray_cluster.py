@@ -1,4 +1,4 @@
-"""A real Ray of one node on this machine, in a temporary folder."""
+"""A Ray cluster of one node on this machine, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pathlib import Path
 
 from tests.helpers.slurm_node import free_ports
 
-CPUS = GPUS = 2  # the GPUs are FAKE: Ray counts what it is told
+CPUS = GPUS = 2  # the GPUs are FAKE: Ray believes what it is told
 _MARK = "OPENMAE_TESTS_OF_RAY"
 
 
 class Cluster:
-    """A Ray that can be stopped and started anew on the same ports.
+    """A cluster that can be stopped and restarted on the same ports.
 
     Attributes:
-        address: of its dashboard.
-        folder: of what it writes; short, since its sockets are in there.
+        address: Address of its dashboard.
+        folder: Folder that it writes to; its path is short, since it has sockets.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,10 +36,10 @@ class Cluster:
         self.address = f"http://127.0.0.1:{self._ports[1]}"
 
     def start(self) -> None:
-        """Start it, and wait until it takes jobs.
+        """Start it, and wait until it accepts jobs.
 
         Raises:
-            RuntimeError: it did not come up in time.
+            RuntimeError: It did not start in time.
         """
         port, dashboard, agent, server = self._ports
         with (self.folder / "out").open("ab") as out:
@@ -69,11 +69,11 @@ class Cluster:
         while not self._answers():
             if head.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                raise RuntimeError(f"Ray did not come up: {(self.folder / 'out').read_text()[-3000:]}")
+                raise RuntimeError(f"Ray did not start: {(self.folder / 'out').read_text()[-3000:]}")
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Kill all of it. `ray stop` would stop every Ray of this machine."""
+        """Kill all its processes. `ray stop` would stop every cluster of this machine."""
         deadline = time.monotonic() + 20
         while ours := self._processes():
             assert time.monotonic() < deadline, f"processes of Ray do not end: {ours}"
@@ -83,7 +83,7 @@ class Cluster:
             time.sleep(0.1)
 
     def _answers(self) -> bool:
-        """Whether jobs can be submitted: the dashboard answers, and it has a node whose agent is there."""
+        """Return whether jobs can be submitted: the dashboard responds, and so does the agent of a node."""
         try:
             with urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=5) as answer:
                 if answer.status != 200:
@@ -96,7 +96,7 @@ class Cluster:
             return False
 
     def _processes(self) -> list[int]:
-        """All that this Ray started: its session, and the jobs' by a variable that they inherit."""
+        """Return the processes of its session, and those of its jobs, which inherit a variable."""
         mark, found = f"{_MARK}={self.folder}".encode(), []
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -109,7 +109,7 @@ class Cluster:
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Start a Ray, and leave nothing of it."""
+    """Run a cluster, and remove everything at the end."""
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="ray"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)

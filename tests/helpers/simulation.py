@@ -16,8 +16,8 @@ from openmae.automl import worker as module
 from openmae.automl.study import Study
 from openmae.automl.trial_jobs import TrialJobs
 from openmae.automl.worker import Worker
-from openmae.jobs.failures import FailureAnalysis
 from openmae.jobs.job import Job, Transition
+from openmae.jobs.outcome import FailureAnalysis
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
 

@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine, as one user, in a temporary folder: munged, slurmctld, slurmd."""
+"""A SLURM cluster of two nodes on this machine, in a temporary folder: munged, slurmctld, slurmd."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ NODES = ("n1", "n2")
 
 
 def missing() -> str:
-    """Why no SLURM can be started here; empty where one can."""
+    """Return why no cluster can be started here; empty if it can."""
     absent = [name for name in PROGRAMS if _which(name) is None]
     if absent:
         return f"{', '.join(absent)} is not installed (Debian: slurmctld slurmd slurm-client munge)"
-    return "" if os.geteuid() == 0 else "slurmd has to be started by root"
+    return "" if os.geteuid() == 0 else "only root can start slurmd"
 
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Start a cluster; gives the environment that its commands need.
+    """Run a cluster; yield the environment that its commands need.
 
     Raises:
-        RuntimeError: it did not come up in time.
+        RuntimeError: It did not start in time.
     """
     folder.chmod(0o755)
     key, munge = folder / "munge.key", folder / "munge.socket"
@@ -58,7 +58,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
             start("slurmd", "-D", "-N", node, "-f", str(config))
         _until(lambda: _idle(environment) == len(NODES), "the nodes", folder)
         yield environment
-        # what a failed test left running would outlive the daemons
+        # jobs that a failed test left running would outlive the daemons
         subprocess.run(["scancel", "--partition=test"], env={**os.environ, **environment}, check=True)
         _until(lambda: _idle(environment) == len(NODES), "the end of all jobs", folder)
     finally:
@@ -123,12 +123,12 @@ def _until(ready: object, what: str, folder: Path) -> None:
             logs = {
                 path.name: path.read_text(errors="replace")[-1500:] for path in folder.glob("*.*o*") if path.is_file()
             }
-            raise RuntimeError(f"{what} did not come up: {logs}")
+            raise RuntimeError(f"{what} did not start: {logs}")
         time.sleep(0.1)
 
 
 def free_ports(count: int) -> list[int]:
-    """Of this machine, all at once, so that they differ."""
+    """Return free ports of this machine."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:

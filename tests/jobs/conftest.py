@@ -1,4 +1,4 @@
-"""A root of jobs, pictures, and commands that end at once in place of actions."""
+"""Fixtures for tests of jobs: a root, images, and short commands in place of actions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from openmae.jobs import Client, Job
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One slot, no GPU, a short grace, and nothing of this user's."""
+    """Set one slot, no GPU, a short grace period, and no folder of this user."""
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENMAE_JOBS", str(tmp_path / "jobs"))
     monkeypatch.setenv("OPENMAE_JOB_SLOTS", "1")
@@ -25,9 +25,9 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train`` and ``val``: three classes of four pictures each."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with ``train`` and ``val``: three classes of four images each."""
+    root = tmp_path_factory.mktemp("images")
     noise = np.random.default_rng(0)
     for part in ("train", "val"):
         for number, name in enumerate(("blue", "green", "red")):
@@ -40,11 +40,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Let jobs run a few lines of Python instead of an action."""
+def run_code(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that makes jobs run a few lines of Python instead of an action."""
 
     def use(code: str) -> None:
-        monkeypatch.setattr("openmae.jobs.client.command_of", lambda action, spec: [sys.executable, "-c", code])
+        monkeypatch.setattr("openmae.jobs.prepare.command_of", lambda action, spec: [sys.executable, "-c", code])
 
     return use
 
@@ -55,11 +55,11 @@ def client(tmp_path: Path) -> Client:
 
 
 @pytest.fixture
-def submit(client: Client, pictures: Path) -> Callable[..., Job]:
-    """Submit a training on the pictures."""
+def submit(client: Client, images: Path) -> Callable[..., Job]:
+    """Return a function that submits a training job on the images."""
 
     def create(**arguments: Any) -> Job:
-        overrides = {"dataset.train_data_sources": str(pictures / "train"), **arguments.pop("spec_overrides", {})}
+        overrides = {"dataset.train_data_sources": str(images / "train"), **arguments.pop("spec_overrides", {})}
         return client.create_job("train", spec_overrides=overrides, **{"automl_policy": "off", **arguments})
 
     return create

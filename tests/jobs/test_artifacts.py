@@ -1,4 +1,4 @@
-"""What a results folder holds, and which model of it a child takes."""
+"""The files of a results folder, and the choice of the model that a child job takes."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ _noise = st.sampled_from(
         ("metrics.csv", "metrics"),
         ("results.csv", "predictions"),
         ("report.html", "report"),
-        ("last.png", "picture"),
+        ("last.png", "image"),
         ("events.out.tfevents.1.host.2.0", "events"),
         ("notes.txt", "other"),
     ],
 )
-def test_a_kind_follows_from_the_name(name: str, kind: str) -> None:
+def test_the_kind_comes_from_the_name(name: str, kind: str) -> None:
     assert artifact(f"s3://bucket/x/{name}").kind == kind
 
 
-def test_epoch_and_step_are_read_from_the_name() -> None:
+def test_epoch_and_step_come_from_the_name() -> None:
     found = artifact("/r/model_epoch_1000_step_123456.pth")
     assert (found.epoch, found.step, found.best, found.latest) == (1000, 123456, False, False)
     assert artifact("/r/model_best.pth").best
     assert artifact("/r/hiera_tiny_224_latest.pth").latest
 
 
-def test_a_folder_is_listed_without_unfinished_files(tmp_path: Path) -> None:
+def test_a_folder_is_listed_without_incomplete_files(tmp_path: Path) -> None:
     assert list_folder(str(tmp_path / "nowhere")) == []
     (tmp_path / "sub").mkdir()
     for name in ("model_epoch_000_step_00003.pth", ".model_best.pth.tmp", "sub/last.png"):
@@ -59,7 +59,7 @@ def test_a_folder_is_listed_without_unfinished_files(tmp_path: Path) -> None:
     found = list_folder(str(tmp_path))
     assert [(item.name, item.kind, item.size, item.link) for item in found] == [
         ("model_epoch_000_step_00003.pth", "checkpoint", 5, False),
-        ("last.png", "picture", 5, False),
+        ("last.png", "image", 5, False),
         ("vit_latest.pth", "checkpoint", 5, True),
     ]
     remove(found)
@@ -67,7 +67,7 @@ def test_a_folder_is_listed_without_unfinished_files(tmp_path: Path) -> None:
 
 
 @given(st.lists(_numbered | _noise, unique=True), st.booleans())
-def test_best_else_newest_by_epoch_then_step(names: list[str], best: bool) -> None:
+def test_the_best_checkpoint_or_else_the_newest_is_chosen(names: list[str], best: bool) -> None:
     files = [artifact(f"/r/{name}", modified=float(age)) for age, name in enumerate(names)]
     files += [artifact("/r/model_best.pth")] if best else []
     numbers = sorted((int(n[12:].split("_")[0]), int(n[:-4].rpartition("_")[2]), n) for n in names if "epoch" in n)
@@ -76,7 +76,7 @@ def test_best_else_newest_by_epoch_then_step(names: list[str], best: bool) -> No
     latest = "vit_tiny_patch16_latest.pth"
     expected = "model_best.pth" if best else numbers[-1][2] if numbers else latest if latest in names else None
     if expected is None:
-        with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        with pytest.raises(CheckpointError, match="has no checkpoint"):
             choose_model(files, ("checkpoint",), (), "the parent")
     else:
         assert choose_model(files, ("checkpoint",), (), "the parent")[0].name == expected
@@ -89,7 +89,7 @@ def test_steps_are_compared_as_numbers() -> None:
     assert why == "the parent's newest: epoch 1000, step 10; it has no best"
 
 
-def test_what_the_parent_was_told_to_write_goes_first() -> None:
+def test_the_file_named_in_the_parents_spec_comes_first() -> None:
     files = [artifact("/r/export/other.onnx", modified=9.0), artifact("/r/export/mine.onnx", modified=1.0)]
     assert choose_model(files, ("onnx",), ("/r/export/mine.onnx",), "p")[0].name == "mine.onnx"
     assert choose_model(files, ("onnx",), (), "p")[0].name == "other.onnx"
@@ -101,20 +101,20 @@ def _refusal(files: list[Artifact], kinds: tuple[str, ...] = ("checkpoint",)) ->
     return str(caught.value)
 
 
-def test_no_fitting_artifact_is_an_error_that_lists_what_there_is() -> None:
+def test_an_error_lists_the_artifacts_if_none_fits() -> None:
     assert _refusal([]) == (
-        "parent_job_id: job 1 (train, ERROR) holds no checkpoint (.pth) to take. It is empty.\n"
+        "parent_job_id: job 1 (train, ERROR) has no checkpoint (.pth). It is empty.\n"
         "  Fix: Wait for the parent to finish, or look at its log with `mae jobs logs`."
     )
-    assert "It holds status.json (status), a.onnx (onnx)." in _refusal(
+    assert "It has status.json (status), a.onnx (onnx)." in _refusal(
         [artifact("/r/status.json"), artifact("/r/a.onnx")]
     )
-    assert "holds no .engine file or .onnx file to take" in _refusal([artifact("/r/x.pth")], ("engine", "onnx"))
+    assert "has no .engine file or .onnx file." in _refusal([artifact("/r/x.pth")], ("engine", "onnx"))
     many = _refusal([artifact(f"/r/{number}.png") for number in range(20)])
-    assert "11.png (picture) and 8 more." in many
+    assert "11.png (image) and 8 more." in many
 
 
-def test_a_checkpoint_with_a_name_of_somebody_elses_is_not_guessed() -> None:
+def test_a_checkpoint_with_another_name_is_not_chosen() -> None:
     text = _refusal([artifact("/r/weights.pth")])
-    assert "It holds weights.pth (checkpoint)." in text
-    assert "Fix: Name the one to take in the spec, such as /r/weights.pth." in text
+    assert "It has weights.pth (checkpoint)." in text
+    assert "Fix: Set the key in the spec, for example to /r/weights.pth." in text

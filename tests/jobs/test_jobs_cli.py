@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.platform_contract import Tiny
+from tests.helpers.platform_contract import RunCode
 
 from openmae.cli.main import main
 
@@ -19,7 +19,7 @@ Mae = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def mae(capsys: pytest.CaptureFixture[str]) -> Mae:
-    """Run ``mae jobs ...``; gives the exit code, stdout and stderr."""
+    """Return a function that runs ``mae jobs ...`` and returns the exit code, stdout and stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = main(["jobs", *arguments])
@@ -30,10 +30,10 @@ def mae(capsys: pytest.CaptureFixture[str]) -> Mae:
 
 
 @pytest.fixture
-def done(mae: Mae, tiny: Tiny, pictures: Path, tmp_path: Path) -> dict[str, Any]:
-    """A job that has written a checkpoint."""
+def done(mae: Mae, run_code: RunCode, images: Path, tmp_path: Path) -> dict[str, Any]:
+    """Run a job that writes a checkpoint; return its JSON."""
     folder = tmp_path / "out" / "train"
-    tiny(
+    run_code(
         f"import pathlib\nf = pathlib.Path({str(folder)!r}); f.mkdir(parents=True)\n"
         "(f / 'model_best.pth').write_text('x')\nprint('ran')"
     )
@@ -43,7 +43,7 @@ def done(mae: Mae, tiny: Tiny, pictures: Path, tmp_path: Path) -> dict[str, Any]
             "train",
             "--automl",
             "off",
-            f"dataset.train_data_sources={pictures / 'train'}",
+            f"dataset.train_data_sources={images / 'train'}",
             "num_epochs=3",
             "--wait",
             "--json",
@@ -73,7 +73,7 @@ def test_a_job_from_the_shell(mae: Mae, done: dict[str, Any]) -> None:
     assert json.loads(mae("cancel", done["id"], "--json")[1])["status"] == "COMPLETE"
 
 
-def test_explain_says_where_every_value_came_from(mae: Mae, done: dict[str, Any]) -> None:
+def test_explain_shows_the_origin_of_every_value(mae: Mae, done: dict[str, Any]) -> None:
     code, out, _ = mae("explain", done["id"])
     assert code == 0
     rows = {line.split()[0]: line for line in out.splitlines()}
@@ -92,20 +92,20 @@ def test_results_are_listed(mae: Mae, done: dict[str, Any]) -> None:
     assert (item["kind"], item["size"]) == ("checkpoint", 1)
 
 
-def test_a_child_is_submitted_with_its_parent(mae: Mae, done: dict[str, Any], tiny: Tiny, pictures: Path) -> None:
-    tiny("pass")
+def test_a_child_is_submitted_with_its_parent(mae: Mae, done: dict[str, Any], run_code: RunCode, images: Path) -> None:
+    run_code("pass")
     code, out, err = mae(
-        *("submit", "evaluate", "--parent", done["id"][:8], f"dataset.val_data_sources={pictures / 'val'}"),
+        *("submit", "evaluate", "--parent", done["id"][:8], f"dataset.val_data_sources={images / 'val'}"),
         *("--wait", "--json"),
     )
     assert code == 0, err
     assert json.loads(out)["parent_job_id"] == done["id"]
 
 
-def test_a_failed_job_is_exit_code_1_with_the_reason(mae: Mae, tiny: Tiny, pictures: Path) -> None:
-    tiny("print('MemoryError: no'); raise SystemExit(1)")
+def test_a_failed_job_is_exit_code_1_with_the_reason(mae: Mae, run_code: RunCode, images: Path) -> None:
+    run_code("print('MemoryError: no'); raise SystemExit(1)")
     code, out, err = mae(
-        "submit", "train", "--automl", "off", f"dataset.train_data_sources={pictures / 'train'}", "--wait", "--json"
+        "submit", "train", "--automl", "off", f"dataset.train_data_sources={images / 'train'}", "--wait", "--json"
     )
     job = json.loads(out)
     assert (code, job["status"]) == (1, "ERROR")
@@ -130,7 +130,7 @@ def test_a_failed_job_is_exit_code_1_with_the_reason(mae: Mae, tiny: Tiny, pictu
         ((), "required"),
     ],
 )
-def test_a_wrong_request_is_exit_code_2(mae: Mae, arguments: tuple[str, ...], text: str) -> None:
+def test_an_invalid_request_is_exit_code_2(mae: Mae, arguments: tuple[str, ...], text: str) -> None:
     code, out, err = mae(*arguments)
     assert (code, out) == (2, "")
     assert text in err
@@ -138,11 +138,11 @@ def test_a_wrong_request_is_exit_code_2(mae: Mae, arguments: tuple[str, ...], te
 
 
 def test_a_spec_file_and_a_variable_by_name(
-    mae: Mae, tiny: Tiny, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mae: Mae, run_code: RunCode, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "spec.yaml").write_text(f"dataset: {{train_data_sources: {pictures / 'train'}}}\n", encoding="utf-8")
+    (tmp_path / "spec.yaml").write_text(f"dataset: {{train_data_sources: {images / 'train'}}}\n", encoding="utf-8")
     monkeypatch.setenv("TOKEN", "t0k")
-    tiny("import os; print(os.environ['TOKEN'])")
+    run_code("import os; print(os.environ['TOKEN'])")
     code, out, err = mae(
         "submit", "train", "--automl", "off", "-e", str(tmp_path / "spec.yaml"), "--env", "TOKEN", "--wait", "--json"
     )
@@ -151,7 +151,7 @@ def test_a_spec_file_and_a_variable_by_name(
     assert told["dataset.train_data_sources"]["why"] == "given in specs"
 
 
-def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     done = subprocess.run(
         f"{sys.executable} -m openmae jobs list --root {tmp_path} | true",
         shell=True,

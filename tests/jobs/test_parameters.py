@@ -1,17 +1,20 @@
-"""Merging what was typed, and filling in what the parent and the job decide."""
+"""The merged spec of a job, and the values that the parent and the job decide."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.helpers.job_records import make_record
 
 from openmae.errors import CheckpointError, SpecError
-from openmae.jobs.parameters import FILLED, Filled, Parent, fill, merge, nested
+from openmae.jobs.job import Record, State
+from openmae.jobs.parameters import FILLED, JobSpec, fill, merge, nested
 from openmae.spec.schema import ACTIONS
 
 _KEYS = {
@@ -33,7 +36,7 @@ def _written(deep: Mapping[str, Any], dotted: Mapping[str, Any], short: Mapping[
 
 
 @given(_typed, st.data())
-def test_nested_and_dotted_mean_the_same(typed: dict[str, Any], data: st.DataObject) -> None:
+def test_nested_sections_and_dotted_keys_are_equivalent(typed: dict[str, Any], data: st.DataObject) -> None:
     deep = {key: value for key, value in typed.items() if data.draw(st.booleans())}
     rest = {key: value for key, value in typed.items() if key not in deep}
     assert merge("train", nested(typed)).values == typed
@@ -44,7 +47,7 @@ def test_nested_and_dotted_mean_the_same(typed: dict[str, Any], data: st.DataObj
 
 @given(st.tuples(*[_typed] * 6))
 def test_precedence(layers: tuple[dict[str, Any], ...]) -> None:
-    """spec_overrides over specs; in each dotted over nested over shorthand."""
+    """spec_overrides before specs; in each, dotted keys before nested sections before shorthands."""
     specs, overrides = _written(layers[1], layers[2], layers[0]), _written(layers[4], layers[5], layers[3])
     expected: dict[str, Any] = {}
     for number, layer in enumerate(layers):
@@ -64,10 +67,10 @@ def test_merging_again_changes_nothing(specs: dict[str, Any], overrides: dict[st
     assert merge("train", once.tree, overrides).values == once.values
 
 
-def test_unset_values_are_not_typed() -> None:
+def test_missing_values_count_as_not_given() -> None:
     merged = merge("evaluate", {"evaluate": {"checkpoint": "???", "trt_engine": None}, "model": {"arch": "vit"}})
     assert merged.values == {"model.arch": "vit"}
-    # a later null does not take away what was typed before
+    # a later null does not remove an earlier value
     assert merge("train", {"train": {"seed": 3}}, {"train.seed": None}).values == {"train.seed": 3}
 
 
@@ -93,30 +96,30 @@ def test_shorthands(action: str, word: str, key: str) -> None:
     assert merged.origins[key].why == f"shorthand {word} in spec_overrides"
 
 
-def test_the_size_of_an_export_has_two_keys() -> None:
+def test_image_size_sets_two_keys_of_an_export() -> None:
     assert merge("export", None, {"image_size": 64}).values == {"export.input_height": 64, "export.input_width": 64}
     assert merge("export", {"image_size": [32, 64]}).values == {"export.input_height": 32, "export.input_width": 64}
 
 
-def test_a_shorthand_that_means_nothing_is_refused() -> None:
+def test_a_shorthand_without_a_meaning_is_refused() -> None:
     with pytest.raises(SpecError, match="trt_engine: the shorthand has no meaning for export"):
         merge("export", None, {"trt_engine": "x"})
 
 
-def test_a_value_where_a_section_is_named() -> None:
+def test_a_key_below_a_plain_value_is_refused() -> None:
     with pytest.raises(SpecError, match=r"model\.arch: cannot be set, since model is 5 and not a section"):
         _ = merge("train", {"model": 5}, {"model.arch": "vit"}).tree
 
 
-def _parent(tmp_path: Path, action: str, files: tuple[str, ...] = (), state: str = "COMPLETE", **more: Any) -> Parent:
+def _parent(tmp_path: Path, action: str, files: tuple[str, ...] = (), state: State = "COMPLETE", **more: Any) -> Record:
     folder = tmp_path / "parent" / action
     folder.mkdir(parents=True)
     for name in files:
         (folder / name).write_text("x", encoding="utf-8")
-    return Parent("p1", action, state, str(folder), **more)
+    return make_record("p1", (state,), action=action, results_folder=str(folder), **more)
 
 
-def _filled(action: str, typed: dict[str, Any], parent: Parent | None, own: str = "/jobs/1/results") -> Filled:
+def _filled(action: str, typed: dict[str, Any], parent: Record | None, own: str = "/jobs/1/results") -> JobSpec:
     filled = merge(action, None, typed)
     fill(filled, parent, own)
     return filled
@@ -134,7 +137,7 @@ def test_every_key_of_the_table_is_explained(action: str) -> None:
         assert filled.origins[key].why
 
 
-def test_outputs_are_made_in_the_jobs_own_folder() -> None:
+def test_outputs_are_written_to_the_results_folder_of_the_job() -> None:
     filled = _filled("export", {"export.checkpoint": "c"}, None)
     assert filled.values["export.onnx_file"] == "/jobs/1/results/export/model.onnx"
     filled = _filled("gen_trt_engine", {"results_dir": "s3://bucket/out"}, None)
@@ -144,25 +147,25 @@ def test_outputs_are_made_in_the_jobs_own_folder() -> None:
 
 
 @pytest.mark.parametrize("action", ["evaluate", "inference"])
-def test_a_training_gives_its_checkpoint(tmp_path: Path, action: str) -> None:
+def test_the_checkpoint_of_a_training_run_is_used(tmp_path: Path, action: str) -> None:
     parent = _parent(tmp_path, "train", ("model_epoch_001_step_00009.pth", "model_best.pth", "backbone.safetensors"))
     filled = _filled(action, {}, parent)
-    assert filled.values[f"{action}.checkpoint"] == f"{parent.folder}/model_best.pth"
+    assert filled.values[f"{action}.checkpoint"] == f"{parent.results_folder}/model_best.pth"
     assert filled.origins[f"{action}.checkpoint"].why == "the parent's best (job p1)"
     assert f"{action}.trt_engine" not in filled.values
-    assert filled.origins[f"{action}.trt_engine"].why == "a job of train leaves checkpoint, which does not fit"
+    assert filled.origins[f"{action}.trt_engine"].why == "a job of train writes checkpoint, which does not fit"
 
 
 @pytest.mark.parametrize(("kind", "name"), [("export", "m.onnx"), ("gen_trt_engine", "m.engine")])
 def test_an_export_or_an_engine_leaves_the_checkpoint_unset(tmp_path: Path, kind: str, name: str) -> None:
     parent = _parent(tmp_path, kind, (name, "backbone.safetensors"))
     filled = _filled("evaluate", {}, parent)
-    assert filled.values["evaluate.trt_engine"] == f"{parent.folder}/{name}"
+    assert filled.values["evaluate.trt_engine"] == f"{parent.results_folder}/{name}"
     assert "evaluate.checkpoint" not in filled.values
     assert "does not fit" in filled.origins["evaluate.checkpoint"].why
 
 
-def test_what_was_typed_stays(tmp_path: Path) -> None:
+def test_given_values_are_kept(tmp_path: Path) -> None:
     parent = _parent(tmp_path, "train", ("model_best.pth",), spec={"model": {"arch": "vit_tiny_patch16"}})
     typed = {"evaluate.checkpoint": "/mine.pth", "model.arch": "hiera_tiny_224", "results_dir": "/out"}
     filled = _filled("evaluate", typed, parent)
@@ -170,13 +173,13 @@ def test_what_was_typed_stays(tmp_path: Path) -> None:
     assert {filled.origins[key].function for key in typed} == {"spec_overrides"}
     other = _filled("evaluate", {"evaluate.trt_engine": "/mine.onnx"}, parent)
     assert "evaluate.checkpoint" not in other.values, "both would be set, and only one of them may be"
-    assert other.origins["evaluate.checkpoint"].why == "evaluate.trt_engine is given, and only one of them acts"
+    assert other.origins["evaluate.checkpoint"].why == "evaluate.trt_engine is set, and only one of them is used"
 
 
-def test_training_resumes_before_it_takes_a_parents_weights(tmp_path: Path) -> None:
+def test_resuming_has_precedence_over_the_weights_of_the_parent(tmp_path: Path) -> None:
     parent = _parent(tmp_path, "train", ("model_epoch_004_step_00050.pth",))
     fresh = _filled("train", {}, parent, str(tmp_path / "own"))
-    assert fresh.values["train.pretrained_model_path"] == f"{parent.folder}/model_epoch_004_step_00050.pth"
+    assert fresh.values["train.pretrained_model_path"] == f"{parent.results_folder}/model_epoch_004_step_00050.pth"
     assert "train.resume_training_checkpoint_path" not in fresh.values
     own = tmp_path / "own" / "train"
     own.mkdir(parents=True)
@@ -197,7 +200,7 @@ dataset: {augmentation: {input_size: [32, 48]}}
 
 def test_stage_architecture_classes_and_size_are_carried_forward(tmp_path: Path) -> None:
     parent = _parent(tmp_path, "train", ("model_best.pth",), spec={"model": {"arch": "vit_tiny_patch16"}})
-    Path(parent.folder, "experiment.yaml").write_text(_TRAINED, encoding="utf-8")
+    Path(parent.results_folder, "experiment.yaml").write_text(_TRAINED, encoding="utf-8")
     filled = _filled("evaluate", {}, parent)
     carried = {key: origin.value for key, origin in filled.origins.items() if origin.function == "carried"}
     assert carried == {
@@ -205,7 +208,7 @@ def test_stage_architecture_classes_and_size_are_carried_forward(tmp_path: Path)
         **{"dataset.augmentation.input_size": [32, 48], "model.in_chans": 1, "model.patch_size": 8},
     }
     assert filled.origins["model.num_classes"].why == "resolved spec of job p1"
-    # other data may have other classes
+    # the classes of other data may differ
     child = _filled("train", {}, parent, str(tmp_path / "own"))
     assert "model.num_classes" not in child.values
     assert child.origins["model.num_classes"].why == "the data of this job decides (the parent's: 3)"
@@ -213,40 +216,40 @@ def test_stage_architecture_classes_and_size_are_carried_forward(tmp_path: Path)
 
 def test_a_damaged_spec_of_the_parent_is_named(tmp_path: Path) -> None:
     parent = _parent(tmp_path, "train", ("model_best.pth",))
-    Path(parent.folder, "experiment.yaml").write_text("model: {", encoding="utf-8")
+    Path(parent.results_folder, "experiment.yaml").write_text("model: {", encoding="utf-8")
     with pytest.raises(SpecError, match=r"experiment\.yaml of job p1 is damaged: .*\n  Fix: Restore it"):
         _filled("evaluate", {}, parent)
 
 
-def test_a_grandchild_gets_what_its_parent_was_told(tmp_path: Path) -> None:
+def test_a_grandchild_inherits_the_values_of_its_parents_spec(tmp_path: Path) -> None:
     spec = {"train": {"stage": "finetune"}, "model": {"arch": "vit_tiny_patch16", "num_classes": 3}}
     parent = _parent(tmp_path, "export", ("model.onnx", "experiment.yaml"), spec=spec)
     filled = _filled("gen_trt_engine", {}, parent)
     assert filled.values["model.num_classes"] == 3
-    assert filled.origins["dataset.augmentation.input_size"].why == "job p1 does not name it"
+    assert filled.origins["dataset.augmentation.input_size"].why == "job p1 does not set it"
 
 
-def test_a_parent_that_no_key_takes_is_refused(tmp_path: Path) -> None:
+def test_a_parent_whose_model_no_key_takes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         _filled("gen_trt_engine", {}, _parent(tmp_path, "train", ("model_best.pth",)))
     assert str(caught.value) == (
-        "parent_job_id: gen_trt_engine takes onnx, but p1 is a job of train, which leaves checkpoint.\n"
-        "  Fix: Give a job of export as the parent, or set gen_trt_engine.onnx_file."
+        "parent_job_id: gen_trt_engine takes onnx, but p1 is a job of train, which writes checkpoint.\n"
+        "  Fix: Use a job of export as the parent, or set gen_trt_engine.onnx_file."
     )
-    with pytest.raises(SpecError, match="export takes checkpoint, but p1 is a job of export, which leaves onnx"):
+    with pytest.raises(SpecError, match="export takes checkpoint, but p1 is a job of export, which writes onnx"):
         _filled("export", {}, _parent(tmp_path, "export", ("m.onnx",)))
-    with pytest.raises(SpecError, match=r"p1 is a job of evaluate, whose results hold no model\.\n  Fix: Give a train"):
+    with pytest.raises(SpecError, match=r"p1 is a job of evaluate, whose results have no model\.\n  Fix: Use a train"):
         _filled("inference", {}, _parent(tmp_path, "evaluate"))
 
 
 def test_a_parent_without_its_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"export\.checkpoint: job p1 \(train, RUNNING\) holds no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"export\.checkpoint: job p1 \(train, RUNNING\) has no checkpoint"):
         _filled("export", {}, _parent(tmp_path, "train", ("status.json",), state="RUNNING"))
 
 
-def test_a_file_that_the_parent_wrote_elsewhere_is_found(tmp_path: Path) -> None:
+def test_a_file_outside_the_parents_results_folder_is_found(tmp_path: Path) -> None:
     (tmp_path / "mine.onnx").touch()
-    parent = _parent(tmp_path, "export", outputs=(str(tmp_path / "mine.onnx"),))
+    parent = _parent(tmp_path, "export", outputs=[str(tmp_path / "mine.onnx")])
     assert _filled("gen_trt_engine", {}, parent).values["gen_trt_engine.onnx_file"] == str(tmp_path / "mine.onnx")
 
 
@@ -255,8 +258,8 @@ def test_the_encryption_key_follows_the_model(tmp_path: Path) -> None:
     filled = _filled("export", {}, parent)
     assert filled.values["encryption_key"] == "env:MAE_KEY"
     assert filled.origins["encryption_key"].why == "the parent's"
-    hidden = Parent("p1", "train", "COMPLETE", parent.folder, spec={"encryption_key": "***"})
-    with pytest.raises(SpecError, match=r"a value is kept nowhere .*p1.*\n  Fix: Give the same key again"):
+    hidden = replace(parent, spec={"encryption_key": "***"})
+    with pytest.raises(SpecError, match=r"which is never stored .*p1.*\n  Fix: Give the same key again"):
         _filled("export", {}, hidden)
     literal = _filled("export", {"encryption_key": "hunter2"}, hidden)
     assert "hunter2" not in str(literal.explanation())

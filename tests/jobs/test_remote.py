@@ -1,4 +1,4 @@
-"""Results in an object store: an S3 server over HTTP, and a client that does not know it is a test."""
+"""Jobs whose data and results are in an object store: a local S3 server."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.platform_contract import Submit, Tiny, until
+from tests.helpers.job_records import make_record
+from tests.helpers.platform_contract import RunCode, Submit, until
 
 from openmae.errors import CheckpointError, DataError
 from openmae.jobs import Client, Job
 from openmae.jobs.artifacts import list_folder, read_text
-from openmae.jobs.parameters import Parent, fill, merge
+from openmae.jobs.parameters import fill, merge
 from openmae.quickstart import HELD_OUT, write_digits
 from openmae.storage.filesystem import open_filesystem
 
@@ -70,26 +71,26 @@ def _put(url: str, text: str = "x") -> None:
     open_filesystem(url).pipe_file(url, text.encode())
 
 
-def test_a_childs_model_is_chosen_in_the_store(bucket: str) -> None:
+def test_the_model_of_a_child_is_chosen_in_the_store(bucket: str) -> None:
     folder = f"{bucket}/one/train"
     for name in ("model_epoch_002_step_00010.pth", "model_epoch_010_step_00002.pth", "backbone.safetensors"):
         _put(f"{folder}/{name}")
     _put(f"{folder}/experiment.yaml", "train: {stage: finetune}\nmodel: {arch: vit_tiny_patch16, num_classes: 3}\n")
     filled = merge("evaluate")
-    fill(filled, Parent("p1", "train", "COMPLETE", folder), "/own")
+    fill(filled, make_record("p1", ("COMPLETE",), results_folder=folder), "/own")
     assert filled.values["evaluate.checkpoint"] == f"{folder}/model_epoch_010_step_00002.pth"
     assert filled.values["model.num_classes"] == 3
     _put(f"{folder}/model_best.pth")
     again = merge("evaluate")
-    fill(again, Parent("p1", "train", "COMPLETE", folder), "/own")
+    fill(again, make_record("p1", ("COMPLETE",), results_folder=folder), "/own")
     assert again.values["evaluate.checkpoint"] == f"{folder}/model_best.pth"
 
 
-def test_an_empty_place_is_named(bucket: str) -> None:
+def test_an_empty_folder_in_the_store_is_named(bucket: str) -> None:
     assert list_folder(f"{bucket}/nothing") == []
     assert read_text(f"{bucket}/nothing/status.json") is None
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint \(\.pth\) to take\. It is empty\."):
-        fill(merge("export"), Parent("p1", "train", "ERROR", f"{bucket}/nothing"), "/own")
+    with pytest.raises(CheckpointError, match=r"has no checkpoint \(\.pth\)\. It is empty\."):
+        fill(merge("export"), make_record("p1", ("ERROR",), results_folder=f"{bucket}/nothing"), "/own")
 
 
 def test_a_store_that_cannot_be_reached_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,14 +99,14 @@ def test_a_store_that_cannot_be_reached_is_named(bucket: str, monkeypatch: pytes
         list_folder(f"{bucket}/one")
 
 
-def test_results_in_the_store_are_listed_judged_and_deleted(
-    bucket: str, client: Client, submit: Submit, tiny: Tiny, tmp_path: Path
+def test_results_in_the_store_are_listed_analysed_and_deleted(
+    bucket: str, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path
 ) -> None:
-    tiny("raise SystemExit(1)")
+    run_code("raise SystemExit(1)")
     job = client.wait(submit(spec_overrides={"results_dir": str(tmp_path / "out")}).id, 20)
     folder = f"{bucket}/two/train"
     with client.store.update(job.id) as record:
-        record["results_folder"] = folder
+        record.results_folder = folder
     when = datetime.now()
     line: dict[str, Any] = {"date": f"{when.month}/{when.day}/{when.year}", "time": f"{when:%H:%M:%S}"}
     line |= {"status": "FAILURE", "message": "DataError: an image is broken"}
@@ -120,7 +121,7 @@ def test_results_in_the_store_are_listed_judged_and_deleted(
     assert [item.name for item in client.list_results(job.id)] == ["notes.txt"]
 
 
-def test_a_source_is_looked_for_in_the_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_source_in_the_store_is_checked(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from openmae.jobs.prepare import check_sources
     from openmae.spec.schema import ExperimentSpec
 
@@ -138,11 +139,11 @@ def _upload(bucket: str, folder: Path, part: str, name: str) -> str:
     return url
 
 
-@pytest.mark.slow  # five processes that import torch, one after the other: a minute and a half
+@pytest.mark.slow  # five processes, one after another, that import torch
 def test_a_chain_from_a_store_to_a_store(bucket: str, client: Client, tmp_path: Path) -> None:
-    """train -> evaluate -> export -> gen_trt_engine -> inference on the quickstart's digits: no child names a model.
+    """Run train, evaluate, export, gen_trt_engine and inference on the digits of quickstart; no child names a model.
 
-    The engine is built for a GPU that need not be here, and only runs on that: inference is a child of the export.
+    The engine only runs on the GPU that it is built for, so inference is a child of the export.
     """
     pytest.importorskip("tensorrt_rtx", reason="builds the engine")
     write_digits(tmp_path / "digits")
@@ -190,5 +191,5 @@ def test_a_chain_from_a_store_to_a_store(bucket: str, client: Client, tmp_path: 
     rows = list(csv.DictReader((read_text(f"{inference.results_folder}/results.csv") or "").splitlines()))
     right = sum(Path(row["path"]).parent.name == row["class"] for row in rows)
     assert len(rows) == HELD_OUT
-    assert accuracy > 0.15, "ten classes: that is chance"
-    assert abs(right / HELD_OUT - accuracy) <= 2 / HELD_OUT, "what inference ran is not the model that was evaluated"
+    assert accuracy > 0.15, "that is chance for ten classes"
+    assert abs(right / HELD_OUT - accuracy) <= 2 / HELD_OUT, "inference used another model than evaluate"

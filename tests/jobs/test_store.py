@@ -1,4 +1,4 @@
-"""Records of jobs: many clients at once, kill -9 in the middle, and damage from outside."""
+"""Records of jobs under concurrent clients, killed writers and damage."""
 
 from __future__ import annotations
 
@@ -9,45 +9,43 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.helpers.job_records import make_record
 
 from openmae.errors import RunError, SpecError
-from openmae.jobs.job import as_job, move, now
+from openmae.jobs.job import Record, Transition, now
 from openmae.jobs.store import JobStore
 
 _ID = "0a1b2c3d-0000-4000-8000-00000000000{}"
 _CREATOR = """
 import sys, uuid
-from openmae.jobs.job import now
+from dataclasses import replace
+from openmae.jobs.job import Transition, now
 from openmae.jobs.store import JobStore
 store = JobStore(sys.argv[1])
 for number in range(20):
     with store.update(sys.argv[2]) as record:
-        record["transitions"].append({"at": now(), "state": "PENDING", "message": f"{sys.argv[3]} {number}"})
-    store.create({**store.read(sys.argv[2]), "id": str(uuid.uuid4()), "created_at": now()})
+        record.transitions.append(Transition(now(), "PENDING", f"{sys.argv[3]} {number}"))
+    store.create(replace(store.read(sys.argv[2]), id=str(uuid.uuid4()), created_at=now()))
 """
 _WRITER = """
 import sys
-from openmae.jobs.job import now
+from openmae.jobs.job import Transition, now
 from openmae.jobs.store import JobStore
 store = JobStore(sys.argv[1])
 print("on", flush=True)
 while True:
     with store.update(sys.argv[2]) as record:
-        record["transitions"].append({"at": now(), "state": "PENDING", "message": "x" * 2000})
+        record.transitions.append(Transition(now(), "PENDING", "x" * 2000))
 """
 
 
-def _record(number: int = 1, **changes: Any) -> dict[str, Any]:
-    return {
-        **{"id": _ID.format(number), "action": "train", "name": "train", "platform": "local", "parent_job_id": None},
-        **{"created_at": now(), "results_dir": "r", "results_folder": "r/train", "exit_code": None, "notices": []},
-        "transitions": [{"at": now(), "state": "PENDING", "message": "waiting"}],
-        **changes,
-    }
+def _record(number: int = 1, **changes: Any) -> Record:
+    return make_record(_ID.format(number), **changes)
 
 
 @pytest.fixture
@@ -57,24 +55,22 @@ def store(tmp_path: Path) -> JobStore:
     return made
 
 
-def test_concurrent_clients_lose_nothing(store: JobStore) -> None:
+def test_concurrent_clients_lose_no_update(store: JobStore) -> None:
     first = _ID.format(1)
     clients = [
         subprocess.Popen([sys.executable, "-c", _CREATOR, str(store.root), first, str(number)]) for number in range(4)
     ]
     assert [client.wait(timeout=60) for client in clients] == [0] * 4
-    transitions = store.read(first)["transitions"]
-    assert sorted(item["message"] for item in transitions[1:]) == sorted(
-        f"{c} {n}" for c in range(4) for n in range(20)
-    )
-    times = [item["at"] for item in transitions]
+    transitions = store.read(first).transitions
+    assert sorted(item.message for item in transitions[1:]) == sorted(f"{c} {n}" for c in range(4) for n in range(20))
+    times = [item.at for item in transitions]
     assert times == sorted(times), "transitions are out of order"
     records = store.records()
     assert len(records) == 81
-    assert [record["created_at"] for record in records] == sorted(record["created_at"] for record in records)
+    assert [record.created_at for record in records] == sorted(record.created_at for record in records)
 
 
-def test_kill_9_leaves_a_whole_record_and_no_lock(store: JobStore) -> None:
+def test_a_killed_writer_leaves_a_complete_record_and_no_lock(store: JobStore) -> None:
     first, chance, count = _ID.format(1), random.Random(0), 1
     for _ in range(8):
         writer = subprocess.Popen(
@@ -87,42 +83,42 @@ def test_kill_9_leaves_a_whole_record_and_no_lock(store: JobStore) -> None:
         writer.wait()
         writer.stdout.close()
         with store.update(first) as record:
-            assert len(record["transitions"]) >= count, "a transition that was on the disk is lost"
-            record["transitions"].append({"at": now(), "state": "PENDING", "message": "after a kill"})
-        count = len(store.read(first)["transitions"])
+            assert len(record.transitions) >= count, "a transition was lost"
+            record.transitions.append(Transition(now(), "PENDING", "after a kill"))
+        count = len(store.read(first).transitions)
     assert count > 16, "the writers were killed before they wrote anything"
 
 
 def test_transitions_are_append_only(store: JobStore) -> None:
     with pytest.raises(ValueError, match="append-only"), store.update(_ID.format(1)) as record:
-        record["transitions"][0]["message"] = "rewritten"
+        record.transitions[0] = replace(record.transitions[0], message="rewritten")
     with pytest.raises(KeyError), store.update(_ID.format(1)) as record:
-        record["notices"] = record["no such"]
-    assert store.read(_ID.format(1))["notices"] == []
+        record.notices = record.spec["no such"]
+    assert store.read(_ID.format(1)).notices == []
 
 
-def test_a_job_at_its_end_stays_there() -> None:
+def test_a_final_state_does_not_change() -> None:
     record = _record()
-    assert move(record, "RUNNING", "on")
-    assert move(record, "CANCELED", "stopped", 130)
-    assert not move(record, "COMPLETE", "finished", 0)
-    job = as_job(record)
+    assert record.move("RUNNING", "on")
+    assert record.move("CANCELED", "stopped", 130)
+    assert not record.move("COMPLETE", "finished", 0)
+    job = record.to_job()
     assert (job.status, job.exit_code, job.finished) == ("CANCELED", 130, True)
     assert [transition.state for transition in job.transitions] == ["PENDING", "RUNNING", "CANCELED"]
 
 
-def test_nobody_else_reads_a_root(store: JobStore) -> None:
+def test_only_the_user_can_read_a_root(store: JobStore) -> None:
     paths = [store.root, *store.root.rglob("*")]
     assert len(paths) == 3
     open_ones = [path for path in paths if stat.S_IMODE(path.stat().st_mode) & 0o077]
     assert open_ones == []
 
 
-def test_a_job_is_found_by_the_beginning_of_its_id(store: JobStore) -> None:
-    store.create(_record(2, id="ffff0000-0000-4000-8000-000000000000"))
+def test_a_job_is_found_by_the_first_characters_of_its_id(store: JobStore) -> None:
+    store.create(make_record("ffff0000-0000-4000-8000-000000000000"))
     assert store.find("ffff") == "ffff0000-0000-4000-8000-000000000000"
     store.create(_record(3))
-    with pytest.raises(SpecError, match=r"2 jobs begin with '0a1b': 0a1b.*\n  Fix: Give more of the id\."):
+    with pytest.raises(SpecError, match=r"2 jobs begin with '0a1b': 0a1b.*\n  Fix: Give more characters of the id\."):
         store.find("0a1b")
     for text in ("", "abc", "../jobs", "*"):
         with pytest.raises(SpecError, match=r"There is no job .* in .*\n  Fix: `mae jobs list` shows all jobs\."):
@@ -133,7 +129,7 @@ def test_a_damaged_record_is_named_and_hides_no_other(store: JobStore, caplog: p
     store.create(_record(2))
     (store.folder(_ID.format(2)) / "job.json").write_text("{", encoding="utf-8")
     (store.root / _ID.format(3)).mkdir()  # a client was killed before it wrote the record
-    assert [record["id"] for record in store.records()] == [_ID.format(1)]
+    assert [record.id for record in store.records()] == [_ID.format(1)]
     assert "cannot be read" in caplog.text
     with pytest.raises(RunError, match=r"The record .*job\.json cannot be read .*\n  Fix: Restore it, or remove"):
         store.read(_ID.format(2))
@@ -143,15 +139,15 @@ def test_a_root_must_be_a_local_folder(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"records of jobs are kept in a local folder, got 's3://bucket/jobs'"):
         JobStore("s3://bucket/jobs")
     (tmp_path / "file").touch()
-    with pytest.raises(SpecError, match=r"root: .*file/jobs cannot be made"):
+    with pytest.raises(SpecError, match=r"root: .*file/jobs cannot be created"):
         JobStore(tmp_path / "file" / "jobs")
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_times_are_shown_in_utc_whatever_a_record_has() -> None:
+def test_times_are_shown_in_utc() -> None:
     record = _record(created_at="2026-01-01T12:00:00+02:00")
-    record["transitions"][0]["at"] = "2026-01-01T10:00:01"  # of an early version, in UTC
-    job = as_job(record)
+    record.transitions[0] = Transition("2026-01-01T10:00:01", "PENDING", "")  # as early versions wrote UTC
+    job = record.to_job()
     assert job.created_at == "2026-01-01T10:00:00.000000+00:00"
     assert job.transitions[0].at == "2026-01-01T10:00:01.000000+00:00"
 
@@ -159,4 +155,4 @@ def test_times_are_shown_in_utc_whatever_a_record_has() -> None:
 def test_records_are_sorted_by_time_and_not_by_text(store: JobStore) -> None:
     store.create(_record(2, created_at="2999-01-01T12:00:00+02:00"))
     store.create(_record(3, created_at="2999-01-01T11:00:00"))
-    assert [record["id"][-1] for record in store.records()] == ["1", "2", "3"]
+    assert [record.id[-1] for record in store.records()] == ["1", "2", "3"]

@@ -1,4 +1,4 @@
-"""A model that tells colours apart, and servers that really listen."""
+"""A model that classifies colours, and running servers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZE = (16, 24)
 
 
 class Colours:
-    """The class is the strongest channel, the embedding the mean colour. It may be held up, or fail."""
+    """A model that can be blocked or fail. Its class is the strongest channel, its embedding the mean colour."""
 
     def __init__(self, stage: str = "finetune") -> None:
         classes = len(NAMES) if stage == "finetune" else 0
@@ -35,7 +35,7 @@ class Colours:
         self.device = torch.device("cpu")
         self.runtime = "a test"
         self.batches: list[Tensor] = []
-        self.gate = threading.Event()  # closed, it holds a batch up
+        self.gate = threading.Event()  # while cleared, batches wait
         self.gate.set()
         self.error: Exception | None = None
 
@@ -51,7 +51,7 @@ class Colours:
 
 
 def _encode(colour: tuple[int, ...] | str = "red", kind: str = "PNG", size: tuple[int, int] = (40, 32)) -> bytes:
-    """An image file of one colour; ``size`` is (width, height)."""
+    """Return an image file of one colour; ``size`` is (width, height)."""
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, kind)
     return buffer.getvalue()
@@ -59,7 +59,7 @@ def _encode(colour: tuple[int, ...] | str = "red", kind: str = "PNG", size: tupl
 
 @contextmanager
 def _listening(predictor: Predictor, settings: Settings | None = None) -> Iterator[str]:
-    """A server on a free port, in a thread of its own; gives its address once it is healthy."""
+    """Run a server on a free port in a thread; yield its address once it is healthy."""
     config = uvicorn.Config(create_app(predictor, settings), port=0, log_level="error", timeout_graceful_shutdown=20)
     server = uvicorn.Server(config)
     listener = config.bind_socket()
@@ -89,7 +89,7 @@ def embedder() -> Colours:
 
 @pytest.fixture
 def live(model: Colours) -> Iterator[str]:
-    """The address of a running server around ``model``."""
+    """Run a server around ``model``; yield its address."""
     with _listening(model) as address:
         yield address
 

@@ -1,4 +1,4 @@
-"""The HTTP interface: over real connections where the connection matters, else through FastAPI's test client."""
+"""The HTTP interface, over real connections if the connection matters, else through FastAPI's test client."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def form(*files: tuple[str, bytes], field: str = "images") -> list[tuple[str, tu
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
+    """Return a PNG with this size in its header and no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -63,7 +63,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 # ------------------------------------------------------------------------------------------ predictions
 
 
-def test_many_images_of_a_form(live: str, model: Any, encode: Encode) -> None:
+def test_a_form_with_many_images(live: str, model: Any, encode: Encode) -> None:
     files = form(("b.jpg", encode("blue", "JPEG")), ("c.webp", encode("lime", "WEBP")), ("d.bmp", encode("red", "BMP")))
     answer = httpx.post(f"{live}/predict", files=[*form(("a.png", encode("red")), field="file"), *files])
     assert answer.status_code == 200, answer.text
@@ -92,7 +92,7 @@ def test_embeddings(embedder: Any, encode: Encode) -> None:
     assert found == [{"name": "a.png", "embedding": [10, 20, 30]}]
 
 
-def test_pixels_are_those_of_inference(
+def test_images_are_preprocessed_as_in_inference(
     model: Any, client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
@@ -106,7 +106,9 @@ def test_pixels_are_those_of_inference(
         with Picture(tmp_path / name) as picture:
             expected = transform(picture)
         assert client.post("/predict", files=form((name, (tmp_path / name).read_bytes()))).status_code == 200
-        torch.testing.assert_close(model.batches[-1][0], expected, rtol=0, atol=0, msg=f"{name} arrived otherwise")
+        torch.testing.assert_close(
+            model.batches[-1][0], expected, rtol=0, atol=0, msg=f"{name} was preprocessed differently"
+        )
 
 
 def test_one_bad_image_among_good_ones(client: TestClient, encode: Encode) -> None:
@@ -125,7 +127,7 @@ def test_one_bad_image_among_good_ones(client: TestClient, encode: Encode) -> No
     assert bad[2]["error"].startswith("empty.png: the file is empty (0 bytes). Send an image")
 
 
-def test_nothing_but_bad_images(client: TestClient) -> None:
+def test_only_bad_images(client: TestClient) -> None:
     answer = client.post("/predict", files=form(("a.txt", b"1"), ("b.txt", b"2")))
     assert answer.status_code == 422
     said = answer.json()
@@ -136,7 +138,7 @@ def test_nothing_but_bad_images(client: TestClient) -> None:
     assert single.json()["error"].startswith("image: its content is not an image")
 
 
-def test_formats_that_run_programs_are_not_tried(client: TestClient) -> None:
+def test_formats_that_run_programs_are_refused(client: TestClient) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "EPS")
     answer = client.post("/predict", files=form(("a.png", buffer.getvalue())))
@@ -161,7 +163,7 @@ def test_an_output_that_is_not_finite(model: Any, client: TestClient, encode: En
 
 @pytest.mark.parametrize("announced", [True, False], ids=["announced", "chunked"])
 @pytest.mark.parametrize("kind", ["image/png", "multipart/form-data; boundary=x"])
-def test_a_body_that_is_too_long(model: Any, encode: Encode, listening: Listening, announced: bool, kind: str) -> None:
+def test_a_body_that_is_too_large(model: Any, encode: Encode, listening: Listening, announced: bool, kind: str) -> None:
     part = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n\r\n'
     body = (part if "x" in kind[-1] else b"") + bytes(3_000_000)
     content = body if announced else (body[start : start + 65536] for start in range(0, len(body), 65536))
@@ -177,7 +179,7 @@ def test_a_body_that_is_too_long(model: Any, encode: Encode, listening: Listenin
     assert len(model.batches) == 1
 
 
-def test_a_client_that_sends_all_before_it_reads_sees_the_answer(model: Any, listening: Listening) -> None:
+def test_a_client_that_sends_everything_before_it_reads_gets_the_response(model: Any, listening: Listening) -> None:
     with listening(model, Settings(max_request_mb=4)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as connection:
@@ -186,7 +188,7 @@ def test_a_client_that_sends_all_before_it_reads_sees_the_answer(model: Any, lis
             assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_client_that_asks_first_sends_nothing(live: str) -> None:
+def test_a_client_that_expects_100_continue_is_refused_before_it_sends(live: str) -> None:
     host, port = live.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99000000\r\n"
@@ -197,7 +199,7 @@ def test_a_client_that_asks_first_sends_nothing(live: str) -> None:
 @pytest.mark.parametrize(
     ("size", "got"), [((3000, 2000), "3000 x 2000 = 6,000,000"), ((60000, 60000), "3,600,000,000")]
 )
-def test_a_picture_with_too_many_pixels(
+def test_an_image_with_too_many_pixels(
     model: Any, encode: Encode, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], got: str
 ) -> None:
     decoded = []
@@ -213,13 +215,13 @@ def test_a_picture_with_too_many_pixels(
         answer = client.post("/predict", files=[*files, *form(("a.png", encode()))])
         assert answer.status_code == 200
         assert "at most" in answer.json()["predictions"][0]["error"]
-    assert decoded == [Path("a.png")], "the bomb was to be refused by its header"
+    assert decoded == [Path("a.png")], "the image was not refused by its header"
 
 
 @pytest.mark.parametrize(
     ("request_", "status", "text"),
     [
-        ({"content": b"", "headers": {"Content-Type": "image/png"}}, 400, "holds no image: its body has 0 bytes."),
+        ({"content": b"", "headers": {"Content-Type": "image/png"}}, 400, "has no image: its body has 0 bytes."),
         ({"content": b"x", "headers": {"Content-Type": "text/plain"}}, 415, "or image/*, got 'text/plain'."),
         ({"content": b"x"}, 415, "must be multipart/form-data or image/*, got 'none'."),
         ({"data": {"images": "x"}}, 415, "got 'application/x-www-form-urlencoded'."),
@@ -235,16 +237,16 @@ def test_a_picture_with_too_many_pixels(
             400,
             "The form cannot be read: ",
         ),
-        ({"files": [("images", ("a.png", b"x"))] * 65}, 413, "A request may hold 64 images at most."),
-        ({"files": [("images", ("a.png", b"x"))] * 70}, 413, "A request may hold 64 images at most."),
+        ({"files": [("images", ("a.png", b"x"))] * 65}, 413, "A request may have 64 images at most."),
+        ({"files": [("images", ("a.png", b"x"))] * 70}, 413, "A request may have 64 images at most."),
     ],
 )
-def test_wrong_requests(client: TestClient, request_: dict[str, Any], status: int, text: str) -> None:
+def test_invalid_requests(client: TestClient, request_: dict[str, Any], status: int, text: str) -> None:
     answer = client.post("/predict", **request_)
     assert answer.status_code == status, answer.text
     assert list(answer.json()) == ["error"]
     assert text in answer.json()["error"]
-    assert "Send" in answer.json()["error"], "an error names its mend"
+    assert "Send" in answer.json()["error"], "an error names its fix"
 
 
 def test_a_body_that_does_not_arrive(model: Any, listening: Listening) -> None:
@@ -260,13 +262,13 @@ def test_a_body_that_does_not_arrive(model: Any, listening: Listening) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
-def test_a_load_balancer_may_ask_for_the_head_alone(client: TestClient, path: str) -> None:
+def test_head_requests(client: TestClient, path: str) -> None:
     answer = client.head(path)
     assert answer.status_code == 200
 
 
 @pytest.mark.parametrize(("path", "method", "status"), [("/nothing", "GET", 404), ("/predict", "GET", 405)])
-def test_wrong_addresses(client: TestClient, path: str, method: str, status: int) -> None:
+def test_unknown_paths_and_methods(client: TestClient, path: str, method: str, status: int) -> None:
     answer = client.request(method, path)
     assert answer.status_code == status
     assert answer.json()["error"].startswith(f"{method} {path}: ")
@@ -294,7 +296,7 @@ def test_requests_that_arrive_together_share_a_batch(live: str, model: Any, enco
         names = {"red": "red", "lime": "green", "blue": "<b>blue</b>"}
         assert first.result() == "red"
         assert [other.result() for other in others] == [names[colour] for colour in colours]
-    assert len(model.batches) < 1 + len(colours), "images that waited were to share a batch"
+    assert len(model.batches) < 1 + len(colours), "the waiting images did not share a batch"
     assert httpx.get(f"{live}/health").json() == {"status": "ok", "model": "vit_tiny_patch16", "images_under_way": 0}
 
 
@@ -311,10 +313,10 @@ def test_a_full_queue(model: Any, encode: Encode, listening: Listening, limit: d
         assert answer.json() == {"error": "The server is busy: its queue is full. Try again in a second."}
         model.gate.set()
         assert first.result().status_code == 200
-        assert httpx.post(f"{address}/predict", files=files).status_code == 200, "places are given back"
+        assert httpx.post(f"{address}/predict", files=files).status_code == 200, "the places were not released"
 
 
-def test_a_client_that_goes_away_hangs_nobody(live: str, model: Any, encode: Encode) -> None:
+def test_a_client_that_disconnects_blocks_no_other(live: str, model: Any, encode: Encode) -> None:
     host, port = live.removeprefix("http://").split(":")
     image = encode()
     head = (
@@ -344,7 +346,7 @@ def test_a_failing_model(live: str, model: Any, encode: Encode, caplog: pytest.L
     assert httpx.get(f"{live}/health").status_code == 200
 
 
-def test_stopping_finishes_what_is_under_way(model: Any, encode: Encode, listening: Listening) -> None:
+def test_stopping_finishes_requests_in_progress(model: Any, encode: Encode, listening: Listening) -> None:
     model.gate.clear()
     threads = set(threading.enumerate())
     with ThreadPoolExecutor(1) as pool:
@@ -359,13 +361,13 @@ def test_stopping_finishes_what_is_under_way(model: Any, encode: Encode, listeni
     assert left == [], "threads of the server outlived it"
 
 
-def test_before_and_after_its_life_it_is_not_healthy(model: Any, encode: Encode) -> None:
+def test_before_its_start_and_after_its_end_it_is_not_healthy(model: Any, encode: Encode) -> None:
     client = TestClient(create_app(model))  # without its lifespan
     assert client.get("/health").status_code == 503
     assert client.get("/health").json()["status"] == "stopped"
     answer = client.post("/predict", files=form(("a.png", encode())))
     assert answer.status_code == 503
-    assert answer.json()["error"] == "The server is stopping. Try another one, or later."
+    assert answer.json()["error"] == "The server is stopping. Try another server, or try again later."
 
 
 # ------------------------------------------------------------------------------------------ description
@@ -379,19 +381,19 @@ def test_metadata(client: TestClient, model: Any) -> None:
     assert said["limits"]["max_pixels"] == 50_000_000
 
 
-def test_openapi_describes_the_answers(client: TestClient) -> None:
+def test_openapi_describes_the_responses(client: TestClient) -> None:
     api = client.get("/openapi.json").json()
     post = api["paths"]["/predict"]["post"]
     assert set(post["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
     assert {"200", "400", "408", "413", "415", "422", "500", "503"} == set(post["responses"])
-    assert "200 where at least one image could be used" in post["description"]
+    assert "The status is 200 if at least one image could be used" in post["description"]
     assert {"name", "class", "probability", "top", "embedding", "error"} == set(
         api["components"]["schemas"]["Prediction"]["properties"]
     )
     assert client.get("/docs").status_code == 404, "FastAPI's own page asks another host for its scripts"
 
 
-def test_the_page_asks_no_other_host(client: TestClient) -> None:
+def test_the_page_loads_nothing_from_other_hosts(client: TestClient) -> None:
     answer = client.get("/")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     policy = answer.headers["content-security-policy"]

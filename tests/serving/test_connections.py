@@ -1,4 +1,4 @@
-"""Clients that send too little, too slowly, or too much: over real connections, with the limits of ``mae serve``."""
+"""Clients that send too little, too slowly or too much, over real connections with the limits of ``mae serve``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import uvicorn
 from PIL import Image
 
 from openmae.serving import access_log, connections
-from openmae.serving.access_log import LogLimit, limited_logs, quiet_accept
+from openmae.serving.access_log import LogLimit, limited_logs, log_loop_error
 from openmae.serving.app import create_app
 from openmae.serving.connections import descriptor_limits, limited
 from openmae.serving.settings import Settings
@@ -31,7 +31,7 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent
 
 @pytest.fixture
 def limited_server(model: Any) -> Callable[..., AbstractContextManager[tuple[str, int]]]:
-    """``limited_server(settings, most)``: a server with the protocol of ``mae serve``, on a port that is given."""
+    """Return ``limited_server(settings, most)``, which starts a server with the protocol of ``mae serve``."""
 
     @contextmanager
     def listen(settings: Settings, most: int = 100) -> Iterator[tuple[str, int]]:
@@ -65,7 +65,7 @@ def _connect(address: tuple[str, int], data: bytes = b"") -> socket.socket:
 
 
 def _read(connection: socket.socket) -> bytes:
-    """All until the server closes."""
+    """Read until the server closes the connection."""
     with connection, connection.makefile("rb") as file:
         try:
             return file.read()
@@ -101,7 +101,7 @@ def test_headers_that_trickle_in_end_the_connection(limited_server: Any) -> None
             pytest.fail("each byte gave the headers more time")
 
 
-def test_the_next_headers_of_a_connection_have_as_little_time(limited_server: Any) -> None:
+def test_the_headers_of_the_next_request_have_the_same_limit(limited_server: Any) -> None:
     with limited_server(Settings(header_seconds=0.3)) as address:
         connection = _connect(address, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
@@ -109,7 +109,7 @@ def test_the_next_headers_of_a_connection_have_as_little_time(limited_server: An
         _read(connection)
 
 
-def test_a_connection_may_carry_many_requests(limited_server: Any, encode: Encode) -> None:
+def test_a_connection_is_reused_for_many_requests(limited_server: Any, encode: Encode) -> None:
     with limited_server(Settings()) as address, httpx.Client(base_url=f"http://127.0.0.1:{address[1]}") as client:
         for _ in range(5):
             assert client.post("/predict", files=[("images", ("a.png", encode()))]).status_code == 200
@@ -128,7 +128,7 @@ def test_a_slow_model_does_not_end_the_connection(limited_server: Any, model: An
 
 
 @pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nX: ", HEAD % 9 + b"1"], ids=["headers", "bodies"])
-def test_connections_that_wait_make_room_for_others(
+def test_idle_connections_make_room_for_others(
     limited_server: Any, encode: Encode, sent: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     with limited_server(Settings(), most=5) as address:
@@ -142,7 +142,7 @@ def test_connections_that_wait_make_room_for_others(
     assert "5 connections are open, which is the limit" in caplog.text
 
 
-def test_a_request_that_is_answered_is_not_closed_for_others(limited_server: Any, model: Any, encode: Encode) -> None:
+def test_a_request_in_progress_is_not_closed_for_others(limited_server: Any, model: Any, encode: Encode) -> None:
     model.gate.clear()
     image = encode()
     with limited_server(Settings(), most=2) as address:
@@ -157,7 +157,7 @@ def test_a_request_that_is_answered_is_not_closed_for_others(limited_server: Any
             connection.close()
 
 
-def test_unfinished_bodies_keep_nobody_else_from_being_served(limited_server: Any, encode: Encode) -> None:
+def test_incomplete_bodies_do_not_block_other_clients(limited_server: Any, encode: Encode) -> None:
     with limited_server(Settings(max_requests=2)) as address:
         waiting = [_connect(address, HEAD % 100 + b"1") for _ in range(10)]
         answer = httpx.post(f"http://127.0.0.1:{address[1]}/predict", files=[("images", ("a.png", encode()))])
@@ -166,7 +166,7 @@ def test_unfinished_bodies_keep_nobody_else_from_being_served(limited_server: An
             connection.close()
 
 
-def test_the_largest_unfinished_body_gives_way(
+def test_the_largest_incomplete_body_is_refused(
     limited_server: Any, encode: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Settings, "max_held_bytes", 2_000_000)
@@ -180,7 +180,7 @@ def test_the_largest_unfinished_body_gives_way(
         assert b"retry-after: 1" in answer.lower()
         while not answer.endswith(b"}"):
             answer += large.recv(65536)
-        assert b"it holds as many bytes of requests as it may. Try again in a second." in answer
+        assert b"it holds as many bytes of requests as allowed. Try again in a second." in answer
         small.sendall(bytes(1))
         assert small.recv(4096).startswith(b"HTTP/1.1 422 "), "it had arrived, and is no image"
         for connection in (large, small, other):
@@ -189,7 +189,7 @@ def test_the_largest_unfinished_body_gives_way(
         assert answer.status_code == 200
 
 
-def test_an_answer_that_is_not_taken_ends_the_connection(limited_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_response_that_is_not_read_ends_the_connection(limited_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     paused: list[object] = []
     original = connections.LimitedProtocol.pause_writing
     monkeypatch.setattr(
@@ -209,7 +209,7 @@ def test_an_answer_that_is_not_taken_ends_the_connection(limited_server: Any, mo
 @pytest.mark.parametrize(
     ("soft", "most", "backlog"), [(1024, 704, 128), (256, 128, 32), (65536, 1000, 128), (64, 8, 8), (-1, 1000, 128)]
 )
-def test_connections_leave_descriptors_for_the_rest(
+def test_connections_leave_file_descriptors_for_the_rest(
     monkeypatch: pytest.MonkeyPatch, soft: int, most: int, backlog: int
 ) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda kind: (soft, soft))
@@ -220,7 +220,7 @@ def test_connections_leave_descriptors_for_the_rest(
 
 
 def _bomb(width: int, height: int) -> bytes:
-    """A PNG of one colour, made without its pixels in memory."""
+    """Return a PNG of one colour, without having its pixels in memory."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -296,7 +296,7 @@ def test_the_last_places_are_for_small_requests(model: Any, encode: Encode, list
 # ------------------------------------------------------------------------------------------------ logs
 
 
-def test_what_clients_cause_is_logged_at_a_bounded_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_that_clients_cause_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(access_log.time, "monotonic", lambda: now[0])
     stream, logger = io.StringIO(), logging.Logger("a test")
@@ -309,12 +309,12 @@ def test_what_clients_cause_is_logged_at_a_bounded_rate(monkeypatch: pytest.Monk
     now[0] = 61.0
     logger.warning("Invalid HTTP request %d received.", 1000)
     last = stream.getvalue().splitlines()[-1]
-    assert last == "Invalid HTTP request 1000 received. (990 more like this were left out)"
+    assert last == "Invalid HTTP request 1000 received. (990 more like this were not logged)"
 
 
 def test_a_connection_that_cannot_be_accepted_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     error = OSError(24, "Too many open files")
-    quiet_accept(None, {"message": "socket.accept() out of system resource", "exception": error})  # type: ignore[arg-type]
+    log_loop_error(None, {"message": "socket.accept() out of system resource", "exception": error})  # type: ignore[arg-type]
     assert caplog.messages == ["A connection could not be accepted (Too many open files)."]
     assert caplog.records[0].exc_info is None
 

@@ -1,4 +1,4 @@
-"""Turns of requests: a small one passes a large one, and none waits for ever."""
+"""Fair sharing: a small request overtakes a large one, and none waits forever."""
 
 from __future__ import annotations
 
@@ -11,44 +11,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openmae.serving.fairness import Clock, Decoders, FairQueue
+from openmae.serving.fairness import Decoders, FairQueue
 from openmae.serving.micro_batching import Batcher
 
 LIMIT = 20
 
 
-def test_a_small_request_passes_a_large_one() -> None:
-    clock = Clock()
-    queue: FairQueue[str] = FairQueue(clock)
-    for number, due in enumerate(clock.dues([10] * 5)):
-        queue.add(f"large {number}", due)
+def test_a_small_request_overtakes_a_large_one() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add([f"large {number}" for number in range(5)], [10] * 5)
     assert queue.take() == "large 0"
-    queue.add("small", clock.dues([1])[0])
-    assert [queue.take() for _ in range(5)] == ["small", "large 1", "large 2", "large 3", "large 4"]
+    queue.add(["small"], [1])
+    assert [queue.take() for _ in range(6)] == ["small", "large 1", "large 2", "large 3", "large 4", None]
 
 
 def test_a_large_request_gets_its_share_among_many_small_ones() -> None:
-    clock = Clock()
-    queue: FairQueue[str] = FairQueue(clock)
-    queue.add("large", clock.dues([10])[0])
-    taken = []
+    queue: FairQueue[str] = FairQueue()
+    queue.add(["large"], [10])
+    taken: list[str | None] = []
     while "large" not in taken:
-        queue.add("small", clock.dues([1])[0])
+        queue.add(["small"], [1])
         taken.append(queue.take())
     assert len(taken) <= 11
 
 
 @given(st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_each_request_keeps_its_order_and_nothing_is_lost(requests: list[list[int]]) -> None:
-    clock = Clock()
-    queue: FairQueue[tuple[int, int]] = FairQueue(clock)
+    queue: FairQueue[tuple[int, int]] = FairQueue()
     for number, costs in enumerate(requests):
-        for place, due in enumerate(clock.dues(costs)):
-            queue.add((number, place), due)
-    taken = [queue.take() for _ in range(len(queue))]
+        queue.add([(number, place) for place in range(len(costs))], costs)
+    taken = [item for _ in range(len(queue)) if (item := queue.take()) is not None]
     assert len(queue) == 0
     for number, costs in enumerate(requests):
         assert [place for which, place in taken if which == number] == list(range(len(costs)))
+
+
+def test_an_item_that_does_not_fit_stays_in_its_place() -> None:
+    queue: FairQueue[int] = FairQueue()
+    queue.add([5, 1, 4], [1, 1, 1])
+    assert queue.take(lambda item: item < 5) == 1
+    assert queue.take(lambda item: item > 5) is None
+    assert [queue.take(), queue.take()] == [5, 4]
 
 
 def test_large_images_share_pixels_and_leave_a_thread() -> None:
@@ -80,7 +83,7 @@ def test_large_images_share_pixels_and_leave_a_thread() -> None:
     assert max(most) <= 100
 
 
-def test_an_error_is_its_requests_alone() -> None:
+def test_an_error_affects_no_other_request() -> None:
     def fail() -> Tensor:
         raise MemoryError("too little")
 

@@ -1,4 +1,4 @@
-"""The batcher by itself, on an event loop, with a model that waits for the test's word."""
+"""The batcher on an event loop, with a model that waits until the test releases each batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMIT = 20  # seconds; a hang is a failure, not a stuck suite
 
 
 class Doubler:
-    """Gives 2x; each batch waits for ``gate`` and says in ``began`` that it is there."""
+    """A model that returns 2x; each batch releases ``began`` and waits for ``gate``."""
 
     def __init__(self) -> None:
         self.batches: list[Tensor] = []
@@ -51,16 +51,16 @@ def on_loop(work: Callable[[], object]) -> None:
 
 
 async def begun(model: Doubler) -> None:
-    """Until the next batch is in the model."""
+    """Wait until the next batch is in the model."""
     assert await asyncio.to_thread(model.began.acquire, timeout=LIMIT), "no batch began"
 
 
-def test_a_lone_image_runs_at_once_and_others_gather_meanwhile(model: Doubler) -> None:
+def test_a_single_image_runs_at_once_and_others_gather_in_the_meantime(model: Doubler) -> None:
     async def work() -> None:
         batcher = Batcher(model, max_batch=4, capacity=100)
         first = asyncio.create_task(batcher([image(1)]))
         await begun(model)
-        assert model.sizes == [1], "an idle model waits for nobody"
+        assert model.sizes == [1], "an idle model waited for more images"
         others = [asyncio.create_task(batcher([image(n)])) for n in range(2, 8)]
         await asyncio.sleep(0)
         assert model.sizes == [1]
@@ -95,7 +95,7 @@ def test_floats_and_bytes_share_a_batch(model: Doubler) -> None:
     on_loop(work)
 
 
-def test_a_failing_batch_fails_alone(model: Doubler, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_batch_affects_no_other(model: Doubler, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         batcher = Batcher(model, max_batch=2, capacity=100)
         model.bad = 9
@@ -109,7 +109,7 @@ def test_a_failing_batch_fails_alone(model: Doubler, caplog: pytest.LogCaptureFi
         for result in results[1:3]:
             assert isinstance(result, BatchFailed)
             assert str(result) == "ValueError"
-        assert batcher.failure == "", "the last batch went well"
+        assert batcher.failure == "", "the last batch succeeded"
         model.gate.release()
         with pytest.raises(BatchFailed):
             await batcher([image(9)])
@@ -121,7 +121,7 @@ def test_a_failing_batch_fails_alone(model: Doubler, caplog: pytest.LogCaptureFi
     assert "a secret of the model" in caplog.text, "the log has the traceback"
 
 
-def test_outputs_that_are_too_few_are_an_error() -> None:
+def test_too_few_outputs_are_an_error() -> None:
     async def work() -> None:
         batcher = Batcher(lambda images: images[:1], max_batch=4, capacity=100)
         with pytest.raises(BatchFailed, match="RuntimeError"):
@@ -131,7 +131,7 @@ def test_outputs_that_are_too_few_are_an_error() -> None:
     on_loop(work)
 
 
-def test_a_cancelled_caller_hangs_nobody(model: Doubler) -> None:
+def test_a_canceled_caller_blocks_no_other(model: Doubler) -> None:
     async def work() -> None:
         batcher = Batcher(model, max_batch=2, capacity=100)
         running, waiting, other = (asyncio.create_task(batcher([image(n)])) for n in (1, 2, 3))
@@ -148,7 +148,7 @@ def test_a_cancelled_caller_hangs_nobody(model: Doubler) -> None:
     on_loop(work)
 
 
-def test_room_is_bounded_and_given_back(model: Doubler) -> None:
+def test_room_is_limited_and_released(model: Doubler) -> None:
     batcher = Batcher(model, max_batch=2, capacity=3)
     with batcher.room(2):
         with pytest.raises(Full), batcher.room(2):
@@ -161,7 +161,7 @@ def test_room_is_bounded_and_given_back(model: Doubler) -> None:
         pass
 
 
-def test_closing_finishes_what_waits(model: Doubler) -> None:
+def test_closing_finishes_waiting_images(model: Doubler) -> None:
     async def work() -> None:
         batcher = Batcher(model, max_batch=1, capacity=100)
         tasks = [asyncio.create_task(batcher([image(n)])) for n in range(3)]

@@ -1,4 +1,4 @@
-"""The page in headless Chromium, used as a person would over the DevTools protocol: choose, drop, paste, keys."""
+"""The page in headless Chromium, controlled over the DevTools protocol: choosing, dropping, pasting, keyboard."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ LIMIT = 20  # seconds
 
 
 class Browser:
-    """A page of Chromium, commanded over two pipes: JSON messages that end in a zero byte.
+    """A page of Chromium, controlled over two pipes with JSON messages that end in a zero byte.
 
     Attributes:
-        requests: addresses that were asked for.
-        complaints: exceptions, and what the console or the security policy had to say.
+        requests: Addresses that the page requested.
+        complaints: Exceptions, and messages of the console and the security policy.
     """
 
     def __init__(self, folder: Path) -> None:
         binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
         if binary is None:
-            pytest.skip("no Chromium here: apt-get install chromium")
+            pytest.skip("Chromium is not installed: apt-get install chromium")
         commands, self._out = os.pipe()
         self._in, answers = os.pipe()
         options = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "remote-debugging-pipe")
         quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "hide-scrollbars")
         self._process = subprocess.Popen(
-            # Chromium reads descriptor 3 and writes to 4; plain sh knows descriptors of one digit alone.
+            # Chromium reads descriptor 3 and writes to 4; sh only supports descriptors of one digit.
             ["bash", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}', binary]
             + [f"--{name}" for name in (*options, *quiet, f"user-data-dir={folder}")],
             pass_fds=(commands, answers),
@@ -65,7 +65,7 @@ class Browser:
         os.close(self._in)
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """Give a command and return its result."""
+        """Send a command and return its result."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": params}
         if self._session:
@@ -81,7 +81,7 @@ class Browser:
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"Chromium said nothing for {LIMIT} s"
+            assert ready, f"Chromium did not respond for {LIMIT} s"
             piece = os.read(self._in, 1 << 16)
             assert piece, "Chromium ended"
             self._buffer += piece
@@ -97,17 +97,17 @@ class Browser:
         return answer
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page, awaited."""
+        """Return the value of an expression in the page, awaited."""
         found = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until an expression is true."""
+        """Wait until an expression is true."""
         deadline = time.monotonic() + LIMIT
         while not self.run(f"Boolean({condition})"):
             page = self.run("document.body && document.body.innerText")
-            assert time.monotonic() < deadline, f"waited in vain for {condition}; the page says:\n{page}"
+            assert time.monotonic() < deadline, f"{condition} did not become true; the page shows:\n{page}"
             time.sleep(0.02)
 
     def open(self, address: str) -> None:
@@ -115,13 +115,13 @@ class Browser:
         self.wait("document.readyState === 'complete' && document.title.includes(' · ')")
 
     def choose(self, *files: Path) -> None:
-        """As the dialog for files would."""
+        """Choose files, as the file dialog does."""
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector="#files")["nodeId"]
         self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in files])
 
     def drop(self, *files: Path) -> None:
-        """Drag files over the page and let go."""
+        """Drag files over the page and drop them."""
         data = {"items": [], "files": [str(path) for path in files], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.send("Input.dispatchDragEvent", type=kind, x=150, y=250, data=data)
@@ -144,38 +144,38 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, encode: Encode) -> Path:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path, encode: Encode) -> Path:
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, colour in (("red.png", "red"), ("green.jpg", "lime"), ("<i>blue.webp", "blue")):
         kind = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[name.rpartition(".")[2]]
         (folder / name).write_bytes(encode(colour, kind))
-    (folder / "notes.png").write_text("no picture")
+    (folder / "notes.png").write_text("not an image")
     return folder
 
 
-def test_a_chosen_picture_is_classified(live: str, browser: Browser, pictures: Path) -> None:
+def test_a_chosen_image_is_classified(live: str, browser: Browser, images: Path) -> None:
     browser.open(live)
     assert browser.texts("h1") == ["vit_tiny_patch16"]
     assert browser.texts("#about") == ["3 classes · 16 × 24 pixels · fp32 · a test"]
-    browser.choose(pictures / "red.png")
+    browser.choose(images / "red.png")
     browser.wait("document.querySelector('article ol')")
     assert browser.texts("article h2") == ["red"]
     assert browser.texts("article li span:last-child") == ["100.0 %", "0.0 %", "0.0 %"]
     widths = browser.run("[...document.querySelectorAll('.track i')].map(e => e.offsetWidth)")
-    assert widths[0] > 100 * widths[1], "the bars were to be as long as the probabilities"
+    assert widths[0] > 100 * widths[1], "the bars are not as long as the probabilities"
     browser.wait("document.querySelector('article img').naturalWidth === 40")
-    assert browser.texts("#news") == ["red.png: red, 100.0 %"], "what a screen reader says"
+    assert browser.texts("#news") == ["red.png: red, 100.0 %"], "the text for screen readers"
     assert all(address.startswith((live, "blob:", "data:")) for address in browser.requests), browser.requests
     assert browser.complaints == []
 
 
-def test_dropped_pictures(live: str, browser: Browser, pictures: Path) -> None:
+def test_dropped_images(live: str, browser: Browser, images: Path) -> None:
     browser.open(live)
-    browser.drop(*(pictures / name for name in ("red.png", "green.jpg", "<i>blue.webp", "notes.png")))
+    browser.drop(*(images / name for name in ("red.png", "green.jpg", "<i>blue.webp", "notes.png")))
     browser.wait("document.querySelectorAll('article ol, article .problem').length === 4")
     assert browser.texts(".heading span:first-child") == ["notes.png", "<i>blue.webp", "green.jpg", "red.png"]
-    assert browser.texts("article h2") == ["<b>blue</b>", "green", "red"], "names are text, never markup"
+    assert browser.texts("article h2") == ["<b>blue</b>", "green", "red"], "names were interpreted as HTML"
     assert browser.texts("article .problem") == [
         f"notes.png: its content is not an image that can be read ({', '.join(FORMAT_TITLES)}). "
         "Send an image that opens in a viewer."
@@ -183,14 +183,14 @@ def test_dropped_pictures(live: str, browser: Browser, pictures: Path) -> None:
     browser.wait("document.querySelector('article .preview').textContent === 'no preview'")
     assert browser.texts("#count") == ["4 images"]
     assert browser.run("document.querySelectorAll('article i:not(.track i), article b').length") == 0
-    assert browser.run("location.href") == f"{live}/", "the page was replaced by the picture"
+    assert browser.run("location.href") == f"{live}/", "the page was replaced by the image"
     (complaint,) = browser.complaints
-    assert "422" in complaint, "what the console says of notes.png"
+    assert "422" in complaint, "the console reports another problem than that of notes.png"
 
 
-def test_a_pasted_picture(live: str, browser: Browser, pictures: Path) -> None:
+def test_a_pasted_image(live: str, browser: Browser, images: Path) -> None:
     browser.open(live)
-    data = json.dumps(list((pictures / "green.jpg").read_bytes()))
+    data = json.dumps(list((images / "green.jpg").read_bytes()))
     browser.run(
         f"(() => {{ const data = new DataTransfer(); const bytes = new Uint8Array({data});"
         "data.items.add(new File([bytes], 'image.png', {type: 'image/png'}));"
@@ -200,33 +200,33 @@ def test_a_pasted_picture(live: str, browser: Browser, pictures: Path) -> None:
     assert browser.texts("article h2") == ["green"]
 
 
-def test_the_keyboard_suffices(live: str, browser: Browser, pictures: Path) -> None:
+def test_the_page_can_be_used_with_the_keyboard(live: str, browser: Browser, images: Path) -> None:
     browser.open(live)
     browser.press("Tab", 9)
     assert browser.run("document.activeElement.id") == "files"
     outline = browser.run("getComputedStyle(document.querySelector('.zone')).outlineStyle")
-    assert outline == "solid", "who tabs to the zone was to see it"
-    browser.choose(pictures / "red.png")
+    assert outline == "solid", "the focused zone is not highlighted"
+    browser.choose(images / "red.png")
     browser.wait("document.querySelector('article ol')")
     browser.press("Tab", 9)
     assert browser.run("document.activeElement.id") == "clear"
     browser.run("document.activeElement.click()")
     assert browser.texts("article") == []
     assert browser.run("document.activeElement.id") == "files"
-    browser.choose(pictures / "red.png")  # the same file again
+    browser.choose(images / "red.png")  # the same file again
     browser.wait("document.querySelector('article ol')")
 
 
-def test_embeddings_are_compared(embedder: Any, browser: Browser, pictures: Path, listening: Listening) -> None:
+def test_embeddings_are_compared(embedder: Any, browser: Browser, images: Path, listening: Listening) -> None:
     with listening(embedder) as address:
         browser.open(address)
         assert browser.texts("#about") == ["embeddings · 16 × 24 pixels · fp32 · a test"]
-        browser.choose(pictures / "red.png")
+        browser.choose(images / "red.png")
         browser.wait("document.querySelector('article canvas')")
-        assert browser.texts("article h2") == ["3 numbers"]
+        assert browser.texts("article h2") == ["3 dimensions"]
         assert browser.texts("article .numbers") == ["255.0000, 0.0000, 0.0000", "norm 255.000"]
-        assert browser.run("document.getElementById('similarity').hidden"), "one image has nothing to compare with"
-        browser.choose(pictures / "<i>blue.webp")
+        assert browser.run("document.getElementById('similarity').hidden"), "a single image was compared"
+        browser.choose(images / "<i>blue.webp")
         browser.wait("document.querySelectorAll('#similarity td:not(.hidden)').length === 4")
     assert browser.texts("#similarity tbody th") == ["1  <i>blue.webp", "2  red.png"]
     same, other, *_ = (float(text) for text in browser.texts("#similarity tbody td"))
@@ -248,18 +248,18 @@ def test_a_file_that_is_too_large_is_not_sent(
     assert not any(address.endswith("/predict") for address in browser.requests)
 
 
-def test_a_server_that_is_gone(model: Any, browser: Browser, pictures: Path, listening: Listening) -> None:
+def test_a_server_that_has_stopped(model: Any, browser: Browser, images: Path, listening: Listening) -> None:
     with listening(model) as address:
         browser.open(address)
-    browser.choose(pictures / "red.png")
+    browser.choose(images / "red.png")
     browser.wait("document.querySelector('article .problem')")
     assert "Is mae serve still running, and the file still there?" in browser.texts("article .problem")[0]
 
 
 @pytest.mark.parametrize("width", [1280, 360])
-def test_nothing_is_wider_than_the_window(live: str, browser: Browser, pictures: Path, width: int) -> None:
+def test_nothing_is_wider_than_the_window(live: str, browser: Browser, images: Path, width: int) -> None:
     browser.send("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
     browser.open(live)
-    browser.drop(*sorted(pictures.iterdir()))
+    browser.drop(*sorted(images.iterdir()))
     browser.wait("document.querySelectorAll('article ol, article .problem').length === 4")
     assert browser.run("document.documentElement.scrollWidth") <= width

@@ -1,4 +1,4 @@
-"""From the command line to a server that answers: the command, its address, its limits."""
+"""The command ``mae serve``: its responses, its address, its limits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Listening = Callable[..., AbstractContextManager[str]]
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Of a classifier that has seen nothing; its head is strong enough for probabilities that differ."""
+    """A checkpoint of an untrained classifier, whose head has large weights so that its probabilities differ."""
     config = ModelConfig("vit_tiny_patch16", (32, 48), num_classes=7)
     torch.manual_seed(0)
     weights = build_classifier(config).state_dict()
@@ -45,7 +45,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model.pth"
 
 
-def test_the_command_gives_the_probabilities_of_inference(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_command_returns_the_probabilities_of_inference(checkpoint: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     rng = np.random.default_rng(1)
@@ -58,7 +58,7 @@ def test_the_command_gives_the_probabilities_of_inference(checkpoint: Path, tmp_
     assert main(["inference", *options, "dataset.num_workers_per_gpu=0"]) == 0
     with (tmp_path / "inference" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len({row["probability"] for row in rows}) == 4, "the images were to give different numbers"
+    assert len({row["probability"] for row in rows}) == 4, "the probabilities of the images do not differ"
 
     command = [sys.executable, "-m", "openmae", "serve", "-m", str(checkpoint), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -66,7 +66,7 @@ def test_the_command_gives_the_probabilities_of_inference(checkpoint: Path, tmp_
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("vit_tiny_patch16 (torch "), process.communicate(timeout=20)[1]
-        address = line.split(" answers at ")[1].split()[0]
+        address = line.split(" is serving at ")[1].split()[0]
         assert address.startswith("http://127.0.0.1:")
         files = [("images", (row["path"], (images / row["path"]).read_bytes())) for row in rows]
         found = httpx.post(f"{address}/predict", files=files, timeout=30).json()["predictions"]
@@ -79,7 +79,7 @@ def test_the_command_gives_the_probabilities_of_inference(checkpoint: Path, tmp_
         assert [share["class"] for share in one["top"]] == places
         assert one["probability"] == pytest.approx(float(row["probability"]), abs=2e-6)
         assert one["top"][4]["probability"] == pytest.approx(float(row["probability_5"]), abs=2e-6)
-    assert (process.returncode, err) == (130, "Interrupted.\n"), "and nobody was told that others may use it"
+    assert (process.returncode, err) == (130, "Interrupted.\n"), "a warning about other machines was printed"
 
 
 # -------------------------------------------------------------------------------------------- starting
@@ -87,7 +87,7 @@ def test_the_command_gives_the_probabilities_of_inference(checkpoint: Path, tmp_
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[SimpleNamespace]:
-    """Stand-ins for the model on the disk and for uvicorn's loop; collects what would be run."""
+    """Replace the model on disk and uvicorn's loop; collect what would be run."""
     runs: list[SimpleNamespace] = []
 
     class Server:
@@ -103,18 +103,21 @@ def started(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[SimpleNamespace
     return runs
 
 
-def test_every_network_is_a_notice(started: Any, capsys: Any, caplog: Any, model: Any) -> None:
+def test_listening_on_all_addresses_is_a_warning(started: Any, capsys: Any, caplog: Any, model: Any) -> None:
     server.serve(Path("m.pth"), "0.0.0.0", 0, Settings())
-    assert "there is no authentication and no encryption" in caplog.text
+    assert "which has no authentication and no encryption" in caplog.text
     (run,) = started
     host, port = run.address
-    assert run.prompt, "without TCP_NODELAY each answer is 40 ms late"
-    assert capsys.readouterr().out == f"vit_tiny_patch16 (a test) answers at http://{host}:{port} (Ctrl-C stops it)\n"
+    assert run.prompt, "without TCP_NODELAY each response is 40 ms late"
+    assert (
+        capsys.readouterr().out
+        == f"vit_tiny_patch16 (a test) is serving at http://{host}:{port} (press Ctrl-C to stop)\n"
+    )
     (warm_up,) = model.batches
     assert (tuple(warm_up.shape), warm_up.dtype) == ((1, 3, 16, 24), torch.uint8)
 
 
-def test_this_machine_alone_is_none(started: Any, caplog: Any) -> None:
+def test_listening_on_localhost_is_not(started: Any, caplog: Any) -> None:
     server.serve(Path("m.pth"), "localhost", 0, Settings())
     assert started
     assert caplog.text == ""
@@ -125,20 +128,20 @@ def test_a_port_that_is_taken(started: Any, model: Any) -> None:
         port = other.getsockname()[1]
         with pytest.raises(UserError) as caught:
             server.serve(Path("m.pth"), "127.0.0.1", port, Settings())
-    assert f"Cannot listen at --host 127.0.0.1 --port {port}: Address already in use." in str(caught.value)
+    assert f"Cannot listen on --host 127.0.0.1 --port {port}: Address already in use." in str(caught.value)
     assert "--port 0 finds one" in caught.value.fix
-    assert not model.batches, "the model was loaded in vain"
+    assert not model.batches, "the model was loaded for nothing"
 
 
 @pytest.mark.parametrize(
     ("host", "port", "text"),
     [
-        ("no such host", 0, "Cannot listen at --host no such host"),
-        ("a..b", 0, "that is no address"),
+        ("no such host", 0, "Cannot listen on --host no such host"),
+        ("a..b", 0, "it is not an address"),
         ("127.0.0.1", 70000, "must be between 0 and 65535"),
     ],
 )
-def test_wrong_addresses_to_listen_at(started: Any, host: str, port: int, text: str) -> None:
+def test_invalid_addresses(started: Any, host: str, port: int, text: str) -> None:
     with pytest.raises(UserError, match=text):
         server.serve(Path("m.pth"), host, port, Settings())
 
@@ -157,16 +160,16 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"max_batch": 0}, "--max-batch must be 1 or more, got 0."),
         ({"max_request_mb": 0}, "--max-request-mb must be above 0, got 0."),
         ({"max_request_mb": float("nan")}, "--max-request-mb must be above 0, got nan."),
-        ({"max_pixels": 200_000_000}, "between 1 and 178,956,970 (Pillow opens nothing larger), got 200,000,000."),
+        ({"max_pixels": 200_000_000}, "between 1 and 178,956,970 (Pillow opens no larger image), got 200,000,000."),
     ],
 )
-def test_wrong_limits(option: dict[str, Any], text: str) -> None:
+def test_invalid_limits(option: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError) as caught:
         Settings(**option)
     assert text in caught.value.problem
 
 
-def test_the_largest_image_that_can_be_allowed() -> None:
-    assert Settings(max_pixels=178_956_970), "what Pillow opens as it comes"
+def test_the_largest_limit_on_pixels() -> None:
+    assert Settings(max_pixels=178_956_970), "Pillow opens it by default"
     with pytest.raises(UserError):
         Settings(max_pixels=178_956_971)

@@ -166,7 +166,10 @@ def test_results_that_are_not_uploaded_are_kept(monkeypatch, capsys):
         cache.mark_pending(entry, "s3://b/run")
         (entry / "model.pth").write_bytes(b"x" * 400_000)
     assert main(["cache", "clear"]) == 0
-    assert f"Kept {entry} (s3://b/run): its results were not uploaded; remove it yourself." in capsys.readouterr().out
+    assert (
+        f"Kept {entry} (s3://b/run): its results are not uploaded yet; delete the folder to discard them."
+        in capsys.readouterr().out
+    )
     cache.mark_uploaded(entry, "s3://b/run")
     cache.clear()
     assert not entry.exists()

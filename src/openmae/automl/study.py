@@ -29,7 +29,7 @@ from openmae.automl.database import STORAGE_ERRORS, make_lock, open_storage, sto
 from openmae.automl.objective import make_objective
 from openmae.automl.space import epochs_of, make_space
 from openmae.errors import SpecError
-from openmae.jobs.processes import alive, identify
+from openmae.machine import boot_id, identify, is_running
 from openmae.results.trials import State, TrialSummary
 from openmae.spec.describe import fields
 from openmae.spec.load import to_dict
@@ -107,9 +107,8 @@ class Study:
         self.space, self.objective = make_space(spec), make_objective(spec)
         self.algorithm = Algorithm(spec.automl, self.space, epochs_of(spec))
         self.algorithm.check()
-        process = identify(os.getpid()) or {}
-        host = f"{socket.gethostname()} {process.get('boot', '')}"  # two machines may have the same name
-        self.me = {"host": host, "process": process, "token": uuid.uuid4().hex}
+        host = f"{socket.gethostname()} {boot_id()}"  # two machines may have the same name
+        self.me = {"host": host, "process": identify(os.getpid()), "token": uuid.uuid4().hex}
         self._heartbeats: dict[int, tuple[float, float]] = {}  # last heartbeat of a trial, and when it was first seen
         facts = json.loads(json.dumps(self._facts(spec)))
         name = _name(spec, facts)
@@ -255,7 +254,7 @@ class Study:
         if worker is None or trial.state == TrialState.WAITING:  # its worker ended before it took the trial
             return True
         if worker["host"] == self.me["host"]:
-            return not alive(worker["process"])
+            return not is_running(worker["process"])
         # The clocks of two machines differ: measure with this machine's clock how long a heartbeat has not changed.
         now = time.monotonic()
         beat, since = self._heartbeats.get(trial.number, (None, now))

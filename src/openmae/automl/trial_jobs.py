@@ -19,8 +19,7 @@ from openmae.jobs.artifacts import DELETED, list_folder, newest_checkpoint
 from openmae.jobs.client import TRAININGS, Client
 from openmae.jobs.job import Job
 from openmae.jobs.platforms.local.queue import SLOTS
-from openmae.jobs.processes import identify
-from openmae.machine import usable_cores
+from openmae.machine import boot_id, usable_cores
 from openmae.spec.describe import fields
 from openmae.spec.from_environment import environment_of
 from openmae.spec.rules import value_of
@@ -153,8 +152,8 @@ class TrialJobs:
 
 def this_machine() -> str:
     """Return a name that is different on every machine and after every boot."""
-    host, process = socket.gethostname(), identify(os.getpid()) or {}
-    start = hashlib.sha256(f"{host} {process.get('boot', '')}".encode()).hexdigest()
+    host = socket.gethostname()
+    start = hashlib.sha256(f"{host} {boot_id()}".encode()).hexdigest()
     return f"{host}-{start[:6]}"
 
 

@@ -16,7 +16,7 @@ from openmae.automl.study import BEAT, EPOCHS, FOLDER, SECONDS, SOURCES, TRIES, 
 from openmae.automl.trial_jobs import TrialJobs
 from openmae.errors import OpenMAEError, Preempted, RunError
 from openmae.jobs.client import TRAININGS
-from openmae.jobs.job import Job, moment
+from openmae.jobs.job import Job, parse_time
 
 EQUAL_FAILURES = 3  # consecutive failures with the same cause that end a search
 _POLL = 0.5  # seconds
@@ -234,7 +234,7 @@ class Worker:
 
 def _seconds(job: Job) -> float:
     """Return how long a job has run, without its time in a queue."""
-    times = [moment(item.at) for item in job.transitions]
+    times = [parse_time(item.at) for item in job.transitions]
     ends = [*times[1:], datetime.now(tz=UTC)]
     spans = zip(job.transitions, times, ends, strict=True)
     return sum((end - begin).total_seconds() for item, begin, end in spans if item.state == "RUNNING")

@@ -1,4 +1,4 @@
-"""``mae jobs``: tables for people, ``--json`` for machines."""
+"""The command ``mae jobs``: tables for people, ``--json`` for programs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openmae.cli.parser import ACTIONS, Parser, add_spec_arguments
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from openmae.jobs.job import Job
 
 _STYLES = {"COMPLETE": "green", "ERROR": "red", "RUNNING": "cyan", "CANCELED": "yellow", "UNKNOWN": "magenta"}
+_Run = Callable[[argparse.Namespace], None]
 
 
 def add_arguments(parser: Parser) -> None:
@@ -27,43 +29,42 @@ def add_arguments(parser: Parser) -> None:
     submit = _command(commands, "submit", "check an action, then run or queue it as a job", _submit)
     submit.add_argument("action", choices=tuple(ACTIONS), metavar="ACTION", help=", ".join(ACTIONS))
     add_spec_arguments(submit, "config option, or a shorthand such as num_epochs=3")
-    submit.add_argument("--parent", metavar="JOB", help="the job whose model this one takes")
+    submit.add_argument("--parent", metavar="JOB", help="job whose model this one takes")
     submit.add_argument("--platform", choices=PLATFORMS, default="local", help="where it runs (default: %(default)s)")
-    submit.add_argument("--name", help="for people")
+    submit.add_argument("--name", help="name shown in lists")
     submit.add_argument("--gpus", type=int, metavar="N", help="GPUs per node")
-    submit.add_argument("--nodes", type=int, metavar="N", help="machines")
+    submit.add_argument("--nodes", type=int, metavar="N", help="number of nodes")
     submit.add_argument("--image", help=argparse.SUPPRESS)
     submit.add_argument(
-        "--automl", type=str.lower, choices=("auto", "on", "off"), help="for train: search (auto, the default), or off"
+        "--automl",
+        type=str.lower,
+        choices=("auto", "on", "off"),
+        help="for train: run a hyperparameter search (auto or on; default), or train once (off)",
     )
     submit.add_argument(
-        "--env", action="append", default=[], metavar="NAME", help="variable to hand on by name; its value stays unseen"
+        "--env", action="append", default=[], metavar="NAME", help="pass on a variable; its value is never shown"
     )
-    submit.add_argument("--wait", action="store_true", help="until it has ended; exit code 1 where it failed")
-    listing = _command(commands, "list", "all jobs, oldest first", _list)
-    listing.add_argument("--status", type=str.upper, help="only those in a state")
-    listing.add_argument("--action", help="only those of an action")
-    _on_a_job(commands, "status", "how a job stands, and why it failed", _status)
-    logs = _on_a_job(commands, "logs", "what a job printed", _logs)
-    logs.add_argument("-n", "--tail", type=int, metavar="N", help="the last lines only")
-    logs.add_argument("-f", "--follow", action="store_true", help="until it has ended")
-    cancel = _on_a_job(commands, "cancel", "stop a job; training writes a checkpoint first", _cancel)
-    cancel.add_argument("--wait", action="store_true", help="until it has stopped")
-    _on_a_job(commands, "explain", "where every value of a job's spec came from", _explain)
-    _on_a_job(commands, "results", "the files that a job has written", _results)
+    submit.add_argument("--wait", action="store_true", help="wait until it has ended; exit code 1 if it failed")
+    listing = _command(commands, "list", "list all jobs, oldest first", _list)
+    listing.add_argument("--status", type=str.upper, help="only jobs in this state")
+    listing.add_argument("--action", help="only jobs of this action")
+    _command(commands, "status", "show the state of a job, and why it failed", _status, on_a_job=True)
+    logs = _command(commands, "logs", "print the output of a job", _logs, on_a_job=True)
+    logs.add_argument("-n", "--tail", type=int, metavar="N", help="only the last N lines")
+    logs.add_argument("-f", "--follow", action="store_true", help="wait for more output until the job has ended")
+    cancel = _command(commands, "cancel", "stop a job; training writes a checkpoint first", _cancel, on_a_job=True)
+    cancel.add_argument("--wait", action="store_true", help="wait until it has stopped")
+    _command(commands, "explain", "show where every value of a job's spec came from", _explain, on_a_job=True)
+    _command(commands, "results", "list the files that a job has written", _results, on_a_job=True)
 
 
-def _command(commands: Any, name: str, help: str, run: Any) -> Parser:
+def _command(commands: Any, name: str, help: str, run: _Run, on_a_job: bool = False) -> Parser:
     parser: Parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-    parser.add_argument("--root", metavar="DIR", help="folder of the jobs (default: OPENMAE_JOBS, or the user's)")
-    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--root", metavar="DIR", help="folder of the jobs (default: OPENMAE_JOBS, or one of this user)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
-    return parser
-
-
-def _on_a_job(commands: Any, name: str, help: str, run: Any) -> Parser:
-    parser = _command(commands, name, help, run)
-    parser.add_argument("job", metavar="JOB", help="id, or how it begins")
+    if on_a_job:
+        parser.add_argument("job", metavar="JOB", help="id, or its first characters")
     return parser
 
 
@@ -78,19 +79,16 @@ def _submit(args: argparse.Namespace) -> None:
 
     given = Reading()
     apply_overrides(given, args.overrides)
-    if given.problems:
-        raise SpecError("\n".join(f"{problem.key}: {problem.text}" for problem in given.problems))
+    file = read_file(Path(args.experiment_spec).expanduser()) if args.experiment_spec else Reading()
+    for reading in (given, file):
+        if reading.problems:
+            raise SpecError("\n".join(f"{problem.key}: {problem.text}" for problem in reading.problems))
     missing = [name for name in args.env if name not in os.environ]
     if missing:
         raise SpecError(
             f"--env: {missing[0].partition('=')[0]} is not the name of a variable that is set.",
-            "Set it before the command; a value on the command line could be read by everybody.",
+            "Set it before the command: everybody can read a value on the command line.",
         )
-    from pathlib import Path
-
-    file = read_file(Path(args.experiment_spec).expanduser()) if args.experiment_spec else Reading()
-    if file.problems:
-        raise SpecError("\n".join(f"{problem.key}: {problem.text}" for problem in file.problems))
     client = _client(args)
     job = client.create_job(
         args.action,
@@ -107,14 +105,17 @@ def _submit(args: argparse.Namespace) -> None:
     if args.wait:
         job = client.wait(job.id)
     _show_job(args, job)
-    if args.wait and job.status != "COMPLETE":
-        if job.status == "CANCELED":
-            raise Preempted if job.exit_code == Preempted.exit_code else KeyboardInterrupt
-        failure = client.get_failure_analysis(job.id)
-        raise RunError(
-            f"Job {job.id} failed: {_problem(failure.error) if failure else job.message}",
-            _mends(failure.suggestions, 1) if failure else "",
-        )  # fmt: skip
+    if args.wait:
+        _raise_failure(client, job)
+
+
+def _raise_failure(client: Client, job: Job) -> None:
+    """Raise the error whose exit code tells how an ended job failed or was interrupted."""
+    if job.status == "CANCELED":
+        raise Preempted if job.exit_code == Preempted.exit_code else KeyboardInterrupt
+    if failure := client.get_failure_analysis(job.id):
+        problem = failure.error.partition("\n  Fix: ")[0]  # its fix is the first suggestion
+        raise RunError(f"Job {job.id} failed: {problem}", failure.suggestions[0])
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -123,7 +124,10 @@ def _list(args: argparse.Namespace) -> None:
         _print_json([job.to_dict() for job in jobs])
         return
     rows = [
-        (job.id[:8], job.name, job.action, _styled(job.status), job.created_at[:19], _short(job), job.message)
+        (
+            *(job.id[:8], job.name, job.action, _styled(job.status), job.created_at[:19]),
+            *((job.parent_job_id or "")[:8], job.message),
+        )
         for job in jobs
     ]
     _print_table(("job", "name", "action", "state", "created (UTC)", "parent", "message"), rows)
@@ -139,23 +143,23 @@ def _status(args: argparse.Namespace) -> None:
     _show_job(args, job)
     _print_table(("at (UTC)", "state", "message"), [(t.at[:23], _styled(t.state), t.message) for t in job.transitions])
     if failure:
-        _print_table(("failure", failure.category), [("error", failure.error), ("try", _mends(failure.suggestions))])
+        rows = [("error", failure.error), ("try", "\n".join(failure.suggestions))]
+        _print_table(("failure", failure.category), rows)
 
 
 def _logs(args: argparse.Namespace) -> None:
+    from openmae.jobs.logs import read_log
+    from openmae.jobs.store import LOG
+
     client = _client(args)
     if args.follow:
         for line in client.get_job_logs(args.job, args.tail, follow=True):
             print(line, flush=True)
-        return
-    if args.json:
+    elif args.json:
         print(json.dumps({"log": client.get_job_logs(args.job, args.tail)}))
-        return
-    from openmae.jobs.logs import read_log
-    from openmae.jobs.store import LOG
-
-    for piece in read_log(client.store.folder(client.get_job_status(args.job).id) / LOG, args.tail):
-        print(piece, end="")
+    else:
+        for piece in read_log(client.store.folder(client.get_job_status(args.job).id) / LOG, args.tail):
+            print(piece, end="")
 
 
 def _cancel(args: argparse.Namespace) -> None:
@@ -199,19 +203,6 @@ def _show_job(args: argparse.Namespace, job: Job) -> None:
     _print_table(None, [row for row in rows if row[1]])
 
 
-def _short(job: Job) -> str:
-    return (job.parent_job_id or "")[:8]
-
-
-def _problem(error: str) -> str:
-    """An error without its mend, which stands among the suggestions."""
-    return error.partition("\n  Fix: ")[0]
-
-
-def _mends(suggestions: Sequence[str], count: int | None = None) -> str:
-    return "\n".join(suggestions[:count])
-
-
 def _styled(state: str) -> Any:
     from rich.text import Text
 
@@ -230,8 +221,8 @@ def _print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> 
     for head in heads or ("", ""):
         table.add_column(head, overflow="fold")
     for row in rows:
-        # a path may hold bytes that are no UTF-8, which no terminal can print
+        # a path may have bytes that are not UTF-8, which no terminal can print
         table.add_row(*(cell.encode(errors="replace").decode() if isinstance(cell, str) else cell for cell in row))
-    # a pipe has no width: nothing is wrapped there, so that a line stays a row
+    # a pipe has no width: do not wrap there, so that each row is one line
     console = Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 400)
     console.print(table)

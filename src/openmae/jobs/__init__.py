@@ -1,4 +1,4 @@
-"""Actions as jobs that feed one another: ``Client`` submits, watches and cancels them, ``Job`` is what it shows."""
+"""Actions as jobs that use one another's results: ``Client`` submits, watches and cancels them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openmae.jobs.client import Client
-    from openmae.jobs.failures import FailureAnalysis
     from openmae.jobs.job import Job
+    from openmae.jobs.outcome import FailureAnalysis
 
 __all__ = ["Client", "FailureAnalysis", "Job"]
-_HOMES = {"Client": "client", "FailureAnalysis": "failures", "Job": "job"}
+_MODULES = {"Client": "client", "FailureAnalysis": "outcome", "Job": "job"}
 
 
-def __getattr__(name: str) -> Any:  # a job's supervisor lives in this package and needs none of them
-    if name not in _HOMES:
+def __getattr__(name: str) -> Any:  # on first use: the supervisor of a job imports this package, but none of them
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""What stands in a results folder, here or in a remote store, and which model of it a later job takes."""
+"""The files of a results folder, local or in a remote store, and the choice of the model that a child job takes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from openmae.errors import CheckpointError, DataError
 from openmae.storage.urls import is_remote, join, redact
 
 Kind = Literal[
-    "checkpoint", "onnx", "engine", "weights", "spec", "status", "metrics", "report", "picture", "predictions",
-    "events", "other",
+    "checkpoint", "onnx", "engine", "weights", "spec", "status", "metrics", "report", "image", "predictions", "events",
+    "other",
 ]  # fmt: skip
-DELETED = "checkpoints_deleted.txt"  # in the folder of a training whose checkpoints a search deleted: why
-_NAMES: dict[str, Kind] = {"status.json": "status", "experiment.yaml": "spec", "corrupt_files.txt": "report"}
+DELETED = "checkpoints_deleted.txt"  # says why a search deleted the checkpoints of a trial
+_NAMES: dict[str, Kind] = {
+    "status.json": "status",
+    "experiment.yaml": "spec",
+    "corrupt_files.txt": "report",
+    "results.csv": "predictions",
+}
 _SUFFIXES: dict[str, Kind] = {
     ".pth": "checkpoint",
     ".onnx": "onnx",
@@ -26,7 +31,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".safetensors": "weights",
     ".csv": "metrics",
     ".html": "report",
-    ".png": "picture",
+    ".png": "image",
     ".parquet": "predictions",
     ".npy": "predictions",
 }
@@ -39,12 +44,13 @@ class Artifact:
     """A file of a results folder.
 
     Attributes:
-        path: local path or URL.
-        kind: what it holds, by its name.
-        size: bytes.
-        modified: seconds since 1970; 0 where the store does not say.
-        epoch, step: of a checkpoint that has them in its name.
-        link: it stands for another file.
+        path: Local path or URL.
+        kind: Kind of content, from the name.
+        size: Bytes.
+        modified: Seconds since 1970; 0 if the store does not say.
+        epoch: Epoch in the name of a checkpoint.
+        step: Step in the name of a checkpoint.
+        link: Whether it is a symbolic link.
     """
 
     path: str
@@ -57,17 +63,17 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """Without its folder."""
+        """Name without the folder."""
         return self.path.rpartition("/")[2]
 
     @property
     def best(self) -> bool:
-        """Whether training called it its best."""
+        """True for the best checkpoint of a training run."""
         return self.name == "model_best.pth"
 
     @property
     def latest(self) -> bool:
-        """Whether it is the link to the newest checkpoint, or the copy of it that a store without links has."""
+        """True for the link to the newest checkpoint, or its copy in a store without links."""
         return self.kind == "checkpoint" and self.name.endswith("_latest.pth")
 
 
@@ -75,8 +81,6 @@ def artifact(path: str, size: int = 0, modified: float = 0.0, link: bool = False
     """Classify a file by its name."""
     name = path.rpartition("/")[2]
     kind = _NAMES.get(name) or _SUFFIXES.get(os.path.splitext(name)[1].lower(), "other")
-    if name == "results.csv":
-        kind = "predictions"
     if name.startswith("events.out.tfevents"):
         kind = "events"
     numbers = _NUMBERED.fullmatch(name)
@@ -85,26 +89,46 @@ def artifact(path: str, size: int = 0, modified: float = 0.0, link: bool = False
 
 
 def below(folder: str, name: str) -> str:
-    """The path or URL of ``name`` in a folder."""
+    """Return the path or URL of ``name`` in a folder."""
     return join(folder, name) if is_remote(folder) else os.path.join(folder, name)
 
 
 def list_folder(folder: str) -> list[Artifact]:
-    """All files below a local or remote folder, by path; none where it does not exist. Hidden ones are unfinished.
+    """Return all files below a local or remote folder, sorted by path; none if it does not exist.
+
+    Hidden files are skipped, since they are incomplete.
 
     Raises:
-        DataError: the store cannot be reached or read.
+        DataError: The store cannot be reached or read.
     """
     found = _list_remote(folder) if is_remote(folder) else _list_local(Path(folder))
     return sorted(found, key=lambda item: item.path)
 
 
+def list_outputs(folder: str, outputs: Iterable[str]) -> list[Artifact]:
+    """Return all files below a job's folder, then those of its ``outputs`` elsewhere that exist.
+
+    Raises:
+        DataError: A store cannot be reached or read.
+    """
+    found = list_folder(folder)
+    listed = {item.path for item in found}
+    for path in outputs:
+        if path not in listed:
+            found += [item for item in list_folder(path.rpartition("/")[0]) if item.path == path]
+    return found
+
+
 def read_text(path: str) -> str | None:
-    """The text of a small file; None where there is none."""
+    """Return the text of a small file, or None if there is none.
+
+    Raises:
+        DataError: The store cannot be reached or read.
+    """
     if not is_remote(path):
         file = Path(path)
         return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
-    from openmae.storage.filesystem import ask, open_filesystem  # fsspec takes longer to import than all the rest
+    from openmae.storage.filesystem import ask, open_filesystem  # fsspec is slow to import
 
     try:
         data = ask(path, open_filesystem(path)._cat_file(path))
@@ -116,7 +140,7 @@ def read_text(path: str) -> str | None:
 
 
 def modified(path: str) -> float:
-    """When a file was last written, in seconds since 1970; 0 where that is not known."""
+    """Return when a file was last written, in seconds since 1970; 0 if that is not known."""
     if not is_remote(path):
         try:
             return os.stat(path).st_mtime
@@ -131,7 +155,7 @@ def remove(items: Iterable[Artifact]) -> None:
     """Delete files.
 
     Raises:
-        DataError: one of them cannot be deleted; those before it are.
+        DataError: A file cannot be deleted; those before it are deleted.
     """
     for item in items:
         if is_remote(item.path):
@@ -142,11 +166,11 @@ def remove(items: Iterable[Artifact]) -> None:
         try:
             Path(item.path).unlink(missing_ok=True)
         except OSError as error:
-            raise DataError(f"{item.path} cannot be deleted: {error.strerror}.", "Check its rights.") from error
+            raise DataError(f"{item.path} cannot be deleted: {error.strerror}.", "Check its permissions.") from error
 
 
 def newest_checkpoint(items: Iterable[Artifact]) -> Artifact | None:
-    """The numbered checkpoint with the highest epoch, then step: what training resumes from."""
+    """Return the checkpoint with the highest epoch, then step, in its name, from which training resumes."""
     numbered = [item for item in items if item.kind == "checkpoint" and item.epoch is not None]
     return max(numbered, key=_order, default=None)
 
@@ -154,24 +178,23 @@ def newest_checkpoint(items: Iterable[Artifact]) -> Artifact | None:
 def choose_model(
     items: Sequence[Artifact], kinds: Collection[str], known: Collection[str], where: str
 ) -> tuple[Artifact, str]:
-    """The model of a parent's results that a key takes, and why: the best, else the newest by epoch, then step.
+    """Return the model of a parent's results that a key takes, and why: the best, else the newest by epoch, then step.
 
     Args:
-        items: the parent's results.
-        kinds: that the key takes.
-        known: files that the parent was told to write; one of these is it.
-        where: names the parent in errors.
+        items: The parent's results.
+        kinds: Kinds that the key takes.
+        known: Files named in the parent's spec as its outputs; one of these comes first.
+        where: Name of the parent, for errors.
 
     Raises:
-        CheckpointError: none fits; the text lists what there is.
+        CheckpointError: There is none; the message lists what there is.
     """
     fitting = [item for item in items if item.kind in kinds]
     for item in fitting:
         if item.path in known:
-            return item, "the file that the parent was told to write"
+            return item, "the output file of the parent"
     best = [item for item in fitting if item.best]
-    if best:
-        # of a search, the model of the whole stands above those of its trainings
+    if best:  # the best model of a search is above those of its trials
         return min(best, key=lambda item: (item.path.count("/"), -item.modified)), "the parent's best"
     numbered = [item for item in fitting if item.epoch is not None]
     if numbered:
@@ -183,26 +206,23 @@ def choose_model(
     deleted = [read_text(item.path) for item in items if item.name == DELETED and "checkpoint" in kinds]
     if deleted and deleted[0]:
         raise CheckpointError(
-            f"parent_job_id: {where} holds no checkpoint to take. {deleted[0].strip()}",
-            "Give the search itself as the parent, which has the best model, or another of its trainings, or search "
-            "again with automl.keep_all=true.",
+            f"parent_job_id: {where} has no checkpoint. {deleted[0].strip()}",
+            "Use the search itself as the parent, which has the best model, or another of its trials, or search again "
+            "with automl.keep_all=true.",
         )
-    words = " or ".join(sorted({"checkpoint": "checkpoint (.pth)"}.get(kind, f".{kind} file") for kind in kinds))
-    raise CheckpointError(f"parent_job_id: {where} holds no {words} to take. {_held(items)}", _fix(fitting))
-
-
-def _fix(fitting: Sequence[Artifact]) -> str:
+    names = " or ".join(sorted({"checkpoint": "checkpoint (.pth)"}.get(kind, f".{kind} file") for kind in kinds))
+    fix = "Wait for the parent to finish, or look at its log with `mae jobs logs`."
     if fitting:
-        return f"Name the one to take in the spec, such as {redact(fitting[0].path)}."
-    return "Wait for the parent to finish, or look at its log with `mae jobs logs`."
+        fix = f"Set the key in the spec, for example to {redact(fitting[0].path)}."
+    raise CheckpointError(f"parent_job_id: {where} has no {names}. {_describe(items)}", fix)
 
 
-def _held(items: Sequence[Artifact]) -> str:
+def _describe(items: Sequence[Artifact]) -> str:
     if not items:
         return "It is empty."
     names = ", ".join(f"{item.name} ({item.kind})" for item in items[:_SHOWN])
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return f"It holds {names}{more}."
+    return f"It has {names}{more}."
 
 
 def _order(item: Artifact) -> tuple[int, int, float, str]:

@@ -1,38 +1,37 @@
-"""A job as its record shows it: states, transitions, and the face that callers get."""
+"""The record of a job, which is its file ``job.json``, and ``Job``, the view of it that callers get."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from openmae.machine import Identity
 
 State = Literal["PENDING", "RUNNING", "COMPLETE", "ERROR", "CANCELED", "UNKNOWN"]
 STATES: tuple[State, ...] = get_args(State)
 FINAL = frozenset({"COMPLETE", "ERROR", "CANCELED"})
-Record = dict[str, Any]
-
-VERSION = 1  # of the records that this version writes and reads
-_TEXT, _NONE = str, type(None)
-# What each record has. What a later version adds is kept and ignored, so that an older one can still show the job.
-_REQUIRED: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("id", "action", "name", "platform", "created_at", "results_dir", "results_folder"), (_TEXT,)),
-    **{"parent_job_id": (_TEXT, _NONE), "exit_code": (int, _NONE), "notices": (list,), "transitions": (list,)},
+VERSION = 1  # of the records that this version of OpenMAE writes and reads
+_KINDS = {
+    str: "a string",
+    int: "an integer",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    NoneType: "null",
 }
-# What a record of an early version may lack, with its type and its value there.
-_OPTIONAL: dict[str, tuple[tuple[type, ...], Any]] = {
-    **{"version": ((int,), VERSION), "host": ((_TEXT,), ""), "handle": ((dict,), {})},
-    **{"submitter": ((dict, _NONE), None), "command": ((list,), []), "cwd": ((_TEXT,), "")},
-    **{"own_results": ((bool,), False), "outputs": ((list,), [])},
-    **{"spec": ((dict,), {}), "explanation": ((list,), []), "cancel_requested": ((_TEXT, _NONE), None)},
-    **{"gpus": ((int,), 0), "nodes": ((int,), 1), "processes": ((int,), 1)},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Transition:
-    """A change of state: when (ISO 8601, UTC), to what, and what the platform said."""
+    """A change of state.
+
+    Attributes:
+        at: Time, ISO 8601 in UTC.
+        state: The new state.
+        message: The platform's description of it.
+    """
 
     at: str
     state: State
@@ -44,19 +43,20 @@ class Job:
     """A job at one moment.
 
     Attributes:
-        id: names it everywhere.
+        id: Unique id.
         action: train, evaluate, inference, export or gen_trt_engine.
-        status: one of ``STATES``; a platform's own word for it stands in ``message``.
-        results_dir: of the spec; the action's own folder is ``results_folder``.
-        parent_job_id: the job that its model comes from.
+        status: One of ``STATES``; the platform's own word for it is in ``message``.
+        results_dir: ``results_dir`` of the spec. The action writes to ``results_folder``.
+        parent_job_id: Id of the job whose model this one takes.
         created_at: ISO 8601, UTC.
-        name: the user's, or the action's.
-        platform: where it runs.
-        message: of the last transition.
-        exit_code: of the action (0, 1, 2, 75, 130; minus the signal that ended it), once it is known.
-        results_folder: where the action writes.
-        notices: what was worth saying when it was submitted.
-        transitions: all of them, oldest first.
+        name: Name given by the user, or the action.
+        platform: local, slurm or ray.
+        message: Message of the last transition.
+        exit_code: Exit code of the action (0, 1, 2, 75 or 130), or minus the number of the signal that killed it;
+            None until it is known.
+        results_folder: Folder or URL that the action writes to.
+        notices: Notices of the submission.
+        transitions: All transitions, oldest first.
     """
 
     id: str
@@ -75,125 +75,222 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """True if the job is in a final state."""
         return self.status in FINAL
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
 
-def checked(record: Any, job_id: str) -> Record:
-    """Return the record of a job, complete and of the right types.
+@dataclass
+class Handle:
+    """The data with which a platform finds a job again.
 
-    Raises:
-        ValueError: it is no record of this job that this version can read; the text says why.
+    Attributes:
+        supervisor, process: Processes of a local job; ``process`` is the first one of the action.
+        slurm_job: SLURM's job id.
+        ray: Address of the Ray cluster that has the job.
     """
-    if not isinstance(record, dict):
-        raise ValueError(f"it is no JSON object but {_kind(record)}")
-    version = record.get("version", VERSION)
-    if isinstance(version, int) and version > VERSION:
-        raise ValueError(f"a newer version of OpenMAE wrote it (record version {version}, this one reads {VERSION})")
-    if missing := [name for name in _REQUIRED if name not in record]:
-        raise ValueError(f"it has no {', '.join(missing)}")
-    record = {name: copy.deepcopy(default) for name, (_, default) in _OPTIONAL.items()} | record
-    for name, types in (_REQUIRED | {name: types for name, (types, _) in _OPTIONAL.items()}).items():
-        _check_type(name, record[name], types)
-    if record["id"] != job_id:
-        raise ValueError(f"it is the record of job {record['id']}, but stands in the folder of {job_id}")
-    if not record["transitions"]:
-        raise ValueError("transitions is empty")
-    for item in record["transitions"]:
-        _check_type("a transition", item, (dict,))
-        for name in ("at", "state", "message"):
-            _check_type(f"{name} of a transition", item.get(name), (_TEXT,))
-        if item["state"] not in STATES:
-            raise ValueError(f"there is no state {item['state']!r}")
-        moment(item["at"])
-    for name in ("created_at", "cancel_requested"):
-        if record[name] is not None:
-            moment(record[name])
-    for name in ("supervisor", "process"):
-        if name in record["handle"]:
-            check_identity(f"{name} in handle", record["handle"][name])
-    if record["submitter"] is not None:
-        check_identity("submitter", record["submitter"])
-    return record
+
+    supervisor: Identity | None = None
+    process: Identity | None = None
+    slurm_job: str | None = None
+    ray: str | None = None
+
+
+@dataclass
+class Record:
+    """Everything that is stored about a job. Fields with a default may be missing in records of early versions.
+
+    Attributes:
+        id, action, name, platform, created_at, parent_job_id, exit_code, results_dir, results_folder, notices: See
+            ``Job``.
+        transitions: Append-only; see ``move``.
+        host: Machine that the job was submitted on.
+        handle: Where the job runs.
+        submitter: Process that submitted the job.
+        command: Command of the job.
+        cwd: Working directory of the job.
+        own_results: Whether only this job uses ``results_dir``, rather than it being set in the spec.
+        outputs: Files that the spec tells the action to write, in addition to ``results_folder``.
+        spec: Merged spec, without the value of the encryption key.
+        explanation: Origin of each value of the spec.
+        cancel_requested: Time of the first request to cancel the job.
+        gpus: GPUs per node.
+        nodes: Number of nodes.
+        processes: Number of processes per node.
+        image: Container image of the request; not used.
+        env_vars: Names of the variables of the request.
+        later: Fields of a later version of OpenMAE. They are kept.
+    """
+
+    id: str
+    action: str
+    name: str
+    platform: str
+    created_at: str
+    results_dir: str
+    results_folder: str
+    parent_job_id: str | None
+    exit_code: int | None
+    notices: list[str]
+    transitions: list[Transition]
+    version: int = VERSION
+    host: str = ""
+    handle: Handle = field(default_factory=Handle)
+    submitter: Identity | None = None
+    command: list[str] = field(default_factory=list)
+    cwd: str = ""
+    own_results: bool = False
+    outputs: list[str] = field(default_factory=list)
+    spec: dict[str, Any] = field(default_factory=dict)
+    explanation: list[dict[str, Any]] = field(default_factory=list)
+    cancel_requested: str | None = None
+    gpus: int = 0
+    nodes: int = 1
+    processes: int = 1
+    image: str | None = None
+    env_vars: list[str] = field(default_factory=list)
+    later: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def state(self) -> State:
+        """State after the last transition."""
+        return self.transitions[-1].state
+
+    @property
+    def message(self) -> str:
+        """Message of the last transition."""
+        return self.transitions[-1].message
+
+    @property
+    def is_search(self) -> bool:
+        """True if the job is a hyperparameter search."""
+        return "automl" in self.command
+
+    def move(self, state: State, message: str, exit_code: int | None = None) -> bool:
+        """Append a transition unless the job is in a final state; return whether it was appended."""
+        if self.state in FINAL:
+            return False
+        self.transitions.append(Transition(now(), state, message))
+        if exit_code is not None:
+            self.exit_code = exit_code
+        return True
+
+    def to_job(self) -> Job:
+        """Return the view of this record that callers get."""
+        shared = {name: getattr(self, name) for name in _SHARED}
+        transitions = tuple(Transition(_utc(item.at), item.state, item.message) for item in self.transitions)
+        shared |= {"created_at": _utc(self.created_at), "notices": tuple(self.notices), "transitions": transitions}
+        return Job(**shared, status=self.state, message=self.message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``job.json``."""
+        values = asdict(self)
+        return values.pop("later") | values
+
+    @classmethod
+    def from_dict(cls, values: Any, job_id: str) -> Record:
+        """Check the content of ``job.json`` and return it as a record.
+
+        Args:
+            values: The parsed JSON.
+            job_id: Id of the job that the file belongs to.
+
+        Raises:
+            ValueError: This version cannot read the record of the job from it; the message has the reason.
+        """
+        _check_type("the record", values, dict)
+        version = values.get("version", VERSION)
+        if isinstance(version, int) and version > VERSION:
+            raise ValueError(
+                f"a newer version of OpenMAE wrote it (record version {version}, this one reads {VERSION})"
+            )
+        known = {name: values[name] for name in _TYPES if name in values}
+        try:
+            record = cls(**known)
+        except TypeError:
+            missing = [name for name in _REQUIRED if name not in known]
+            raise ValueError(f"it has no {', '.join(missing)}") from None
+        for name, value in known.items():
+            _check_type(name, value, _TYPES[name])
+        if record.id != job_id:
+            raise ValueError(f"it is the record of job {record.id} in the folder of job {job_id}")
+        if not record.transitions:
+            raise ValueError("transitions is empty")
+        record.transitions = [_transition(item) for item in record.transitions]
+        for time in (record.created_at, record.cancel_requested):
+            if time is not None:
+                parse_time(time)
+        if "handle" in known:
+            record.handle = _handle(known["handle"])
+        check_identity("submitter", record.submitter)
+        record.later = {name: value for name, value in values.items() if name not in _TYPES}
+        return record
+
+
+_TYPES = {name: hint for name, hint in get_type_hints(Record).items() if name != "later"}
+_REQUIRED = [item.name for item in fields(Record)][: list(_TYPES).index("version")]
+_SHARED = [name for name in _REQUIRED if name != "transitions"]
 
 
 def check_identity(name: str, value: Any) -> None:
-    """Refuse what does not identify a process; one with missing parts identifies no living one.
+    """Check that a value from a file is None or identifies a process; if it is incomplete, no process matches it.
 
     Raises:
-        ValueError: it is no object, or its pid is no integer.
+        ValueError: It is not an object, or its pid is not an integer.
     """
-    _check_type(name, value, (dict,))
-    _check_type(f"pid of {name}", value.get("pid"), (int,))
+    _check_type(name, value, dict | None)
+    if value is not None:
+        _check_type(f"{name}.pid", value.get("pid"), int)
 
 
-def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise ValueError(f"{name} must be {' or '.join(_KINDS[one] for one in types)}, but is {_kind(value)}")
-
-
-_KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object", bool: "true or false", _NONE: "null"}
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), "a number")
-
-
-def moment(text: str) -> datetime:
-    """A point in time from a record; one without an offset is in UTC.
+def parse_time(text: str) -> datetime:
+    """Parse a time of a record; one without a time zone is in UTC.
 
     Raises:
-        ValueError: the text is no date and time of ISO 8601.
+        ValueError: The text is not a date and time in ISO 8601.
     """
     try:
         when = datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(f"{text[:40]!r} is no date and time") from None
+        raise ValueError(f"{text[:40]!r} is not a date and time") from None
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
-def as_job(record: Mapping[str, Any]) -> Job:
-    """The public face of a record."""
-    transitions = tuple(Transition(_utc(item["at"]), item["state"], item["message"]) for item in record["transitions"])
-    return Job(
-        status=transitions[-1].state,
-        message=transitions[-1].message,
-        transitions=transitions,
-        notices=tuple(record["notices"]),
-        created_at=_utc(record["created_at"]),
-        **{
-            name: record[name]
-            for name in (
-                *("id", "action", "results_dir", "parent_job_id"),
-                *("name", "platform", "exit_code", "results_folder"),
-            )
-        },
-    )
-
-
-def state_of(record: Mapping[str, Any]) -> State:
-    """The state after the last transition."""
-    return record["transitions"][-1]["state"]
-
-
-def move(record: Record, state: State, message: str, exit_code: int | None = None) -> bool:
-    """Append a transition, unless the job is at its end already; returns whether it was appended."""
-    if state_of(record) in FINAL:
-        return False
-    record["transitions"].append({"at": now(), "state": state, "message": message})
-    if exit_code is not None:
-        record["exit_code"] = exit_code
-    return True
+def now() -> str:
+    """Return the current time as ISO 8601 in UTC; sorting such strings sorts by time."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _utc(text: str) -> str:
-    return moment(text).astimezone(UTC).isoformat(timespec="microseconds")
+    return parse_time(text).astimezone(UTC).isoformat(timespec="microseconds")
 
 
-def now() -> str:
-    """This moment as ISO 8601 in UTC; the texts sort as the times do."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+def _transition(item: Any) -> Transition:
+    _check_type("a transition", item, dict)
+    for name in ("at", "state", "message"):
+        _check_type(f"{name} of a transition", item.get(name), str)
+    if item["state"] not in STATES:
+        raise ValueError(f"there is no state {item['state']!r}")
+    parse_time(item["at"])
+    return Transition(item["at"], item["state"], item["message"])
+
+
+def _handle(values: Any) -> Handle:
+    handle = Handle(*(values.get(item.name) for item in fields(Handle)))
+    for name in ("supervisor", "process"):
+        check_identity(f"handle.{name}", getattr(handle, name))
+    for name in ("slurm_job", "ray"):
+        _check_type(f"handle.{name}", getattr(handle, name), str | None)
+    return handle
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Check the outermost type of a JSON value; objects stand for the dataclasses of this module."""
+    wanted = [get_origin(one) or one for one in (get_args(hint) if NoneType in get_args(hint) else (hint,))]
+    wanted = [one if one in _KINDS else dict for one in wanted]
+    if type(value) not in wanted:
+        names = " or ".join(_KINDS[one] for one in wanted)
+        raise ValueError(f"{name} must be {names}, but is {_KINDS.get(type(value), 'a number')}")

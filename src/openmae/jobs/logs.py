@@ -1,4 +1,4 @@
-"""A job's log in pieces: one of any size takes a few megabytes of memory."""
+"""Reading and following a job's log in pieces, so that a log of any size takes a few megabytes of memory."""
 
 from __future__ import annotations
 
@@ -12,33 +12,28 @@ from typing import BinaryIO
 from openmae.errors import SpecError
 from openmae.storage.atomic import disk_error
 
-_BLOCK = 1 << 20  # bytes that are read at once; a longer line comes in pieces
+_BLOCK = 1 << 20  # bytes that are read at once; a longer line is split
 _POLL = 0.1
 
 
 def read_log(path: Path, tail: int | None = None) -> Iterator[str]:
-    """Give a log, or its last lines, in pieces of any length; nothing where there is none.
+    """Yield a log in pieces of any length; nothing if there is no log.
+
+    Args:
+        path: The log file.
+        tail: Only this many last lines; None: all.
 
     Raises:
         SpecError: ``tail`` is negative.
-        RunError: it cannot be read.
+        RunError: The log cannot be read.
     """
     _check(tail)
-    return _pieces(path, tail)
-
-
-def _check(tail: int | None) -> None:
-    if tail is not None and tail < 0:
-        raise SpecError(f"tail: must be 0 or more lines, got {tail}.", "Leave it out for the whole log.")
-
-
-def _pieces(path: Path, tail: int | None) -> Iterator[str]:
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     try:
         if not path.is_file():
             return
         with path.open("rb") as file:
-            file.seek(_begin(file, tail))
+            file.seek(_find_tail(file, tail))
             while data := file.read(_BLOCK):
                 yield decode(data)
             yield decode(b"", True)
@@ -47,22 +42,23 @@ def _pieces(path: Path, tail: int | None) -> Iterator[str]:
 
 
 def follow_log(path: Path, tail: int | None, ended: Callable[[], bool]) -> Iterator[str]:
-    """Give the lines of a log, without their ends, as they are written, until the job has ``ended``.
+    """Yield the lines of a log, without line ends, as they are written, until the job has ended.
+
+    Args:
+        path: The log file.
+        tail: Begin with this many last lines; None: with the first line.
+        ended: Returns whether the job has ended.
 
     Raises:
         SpecError: ``tail`` is negative.
     """
     _check(tail)
-    return _lines(path, tail, ended)
-
-
-def _lines(path: Path, tail: int | None, ended: Callable[[], bool]) -> Iterator[str]:
     start, rest = None, b""
     while True:
-        over = ended()  # asked before reading, so that nothing is missed
+        over = ended()  # before reading, so that nothing is missed
         if path.is_file():
             with path.open("rb") as file:
-                file.seek(_begin(file, tail) if start is None else start)
+                file.seek(_find_tail(file, tail) if start is None else start)
                 while data := file.read(_BLOCK):
                     *lines, rest = (rest + data).split(b"\n")
                     yield from (line.decode("utf-8", errors="replace") for line in lines)
@@ -77,8 +73,13 @@ def _lines(path: Path, tail: int | None, ended: Callable[[], bool]) -> Iterator[
         time.sleep(_POLL)
 
 
-def _begin(file: BinaryIO, tail: int | None) -> int:
-    """Where the last ``tail`` lines begin, found from the end."""
+def _check(tail: int | None) -> None:
+    if tail is not None and tail < 0:
+        raise SpecError(f"tail: must be 0 or more lines, got {tail}.", "Leave it out for the complete log.")
+
+
+def _find_tail(file: BinaryIO, tail: int | None) -> int:
+    """Return the position of the last ``tail`` lines, searching from the end."""
     if tail is None:
         return 0
     end = place = file.seek(0, os.SEEK_END)
@@ -90,7 +91,7 @@ def _begin(file: BinaryIO, tail: int | None) -> int:
         block = file.read(size)
         cut = len(block)
         if place + cut == end and block.endswith(b"\n"):
-            cut -= 1  # the end of the last line begins none
+            cut -= 1  # no line begins after the end of the last one
         while (cut := block.rfind(b"\n", 0, cut)) >= 0:
             missing -= 1
             if not missing:

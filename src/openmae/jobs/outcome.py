@@ -1,39 +1,114 @@
-"""What a run said about itself in ``status.json``: the lines that a job wrote, and no earlier run."""
+"""How a job ended: from its exit code, its ``status.json`` and its log, and what to do if it failed."""
 
 from __future__ import annotations
 
 import json
+import re
+import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from openmae.errors import Preempted
 from openmae.jobs.artifacts import below, modified, read_text
-from openmae.jobs.job import State, moment
+from openmae.jobs.job import Record, State, parse_time
 
-EXIT = "exit_code"  # in a job's folder, on clusters
+EXIT = "exit_code"  # file in the folder of a cluster's job
 _QUARTER = 15 * 60.0  # seconds
+_TAIL = 64 * 1024  # bytes at the end of a log that are analysed
+
+Category = Literal["data", "spec", "out of memory", "infrastructure", "unknown"]
 
 
-def status_lines(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The whole lines of ``status.json`` that were written since the job began to run, oldest first.
+class JobOutcome(NamedTuple):
+    """How a job ended, or, while it has not, what its platform reports."""
+
+    state: State
+    message: str
+    exit_code: int | None = None
+
+
+def conclude(record: Record, code: int) -> JobOutcome:
+    """Return the outcome of a job from its exit code, which is negative for a signal."""
+    if code == 0:
+        return JobOutcome("COMPLETE", "finished", 0)
+    how = f"ended by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
+    if record.cancel_requested:
+        return JobOutcome("CANCELED", f"canceled ({how})", code)
+    if code in (130, -signal.SIGINT):
+        return JobOutcome("CANCELED", f"interrupted by another program ({how})", code)
+    if code == Preempted.exit_code:
+        same = f"a job with results_dir={record.results_dir} resumes from its checkpoint"
+        return JobOutcome("CANCELED", f"preempted: {same} ({how})", code)
+    meaning = {1: "the run failed", 2: "the request was invalid"}.get(code, "it failed")
+    return JobOutcome("ERROR", f"{meaning} ({how})", code)
+
+
+def conclude_without_code(record: Record, report: str, *, canceled: bool) -> JobOutcome:
+    """Return the outcome of a job that left no exit code: from ``status.json``, else from ``canceled``.
+
+    Args:
+        record: The job's record.
+        report: What the platform says about the job.
+        canceled: Whether the job was canceled.
+    """
+    if last_status(record) in ("SUCCESS", "SKIPPED"):
+        return JobOutcome("COMPLETE", f"finished; {report}", 0)
+    return JobOutcome("CANCELED" if canceled else "ERROR", report)
+
+
+def read_exit_code(folder: Path) -> int | None:
+    """Return the exit code in a job's folder; None if there is none yet, or if the file is damaged.
+
+    A shell writes 128 plus the number of a signal, which is turned into minus the number. 130 is OpenMAE's own code.
+    """
+    path = folder / EXIT
+    try:
+        return signal_as_minus(int(path.read_bytes())) if path.is_file() else None
+    except ValueError:
+        return None
+
+
+def signal_as_minus(code: int) -> int:
+    """Return minus the number of a signal for a shell's exit code of 128 plus that number."""
+    return 128 - code if code > 128 and code != 130 else code
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def last_status(record: Record) -> str | None:
+    """Return SUCCESS, SKIPPED or FAILURE if that is the last status of the run, else None."""
+    lines = status_lines(record)
+    last = str(lines[-1].get("status")) if lines else None
+    return last if last in ("SUCCESS", "SKIPPED", "FAILURE") else None
+
+
+def status_lines(record: Record) -> list[dict[str, Any]]:
+    """Return the complete lines of ``status.json`` that this job wrote, and no earlier run; oldest first.
 
     Raises:
-        DataError: the results are in a remote store that cannot be read.
+        DataError: The results are in a remote store that cannot be read.
     """
-    began = next((item["at"] for item in record["transitions"] if item["state"] == "RUNNING"), None)
-    path = below(record["results_folder"], "status.json")
+    began = next((item.at for item in record.transitions if item.state == "RUNNING"), None)
+    path = below(record.results_folder, "status.json")
     text = read_text(path) if began else None
     if not began or text is None:
         return []
-    # the log has whole seconds; a clock of a file server may lag a little
-    earliest = moment(began) - timedelta(seconds=2)
-    entries = [entry for line in text.split("\n")[:-1] if (entry := _parsed(line)) is not None]
-    zone = _zone(entries, path)
-    return [entry for entry in entries if (when := _when(entry, zone)) is not None and when >= earliest]
+    # status.json has whole seconds, and the clock of a file server may be a little behind
+    earliest = parse_time(began) - timedelta(seconds=2)
+    entries = [entry for line in text.split("\n")[:-1] if (entry := _parse(line)) is not None]
+    zone = _time_zone(entries, path)
+    return [entry for entry in entries if (when := _time_of(entry, zone)) is not None and when >= earliest]
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parse(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -41,8 +116,8 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _when(entry: Mapping[str, Any], zone: tzinfo | None) -> datetime | None:
-    """When a line was written, in ``zone`` (None: this process's)."""
+def _time_of(entry: Mapping[str, Any], zone: tzinfo | None) -> datetime | None:
+    """Return when a line was written, in ``zone`` (None: the zone of this process)."""
     try:
         when = datetime.strptime(f"{entry['date']} {entry['time']}", "%m/%d/%Y %H:%M:%S")
         return when.replace(tzinfo=zone) if zone else when.astimezone()
@@ -50,46 +125,135 @@ def _when(entry: Mapping[str, Any], zone: tzinfo | None) -> datetime | None:
         return None
 
 
-def _zone(entries: Sequence[Mapping[str, Any]], path: str) -> tzinfo | None:
-    """The time zone of a run, whose lines have local times without one (TAO's format); None where it cannot be told.
+def _time_zone(entries: Sequence[Mapping[str, Any]], path: str) -> tzinfo | None:
+    """Return the time zone of a run, or None if it cannot be determined.
 
-    Its last line was written when the file was, and that moment is known in UTC. So a run in another time zone than
-    this process's, or before the clocks were changed, is not misjudged.
+    The lines have local times without a zone (TAO's format). The last line was written when the file was modified, and
+    that time is known in UTC. So a run in another time zone, or before a change to summer time, is judged correctly.
     """
-    last = next((when for entry in reversed(entries) if (when := _when(entry, UTC)) is not None), None)
+    last = next((when for entry in reversed(entries) if (when := _time_of(entry, UTC)) is not None), None)
     written = modified(path)
     if last is None or not written:
         return None
-    quarters = round((last.timestamp() - written) / _QUARTER)  # offsets are whole quarters of an hour
+    quarters = round((last.timestamp() - written) / _QUARTER)  # time zones are multiples of a quarter of an hour
     return timezone(timedelta(seconds=quarters * _QUARTER)) if -48 <= quarters <= 56 else None
 
 
-def exit_code(folder: Path) -> int | None:
-    """What stands in a job's folder of how it ended; None before, and where the file is damaged."""
-    path = folder / EXIT
-    try:
-        return int(path.read_bytes()) if path.is_file() else None
-    except ValueError:
-        return None
+@dataclass(frozen=True)
+class FailureAnalysis:
+    """Why a job failed.
 
-
-def signal_as_minus(code: int) -> int:
-    """An exit code with a shell's word for a signal (128 and its number) as minus the number; 130 is our own."""
-    return 128 - code if code > 128 and code != 130 else code
-
-
-def unseen_end(record: Mapping[str, Any], told: str, *, canceled: bool) -> tuple[State, str, int | None]:
-    """State, message and exit code of a job that has ended and left no exit code.
-
-    By what it said itself, else by whether it was ``canceled``; ``told`` is what the platform says.
+    Attributes:
+        job_id: Id of the job.
+        category: Class of the failure.
+        error: The last error that the run reported.
+        suggestions: What to try, most likely first.
+        exit_code: Exit code of the action, or minus the number of a signal; None if unknown.
+        evidence: Where the error was found: ``status.json``, ``log`` or ``platform``.
     """
-    if ending(record) in ("SUCCESS", "SKIPPED"):
-        return "COMPLETE", f"finished; {told}", 0
-    return "CANCELED" if canceled else "ERROR", told, None
+
+    job_id: str
+    category: Category
+    error: str
+    suggestions: tuple[str, ...]
+    exit_code: int | None
+    evidence: str
+
+    @property
+    def diverged(self) -> bool:
+        """True if the loss was not finite: the values of the spec are the cause, not the data or the machine."""
+        return self.category == "spec" and re.search(_DIVERGED, self.error, re.IGNORECASE) is not None
 
 
-def ending(record: Mapping[str, Any]) -> str | None:
-    """SUCCESS, SKIPPED or FAILURE where the run came to an end that it could tell; else None."""
-    lines = status_lines(record)
-    last = str(lines[-1].get("status")) if lines else None
-    return last if last in ("SUCCESS", "SKIPPED", "FAILURE") else None
+class _Rule(NamedTuple):
+    pattern: str
+    category: Category
+    suggestion: str
+
+
+_DIVERGED = r"not finite|diverged|\bNaN\b"
+_SMALLER = "Lower dataset.batch_size and raise train.accum_grad_batches by the same factor, or use bf16 or fp16."
+_RULES = tuple(
+    _Rule(*row)
+    for row in (
+        (r"bus error|insufficient shared memory|/dev/shm", "out of memory",
+         "Set dataset.num_workers_per_gpu=0, or give the machine more shared memory (/dev/shm)."),
+        (r"out of memory|outofmemory|can't allocate memory|cannot allocate memory|MemoryError|oom[-_ ]kill",
+         "out of memory", _SMALLER),
+        (r"no space left|disk is full|disk quota|could not be written", "infrastructure",
+         "Free space, or set results_dir to another disk; the same job resumes from its newest checkpoint."),
+        (r"NCCL|gloo|connection (refused|reset|closed)|timed? ?out|could not connect|EndpointConnection|name resolution"
+         r"|network is unreachable|CUDA (driver|error)|no CUDA|cuInit|NVML|NODE_FAIL|PREEMPTED|BOOT_FAIL|DEADLINE"
+         r"|supervisor|client died|no longer knows|stale file handle|Input/output error", "infrastructure",
+         "Submit it again; if it fails again, check the machine, the network and the driver."),
+        (r"\bDataError\b|corrupt|unreadable image|images are at fault|dataset\.\w+_data_sources", "data",
+         "Check the data source: `mae dataset check` counts images, classes and broken files."),
+        (r"\bSpecError\b|\bCheckpointError\b|has (a mistake|\d+ mistakes)", "spec",
+         "Fix the spec; `mae spec check -e SPEC --action ACTION` prints every mistake."),
+        (_DIVERGED, "spec", "Lower train.optim.lr, raise train.optim.warmup_epochs, or set train.clip_grad_norm."),
+    )
+)  # fmt: skip
+
+
+def analyse(record: Record, log: Path) -> FailureAnalysis:
+    """Analyse why a job in the state ERROR failed.
+
+    Args:
+        record: The job's record.
+        log: The job's log file.
+
+    Raises:
+        DataError: The results are in a remote store that cannot be read.
+    """
+    failures = [str(line.get("message", "")) for line in status_lines(record) if line.get("status") == "FAILURE"]
+    tail = log_tail(log)
+    if failures:
+        error, evidence = failures[-1], "status.json"
+    else:
+        error = last_error(tail.splitlines())
+        evidence = "log" if error else "platform"
+        error = error or record.message
+    category, suggestions = _classify(error, record.message, tail, record.exit_code)
+    fixes = [line.strip().removeprefix("Fix:").strip() for line in error.split("\n") if "Fix:" in line]
+    ordered = tuple(dict.fromkeys((*fixes, *suggestions)))
+    return FailureAnalysis(record.id, category, error, ordered, record.exit_code, evidence)
+
+
+def log_tail(log: Path) -> str:
+    """Return the end of a log; empty if there is none."""
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL))
+        return file.read().decode("utf-8", errors="replace")
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """Return the last error of a log, with its Fix line, or the end of a traceback; otherwise the last line."""
+    texts = [line.rstrip() for line in lines if line.strip()]
+    for number in range(len(texts) - 1, -1, -1):
+        if texts[number].startswith("  Fix: ") and number:
+            return f"{texts[number - 1].strip()}\n{texts[number]}"
+        if re.match(r"[\w.]*(Error|Exception|Interrupt|Warning: .*killed)\b.*", texts[number]):
+            return texts[number]
+        if re.search(r"has (a mistake|\d+ mistakes):$", texts[number]):
+            return "\n".join(texts[number:])
+    return texts[-1] if texts else ""
+
+
+def _classify(error: str, message: str, tail: str, code: int | None) -> tuple[Category, tuple[str, ...]]:
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "OUT_OF_MEMORY" in message:
+        why = "The system kills a process that takes too much memory. " + _SMALLER
+        other = () if "OUT_OF_MEMORY" in message else ("It may also have been killed by a person (SIGKILL).",)
+        return "out of memory", (why, "Lower dataset.num_workers_per_gpu.", *other)
+    # the class of OpenMAE's own errors comes first, and says more than any word after it
+    for text in (error.partition(":")[0], error, message):
+        for rule in _RULES:
+            if re.search(rule.pattern, text, re.IGNORECASE):
+                return rule.category, (rule.suggestion,)
+    if code == 2:
+        return "spec", ("The request was invalid: fix what the error names.",)
+    for rule in _RULES[:4]:  # what a library printed before the error
+        if re.search(rule.pattern, tail, re.IGNORECASE):
+            return rule.category, (rule.suggestion,)
+    return "unknown", ("Read the complete log: `mae jobs logs JOB`.", "Run the action with the job's spec.yaml.")

@@ -1,7 +1,7 @@
-"""From what was typed and whose child it is to one spec; each value remembers where it came from.
+"""The spec of a job: what was given, then what the parent and the job itself decide, each with its origin.
 
-Precedence, highest first: ``spec_overrides`` (dotted before nested before shorthand), ``specs`` (likewise), the
-contract's functions, what the parent carries forward, the schema's default.
+Precedence, highest first: ``spec_overrides`` (dotted keys, then nested sections, then shorthands), ``specs`` (in the
+same order), the functions of the contract, what the parent carries forward, the default of the option.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Any
 import yaml
 
 from openmae.errors import SpecError
-from openmae.jobs.artifacts import Artifact, below, choose_model, list_folder, newest_checkpoint, read_text
+from openmae.jobs.artifacts import below, choose_model, list_folder, list_outputs, newest_checkpoint, read_text
+from openmae.jobs.job import Record
 from openmae.spec.describe import REQUIRED
 from openmae.spec.option import SECRET_MARK, is_secret
 from openmae.storage.urls import is_remote
 
 Tree = dict[str, Any]
 KEY_VARIABLE = "OPENMAE_ENCRYPTION_KEY"
-KINDS = {"train": "checkpoint", "export": "onnx", "gen_trt_engine": "engine"}  # what an action leaves to its children
-#: What a key that a parent fills takes.
+KINDS = {"train": "checkpoint", "export": "onnx", "gen_trt_engine": "engine"}  # that an action writes for its children
+#: Kinds of model that a key takes from a parent.
 TAKES = {
     "train.pretrained_model_path": ("checkpoint",),
     "evaluate.checkpoint": ("checkpoint",),
@@ -32,7 +33,7 @@ TAKES = {
     "export.checkpoint": ("checkpoint",),
     "gen_trt_engine.onnx_file": ("onnx",),
 }
-#: Sections of the contract's table, besides ``encryption_key`` and ``results_dir``, which every action has.
+#: The contract's table without ``encryption_key`` and ``results_dir``, which every action has.
 FILLED = {
     "train": {
         "train.resume_training_checkpoint_path": "resume_model",
@@ -47,7 +48,7 @@ FILLED = {
     },
 }
 CARRIED = ("train.stage", "model.arch", "model.num_classes", "dataset.augmentation.input_size")
-_SHAPE = ("model.patch_size", "model.in_chans")  # belong to the architecture where they were chosen
+_SHAPE = ("model.patch_size", "model.in_chans")  # carried if the parent sets them
 _SHORTHANDS = {
     "num_epochs": "train.num_epochs",
     "batch_size": "dataset.batch_size",
@@ -68,13 +69,13 @@ _SHORTHANDS_OF = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from.
+    """The origin of a value.
 
     Attributes:
-        key: dotted.
-        value: None where the key was left unset.
-        function: of the contract, or ``specs``, ``spec_overrides``, ``shorthand``, ``carried``, ``gpu_count``, ...
-        why: in words.
+        key: Dotted key.
+        value: The value; None if the key was left unset.
+        function: A function of the contract, or ``specs``, ``spec_overrides``, ``carried``, ``gpu_count``, ...
+        why: An explanation.
     """
 
     key: str
@@ -83,51 +84,45 @@ class Origin:
     why: str
 
 
-@dataclass(frozen=True)
-class Parent:
-    """The job that a child's model comes from.
+@dataclass
+class JobSpec:
+    """The spec of a job, with the origin of each value.
 
     Attributes:
-        id, action, state: of its record.
-        folder: of its results.
-        outputs: files that it was told to write.
-        spec: what was typed and filled in for it.
+        action: The action of the job.
+        searching: Whether the job is a hyperparameter search.
+        values: Values by dotted key.
+        origins: Origins by dotted key, also of keys that were left unset.
     """
 
-    id: str
     action: str
-    state: str
-    folder: str
-    outputs: tuple[str, ...] = ()
-    spec: Tree = field(default_factory=dict)
-
-
-@dataclass
-class Filled:
-    """A spec in the making: dotted key -> value, and the origin of each."""
-
-    action: str
-    searching: bool = False  # a training that goes to AutoML
+    searching: bool = False
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
 
     def put(self, key: str, value: Any, function: str, why: str) -> None:
-        """Set a key; None leaves it unset, but says why."""
+        """Set a key, or record why it is left unset if the value is None."""
         if value is not None:
             self.values[key] = value
         self.origins[key] = Origin(key, value, function, why)
 
-    def typed(self, key: str) -> bool:
-        """Whether it has a value; an empty text is none."""
+    def is_set(self, key: str) -> bool:
+        """Return whether a key has a value; an empty string is none."""
         return self.values.get(key) not in (None, "")
 
     @property
     def tree(self) -> Tree:
-        """Nested, as a spec file has it."""
+        """The values as nested sections."""
         return nested(self.values)
 
+    @property
+    def folder(self) -> str:
+        """The folder of the action: ``<action>.results_dir``, else ``<results_dir>/<action>``."""
+        own = self.values.get(f"{self.action}.results_dir")
+        return _absolute(own) if own else below(self.values["results_dir"], self.action)
+
     def explanation(self) -> list[dict[str, Any]]:
-        """The origins as plain values, the secret ones hidden."""
+        """Return the origins as plain values, sorted by key, without a secret key."""
         found = [asdict(self.origins[key]) for key in sorted(self.origins)]
         for item in found:
             if item["key"] == "encryption_key" and is_secret(str(item["value"] or "")):
@@ -137,71 +132,184 @@ class Filled:
 
 def merge(
     action: str, specs: Mapping[str, Any] | None = None, spec_overrides: Mapping[str, Any] | None = None
-) -> Filled:
-    """Merge what was typed, by the precedence that stands above; ``???`` and None count as not typed.
+) -> JobSpec:
+    """Merge what was given; see the precedence above. ``???`` and None count as not given.
+
+    Args:
+        action: The action of the job.
+        specs: Nested sections, dotted keys or shorthands.
+        spec_overrides: The same, with precedence.
 
     Raises:
-        SpecError: a shorthand that means nothing for the action.
+        SpecError: A shorthand has no meaning for the action.
     """
-    filled = Filled(action)
+    spec = JobSpec(action)
     for source, given in (("specs", specs or {}), ("spec_overrides", spec_overrides or {})):
-        short, deep, dotted = {}, {}, {}
+        short: dict[str, tuple[Any, str]] = {}
+        nested_keys: dict[str, tuple[Any, str]] = {}
+        dotted: dict[str, tuple[Any, str]] = {}
         for name, value in given.items():
             key = str(name)
             if key in _SHORTHANDS:
-                short.update({meant: (key, part) for meant, part in _meaning(action, key, value).items()})
-            elif "." in key:
-                dotted.update(_leaves(value, key))
+                short |= {k: (v, f"shorthand {key} in {source}") for k, v in _expand(action, key, value).items()}
             else:
-                deep.update(_leaves(value, key))
-        for key, (word, value) in short.items():
-            _put_typed(filled, key, value, source, f"shorthand {word} in {source}")
-        for key, value in {**deep, **dotted}.items():
-            _put_typed(filled, key, value, source, f"given in {source}")
-    return filled
+                found = {k: (v, f"given in {source}") for k, v in _flatten(value, key).items()}
+                (dotted if "." in key else nested_keys).update(found)
+        for layer in (short, nested_keys | dotted):
+            for key, (value, why) in layer.items():
+                if value is not None and value != "???":
+                    spec.put(key, value, source, why)
+    return spec
 
 
-def fill(filled: Filled, parent: Parent | None, own_results: str) -> None:
-    """Give every key of the contract's table a value, or the reason why it has none.
+def fill(spec: JobSpec, parent: Record | None, own_results: str) -> None:
+    """Set every key that the contract's table names for the action, or record why it is left unset.
 
     Args:
-        filled: what was typed; is changed.
-        parent: the job whose child this is.
-        own_results: the results folder of this job, where the spec names none.
+        spec: What was given; it is changed.
+        parent: The job whose child this is.
+        own_results: The results folder of this job, used if the spec names none.
 
     Raises:
-        SpecError: the parent leaves no model that the action could take.
-        CheckpointError: the parent should have such a model, but has not.
-        DataError: a remote results folder cannot be read.
+        SpecError: The parent has no model that the action could take.
+        CheckpointError: The parent should have such a model, but does not.
+        DataError: A remote results folder cannot be read.
     """
-    _key(filled, parent)
-    if not filled.typed("results_dir"):
-        filled.put("results_dir", own_results, "output_dir", "this job's results folder")
-    elif not is_remote(filled.values["results_dir"]) and "${" not in filled.values["results_dir"]:
-        filled.values["results_dir"] = os.path.abspath(os.path.expanduser(filled.values["results_dir"]))
-    model = _model_of(filled, parent)
-    for key, function in FILLED[filled.action].items():
-        if filled.typed(key):
-            continue
-        if function == "parent_model":
-            _parent_model(filled, key, parent, model)
-        else:
-            _FUNCTIONS[function](filled, key, parent, model)
+    _set_key(spec, parent)
+    if not spec.is_set("results_dir"):
+        spec.put("results_dir", own_results, "output_dir", "this job's results folder")
+    else:
+        spec.values["results_dir"] = _absolute(spec.values["results_dir"])
+    if parent is not None and parent.action not in KINDS:
+        raise SpecError(
+            f"parent_job_id: {parent.id} is a job of {parent.action}, whose results have no model.",
+            "Use a train, export or gen_trt_engine job.",
+        )
+    for key, function in FILLED[spec.action].items():
+        if not spec.is_set(key):
+            value, why = _FUNCTIONS[function](spec, key, parent)
+            spec.put(key, value, function, why)
     if parent is not None:
-        _require_model(filled, parent)
-        _carry(filled, parent)
+        _require_model(spec, parent)
+        _carry(spec, parent)
 
 
-def action_folder(filled: Filled) -> str:
-    """Where the action writes: ``<action>.results_dir``, else ``<results_dir>/<action>``."""
-    own = filled.values.get(f"{filled.action}.results_dir")
-    if own:
-        return own if is_remote(own) else os.path.abspath(os.path.expanduser(own))
-    return below(filled.values["results_dir"], filled.action)
+def _set_key(spec: JobSpec, parent: Record | None) -> None:
+    if spec.is_set("encryption_key"):
+        return
+    inherited = parent.spec.get("encryption_key") if parent else None
+    if parent is not None and inherited == SECRET_MARK:
+        raise SpecError(
+            "encryption_key: the parent's files are encrypted with a key that was given as a literal value, which is "
+            f"never stored (parent_job_id {parent.id}).",
+            "Give the same key again: encryption_key=env:NAME or file:PATH.",
+        )
+    spec.put("encryption_key", inherited or None, "key", "the parent's" if inherited else "none was given")
+
+
+def _parent_model(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
+    if parent is None:
+        return None, "there is no parent_job_id"
+    if KINDS[parent.action] not in TAKES[key]:
+        return None, f"a job of {parent.action} writes {KINDS[parent.action]}, which does not fit"
+    given = [other for other in FILLED[spec.action] if other != key and other in TAKES and spec.is_set(other)]
+    if given and spec.action in ("evaluate", "inference"):
+        return None, f"{given[0]} is set, and only one of them is used"
+    held = list_outputs(parent.results_folder, parent.outputs)
+    where = f"{key}: job {parent.id} ({parent.action}, {parent.state})"
+    chosen, why = choose_model(held, TAKES[key], parent.outputs, where)
+    return chosen.path, f"{why} (job {parent.id})"
+
+
+def _resume_model(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
+    if spec.searching:
+        return None, "a search finds the checkpoints of its trials"
+    newest = newest_checkpoint(list_folder(spec.folder)) if "${" not in spec.folder else None
+    if newest is None:
+        return None, "this job's own results have no checkpoint"
+    return newest.path, "the newest checkpoint in this job's own results"
+
+
+def _ptm_if_no_resume_model(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
+    if spec.is_set("train.resume_training_checkpoint_path"):
+        return None, "training resumes from its own checkpoint"
+    if parent is None:
+        return None, "there is no checkpoint to resume from, and no parent_job_id"
+    return _parent_model(spec, key, parent)
+
+
+def _create_onnx_file(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
+    return below(spec.folder, "model.onnx"), "in this job's results folder"
+
+
+def _create_engine_file(spec: JobSpec, key: str, parent: Record | None) -> tuple[str | None, str]:
+    return below(spec.folder, "model.engine"), "in this job's results folder"
+
+
+_FUNCTIONS = {
+    "parent_model": _parent_model,
+    "resume_model": _resume_model,
+    "ptm_if_no_resume_model": _ptm_if_no_resume_model,
+    "create_onnx_file": _create_onnx_file,
+    "create_engine_file": _create_engine_file,
+}
+
+
+def _require_model(spec: JobSpec, parent: Record) -> None:
+    """Refuse a parent whose model no key of the action takes."""
+    for group in REQUIRED[spec.action]:
+        if group[0] in TAKES and not any(map(spec.is_set, group)):
+            kinds = sorted({kind for key in group for kind in TAKES[key]})
+            wanted = " or ".join(action for action, kind in KINDS.items() if kind in kinds)
+            raise SpecError(
+                f"parent_job_id: {spec.action} takes {' or '.join(kinds)}, but {parent.id} is a job of "
+                f"{parent.action}, which writes {KINDS[parent.action]}.",
+                f"Use a job of {wanted} as the parent, or set {' or '.join(group)}.",
+            )
+
+
+def _carry(spec: JobSpec, parent: Record) -> None:
+    """Copy the stage and the shape of the model from the parent."""
+    known, source = _read_parent_spec(parent)
+    for key in (*CARRIED, *_SHAPE):
+        value = known.get(key)
+        if spec.is_set(key) or (key in _SHAPE and value is None):
+            continue
+        if value is None:
+            spec.put(key, None, "carried", f"job {parent.id} does not set it")
+        elif key == "model.num_classes" and (spec.action == "train" or known.get("train.stage") == "pretrain"):
+            spec.put(key, None, "carried", f"the data of this job decides (the parent's: {value})")
+        else:
+            spec.put(key, value, "carried", f"{source} of job {parent.id}")
+
+
+def _read_parent_spec(parent: Record) -> tuple[dict[str, Any], str]:
+    """Return a parent's spec by dotted key: the resolved one of a training run, else what was given."""
+    if parent.action == "train":
+        folder = parent.results_folder
+        text = read_text(below(folder, "best.yaml")) or read_text(below(folder, "experiment.yaml"))
+        try:
+            tree = yaml.safe_load(text) if text else None
+        except (yaml.YAMLError, RecursionError) as error:
+            raise SpecError(
+                f"parent_job_id: experiment.yaml of job {parent.id} is damaged: {str(error).splitlines()[0]}.",
+                "Restore it, or remove it and set model.arch and train.stage in the spec.",
+            ) from error
+        if isinstance(tree, dict):
+            return _flatten(tree), "resolved spec"
+    return _flatten(parent.spec), "spec"
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) or "${" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def nested(values: Mapping[str, Any]) -> Tree:
-    """Dotted keys as sections; what cannot be one, as it stands, for the spec's own checks to name."""
+    """Return values by dotted key as nested sections.
+
+    Raises:
+        SpecError: A key is both a section and a plain value.
+    """
     tree: Tree = {}
     for key, value in values.items():
         *parents, name = key.split(".")
@@ -215,13 +323,13 @@ def nested(values: Mapping[str, Any]) -> Tree:
                 )
             section = inner
         if isinstance(section.get(name), dict) and section[name]:
-            raise SpecError(f"{key}: is a section, but a plain value is given for it as well.", "Remove one of them.")
+            raise SpecError(f"{key}: is a section, but a plain value is given for it too.", "Remove one of them.")
         section[name] = value
     return tree
 
 
-def _meaning(action: str, word: str, value: Any) -> dict[str, Any]:
-    """The keys that a shorthand stands for, each with its value."""
+def _expand(action: str, word: str, value: Any) -> dict[str, Any]:
+    """Return the keys that a shorthand stands for, with their values."""
     if word == "trt_engine" and action not in ("evaluate", "inference", "gen_trt_engine"):
         raise SpecError(
             f"trt_engine: the shorthand has no meaning for {action}.",
@@ -233,163 +341,10 @@ def _meaning(action: str, word: str, value: Any) -> dict[str, Any]:
     return {_SHORTHANDS_OF.get(action, {}).get(word, _SHORTHANDS[word]).format(action=action): value}
 
 
-def _put_typed(filled: Filled, key: str, value: Any, source: str, why: str) -> None:
-    if value is None or (isinstance(value, str) and value == "???"):
-        return
-    filled.put(key, value, source, why)
-
-
-def _leaves(value: Any, path: str) -> dict[str, Any]:
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {path: value}
     found: dict[str, Any] = {}
     for name, inner in value.items():
-        found |= _leaves(inner, f"{path}.{name}")
+        found |= _flatten(inner, f"{path}.{name}" if path else str(name))
     return found
-
-
-def _key(filled: Filled, parent: Parent | None) -> None:
-    if filled.typed("encryption_key"):
-        return
-    inherited = parent.spec.get("encryption_key") if parent else None
-    if inherited == SECRET_MARK:
-        raise SpecError(
-            f"encryption_key: the parent's files are encrypted with a key that was given as a value, and a value is "
-            f"kept nowhere (parent_job_id {parent.id if parent else ''}).",
-            "Give the same key again: encryption_key=env:NAME or file:PATH.",
-        )
-    why = "the parent's" if inherited else "none was given"
-    filled.put("encryption_key", inherited or None, "key", why)
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What a parent offers: its kind and, once looked for, the file."""
-
-    kind: str
-    parent: Parent
-
-    def take(self, key: str) -> tuple[Artifact, str]:
-        held = list_folder(self.parent.folder)
-        listed = {item.path for item in held}
-        for path in self.parent.outputs:
-            if path not in listed:
-                folder = path.rpartition("/")[0]
-                held += [item for item in list_folder(folder) if item.path == path]
-        where = f"{key}: job {self.parent.id} ({self.parent.action}, {self.parent.state})"
-        return choose_model(held, TAKES[key], self.parent.outputs, where)
-
-
-def _model_of(filled: Filled, parent: Parent | None) -> _Model | None:
-    if parent is None:
-        return None
-    if parent.action not in KINDS:
-        raise SpecError(
-            f"parent_job_id: {parent.id} is a job of {parent.action}, whose results hold no model.",
-            "Give a train, export or gen_trt_engine job.",
-        )
-    return _Model(KINDS[parent.action], parent)
-
-
-def _parent_model(filled: Filled, key: str, parent: Parent | None, model: _Model | None) -> None:
-    others = [other for other in FILLED[filled.action] if other != key and other in TAKES and filled.typed(other)]
-    if parent is None or model is None:
-        filled.put(key, None, "parent_model", "there is no parent_job_id")
-    elif model.kind not in TAKES[key]:
-        filled.put(key, None, "parent_model", _unfit(parent))
-    elif others and filled.action in ("evaluate", "inference"):
-        filled.put(key, None, "parent_model", f"{others[0]} is given, and only one of them acts")
-    else:
-        chosen, why = model.take(key)
-        filled.put(key, chosen.path, "parent_model", f"{why} (job {parent.id})")
-
-
-def _unfit(parent: Parent) -> str:
-    return f"a job of {parent.action} leaves {KINDS[parent.action]}, which does not fit"
-
-
-def _resume_model(filled: Filled, key: str, parent: Parent | None, model: _Model | None) -> None:
-    if filled.searching:
-        filled.put(key, None, "resume_model", "a search finds its trainings itself")
-        return
-    folder = action_folder(filled)
-    newest = newest_checkpoint(list_folder(folder)) if "${" not in folder else None
-    why = "the newest checkpoint in this job's own results" if newest else "this job's own results hold no checkpoint"
-    filled.put(key, newest.path if newest else None, "resume_model", why)
-
-
-def _ptm(filled: Filled, key: str, parent: Parent | None, model: _Model | None) -> None:
-    function = "ptm_if_no_resume_model"
-    if filled.typed("train.resume_training_checkpoint_path"):
-        filled.put(key, None, function, "training resumes from a checkpoint of its own")
-    elif parent is None or model is None:
-        filled.put(key, None, function, "no checkpoint to resume from, and no parent_job_id")
-    elif model.kind not in TAKES[key]:
-        filled.put(key, None, function, _unfit(parent))
-    else:
-        chosen, why = model.take(key)
-        filled.put(key, chosen.path, function, f"nothing to resume; {why} (job {parent.id})")
-
-
-def _create_onnx_file(filled: Filled, key: str, parent: Parent | None, model: _Model | None) -> None:
-    filled.put(key, below(action_folder(filled), "model.onnx"), "create_onnx_file", "in this job's results folder")
-
-
-def _create_engine_file(filled: Filled, key: str, parent: Parent | None, model: _Model | None) -> None:
-    filled.put(key, below(action_folder(filled), "model.engine"), "create_engine_file", "in this job's results folder")
-
-
-_FUNCTIONS = {
-    "resume_model": _resume_model,
-    "ptm_if_no_resume_model": _ptm,
-    "create_onnx_file": _create_onnx_file,
-    "create_engine_file": _create_engine_file,
-}
-
-
-def _require_model(filled: Filled, parent: Parent) -> None:
-    """Refuse a parent whose model nothing in the action takes."""
-    for group in REQUIRED[filled.action]:
-        if group[0] in TAKES and not any(map(filled.typed, group)):
-            kinds = sorted({kind for key in group for kind in TAKES[key]})
-            wanted = " or ".join(action for action, kind in KINDS.items() if kind in kinds)
-            raise SpecError(
-                f"parent_job_id: {filled.action} takes {' or '.join(kinds)}, but {parent.id} is a job of "
-                f"{parent.action}, which leaves {KINDS[parent.action]}.",
-                f"Give a job of {wanted} as the parent, or set {' or '.join(group)}.",
-            )
-
-
-def _carry(filled: Filled, parent: Parent) -> None:
-    known, source = _known_of(parent)
-    for key in (*CARRIED, *_SHAPE):
-        value = known.get(key)
-        if filled.typed(key) or (key in _SHAPE and value is None):
-            continue
-        if value is None:
-            filled.put(key, None, "carried", f"job {parent.id} does not name it")
-        elif key == "model.num_classes" and (filled.action == "train" or known.get("train.stage") == "pretrain"):
-            why = f"the data of this job decides (the parent's: {value})"
-            filled.put(key, None, "carried", why)
-        else:
-            filled.put(key, value, "carried", f"{source} of job {parent.id}")
-
-
-def _known_of(parent: Parent) -> tuple[dict[str, Any], str]:
-    """What a parent says of its model: training's resolved spec knows all; of others only what they were told."""
-    if parent.action == "train":
-        text = read_text(below(parent.folder, "best.yaml")) or read_text(below(parent.folder, "experiment.yaml"))
-        try:
-            tree = yaml.safe_load(text) if text else None
-        except (yaml.YAMLError, RecursionError) as error:
-            raise SpecError(
-                f"parent_job_id: experiment.yaml of job {parent.id} is damaged: {str(error).splitlines()[0]}.",
-                "Restore it, or remove it and name model.arch and train.stage in the spec.",
-            ) from error
-        if isinstance(tree, dict):
-            return _leaves_of(tree), "resolved spec"
-    return _leaves_of(parent.spec), "spec"
-
-
-def _leaves_of(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for name, inner in tree.items() for key, value in _leaves(inner, str(name)).items()}

@@ -1,7 +1,4 @@
-"""Processes by number and time of start, so that a number used again is not mistaken.
-
-Linux's /proc has a start that no change of the clock moves, and tells one boot from another; elsewhere psutil answers.
-"""
+"""Sessions of processes: each job runs in its own session, so that all its processes can be found and stopped."""
 
 from __future__ import annotations
 
@@ -10,118 +7,67 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-_PROC = Path("/proc/self")
-_STATES = {psutil.STATUS_ZOMBIE: "Z", psutil.STATUS_DEAD: "X", psutil.STATUS_STOPPED: "T"}
-_STATE, _GROUP, _SESSION, _START = 0, 2, 3, 19  # in /proc/PID/stat, counted behind the name
-Identity = dict[str, Any]
+from openmae.machine import boot_id, inspect, is_running, is_same
 
-
-def identify(pid: int) -> Identity | None:
-    """What tells a process from every other one, past and future; None where it is dead."""
-    fields = _stat(pid)
-    return (
-        {"pid": pid, "start": int(fields[_START]), "boot": _boot()} if fields and fields[_STATE] not in "ZX" else None
-    )
-
-
-def alive(identity: Mapping[str, Any] | None) -> bool:
-    """Whether this very process still runs; a zombie does not."""
-    return identity is not None and identify(identity["pid"]) == dict(identity)
-
-
-def stopped(identity: Mapping[str, Any] | None) -> bool:
-    """Whether this very process is stopped, as by SIGSTOP."""
-    if identity is None or not alive(identity):
-        return False
-    fields = _stat(identity["pid"])
-    return fields is not None and fields[_STATE] in "Tt"
+_POLL = 0.05
 
 
 def living_sessions() -> set[int]:
-    """The numbers of all sessions that have a living process, in one look at them all."""
-    found = set()
-    for pid in psutil.pids():
-        fields = _stat(pid)
-        if fields and fields[_STATE] not in "ZX":
-            found.add(int(fields[_SESSION]))
-    return found
+    """Return the ids of all sessions that have a process."""
+    return {session for pid in psutil.pids() if (session := _session(pid)) is not None}
 
 
-def session_of(identity: Mapping[str, Any]) -> list[int]:
-    """The living processes of the session that a process leads or led.
+def session_members(leader: Mapping[str, Any]) -> list[int]:
+    """Return the ids of the living processes in the session that ``leader`` leads or led.
 
-    After the leader's death its number is not given to another process as long as its session has members; a process
-    that was started before the leader is none of them.
+    As long as the session has members, the system does not give the id of a dead leader to another process. If a
+    process of that id has another start time, the session has therefore ended.
+
+    Args:
+        leader: The identity of the session's first process.
     """
-    if identity.get("boot") != _boot():
+    found = inspect(leader["pid"])
+    if leader.get("boot") != boot_id() or (found is not None and not is_same(found, leader)):
         return []
-    leader = _stat(identity["pid"])
-    if leader and int(leader[_START]) != identity.get("start"):
-        return []
-    found = []
-    for pid in psutil.pids():
-        fields = _stat(pid)
-        if fields and fields[_STATE] not in "ZX" and int(fields[_SESSION]) == identity["pid"]:
-            found.append(pid)
-    return found
+    members = [pid for pid in psutil.pids() if _session(pid) == leader["pid"]]
+    return [pid for pid in members if (member := inspect(pid)) is not None and member.is_alive]
 
 
-def signal_session(identity: Mapping[str, Any], number: signal.Signals) -> None:
-    """Send a signal to a job: SIGINT to its first process group, as a terminal would; others to its whole session.
+def signal_session(leader: Mapping[str, Any], number: signal.Signals) -> None:
+    """Send a signal to a job: SIGINT to its first process group, as a terminal does; others to the whole session.
 
-    Processes of a distributed run leave the group (the first one passes SIGINT on to them), but not the session.
+    The processes of a distributed run leave the group but not the session. The first one passes SIGINT on to them.
     """
-    for pid in session_of(identity):
-        fields = _stat(pid)
-        if fields and (number != signal.SIGINT or int(fields[_GROUP]) == identity["pid"]):
-            with suppress(ProcessLookupError):
+    for pid in session_members(leader):
+        with suppress(ProcessLookupError):
+            if number != signal.SIGINT or os.getpgid(pid) == leader["pid"]:
                 os.kill(pid, number)
 
 
-def stop_session(identity: Mapping[str, Any], grace: float) -> None:
-    """SIGINT, so that a checkpoint is written; SIGTERM after ``grace`` seconds; SIGKILL at most 5 s later.
+def stop_session(leader: Mapping[str, Any], grace: float) -> None:
+    """Stop a job, and return once its first process has ended and the others have been killed.
 
-    Returns when all are dead.
+    Args:
+        leader: The identity of the job's first process.
+        grace: Seconds between SIGINT, on which training writes a checkpoint, and SIGTERM; SIGKILL follows within 5 s.
     """
     for number, patience in ((signal.SIGINT, grace), (signal.SIGTERM, min(grace, 5.0)), (signal.SIGKILL, 10.0)):
-        signal_session(identity, number)
-        signal_session(identity, signal.SIGCONT)  # a stopped process hears nothing else
+        signal_session(leader, number)
+        signal_session(leader, signal.SIGCONT)  # a stopped process receives no other signal
         deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            if not session_of(identity):
-                return
-            time.sleep(0.05)
+        while is_running(leader) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+        if not is_running(leader):
+            break
+    signal_session(leader, signal.SIGKILL)
 
 
-def _stat(pid: int) -> list[str] | None:
-    if not _PROC.is_dir():
-        return _stat_by_psutil(pid)
+def _session(pid: int) -> int | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+        return os.getsid(pid)
+    except OSError:  # it has ended, or belongs to another user
         return None
-    return text.rpartition(")")[2].split()
-
-
-def _stat_by_psutil(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat that are used here."""
-    fields = [""] * (_START + 1)
-    try:
-        process = psutil.Process(pid)
-        fields[_STATE] = _STATES.get(process.status(), "R")
-        fields[_GROUP], fields[_SESSION] = str(os.getpgid(pid)), str(os.getsid(pid))
-        fields[_START] = str(round(1e6 * process.create_time()))
-    except (psutil.Error, OSError):  # it has ended, or is another user's
-        return None
-    return fields
-
-
-def _boot() -> str:
-    if not _PROC.is_dir():
-        return ""  # the time of a start tells boots apart, too
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()

@@ -1,4 +1,4 @@
-"""Records of jobs: one JSON file each, whole or not at all, changed under a lock that dies with its holder."""
+"""The folder that holds the records of jobs: one JSON file per job, replaced atomically, changed under a lock."""
 
 from __future__ import annotations
 
@@ -8,52 +8,47 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from openmae.errors import RunError, SpecError
-from openmae.jobs.job import FINAL, Record, checked, moment, state_of
+from openmae.jobs.job import FINAL, Record, parse_time
 from openmae.storage.atomic import FULL, UNWRITTEN, disk_error, disk_errors
 
-try:
-    import fcntl
-except ImportError:  # Windows, and some sandboxes
-    fcntl = None  # type: ignore[assignment]
-
 RECORD, SPEC, LOG = "job.json", "spec.yaml", "log.txt"
-PATIENCE = 30.0  # seconds for a lock that is held for milliseconds
-_TURN = 0.01  # seconds between two tries
-_RESERVE, _RESERVED = ".reserve", 64 * 1024  # bytes: a few versions of a record
+PATIENCE = 30.0  # seconds to wait for a lock that is normally held for milliseconds
+_RETRY = 0.01  # seconds
+_RESERVE, _RESERVED = ".reserve", 64 * 1024  # bytes: enough for the last versions of a record
 _ID = re.compile(r"[0-9a-f][0-9a-f-]*")
+_LIST = "`mae jobs list` shows all jobs."
 
 log = logging.getLogger("openmae")
 
 
 class LockHeldError(RunError):
-    """Another process, which is probably stopped, keeps a lock that is held for milliseconds otherwise."""
+    """Another process, which is probably stopped, holds a lock for too long."""
 
 
 class JobStore:
-    """The jobs below a folder, which any number of processes may use at once.
+    """All jobs of a folder. Any number of processes may use it at the same time.
 
     Args:
-        root: a local folder, created when it does not exist; nobody else may read it.
+        root: A local folder; created, readable only by this user, if it does not exist.
 
     Raises:
-        SpecError: the folder cannot be made, or is not local.
-        RunError: its disk is full or faulty.
+        SpecError: The folder is not local or cannot be created.
+        RunError: Its disk is full or faulty.
     """
 
     def __init__(self, root: str | Path) -> None:
         if "://" in str(root):
             raise SpecError(
                 f"root: the records of jobs are kept in a local folder, got {str(root)!r}.",
-                "Give a local root; set results_dir in the spec to a remote place.",
+                "Use a local folder as the root, and set results_dir in the spec to the remote location.",
             )
         self.root = Path(root).expanduser().absolute()
         try:
@@ -61,59 +56,63 @@ class JobStore:
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise SpecError(
-                f"root: {self.root} cannot be made ({error.strerror}).", "Name a folder that you may write to."
+                f"root: {self.root} cannot be created ({error.strerror}).", "Use a folder that you may write to."
             ) from error
 
     def folder(self, job_id: str) -> Path:
-        """Of a job's record, spec and log."""
+        """Return the folder of a job's record, spec and log."""
         return self.root / job_id
 
     def create(self, record: Record) -> None:
-        """Write the first version of a record; a folder without one is no job.
+        """Write the first version of a record.
 
         Raises:
-            RunError: the disk is full or faulty, or the user may not write there; nothing is left of the job.
+            RunError: The disk is full or faulty, or the user may not write there. No part of the job is left.
         """
-        folder = self.folder(record["id"])
+        folder = self.folder(record.id)
         with disk_errors(folder):
             folder.mkdir(mode=0o700)
         try:
             self._write(record)
         except RunError:
-            self.discard(record["id"])
+            self.discard(record.id)
             raise
 
     def discard(self, job_id: str) -> None:
-        """Remove what a job that was not started has in the root."""
+        """Remove the folder of a job that was not started."""
         shutil.rmtree(self.folder(job_id), ignore_errors=True)
 
     def read(self, job_id: str) -> Record:
-        """A record as it is now.
+        """Return the current record of a job.
 
         Raises:
-            SpecError: there is no such job.
-            RunError: the file is damaged, belongs to another job, or was written by a newer version.
+            SpecError: There is no such job.
+            RunError: The file is damaged, belongs to another job, or was written by a newer version.
         """
         path = self.folder(job_id) / RECORD
+        absent = SpecError(f"There is no job {job_id!r} in {self.root}.", _LIST)
         if not _ID.fullmatch(job_id) or not path.parent.is_dir() or not os.path.lexists(path):
-            raise SpecError(f"There is no job {job_id!r} in {self.root}.", "`mae jobs list` shows all jobs.")
+            raise absent
         try:
-            return checked(read_json(path), job_id)
+            return Record.from_dict(read_json(path), job_id)
         except FileNotFoundError:  # removed a moment ago
-            raise SpecError(f"There is no job {job_id!r} in {self.root}.", "`mae jobs list` shows all jobs.") from None
+            raise absent from None
         except (ValueError, OSError) as error:
-            newer = "Use that version for this job. Other jobs are not affected."
-            other = f"Restore it, or remove {path.parent}. Other jobs are not affected."
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = str(error.strerror) if isinstance(error, OSError) else str(error)
+            fix = (
+                "Use that version for this job."
+                if "newer version" in reason
+                else f"Restore it, or remove {path.parent}."
+            )
             raise RunError(
-                f"The record {path} cannot be read ({reason}).", newer if "newer version" in str(error) else other
+                f"The record {path} cannot be read ({reason}).", f"{fix} Other jobs are not affected."
             ) from error
 
     def find(self, text: str) -> str:
-        """The id that ``text`` begins.
+        """Return the job id that begins with ``text``.
 
         Raises:
-            SpecError: none or several begin with it.
+            SpecError: No id, or several, begin with it.
         """
         if _ID.fullmatch(text) and (self.folder(text) / RECORD).is_file():
             return text
@@ -121,14 +120,16 @@ class JobStore:
         if len(found) == 1:
             return found[0]
         if found:
-            raise SpecError(f"{len(found)} jobs begin with {text!r}: {', '.join(found[:4])}.", "Give more of the id.")
-        raise SpecError(f"There is no job {text!r} in {self.root}.", "`mae jobs list` shows all jobs.")
+            raise SpecError(
+                f"{len(found)} jobs begin with {text!r}: {', '.join(found[:4])}.", "Give more characters of the id."
+            )
+        raise SpecError(f"There is no job {text!r} in {self.root}.", _LIST)
 
     def ids(self) -> list[str]:
-        """All jobs, in no order.
+        """Return the ids of all jobs, in any order.
 
         Raises:
-            RunError: the root cannot be read.
+            RunError: The root cannot be read.
         """
         try:
             names = os.listdir(self.root)
@@ -137,11 +138,11 @@ class JobStore:
         return [name for name in names if os.path.lexists(self.root / name / RECORD)]
 
     def records(self) -> list[Record]:
-        """All records, oldest first; one that cannot be read is left out with a warning that names it."""
+        """Return all records, oldest first. A record that cannot be read is skipped with a warning that names it."""
         found = []
         for job_id in self.ids():
             if not _ID.fullmatch(job_id):
-                log.warning("%s is no job: the name of its folder is no id.", self.folder(job_id) / RECORD)
+                log.warning("%s is not a job: the name of its folder is not a job id.", self.folder(job_id) / RECORD)
                 continue
             try:
                 found.append(self.read(job_id))
@@ -149,23 +150,22 @@ class JobStore:
                 log.warning("%s", error)
             except SpecError:  # removed a moment ago
                 continue
-        return sorted(found, key=lambda record: (moment(record["created_at"]), record["id"]))
+        return sorted(found, key=lambda record: (parse_time(record.created_at), record.id))
 
     @contextmanager
     def update(self, job_id: str) -> Iterator[Record]:
-        """Give a record to change, alone; it is on the disk when the block ends without an error.
+        """Lock a record and yield it for changes; it is written when the block ends without an error.
 
         Raises:
-            ValueError: a transition was changed or removed.
-            SpecError: there is no such job.
-            RunError: the record cannot be read or written, or another process keeps its lock.
+            ValueError: A transition was changed or removed.
+            SpecError: There is no such job.
+            RunError: The record cannot be read or written, or another process holds its lock.
         """
         with locked(self.folder(job_id) / ".lock"):
             record = self.read(job_id)
-            before = json.dumps(record["transitions"])
-            count = len(record["transitions"])
+            before = list(record.transitions)
             yield record
-            if json.dumps(record["transitions"][:count]) != before:
+            if record.transitions[: len(before)] != before:
                 raise ValueError(f"transitions of job {job_id} are append-only")
             self._write(record)
 
@@ -176,13 +176,13 @@ class JobStore:
         path.unlink(missing_ok=True)
 
     def keep_reserve(self, job_id: str) -> None:
-        """Set aside the space for a job's last records: one that fills the disk can still be canceled and concluded."""
+        """Reserve disk space, so that the end of a job that fills the disk can still be recorded."""
         with suppress(OSError):
             (self.folder(job_id) / _RESERVE).write_bytes(os.urandom(_RESERVED))
 
     def _write(self, record: Record) -> None:
-        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-        path, reserve = self.folder(record["id"]) / RECORD, self.folder(record["id"]) / _RESERVE
+        text = json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n"
+        path, reserve = self.folder(record.id) / RECORD, self.folder(record.id) / _RESERVE
         try:
             write_durably(path, text)
         except RunError as error:
@@ -191,56 +191,45 @@ class JobStore:
                 raise
             reserve.unlink()
             write_durably(path, text)
-        if state_of(record) in FINAL:
+        if record.state in FINAL:
             reserve.unlink(missing_ok=True)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path``; the kernel frees it when the holder dies, however it dies.
+    """Hold the lock file ``path``. The system releases it if the holder dies.
 
     Raises:
-        SpecError: its folder is not there.
-        RunError: another process holds it for longer than ``PATIENCE`` seconds, or it cannot be made.
+        SpecError: Its folder, that of a job, does not exist.
+        RunError: Another process holds it for longer than ``PATIENCE`` seconds, or it cannot be created.
     """
+    if not path.parent.is_dir():  # FileLock would create it
+        raise SpecError(f"There is no job {path.parent.name!r}.", _LIST)
+    lock = FileLock(path, timeout=PATIENCE, mode=0o600)
     try:
         with disk_errors(path):
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:
-        raise SpecError(f"There is no job {path.parent.name!r}.", "`mae jobs list` shows all jobs.") from None
+            lock.acquire(poll_interval=_RETRY)
+    except Timeout:
+        raise LockHeldError(
+            f"Another process has held the lock {path} for {PATIENCE:g} s.",
+            f"Find it with `fuser -v {path}`. If it is stopped (state T), run `kill -CONT PID`, or kill it.",
+        ) from None
     try:
-        if fcntl is None:
-            with FileLock(f"{path}.file"):
-                yield
-            return
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise LockHeldError(
-                        f"Another process has held the lock {path} for {PATIENCE:g} s.",
-                        f"See which one with `fuser -v {path}`. If it is stopped (state T), continue it with "
-                        "`kill -CONT PID`, or end it.",
-                    ) from None
-                time.sleep(_TURN)
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def read_json(path: Path) -> Any:
-    """The content of a small JSON file.
+    """Return the content of a small JSON file.
 
     Raises:
-        ValueError: it is no regular file, or no JSON.
-        OSError: it cannot be read.
+        ValueError: It is not a regular file, or not JSON.
+        OSError: It cannot be read.
     """
     if not path.is_file():
         path.stat()
-        raise ValueError("it is no regular file")  # a pipe would never end
+        raise ValueError("it is not a regular file")  # reading a pipe would never end
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
@@ -252,10 +241,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write ``path`` so that it is there whole after a power cut; only the user may read it.
+    """Replace ``path`` atomically, so that the new content survives a power failure; only the user may read it.
 
     Raises:
-        RunError: the disk is full or faulty, or the user may not write there; what was there is untouched.
+        RunError: The disk is full or faulty, or the user may not write there; the old content is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):

@@ -1,4 +1,4 @@
-"""How much clients can make the server log."""
+"""Limits on how much clients can make the server log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_BURST, _PERIOD = 10, 60.0  # records of one kind, and seconds
+_BURST, _PERIOD = 10, 60.0  # records of one kind, per seconds
 _KINDS = 1000
 _LOGGERS = ("asyncio", "uvicorn.error", "openmae", "python_multipart")
 
@@ -17,29 +17,29 @@ log = logging.getLogger("openmae")
 
 
 class LogLimit(logging.Filter):
-    """Lets ``_BURST`` records of a kind through in ``_PERIOD`` seconds, and counts the others."""
+    """Passes ``_BURST`` records of a kind per ``_PERIOD`` seconds, and counts the others."""
 
     def __init__(self) -> None:
         super().__init__()
         self._kinds: dict[tuple[str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is written; the first of a new period says how many were not."""
+        """Return whether a record is logged; the first record of a new period reports how many were not."""
         kind = (record.name, str(record.msg)[:80])
-        begun, count = self._kinds.get(kind, (-_PERIOD, 0))
-        if time.monotonic() - begun >= _PERIOD:
+        began, count = self._kinds.get(kind, (-_PERIOD, 0))
+        if time.monotonic() - began >= _PERIOD:
             if count > _BURST:
-                record.msg = f"{record.msg} ({count - _BURST} more like this were left out)"
+                record.msg = f"{record.msg} ({count - _BURST} more like this were not logged)"
             if len(self._kinds) > _KINDS:
                 self._kinds.clear()
-            begun, count = time.monotonic(), 0
-        self._kinds[kind] = (begun, count + 1)
+            began, count = time.monotonic(), 0
+        self._kinds[kind] = (began, count + 1)
         return count < _BURST
 
 
 @contextmanager
 def limited_logs() -> Iterator[None]:
-    """Bound how much clients can make the server log while entered."""
+    """Limit the records of all loggers that clients can cause."""
     limits = [(logging.getLogger(name), LogLimit()) for name in _LOGGERS]
     for logger, limit in limits:
         logger.addFilter(limit)
@@ -50,8 +50,8 @@ def limited_logs() -> Iterator[None]:
             logger.removeFilter(limit)
 
 
-def quiet_accept(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log errors of the event loop without the traceback where no descriptor was left, as there may be many."""
+def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log an error of the event loop, without a traceback if no descriptor was left, since there may be many."""
     error = context.get("exception")
     if isinstance(error, OSError) and "accept" in str(context.get("message")):
         log.error("A connection could not be accepted (%s).", error.strerror)

@@ -1,4 +1,4 @@
-"""The HTTP interface of a model: predictions, health, metadata, and a page to try it on."""
+"""The HTTP interface of a model: predictions, health, metadata, and a page to try it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from torch import Tensor
 from openmae._version import __version__
 from openmae.engines.batching import eval_transform
 from openmae.engines.predictor import Predictor
-from openmae.serving.access_log import quiet_accept
+from openmae.serving.access_log import log_loop_error
 from openmae.serving.fairness import Decoders
 from openmae.serving.micro_batching import Batcher, BatchFailed, Full
 from openmae.serving.settings import Settings
 from openmae.serving.uploads import Intake, Refused, Upload, count_pixels, decode_upload, open_uploads
 
-Entry = tuple[int, dict[str, Any]]  # status and answer of one image
+Entry = tuple[int, dict[str, Any]]  # status and response of one image
 _Result = TypeVar("_Result")
 
-TOP = 5  # classes that an answer lists
+TOP = 5  # classes in a response
 
 
 class Share(BaseModel):
@@ -46,50 +46,50 @@ class Share(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Of one image: of a classifier class, probability and top, of a pretrained model the embedding, or an error."""
+    """One image: class, probability and top of a classifier, the embedding of a pretrained model, or an error."""
 
     name: str
     class_: str | None = Field(None, alias="class")
     probability: float | None = None
-    top: list[Share] | None = Field(None, description=f"the {TOP} most likely classes, best first")
+    top: list[Share] | None = Field(None, description=f"The {TOP} most likely classes, best first.")
     embedding: list[float] | None = None
     error: str | None = None
 
 
-class Answer(BaseModel):
-    """Of all images of a request, in their order."""
+class PredictResponse(BaseModel):
+    """The predictions for all images of a request, in order."""
 
     model: str
     predictions: list[Prediction]
 
 
 class Failure(BaseModel):
-    """The rule that was broken, the value that broke it, and the mend."""
+    """The rule that was broken, the value that broke it, and the fix."""
 
     error: str
 
 
-class NoneUsable(Answer):
-    """An answer in which every image has an error."""
+class NoneUsable(PredictResponse):
+    """A response in which every image has an error."""
 
     error: str
 
 
 def create_app(predictor: Predictor, settings: Settings | None = None) -> FastAPI:
-    """The application around a model that is ready to run; it closes nothing of the predictor's.
+    """Return the application around a model that is ready to run. It does not close the predictor.
 
     ``POST /predict``, ``GET /health``, ``GET /metadata``, ``GET /openapi.json``, and ``GET /`` for the page. Every
-    error is JSON: ``{"error": rule, value and mend}``.
+    error is JSON: ``{"error": rule, value and fix}``.
 
     Args:
-        predictor: asked from one thread.
-        settings: limits; default those of :class:`Settings`.
+        predictor: The model; called from one thread.
+        settings: The limits; by default, those of :class:`Settings`.
     """
     service = _Service(predictor, settings or Settings())
     app = FastAPI(
         title="OpenMAE",
         version=__version__,
-        docs_url=None,  # FastAPI's own pages load scripts from another host
+        docs_url=None,  # FastAPI's own pages load scripts from other hosts
         redoc_url=None,
         lifespan=service.lifespan,
     )
@@ -100,7 +100,7 @@ def create_app(predictor: Predictor, settings: Settings | None = None) -> FastAP
 
 
 class _Service:
-    """The model, the threads around it, and what is under way."""
+    """The model, the threads around it, and the requests in progress."""
 
     def __init__(self, predictor: Predictor, settings: Settings) -> None:
         card = predictor.card
@@ -117,7 +117,7 @@ class _Service:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_exception_handler(quiet_accept)
+        asyncio.get_running_loop().set_exception_handler(log_loop_error)
         self._ready = True
         try:
             yield
@@ -129,29 +129,29 @@ class _Service:
 
     @property
     def status(self) -> str:
-        """ok, failing (the latest batch) or stopped."""
+        """``ok``, ``failing`` (the latest batch failed) or ``stopped``."""
         if not self._ready:
             return "stopped"
         return "failing" if self._batcher.failure else "ok"
 
     @property
-    def under_way(self) -> int:
-        """Images that arrived and are not answered."""
+    def images_in_progress(self) -> int:
+        """Images that have arrived and are not answered."""
         return self._batcher.held
 
     async def predict(self, request: Request) -> list[Entry]:
-        """An answer for each image of the request, or why there is none."""
+        """Return a response for each image of the request, or the reason why there is none."""
         if not self._ready:
-            raise Refused(503, "The server is stopping.", "Try another one, or later.")
+            raise Refused(503, "The server is stopping.", "Try another server, or try again later.")
         async with open_uploads(request, self.settings, self._intake) as uploads:
             if self._requests >= self.settings.max_requests:
                 raise Full
             sizes = await self._read_headers(uploads)
-            with self._place(sum(size for size in sizes if isinstance(size, int)), len(uploads)):
+            with self._admit(sum(size for size in sizes if isinstance(size, int)), len(uploads)):
                 return await self._answers(uploads, sizes)
 
     async def _read_headers(self, uploads: list[Upload]) -> list[int | Refused]:
-        """The pixels of each image, before any of them is decoded."""
+        """Return the pixels of each image before any of them is decoded."""
 
         def read() -> list[int | Refused]:
             return [_or_refused(partial(count_pixels, one, self.settings.max_pixels)) for one in uploads]
@@ -159,12 +159,12 @@ class _Service:
         return await asyncio.get_running_loop().run_in_executor(self._headers, read)
 
     @contextmanager
-    def _place(self, pixels: int, images: int) -> Iterator[None]:
-        """A request's place among those that are answered, and its images' places.
+    def _admit(self, pixels: int, images: int) -> Iterator[None]:
+        """Hold a place for a request and for its images. The last quarter of the places is for small requests.
 
         Raises:
-            Refused: its images have too many pixels.
-            Full: there is none; the last quarter is for small requests.
+            Refused: Its images have too many pixels.
+            Full: There is no place.
         """
         limits = self.settings
         if pixels > limits.max_request_pixels:
@@ -212,7 +212,7 @@ class _Service:
             return _refuse(name, Refused(500, problem, "Export the model in a higher precision."))
         if self.card.stage == "pretrain":
             return 200, {"name": name, "embedding": row.tolist()}
-        best = row.log_softmax(0).sort(descending=True, stable=True)  # as finetune.predict ranks
+        best = row.log_softmax(0).sort(descending=True, stable=True)  # ranked as inference does
         labels, shares = best.indices[:TOP].tolist(), best.values[:TOP].exp().tolist()
         names = self.card.class_names
         top = [{"class": names[label], "probability": share} for label, share in zip(labels, shares, strict=True)]
@@ -242,34 +242,34 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
 
     @app.post(
         "/predict",
-        response_model=Answer,
+        response_model=PredictResponse,
         responses=errors,
         openapi_extra={"requestBody": {"content": {"multipart/form-data": form, "image/*": binary}, "required": True}},
     )
     async def predict(request: Request) -> JSONResponse:
         """Classify or embed the images of a form (field `images`, any number of files) or the image in the body.
 
-        200 where at least one image could be used; one that could not has an `error` in its place. Where none could,
-        the status is that of the first: 422 not decodable, 413 too many pixels.
+        The status is 200 if at least one image could be used; the others have an `error`. If none could be used, it is
+        that of the first image: 422 not decodable, 413 too many pixels.
         """
         entries = await service.predict(request)
-        answer = {"model": arch, "predictions": [entry for _, entry in entries]}
+        response = {"model": arch, "predictions": [entry for _, entry in entries]}
         if any(status == 200 for status, _ in entries):
-            return JSONResponse(answer)
+            return JSONResponse(response)
         status, first = entries[0]
-        of_all = f"None of the {len(entries)} images could be used; the first: " if len(entries) > 1 else ""
-        return JSONResponse({"error": of_all + first["error"], **answer}, status)
+        prefix = f"None of the {len(entries)} images could be used; the first: " if len(entries) > 1 else ""
+        return JSONResponse({"error": prefix + first["error"], **response}, status)
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health", responses={503: {"description": "the latest batch failed, or the server is stopping"}})
+    @app.get("/health", responses={503: {"description": "The latest batch failed, or the server is stopping."}})
     async def health() -> JSONResponse:
-        """200 and `ok`, or 503 and `failing` (the latest batch raised an error) or `stopped`; images under way."""
-        said = {"status": service.status, "model": arch, "images_under_way": service.under_way}
-        return JSONResponse(said, 200 if service.status == "ok" else 503)
+        """Return 200 and `ok`, or 503 and `failing` (the latest batch raised an error) or `stopped`."""
+        health = {"status": service.status, "model": arch, "images_under_way": service.images_in_progress}
+        return JSONResponse(health, 200 if service.status == "ok" else 503)
 
     @app.get("/metadata")
     async def metadata() -> dict[str, Any]:
-        """What the model is, what runs it, and what a request may hold."""
+        """Describe the model, its runtime, and the limits of a request."""
         return {
             "card": service.card.to_dict(),
             "runtime": service.runtime,
@@ -299,11 +299,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return _failure(400, "The client went away before its images had arrived.")
+        return _failure(400, "The client disconnected before its images had arrived.")
 
     @app.exception_handler(StarletteHTTPException)
     async def other(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        text = f"{request.method} {request.url.path}: {error.detail}. GET /openapi.json lists what there is."
+        text = f"{request.method} {request.url.path}: {error.detail}. GET /openapi.json lists all paths."
         return _failure(error.status_code, text, error.headers)
 
     @app.exception_handler(Exception)
@@ -316,7 +316,7 @@ def _failure(status: int, text: str, headers: Mapping[str, str] | None = None) -
 
 
 def _content_policy(page: str) -> str:
-    """Admits the page's own script and style, and requests to where it came from; nothing else."""
+    """Return a policy that allows the page's own script and style, and requests to its server; nothing else."""
     hashes = {}
     for tag in ("script", "style"):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
@@ -328,7 +328,7 @@ def _content_policy(page: str) -> str:
 
 
 class _SafeHeaders:
-    """What every answer says to a browser: take the content type at its word, tell no other site."""
+    """Headers of every response: browsers must trust the content type, and send no referrer to other sites."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

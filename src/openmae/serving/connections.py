@@ -1,4 +1,4 @@
-"""Connections of uvicorn with limits that it does not have: their number, and the time for headers and for answers."""
+"""Connections with limits that uvicorn does not have: their number, and the time for headers and for responses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from openmae.serving.settings import Settings
 
 _BACKLOG = 128  # connections that the kernel keeps until they are accepted; all of them may be accepted at once
-_RESERVED = 64  # descriptors for everything that is no connection
-_MOST = 1000  # connections where the system would allow more
+_RESERVED = 64  # descriptors for everything else
+_MOST = 1000  # connections, even if the system allows more
 _TOO_SLOW = (
     b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
     b'{"error":"The headers did not arrive in time. Send the request again."}'
@@ -22,7 +22,7 @@ log = logging.getLogger("openmae")
 
 
 def descriptor_limits() -> tuple[int, int]:
-    """How many connections may be open, and how many may wait to be accepted, within the limit on descriptors."""
+    """Return how many connections may be open, and how many may wait, within the limit on file descriptors."""
     try:
         import resource
     except ImportError:  # Windows
@@ -35,9 +35,9 @@ def descriptor_limits() -> tuple[int, int]:
 
 
 class LimitedProtocol(H11Protocol):
-    """A connection that is closed when headers take too long or an answer is not taken, or to make room for another.
+    """A connection that is closed if its headers take too long, if its client does not read, or to make room.
 
-    Make a subclass for each server, by ``limited``.
+    ``limited`` makes a subclass for each server.
     """
 
     settings: Settings
@@ -45,44 +45,44 @@ class LimitedProtocol(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     _aborted = False
-    _since = 0.0  # when it began to wait for headers, or for a body
+    _since = 0.0  # when it began to wait for headers or for a body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Make room for it where there is none."""
+        """Make room if there are too many connections, and start the time for headers."""
         super().connection_made(transport)
         self._since = time.monotonic()
         self._make_room()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Watch what the connection waits for now."""
+        """Stop the time for headers if they are complete."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """The time for the next headers, and for what is left of a body that was refused, begins."""
+        """Start the time for the next headers, and for the rest of a body that was refused."""
         super().on_response_complete()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the timer."""
+        """Stop the timer."""
         self._set_timer(None)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client takes the answer too slowly."""
+        """Start the time for the client to read."""
         super().pause_writing()
         self._set_timer(self.settings.write_seconds)
 
     def resume_writing(self) -> None:
-        """It has taken it."""
+        """Stop the time for the client to read."""
         super().resume_writing()
         self._set_timer(None)
         self._watch()
 
     @property
     def waits_for_headers(self) -> bool:
-        """Whether no request is under way."""
+        """True while there is no request."""
         return self.cycle is None or self.cycle.response_complete
 
     def _watch(self) -> None:
@@ -110,15 +110,15 @@ class LimitedProtocol(H11Protocol):
         self.transport.close()
 
     def _make_room(self) -> None:
-        there = [one for one in self.connections if isinstance(one, LimitedProtocol) and not one._aborted]
-        if len(there) <= self.most:
+        open_ones = [one for one in self.connections if isinstance(one, LimitedProtocol) and not one._aborted]
+        if len(open_ones) <= self.most:
             return
         log.warning(
             "%d connections are open, which is the limit: the one that has waited longest is closed.", self.most
         )
-        waiting = [one for one in there if one is not self and not one._is_at_work]
+        waiting = [one for one in open_ones if one is not self and not one._is_at_work]
         victim = min(waiting, key=lambda one: one._since, default=self)
-        victim._aborted = True  # it is among the connections until the loop's next turn
+        victim._aborted = True  # it remains in the list until the next turn of the event loop
         victim.transport.abort()
 
     @property
@@ -127,5 +127,5 @@ class LimitedProtocol(H11Protocol):
 
 
 def limited(settings: Settings, most: int) -> type[LimitedProtocol]:
-    """The protocol of a server with these limits."""
+    """Return the protocol of a server with these limits."""
     return type("Limited", (LimitedProtocol,), {"settings": settings, "most": most})

@@ -1,10 +1,10 @@
-"""Who is next: work of many requests takes turns, so that a small request does not wait for a large one."""
+"""Fair sharing of decoding and inference among requests, so that a small request does not wait for a large one."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
+from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,118 +14,104 @@ from torch import Tensor
 
 _Item = TypeVar("_Item")
 
-_OPENING = 50_000  # pixels' worth of work that every image takes
-_LARGE = 8  # an image is large above this part of the pixels that are decoded at once
-
-
-@dataclass
-class Clock:
-    """Virtual time: when the work that was begun last was due."""
-
-    time: float = 0.0
-
-    def dues(self, costs: Iterable[float]) -> list[float]:
-        """When each piece of a request's work is due: at what the request takes up to it, counted from now."""
-        return list(itertools.accumulate(costs, initial=self.time))[1:]
+_OVERHEAD = 50_000  # cost of an image in addition to its pixels
+_LARGE = 8  # an image is large above this fraction of the pixels that are decoded at the same time
 
 
 class FairQueue(Generic[_Item]):
-    """Weighted fair queueing: what is due first goes first, and the clock is set to it.
+    """Weighted fair queueing: the item that is due first is taken first.
 
-    So a request with little work passes one with much, and none waits for ever, since the clock goes on with each item.
-    Queues that share a clock share the work fairly.
+    The items of a request are due one after another from the current virtual time, each after its cost. Taking an item
+    sets the time to when it was due. So a request with little work overtakes one with much, and none waits forever.
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._heap: list[tuple[float, int, _Item]] = []
-        self._numbers = itertools.count()  # of those due together the first to come
+    def __init__(self) -> None:
+        self._time = 0.0
+        self._entries: list[tuple[float, int, _Item]] = []  # sorted
+        self._numbers = itertools.count()  # of items that are due at the same time, the first one added comes first
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._entries)
 
-    def add(self, item: _Item, due: float) -> None:
-        """Add an item; see ``Clock.dues``."""
-        heapq.heappush(self._heap, (due, next(self._numbers), item))
+    def add(self, items: Sequence[_Item], costs: Iterable[float]) -> None:
+        """Add the items of a request, each with its cost."""
+        due = self._time
+        for item, cost in zip(items, costs, strict=True):
+            due += cost
+            insort(self._entries, (due, next(self._numbers), item))
 
-    def peek(self) -> tuple[float, _Item]:
-        """When the next item is due, and the item."""
-        due, _, item = self._heap[0]
-        return due, item
-
-    def take(self) -> _Item:
-        """Remove and return the next item."""
-        due, _, item = heapq.heappop(self._heap)
-        self._clock.time = max(self._clock.time, due)
-        return item
+    def take(self, fits: Callable[[_Item], bool] = lambda item: True) -> _Item | None:
+        """Remove and return the first item that fits, or return None."""
+        for place, (due, _, item) in enumerate(self._entries):
+            if fits(item):
+                del self._entries[place]
+                self._time = max(self._time, due)
+                return item
+        return None
 
 
 @dataclass
 class _Task:
-    work: Callable[[], Tensor | Exception]
+    work: Callable[[], Any]
     pixels: int
     future: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Decoders:
-    """Threads that decode images, each when it is its request's turn.
+    """Threads that decode images, in fair order.
 
-    Large images share ``pixels`` and all threads but one: memory stays bounded, and a small image never waits for the
+    Large images share ``pixels`` and all threads but one. So memory is bounded, and a small image never waits for the
     end of a large one.
 
     Args:
-        threads: for large images; one more is for small ones alone.
-        pixels: of all large images that are decoded at once, and the most that one may have.
+        threads: Number of threads for large images. There is one more for small images only.
+        pixels: Limit for all large images that are decoded at the same time, and for a single image.
     """
 
     def __init__(self, threads: int, pixels: int) -> None:
         self._threads, self._pixels = threads, pixels
         self._pool = ThreadPoolExecutor(threads + 1, "openmae-decode")
-        self._clock = Clock()
-        self._small: FairQueue[_Task] = FairQueue(self._clock)
-        self._large: FairQueue[_Task] = FairQueue(self._clock)
+        self._waiting: FairQueue[_Task] = FairQueue()
         self._running: set[asyncio.Task[None]] = set()
-        self._sizes: list[int] = []  # of the large ones that run
+        self._large: list[int] = []  # pixels of the large images that are being decoded
 
     async def __call__(
         self, works: Sequence[Callable[[], Tensor | Exception]], pixels: Sequence[int]
     ) -> list[Tensor | Exception]:
-        """Do the works of one request, and return their results in order; call it on the event loop."""
+        """Do the work for each image of a request and return the results in order. Must be called on the event loop."""
         tasks = [_Task(work, size) for work, size in zip(works, pixels, strict=True)]
-        for task, due in zip(tasks, self._clock.dues(task.pixels + _OPENING for task in tasks), strict=True):
-            (self._large if self._is_large(task) else self._small).add(task, due)
+        self._waiting.add(tasks, (task.pixels + _OVERHEAD for task in tasks))
         self._start()
         return list(await asyncio.gather(*(task.future for task in tasks)))
 
     def shutdown(self) -> None:
-        """Finish what runs."""
+        """Wait for the images that are being decoded."""
         self._pool.shutdown()
 
     def _is_large(self, task: _Task) -> bool:
         return task.pixels * _LARGE > self._pixels
 
     def _start(self) -> None:
-        while (queue := self._next()) is not None:
-            task = queue.take()
-            if task.future.done():  # its request was given up
+        while len(self._running) <= self._threads and (task := self._next()) is not None:
+            if task.future.done():  # its request was canceled
                 continue
             if self._is_large(task):
-                self._sizes.append(task.pixels)
+                self._large.append(task.pixels)
             running = asyncio.create_task(self._run(task))
             self._running.add(running)
             running.add_done_callback(self._running.discard)
 
-    def _next(self) -> FairQueue[_Task] | None:
-        """The queue whose next image is due first among those that have a thread."""
-        open_queues = []
-        if len(self._running) <= self._threads:
-            if len(self._small):
-                open_queues.append(self._small)
-            if len(self._large) and len(self._sizes) < self._threads:
-                _, task = self._large.peek()
-                if not self._sizes or sum(self._sizes) + task.pixels <= self._pixels:
-                    open_queues.append(self._large)
-        return min(open_queues, key=lambda queue: queue.peek()[0], default=None)
+    def _next(self) -> _Task | None:
+        blocked = len(self._large) >= self._threads
+
+        def fits(task: _Task) -> bool:
+            nonlocal blocked
+            if not self._is_large(task):
+                return True
+            blocked = blocked or bool(self._large and sum(self._large) + task.pixels > self._pixels)
+            return not blocked  # if one has to wait, the large images after it wait too
+
+        return self._waiting.take(fits)
 
     async def _run(self, task: _Task) -> None:
         try:
@@ -137,6 +123,6 @@ class Decoders:
                 task.future.set_exception(error)
         finally:
             if self._is_large(task):
-                self._sizes.remove(task.pixels)
+                self._large.remove(task.pixels)
             self._running.discard(asyncio.current_task())  # type: ignore[arg-type]
             self._start()

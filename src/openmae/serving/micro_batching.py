@@ -1,4 +1,4 @@
-"""Dynamic batching: images of many requests share a run of the model, and a lone one waits for nobody."""
+"""Dynamic batching: images of several requests share a run of the model, and a single image does not wait."""
 
 from __future__ import annotations
 
@@ -11,55 +11,51 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from openmae.serving.fairness import Clock, FairQueue
+from openmae.serving.fairness import FairQueue
 
 log = logging.getLogger("openmae")
 
-Model = Callable[[Tensor], Tensor]
 
-
-class Full(Exception):  # noqa: N818  (what it is, rather than what went wrong)
-    """So many images wait that no more are admitted."""
+class Full(Exception):  # noqa: N818  (a state rather than an error)
+    """The queue has no room for more images."""
 
 
 class BatchFailed(Exception):  # noqa: N818
-    """The model raised an error; the text says of which kind."""
+    """The model raised an error; the message is its type."""
 
 
 class Batcher:
-    """Runs a model on one image at a time while it is idle, and on all that arrived meanwhile when it was busy.
+    """Runs a model on one image if it is idle, and on all that arrived in the meantime if it was busy.
 
-    There is no delay to set: gathering lasts as long as the batch before takes. Requests take turns, so that one with
-    few images does not wait for all of one with many. Everything but the model itself happens on the event loop; the
-    model runs in one thread of its own.
+    No delay has to be configured: images gather for as long as the previous batch takes. Requests share the model
+    fairly. Only the model itself runs in a thread; everything else happens on the event loop.
 
     Args:
-        model: ``[N, C, H, W]`` to ``[N, ...]``, both on the CPU.
-        max_batch: the largest N.
-        capacity: images that may be on their way at once.
+        model: Maps ``[N, C, H, W]`` to ``[N, ...]``, both on the CPU.
+        max_batch: The largest N.
+        capacity: Limit on the images of all requests.
 
     Attributes:
-        failure: of the latest batch; empty where it went well.
-        held: places taken of ``capacity``.
+        failure: Type of the error of the latest batch; empty if there was none.
+        held: Number of images that have a place.
     """
 
-    def __init__(self, model: Model, max_batch: int, capacity: int) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], max_batch: int, capacity: int) -> None:
         self.failure = ""
         self.held = 0
         self._model = model
         self._max_batch = max_batch
         self._capacity = capacity
-        self._clock = Clock()
-        self._waiting: FairQueue[tuple[Tensor, asyncio.Future[Tensor]]] = FairQueue(self._clock)
+        self._waiting: FairQueue[tuple[Tensor, asyncio.Future[Tensor]]] = FairQueue()
         self._running: asyncio.Task[None] | None = None
         self._worker = ThreadPoolExecutor(1, "openmae-model")
 
     @contextmanager
     def room(self, images: int) -> Iterator[None]:
-        """Hold places for as many images, from before they are decoded until they are answered.
+        """Hold places for a request's images, from before they are decoded until they are answered.
 
         Raises:
-            Full: there are not as many.
+            Full: There are too few places.
         """
         if self.held + images > self._capacity:
             raise Full
@@ -70,44 +66,42 @@ class Batcher:
             self.held -= images
 
     async def __call__(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """The model's output for each image.
+        """Return the model's output for each image.
 
         Args:
-            images: ``[C, H, W]`` each, of one size; uint8 or float32 on the same scale.
+            images: ``[C, H, W]`` each, all of one size; uint8, or float32 on the same scale.
 
         Raises:
-            BatchFailed: the model failed on a batch that one of them was in.
+            BatchFailed: The model failed on a batch with one of them.
         """
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Tensor]] = [loop.create_future() for _ in images]
-        for image, future, due in zip(images, futures, self._clock.dues(1 for _ in images), strict=True):
-            self._waiting.add((image, future), due)
+        self._waiting.add(list(zip(images, futures, strict=True)), (1 for _ in images))
         self._start()
-        return await asyncio.gather(*futures)  # a caller that is cancelled cancels them, and they are passed over
+        return await asyncio.gather(*futures)  # if the caller is canceled, so are they, and they are skipped
 
     async def close(self) -> None:
-        """Finish what waits, then end the thread."""
+        """Finish the waiting images, then end the thread."""
         while self._running is not None:
             await self._running
         self._worker.shutdown()
 
     def _start(self) -> None:
-        """Begin the next batch, unless one is running; its end calls this again."""
+        """Start the next batch unless one is running, which calls this method when it ends."""
         if self._running is not None:
             return
         batch: list[tuple[Tensor, asyncio.Future[Tensor]]] = []
-        while self._waiting and len(batch) < self._max_batch:
-            image, future = self._waiting.take()
-            if not future.done():
-                batch.append((image, future))
+        while len(batch) < self._max_batch and (item := self._waiting.take()) is not None:
+            if not item[1].done():
+                batch.append(item)
         if batch:
             self._running = asyncio.create_task(self._run(batch))
 
     async def _run(self, batch: list[tuple[Tensor, asyncio.Future[Tensor]]]) -> None:
         images = [image for image, _ in batch]
         try:
-            rows = await asyncio.get_running_loop().run_in_executor(self._worker, self._work, images)
-        except Exception as error:  # a runtime may raise anything, and the next batch may be sound
+            rows = await asyncio.get_running_loop().run_in_executor(self._worker, self._infer, images)
+        except Exception as error:  # a runtime may raise anything, and the next batch may succeed
             self.failure = type(error).__name__
             log.exception("The model failed on a batch of %d images.", len(batch))
             for _, future in batch:
@@ -122,10 +116,10 @@ class Batcher:
             self._running = None
             self._start()
 
-    def _work(self, images: list[Tensor]) -> list[Tensor]:
-        if len({image.dtype for image in images}) > 1:  # a 16-bit file among 8-bit ones
+    def _infer(self, images: list[Tensor]) -> list[Tensor]:
+        if len({image.dtype for image in images}) > 1:  # a 16-bit file among 8-bit files
             images = [image.float() for image in images]
         rows = list(self._model(torch.stack(images)))
         if len(rows) != len(images):
-            raise RuntimeError(f"{len(images)} images went in and {len(rows)} outputs came back")
+            raise RuntimeError(f"the model returned {len(rows)} outputs for {len(images)} images")
         return rows

@@ -1,4 +1,4 @@
-"""From the command line to a running server."""
+"""The command ``mae serve``: check the address and the model, then run the server."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ if TYPE_CHECKING:
 log = logging.getLogger("openmae")
 
 _PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
-_LAST_SECONDS = 30  # that requests under way get when the server is told to stop
+_GRACE = 30  # seconds for requests in progress when the server stops
 
 
 def serve(
     model: Path, host: str, port: int, settings: Settings, device: str = "auto", encryption_key: str = ""
 ) -> None:
-    """Answer requests until interrupted, or told to terminate; those under way are finished.
+    """Answer requests until SIGINT or SIGTERM; requests in progress are finished.
 
     Args:
-        model: a checkpoint, an ONNX file or a TensorRT engine.
-        host, port: where to listen; port 0 takes a free one.
-        settings: limits.
-        device: cpu, cuda, or auto: cuda where there is one.
-        encryption_key: of an encrypted model: ``env:NAME`` or ``file:PATH``.
+        model: A checkpoint, an ONNX file or a TensorRT engine.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        settings: The limits.
+        device: cpu, cuda, or auto (cuda if there is a GPU).
+        encryption_key: Key of an encrypted model: ``env:NAME`` or ``file:PATH``.
 
     Raises:
-        UserError: packages of the extra ``serve`` are missing, the model cannot be used, or the address cannot.
+        UserError: Packages of the extra ``serve`` are missing, or the model or the address cannot be used.
     """
     _check_packages()
     if is_secret(encryption_key):
         raise UserError(
-            "--encryption-key takes env:NAME or file:PATH, not the key: others may read it in the list of processes.",
-            "Put the key into an environment variable or a file, and name that; this key has been seen already.",
+            "--encryption-key takes env:NAME or file:PATH, not the key: others can read it in the process list.",
+            "Put a new key into an environment variable or a file; this one may have been read.",
         )
     import uvicorn
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -62,15 +63,20 @@ def serve(
         app = create_app(predictor, settings)
         config = _configure(app, settings)
         address, own = _address(listener), ipaddress.ip_address(listener.getsockname()[0])
-        if own.is_loopback and own.version == 4:  # else a page of another site could reach it under a name of its own
+        if (
+            own.is_loopback and own.version == 4
+        ):  # otherwise a page of another site could reach it by a domain name that resolves to this address
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", str(own)])
         if not own.is_loopback:
             log.warning(
-                "Other machines may reach %s, and there is no authentication and no encryption. "
-                "Put a proxy with both in front, or leave --host out.",
+                "Other machines may reach %s, which has no authentication and no encryption. "
+                "Put a proxy with both in front of it, or leave --host out.",
                 address,
             )
-        print(f"{predictor.card.model.arch} ({predictor.runtime}) answers at {address} (Ctrl-C stops it)", flush=True)
+        print(
+            f"{predictor.card.model.arch} ({predictor.runtime}) is serving at {address} (press Ctrl-C to stop)",
+            flush=True,
+        )
         with limited_logs():
             uvicorn.Server(config).run(sockets=[listener])
 
@@ -87,7 +93,7 @@ def _configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
         ws="none",
         backlog=backlog,
         log_level="warning",
-        timeout_graceful_shutdown=_LAST_SECONDS,
+        timeout_graceful_shutdown=_GRACE,
     )
 
 
@@ -100,25 +106,23 @@ def _check_packages() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket at the address, taken before a model is loaded in vain."""
+    """Return a socket on the address, before a model is loaded for nothing."""
     if not 0 <= port <= 65535:
         raise UserError(f"--port must be between 0 and 65535, got {port}.", "Leave it out for 8000.")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)
-        # Connections inherit it. asyncio sets it only for sockets made with proto=IPPROTO_TCP, and without it an
-        # answer's body waits 40 ms for the client to acknowledge the headers.
+        # Connections inherit it. asyncio sets it only for sockets made with proto=IPPROTO_TCP, and without it the body
+        # of a response waits 40 ms until the client has acknowledged the headers.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except (OSError, UnicodeError) as error:
-        # Python's own text of a failed bind repeats the address.
-        if isinstance(error, UnicodeError):
-            reason = "that is no address"
-        else:
+        reason = "it is not an address"
+        if isinstance(error, OSError):  # Python's own text of a failed bind repeats the address
             reason = str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise UserError(
-            f"Cannot listen at --host {host} --port {port}: {reason}.",
-            "Name an address of this machine (127.0.0.1, or 0.0.0.0 for all) and a free port; --port 0 finds one.",
+            f"Cannot listen on --host {host} --port {port}: {reason}.",
+            "Use an address of this machine (127.0.0.1, or 0.0.0.0 for all) and a free port; --port 0 finds one.",
         ) from error
 
 
@@ -128,6 +132,6 @@ def _address(listener: socket.socket) -> str:
 
 
 def _warm_up(predictor: Predictor) -> None:
-    """The first run allocates and compiles; better now than for a client, and a model that cannot run says so."""
+    """Run the model once, so that memory is allocated, code compiled and errors found before the first request."""
     config = predictor.card.model
     predictor(torch.zeros(1, config.in_chans, *config.input_size, dtype=torch.uint8, device=predictor.device))

@@ -1,4 +1,4 @@
-"""What the server admits."""
+"""The limits of ``mae serve``."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 
 from openmae.errors import UserError
 
-_PILLOWS_LIMIT = 178_956_970  # pixels; Pillow opens nothing beyond
+_PILLOW_LIMIT = 178_956_970  # pixels; Pillow opens no larger image
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits of ``mae serve``.
+    """The limits of a server.
 
     Attributes:
-        max_batch: images that the model runs at once.
-        max_request_mb: of a request's body, in 1,000,000 bytes.
-        max_pixels: of an image, by its header.
-        max_images: in a request.
-        max_requests: that are answered at once; each may hold a body.
-        max_waiting: images of all requests, from before they are decoded until they are answered.
-        header_seconds: for a request's headers to arrive, counted from the connection or the request before.
-        read_seconds: for a request's body to arrive.
-        write_seconds: for a client to take more of an answer.
+        max_batch: Images per run of the model.
+        max_request_mb: Size of a request's body in 1,000,000 bytes.
+        max_pixels: Pixels of an image, from its header.
+        max_images: Images per request.
+        max_requests: Requests that are answered at the same time; each may hold a body.
+        max_waiting: Images of all requests, from before they are decoded until they are answered.
+        header_seconds: Time for a request's headers, from the connection or the end of the previous request.
+        read_seconds: Time for a request's body.
+        write_seconds: Time for a client to read more of a response.
 
     Raises:
-        UserError: an option of the command is out of its bounds.
+        UserError: An option of the command is out of bounds.
     """
 
     max_batch: int = 8
@@ -43,24 +43,24 @@ class Settings:
             raise UserError(f"--max-batch must be 1 or more, got {self.max_batch}.", "Leave it out for 8.")
         if not 0 < self.max_request_mb < float("inf"):
             raise UserError(f"--max-request-mb must be above 0, got {self.max_request_mb:g}.", "Leave it out for 32.")
-        if not 1 <= self.max_pixels <= _PILLOWS_LIMIT:
+        if not 1 <= self.max_pixels <= _PILLOW_LIMIT:
             raise UserError(
-                f"--max-pixels must be between 1 and {_PILLOWS_LIMIT:,} (Pillow opens nothing larger), "
+                f"--max-pixels must be between 1 and {_PILLOW_LIMIT:,} (Pillow opens no larger image), "
                 f"got {self.max_pixels:,}.",
                 "Leave it out for 50,000,000.",
             )
 
     @property
     def max_bytes(self) -> int:
-        """Of a request's body."""
+        """Size of a request's body in bytes."""
         return round(self.max_request_mb * 1_000_000)
 
     @property
     def max_request_pixels(self) -> int:
-        """Of all images of a request, by their headers."""
+        """Pixels of all images of a request, from their headers."""
         return 4 * self.max_pixels
 
     @property
     def max_held_bytes(self) -> int:
-        """Of the bodies of all requests, from their first byte until they are answered."""
+        """Size of the bodies of all requests, from their first byte until they are answered."""
         return 16 * self.max_bytes

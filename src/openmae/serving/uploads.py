@@ -1,4 +1,4 @@
-"""From a request's body to the images in it, within limits."""
+"""The images of a request, read from its body within limits."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from openmae.data.transforms import EvalTransform
 from openmae.serving.settings import Settings
 
 FIELDS = ("images", "file")
-_MEND = "Send multipart/form-data with the field 'images' (curl -F images=@photo.jpg), or an image/* body."
+_USAGE = "Send multipart/form-data with the field 'images' (curl -F images=@photo.jpg), or an image/* body."
 
 
-class Refused(Exception):  # noqa: N818  (what it is, rather than what went wrong)
-    """A request, or an image in it, that is not served.
+class Refused(Exception):  # noqa: N818  (a state rather than an error)
+    """A request, or an image in it, that is refused.
 
     Args:
-        status: of HTTP.
-        problem: the rule that was broken and the value that broke it.
-        fix: what to do about it.
+        status: HTTP status.
+        problem: The rule that was broken and the value that broke it.
+        fix: What to do about it.
     """
 
     def __init__(self, status: int, problem: str, fix: str) -> None:
@@ -41,20 +41,20 @@ class Refused(Exception):  # noqa: N818  (what it is, rather than what went wron
 
 @dataclass(frozen=True)
 class Upload:
-    """An image as it arrived: its name, or its number, and the encoded bytes."""
+    """An encoded image as it arrived, with its file name or its number."""
 
     name: str
     file: BinaryIO
 
 
 class Intake:
-    """The bytes of bodies that all requests hold, bounded together.
+    """The bytes of all bodies that requests hold at the same time, with a common limit.
 
-    Where they would be too many, the largest body that has not arrived in full gives way: clients that send without an
-    end keep nobody else from being served.
+    If they would exceed it, the largest body that has not arrived completely is refused. So clients that never finish
+    do not keep others from being served.
 
     Args:
-        limit: bytes.
+        limit: Bytes.
     """
 
     def __init__(self, limit: int) -> None:
@@ -65,73 +65,85 @@ class Intake:
         """Count more bytes of a body.
 
         Raises:
-            Refused: 503, there is no room, and this body is the one to give way.
+            Refused: 503, if there is no room and this body is the one to refuse.
         """
         self._bodies[body] = self._bodies.get(body, 0) + size
         while sum(self._bodies.values()) > self._limit:
-            unfinished = [one for one in self._bodies if one.timer is not None]
-            largest = max(unfinished, key=self._bodies.__getitem__, default=body)
+            incomplete = [one for one in self._bodies if one.timer is not None]
+            largest = max(incomplete, key=self._bodies.__getitem__, default=body)
             if largest is body:
-                raise _crowded()
+                raise _no_room()
             self.remove(largest)
             largest.give_way()
 
     def remove(self, body: _Body) -> None:
-        """Forget a body that has been answered, or is not to be."""
+        """Forget a body that has been answered or refused."""
         self._bodies.pop(body, None)
 
 
 class _Body:
-    """The bytes of a request as they arrive, announced or not, counted against the limits.
+    """The body of a request as it arrives, with or without a content length, within the limits.
 
     Attributes:
-        timer: of the time that it has to arrive; None once it has.
-        crowded: it was told to give way.
+        timer: The time limit for its arrival; None once it is complete.
+        gave_way: Whether it was refused to make room.
     """
 
     def __init__(self, request: Request, limit: int, intake: Intake) -> None:
         self._receive = request.receive
         self._limit = limit
         self._intake = intake
-        announced = request.headers.get("content-length", "")
-        self._announced = int(announced) if announced.isdecimal() else 0
+        length = request.headers.get("content-length", "")
+        self._length = int(length) if length.isdecimal() else 0
         self._seen = 0
         self.timer: asyncio.Timeout | None = None
-        self.crowded = False
+        self.gave_way = False
 
     async def receive(self) -> Any:
-        """The next message of ASGI. What a client sends after a refusal uvicorn reads and drops.
+        """Return the next ASGI message. After a refusal, uvicorn reads and drops what the client still sends.
 
         Raises:
-            Refused: 413, the body is longer than the limit; 503, there is no room for it.
+            Refused: 413, if the body is longer than the limit; 503, if there is no room for it.
         """
-        if self._announced > self._limit:
-            raise _too_large(self._limit, f"{self._announced:,} bytes")
+        if self._length > self._limit:
+            raise self._too_large(f"{self._length:,} bytes")
         message = await self._receive()
         size = len(message.get("body", b""))
         self._seen += size
         if self._seen > self._limit:
-            raise _too_large(self._limit, "more")
+            raise self._too_large("more")
         self._intake.add(self, size)
         return message
 
     def give_way(self) -> None:
         """Stop waiting for the rest."""
-        self.crowded = True
+        self.gave_way = True
         if self.timer is not None:
             self.timer.reschedule(asyncio.get_running_loop().time())
+
+    def _too_large(self, got: str) -> Refused:
+        return Refused(
+            413,
+            f"The request's body may have {self._limit:,} bytes at most, got {got}.",
+            "Send fewer or smaller images, or start the server with a larger --max-request-mb.",
+        )
 
 
 @asynccontextmanager
 async def open_uploads(request: Request, settings: Settings, intake: Intake) -> AsyncIterator[list[Upload]]:
-    """The images of a request: the files of a form, or the body itself. They are closed at the end.
+    """Yield the images of a request, the files of a form or the body itself, and close them at the end.
+
+    Args:
+        request: The request, before its body is read.
+        settings: The limits.
+        intake: The bodies of all requests.
 
     Raises:
         Refused: 400 no image, 408 too slow, 413 too many bytes or images, 415 neither form nor image, 503 no room.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "multipart/form-data" and not kind.startswith("image/"):
-        raise Refused(415, f"The content type must be multipart/form-data or image/*, got {kind or 'none'!r}.", _MEND)
+        raise Refused(415, f"The content type must be multipart/form-data or image/*, got {kind or 'none'!r}.", _USAGE)
     body = _Body(request, settings.max_bytes, intake)
     request = Request(request.scope, body.receive)
     uploads: list[Upload] = []
@@ -143,8 +155,8 @@ async def open_uploads(request: Request, settings: Settings, intake: Intake) -> 
                 else:
                     uploads = await _read_form(request, settings.max_images)
         except TimeoutError as error:
-            if body.crowded:
-                raise _crowded() from error
+            if body.gave_way:
+                raise _no_room() from error
             raise Refused(
                 408, f"The body must arrive within {settings.read_seconds:g} seconds.", "Send fewer or smaller images."
             ) from error
@@ -159,69 +171,58 @@ async def open_uploads(request: Request, settings: Settings, intake: Intake) -> 
 
 def _read_body(body: bytes) -> list[Upload]:
     if not body:
-        raise Refused(400, "The request holds no image: its body has 0 bytes.", _MEND)
+        raise Refused(400, "The request has no image: its body has 0 bytes.", _USAGE)
     return [Upload("image", io.BytesIO(body))]
 
 
 class _FormParser(MultiPartParser):
-    """Keeps files in memory, where the intake bounds them; on the disk each would take a descriptor."""
+    """A parser that keeps files in memory, within the limit of the intake; on disk each would need a descriptor."""
 
     spool_max_size = max_file_size = 1 << 40
 
 
 async def _read_form(request: Request, max_images: int) -> list[Upload]:
     parser = _FormParser(request.headers, request.stream(), max_files=max_images + 1, max_fields=max_images + 1)
+    too_many = Refused(413, f"A request may have {max_images} images at most.", "Send them in several requests.")
     try:
         form = await parser.parse()
     except MultiPartException as error:
         if "Too many" in error.message:
-            raise _too_many(max_images) from error
-        raise Refused(400, f"The form cannot be read: {error.message.rstrip('.')}.", _MEND) from error
+            raise too_many from error
+        raise Refused(400, f"The form cannot be read: {error.message.rstrip('.')}.", _USAGE) from error
     files = [part for field, part in form.multi_items() if field in FIELDS and isinstance(part, UploadFile)]
     if not files:
         found = ", ".join(sorted(form)[:5]) or "nothing"
-        raise Refused(400, f"The form has no file in the field 'images'; found: {found}.", _MEND)
+        raise Refused(400, f"The form has no file in the field 'images'; found: {found}.", _USAGE)
     if len(files) > max_images:
-        raise _too_many(max_images)
+        raise too_many
     return [Upload(part.filename or f"image {n}", part.file) for n, part in enumerate(files, start=1)]
 
 
-def _too_many(max_images: int) -> Refused:
-    return Refused(413, f"A request may hold {max_images} images at most.", "Send them in several requests.")
-
-
-def _crowded() -> Refused:
-    return Refused(503, "The server is busy: it holds as many bytes of requests as it may.", "Try again in a second.")
-
-
-def _too_large(limit: int, got: str) -> Refused:
-    return Refused(
-        413,
-        f"The request's body may have {limit:,} bytes at most, got {got}.",
-        "Send fewer or smaller images, or start the server with a larger --max-request-mb.",
-    )
+def _no_room() -> Refused:
+    return Refused(503, "The server is busy: it holds as many bytes of requests as allowed.", "Try again in a second.")
 
 
 def count_pixels(upload: Upload, max_pixels: int) -> int:
-    """Width times height, by the header alone; 0 where it cannot be read, and so no pixels can be either.
+    """Return the pixels of an image from its header, or 0 if the header cannot be read; then it cannot be decoded.
 
     Raises:
-        Refused: 413 too many pixels.
+        Refused: 413, too many pixels.
     """
     try:
         header = read_header(Path(upload.name), upload.file, max_pixels)
     except TooManyPixels as error:
         raise _too_many_pixels(upload.name, error) from error
-    except Exception:  # decoders of damaged files raise anything; decoding says what is wrong
+    except Exception:  # decoders raise anything for damaged files; decoding reports what is wrong
         return 0
     return header.width * header.height
 
 
 def decode_upload(upload: Upload, transform: EvalTransform, max_pixels: int) -> Tensor:
-    """``[C, H, W]`` as evaluation sees it; see :class:`EvalTransform`.
+    """Return an image as evaluation sees it, ``[C, H, W]``; see :class:`EvalTransform`.
 
     Raises:
-        Refused: 413 too many pixels, decided by the header; 422 no image that can be decoded.
+        Refused: 413, too many pixels by the header; 422, not an image that can be decoded.
     """
     try:
         upload.file.seek(0)

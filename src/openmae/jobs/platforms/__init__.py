@@ -1,22 +1,21 @@
-"""Where jobs run."""
+"""The places where jobs run."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from openmae.jobs.platforms.base import Platform
+    from openmae.jobs.platforms.common import Platform
     from openmae.jobs.store import JobStore
 
 PLATFORMS = ("local", "slurm", "ray")
 
 
 def open_platform(name: str, store: JobStore) -> Platform:
-    """One of ``PLATFORMS``; only that one is imported.
+    """Return one of ``PLATFORMS``, importing no other.
 
     Raises:
-        SpecError: what it needs is not installed.
-        RunError: it cannot work on this machine.
+        SpecError: A program or package that it needs is not installed.
     """
     if name == "ray":
         from openmae.jobs.platforms.ray import RayPlatform

@@ -1,7 +1,7 @@
-"""Jobs of a Ray cluster, by its job API; root and data must be on a file system that all nodes see.
+"""Jobs of a Ray cluster, through its job API. All nodes must see the root of the jobs and the data.
 
-RAY_API_SERVER_ADDRESS or RAY_ADDRESS says where it is. A job is one entry point with CPUs and GPUs of its own, which
-runs ``openmae.jobs.platforms.ray_runner``; where nothing is free, Ray queues it.
+RAY_API_SERVER_ADDRESS or RAY_ADDRESS names the cluster. A job is one entry point, which runs
+``openmae.jobs.platforms.ray_runner``; Ray queues it until its CPUs and GPUs are free.
 """
 
 from __future__ import annotations
@@ -17,26 +17,31 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from openmae.errors import RunError, SpecError
-from openmae.jobs.job import Record, move
-from openmae.jobs.outcome import exit_code, signal_as_minus, unseen_end
-from openmae.jobs.platforms.base import Observation, inherited_environment
+from openmae.jobs.job import Record
+from openmae.jobs.outcome import JobOutcome, conclude, conclude_without_code, read_exit_code, signal_as_minus
+from openmae.jobs.platforms.common import (
+    Fresh,
+    Platform,
+    before_submission,
+    cancel_pending,
+    cluster_name,
+    grace_seconds,
+    inherited_environment,
+)
 from openmae.jobs.platforms.ray_runner import KEY, THREADS, seal, withdraw
-from openmae.jobs.platforms.supervisor import conclude, grace_seconds
-from openmae.jobs.processes import alive
 from openmae.jobs.store import JobStore
 
-CPUS = "OPENMAE_JOB_CPUS"  # that Ray reserves for each process of a job
+CPUS = "OPENMAE_JOB_CPUS"  # CPUs that Ray reserves for each process of a job
 _DEFAULT = "http://127.0.0.1:8265"
-_OF_THE_NODE = ("RAY_", "CUDA_VISIBLE_DEVICES")  # variables that a job has from Ray, not from who submits it
+_OF_THE_NODE = ("RAY_", "CUDA_VISIBLE_DEVICES")  # variables that Ray sets on the node, not the client
 _PATIENCE = 30.0  # seconds for Ray to answer
-_FRESH = 1.0  # seconds that an answer is good for
-_LAST_BREATH = 5.0  # seconds until what Ray has lost is dead as well
+_LAST_SECONDS = 5.0  # after Ray has lost a job, until its processes have ended too
 
 _Answer = TypeVar("_Answer")
 
 
-class RayPlatform:
-    """A Ray cluster, from a machine that reaches its dashboard."""
+class RayPlatform(Platform):
+    """A Ray cluster, used from a machine that reaches its dashboard."""
 
     name = "ray"
 
@@ -45,35 +50,35 @@ class RayPlatform:
             import ray.job_submission
         except ImportError as error:
             raise SpecError("platform: ray needs the package ray.", "pip install 'openmae[ray]'") from error
+        super().__init__(store)
         self._make: Callable[[str], Any] = ray.job_submission.JobSubmissionClient
-        self.store = store
         self._connection: Any = None
-        self._answers: dict[str, tuple[float, Any]] = {}
+        self._answers: Fresh[Any] = Fresh()
 
     def check(self, gpus: int, nodes: int) -> None:
-        """See ``Platform``."""
+        """Refuse more than one node, and more GPUs than the largest node has."""
         if nodes > 1:
             raise SpecError(
-                f"num_nodes: a job of Ray runs on one of its nodes, got {nodes}.",
+                f"num_nodes: a Ray job runs on one node of the cluster, got {nodes}.",
                 "Use one node with more GPUs, or platform slurm.",
             )
         _, most = self._largest()
         if most and gpus > most:
             raise SpecError(
-                f"gpu_count: {gpus} GPUs are asked for, but the largest node of the Ray has {most}.",
-                f"Ask for {most} or fewer.",
+                f"gpu_count: {gpus} GPUs are requested, but the largest node of the Ray cluster has {most}.",
+                f"Request {most} or fewer.",
             )
-        _cpus_each()
+        _cpus_per_process()
 
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
-        """See ``Platform``."""
+        """Encrypt the job's environment and submit the job."""
         record, folder = self.store.read(job_id), self.store.folder(job_id)
         most_cpus, most_gpus = self._largest()
-        cpus = _cpus_each() * record["processes"]
-        cpus = min(cpus, most_cpus or cpus)  # a whole node is all that a job can have
-        gpus = record["gpus"] if most_gpus else 0
-        own = {THREADS: str(max(1, cpus // record["processes"]))} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
-        if "automl" in record["command"]:  # no load: its trainings are jobs of their own
+        cpus = _cpus_per_process() * record.processes
+        cpus = min(cpus, most_cpus or cpus)  # a job cannot have more than one node
+        gpus = record.gpus if most_gpus else 0
+        own = {THREADS: str(max(1, cpus // record.processes))} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+        if record.is_search:  # it computes nothing: its trials are jobs
             cpus, own = 0, {"CUDA_VISIBLE_DEVICES": ""}
         given = {name: value for name, value in inherited_environment().items() if not name.startswith(_OF_THE_NODE)}
         key = seal(folder, own | given | dict(environment))
@@ -82,10 +87,10 @@ class RayPlatform:
             self._ask(
                 lambda ray: ray.submit_job(
                     entrypoint=f"exec {shlex.join(command)}",
-                    submission_id=_name(job_id),
+                    submission_id=cluster_name(job_id),
                     entrypoint_num_cpus=cpus,
                     entrypoint_num_gpus=gpus,
-                    # `ray job stop` gives a training the time for its checkpoint
+                    # so that `ray job stop` gives training the time to write a checkpoint
                     runtime_env={"env_vars": {KEY: key, "RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_seconds()) + 5)}},
                 )
             )
@@ -93,83 +98,79 @@ class RayPlatform:
             withdraw(folder)
             raise
         with self.store.update(job_id) as record:
-            record["handle"]["ray"] = _address()
+            record.handle.ray = _address()
 
-    def observe(self, record: Record) -> Observation | None:
-        """See ``Platform``."""
-        code = exit_code(self.store.folder(record["id"]))
+    def observe(self, record: Record) -> JobOutcome | None:
+        """Return the outcome from the exit code, else the state in Ray."""
+        code = read_exit_code(self.store.folder(record.id))
         if code is not None:
-            return Observation(*conclude(record, code), code)
-        details = self._details(record["id"])
+            return conclude(record, code)
+        details = self._details(record.id)
         if details is None:
-            return self._forgotten(record)
+            return self._conclude_unknown(record)
         word = str(details.status.value)
         if word in ("PENDING", "RUNNING"):
-            return Observation("PENDING" if word == "PENDING" else "RUNNING", f"Ray job {_name(record['id'])}: {word}")
-        return self._ended(record, details)
+            report = f"Ray job {cluster_name(record.id)}: {word}"
+            return JobOutcome("PENDING" if word == "PENDING" else "RUNNING", report)
+        return self._conclude(record, details)
 
     def cancel(self, job_id: str) -> None:
-        """See ``Platform``. One that has started reads in its record that it is to stop."""
+        """Cancel a waiting job. A running one reads in its record that it is to stop."""
         if not withdraw(self.store.folder(job_id)):
             return
-        with self.store.update(job_id) as record:
-            move(record, "CANCELED", "canceled before it started")
-        with suppress(RunError):  # unheard, Ray starts it in its turn, and it finds nothing to do
-            self._ask(lambda ray: ray.stop_job(_name(job_id)))
+        cancel_pending(self.store, job_id)
+        with suppress(RunError):  # otherwise Ray starts it later, and it ends at once
+            self._ask(lambda ray: ray.stop_job(cluster_name(job_id)))
 
-    def _ended(self, record: Record, details: Any) -> Observation | None:
-        """A job that Ray says has ended, and whose exit code was not there before Ray was asked."""
-        folder = self.store.folder(record["id"])
+    def _conclude(self, record: Record, details: Any) -> JobOutcome | None:
+        """Return the outcome of a job that has ended in Ray, and had written no exit code before Ray was asked."""
+        folder = self.store.folder(record.id)
         withdraw(folder)
-        code = exit_code(folder)
+        code = read_exit_code(folder)
         if code is None and details.driver_exit_code is not None:
             code = signal_as_minus(details.driver_exit_code)
         lines = [line for line in (details.message or "").splitlines() if line.strip()]
-        told = f"Ray job {_name(record['id'])}: {details.status.value}"
+        report = f"Ray job {cluster_name(record.id)}: {details.status.value}"
         if code is not None:
-            state, message = conclude(record, code)
-            return Observation(state, f"{message}; {told}" + (f": {lines[-1]}" if lines and code else ""), code)
-        if time.time() < (details.end_time or 0) / 1000 + _LAST_BREATH:
+            outcome = conclude(record, code)
+            return outcome._replace(
+                message=f"{outcome.message}; {report}" + (f": {lines[-1]}" if lines and code else "")
+            )
+        if time.time() < (details.end_time or 0) / 1000 + _LAST_SECONDS:
             return None
-        canceled = record["cancel_requested"] or details.status.value == "STOPPED"
-        found = Observation(*unseen_end(record, told, canceled=canceled))
-        return found._replace(message=f"{told}: {lines[0]}") if lines and found.state != "COMPLETE" else found
+        canceled = record.cancel_requested is not None or details.status.value == "STOPPED"
+        found = conclude_without_code(record, report, canceled=canceled)
+        return found._replace(message=f"{report}: {lines[0]}") if lines and found.state != "COMPLETE" else found
 
-    def _forgotten(self, record: Record) -> Observation | None:
-        """A job that the Ray of this moment does not know."""
-        there = record["handle"].get("ray")
-        if there is None:
-            if alive(record["submitter"]):
-                return None
-            return Observation("ERROR", "the client died before the job was handed to Ray")
-        if there != _address():
-            return Observation("UNKNOWN", f"it was handed to the Ray at {there}, and {_address()} is asked")
-        told = f"Ray does not know {_name(record['id'])} any more, as after a new start"
-        withdraw(self.store.folder(record["id"]))
-        return Observation(*unseen_end(record, told, canceled=record["cancel_requested"]))
+    def _conclude_unknown(self, record: Record) -> JobOutcome | None:
+        """Return the outcome of a job that the cluster does not know."""
+        submitted_to = record.handle.ray
+        if submitted_to is None:
+            return before_submission(record, "Ray")
+        if submitted_to != _address():
+            return JobOutcome("UNKNOWN", f"it was submitted to the Ray cluster at {submitted_to}, not at {_address()}")
+        withdraw(self.store.folder(record.id))
+        report = f"Ray no longer knows {cluster_name(record.id)}, as after a restart"
+        return conclude_without_code(record, report, canceled=record.cancel_requested is not None)
 
     def _details(self, job_id: str) -> Any:
-        """What Ray says of a job; None where it knows no such job."""
-        if job_id in self._answers:
-            when, answer = self._answers[job_id]
-            if time.monotonic() - when < _FRESH:
-                return answer
+        """Return Ray's details of a job; None if it knows no such job."""
 
         def find(ray: Any) -> Any:
             try:
-                return ray.get_job_info(_name(job_id))
+                return ray.get_job_info(cluster_name(job_id))
             except RuntimeError as error:
                 if "does not exist" in str(error):
                     return None
                 raise
 
-        answer = self._ask(find)
-        if answer is not None:  # else it may be on its way to Ray
-            self._answers[job_id] = (time.monotonic(), answer)
-        return answer
+        details = self._answers.get(job_id, lambda: self._ask(find))
+        if details is None:  # it may be on its way to Ray
+            self._answers.forget(job_id)
+        return details
 
     def _largest(self) -> tuple[int, int]:
-        """The most CPUs, and the most GPUs, that one node has, in use or not."""
+        """Return the most CPUs, and the most GPUs, that one node has, in use or not."""
         from ray.util.state import list_nodes
 
         nodes = self._ask(lambda ray: list_nodes(ray.get_address(), [("state", "=", "ALIVE")], 10_000, int(_PATIENCE)))
@@ -177,7 +178,7 @@ class RayPlatform:
         return max(cpus, default=0), max(gpus, default=0)
 
     def _ask(self, question: Callable[[Any], _Answer]) -> _Answer:
-        """Ray's answer; its own client would wait for ever."""
+        """Return Ray's answer, from a thread since Ray's client may wait forever."""
         answer: Future[_Answer] = Future()
 
         def ask() -> None:
@@ -189,31 +190,31 @@ class RayPlatform:
                 answer.set_exception(error)
 
         threading.Thread(target=ask, daemon=True, name="Ray's answer").start()
-        fix = "`ray start --head` starts a Ray; RAY_ADDRESS=http://HOST:8265 names one."
+        fix = "Start a cluster with `ray start --head`, or set RAY_ADDRESS=http://HOST:8265."
         try:
             return answer.result(_PATIENCE)
         except TimeoutError as error:
-            raise RunError(f"platform: the Ray at {_address()} did not answer in {_PATIENCE:g} s.", fix) from error
+            raise RunError(
+                f"platform: the Ray cluster at {_address()} did not answer within {_PATIENCE:g} s.", fix
+            ) from error
         except OSError as error:
-            raise RunError(f"platform: there is no Ray at {_address()}.", fix) from error
+            raise RunError(f"platform: there is no Ray cluster at {_address()}.", fix) from error
         except RunError:
             raise
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip(" .")]
             reason = lines[-1].strip() if lines else type(error).__name__
-            raise RunError(f"The Ray at {_address()} refused: {reason}", "`ray status` shows what it has.") from error
+            raise RunError(
+                f"The Ray cluster at {_address()} refused: {reason}", "`ray status` shows what it has."
+            ) from error
 
 
 def _address() -> str:
     return os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or _DEFAULT
 
 
-def _cpus_each() -> int:
+def _cpus_per_process() -> int:
     text = os.environ.get(CPUS, "1")
     if not text.isdecimal() or int(text) < 1:
-        raise SpecError(f"{CPUS} must be a number of CPUs, 1 or more, got {text!r}.", f"Set {CPUS}=4, say.")
+        raise SpecError(f"{CPUS} must be a number of CPUs, 1 or more, got {text!r}.", f"For example, set {CPUS}=4.")
     return int(text)
-
-
-def _name(job_id: str) -> str:
-    return f"mae-{job_id}"

@@ -1,8 +1,7 @@
-"""The process that stays with a job that Ray has started: opens its environment, stops it, writes down its exit code.
+"""The process that runs a job of a Ray cluster: it decrypts the environment, stops the job, and writes its exit code.
 
-``python -m openmae.jobs.platforms.ray_runner ROOT JOB_ID``, in an environment where OPENMAE_JOB_KEY opens the job's
-own. That one is sealed in a file of the job's folder, since Ray shows what it is given in its dashboard
-and logs.
+``python -m openmae.jobs.platforms.ray_runner ROOT JOB_ID``. The job's environment is encrypted in a file in the job's
+folder, since Ray shows what it is given in its dashboard and logs. The key is in the variable OPENMAE_JOB_KEY.
 """
 
 from __future__ import annotations
@@ -13,32 +12,33 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from cryptography.fernet import Fernet
 
-from openmae.errors import OpenMAEError, SpecError
+from openmae.errors import OpenMAEError, Preempted, SpecError
 from openmae.jobs.outcome import EXIT
-from openmae.jobs.platforms.supervisor import PREEMPTED, wait
-from openmae.jobs.processes import identify, signal_session
+from openmae.jobs.platforms.common import wait
+from openmae.jobs.processes import signal_session
 from openmae.jobs.store import LOG, JobStore, write_durably
+from openmae.machine import identify
 
 SEALED = "environment.sealed"
 KEY, THREADS = "OPENMAE_JOB_KEY", "OMP_NUM_THREADS"
-NOT_BEGUN = 125
+NOT_STARTED = 125
 _INTERRUPTED = 130
 
 
 def seal(folder: Path, environment: Mapping[str, str]) -> str:
-    """Write a job's environment so that only the key, which is returned, opens it."""
+    """Write the encrypted environment of a job, and return the key."""
     key = Fernet.generate_key()
     write_durably(folder / SEALED, Fernet(key).encrypt(json.dumps(dict(environment)).encode()).decode())
     return key.decode()
 
 
 def withdraw(folder: Path) -> bool:
-    """Whether a job was kept from starting: who takes its environment, here or in ``main``, has it alone."""
+    """Keep a job from starting, and return whether it had not started: only one process can take the environment."""
     try:
         (folder / SEALED).unlink()
     except FileNotFoundError:
@@ -49,26 +49,26 @@ def withdraw(folder: Path) -> bool:
 def main(root: str, job_id: str) -> int:
     """Run one job to its end, and return its exit code.
 
-    What Ray started is in a process group that Ray kills when its own part of the job dies. The job is in a session of
-    its own, as on the other platforms, so a second process looks after it, and ends it when this one has been killed.
+    Ray kills the process group that it started when its own part of the job dies. As on the other platforms, the job
+    runs in its own session. So a second process supervises it, and ends it if the first one has been killed.
     """
-    told: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # by handlers: a job would inherit that they are ignored
-        signal.signal(number, lambda number, frame: told.append(number))
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # with handlers, since a job would inherit that they are ignored
+        signal.signal(number, lambda number, frame: signals.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray's processes block it
-    me = os.getpid()
-    keeper = os.fork()
-    if keeper:
-        _, status = os.waitpid(keeper, 0)
+    first = os.getpid()
+    second = os.fork()
+    if second:
+        _, status = os.waitpid(second, 0)
         return _as_shell(os.waitstatus_to_exitcode(status))
     os.setsid()
     folder = Path(root, job_id)
     if not _take_environment(folder):
         return _INTERRUPTED
-    code = _run(JobStore(root), job_id, me, told)
+    code = _run(JobStore(root), job_id, first, signals)
     if code is None:
-        return NOT_BEGUN
-    if told and code not in (0, PREEMPTED):
+        return NOT_STARTED
+    if signals and code not in (0, Preempted.exit_code):
         code = _INTERRUPTED
     write_durably(folder / EXIT, f"{code}\n")
     return _as_shell(code)
@@ -79,7 +79,7 @@ def _as_shell(code: int) -> int:
 
 
 def _take_environment(folder: Path) -> bool:
-    """Make the job's environment this process's; False where it was canceled before."""
+    """Apply the job's environment to this process; return False if the job was canceled before."""
     taken = folder / f"{SEALED}.taken"
     try:
         os.rename(folder / SEALED, taken)
@@ -87,44 +87,44 @@ def _take_environment(folder: Path) -> bool:
         if not folder.is_dir():
             raise SpecError(
                 f"{folder} cannot be seen on {socket.gethostname()}.",
-                "Use a root of jobs that all nodes of the Ray see.",
+                "Use a root of jobs that all nodes of the Ray cluster see.",
             ) from None
         return False
     sealed = taken.read_text(encoding="utf-8")
     taken.unlink()
-    os.environ.pop(THREADS, None)  # Ray's, of all CPUs of the job; the sealed one is of a process
+    os.environ.pop(THREADS, None)  # Ray sets it to all CPUs of the job; the encrypted one is for one process
     os.environ.update(json.loads(Fernet(os.environ.pop(KEY)).decrypt(sealed)))
     os.environ["PYTHONUNBUFFERED"] = "1"
     return True
 
 
-def _run(store: JobStore, job_id: str, parent: int, told: Sequence[int]) -> int | None:
-    """The job's exit code; None where ``parent`` was killed. What was ``told`` before it began, it is told at once."""
+def _run(store: JobStore, job_id: str, first: int, signals: list[int]) -> int | None:
+    """Return the job's exit code, or None if the process ``first`` was killed; pass on a signal that came before."""
     record = store.read(job_id)
     with Path(store.folder(job_id), LOG).open("ab") as log:
         job = subprocess.Popen(
-            record["command"],
+            record.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            cwd=record["cwd"],
+            cwd=record.cwd,
             start_new_session=True,
         )
     identity = identify(job.pid)
-    if not identity:
+    if identity is None:
         return job.wait()
     try:
-        if told:
+        if signals:
             signal_session(identity, signal.SIGTERM)
-        return wait(store, job_id, job, identity, lambda: os.getppid() != parent)
+        return wait(store, job_id, job, identity, lambda: os.getppid() != first)
     finally:
-        signal_session(identity, signal.SIGKILL)  # what a dead job leaves behind would hold its GPU
+        signal_session(identity, signal.SIGKILL)  # processes that the job left behind would hold its GPU
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(*sys.argv[1:]))
     except (OpenMAEError, OSError) as error:
-        # into Ray's log, whose last line is shown with the job
-        print("The job could not begin:", *str(error).split(), file=sys.stderr)
-        sys.exit(NOT_BEGUN)
+        # the last line of Ray's log is shown with the job
+        print("The job could not start:", *str(error).split(), file=sys.stderr)
+        sys.exit(NOT_STARTED)

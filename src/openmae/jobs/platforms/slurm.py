@@ -1,6 +1,6 @@
-"""Jobs of a SLURM cluster, by its own commands; root and data must be on a file system that all nodes see.
+"""Jobs of a SLURM cluster, through its own commands. All nodes must see the root of the jobs and the data.
 
-Partition, account and time limit are SLURM's own variables (SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT).
+Partition, account and time limit are set by SLURM's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT.
 """
 
 from __future__ import annotations
@@ -8,43 +8,45 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from openmae.errors import RunError, SpecError
-from openmae.jobs.job import Record, State, move, state_of
-from openmae.jobs.outcome import EXIT, exit_code, signal_as_minus, unseen_end
-from openmae.jobs.platforms.base import Observation, inherited_environment
-from openmae.jobs.platforms.supervisor import PREEMPTED, conclude, grace_seconds
-from openmae.jobs.processes import alive
+from openmae.errors import Preempted, RunError, SpecError
+from openmae.jobs.job import Record
+from openmae.jobs.outcome import EXIT, JobOutcome, conclude, conclude_without_code, read_exit_code
+from openmae.jobs.platforms.common import (
+    Fresh,
+    Platform,
+    before_submission,
+    cancel_pending,
+    cluster_name,
+    grace_seconds,
+    inherited_environment,
+)
 from openmae.jobs.store import LOG, JobStore, write_durably
 
 SCRIPT = "job.sh"
 _NEEDED = ("sbatch", "squeue", "scancel", "sinfo")
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-_WARNING = 60  # seconds before the time is up: training writes a checkpoint
+_WARNING = 60  # seconds before the time limit: training writes a checkpoint
 _PATIENCE = 30.0  # seconds for SLURM to answer
-_FRESH = 1.0  # seconds that an answer is good for: a controller must not be asked at every turn
 
-_NODE = 'export NODE_RANK="$SLURM_NODEID"; '
-_ALONE = _NODE + 'exec "$@"'
-# srun ends the other nodes as soon as one has ended: a preempted one gives them the time, and the first to upload
-_TOGETHER = (
-    f'{_NODE}trap : INT TERM USR1; "$@"; code=$?; '
-    f"[ $code = {PREEMPTED} ] && sleep $((SLURM_NODEID ? 60 : 3)); exit $code"
+_RANK = 'export NODE_RANK="$SLURM_NODEID"; '
+_ONE_NODE = _RANK + 'exec "$@"'
+# srun kills the other nodes as soon as one has ended. A preempted node gives them time, and the first time to upload.
+_NODES = (
+    f'{_RANK}trap : INT TERM USR1; "$@"; code=$?; '
+    f"[ $code = {Preempted.exit_code} ] && sleep $((SLURM_NODEID ? 60 : 3)); exit $code"
 )
-
-# By SLURM's own address of the first node, where this script runs: its name need not be known to the others.
+# SLURM's own address of the first node, where the script runs: the other nodes may not know its name.
 _FIRST_NODE = r"""scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'"""
+# SLURM requeues what it preempts. A job at its time limit requests it here, and scontrol ends this script.
+_REQUEUE = f'[ $code = {Preempted.exit_code} ] && scontrol requeue "$SLURM_JOB_ID" && exit $code'
 
-# SLURM requeues by itself what it preempts. What has run out of time asks for it; scontrol ends this script.
-_REQUEUE = f'[ $code = {PREEMPTED} ] && scontrol requeue "$SLURM_JOB_ID" && exit $code'
 
-
-class SlurmPlatform:
-    """A cluster that runs SLURM, from a machine where its commands are."""
+class SlurmPlatform(Platform):
+    """A SLURM cluster, used from a machine that has its commands."""
 
     name = "slurm"
 
@@ -55,150 +57,129 @@ class SlurmPlatform:
                 f"platform: slurm needs SLURM's commands, but {', '.join(missing)} is not on the PATH.",
                 "Run this on a login node, or use platform local.",
             )
-        self.store = store
-        self._answers: dict[str, tuple[float, list[str]]] = {}
+        super().__init__(store)
+        self._answers: Fresh[list[str]] = Fresh()
 
     def check(self, gpus: int, nodes: int) -> None:
-        """See ``Platform``."""
-        names = set(_ask(["sinfo", "-h", "-N", "-o", "%N"]).split())
+        """Refuse more nodes than the cluster has; SLURM itself knows which GPUs they have."""
+        names = set(_run(["sinfo", "-h", "-N", "-o", "%N"]).split())
         if nodes > len(names):
             raise SpecError(
-                f"num_nodes: {nodes} are asked for, but the cluster shows {len(names)}.",
-                f"Ask for {len(names)} or fewer.",
+                f"num_nodes: {nodes} are requested, but the cluster has {len(names)}.",
+                f"Request {len(names)} or fewer.",
             )
 
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
-        """See ``Platform``."""
+        """Write the batch script and submit it."""
         record, folder = self.store.read(job_id), self.store.folder(job_id)
-        gpus = record["gpus"] if "gpu" in _ask(["sinfo", "-h", "-o", "%G"]) else 0
+        gpus = record.gpus if "gpu" in _run(["sinfo", "-h", "-o", "%G"]) else 0
         write_durably(folder / SCRIPT, _script(record, folder))
         options = [
-            *("--parsable", f"--job-name={_name(job_id)}", f"--nodes={record['nodes']}", "--ntasks-per-node=1"),
-            *(f"--output={folder / LOG}", f"--chdir={record['cwd']}", "--open-mode=append", "--export=ALL"),
+            *("--parsable", f"--job-name={cluster_name(job_id)}", f"--nodes={record.nodes}", "--ntasks-per-node=1"),
+            *(f"--output={folder / LOG}", f"--chdir={record.cwd}", "--open-mode=append", "--export=ALL"),
             *([f"--gpus-per-node={gpus}"] if gpus else []),
-            *(["--requeue", f"--signal=USR1@{_WARNING}"] if _goes_on(record) else []),
+            *(["--requeue", f"--signal=USR1@{_WARNING}"] if _is_resumable(record) else []),
         ]
-        # secrets go by the environment, which SLURM hands on; not by arguments, not by the script
-        number = _ask(["sbatch", *options, str(folder / SCRIPT)], {**inherited_environment(), **environment}).strip()
+        # SLURM passes the environment on, so secrets are neither in the arguments nor in the script
+        number = _run(["sbatch", *options, str(folder / SCRIPT)], {**inherited_environment(), **environment}).strip()
         with self.store.update(job_id) as record:
-            record["handle"]["slurm_job"] = number.partition(";")[0]
+            record.handle.slurm_job = number.partition(";")[0]
 
-    def observe(self, record: Record) -> Observation | None:
-        """See ``Platform``."""
-        # by name: a client killed right after sbatch has left no number
-        code = exit_code(self.store.folder(record["id"]))
-        code = None if code is None else signal_as_minus(code)
+    def observe(self, record: Record) -> JobOutcome | None:
+        """Return the outcome from the exit code, else the state in SLURM."""
+        code = read_exit_code(self.store.folder(record.id))
         if code == 0:
-            return Observation("COMPLETE", "finished", 0)
-        answer = self._answer(record["id"])
+            return conclude(record, code)
+        answer = self._find(record.id)  # by name: a client that was killed after sbatch has recorded no number
         if not answer and code is None:
-            if "slurm_job" not in record["handle"]:
-                if alive(record["submitter"]):
-                    return None
-                return Observation("ERROR", "the client died before the job was handed to SLURM")
-            return _forgotten(record)
-        number, word, reason = (answer or [record["handle"].get("slurm_job", "?"), "ended", ""])[:3]
-        told = f"SLURM job {number}: {word}" + (f" ({reason})" if reason not in ("", "None") else "")
+            if record.handle.slurm_job is None:
+                return before_submission(record, "SLURM")
+            report = f"SLURM no longer knows job {record.handle.slurm_job}"
+            return conclude_without_code(record, report, canceled=record.cancel_requested is not None)
+        number, word, reason = (answer or [record.handle.slurm_job or "?", "ended", ""])[:3]
+        report = f"SLURM job {number}: {word}" + (f" ({reason})" if reason not in ("", "None") else "")
         if word in _PENDING:
-            return Observation("PENDING", told)
+            return JobOutcome("PENDING", report)
         if word in _RUNNING and code is None:
-            return Observation("RUNNING", told)
+            return JobOutcome("RUNNING", report)
         if code is not None and word not in ("TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "PREEMPTED"):
-            state, message = conclude(record, code)
-            return Observation(state, f"{message}; {told}", code)
-        return Observation(_final(word, record), told, code)
+            outcome = conclude(record, code)
+            return outcome._replace(message=f"{outcome.message}; {report}")
+        if record.cancel_requested or word == "CANCELLED":
+            return JobOutcome("CANCELED", report, code)
+        return JobOutcome("COMPLETE" if word == "COMPLETED" else "ERROR", report, code)
 
     def cancel(self, job_id: str) -> None:
-        """See ``Platform``."""
-        self._answers.pop(job_id, None)
-        answer = self._answer(job_id)
-        word = answer[1] if answer else ""
-        if word in _RUNNING:
-            name = f"--jobname={_name(job_id)}"
-            _ask(["scancel", "--signal=INT", name])  # to the tasks: training writes a checkpoint
-            later = f"sleep {grace_seconds():g}; exec scancel {shlex.quote(name)}"
+        """Send SIGINT to a running job, on which training writes a checkpoint, and cancel it later; others at once."""
+        self._answers.forget(job_id)
+        answer, name = self._find(job_id), f"--jobname={cluster_name(job_id)}"
+        if answer and answer[1] in _RUNNING:
+            _run(["scancel", "--signal=INT", name])
             subprocess.Popen(
-                ["/bin/sh", "-c", later],
+                ["/bin/sh", "-c", f"sleep {grace_seconds():g}; exec scancel {shlex.quote(name)}"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
             return
-        _ask(["scancel", f"--jobname={_name(job_id)}"])
-        with self.store.update(job_id) as record:
-            if state_of(record) == "PENDING" and word in (*_PENDING, ""):
-                move(record, "CANCELED", "canceled before it started")
+        _run(["scancel", name])
+        if not answer or answer[1] in _PENDING:
+            cancel_pending(self.store, job_id)
 
-    def _answer(self, job_id: str) -> list[str]:
-        """SLURM's number, state and reason; empty where it knows no such job."""
-        when, answer = self._answers.get(job_id, (0.0, []))
-        if time.monotonic() - when < _FRESH and when:
-            return answer
-        text = _ask(["squeue", "-h", "-t", "all", f"--name={_name(job_id)}", "-o", "%A|%T|%r"])
-        if not text.strip() and shutil.which("sacct"):
-            try:
-                text = _ask(["sacct", "-nXP", f"--name={_name(job_id)}", "-o", "JobID,State,Reason"])
-            except RunError:  # a cluster that keeps no accounts
-                text = ""
-        lines = text.strip().splitlines()
-        answer = lines[-1].split("|") if lines else []
-        if answer:
-            answer[1] = answer[1].split(" ")[0]  # "CANCELLED by 1000"
-        self._answers[job_id] = (time.monotonic(), answer)
-        return answer
+    def _find(self, job_id: str) -> list[str]:
+        """Return SLURM's number, state and reason of a job; empty if it knows no such job."""
+        return self._answers.get(job_id, lambda: _look_up(cluster_name(job_id)))
 
 
-def _forgotten(record: Record) -> Observation:
-    """A job that SLURM answers for no longer has ended, and its script was killed before it could say how."""
-    told = f"SLURM does not know job {record['handle']['slurm_job']} any more"
-    return Observation(*unseen_end(record, told, canceled=record["cancel_requested"]))
+def _look_up(name: str) -> list[str]:
+    text = _run(["squeue", "-h", "-t", "all", f"--name={name}", "-o", "%A|%T|%r"])
+    if not text.strip() and shutil.which("sacct"):
+        try:
+            text = _run(["sacct", "-nXP", f"--name={name}", "-o", "JobID,State,Reason"])
+        except RunError:  # a cluster without accounting
+            text = ""
+    lines = text.strip().splitlines()
+    if not lines:
+        return []
+    number, word, *rest = lines[-1].split("|")
+    return [number, word.split(" ")[0], *rest]  # "CANCELLED by 1000"
 
 
-def _final(word: str, record: Record) -> State:
-    if record["cancel_requested"] or word == "CANCELLED":
-        return "CANCELED"
-    return "COMPLETE" if word == "COMPLETED" else "ERROR"
-
-
-def _goes_on(record: Record) -> bool:
-    """Whether the same command, started again, goes on: a training, and not a search of them, whose jobs do."""
-    return record["action"] == "train" and "automl" not in record["command"]
-
-
-def _name(job_id: str) -> str:
-    return f"mae-{job_id}"
+def _is_resumable(record: Record) -> bool:
+    """Return whether the same command resumes where it was stopped. A search does not: its trials are jobs."""
+    return record.action == "train" and not record.is_search
 
 
 def _script(record: Record, folder: Path) -> str:
-    nodes = record["nodes"]
+    nodes = record.nodes
     lines = ["#!/bin/sh", "export PYTHONUNBUFFERED=1"]
     if nodes > 1:
         lines += [
             f"MASTER_ADDR=$({_FIRST_NODE})",
             "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
             f"WORLD_SIZE={nodes}",
-            f"NUM_GPU_PER_NODE={record['processes']}",
+            f"NUM_GPU_PER_NODE={record.processes}",
             "export MASTER_ADDR MASTER_PORT WORLD_SIZE NUM_GPU_PER_NODE",
         ]
-    task = shlex.join(["/bin/sh", "-c", _TOGETHER if nodes > 1 else _ALONE, "job", *record["command"]])
+    task = shlex.join(["/bin/sh", "-c", _NODES if nodes > 1 else _ONE_NODE, "job", *record.command])
     done = shlex.quote(str(folder / EXIT))
     lines += [
-        f"rm -f {done}",  # of a start before this one
+        f"rm -f {done}",  # of an earlier start
         f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 {task}",
         "code=$?",
-        *([_REQUEUE] if _goes_on(record) else []),
+        *([_REQUEUE] if _is_resumable(record) else []),
         f"echo $code > {done}.tmp && mv {done}.tmp {done}",
         "exit $code",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _ask(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, env=environment, check=False)
     except subprocess.TimeoutExpired:
-        raise RunError(f"SLURM did not answer {command[0]} in {_PATIENCE:g} s.", "Try again later.") from None
+        raise RunError(f"SLURM did not answer {command[0]} within {_PATIENCE:g} s.", "Try again later.") from None
     if done.returncode:
         text = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise RunError(f"SLURM refused {command[0]}: {text}.", "`sinfo` shows what the cluster has.")

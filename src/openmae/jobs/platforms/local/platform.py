@@ -1,4 +1,4 @@
-"""Jobs on this machine: a session of processes each, and a supervisor that outlives the client."""
+"""Jobs on this machine: each runs in its own session, with a supervisor that outlives the client."""
 
 from __future__ import annotations
 
@@ -15,138 +15,128 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from openmae.errors import RunError, SpecError
-from openmae.jobs.job import Record, moment, move, state_of
-from openmae.jobs.outcome import ending
-from openmae.jobs.platforms.base import Observation, inherited_environment
+from openmae.jobs.job import Record, parse_time
+from openmae.jobs.outcome import JobOutcome, conclude_without_code
+from openmae.jobs.platforms.common import Fresh, Platform, cancel_pending, grace_seconds, inherited_environment
 from openmae.jobs.platforms.local.queue import this_machine
-from openmae.jobs.platforms.supervisor import grace_seconds
-from openmae.jobs.processes import alive, living_sessions, signal_session, stop_session, stopped
+from openmae.jobs.processes import living_sessions, signal_session, stop_session
 from openmae.jobs.store import LOG, JobStore
+from openmae.machine import is_running, is_stopped
 from openmae.storage.atomic import disk_errors
 
-_PATIENCE = 60.0  # seconds until a supervisor has to have shown itself
-_LAST_SIGNALS = 30.0  # seconds after the grace: SIGTERM and SIGKILL have had their time
-_FRESH = 1.0  # seconds that a look at all processes is good for
+_PATIENCE = 60.0  # seconds for a supervisor to start
+_LAST_SIGNALS = 30.0  # seconds after the grace period, by which SIGTERM and SIGKILL have been sent
 
 log = logging.getLogger("openmae")
 
 
-class LocalPlatform:
-    """This machine, shared by a queue: each job has GPUs of its own, or a slot where there are none."""
+class LocalPlatform(Platform):
+    """This machine. Its jobs queue for GPUs, or for slots if they use none."""
 
     name = "local"
 
     def __init__(self, store: JobStore) -> None:
-        self.store = store
-        self._sessions: tuple[float, set[int]] = (-_FRESH, set())
+        super().__init__(store)
+        self._sessions: Fresh[set[int]] = Fresh()
 
     def check(self, gpus: int, nodes: int) -> None:
-        """See ``Platform``."""
+        """Refuse more than one node, and more GPUs than this machine has."""
         machine = this_machine()
         if nodes > 1:
             raise SpecError(f"num_nodes: local is one machine, got {nodes}.", "Use platform slurm, or one node.")
         if machine.gpus and gpus > len(machine.gpus):
             raise SpecError(
-                f"gpu_count: {gpus} GPUs are asked for, but this machine shows {len(machine.gpus)}.",
-                f"Ask for {len(machine.gpus)} or fewer.",
+                f"gpu_count: {gpus} GPUs are requested, but this machine has {len(machine.gpus)}.",
+                f"Request {len(machine.gpus)} or fewer.",
             )
 
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
-        """See ``Platform``."""
-        with disk_errors(self.store.folder(job_id) / LOG), (self.store.folder(job_id) / LOG).open("ab") as log:
+        """Start the job's supervisor, and wait until it has recorded itself."""
+        path = self.store.folder(job_id) / LOG
+        with disk_errors(path), path.open("ab") as output:
             supervisor = subprocess.Popen(
-                [sys.executable, "-m", "openmae.jobs.platforms.supervisor", str(self.store.root), job_id],
+                [sys.executable, "-m", "openmae.jobs.platforms.local.supervisor", str(self.store.root), job_id],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 env={**inherited_environment(), **environment},
                 start_new_session=True,
             )
-        # a client that lives long must not gather zombies
+        # so that a long-lived client does not collect zombies
         threading.Thread(target=supervisor.wait, daemon=True, name=f"supervisor of {job_id}").start()
         deadline = time.monotonic() + _PATIENCE
-        while "supervisor" not in self.store.read(job_id)["handle"]:
+        while self.store.read(job_id).handle.supervisor is None:
             if supervisor.poll() is not None or time.monotonic() > deadline:
-                self.store.try_to_write(job_id)  # a full disk keeps its error from the log
+                self.store.try_to_write(job_id)  # on a full disk the log is empty, so this raises the reason
                 raise RunError(
-                    f"The supervisor of job {job_id} did not start (exit code {supervisor.returncode}).",
-                    f"See {self.store.folder(job_id) / LOG}.",
+                    f"The supervisor of job {job_id} did not start (exit code {supervisor.returncode}).", f"See {path}."
                 )
             time.sleep(0.02)
 
-    def observe(self, record: Record) -> Observation | None:
-        """See ``Platform``."""
-        if record["host"] != socket.gethostname():
-            return Observation("UNKNOWN", f"its processes are on {record['host']}, which this machine cannot see")
-        handle = record["handle"]
-        if alive(handle.get("supervisor")):
-            return self._overdue(record)
-        if "supervisor" not in handle:
-            if alive(record["submitter"]):
+    def observe(self, record: Record) -> JobOutcome | None:
+        """Find out what has happened to a job whose supervisor cannot record it."""
+        if record.host != socket.gethostname():
+            return JobOutcome("UNKNOWN", f"its processes are on {record.host}, which cannot be seen from this machine")
+        supervisor, process = record.handle.supervisor, record.handle.process
+        if is_running(supervisor):
+            return self._end_overdue(record)
+        if supervisor is None:
+            if is_running(record.submitter):
                 return None
-            return Observation("ERROR", "the client died before the job was started")
-        if "process" not in handle:
-            return Observation("ERROR", "its supervisor was killed before the job was started")
-        if alive(handle["process"]):
+            return JobOutcome("ERROR", "the client died before the job was started")
+        if process is None:
+            return JobOutcome("ERROR", "its supervisor was killed before the job was started")
+        if is_running(process):
             return None
-        if handle["process"]["pid"] in self._living_sessions():
-            signal_session(handle["process"], signal.SIGKILL)  # its workers
-        if ending(record) in ("SUCCESS", "SKIPPED"):
-            return Observation("COMPLETE", "finished; its supervisor had been killed", 0)
-        if record["cancel_requested"]:
-            return Observation("CANCELED", "canceled; its supervisor had been killed")
-        return Observation("ERROR", "its processes died with their supervisor, so that no exit code is known")
+        if process["pid"] in self._sessions.get("all", living_sessions):
+            signal_session(process, signal.SIGKILL)  # its workers
+        report = "its supervisor was killed"
+        found = conclude_without_code(record, report, canceled=record.cancel_requested is not None)
+        messages = {
+            "CANCELED": f"canceled; {report}",
+            "ERROR": "its processes died with their supervisor; the exit code is unknown",
+        }
+        return found._replace(message=messages.get(found.state, found.message))
 
     def cancel(self, job_id: str) -> None:
-        """See ``Platform``."""
+        """Cancel a waiting job; leave a running one to its supervisor, or stop it if that cannot do so."""
         record = self.store.read(job_id)
-        if record["host"] != socket.gethostname():
+        if record.host != socket.gethostname():
             return
-        supervisor = record["handle"].get("supervisor")
-        if stopped(supervisor):
+        supervisor = record.handle.supervisor
+        if supervisor is not None and is_stopped(supervisor):
             os.kill(supervisor["pid"], signal.SIGCONT)
             log.warning(
-                "The supervisor of job %s (process %d) was stopped, as by SIGSTOP or Ctrl-Z. It was continued, so that "
-                "it can end the job.",
+                "The supervisor of job %s (process %d) was stopped, for example by SIGSTOP or Ctrl-Z. It was continued "
+                "so that it can end the job.",
                 *(job_id, supervisor["pid"]),
             )
-        try:
-            with self.store.update(job_id) as record:
-                if state_of(record) == "PENDING":
-                    move(record, "CANCELED", "canceled before it started")
-                    return
-        except RunError:  # the client has told why
-            record = self.store.read(job_id)
-        handle = record["handle"]
-        unheard = record["cancel_requested"] is None or not alive(supervisor)
-        if unheard and "process" in handle:
-            stop_session(handle["process"], grace_seconds())
-        elif unheard and alive(supervisor):
-            os.kill(supervisor["pid"], signal.SIGTERM)  # nothing but a supervisor that waits for the job's turn
+        with suppress(RunError):  # the client has reported why
+            if cancel_pending(self.store, job_id):
+                return
+        record = self.store.read(job_id)
+        if record.cancel_requested is not None and is_running(supervisor):
+            return  # it reads the request
+        if record.handle.process is not None:
+            stop_session(record.handle.process, grace_seconds())
+        elif supervisor is not None and is_running(supervisor):
+            os.kill(supervisor["pid"], signal.SIGTERM)  # it has no job yet
 
-    def _overdue(self, record: Record) -> Observation | None:
-        """End a canceled job in place of a supervisor that has not done so long after the last signal was due."""
-        if record["cancel_requested"] is None or state_of(record) != "RUNNING":
+    def _end_overdue(self, record: Record) -> JobOutcome | None:
+        """Kill a canceled job and its supervisor if that has not ended the job long after the last signal was due."""
+        supervisor = record.handle.supervisor
+        if record.cancel_requested is None or record.state != "RUNNING" or supervisor is None:
             return None
         patience = grace_seconds() + _LAST_SIGNALS
-        if (datetime.now(UTC) - moment(record["cancel_requested"])).total_seconds() < patience:
+        if (datetime.now(UTC) - parse_time(record.cancel_requested)).total_seconds() < patience:
             return None
-        handle = record["handle"]
         with suppress(ProcessLookupError):
-            os.kill(handle["supervisor"]["pid"], signal.SIGKILL)
-        if "process" in handle:
-            signal_session(handle["process"], signal.SIGKILL)
+            os.kill(supervisor["pid"], signal.SIGKILL)
+        if record.handle.process is not None:
+            signal_session(record.handle.process, signal.SIGKILL)
         log.warning(
             "The supervisor of job %s (process %d) did not respond within %g s of the cancellation. It was killed, and "
             "the job with it.",
-            *(record["id"], handle["supervisor"]["pid"], patience),
+            *(record.id, supervisor["pid"], patience),
         )
-        return Observation("CANCELED", "canceled; its supervisor did not respond and was killed")
-
-    def _living_sessions(self) -> set[int]:
-        """As of a second ago at most: a look at all processes for each of a thousand dead jobs would take long."""
-        when, found = self._sessions
-        if time.monotonic() - when > _FRESH:
-            found = living_sessions()
-            self._sessions = (time.monotonic(), found)
-        return found
+        return JobOutcome("CANCELED", "canceled; its supervisor did not respond and was killed")

@@ -1,4 +1,4 @@
-"""Who may run on this machine: jobs of one root take turns, oldest first, over GPUs or slots."""
+"""The queue of the jobs of one root on this machine: oldest first, for GPUs or slots."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from openmae.errors import OpenMAEError, SpecError
-from openmae.jobs.job import check_identity, moment
-from openmae.jobs.processes import Identity, alive, session_of, stopped
+from openmae.jobs.job import check_identity, parse_time
+from openmae.jobs.processes import session_members
 from openmae.jobs.store import RECORD, JobStore, LockHeldError, locked, read_json, write_durably
+from openmae.machine import Identity, is_running, is_stopped
 from openmae.storage.atomic import disk_errors
 
 SLOTS = "OPENMAE_JOB_SLOTS"
@@ -27,22 +28,60 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class Machine:
-    """What jobs share.
+    """The resources that the jobs share.
 
     Attributes:
-        gpus: as CUDA_VISIBLE_DEVICES names them.
-        slots: jobs without a GPU that run at once.
+        gpus: GPUs, as named in CUDA_VISIBLE_DEVICES.
+        slots: Number of jobs without a GPU that run at the same time.
     """
 
     gpus: tuple[str, ...]
     slots: int
 
 
+@dataclass
+class QueueEntry:
+    """A waiting or running job in the queue.
+
+    Attributes:
+        id: Id of the job.
+        created_at: Its place in the queue.
+        gpus: Number of GPUs that it needs.
+        supervisor: Its supervisor.
+        claim: GPUs that it has, empty if it has a slot, None while it waits.
+        process: Its first process, which keeps the claim even if the supervisor dies.
+    """
+
+    id: str
+    created_at: str
+    gpus: int
+    supervisor: Identity
+    claim: list[str] | None = None
+    process: Identity | None = None
+
+    @classmethod
+    def from_dict(cls, values: Any, job_id: str) -> QueueEntry:
+        """Check the content of a file of the queue and return it as an entry.
+
+        Raises:
+            ValueError: It is damaged; the message has the reason.
+        """
+        if not isinstance(values, dict) or values.get("id") != job_id:
+            raise ValueError(f"it is not an entry of job {job_id}")
+        created_at, gpus, claim = values.get("created_at"), values.get("gpus"), values.get("claim")
+        if not isinstance(created_at, str) or not isinstance(gpus, int) or not isinstance(claim, list | None):
+            raise ValueError("created_at, gpus or claim is missing or has a wrong type")
+        parse_time(created_at)
+        check_identity("supervisor", values.get("supervisor") or 0)
+        check_identity("process", values.get("process"))
+        return cls(job_id, created_at, gpus, values["supervisor"], claim, values.get("process"))
+
+
 def this_machine() -> Machine:
-    """The GPUs that CUDA_VISIBLE_DEVICES or nvidia-smi names, and OPENMAE_JOB_SLOTS slots (1).
+    """Return the GPUs of CUDA_VISIBLE_DEVICES or nvidia-smi, and OPENMAE_JOB_SLOTS (default: 1) slots.
 
     Raises:
-        SpecError: OPENMAE_JOB_SLOTS is no number.
+        SpecError: OPENMAE_JOB_SLOTS is not a number.
     """
     text = os.environ.get(SLOTS, "1")
     if not text.isdecimal() or int(text) < 1:
@@ -59,20 +98,20 @@ def _nvidia_smi() -> tuple[str, ...]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
-    asked = [program, "--query-gpu=index", "--format=csv,noheader"]
+    query = [program, "--query-gpu=index", "--format=csv,noheader"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
-    except (subprocess.SubprocessError, OSError):  # the program without a driver
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (subprocess.SubprocessError, OSError):  # installed without a driver
         return ()
     return tuple(line.strip() for line in done.stdout.splitlines() if line.strip().isdecimal())
 
 
 class Queue:
-    """The turn-taking of one root: an entry a waiting or running job, in files.
+    """The queue of one root, with a file for each waiting or running job.
 
     Args:
-        store: of the jobs' records.
-        machine: to share.
+        store: The jobs' records.
+        machine: The GPUs and slots to share.
     """
 
     def __init__(self, store: JobStore, machine: Machine) -> None:
@@ -81,63 +120,60 @@ class Queue:
         self._store = store
 
     def enter(self, job_id: str, created_at: str, gpus: int, supervisor: Identity) -> None:
-        """Stand in line."""
-        entry = {"id": job_id, "created_at": created_at, "gpus": gpus, "supervisor": supervisor}
+        """Add a waiting job."""
         with self._locked():
-            self._write(entry | {"claim": None, "process": None})
+            self._write(QueueEntry(job_id, created_at, gpus, supervisor))
 
     def claim(self, job_id: str) -> list[str] | None:
-        """Take what the job needs where it is its turn; the GPUs (none: a slot), or None: it has to wait.
+        """Return the GPUs for a job (an empty list for a slot), or None if it has to wait.
 
-        The oldest waiting job goes first, even where a younger one would find room. One whose supervisor is stopped
-        (SIGSTOP) is left out until it continues.
+        The oldest waiting job goes first, even if a younger one would fit. A job whose supervisor is stopped (SIGSTOP)
+        is skipped until it continues.
         """
         try:
             return self._claim(job_id)
-        except (FileNotFoundError, SpecError):  # somebody deleted the folder at this moment
+        except (FileNotFoundError, SpecError):  # the folder was deleted at this moment
             return None
-        except LockHeldError as error:  # the job waits until the holder continues
+        except LockHeldError as error:  # wait until the holder continues
             log.warning("%s", error)
             return None
 
     def _claim(self, job_id: str) -> list[str] | None:
         with self._locked():
             entries = [entry for entry in self._entries() if self._holds(entry)]
-            waiting = [entry for entry in entries if entry["claim"] is None and not stopped(entry["supervisor"])]
-            if not waiting or waiting[0]["id"] != job_id:
-                if not any(entry["id"] == job_id for entry in entries):
-                    self._rebuild(job_id)  # somebody removed it
+            waiting = [entry for entry in entries if entry.claim is None and not is_stopped(entry.supervisor)]
+            if not waiting or waiting[0].id != job_id:
+                if not any(entry.id == job_id for entry in entries):
+                    self._rebuild(job_id)  # its file was deleted
                 return None
             mine = waiting[0]
-            running = [entry for entry in entries if entry["claim"] is not None]
-            taken = {gpu for entry in running for gpu in entry["claim"]}
-            free = [gpu for gpu in self.machine.gpus if gpu not in taken]
-            if self.needs_gpus(mine["gpus"]):
-                if len(free) < mine["gpus"]:
+            claims = [entry.claim for entry in entries if entry.claim is not None]
+            free = [gpu for gpu in self.machine.gpus if not any(gpu in claim for claim in claims)]
+            if self._needs_gpus(mine.gpus):
+                if len(free) < mine.gpus:
                     return None
-                mine["claim"] = free[: mine["gpus"]]
-            elif sum(not entry["claim"] for entry in running) >= self.machine.slots:
+                mine.claim = free[: mine.gpus]
+            elif sum(not claim for claim in claims) >= self.machine.slots:
                 return None
             else:
-                mine["claim"] = []
+                mine.claim = []
             self._write(mine)
-            claim: list[str] = mine["claim"]
-            return claim
+            return mine.claim
 
     def started(self, job_id: str, process: Identity) -> None:
-        """Note the process, which keeps the claim even if its supervisor dies."""
+        """Add the first process of a job that has started."""
         with self._locked():
             entry = self._entry(job_id)
             if entry is not None:
-                self._write(entry | {"process": process})
+                entry.process = process
+                self._write(entry)
 
     def leave(self, job_id: str) -> None:
-        """Give back what the job had."""
-        with suppress(OSError):  # a disk that is read-only now; an entry without living processes counts for nothing
+        """Remove a job, and with it its claim."""
+        with suppress(OSError):  # read-only now; an entry without living processes has no effect
             self._path(job_id).unlink(missing_ok=True)
 
-    def needs_gpus(self, gpus: int) -> bool:
-        """Whether a job takes GPUs here; without any, jobs take slots."""
+    def _needs_gpus(self, gpus: int) -> bool:
         return bool(self.machine.gpus) and gpus > 0
 
     @contextmanager
@@ -147,84 +183,63 @@ class Queue:
         with locked(self.folder / ".lock"):
             yield
 
-    def _holds(self, entry: dict[str, Any]) -> bool:
-        process = entry["process"]
-        if alive(entry["supervisor"]) or (process and session_of(process)):
+    def _holds(self, entry: QueueEntry) -> bool:
+        if is_running(entry.supervisor) or (entry.process is not None and session_members(entry.process)):
             return True
-        self.leave(entry["id"])
+        self.leave(entry.id)
         return False
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def _entries(self) -> list[QueueEntry]:
         found = [entry for path in self.folder.glob("*.json") if (entry := self._entry(path.stem)) is not None]
-        return sorted(found, key=lambda entry: (moment(entry["created_at"]), entry["id"]))
+        return sorted(found, key=lambda entry: (parse_time(entry.created_at), entry.id))
 
-    def _entry(self, job_id: str) -> dict[str, Any] | None:
-        """An entry; a damaged one is made anew from the job's record, so that other jobs are not affected."""
+    def _entry(self, job_id: str) -> QueueEntry | None:
+        """Return an entry. A damaged one is created again from the job's record, so that no other job is affected."""
+        path = self._path(job_id)
         try:
-            return _checked(read_json(self._path(job_id)), job_id)
+            return QueueEntry.from_dict(read_json(path), job_id)
         except FileNotFoundError:  # it has just left
             return None
         except (ValueError, OSError) as error:
-            entry = self._rebuild(job_id)
-            path, aside = self._path(job_id), self._path(job_id).with_suffix(".broken")
+            entry, aside = self._rebuild(job_id), path.with_suffix(".broken")
             if entry is None:
                 with suppress(OSError):
                     os.replace(path, aside)
-            done = f"renamed to {aside.name}" if entry is None else "made anew from the job's record"
-            log.warning("The entry %s of the queue cannot be read (%s): it was %s.", path, error, done)
+            done = f"renamed to {aside.name}" if entry is None else "created again from the job's record"
+            log.warning("The queue entry %s cannot be read (%s): it was %s.", path, error, done)
             return entry
 
-    def _rebuild(self, job_id: str) -> dict[str, Any] | None:
-        """An entry from a job's record; which GPUs a running one has is not in there, so it holds them all."""
+    def _rebuild(self, job_id: str) -> QueueEntry | None:
+        """Create an entry from a job's record, which does not say which GPUs a running job has: it claims them all."""
         try:
             record = self._store.read(job_id)
         except OpenMAEError:
             return None
-        handle = record["handle"]
-        if "supervisor" not in handle:
+        if record.handle.supervisor is None:
             return None
-        process = handle.get("process")
-        claim = None if process is None else list(self.machine.gpus) if self.needs_gpus(record["gpus"]) else []
-        entry = {"id": job_id, "created_at": record["created_at"], "gpus": record["gpus"], "process": process}
-        entry |= {"supervisor": handle["supervisor"], "claim": claim}
+        entry = QueueEntry(
+            job_id, record.created_at, record.gpus, record.handle.supervisor, process=record.handle.process
+        )
+        if entry.process is not None:
+            entry.claim = list(self.machine.gpus) if self._needs_gpus(record.gpus) else []
         self._write(entry)
         return entry
 
     def _path(self, job_id: str) -> Path:
         return self.folder / f"{job_id}.json"
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        write_durably(self._path(entry["id"]), json.dumps(entry))
+    def _write(self, entry: QueueEntry) -> None:
+        write_durably(self._path(entry.id), json.dumps(asdict(entry)))
 
 
 def orphans(store: JobStore) -> list[tuple[str, list[int]]]:
-    """Jobs whose folder was deleted while they ran, each with its living processes."""
+    """Return the jobs whose folder was deleted while they ran, each with the ids of its living processes."""
     found = []
     for path in sorted((store.root / FOLDER).glob("*.json")):
         if os.path.lexists(store.folder(path.stem) / RECORD):
             continue
         with suppress(ValueError, OSError):
-            process = _checked(read_json(path), path.stem)["process"]
-            if process and (pids := session_of(process)):
+            process = QueueEntry.from_dict(read_json(path), path.stem).process
+            if process and (pids := session_members(process)):
                 found.append((path.stem, pids))
     return found
-
-
-def _checked(entry: Any, job_id: str) -> dict[str, Any]:
-    """Return an entry of the queue that has all its parts.
-
-    Raises:
-        ValueError: it has not; the text says which.
-    """
-    if not isinstance(entry, dict) or entry.get("id") != job_id:
-        raise ValueError(f"it is no entry of job {job_id}")
-    gpus, claim = entry.get("gpus"), entry.get("claim")
-    if not isinstance(gpus, int) or not isinstance(claim, list | None):
-        raise ValueError("gpus or claim is of a wrong type")
-    if not isinstance(entry.get("created_at"), str):
-        raise ValueError("created_at is no text")
-    moment(entry["created_at"])
-    check_identity("supervisor", entry.get("supervisor"))
-    if entry.setdefault("process", None) is not None:
-        check_identity("process", entry["process"])
-    return entry

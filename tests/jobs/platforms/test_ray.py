@@ -1,4 +1,4 @@
-"""Jobs of a Ray that really runs here."""
+"""Jobs of a local Ray cluster."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.job_submission import JobSubmissionClient
 from tests.helpers import ray_cluster
-from tests.helpers.platform_contract import SLEEP, ClusterContract, Submit, Tiny, until
+from tests.helpers.platform_contract import SLEEP, ClusterContract, RunCode, Submit, until
 
 import openmae
 from openmae.errors import RunError, SpecError
 from openmae.jobs import Client
+from openmae.jobs.job import Handle
 from openmae.jobs.platforms.ray import RayPlatform
-from openmae.jobs.processes import alive, identify
+from openmae.machine import Identity, identify, is_running
 from openmae.results.metrics_csv import read_metrics
 
-pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all of them
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all tests
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +46,13 @@ class TestRay(ClusterContract):
     capacity = ray_cluster.CPUS
 
 
-def test_one_spec_has_the_loss_of_one_process(client: Client, pictures: Path, tmp_path: Path) -> None:
-    """By README's command."""
+@pytest.mark.slow(reason="trains twice")
+def test_a_training_job_has_the_losses_of_a_local_run(client: Client, images: Path, tmp_path: Path) -> None:
+    """It is submitted with the command of README."""
     spec = {
         "model": {"arch": "vit_tiny_patch16", "decoder_depth": 1, "decoder_embed_dim": 32},
         "dataset": {
-            "train_data_sources": str(pictures / "train"),
+            "train_data_sources": str(images / "train"),
             "batch_size": 4,
             "num_workers_per_gpu": 0,
             "augmentation": {"input_size": 32},
@@ -77,8 +80,8 @@ def test_one_spec_has_the_loss_of_one_process(client: Client, pictures: Path, tm
     assert any(result.path.endswith("report.html") for result in client.list_results(job.id))
 
 
-@pytest.mark.slow(reason="a search of two trainings, each with a start of torch")
-def test_a_search_is_a_job_whose_trainings_are_jobs(client: Client, submit: Submit, tmp_path: Path) -> None:
+@pytest.mark.slow(reason="a search of two trials, each of which imports torch")
+def test_a_search_is_a_job_whose_trials_are_jobs(client: Client, submit: Submit, tmp_path: Path) -> None:
     short = {
         **{"model.arch": "vit_tiny_patch16", "model.decoder_depth": 1, "model.decoder_embed_dim": 32},
         **{"dataset.augmentation.input_size": 32, "dataset.num_workers_per_gpu": 0, "dataset.batch_size": 4},
@@ -95,11 +98,13 @@ def test_a_search_is_a_job_whose_trainings_are_jobs(client: Client, submit: Subm
     assert (tmp_path / "results" / "automl" / "report.html").is_file()
 
 
-def test_GPUs_and_CPUs_are_asked_for_FAKE_GPUS(
-    client: Client, submit: Submit, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+def test_GPUs_and_CPUs_are_requested_FAKE_GPUS(
+    client: Client, submit: Submit, run_code: RunCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    tiny("import os, time; print(repr(os.environ['CUDA_VISIBLE_DEVICES']), os.environ['OMP_NUM_THREADS'], flush=True)")
+    run_code(
+        "import os, time; print(repr(os.environ['CUDA_VISIBLE_DEVICES']), os.environ['OMP_NUM_THREADS'], flush=True)"
+    )
     monkeypatch.setenv("OPENMAE_JOB_CPUS", "2")
     two = submit(gpu_count=2)
     assert client.wait(two.id, 40).status == "COMPLETE"
@@ -107,9 +112,11 @@ def test_GPUs_and_CPUs_are_asked_for_FAKE_GPUS(
     none = submit(gpu_count=0)
     assert client.wait(none.id, 40).status == "COMPLETE"
     assert client.get_job_logs(none.id) == "'' 2\n"
-    with pytest.raises(SpecError, match=r"gpu_count: 3 GPUs are asked for, but the largest node of the Ray has 2\."):
+    with pytest.raises(
+        SpecError, match=r"gpu_count: 3 GPUs are requested, but the largest node of the Ray cluster has 2\."
+    ):
         submit(gpu_count=3)
-    monkeypatch.setattr(RayPlatform, "_largest", lambda self: (2, 0))  # as where there are none
+    monkeypatch.setattr(RayPlatform, "_largest", lambda self: (2, 0))  # as if it had no GPUs
     without = submit(gpu_count=3)
     assert client.wait(without.id, 40).status == "COMPLETE"
     assert client.get_job_logs(without.id) == "'' 1\n"
@@ -118,10 +125,10 @@ def test_GPUs_and_CPUs_are_asked_for_FAKE_GPUS(
         submit()
 
 
-def test_a_job_that_takes_all_CPUs_runs_alone(
-    client: Client, submit: Submit, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+def test_a_job_that_needs_all_CPUs_runs_alone(
+    client: Client, submit: Submit, run_code: RunCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny(SLEEP)
+    run_code(SLEEP)
     monkeypatch.setenv("OPENMAE_JOB_CPUS", "64")
     first = submit()
     until(lambda: client.get_job_status(first.id).status == "RUNNING", "the start on as many CPUs as there are")
@@ -134,11 +141,11 @@ def test_a_job_that_takes_all_CPUs_runs_alone(
         assert client.wait(job.id, 40).status == "CANCELED"
 
 
-def test_Ray_is_not_told_what_is_secret(
-    client: Client, submit: Submit, tiny: Tiny, cluster: ray_cluster.Cluster
+def test_secrets_are_not_passed_to_Ray(
+    client: Client, submit: Submit, run_code: RunCode, cluster: ray_cluster.Cluster
 ) -> None:
-    """Its dashboard shows what a job was given, and its logs keep it."""
-    tiny("import os; print(os.environ['TOKEN'][::-1])")
+    """Ray shows what it is given in its dashboard and logs."""
+    run_code("import os; print(os.environ['TOKEN'][::-1])")
     job = submit(env_vars={"TOKEN": "s3cr3t-t0ken"})
     assert client.wait(job.id, 40).status == "COMPLETE"
     assert client.get_job_logs(job.id) == "nek0t-t3rc3s\n"
@@ -149,7 +156,7 @@ def test_Ray_is_not_told_what_is_secret(
     assert any(b"OPENMAE_JOB_KEY" in text for text in logs), "that is not where Ray keeps its logs"
     assert not [text for text in (shown, *logs) if b"s3cr3t-t0ken" in text]
     assert not list(client.store.folder(job.id).glob("environment*")), (
-        "the key is known, and what it opens is still there"
+        "Ray has the key, and the encrypted environment was not deleted"
     )
 
 
@@ -165,13 +172,13 @@ time.sleep(60)
 """
 
 
-def test_a_job_that_Ray_stops_has_the_time_for_its_checkpoint(
-    client: Client, submit: Submit, tiny: Tiny, cluster: ray_cluster.Cluster
+def test_a_job_that_Ray_stops_has_time_for_its_checkpoint(
+    client: Client, submit: Submit, run_code: RunCode, cluster: ray_cluster.Cluster
 ) -> None:
-    """Ray's own patience is 3 s."""
-    tiny(_PREEMPTED)
+    """By default, Ray waits for 3 s."""
+    run_code(_PREEMPTED)
     listening = submit()
-    tiny("import time; print('ready', flush=True); time.sleep(60)")
+    run_code("import time; print('ready', flush=True); time.sleep(60)")
     other = submit()
     for job in (listening, other):
         until(lambda job=job: "ready" in client.get_job_logs(job.id), "the job's first line")
@@ -179,14 +186,14 @@ def test_a_job_that_Ray_stops_has_the_time_for_its_checkpoint(
     done = client.wait(listening.id, 40)
     assert client.get_job_logs(listening.id) == "ready\ncheckpoint\n"
     assert (done.status, done.exit_code) == ("CANCELED", 75)
-    assert done.message.startswith("preempted: a request with results_dir=")
-    assert done.message.endswith(" goes on from its checkpoint (exit code 75)")
+    assert done.message.startswith("preempted: a job with results_dir=")
+    assert done.message.endswith(" resumes from its checkpoint (exit code 75)")
     done = client.wait(other.id, 40)
-    assert (done.status, done.message) == ("CANCELED", "interrupted from outside (exit code 130)")
+    assert (done.status, done.message) == ("CANCELED", "interrupted by another program (exit code 130)")
 
 
-def test_a_job_whose_part_of_Ray_dies_leaves_nothing_behind(client: Client, submit: Submit, tiny: Tiny) -> None:
-    tiny("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+def test_if_Rays_part_of_a_job_dies_no_process_is_left(client: Client, submit: Submit, run_code: RunCode) -> None:
+    run_code("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     job = submit()
     until(lambda: client.get_job_logs(job.id).endswith("\n"), "the job's line")
     process = identify(int(client.get_job_logs(job.id)))
@@ -195,19 +202,19 @@ def test_a_job_whose_part_of_Ray_dies_leaves_nothing_behind(client: Client, subm
         for path in Path("/proc").glob("[0-9]*/cmdline")
         if path.exists() and path.read_bytes().split(b"\0")[-2:-1] == [job.id.encode()]
     ]
-    assert len(runners) == 2, "one in Ray's process group, and one that looks after the job"
+    assert len(runners) == 2, "one in Ray's process group, and one that supervises the job"
     first = min(runners, key=lambda path: int(path.name))
     os.kill(int((first / "stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
-    until(lambda: not alive(process), "the job's end")
+    until(lambda: not is_running(process), "the job's end")
     done = client.wait(job.id, 40)
     assert (done.status, done.exit_code) == ("ERROR", None)
     assert done.message.startswith(f"Ray job mae-{job.id}: FAILED: Job supervisor actor died")
 
 
-def test_a_job_whose_folder_the_node_does_not_see_says_so(
-    client: Client, submit: Submit, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+def test_a_root_that_the_node_does_not_see_is_reported(
+    client: Client, submit: Submit, run_code: RunCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny("pass")
+    run_code("pass")
     moved = client.store.root.with_name("elsewhere")
     ask = RayPlatform._ask
 
@@ -226,35 +233,38 @@ def test_a_job_whose_folder_the_node_does_not_see_says_so(
     monkeypatch.setattr(RayPlatform, "_ask", ask)
     done = client.wait(job.id, 40)
     assert (done.status, done.exit_code) == ("ERROR", 125)
-    assert f"The job could not begin: {client.store.folder(job.id)} cannot be seen on " in done.message
+    assert f"The job could not start: {client.store.folder(job.id)} cannot be seen on " in done.message
 
 
-def test_a_job_that_Ray_does_not_know_is_an_error(
-    client: Client, submit: Submit, tiny: Tiny, cluster: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch
+def test_a_job_that_Ray_no_longer_knows_is_an_error(
+    client: Client, submit: Submit, run_code: RunCode, cluster: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny("pass")
+    run_code("pass")
     record = client.store.read(client.wait(submit().id, 40).id)
-    record |= {"transitions": record["transitions"][:1], "exit_code": None}
-    client.store.create({**record, "id": "a" * 32})
+    record = replace(record, id="a" * 32, transitions=record.transitions[:1], exit_code=None)
+    client.store.create(record)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address.replace("127.0.0.1", "localhost"))
     seen = client.get_job_status("a" * 32)
     assert seen.status == "UNKNOWN"
-    assert seen.message.startswith(f"it was handed to the Ray at {cluster.address}, and http://localhost:")
+    assert seen.message.startswith(
+        f"it was submitted to the Ray cluster at {cluster.address}, not at http://localhost:"
+    )
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     seen = client.get_job_status("a" * 32)
     assert (seen.status, seen.message) == (
         "ERROR",
-        f"Ray does not know mae-{'a' * 32} any more, as after a new start",
+        f"Ray no longer knows mae-{'a' * 32}, as after a restart",
     )
-    client.store.create({**record, "id": "c" * 32, "handle": {}, "submitter": {"pid": 1, "start": 1}})
+    gone: Identity = {"pid": 1, "start": 1, "boot": ""}
+    client.store.create(replace(record, id="c" * 32, handle=Handle(), submitter=gone))
     seen = client.get_job_status("c" * 32)
-    assert (seen.status, seen.message) == ("ERROR", "the client died before the job was handed to Ray")
+    assert (seen.status, seen.message) == ("ERROR", "the client died before the job was submitted to Ray")
 
 
-def test_a_Ray_that_is_not_there(
-    client: Client, submit: Submit, tiny: Tiny, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cluster_that_cannot_be_reached(
+    client: Client, submit: Submit, run_code: RunCode, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny(SLEEP)
+    run_code(SLEEP)
     job = submit()
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
@@ -264,26 +274,26 @@ def test_a_Ray_that_is_not_there(
             seen = Client("ray", client.store.root).get_job_status(job.id)
             assert (seen.status, seen.message) == (
                 "UNKNOWN",
-                f"platform: the Ray at {address} did not answer in 0.5 s.",
+                f"platform: the Ray cluster at {address} did not answer within 0.5 s.",
             )
     with monkeypatch.context() as patch:
         patch.setenv("RAY_ADDRESS", address)
         with pytest.raises(
-            RunError, match=rf"there is no Ray at {address}\.\n  Fix: `ray start --head` starts a Ray; RAY"
+            RunError, match=rf"there is no Ray cluster at {address}\.\n  Fix: Start a cluster with `ray start --head`"
         ):
             Client("ray", tmp_path / "others").create_job(
-                "train", spec_overrides={"dataset.train_data_sources": str(pictures / "train")}
+                "train", spec_overrides={"dataset.train_data_sources": str(images / "train")}
             )
     client.cancel_job(job.id)
     assert client.wait(job.id, 40).status == "CANCELED"
 
 
-def test_without_the_package_it_is_refused(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_it_is_refused(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setitem(sys.modules, "ray.job_submission", None)
     with pytest.raises(SpecError, match=r"platform: ray needs the package ray\.\n  Fix: pip install 'openmae\[ray\]'"):
         Client("ray", tmp_path / "jobs").create_job(
-            "train", spec_overrides={"dataset.train_data_sources": str(pictures / "train")}
+            "train", spec_overrides={"dataset.train_data_sources": str(images / "train")}
         )
 
 
@@ -292,23 +302,23 @@ def test_other_commands_do_not_import_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
-@pytest.mark.slow(reason="starts a second Ray")
-def test_a_Ray_that_was_started_anew_has_forgotten_its_jobs(
-    client: Client, submit: Submit, tiny: Tiny, cluster: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow(reason="restarts the cluster")
+def test_a_restarted_cluster_no_longer_knows_its_jobs(
+    client: Client, submit: Submit, run_code: RunCode, cluster: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny("print('done')")
+    run_code("print('done')")
     done = submit()
     until((client.store.folder(done.id) / "exit_code").exists, "the first job's end")
-    tiny(SLEEP)
+    run_code(SLEEP)
     lost = submit()
     until(lambda: client.get_job_status(lost.id).status == "RUNNING", "the second job's start")
     cluster.stop()
     seen = Client("ray", client.store.root).get_job_status(lost.id)
-    assert (seen.status, seen.message) == ("UNKNOWN", f"platform: there is no Ray at {cluster.address}.")
+    assert (seen.status, seen.message) == ("UNKNOWN", f"platform: there is no Ray cluster at {cluster.address}.")
     assert client.get_job_status(done.id).status == "COMPLETE"
     cluster.start()
     seen = client.wait(lost.id, 20)
     assert seen.status == "ERROR"
-    assert seen.message == f"Ray does not know mae-{lost.id} any more, as after a new start"
-    tiny("print('again')")
+    assert seen.message == f"Ray no longer knows mae-{lost.id}, as after a restart"
+    run_code("print('again')")
     assert client.wait(submit().id, 40).status == "COMPLETE"

@@ -1,4 +1,4 @@
-"""Roots of jobs on disks that are full, read-only or faulty: states are shown, and a job can be canceled."""
+"""Roots of jobs on full, read-only or faulty disks: states are shown, and a job can be canceled."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.helpers.platform_contract import Submit, Tiny, until
+from tests.helpers.platform_contract import RunCode, Submit, until
 
 from openmae.cli.main import main
 from openmae.errors import RunError
 from openmae.jobs import Client, Job, store
-from openmae.jobs.processes import alive
+from openmae.machine import is_running
 
 SLEEP = "import time; print('ready', flush=True); time.sleep(60)"
 NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
@@ -23,7 +23,7 @@ NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
 
 @pytest.fixture
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A disk of 2 MB, which holds the root of jobs."""
+    """Mount a disk of 2 MB with the root of the jobs."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
@@ -48,15 +48,15 @@ def _fill(disk: Path) -> Path:
 
 
 @pytest.fixture
-def running(client: Client, submit: Submit, tiny: Tiny) -> Job:
-    tiny(SLEEP)
+def running(client: Client, submit: Submit, run_code: RunCode) -> Job:
+    run_code(SLEEP)
     job = submit()
     until(lambda: "ready" in client.get_job_logs(job.id), "the job's first line")
     return job
 
 
 def _process(client: Client, job: Job, which: str = "process") -> dict[str, object]:
-    found: dict[str, object] = client.store.read(job.id)["handle"][which]
+    found: dict[str, object] = getattr(client.store.read(job.id).handle, which)
     return found
 
 
@@ -69,8 +69,8 @@ def test_a_job_is_canceled_while_the_disk_is_full(
     assert main(["jobs", "status", running.id]) == 0
     assert main(["jobs", "cancel", "--wait", running.id]) == 0
     assert "CANCELED" in capsys.readouterr().out
-    assert not alive(process)
-    assert client.store.read(running.id)["exit_code"] == -2, "its end was not recorded"
+    assert not is_running(process)
+    assert client.store.read(running.id).exit_code == -2, "its end was not recorded"
 
 
 def test_a_job_is_canceled_although_nothing_can_be_recorded(
@@ -82,15 +82,17 @@ def test_a_job_is_canceled_although_nothing_can_be_recorded(
     client.cancel_job(running.id)
     assert "could not be recorded; it is stopped anyway" in caplog.text
     assert "No space left on device" in caplog.text
-    assert not alive(process)
+    assert not is_running(process)
     assert client.wait(running.id, 20).finished
 
 
-def test_a_job_that_fills_the_disk_has_its_end_recorded(client: Client, submit: Submit, tiny: Tiny, disk: Path) -> None:
-    tiny(f"f = open({str(disk / 'fill')!r}, 'wb', buffering=0)\nwhile True: f.write(bytes(1024))")
+def test_a_job_that_fills_the_disk_has_its_end_recorded(
+    client: Client, submit: Submit, run_code: RunCode, disk: Path
+) -> None:
+    run_code(f"f = open({str(disk / 'fill')!r}, 'wb', buffering=0)\nwhile True: f.write(bytes(1024))")
     done = client.wait(submit().id, 20)
     assert (done.status, done.exit_code) == ("ERROR", 1)
-    assert client.store.read(done.id)["transitions"][-1]["state"] == "ERROR"
+    assert client.store.read(done.id).state == "ERROR"
 
 
 def test_a_job_that_waits_is_canceled_although_nothing_can_be_recorded(
@@ -103,29 +105,29 @@ def test_a_job_that_waits_is_canceled_although_nothing_can_be_recorded(
     fill = _fill(disk)
     client.cancel_job(waiting.id)
     assert client.wait(waiting.id, 20).finished
-    until(lambda: not alive(supervisor), "the end of its supervisor")
+    until(lambda: not is_running(supervisor), "the end of its supervisor")
     fill.unlink()
     client.cancel_job(running.id)
     client.wait(running.id, 20)
 
 
 def test_no_job_is_made_on_a_full_disk(
-    client: Client, submit: Submit, tiny: Tiny, disk: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+    client: Client, submit: Submit, run_code: RunCode, disk: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny("pass")
+    run_code("pass")
     _fill(disk)
     with pytest.raises(RunError, match=rf"No space left on device\)\.\n  Fix: Free space in {disk}, or use"):
         submit()
-    assert main(["jobs", "submit", "train", f"dataset.train_data_sources={pictures / 'train'}"]) == 1
+    assert main(["jobs", "submit", "train", f"dataset.train_data_sources={images / 'train'}"]) == 1
     assert f"Fix: Free space in {disk}, or use a folder on another disk." in capsys.readouterr().err
     assert client.list_jobs() == []
-    assert os.listdir(client.store.root) == [], "a part of a job was left"
+    assert os.listdir(client.store.root) == [], "files of a job are left"
 
 
-def test_a_disk_with_little_room_takes_a_job_or_tells_why_not(
-    client: Client, submit: Submit, tiny: Tiny, disk: Path
+def test_on_an_almost_full_disk_a_job_runs_or_is_refused_with_the_reason(
+    client: Client, submit: Submit, run_code: RunCode, disk: Path
 ) -> None:
-    tiny("pass")
+    run_code("pass")
     fill = disk / "fill"
     refusals: list[RunError] = []
     for pages in range(8):
@@ -146,12 +148,12 @@ def test_a_disk_with_little_room_takes_a_job_or_tells_why_not(
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
-def test_a_state_that_was_found_out_is_shown_where_it_cannot_be_recorded(
+def test_a_state_that_cannot_be_recorded_is_shown(
     client: Client, running: Job, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for which in ("supervisor", "process"):
         os.kill(int(str(_process(client, running, which)["pid"])), 9)
-        until(lambda which=which: not alive(_process(client, running, which)), "the death of a killed process")
+        until(lambda which=which: not is_running(_process(client, running, which)), "the death of a killed process")
     before = client.store.read(running.id)
 
     def fail(*arguments: object, **options: object) -> None:
@@ -165,7 +167,7 @@ def test_a_state_that_was_found_out_is_shown_where_it_cannot_be_recorded(
         assert client.cancel_job(running.id).status == "ERROR"
         assert client.store.read(running.id) == before
     assert client.get_job_status(running.id).status == "ERROR"
-    assert client.store.read(running.id)["transitions"][-1]["state"] == "ERROR"
+    assert client.store.read(running.id).state == "ERROR"
 
 
 def test_a_read_only_root_is_listed(
@@ -184,16 +186,16 @@ def test_a_read_only_root_is_listed(
         process = _process(client, running)
         assert main(["jobs", "cancel", "--wait", running.id, *root]) == 0
         assert "could not be recorded; it is stopped anyway" in capsys.readouterr().err
-        assert not alive(process)
+        assert not is_running(process)
     finally:
         subprocess.run(["umount", place], check=True)
 
 
 @pytest.mark.parametrize("call", ["mkdir", "open"])
-def test_a_root_that_cannot_be_written_is_told(
-    client: Client, submit: Submit, tiny: Tiny, call: str, monkeypatch: pytest.MonkeyPatch
+def test_a_root_that_cannot_be_written_is_reported(
+    client: Client, submit: Submit, run_code: RunCode, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny("pass")
+    run_code("pass")
     real: Callable[..., object] = getattr(os, call)
 
     def fail(path: object, *arguments: object, **options: object) -> object:
