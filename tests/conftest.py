@@ -17,8 +17,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The suite runs in as many processes as there are cores. Set before torch is imported, here and in started processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Folders whose tests run actions, export models or start servers.
-_LAUNCHING_FOLDERS = {"actions", "bench", "engines", "faults", "fuzz", "nvidia", "serving", "skill"}
+# Folders whose tests run actions, export models, start servers or simulate searches.
+_LAUNCHING_FOLDERS = {"actions", "automl", "bench", "engines", "faults", "fuzz", "nvidia", "serving", "skill"}
 # Names in the code of a test, of a helper or of a fixture that start a process, a server or a training run.
 _LAUNCHING_NAMES = {
     *("subprocess", "multiprocessing", "Popen", "ProcessPoolExecutor", "fork_server", "spawn"),

@@ -1,4 +1,4 @@
-"""The commands of README run as they are written, in its order, and README stays short."""
+"""The commands of README run in its order, with fewer epochs, and README stays short."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def write_short_search(folder: Path) -> None:
     (folder / "results/quickstart/finetune.yaml").write_text(json.dumps(spec), encoding="utf-8")
 
 
-@pytest.mark.slow(reason="trains on 48 images three times, 20 epochs each, and searches")
-def test_commands_run_as_written(tmp_path: Path) -> None:
+@pytest.mark.slow(reason="trains three times, searches, and builds an engine")
+def test_commands_run(tmp_path: Path) -> None:
     make_images(tmp_path / "photos", 48, 0)
     for part, count in (("train", 16), ("val", 6)):
         for hue, name in enumerate(("red", "green")):
@@ -99,6 +99,7 @@ def test_commands_run_as_written(tmp_path: Path) -> None:
             check_serving(text, tmp_path, environment)
             ran += 1
             continue
+        text = text.replace("num_epochs=20", "num_epochs=2")
         command = ["bash", "-euc", text] if language == "bash" else [sys.executable, "-c", text]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"

@@ -29,7 +29,7 @@ from openmae.automl.database import STORAGE_ERRORS, make_lock, open_storage, sto
 from openmae.automl.objective import make_objective
 from openmae.automl.space import epochs_of, make_space
 from openmae.errors import SpecError
-from openmae.machine import identify, is_running
+from openmae.machine import boot_id, identify, is_running
 from openmae.results.trials import State, TrialSummary
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict

@@ -19,7 +19,7 @@ from openmae.jobs.artifacts import list_folder, newest_checkpoint
 from openmae.jobs.client import TRAININGS, Client
 from openmae.jobs.job import Job
 from openmae.jobs.platforms.local.queue import SLOTS
-from openmae.machine import usable_cores
+from openmae.machine import boot_id, usable_cores
 from openmae.spec.describe import fields
 from openmae.spec.from_environment import environment_of
 from openmae.spec.schema import ExperimentSpec

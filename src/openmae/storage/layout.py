@@ -69,7 +69,7 @@ _CHECKPOINT = re.compile(r"model_epoch_(?P<epoch>\d+)_step_(?P<step>\d+)\.pth")
 _WEIGHTS = re.compile(r"\.pth(\.|$)")
 
 
-class Progress(NamedTuple):
+class Position(NamedTuple):
     """How far a training run had come when it wrote a checkpoint; later ones compare greater."""
 
     epoch: int
@@ -85,10 +85,10 @@ def checkpoint_name(epoch: int, step: int) -> str:
     return f"model_epoch_{epoch:03d}_step_{step:05d}{WEIGHTS_SUFFIX}"
 
 
-def checkpoint_progress(name: str) -> Progress | None:
+def checkpoint_progress(name: str) -> Position | None:
     """Return the epoch and step in the name of a numbered checkpoint; None for any other name."""
     found = _CHECKPOINT.fullmatch(name)
-    return Progress(int(found["epoch"]), int(found["step"])) if found else None
+    return Position(int(found["epoch"]), int(found["step"])) if found else None
 
 
 def sort_checkpoints(names: Iterable[str]) -> list[str]:
