@@ -93,7 +93,7 @@ DATA_MISTAKES = [
     (
         "train",
         (*CLASSES, "dataset.train_data_sources={photos.plain}"),
-        ("have no labels: 8 of 8 images lie outside of class folders", "labels.csv"),
+        ("have no labels: 8 of 8 images are outside of class folders", "labels.csv"),
     ),
     (
         "train",

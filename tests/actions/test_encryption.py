@@ -104,13 +104,13 @@ def test_a_literal_key_is_a_notice_and_does_not_load_back(chain, photos, capsys)
     assert main(["spec", "check", "dataset.train_data_sources=a", f"encryption_key={KEY}"]) == 0
     out, err = capsys.readouterr()
     assert "encryption_key: '***'" in out
-    assert "Notice: encryption_key holds the key itself" in err
+    assert "Notice: encryption_key contains the key itself" in err
     assert "Use env:NAME or file:PATH." in err
     assert_nowhere(chain / "no", out, err)
     assert main(["train", "-e", str(chain / "train" / "experiment.yaml")]) == 2
     err = capsys.readouterr().err
     assert "encryption_key (line " in err
-    assert "*** stands for a key that was not written down. Give it again: env:NAME, file:PATH or the key." in err
+    assert "*** replaces a key that was not written down. Give the key again: env:NAME, file:PATH or the key." in err
 
 
 def test_without_the_key_and_with_another(chain, photos, refused):
@@ -287,7 +287,7 @@ def test_the_script_of_the_report_decrypts(chain, tmp_path, monkeypatch, capsys)
 
 def test_external_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("openmae.engines.onnx.LARGEST_PROTOBUF", 4)
-    with pytest.raises(SpecError, match="which have their weights beside them, cannot be encrypted"):
+    with pytest.raises(SpecError, match="which have their weights in a second file, cannot be encrypted"):
         writing(linear_graph(), tmp_path / "model.onnx", Key(b"x")).__enter__()
     assert os.listdir(tmp_path) == []
 

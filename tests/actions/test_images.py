@@ -72,7 +72,7 @@ def test_read_images(large: Path, trained: Train) -> None:
     with pytest.raises(DataError) as caught:
         openmae.read_images([path], card, max_megapixels=1)
     assert caught.value.problem == f"{path} has 1200 x 1000 = 1,200,000 pixels, more than max_megapixels=1 allows."
-    assert caught.value.fix == "Pass a larger max_megapixels if you trust the file, or scale it down."
+    assert caught.value.fix == "Pass a larger max_megapixels if you trust the file, or make the image smaller."
     images = openmae.read_images([path], card, max_megapixels=1.2)
     torch.testing.assert_close(images[0, :, 0, 0], torch.tensor(COLOURS["red"], dtype=torch.uint8))
 
@@ -85,7 +85,7 @@ def test_read_images_names_what_is_wrong(tmp_path: Path, trained: Train, caplog:
     page = Image.new("RGB", (40, 40))
     page.save(tmp_path / "b.tif", save_all=True, append_images=[page])
     assert openmae.read_images([tmp_path / "b.tif"], card).shape[0] == 1
-    assert f"{tmp_path / 'b.tif'} has 2 pages, of which only the first is read." in caplog.text
+    assert f"{tmp_path / 'b.tif'} has several pages, of which only the first is read." in caplog.text
 
 
 Refused = Callable[[str, Sequence[str]], str]
@@ -104,7 +104,7 @@ def test_special_files_are_named(tmp_path: Path, refused: Refused, trained: Trai
         said = refused("inference", [*request, f"inference.checkpoint={tmp_path / name}"])
         assert f"inference.checkpoint: {tmp_path / name} is {kind}, not a checkpoint." in said
     said = refused("inference", ["-e", str(tmp_path / "spec.yaml")])
-    assert f"{tmp_path / 'spec.yaml'} cannot be read: it is a pipe that nothing is written to." in said
+    assert f"{tmp_path / 'spec.yaml'} cannot be read: it is a pipe without a writer." in said
     encrypted = f"encryption_key=file:{tmp_path / 'key'}"
     said = refused("inference", [*request, f"inference.checkpoint={model}", encrypted])
-    assert "cannot be read (it is a pipe that nothing is written to)" in said
+    assert "cannot be read (it is a pipe without a writer)" in said

@@ -160,7 +160,7 @@ def test_an_unlabelled_file_does_not_change_the_accuracy(
         metrics = read_metrics(run("train", tmp_path / case, *sources) / "metrics.csv")
         (found[case],) = [(row["knn_acc"], row["probe_acc"]) for row in metrics if "knn_acc" in row]
     assert found["with"] == found["without"]
-    assert "1 of 10 images lie outside of the 3 class folders and have no label: zz.png." in notices(capsys)
+    assert "1 of 10 images are outside of the 3 class folders and have no label: zz.png." in notices(capsys)
 
 
 def test_training_in_the_folder_of_the_images_reads_the_same_twice(

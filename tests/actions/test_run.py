@@ -181,7 +181,7 @@ def test_a_run_that_loses_its_folder_ends(spec, monkeypatch):
 
     def act():
         with running(spec, "train"):
-            places[0].loss.note(RunError("It has been taken over."))
+            places[0].lose(RunError("It has been taken over."))
             threading.Event().wait(30)  # until it is interrupted
 
     monkeypatch.setattr(run_module, "local_place", noting)

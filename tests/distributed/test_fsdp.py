@@ -151,5 +151,5 @@ def test_fsdp_uses_fp16_on_a_gpu_with_a_warning(caplog):
 
 def test_fsdp_with_averaged_weights_is_an_error(tiny_overrides, tmp_path):
     changes = {"train.stage": "finetune", "train.ema_decay": 0.9, "train.distributed_strategy": "fsdp"}
-    with pytest.raises(SpecError, match=r"train\.ema_decay.*fsdp shares the weights out, got 0\.9\. Set it to 0"):
+    with pytest.raises(SpecError, match=r"train\.ema_decay.*must be 0 with fsdp, .* got 0\.9\. Set it to 0"):
         load_spec(None, tiny_overrides(tmp_path, changes), action="train")

@@ -126,7 +126,7 @@ def test_files_that_are_not_specs(tmp_path):
 def test_a_spec_that_is_a_pipe_a_device_or_huge(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "endless.yaml").symlink_to("/dev/zero")
-    assert "pipe.yaml cannot be read: it is a pipe that nothing is written to." in mistakes(tmp_path / "pipe.yaml")
+    assert "pipe.yaml cannot be read: it is a pipe without a writer." in mistakes(tmp_path / "pipe.yaml")
     assert "endless.yaml cannot be read: it is a device, not a regular" in mistakes(tmp_path / "endless.yaml")
     (tmp_path / "large.yaml").write_bytes(b"#" * 2000)
     monkeypatch.setattr(yaml_reader, "_MAX_FILE_SIZE", 1000)

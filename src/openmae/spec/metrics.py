@@ -54,8 +54,8 @@ METRICS = {
         Metric("ACC_top5", "top-5 accuracy", "top-5", "share", ("finetune",)),
         Metric("probe_acc", "linear probe accuracy", "linear probe", "share", ("pretrain",)),
         Metric("knn_acc", "kNN accuracy", "kNN", "share", ("pretrain",)),
-        Metric("train_loss", "training loss", "train", "loss", ("pretrain", "finetune"), ""),
         Metric("val_loss", "validation loss", "validation", "loss", ("pretrain", "finetune"), "validation images"),
+        Metric("train_loss", "training loss", "train", "loss", ("pretrain", "finetune"), ""),
     )
 }
 

@@ -125,7 +125,7 @@ def _training(spec: ExperimentSpec) -> Iterator[Problem]:
     if train.distributed_strategy == "fsdp" and train.stage == "finetune" and train.ema_decay:
         yield Problem(
             "train.ema_decay",
-            f"averaged weights are not sharded, but fsdp shards the weights, got {train.ema_decay:g}. "
+            f"must be 0 with fsdp, which cannot average sharded weights, got {train.ema_decay:g}. "
             "Set it to 0, or use train.distributed_strategy=ddp.",
             also=("train.distributed_strategy", "train.stage"),
         )

@@ -7,7 +7,6 @@ part of it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from openmae.errors import DataError
+from openmae.storage import flock
 from openmae.storage.atomic import write_atomically
 
 CACHE_VARIABLE = "OPENMAE_CACHE"
@@ -288,7 +288,7 @@ def remove(path: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock.lock(descriptor)
         trash = path.with_name(f"{_TRASH}{os.getpid()}-{path.name}")
         os.rename(path, trash)
     except (BlockingIOError, FileNotFoundError):
@@ -347,13 +347,13 @@ def _size_below(folder: Path) -> int:
 
 def _hold(path: Path) -> bool:
     """Take the shared lock of a folder; return False if it is gone."""
-    if any(path in locks for locks in _holds.blocks):
+    if not flock.AVAILABLE or any(path in locks for locks in _holds.blocks):
         return path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return False
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    flock.lock(descriptor, shared=True, wait=True)
     if not path.is_dir() or os.fstat(descriptor).st_ino != path.stat().st_ino:  # deleted while this waited
         os.close(descriptor)
         return False
@@ -368,12 +368,14 @@ def _release(path: Path) -> None:
 
 
 def _is_free(path: Path) -> bool:
+    if not flock.AVAILABLE:  # it may be in use; `mae cache clear` deletes it
+        return False
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:  # another user's
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock.lock(descriptor)
     except BlockingIOError:
         return False
     finally:

@@ -9,7 +9,6 @@ that start together wins; in others both may begin, and the one whose object was
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from typing import Any
 
 from openmae.errors import DataError, RunError, UserError, blaming
 from openmae.machine import identify, is_running
-from openmae.storage import layout
+from openmae.storage import flock, layout
 from openmae.storage.atomic import disk_error
 from openmae.storage.filesystem import ask, error_code, is_missing, open_filesystem
 from openmae.storage.urls import join, redact, scheme_of
@@ -91,7 +90,7 @@ def _try_lock(path: Path) -> int | None:
     """Lock a file; return None if another process holds it, or has just deleted it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock.lock(descriptor)
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
     except (BlockingIOError, FileNotFoundError):

@@ -6,7 +6,6 @@ killed too, the next run. A process holds a lock on its folder, so that no other
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from openmae.storage import flock
 
 MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 _PREFIX = "openmae-"
@@ -66,7 +67,7 @@ def _lock(folder: Path) -> int | None:
         return None
     with suppress(OSError):
         if os.fstat(descriptor).st_uid == os.getuid():
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock.lock(descriptor)
             return descriptor
     os.close(descriptor)
     return None
