@@ -397,7 +397,7 @@ def test_a_supervisor_that_does_not_respond_is_killed_with_its_job(
     done = client.wait(job.id, 20)
     assert done.status == "CANCELED"
     assert f"The supervisor of job {job.id} (process {supervisor['pid']}) did not respond within" in caplog.text
-    assert not is_running(supervisor)
+    until(lambda: not is_running(supervisor), "the killed supervisor to end")
     until(lambda: not is_running(process), "the end of the job")
 
 
