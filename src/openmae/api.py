@@ -1,4 +1,4 @@
-"""The public functions. Heavy packages are imported when a function is called, not with ``import openmae``."""
+"""The public functions of ``openmae``. Heavy packages are imported when a function is called."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class TrainResult(Mapping[str, float]):
     Attributes:
         folder: the results folder, ``<results_dir>/train``; a URL if ``results_dir`` is one.
         arch: the architecture.
-        metrics: metrics of the last epoch: ``train_loss``; with validation images ``val_loss``, and ``ACC_all`` and
-            ``ACC_top5`` (finetune) or ``knn_acc`` and ``probe_acc`` (pretrain, for images with classes). Accuracies
-            are in [0, 1].
+        metrics: metrics of the last epoch: ``train_loss``, and ``val_loss`` if there are validation images. These also
+            give ``ACC_all`` and ``ACC_top5`` (finetune), or ``knn_acc`` and ``probe_acc`` (pretrain, if the images have
+            classes). Accuracies are in [0, 1].
 
     Example:
         >>> result = TrainResult("runs/digits/train", "vit_tiny_patch16", {"train_loss": 0.5})
@@ -40,7 +40,7 @@ class TrainResult(Mapping[str, float]):
 
     @property
     def backbone(self) -> str:
-        """The backbone with timm's parameter names. It is written after the last epoch."""
+        """The backbone with timm's parameter names, written after the last epoch."""
         return f"{self.folder}/backbone.safetensors"
 
     @property
@@ -72,15 +72,15 @@ def train(spec: Spec, overrides: Sequence[str] = ()) -> TrainResult:
     """Pretrain or fine-tune, like ``mae train``.
 
     Writes checkpoints, ``backbone.safetensors``, ``metrics.csv`` and ``report.html`` to ``<results_dir>/train``. A call
-    with the same results_dir resumes from the newest checkpoint; if all epochs are trained, it changes nothing.
+    with the same results_dir resumes from the newest checkpoint, or does nothing if all epochs are trained.
 
     Args:
         spec: a YAML file, nested values such as ``{"train": {"num_epochs": 3}}``, or an ``ExperimentSpec``.
-        overrides: dotted keys with YAML values, such as ``"train.optim.lr=1e-4"``.
+        overrides: config options as ``key=value``, such as ``"train.optim.lr=1e-4"``; the value is YAML.
 
     Raises:
         UserError: the spec, the data or a checkpoint cannot be used; nothing was trained. Also a ``ValueError``.
-        RunError: training failed, such as on a full disk or a loss that is not finite; the checkpoints are intact.
+        RunError: training failed (full disk, loss that is not finite); the checkpoints are intact.
         KeyboardInterrupt: Ctrl-C; a checkpoint was written.
 
     Example:
@@ -106,7 +106,7 @@ def pretrain(
     """Pretrain a backbone on unlabelled images. An argument that is None keeps the default of its config option.
 
     Args:
-        images: a folder, an archive, shards, or a URL of one of them.
+        images: a folder, an archive or shards, as a path or a URL.
         results_dir: the run writes to ``<results_dir>/train``, and resumes from there if it was interrupted.
         arch: one of ``list_architectures()``.
         image_size: pixels of a side, or (height, width).
@@ -200,7 +200,7 @@ def inference(spec: Spec, overrides: Sequence[str] = ()) -> Path:
 
     Returns:
         ``results.csv`` (path, class, probability, and the next four classes) of a fine-tuned checkpoint, or
-        ``embeddings.parquet`` (path, vector) of a pretrained one.
+        ``embeddings.parquet`` (path and vector) of a pretrained one.
 
     Raises:
         UserError: the spec, the data or the checkpoint cannot be used.
@@ -275,7 +275,7 @@ def build_autoencoder(arch: str, input_size: int | tuple[int, int] = 224, **opti
         arch: one of ``list_architectures()``.
         input_size: pixels of a side, or (height, width).
         options: options of the config section ``model``, such as ``in_chans``, ``patch_size``, ``norm_pix_loss``,
-            ``decoder_depth`` and ``decoder_embed_dim``; by default the paper's.
+            ``decoder_depth`` and ``decoder_embed_dim``. The defaults are those of the paper.
 
     Returns:
         A module whose ``forward(images_BCHW, mask)`` returns the loss and the predictions; ``random_mask`` draws masks.
@@ -316,7 +316,7 @@ _KEYWORDS = {
 
 
 def _train(stage: str, arguments: Mapping[str, Any]) -> TrainResult:
-    """Train with keyword arguments as overrides of the spec; their values are written as JSON, which is YAML."""
+    """Train with keyword arguments as overrides of the spec. Values are written as JSON, which is also YAML."""
     values = {"train.stage": stage}
     values |= {key: arguments[name] for name, key in _KEYWORDS.items() if arguments[name] is not None}
     values |= arguments["options"] or {}
@@ -335,7 +335,7 @@ def _run(action: str, spec: Any, overrides: Sequence[str]) -> Any:
             checked = load_spec(spec, overrides, action=action)
             result = importlib.import_module(f"openmae.actions.{action}").run(checked)
         except UserError as error:
-            # the cause is in the arguments of the call; the frames below it would only hide that
+            # the mistake is in the arguments of the call: the frames below it would only distract from that
             raise error.with_traceback(None) from error.__cause__
     if action == "train":
         return TrainResult(str(checked.results_folder(action)), checked.model.arch, result)

@@ -10,9 +10,9 @@ class OpenMAEError(Exception):
     """Base class of all errors that OpenMAE raises on purpose.
 
     Attributes:
-        problem: the rule that was broken and the value that broke it.
-        fix: what to do about it; printed on a separate line. May be empty.
-        exit_code: the exit code of ``mae`` when it ends with this error.
+        problem: the broken rule and the offending value.
+        fix: what to do about it, printed on a separate line; may be empty.
+        exit_code: exit code of ``mae`` after this error.
 
     Example:
         >>> error = SpecError("train.num_epochs must be >= 1, got 0.", "Set it to 1 or more.")
@@ -35,7 +35,7 @@ class OpenMAEError(Exception):
 
 
 class RunError(OpenMAEError):
-    """A run that failed although its input was valid, such as on a full disk or a diverging loss (exit code 1)."""
+    """A run with valid input that failed, for example because the disk is full or the loss diverges (exit code 1)."""
 
 
 class UserError(OpenMAEError, ValueError):
@@ -45,11 +45,11 @@ class UserError(OpenMAEError, ValueError):
 
 
 class SpecError(UserError):
-    """A spec, or an override, that breaks a rule."""
+    """A spec or an override that breaks a rule."""
 
 
 class DataError(UserError):
-    """A data source that cannot be used, or that holds images that cannot be used."""
+    """A data source that cannot be used, or that contains images that cannot be used."""
 
 
 class CheckpointError(UserError):
@@ -61,7 +61,7 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 
 class Preempted(KeyboardInterrupt):
-    """SIGTERM or SIGUSR1: the machine is reclaimed. The same command resumes the run (exit code 75)."""
+    """SIGTERM or SIGUSR1: the platform takes the machine back. The same command resumes the run (exit code 75)."""
 
     exit_code = 75  # sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
 

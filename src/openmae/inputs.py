@@ -1,4 +1,4 @@
-"""Opening of files that a user names: regular files, and pipes where they make sense.
+"""Opening files that a user names: regular files, and pipes where they make sense.
 
 Opening a named pipe blocks until a program writes to it, and a device such as /dev/zero never ends. A data set may
 contain both under any name, so readers use these functions instead of ``open``.
@@ -22,7 +22,7 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-_PATIENCE = 3  # seconds until a message names the pipe that is waited for
+_PATIENCE = 3  # seconds of waiting for a pipe before a message names it
 
 
 def irregular(path: str | os.PathLike[str]) -> str | None:
@@ -38,13 +38,13 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading bytes.
 
     Raises:
-        OSError: as ``open`` does; also for a pipe, a socket or a device, with the kind in ``strerror``.
+        OSError: the file cannot be opened, or is a pipe, a socket or a device; ``strerror`` then names the kind.
     """
-    if kind := irregular(path):  # before opening it, which would unblock a writer to the pipe
+    if kind := irregular(path):  # checked before opening, which would unblock a writer to the pipe
         raise _not_regular(path, kind)
     descriptor = os.open(path, _FLAGS)
     try:
-        if kind := _kind(os.fstat(descriptor).st_mode):  # replaced since
+        if kind := _kind(os.fstat(descriptor).st_mode):  # replaced after the check above
             raise _not_regular(path, kind)
         return os.fdopen(descriptor, "rb")
     except BaseException:
@@ -53,11 +53,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_file_or_pipe(path: str | os.PathLike[str], most: int) -> bytes:
-    """Read a regular file, or a pipe that has a writer: ``<(command)`` in a shell, or /dev/stdin.
-
-    Args:
-        path: of the file.
-        most: the largest number of bytes to read.
+    """Read up to ``most`` bytes of a regular file, or of a pipe with a writer: ``<(command)`` in a shell, /dev/stdin.
 
     Raises:
         OSError: as ``open_regular``; also for a pipe without a writer.
@@ -71,7 +67,7 @@ def read_file_or_pipe(path: str | os.PathLike[str], most: int) -> bytes:
         while len(content) < most:
             try:
                 part = os.read(descriptor, 1 << 16)
-            except BlockingIOError:  # there is a writer that has not written yet
+            except BlockingIOError:  # there is a writer, but no data yet
                 if not select.select([descriptor], [], [], _PATIENCE)[0] and not logged:
                     log.warning("Waiting for data from %s, which is a pipe (Ctrl-C stops).", os.fspath(path))
                     logged = True

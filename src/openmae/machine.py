@@ -1,4 +1,4 @@
-"""Properties of this machine and of its processes, read in the same way on Linux and macOS."""
+"""Properties of this machine and its processes, with one interface for Linux and macOS."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import psutil
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux only
 _TICKS = 100  # units of a start time per second, as in /proc/PID/stat
-_TOLERANCE = 2 * _TICKS  # the kernel's time of boot may change by a second; no process id is reused that fast
+_TOLERANCE = 2 * _TICKS  # the kernel's boot time may vary by a second; no process id is reused that fast
 
 
 class Identity(TypedDict):
-    """A process, distinguished from every other one that has or will have its id.
+    """A process, distinguished from all earlier and later processes with the same id.
 
     Attributes:
-        pid: Process id.
-        start: Start time in 1/100 s; since boot on Linux, where changing the clock does not move it, else since 1970.
-        boot: Id of this boot; empty where the system has none.
+        pid: process id.
+        start: start time in 1/100 s, since boot on Linux (changing the clock has no effect), elsewhere since 1970.
+        boot: id of this boot; empty if the system has none.
     """
 
     pid: int
@@ -34,8 +34,8 @@ class ProcessInfo(NamedTuple):
     """Start time and status of a process.
 
     Attributes:
-        start: See ``Identity``.
-        status: One of psutil's constants.
+        start: see ``Identity``.
+        status: one of psutil's constants.
     """
 
     start: int
@@ -43,7 +43,7 @@ class ProcessInfo(NamedTuple):
 
     @property
     def is_alive(self) -> bool:
-        """False for a process that has ended and was not waited for."""
+        """False for a zombie: a process that has ended but was not waited for."""
         return self.status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
@@ -54,14 +54,14 @@ def usable_cores() -> int:
 
 @functools.cache
 def boot_id() -> str:
-    """Return an id of this boot of the machine, or an empty string where the system has none."""
+    """Return an id of this boot of the machine; empty if the system has none."""
     with suppress(OSError):
         return _BOOT_ID.read_text(encoding="utf-8").strip()
     return ""
 
 
 def inspect(pid: int) -> ProcessInfo | None:
-    """Return start and status of a process, which may be a zombie, or None if there is no such process."""
+    """Return start time and status of a process, which may be a zombie; None if there is no such process."""
     try:
         process = psutil.Process(pid)
         with process.oneshot():
@@ -73,25 +73,25 @@ def inspect(pid: int) -> ProcessInfo | None:
 
 
 def identify(pid: int) -> Identity | None:
-    """Return the identity of a running process, or None if there is no such process. A zombie does not run."""
+    """Return the identity of a running process; None if it does not exist or is a zombie."""
     found = inspect(pid)
     return {"pid": pid, "start": found.start, "boot": boot_id()} if found and found.is_alive else None
 
 
 def is_running(identity: Mapping[str, Any] | None) -> bool:
-    """Return whether exactly this process is still running; False for None and for an incomplete identity."""
+    """Return whether this very process is still running; False for None and for an incomplete identity."""
     found = inspect(identity["pid"]) if identity else None
     return found is not None and found.is_alive and is_same(found, identity)
 
 
 def is_stopped(identity: Mapping[str, Any] | None) -> bool:
-    """Return whether exactly this process is stopped, for example by SIGSTOP or Ctrl-Z."""
+    """Return whether this very process is stopped, for example by SIGSTOP or Ctrl-Z."""
     found = inspect(identity["pid"]) if identity else None
     stopped = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     return found is not None and found.status in stopped and is_same(found, identity)
 
 
 def is_same(found: ProcessInfo, identity: Mapping[str, Any] | None) -> bool:
-    """Return whether a process with the id of ``identity`` is that process."""
+    """Return whether a process found under the id of ``identity`` is that process, not a later one with the same id."""
     start = identity.get("start") if identity and identity.get("boot") == boot_id() else None
     return isinstance(start, int) and abs(start - found.start) < _TOLERANCE

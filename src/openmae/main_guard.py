@@ -1,11 +1,11 @@
 """Detection of scripts without ``if __name__ == "__main__":``.
 
-A process that multiprocessing spawns imports the script again. Without the guard, the script calls OpenMAE a second
-time, in the new process. That process exits and leaves a mark in a file, so that its parent can explain the failure:
+A process that multiprocessing spawns imports the script again. Without the guard, the import calls OpenMAE a second
+time. The new process then exits and leaves a marker file, so that its parent can explain the failure:
 
     parent: watch_for_reruns() -> OPENMAE_RERUN=FILE -> starts a process
-    child:  imports the script -> openmae.train() -> end_if_rerun() -> writes to FILE, exits
-    parent: the process is gone -> FILE exists -> SpecError
+    child:  imports the script -> openmae.train() -> end_if_rerun() -> writes FILE, exits
+    parent: the process has exited -> FILE exists -> SpecError
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _VARIABLE = "OPENMAE_RERUN"
 
 
 def end_if_rerun() -> None:
-    """Exit if this process was spawned and is importing the user's script."""
+    """Exit if this is a spawned process that is still importing the user's script."""
     if not getattr(multiprocessing.current_process(), "_inheriting", False):
         return
     mark = os.environ.get(_VARIABLE)
     if mark:
-        with suppress(OSError):  # the parent has failed already and removed the folder
+        with suppress(OSError):  # the parent has already failed and removed the folder
             Path(mark).write_text("rerun", encoding="utf-8")
     else:  # the parent is not OpenMAE, or a fork server that was started before the call
         print(_no_guard("A process"), file=sys.stderr, flush=True)
@@ -38,13 +38,13 @@ def end_if_rerun() -> None:
 
 @contextmanager
 def watch_for_reruns(cause: str) -> Iterator[None]:
-    """Explain the failure of processes that are started in the block and import the user's script.
+    """Raise a clear error if a process started in the block fails because the user's script has no guard.
 
     Args:
-        cause: the setting that needs the processes, for messages: ``train.num_gpus=2``.
+        cause: the setting that needs the processes, such as ``train.num_gpus=2``; used in messages.
 
     Raises:
-        SpecError: the script calls OpenMAE when it is imported, or cannot be imported.
+        SpecError: the script calls OpenMAE when it is imported, or there is no script file to import.
     """
     main = sys.modules.get("__main__")
     script = getattr(main, "__file__", None)

@@ -1,8 +1,8 @@
 """``mae quickstart``: show in a few minutes on a laptop that pretraining on unlabelled images helps.
 
-scikit-learn ships 1,797 scanned handwritten digits. A small ViT is pretrained on 1,297 unlabelled ones, then fine-tuned
-on ten labelled images per digit, and compared with the same model fine-tuned from random weights. Both are evaluated on
-the 500 remaining digits. The actions, specs and files are those of any other run.
+scikit-learn ships 1,797 scanned handwritten digits. A small ViT is pretrained on 1,297 of them without labels, then
+fine-tuned on ten labelled images per digit. It is compared with the same model fine-tuned from random weights. Both are
+evaluated on the other 500 digits. Actions, specs and files are the same as in any other run.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ class Outcome:
 
 
 def run(results_dir: Path, seed: int) -> dict[str, float]:
-    """Pretrain, fine-tune, train from scratch, and compare the two.
+    """Pretrain and fine-tune a model, train the same model from scratch, and compare the two.
 
     Args:
-        results_dir: folder for images/, the specs, one folder per training run, and report.html. An earlier quickstart
-            in it is replaced.
+        results_dir: folder for the images, the specs, one folder per training run, and report.html. The results of an
+            earlier quickstart in it are replaced.
         seed: random seed of all three runs.
 
     Returns:
         ``pretrained`` and ``scratch``: accuracies on the held-out digits, in [0, 1].
 
     Raises:
-        UserError: ``results_dir`` contains anything but an earlier quickstart.
+        UserError: ``results_dir`` contains anything but the results of an earlier quickstart.
     """
     folder = _clear(results_dir)
     write_digits(folder / "images")
@@ -88,7 +88,7 @@ def run(results_dir: Path, seed: int) -> dict[str, float]:
 
 
 def write_digits(folder: Path) -> None:
-    """Write the digits as PNG files to ``unlabelled/``, ``labelled/<digit>/`` (ten each) and ``held_out/<digit>/``."""
+    """Write PNG files to ``unlabelled/``, ``labelled/<digit>/`` (ten each) and ``held_out/<digit>/``."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -113,7 +113,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def _clear(folder: Path) -> Path:
-    """Create the folder, or empty it if an earlier quickstart made it; refuse any other folder that is not empty."""
+    """Create the folder, or empty one that an earlier quickstart has created; refuse any other non-empty folder."""
     marker = folder / "README.txt"
     if folder.is_dir() and any(folder.iterdir()):
         if not marker.is_file() or _MADE_BY not in marker.read_text(encoding="utf-8", errors="replace"):
@@ -128,7 +128,7 @@ def _clear(folder: Path) -> Path:
 
 
 def _train(folder: Path, name: str, spec: Mapping[str, Any]) -> Outcome:
-    """Write the spec to ``<name>.yaml``, and run it like ``mae train -e <name>.yaml``."""
+    """Write the spec to ``<name>.yaml`` and run it like ``mae train -e <name>.yaml``."""
     path = folder / f"{name}.yaml"
     write_atomically(path, yaml.safe_dump(dict(spec), sort_keys=False))
     start = time.perf_counter()

@@ -1,1 +1,1 @@
-"""The actions of ``mae``, a module each."""
+"""The actions of ``mae``, one module each."""

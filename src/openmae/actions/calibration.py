@@ -14,20 +14,16 @@ from openmae.engines.batching import as_input, eval_transform, pad_batch
 from openmae.engines.metadata import ModelCard
 from openmae.spec.sections.deploy import CalibrationSpec
 
-_MAX_CORRUPT = 0.5  # of a calibration set, which is a sample anyway
+_MAX_CORRUPT = 0.5  # share of a calibration set, which is only a sample
 
 
 def calibration_batches(
     settings: CalibrationSpec, key: str, card: ModelCard, folder: Path, largest: int
 ) -> Iterator[np.ndarray]:
-    """Return batches of images spread evenly over the set, as the exported model takes them.
+    """Return batches of images spread evenly over a set, in the input format of the exported model.
 
-    Args:
-        settings: sources, number of images and batch size; a model with a fixed batch size gets that.
-        key: the dotted key of the settings, for errors.
-        card: the metadata of the model.
-        folder: for the list of corrupt files.
-        largest: ``dataset.max_megapixels``.
+    ``key`` is the dotted key of ``settings``, for errors; ``folder`` gets the list of corrupt files; ``largest`` is
+    ``dataset.max_megapixels``. A model with a fixed batch size gets batches of that size.
 
     Raises:
         DataError: the source cannot be used; raised by the call, not by the first batch.
@@ -38,7 +34,7 @@ def calibration_batches(
     loaders = []
     for number, source in enumerate(sources):
         index = open_images(source, f"{key}.{name}", labelled=False, largest=largest)
-        count = min(-(-(settings.total - number) // len(sources)), len(index))  # an equal share of each
+        count = min(-(-(settings.total - number) // len(sources)), len(index))  # as many of each source
         if count > 0:
             index = index.subset(np.linspace(0, len(index) - 1, count).round().astype(int))
             loaders.append(EvaluationLoader(index, eval_transform(card), LoaderSettings(size, folder, _MAX_CORRUPT)))

@@ -28,7 +28,7 @@ from openmae.storage.atomic import make_folder, write_atomically
 from openmae.storage.printable import printable_name
 from openmae.storage.urls import is_remote
 
-_LISTED = 100  # rows of a table in the report; the text files list all
+_LISTED = 100  # rows of a table in the report; the text files have all of them
 
 log = logging.getLogger("openmae")
 
@@ -41,7 +41,7 @@ def pack_source(
     overwrite: bool = False,
     max_megapixels: int = MAX_MEGAPIXELS,
 ) -> PackResult:
-    """Pack a source into shards, and print how to name them in a spec; see ``packing.pack``.
+    """Pack a source into shards, and print the option that names them in a spec; see ``packing.pack``.
 
     Raises:
         UserError: the source cannot be used, or ``out`` is not a writable local folder.
@@ -109,7 +109,6 @@ def _headline(result: CheckResult) -> str:
 
 
 def _summary(result: CheckResult) -> list[tuple[str, str]]:
-    """Return the rows of the printed table."""
     index, classes = result.index, result.class_counts
     by_folder = index.labelled_by == "folders"
     rows = [("images", f"{len(index):,}")]

@@ -1,4 +1,4 @@
-"""``mae evaluate``: measure a model on the validation images."""
+"""``mae evaluate``: measure the quality of a model on the validation images."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Request:
         return self.model.info
 
     def loader(self, fabric: Fabric) -> EvaluationLoader:
-        """Return this process's share of the images, in order.
+        """Return a loader of this process's share of the images, in order.
 
         Raises:
             DataError: the nodes do not see the same images or the same model.
@@ -91,7 +91,7 @@ class Request:
         )
 
     def launch(self, this_run: Run, work: Callable[[Fabric, Request], Result]) -> Result:
-        """Write ``experiment.yaml``, and do the work on the devices of the spec."""
+        """Write ``experiment.yaml``, and run ``work`` on the devices of the spec."""
         section = getattr(self.spec, self.action)
         fabric = build_fabric(self.action, section.num_gpus, section.gpu_ids, section.num_nodes)
         if this_run.leads:
@@ -100,17 +100,11 @@ class Request:
 
 
 def run(spec: ExperimentSpec) -> dict[str, float]:
-    """Measure a checkpoint, an ONNX file or a TensorRT engine on the validation images.
+    """Measure a checkpoint, an ONNX file or a TensorRT engine on the validation images, and return the metrics.
 
     A classifier gets ``ACC_all``, ``ACC_top5``, ``val_loss``, a table of the classes and a confusion matrix. An
-    autoencoder gets ``val_loss`` with fixed masks, reconstructions, and ``knn_acc`` and ``probe_acc`` if the images
-    have classes. An exported backbone, which cannot reconstruct, gets ``knn_acc`` and ``probe_acc`` only.
-
-    Args:
-        spec: as ``load_spec`` returns it for ``evaluate``.
-
-    Returns:
-        The metrics.
+    autoencoder gets ``val_loss`` with fixed masks, reconstructions, and, if the images have classes, ``knn_acc`` and
+    ``probe_acc``. An exported backbone cannot reconstruct, and gets only ``knn_acc`` and ``probe_acc``.
 
     Raises:
         UserError: the spec, the model or the data are invalid.
@@ -136,11 +130,7 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
 
 
 def _with_class_names(model: TrainedModel, index: ImageIndex) -> TrainedModel:
-    """Return a model without class names with those of the images, as NVIDIA TAO does.
-
-    Raises:
-        DataError: the number of classes is not the number of the classifier's outputs.
-    """
+    """Give a model without class names those of the images, as NVIDIA TAO does, if their number is the same."""
     names, count = index.class_names, model.info.model.num_classes
     if len(names) != count:
         raise DataError(

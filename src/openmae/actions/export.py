@@ -1,4 +1,4 @@
-"""``mae export``: write a checkpoint as an ONNX file that is verified against it."""
+"""``mae export``: write a checkpoint as an ONNX file, and verify the file against the checkpoint."""
 
 from __future__ import annotations
 
@@ -44,27 +44,21 @@ from openmae.storage import layout
 from openmae.storage.atomic import disk_errors, make_folder
 from openmae.storage.encryption import Key, resolve_key, temporaries_in_memory
 
-_TOLERATED_LOSS = 0.01  # of accuracy, by a lower precision
+_TOLERATED_LOSS = 0.01  # of accuracy, in a lower precision
 
 log = logging.getLogger("openmae")
 
 
 def run(spec: ExperimentSpec) -> Path:
-    """Write the model of a checkpoint as ONNX, and its backbone in timm's names.
+    """Write the model of a checkpoint as ONNX, and its backbone with timm's parameter names; return the ONNX file.
 
-    The output of a fine-tuned model is ``logits``; those of a pretrained one are ``features``, the pooled embedding,
-    and ``tokens``, the last feature map. The file is checked by onnx and compared with torch in ONNX Runtime; if the
-    outputs differ, it is removed.
-
-    Args:
-        spec: as ``load_spec`` returns it for ``export``.
-
-    Returns:
-        The ONNX file.
+    The output of a fine-tuned model is ``logits``. A pretrained model has ``features``, the pooled embedding, and
+    ``tokens``, the last feature map. The file is checked by onnx and compared with torch in ONNX Runtime; it is removed
+    if the outputs differ.
 
     Raises:
         UserError: the spec, the checkpoint or the data are invalid.
-        RunError: the file does not give the outputs of the checkpoint.
+        RunError: the outputs of the file differ from those of the checkpoint.
     """
     with running(spec, "export") as this_run:
         job = _prepare(this_run.spec, this_run.folder)
@@ -154,7 +148,7 @@ def _log_notices(spec: ExperimentSpec, info: CheckpointInfo, card: ModelCard) ->
 
 def _target(spec: ExperimentSpec) -> Path:
     target = Path(spec.export.onnx_file)
-    # NVIDIA's SDK sets a path that is named after the key, without a suffix
+    # NVIDIA's SDK names the file after the key, without a suffix
     if target.suffix.lower() not in ("", *ONNX_SUFFIXES) or target.is_dir():
         raise SpecError(
             f"export.onnx_file: must be a file name that ends in .onnx, got {target}.",
@@ -182,7 +176,6 @@ def _device(spec: ExperimentSpec) -> torch.device:
 
 
 def _card(spec: ExperimentSpec, info: CheckpointInfo) -> ModelCard:
-    """Return the description of the exported model."""
     export, path, wrong = spec.export, Path(spec.export.checkpoint), []
     if export.input_channel not in (None, info.model.in_chans):
         wrong.append(
@@ -207,7 +200,7 @@ def _card(spec: ExperimentSpec, info: CheckpointInfo) -> ModelCard:
 
 
 def _validation(spec: ExperimentSpec, card: ModelCard, folder: Path) -> EvaluationLoader | None:
-    """Return the images on which a lower precision is compared with fp32."""
+    """Return the images on which the reduced precision is compared with fp32; None if it is not compared."""
     source, key = spec.dataset.val_data_sources, "dataset.val_data_sources"
     if spec.export.quantize == "none":
         return None
@@ -259,7 +252,7 @@ def _layout(card: ModelCard) -> str:
 
 
 def _write_reduced(job: _Job, proto: ModelProto) -> float:
-    """Return the lowest cosine similarity of the outputs with torch's, on random images."""
+    """Write the graph in fp16 or int8; return the lowest cosine similarity to torch's outputs, on random images."""
     precision: Literal["fp16", "int8"] = "int8" if job.calibration is not None else "fp16"
     if job.calibration is None:
         reduced = to_half(proto, "fp16")
@@ -274,7 +267,7 @@ def _write_reduced(job: _Job, proto: ModelProto) -> float:
 def _fidelity(
     model: DeployedModel, card: ModelCard, exported: OnnxPredictor, loader: EvaluationLoader
 ) -> tuple[Rows, dict[str, float]]:
-    """Compare the exported model with fp32 on the validation images."""
+    """Compare the exported model with the fp32 model on the validation images."""
     cpu = torch.device("cpu")
     plain = TorchPredictor(DeployedModel(model.backbone, replace(card, preprocessing=False)).eval(), card, cpu)
     exported_NC, plain_NC, labels_N = _outputs(exported, plain, loader)

@@ -50,12 +50,8 @@ class _Plan:
     """A checked build.
 
     Attributes:
-        source: the ONNX file.
-        onnx_sha256: its hash.
-        backend: the builder.
-        settings: for the builder.
-        precisions: to build; the fastest engine is kept.
-        keep: patterns of the nodes that stay in fp32.
+        precisions: precisions to build; the fastest engine is kept.
+        keep: name patterns of the nodes that stay in fp32.
         batches: calibration images; empty without calibration.
     """
 
@@ -69,13 +65,7 @@ class _Plan:
 
 
 def run(spec: ExperimentSpec) -> Path:
-    """Build an engine, and write it and its sidecar ``<engine>.json``; an error leaves neither.
-
-    Args:
-        spec: as ``load_spec`` returns it for ``gen_trt_engine``.
-
-    Returns:
-        The path of the engine.
+    """Build an engine, write it and its sidecar ``<engine>.json``, and return its path. An error leaves neither file.
 
     Raises:
         UserError: the spec, the ONNX file or the data are invalid.
@@ -144,7 +134,7 @@ def _plan(spec: ExperimentSpec, engine: Path, key: Key | None, results: Path) ->
 
 
 def _profile(spec: ExperimentSpec, source: Source) -> Profile:
-    """Return the batch sizes: one size if the ONNX file or batch_size fixes it, else the three sizes of the spec."""
+    """Return the batch sizes: one size if the ONNX file or ``batch_size`` fixes it, otherwise the three of the spec."""
     section, sizes = spec.gen_trt_engine, spec.gen_trt_engine.tensorrt
     if source.batch != -1:
         for key in _BATCH_SIZES:
@@ -180,7 +170,7 @@ def _calibration(spec: ExperimentSpec, source: Source, results: Path) -> Iterabl
 def _without_effect(
     spec: ExperimentSpec, source: Source, backend: Backend, precisions: tuple[Precision, ...]
 ) -> Iterator[str]:
-    """Yield notices for options that are set and have no effect."""
+    """Yield notices for options that the user set but that have no effect."""
     section, options = spec.gen_trt_engine, spec.gen_trt_engine.tensorrt
     cast = [precision for precision in precisions if precision != source.precision]
     if section.timing_cache and backend.name == "tensorrt_rtx":
@@ -204,7 +194,7 @@ def _build(plan: _Plan, precision: Precision, folder: Path) -> Built:
 
 
 def _fastest(plan: _Plan, built: Mapping[Precision, Built]) -> Precision:
-    """Return the precision whose engine takes least time for a batch on the GPU."""
+    """Return the precision whose engine takes the least time per batch."""
     if len(built) == 1:
         return next(iter(built))
     device = torch.device(f"cuda:{plan.backend.gpu}")

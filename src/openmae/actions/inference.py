@@ -34,18 +34,13 @@ _CLASSES = 5  # printed on the terminal
 
 
 def run(spec: ExperimentSpec) -> Path:
-    """Run a checkpoint, an ONNX file or a TensorRT engine on the test images.
+    """Run a checkpoint, an ONNX file or a TensorRT engine on the test images, and return the file that was written.
 
-    A classifier writes ``results.csv`` with a row per image (path, class, probability, and the next four classes) and a
-    contact sheet; cells are escaped by ``spreadsheet_cell``. A pretrained model writes ``embeddings.parquet`` (path and
-    vector; nothing is masked, so that embeddings are deterministic), and a checkpoint also reconstructions. Paths are
-    written by ``printable_name``. An unreadable image has no row; ``corrupt_files.txt`` lists it.
-
-    Args:
-        spec: as ``load_spec`` returns it for ``inference``.
-
-    Returns:
-        The file that was written.
+    A classifier writes a contact sheet and ``results.csv``, a row per image: path, class, probability, and the next
+    four classes. A pretrained model writes ``embeddings.parquet`` (path and vector); nothing is masked, so embeddings
+    are deterministic. A pretrained checkpoint also writes reconstructions. ``printable_name`` formats the paths, and
+    ``spreadsheet_cell`` escapes the cells of ``results.csv``. An unreadable image has no row, and is listed in
+    ``corrupt_files.txt``.
 
     Raises:
         UserError: the spec, the model or the data are invalid.
@@ -66,7 +61,7 @@ def run(spec: ExperimentSpec) -> Path:
 
 
 def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
-    """Return the number of images of the most frequent classes."""
+    """Write the predictions; return the number of images of the most frequent classes, for the terminal."""
     loader = request.loader(fabric)
     predictions = predict(fabric, request.model.outputs(fabric.device), with_progress(fabric, loader))
     names = request.info.class_names
@@ -92,7 +87,6 @@ def _as_csv(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _draw_sheet(predictions: Predictions, request: Request, batch: Batch) -> Path:
-    """Draw some images as the model sees them, each with its class and probability."""
     places = np.searchsorted(predictions.indices, batch.indices.numpy())
     labels = [request.info.class_names[label] for label in predictions.classes[places, 0]]
     shares = predictions.probabilities[places, 0].tolist()
@@ -115,7 +109,7 @@ def _result_rows(predictions: Predictions, request: Request) -> list[list[str]]:
 
 
 def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
-    """Return the number and the dimension of the embeddings."""
+    """Write the embeddings; return their number and dimension, for the terminal."""
     task, loader = request.pretrain_task(fabric), request.loader(fabric)
     indices, vectors, _ = embed(fabric, request.model.outputs(fabric.device), with_progress(fabric, loader))
     if fabric.is_global_zero:

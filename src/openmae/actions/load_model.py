@@ -1,4 +1,4 @@
-"""The trained model of evaluate, inference and export: a checkpoint, an ONNX file or a TensorRT engine."""
+"""Loading the trained model of evaluate, inference and export: a checkpoint, an ONNX file or a TensorRT engine."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model that fits the spec; it can be sent to other processes.
+    """A trained model that has been checked against the spec. It can be sent to other processes.
 
     Attributes:
         path: its file.
         card: its metadata.
-        info: its metadata as in checkpoints, with the settings of the spec.
+        info: its metadata in the form that checkpoints have; image size and mask ratio are those that the spec sets.
         network: the model of a checkpoint with its weights, in eval mode: a ``MaskedAutoencoder`` (pretrain) or a
             ``DeployedModel`` (finetune); None for ONNX and TensorRT.
         key: decrypts the file.
@@ -60,7 +60,7 @@ class TrainedModel:
     key: Key | None
 
     def outputs(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Return a function from images of a data set to logits ``[B, K]`` (finetune) or embeddings ``[B, D]``."""
+        """Return a function that maps images of a data set to logits ``[B, K]`` (finetune) or embeddings ``[B, D]``."""
         if isinstance(self.network, MaskedAutoencoder):
             encoder, normalise = self.network.encoder, Normaliser(self.card.mean, self.card.std)
             return lambda images: encoder.embed(normalise(images))
@@ -74,7 +74,7 @@ class TrainedModel:
         return lambda images: predictor(images)[name]
 
     def named(self, class_names: tuple[str, ...]) -> TrainedModel:
-        """Return the model with names for its classes."""
+        """Return a copy with these class names."""
         card, info = replace(self.card, class_names=class_names), replace(self.info, class_names=class_names)
         return replace(self, card=card, info=info)
 
@@ -82,10 +82,10 @@ class TrainedModel:
 def open_model(spec: ExperimentSpec, action: Literal["evaluate", "inference"]) -> TrainedModel:
     """Open the model that ``<action>.checkpoint`` or ``<action>.trt_engine`` names.
 
-    The file decides the model; for a checkpoint, the spec may change the input size and the mask ratio.
+    The file determines the model; for a checkpoint, the spec may change the image size and the mask ratio.
 
     Raises:
-        SpecError: the spec contradicts the file (stage, architecture, classes, channels), or no unit would be visible.
+        SpecError: the spec contradicts the file (stage, architecture, classes, channels), or would mask every unit.
         CheckpointError: the file cannot be used.
     """
     key = next(file.key for file in TABLE[action].inputs if value_of(spec, file.key))
@@ -156,9 +156,10 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
 
 
 def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[Checkpoint, CheckpointInfo]:
-    """Read a checkpoint and its metadata; the metadata of another program's classifier come from tensors and spec.
+    """Read a checkpoint and its metadata.
 
-    Such classifiers, as NVIDIA TAO writes them, do not name their classes, so that ``class_names`` is empty.
+    For a classifier of another program, such as NVIDIA TAO, tensors and spec provide the metadata. Such a file does not
+    name its classes, so ``class_names`` is empty.
 
     Raises:
         CheckpointError: the file cannot be used, or another program wrote it and it is not a classifier.
@@ -169,7 +170,7 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
         return checkpoint, checkpoint.own_info()
     config = checkpoint.config(spec.model.arch if spec.is_set("model.arch") else None)
     if config.architecture.family == "convnextv2":
-        config = replace(config, input_size=spec.dataset.augmentation.size)  # any size fits its tensors
+        config = replace(config, input_size=spec.dataset.augmentation.size)  # its tensors fit any image size
     values = resolve(spec)
     mean, std = values.mean, values.std
     if len(mean) != config.in_chans:
@@ -178,7 +179,7 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
 
 
 def number_classes(info: CheckpointInfo) -> CheckpointInfo:
-    """Return the metadata with numbers as class names if the checkpoint has none, with a notice."""
+    """Return the metadata; if the checkpoint does not name its classes, numbers are their names, with a warning."""
     if info.stage == "pretrain" or info.class_names:
         return info
     count = info.model.num_classes
@@ -189,8 +190,8 @@ def number_classes(info: CheckpointInfo) -> CheckpointInfo:
 def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
     """Return the spec with the settings of the checkpoint instead of defaults.
 
-    With the seed of the training, which fixes the masks of validation, evaluation gives the numbers of the training.
-    The batch size of the training fits into memory.
+    The seed of the training run fixes the masks of validation, so evaluation reproduces its numbers. The batch size of
+    the training run is known to fit into memory.
     """
     shape = info.model.to_dict()
     values: dict[str, Any] = {
@@ -211,17 +212,10 @@ def resolve_model(spec: ExperimentSpec, info: CheckpointInfo) -> ExperimentSpec:
 def check_request(
     spec: ExperimentSpec, named_by: str, path: Path, info: CheckpointInfo, more: Sequence[SpecError] = ()
 ) -> None:
-    """Compare the options that the user set with the model in a file.
-
-    Args:
-        spec: resolved.
-        named_by: the key that names the file.
-        path: the file.
-        info: its metadata.
-        more: other errors to report together.
+    """Compare the options that the user set with the model in the file ``path``, which the key ``named_by`` names.
 
     Raises:
-        SpecError: lists everything that does not fit.
+        SpecError: lists everything that does not fit, and the errors in ``more``.
     """
     pairs: dict[str, tuple[Any, Any]] = {"train.stage": (spec.train.stage, info.stage)}
     for key in fields():

@@ -1,4 +1,4 @@
-"""The plan of a training run: checked completely before the first process starts."""
+"""The plan of a training run, checked completely before the first process starts."""
 
 from __future__ import annotations
 
@@ -38,16 +38,13 @@ class Plan:
     """A checked training run.
 
     Attributes:
-        spec: with the seed, the classes and the accumulation of the run.
-        folder: for results.
-        train: the training images.
-        val: the validation images.
+        spec: the spec, with the actual seed, classes and gradient accumulation.
         info: the description of the model and the run in its checkpoints.
         resume: the checkpoint to resume from.
         epochs_done: epochs that an earlier run has finished.
         key: encrypts checkpoints.
         images: a digest of the names of the training images.
-        best_is_lost: ``model_best.pth`` was set aside, so that the next epoch is the best so far.
+        best_is_lost: ``model_best.pth`` was set aside, so that the next epoch counts as the best so far.
     """
 
     spec: ExperimentSpec
@@ -80,7 +77,6 @@ class Earlier:
         key: the option that names it.
         checkpoint: its newest checkpoint.
         info: the description in that checkpoint.
-        epochs_done: finished epochs.
         images: a digest of the names of its training images; None in old checkpoints.
     """
 
@@ -92,10 +88,10 @@ class Earlier:
 
 
 def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
-    """Read the key, find an earlier run in ``folder``, open the data, and fix the model.
+    """Read the encryption key, find an earlier run in ``folder``, open the data, and determine the model.
 
     Raises:
-        UserError: the spec, the data or the earlier run do not allow the training.
+        UserError: the run cannot start with this spec, this data or this earlier run.
     """
     key = resolve_key(spec.encryption_key)
     earlier = _find_earlier(spec, folder, key)
@@ -172,10 +168,7 @@ def _find_earlier(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Ear
 
 
 def _continued(folder: Path, given: str, secret: Key | None) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint in ``folder`` if it is of a run that started from the checkpoint ``given``.
-
-    The same command then resumes that run instead of starting it again.
-    """
+    """Return the newest checkpoint in ``folder`` if its run started from ``given``, to resume that run instead."""
     newest = newest_checkpoint(folder)
     if newest is not None and newest != Path(given):
         with suppress(CheckpointError):
@@ -186,16 +179,16 @@ def _continued(folder: Path, given: str, secret: Key | None) -> tuple[Path, dict
 
 
 def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[ExperimentSpec, dict[str, int]]:
-    """Change the accumulation so that the global batch stays the same on another number of processes.
+    """Change the gradient accumulation so that the global batch stays the same on another number of processes.
 
     Returns:
-        The spec, and how the run began; empty if neither processes nor accumulation have changed since, or the user
-        changes the accumulation.
+        The spec, and the layout with which the run began. It is empty if the number of processes is the same, or if the
+        user changed the accumulation.
     """
     last, now = BatchLayout.of(earlier.info.spec), BatchLayout.of(to_dict(spec))
     begun = BatchLayout(**earlier.info.begun) if earlier.info.begun else last
     same = now.processes == begun.processes == last.processes
-    if same or now.accumulated not in (begun.accumulated, last.accumulated):  # experiment.yaml has that of the last run
+    if same or now.accumulated not in (begun.accumulated, last.accumulated):  # experiment.yaml has the last value
         return spec, {}
     accumulated, notice = accumulation_for(begun, last, replace(now, accumulated=begun.accumulated))
     if notice and earlier.epochs_done < spec.train.num_epochs:
@@ -204,7 +197,7 @@ def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[Experime
 
 
 def _check_same_run(earlier: Earlier, now: CheckpointInfo, images: str) -> None:
-    """Refuse an earlier run of another model, and report other images."""
+    """Refuse an earlier run of another model; warn if it was trained with other images."""
     old, new = _identity(earlier.info), _identity(now)
     if keys := [key for key in new if old.get(key, new[key]) != new[key]]:
         raise CheckpointError(
@@ -220,16 +213,16 @@ def _check_same_run(earlier: Earlier, now: CheckpointInfo, images: str) -> None:
 
 
 def compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -> None:
-    """Report settings that an unfinished run did not have, and refuse them for a finished run.
+    """Warn about settings that differ from those of an unfinished run; refuse them for a finished run.
 
     Raises:
         CheckpointError: the earlier run is finished, and had other settings.
     """
-    # an option that is newer than the earlier run had its default then
+    # an option that did not exist yet in the earlier run had its default
     defaults = _settings(ExperimentSpec().model_dump(mode="json", exclude_none=True))
     before, wanted = defaults | _settings(earlier.info.spec), defaults | _settings(now.spec)
     if now.begun:
-        wanted[_ACCUMULATION] = before.get(_ACCUMULATION)  # it follows from the processes
+        wanted[_ACCUMULATION] = before.get(_ACCUMULATION)  # it was derived from the number of processes
     keys = sorted(key for key in before | wanted if before.get(key) != wanted.get(key))
     if not finished and "train.pretrained_model_path" not in wanted:  # a resumed run does not need it
         keys = [key for key in keys if key not in ("train.pretrained_model_path", "train.pretrained_weights_key")]
@@ -248,14 +241,14 @@ def _changes(keys: list[str], before: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the set options whose changes are reported, by dotted key; without those of other versions."""
+    """Return the set options whose changes are reported, by dotted key, without unknown keys of other versions."""
     values = flatten({section: spec.get(section, {}) for section in ("model", "dataset", "train")})
     known = [key for key in values if key in fields() and traits(key).on_resume != "allow"]
     return {key: values[key] for key in known if values[key] not in (None, "")}
 
 
 def _identity(info: CheckpointInfo) -> dict[str, Any]:
-    """Return the values that must not change when a run is resumed, by key."""
+    """Return the values, by key, that must not change when a run is resumed."""
     model = {f"model.{key}": value for key, value in info.model.to_dict().items()}
     size = model.pop("model.input_size")
     final_norm = {key: model.pop(key) for key in ("model.final_norm",) if key in model}

@@ -41,14 +41,7 @@ log = logging.getLogger("openmae")
 
 
 def leave_profile(fabric: Fabric, spec: ExperimentSpec, folder: Path, measured: Measured) -> Breakdown | None:
-    """Print and write the measured times. Return None, with a notice, if the run was too short.
-
-    Args:
-        fabric: of the run.
-        spec: resolved.
-        folder: for results.
-        measured: the times of this process.
-    """
+    """Print and write the measured times. Return None, with a warning, if the run was too short."""
     if not measured.steps:
         log.warning(
             "train.profile: nothing was measured, since the run ended within the %d warmup steps.", WARMUP_STEPS
@@ -95,5 +88,5 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
 
 
 def acting_precision(spec: ExperimentSpec, on_gpu: bool) -> str:
-    """Return the precision that a training of this spec uses."""
+    """Return the precision that training with this spec uses."""
     return launch.acting_precision(spec.train.precision, spec.train.distributed_strategy == "fsdp", on_gpu)

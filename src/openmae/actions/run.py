@@ -1,4 +1,4 @@
-"""The frame of every action: the results folder, ``status.json``, ``experiment.yaml`` and the outcome."""
+"""The context in which every action runs: the results folder, ``status.json``, ``experiment.yaml`` and errors."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Run:
     """A running action.
 
     Attributes:
-        spec: with local paths instead of URLs of files, and the actual numbers of processes and nodes.
-        folder: local, for results.
+        spec: the spec with local paths instead of URLs, and the actual numbers of processes and nodes.
+        folder: the local folder for results.
         status: the log of the action.
-        leads: this process writes the results and the log; False: another process of the run does.
+        leads: whether this process writes the results and the log; False if another process of the run does.
         skipped: why there was nothing to do; empty if the action did its work.
     """
 
@@ -81,11 +81,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
 
     Files of an earlier run are kept until the action replaces them, so that invalid input destroys nothing. Remote
     inputs are downloaded first. Results for an object store are written to a local folder, and uploaded while the
-    action runs. If several nodes or a launcher start the action, only the first process does all this.
-
-    Args:
-        spec: resolved.
-        action: the name of the action.
+    action runs. If several nodes or a launcher start the action, only the first process writes and uploads results.
 
     Raises:
         UserError: the folder cannot be written, or an input cannot be downloaded.
@@ -103,7 +99,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         run.status.write("STARTED", f"{action} started")
         try:
             place.begin_uploads()
-            with _machine_faults(run.folder):  # the status log gets the error that the caller gets
+            with _machine_faults(run.folder):  # status.json gets the same error as the caller
                 yield run
             place.finish_uploads()
         except KeyboardInterrupt as stop:
@@ -129,7 +125,7 @@ def _refuse_missing(spec: ExperimentSpec, action: str) -> None:
 
 
 def _apply_topology(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:
-    """Return the spec with the numbers of processes and nodes that a launcher sets, and this process's place."""
+    """Return the spec with the launcher's numbers of processes and nodes, and this process's place in the topology."""
     if action not in DEVICES:
         return spec, World()
     own = getattr(spec, action)
@@ -137,7 +133,7 @@ def _apply_topology(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, 
     nodes = own.num_nodes if spec.is_set(f"{action}.num_nodes") else None
     world = find_world(action, own.num_gpus if counted else None, nodes)
     values: dict[str, Any] = {f"{action}.num_nodes": world.nodes}
-    if world.per_node != own.num_gpus or gpus_per_node():  # else the user may choose among a node's GPUs
+    if world.per_node != own.num_gpus or gpus_per_node():  # else keep gpu_ids: the user may choose GPUs
         values |= {f"{action}.num_gpus": world.per_node, f"{action}.gpu_ids": tuple(range(world.per_node))}
     replaced = [key for key in values if spec.is_set(key) and value_of(spec, key) != values[key]]
     if replaced and world.leads:
@@ -164,7 +160,7 @@ def _machine_faults(folder: Path) -> Iterator[None]:
     except OpenMAEError:
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and _LOADER.search(str(error)):  # torch raises it wherever the loop is
+        if isinstance(error, RuntimeError) and _LOADER.search(str(error)):  # torch raises it in a signal handler
             raise RunError(
                 f"A worker that loads images was killed: {str(error).splitlines()[0]}",
                 "If memory ran out, lower dataset.num_workers_per_gpu or dataset.batch_size; the same command resumes.",
@@ -179,12 +175,9 @@ def _machine_faults(folder: Path) -> Iterator[None]:
 
 
 def begin_results(folder: Path, spec: ExperimentSpec, *, resumed: bool = False) -> None:
-    """Write the resolved spec as ``experiment.yaml``. Must be called after all input was checked.
+    """Write the resolved spec as ``experiment.yaml``. Must be called after all input has been checked.
 
-    Args:
-        folder: for results.
-        spec: resolved.
-        resumed: an earlier run continues, so that its list of corrupt files is kept.
+    The list of corrupt files is removed, unless an earlier run is ``resumed``.
     """
     if not resumed:
         (folder / layout.CORRUPT_LIST).unlink(missing_ok=True)
@@ -192,7 +185,7 @@ def begin_results(folder: Path, spec: ExperimentSpec, *, resumed: bool = False) 
 
 
 def show_table(title: str, rows: Rows) -> None:
-    """Print label and value pairs below a title."""
+    """Print pairs of label and value below a title."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

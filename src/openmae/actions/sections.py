@@ -1,4 +1,4 @@
-"""The sections of ``report.html`` of each action."""
+"""The sections of each action's ``report.html``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def train_report(
     breakdown: Breakdown | None = None,
     unread: Sequence[Section] = (),
 ) -> Path:
-    """Write the report of a training: metrics, curves, reconstructions, profile, recipe, unread files and spec."""
+    """Write the report of a training run: metrics, curves, reconstructions, profile, recipe, unread files and spec."""
     rows = read_metrics(folder / layout.METRICS)
     last = {name: row[name] for row in rows for name in _SHOWN if name in row}
     sections: list[Section] = [_numbers("Final metrics", last)] if last else []
@@ -84,7 +84,7 @@ def train_report(
 
 
 def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
-    """Return the bottleneck of the run in words, as an image and as a table."""
+    """Return the bottleneck of the run in words, and the profile as a figure and as a table."""
     gpu = " Phases are GPU times: work of the CPU at the same time is not counted." if breakdown.on_gpu else ""
     return [
         Text("Profile", "\n\n".join(advice(breakdown))),
@@ -151,7 +151,7 @@ def classifier_report(
 
 
 def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
-    """Return images, precision, recall and F1 of each class, lowest F1 first; a class without images has dashes."""
+    """Return images, precision, recall and F1 of each class, lowest F1 first; undefined values are shown as dashes."""
     rows: list[tuple[str, int, float | None, float | None, float | None]] = []
     for number, name in enumerate(class_names):
         right, images, guesses = (
@@ -172,7 +172,7 @@ def inference_report(
     sheet: Path,
     unread: Sequence[Section] = (),
 ) -> Path:
-    """Write the report of classified images: some images, the counts of classes, and the first rows of results.csv."""
+    """Write the report of classified images: examples, images per class, and the first rows of results.csv."""
     _, *found = rows
     counts = Counter(row[1] for row in found)
     most = sorted(((name, counts[name]) for name in info.class_names), key=lambda item: -item[1])
@@ -205,7 +205,7 @@ def export_report(
 
 
 def running_example(card: ModelCard, file: str, *, encrypted: bool = False) -> str:
-    """Return a script that runs an exported model on an image with ONNX Runtime, and OpenMAE if it is encrypted."""
+    """Return a script that runs an exported model with ONNX Runtime; OpenMAE decrypts it if it is encrypted."""
     prepare = ["images = np.asarray(image).reshape(1, height, width, -1)"]
     if not card.preprocessing:
         prepare.append('images = (images / 255 - card["mean"]) / card["std"]')

@@ -1,4 +1,4 @@
-"""The data sources of a spec, as indexes of images."""
+"""The data sources of a spec, opened as indexes of images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ log = logging.getLogger("openmae")
 
 
 def open_images(source: str, key: str, *, labelled: bool | None, largest: int = MAX_MEGAPIXELS) -> ImageIndex:
-    """Index a folder, an archive or shards.
+    """Index the source that the option ``key`` names: a folder, an archive or shards.
 
     Args:
-        source: the value of the key.
+        source: the value of the option.
         key: the dotted key, for errors.
-        labelled: True: classes are required. False: classes are ignored. None: classes are used if there are any.
+        labelled: True requires classes, False ignores them, None uses them if there are any.
         largest: ``dataset.max_megapixels``.
 
     Raises:
@@ -57,12 +57,12 @@ def class_count(spec: ExperimentSpec, index: ImageIndex) -> int:
 
 
 def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: str = "the checkpoint") -> ImageIndex:
-    """Return the validation images with classes numbered as in training; log classes without an image.
+    """Return the validation images with classes numbered as in training; warn about classes without an image.
 
     Args:
         index: the validation images.
         class_names: the classes of training, in order.
-        trained_on: the source of those classes, for errors.
+        trained_on: where those classes come from, for messages.
 
     Raises:
         DataError: the images have a class that training does not have.
@@ -85,5 +85,5 @@ def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: s
 
 
 def shorten(names: tuple[str, ...], most: int = 6) -> str:
-    """Return the first names, and the number of the others."""
+    """Return the first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

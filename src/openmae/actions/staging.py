@@ -1,4 +1,4 @@
-"""Local copies of remote inputs, and the upload of results to an object store: actions work on local files."""
+"""Local copies of remote inputs, and the upload of results to an object store: actions only work on local files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 EXCLUDES_VARIABLE = "OPENMAE_UPLOAD_EXCLUDES"
 
-_FINAL_FILES = (layout.BACKBONE, layout.REPORT)  # of a finished training
+_FINAL_FILES = (layout.BACKBONE, layout.REPORT)  # of a finished training run
 
 log = logging.getLogger("openmae")
 
@@ -38,10 +38,10 @@ class Place:
     """The local files of an action.
 
     Attributes:
-        spec: with local paths instead of URLs of files; ``experiment.yaml`` has the URLs.
-        folder: for results.
+        spec: the spec with local paths instead of URLs; ``experiment.yaml`` has the URLs.
+        folder: the folder for results.
         shown: the URL of the results, or their folder.
-        lost: the error if another run has taken over the folder in the store; the action ends then.
+        lost: set if another run has taken over the folder in the store; the action then ends with this error.
     """
 
     def __init__(self, spec: ExperimentSpec, folder: Path, shown: str) -> None:
@@ -60,12 +60,12 @@ class Place:
         return [redact(url) for _, url, folder in self._copies if folder != self.folder]
 
     def add_copy(self, key: str, url: str, folder: Path, excludes: Collection[str] = ()) -> None:
-        """Upload a folder, for an option ``key``."""
+        """Register a folder to upload; ``key`` is the option that names its URL, for errors."""
         self._copies.append((key, url, folder))
         self._excludes += excludes
 
     def begin_uploads(self) -> None:
-        """Start to upload. Must be called when ``status.json`` exists, which tests that the store can be written.
+        """Start the uploads. ``status.json`` must exist: its upload shows that the store can be written.
 
         Raises:
             DataError: the store cannot be written.
@@ -82,7 +82,7 @@ class Place:
                 self._mirrors.append(self._uploads.enter_context(Mirror(folder, url, excludes)))
 
     def finish_uploads(self) -> None:
-        """Upload everything except the last status, which reports the outcome of this upload.
+        """Upload everything except the final status, which depends on the outcome of this upload.
 
         Raises:
             RunError: a file could not be uploaded.
@@ -91,7 +91,7 @@ class Place:
             mirror.finish()
 
     def lose(self, error: RunError) -> None:
-        """Stop the uploads and interrupt the main thread; called by another thread."""
+        """Stop the uploads and interrupt the main thread. Called from another thread."""
         self.lost = error
         for mirror in self._mirrors:
             mirror.abandon()
@@ -100,7 +100,7 @@ class Place:
 
     @contextmanager
     def uploading(self) -> Iterator[None]:
-        """End the uploads at exit, and allow the cache to delete what was uploaded."""
+        """Finish the uploads at exit, and allow the cache to delete what was uploaded."""
         try:
             with self._uploads:
                 yield
@@ -112,13 +112,10 @@ class Place:
 
 @contextmanager
 def local_place(spec: ExperimentSpec, action: str, *, leads: bool = True) -> Iterator[Place]:
-    """Download the files that an action reads, and open a local folder for results with what a resumed run needs.
+    """Download the files that an action reads, and open a local folder for results, with what a resumed run needs.
 
-    Args:
-        spec: resolved.
-        action: the name of the action.
-        leads: False: another process of the run writes the results. If they go to a store, this process gets a
-            temporary folder with the checkpoint to resume from, and uploads nothing.
+    If not ``leads``, another process of the run writes the results. If they go to a store, this process then gets a
+    temporary folder with the checkpoint to resume from, and uploads nothing.
 
     Raises:
         UserError: a file cannot be downloaded, or the results cannot be written.
@@ -144,7 +141,7 @@ def _open_results(spec: ExperimentSpec, action: str, stack: ExitStack, *, leads:
     key_of = f"{action}.results_dir" if value_of(spec, f"{action}.results_dir") else "results_dir"
     if not is_remote(target):
         place = Place(spec, make_folder(Path(target)), target)
-        if leads and action != "automl":  # the workers of a search share a folder
+        if leads and action != "automl":  # the workers of a search share its folder
             stack.enter_context(locked_folder(place.folder, key_of))
         return place
     if leads:
@@ -152,7 +149,7 @@ def _open_results(spec: ExperimentSpec, action: str, stack: ExitStack, *, leads:
         if action != "automl":
             stack.enter_context(StoreLock(target, key_of, place.lose))
         place.folder = _staging_folder(target, stack, GRACE)
-        # the job records of a search are valid on this machine only, and hold signed URLs
+        # the job records of a search are valid on this machine only, and contain signed URLs
         place.add_copy("results_dir", target, place.folder, ("jobs/*", "probe/*") if action == "automl" else ())
     else:
         place = Place(spec, Path(stack.enter_context(TemporaryDirectory())), redact(target))
@@ -171,7 +168,7 @@ def _staging_folder(url: str, stack: ExitStack, patience: float = 0.0) -> Path:
 def _download_earlier(
     spec: ExperimentSpec, url: str, folder: Path, action: str, key: Key | None, *, leads: bool
 ) -> None:
-    """Download the results of an earlier run that the action continues."""
+    """Download the results of an earlier run that this action continues."""
     from openmae.storage.mirror import pull
 
     if action == "train":
@@ -191,7 +188,7 @@ def _all_but_models(names: Collection[str]) -> list[str]:
 
 
 def _final_files(names: Collection[str]) -> list[str]:
-    """Return the files that show that there is nothing left to train."""
+    """Return the files that show that nothing is left to train."""
     return [name for name in _FINAL_FILES if name in names and layout.sort_checkpoints(names)]
 
 
@@ -203,14 +200,9 @@ def _download_checkpoint(
     *,
     only_newest: bool,
 ) -> None:
-    """Download the newest checkpoint, and older ones until one can be read: a run resumes from the newest readable one.
+    """Download the newest checkpoint, then older ones until one is readable, and the files that ``others`` selects.
 
-    Args:
-        url: of the results.
-        folder: for the files.
-        others: selects other files to download.
-        key: decrypts checkpoints.
-        only_newest: the user has named the checkpoint to resume from.
+    With ``only_newest``, the user has named the checkpoint to resume from, so older ones are not needed.
     """
     from openmae.checkpoints.folder import list_checkpoints
     from openmae.storage.encryption import is_encrypted
@@ -222,7 +214,7 @@ def _download_checkpoint(
 
         def wanted(names: Collection[str], count: int = count) -> Collection[str]:
             numbered = layout.sort_checkpoints(names)
-            best = [layout.BEST] if layout.BEST in names and numbered else []  # the last resort
+            best = [layout.BEST] if layout.BEST in names and numbered else []  # tried last
             available[:] = best + numbered
             return [*others(names), *available[-count:]]
 
@@ -231,9 +223,9 @@ def _download_checkpoint(
             return
         try:
             found, refused = look_for_checkpoint(folder, key)
-        except CheckpointError:  # encrypted, and there is no key
+        except CheckpointError:  # encrypted, but there is no key
             return
-        # a wrong key looks like damage: do not download all checkpoints for it
+        # a wrong key looks like damage: do not download every checkpoint because of it
         damaged = any(not isinstance(error, NotFiniteError) for error in refused.values())
         if found or (count > 1 and damaged and is_encrypted(list_checkpoints(folder)[-1])):
             return
@@ -250,7 +242,7 @@ def _downloaded(key: str, url: str) -> str:
 
 
 def _path_to_write(spec: ExperimentSpec, key: str, url: str, action: str, place: Place, stack: ExitStack) -> str:
-    """Return the local path of a file that goes to a store: in the results folder if the URL is below it."""
+    """Return the local path of a file for a store: in the results folder if its URL is below that of the results."""
     from openmae.storage.listing import exists
 
     with blaming(key):

@@ -58,21 +58,15 @@ log = logging.getLogger("openmae")
 
 
 def run(spec: ExperimentSpec) -> dict[str, float]:
-    """Train to the last epoch, or resume from the newest checkpoint in the results folder.
+    """Train or resume in the results folder, up to the last epoch; return the metrics of the last epoch.
 
-    A finished run is not changed. With ``train.stop_after_epoch`` the run pauses after that epoch; the backbone and the
-    report are written after the last epoch.
-
-    Args:
-        spec: as ``load_spec`` returns it for ``train``.
-
-    Returns:
-        The metrics of the last epoch.
+    A finished run is not changed. With ``train.stop_after_epoch``, the run pauses after that epoch; the backbone and
+    the report are written after the last epoch.
 
     Raises:
         UserError: the spec or the data are invalid; nothing was trained.
         RunError: training failed; the checkpoints written so far are valid.
-        KeyboardInterrupt: Ctrl-C, or as Preempted SIGTERM or SIGUSR1; a checkpoint was written.
+        KeyboardInterrupt: Ctrl-C, or (as ``Preempted``) SIGTERM or SIGUSR1; a checkpoint was written.
     """
     with PreemptionWatch(), running(spec, "train") as this_run:
         spec = this_run.spec
@@ -90,7 +84,7 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
 
 
 def _nothing_left(plan: Plan) -> bool:
-    """Return whether an earlier run has trained all epochs of this one, and written its backbone and report."""
+    """Return whether an earlier run has done everything: its epochs and, after the last, backbone and report."""
     train = plan.spec.train
     if train.stop_after_epoch is not None and train.stop_after_epoch < train.num_epochs:
         return plan.epochs_done >= train.stop_after_epoch
@@ -143,7 +137,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     finally:
         if outputs.loggers:
             outputs.loggers.close()
-        if outputs.clock is not None and not isinstance(sys.exception(), Exception):  # Ctrl-C ends a profile too
+        if outputs.clock is not None and not isinstance(sys.exception(), Exception):  # also after Ctrl-C
             breakdown = leave_profile(fabric, spec, plan.folder, outputs.clock.read())
     if trainer.progress.epoch < spec.train.num_epochs:
         log.info("Paused after epoch %d of %d (train.stop_after_epoch).", trainer.progress.epoch, spec.train.num_epochs)
@@ -164,7 +158,7 @@ def _resume(trainer: Trainer, plan: Plan, state: dict[str, Any], batches_per_epo
 
 @contextmanager
 def _explaining_state_errors(plan: Plan) -> Iterator[None]:
-    """Turn errors about the state of the checkpoint to resume from into a CheckpointError that names it."""
+    """Raise errors about the checkpoint's training state as a CheckpointError that names the file."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -180,11 +174,7 @@ def _explaining_state_errors(plan: Plan) -> Iterator[None]:
 
 
 def _agreed(fabric: Fabric, plan: Plan) -> Plan:
-    """Return the plan with the spec and the facts of rank 0, and this process's own files.
-
-    Raises:
-        DataError: the nodes do not see the same images, or do not resume from the same checkpoint.
-    """
+    """Return the plan with the description and the seed of rank 0; refuse nodes with other images or checkpoints."""
     check_agreement(
         fabric,
         lambda: {
@@ -193,7 +183,7 @@ def _agreed(fabric: Fabric, plan: Plan) -> Plan:
             "checkpoint to resume from": plan.resume.name if plan.resume else "none",
         },
     )
-    info = fabric.broadcast(plan.info)  # train.seed=-1 was drawn on each node
+    info = fabric.broadcast(plan.info)  # with train.seed=-1, each node has drawn another seed
     return replace(plan, info=info, spec=plan.spec.replaced({"train.seed": info.spec["train"]["seed"]}))
 
 
@@ -213,7 +203,7 @@ def _load_pretrained(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_patches(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Refuse a checkpoint with another patch size unless the user has set one, and so asked for resampling."""
+    """Refuse another patch size, unless the user has set one and so asked for resampling."""
     held, unit = patch_size_of(checkpoint.weights), plan.config.unit
     if held in (None, unit) or plan.config.architecture.family != "vit" or plan.spec.is_set("model.patch_size"):
         return
@@ -324,7 +314,7 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
 
 
 def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown: Breakdown | None) -> None:
-    """Write the backbone in timm's names, the reconstructions and the report, on rank 0."""
+    """Write the backbone with timm's parameter names, the reconstructions and the report, on rank 0."""
     model = trainer.evaluated_model()
     if not fabric.is_global_zero:
         return

@@ -1,4 +1,4 @@
-"""``mae automl``: start or continue a search, help one with a worker, show one in a browser."""
+"""``mae automl``: start or continue a search, add a worker to it, or show it in a browser."""
 
 from __future__ import annotations
 

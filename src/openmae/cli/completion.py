@@ -1,4 +1,4 @@
-"""``mae completion``: scripts for tab completion, which ask ``mae completion words`` for candidates."""
+"""``mae completion``: scripts for tab completion, which get their candidates from ``mae completion words``."""
 
 from __future__ import annotations
 

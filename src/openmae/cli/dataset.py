@@ -1,4 +1,4 @@
-"""The ``mae dataset`` commands. Imports of torch, numpy and Pillow wait until a command runs."""
+"""The ``mae dataset`` commands. torch, numpy and Pillow are imported when a command runs."""
 
 from __future__ import annotations
 

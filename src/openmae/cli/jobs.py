@@ -1,4 +1,4 @@
-"""The command ``mae jobs``: tables for people, ``--json`` for programs."""
+"""``mae jobs``: run and inspect jobs; tables for people, ``--json`` for programs."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _raise_failure(client: Client, job: Job) -> None:
     if job.status == "CANCELED":
         raise Preempted if job.exit_code == Preempted.exit_code else KeyboardInterrupt
     if failure := client.get_failure_analysis(job.id):
-        problem = failure.error.partition("\n  Fix: ")[0]  # its fix is the first suggestion
+        problem = failure.error.partition("\n  Fix: ")[0]  # the fix is the first suggestion
         raise RunError(f"Job {job.id} failed: {problem}", failure.suggestions[0])
 
 

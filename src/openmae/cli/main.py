@@ -1,4 +1,4 @@
-"""``mae``: parse the command line, import the requested command only, turn errors into exit codes.
+"""``mae``: parse the command line, import only the requested command, and turn errors into exit codes.
 
 Exit codes: 0 done, 1 the run failed, 2 invalid input, 75 preempted (run the command again), 130 interrupted.
 """
@@ -27,7 +27,7 @@ from openmae.results.console import notices_on_stderr
 from openmae.results.streams import OutputLostError, guarded, open_standard_streams
 from openmae.spec.actions import SEARCH
 
-_WORK = {*ACTIONS, "quickstart", "serve", "automl"}  # commands whose result is not what they print
+_WORK = {*ACTIONS, "quickstart", "serve", "automl"}  # commands whose result is not their output
 _OTHERS = {
     "serve": (serve, "serve a model over HTTP, with a page to try it"),
     "automl": (automl, SEARCH.title),

@@ -1,4 +1,4 @@
-"""Argument parsing shared by all commands: suggestions for misspelled words, and the arguments that read a spec."""
+"""Argument parsing of all commands: suggestions for misspelled words, and the arguments that read a spec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The agent skill: a folder that coding agents and outside runners use as it is, and what makes and checks it."""
+"""The agent skill: a folder for coding agents and NVIDIA's runner, and the code that builds and validates it."""
 
 from pathlib import Path
 

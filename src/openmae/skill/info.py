@@ -1,4 +1,4 @@
-"""The content of ``skill_info.yaml``: the actions, their inputs and outputs, and how a runner starts them."""
+"""The content of ``skill_info.yaml``: the actions, their inputs and outputs, and the commands that start them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _input(action: str, key: str, kind: str) -> dict[str, Any]:
 
 
 def _meaning(word: str) -> str:
-    """Return the key that a shorthand stands for."""
+    """Return the config key that a shorthand stands for."""
     (key,) = expand_shorthand("gen_trt_engine" if word.startswith("trt_") else "train", word, None)
     return key
 

@@ -1,4 +1,4 @@
-"""Generate the schemas, templates and ``skill_info.yaml`` of the skill, and the tables and version in SKILL.md."""
+"""Generate the schemas, templates and ``skill_info.yaml`` of the skill, and the tables and the version in SKILL.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TEMPLATE_HEAD = {
 
 
 class _Plain(yaml.SafeDumper):
-    """YAML with short lists on one line, and without references between parts."""
+    """A YAML dumper that writes no aliases, and lists of plain values on one line."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -43,10 +43,7 @@ _Plain.add_representer(
 
 
 def render(folder: Path = FOLDER) -> dict[str, str]:
-    """Return the text of every generated file of the skill, by its path below the folder.
-
-    Args:
-        folder: the skill, whose SKILL.md has placeholders.
+    """Return the text of every generated file of the skill folder, by relative path.
 
     Raises:
         UserError: SKILL.md is missing, or has an unknown placeholder.
@@ -65,7 +62,7 @@ def render(folder: Path = FOLDER) -> dict[str, str]:
 
 
 def differences(folder: Path = FOLDER) -> list[str]:
-    """Return the generated files that are missing or outdated, and unknown files."""
+    """Return the generated files that are missing or outdated, and files that do not belong to the skill."""
     files = render(folder)
     outdated = [name for name, text in files.items() if _read(folder / name) != text]
     known = {*files, "evals/evals.json", f"references/{DEPLOY}.md", "scripts/run_action.py"}
@@ -166,7 +163,7 @@ def _search_ranges() -> str:
         search = traits(key).search
         if traits(key).automl is True and search is not None:
             ranges[key] = {"valid_min": search.low, "valid_max": search.high}
-    # Their samplers compare with another key only if both are searched, else with the default of this key.
+    # NVIDIA's samplers apply depends_on only if both keys are searched; else they compare with this key's default.
     ranges["train.optim.warmup_epochs"] |= {"valid_max": fields()["train.num_epochs"].default // 5, "depends_on": ""}
     lines = [f'    "{key}": {json.dumps(value)},\n' for key, value in ranges.items()]
     return f"```python\ncustom_param_ranges = {{\n{''.join(lines)}}}\n```\n"

@@ -1,7 +1,7 @@
-"""Check a skill folder against the contract, and the rules of NVIDIA's AutoML runner (7.0 to 7.2) and skill bank.
+"""Validation of a skill folder, by the rules of NVIDIA's AutoML runner (7.0 to 7.2), its skill bank and OpenMAE.
 
-The structure of each file is declared as a model; rules that compare files are functions. ``tests/nvidia`` runs
-NVIDIA's own code on the packaged folder.
+The structure of each file is declared as a model; functions check rules across files. ``tests/nvidia`` runs NVIDIA's
+own code on the packaged folder.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _Action(_Part):
 
 class _Source(_Part):
     source: Text
-    path: Text  # the name of a file; NVIDIA's SDK takes a text
+    path: Text  # one file name; NVIDIA's SDK takes no list
 
 
 class DeployInfo(_Part):
@@ -176,11 +176,11 @@ class Leaf(_Part):
 
     @property
     def kinds(self) -> list[str]:
-        """The types without null; a valid leaf has one."""
+        """The types except null; a valid leaf has exactly one."""
         return [self.type] if self.type else [item.type for item in self.any_of if item.type != "null"]
 
     def fits(self, value: Any, *, choice: bool = False) -> bool:
-        """Return whether a value, or a choice of ``enum``, is legal."""
+        """Return whether a value is legal; with ``choice``, it need not be in ``enum``."""
         if value is None:
             return any(item.type == "null" for item in self.any_of)
         kind = self.kinds[0]
@@ -245,7 +245,7 @@ def find_breaches(folder: Path) -> list[str]:
 
 
 def _content(folder: Path, name: str, found: list[str]) -> Any:
-    """Return the content of a JSON or YAML file; None, with a line in ``found``, if it cannot be parsed."""
+    """Return the content of a JSON or YAML file; None, with a line in ``found``, if it cannot be read or parsed."""
     try:
         text = (folder / name).read_text(encoding="utf-8")
         return json.loads(text, parse_constant=_refuse) if name.endswith(".json") else yaml.safe_load(text)
@@ -306,7 +306,7 @@ def _check_skill_md(folder: Path, found: list[str]) -> None:
 
 
 def _check_schema(folder: Path, action: str, found: list[str]) -> dict[str, Leaf | None]:
-    """Return the leaves of a schema by key, with None for an invalid one."""
+    """Return the leaves of a schema by key; an invalid leaf is None."""
     file, template_file = f"schemas/{action}.schema.json", f"references/spec_template_{action}.yaml"
     schema = _read(folder, file, Schema, found)
     template = _content(folder, template_file, found)
@@ -354,7 +354,7 @@ def _check_info(
         if entry.command != (command := f"mae {action} -e {{config_path}}"):
             found.append(f"{where}.command: must be {command!r}, got {entry.command!r}")
         known = leaves.get(action) or (*entry.inputs, *entry.outputs)
-        strange = [key for key in (*entry.inputs, *entry.outputs) if key not in known]  # NVIDIA's SDK writes to them
+        strange = [key for key in (*entry.inputs, *entry.outputs) if key not in known]  # NVIDIA's SDK sets them
         found += [f"{where}: inputs and outputs must be keys of the spec, got {key}" for key in strange]
         if entry.execution and not (folder / entry.execution.script).is_file():
             found.append(f"{where}.execution.script: {entry.execution.script!r} does not exist")

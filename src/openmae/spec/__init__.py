@@ -1,1 +1,1 @@
-"""The spec: options, actions, metrics, and how a spec is read and checked."""
+"""The spec: its options, actions and metrics, and the code that reads and checks it."""

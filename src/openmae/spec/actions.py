@@ -1,4 +1,4 @@
-"""The actions of ``mae``: one row each, with the data, the files and the metrics of an action."""
+"""The table of actions: one row each, with the data, model files and metrics of the action."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from openmae.errors import SpecError
 
 ModelKind = Literal["checkpoint", "onnx", "engine"]
-#: The contract's functions, which fill the keys of a job: see ``openmae.jobs``.
+#: The functions that fill in the keys of a job, under TAO's names; ``openmae.jobs.parameters`` implements them.
 Function = Literal["parent_model", "resume_model", "ptm_if_no_resume_model", "create_onnx_file", "create_engine_file"]
 
 
@@ -94,14 +94,14 @@ class Action:
 
     @property
     def required(self) -> tuple[tuple[str, ...], ...]:
-        """The keys that must be set; one key of each group."""
+        """Groups of keys; of each group, one key must be set."""
         model = (tuple(file.key for file in self.inputs),) if self.needs_input else ()
         written = ((self.output.key,),) if self.output else ()
         return (*model, *written, *((item.key,) for item in self.data if item.required))
 
     @property
     def filled(self) -> dict[str, Function]:
-        """The keys that a job fills, with the function that fills each."""
+        """The keys that a job fills in, each with the function that does it."""
         output = {self.output.key: self.output.function} if self.output else {}
         return {file.key: file.function for file in self.inputs} | output
 
@@ -170,7 +170,7 @@ TABLE = {
         ),
     )
 }
-#: The row of ``mae automl``, each trial of which is a training.
+#: The row of ``mae automl``. Each trial is a training run.
 SEARCH = Action(
     "automl",
     "search for the best training options",
@@ -180,12 +180,12 @@ SEARCH = Action(
     needs_input=False,
     metrics=TABLE["train"].metrics,
 )
-#: The rows by the name of the command.
+#: All rows, by command name.
 ROWS = {**TABLE, SEARCH.name: SEARCH}
 ACTIONS = tuple(TABLE)
 DEVICES = tuple(name for name, action in TABLE.items() if action.has_devices)
 
-#: The words that a job accepts instead of keys. ``trt_engine`` has a meaning for some actions only.
+#: Words that a job accepts instead of keys. ``trt_engine`` has a meaning only for some actions.
 SHORTHANDS: dict[str, str] = {
     "num_epochs": "train.num_epochs",
     "batch_size": "dataset.batch_size",
@@ -212,7 +212,7 @@ def get_action(name: str) -> Action:
 
 
 def expand_shorthand(action: str, word: str, value: Any) -> dict[str, Any]:
-    """Return the keys that a shorthand stands for, with their values.
+    """Return the keys that a shorthand stands for, each with its value.
 
     Raises:
         SpecError: the shorthand has no meaning for the action.

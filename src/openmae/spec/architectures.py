@@ -1,7 +1,7 @@
-"""The table of architectures: all differences between them, as plain data.
+"""The table of architectures, which contains all differences between them as plain data.
 
-Sources: He et al. 2021 (arXiv:2111.06377), Woo et al. 2023 (arXiv:2301.00808), Ryali et al. 2023
-(arXiv:2306.00989). No other module depends on the name of an architecture.
+Sources: He et al. 2021 (arXiv:2111.06377), Woo et al. 2023 (arXiv:2301.00808), Ryali et al. 2023 (arXiv:2306.00989). No
+other module depends on the name of an architecture.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def get_architecture(name: str) -> Architecture:
-    """Return the architecture called ``name``, in any case.
+    """Return the architecture called ``name``, ignoring case.
 
     Raises:
         SpecError: there is none; the error lists similar names.
@@ -89,8 +89,8 @@ def get_architecture(name: str) -> Architecture:
 
 
 def visible_units(units: int, mask_ratio: float) -> int:
-    """Return the number of visible units of ``units`` mask units: floor(L (1 - ratio)), as in the papers' code.
+    """Return how many of ``units`` mask units stay visible: floor(L (1 - ratio)), as in the papers' code.
 
-    The small term corrects floating point: 10 units at 0.9 leave one visible unit, not none.
+    The small term corrects rounding errors: 10 units at 0.9 leave one visible unit, not none.
     """
     return int(units * (1 - mask_ratio) + 1e-9)

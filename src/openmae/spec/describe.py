@@ -1,4 +1,4 @@
-"""The options in words: the table of keys, types and bounds, and spec templates."""
+"""Descriptions of the options: the table of keys, types and bounds, and spec templates."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ def traits(key: str) -> Traits:
 
 @cache
 def unused_by(stage: str) -> tuple[str, ...]:
-    """Return the options that a stage of training does not use."""
+    """Return the options that a training stage does not use."""
     return tuple(key for key in fields() if stage not in traits(key).stages)
 
 
 @cache
 def file_use(key: str) -> FileUse | None:
-    """Return the use of the file or folder that an option names; None for an option that names none."""
+    """Return the use of the file or folder that an option names; None if it names none."""
     return next((item for item in fields()[key].metadata if isinstance(item, FileUse)), None)
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """Return the values of an option that has choices, as text; empty for any other."""
+    """Return the values of an option that has choices, as text; empty if it has none."""
     extra = field.json_schema_extra
     if isinstance(extra, dict) and isinstance(extra.get("enum"), list):
         return tuple(str(choice) for choice in cast("list[Any]", extra["enum"]))
@@ -119,11 +119,11 @@ def why_illegal(key: str, values: Iterable[Any]) -> str:
 
 
 def key_of_option(option: str, section: str) -> str:
-    """Return the override that replaces a command-line option such as ``-g`` or ``--num_epochs=3``; empty: unknown.
+    """Return the override that replaces a command-line option such as ``-g`` or ``--num_epochs=3``; empty if unknown.
 
     Args:
-        option: as given, with its dashes.
-        section: the section of the action, which has priority over others with a key of that name.
+        option: the option as given, with its dashes.
+        section: the section of the action, preferred if several sections have a key of that name.
     """
     name, _, value = option.lstrip("-").partition("=")
     if name in ("config-path", "config-name"):
@@ -154,7 +154,7 @@ def keys_table(action: str | None = None) -> list[KeyRow]:
 
 
 def template(action: str) -> str:
-    """Return a commented spec for an action: popular options are active, others are comments with their default.
+    """Return a commented spec for an action. Popular options are active; the others are comments with their default.
 
     ``???`` marks the values that have to be filled in.
 
@@ -167,7 +167,7 @@ def template(action: str) -> str:
         "# Replace each ???. A commented line shows an option and its default.",
     ]
     keys = [key for key in fields() if _is_in_template(key, action)]
-    # options that the checkpoint decides would contradict it if they were active with their default
+    # an active default of an option that the checkpoint determines would contradict the checkpoint
     own = [key for key in keys if action == "train" or key.split(".")[0] in (action, "results_dir")]
     active = needed | {key for key in own if traits(key).popular}
     opened: list[str] = []
@@ -223,7 +223,8 @@ def _is_used(key: str, action: str | None) -> bool:
 def _is_in_template(key: str, action: str) -> bool:
     """Return whether the template of an action lists an option.
 
-    For all actions except train: its own section, and the options that reading a model and data may need.
+    The template of train lists all training options; any other lists the action's section, and the options that reading
+    a model and data may need.
     """
     section = key.split(".")[0]
     if key == "encryption_key" or traits(key).compat:

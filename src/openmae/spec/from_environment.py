@@ -1,7 +1,7 @@
-"""References to the environment, ``${oc.env:NAME}``, which ``experiment.yaml`` keeps instead of their values.
+"""References to environment variables, ``${oc.env:NAME}``, which ``experiment.yaml`` keeps instead of the values.
 
-Results and backbones are published, and a variable may contain a secret. A recorded spec loads wherever the variable is
-set.
+Results and backbones are published, and a variable may contain a secret. A recorded spec can be loaded wherever the
+variable is set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) 
 
     Args:
         tree: nested sections, in which every ``${...}`` is well formed.
-        paths: the paths of values with ``${...}``. A list is one value.
+        paths: the paths of the values that contain ``${...}``; a list counts as one value.
     """
     keys = {tuple(part for part in path if isinstance(part, str)) for path in paths}
     if _CALL not in str(tree):
@@ -34,7 +34,7 @@ def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) 
 
     register = (
         getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-    )  # the name until OmegaConf 2.3
+    )  # its name up to OmegaConf 2.3
     called: list[str] = []
 
     def stand_in(name: str, *default: Any) -> str:
@@ -58,7 +58,7 @@ def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) 
 
 
 def environment_of(values: Iterable[Any]) -> dict[str, str]:
-    """Return the variables in the values of ``references`` that are set."""
+    """Return the variables that occur in the values of ``references`` and are set."""
     names = {name for value in values for name in _NAME.findall(str(value))}
     return {name: os.environ[name] for name in names if name in os.environ}
 

@@ -1,9 +1,9 @@
-"""The JSON schemas of the actions' specs, in the format of NVIDIA's AutoML runner.
+"""JSON schemas of the actions' specs, in the format of NVIDIA's AutoML runner.
 
 The types are TAO Core's: ``string``, ``int``, ``float``, ``bool``, ``list``, ``categorical``, ``ordered_int``, and
-``collection`` for a section. A leaf has one type, and null where it may be unset. ``minimum`` and ``maximum`` are
-bounds of the legal values; ``automl_minimum``, ``automl_maximum``, ``automl_log`` and ``automl_step`` describe the
-range that OpenMAE searches by default.
+``collection`` for a section. A leaf has one type, or one type and null if it may be unset. ``minimum`` and ``maximum``
+bound the legal values; ``automl_minimum``, ``automl_maximum``, ``automl_log`` and ``automl_step`` describe the range
+that OpenMAE searches by default.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from openmae.spec.yaml_reader import MISSING
 SCHEMA_VERSION = 1
 _TYPES = {bool: "bool", int: "int", float: "float", str: "string", tuple: "list"}
 _FREE_FORM = "dataset.segment"  # a mapping without declared keys, which the schema format cannot describe
-#: Options that a template must not contain, as NVIDIA's runner sets every key of it: a key and its alias in one spec
-#: are an error, and the other ones are unused.
+#: Options that a template must not contain, because NVIDIA's runner sets every key of it: a spec with a key and its
+#: alias is an error, and model_name has no effect.
 _NOT_IN_TEMPLATES = ("model.mask_ratio", "model.norm_pix_loss", "train.mask_ratio", "train.norm_pix_loss", "model_name")
 _DATA_OPTIONS = (
     "dataset.batch_size",
@@ -38,14 +38,11 @@ _DATA_OPTIONS = (
 
 
 def action_schema(action: str) -> dict[str, Any]:
-    """Return the JSON schema of an action's spec.
-
-    Args:
-        action: one of ``ACTIONS``.
+    """Return the JSON schema of an action's spec, as plain values without NaN or infinity.
 
     Returns:
         ``type``, ``default`` (the template of a spec), ``properties``, ``automl_default_parameters``,
-        ``automl_disabled_parameters``, ``popular`` and ``x_tao_schema``; plain values, without NaN or infinity.
+        ``automl_disabled_parameters``, ``popular`` and ``x_tao_schema``.
 
     Raises:
         SpecError: there is no such action.
@@ -89,13 +86,13 @@ def leaves(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _is_in_schema(key: str, action: str) -> bool:
-    """Return whether the schema of an action has an option: all do except those of other actions, as in TAO."""
+    """Return whether an action's schema has an option: as in TAO, not those of other actions, except train's."""
     section = key.split(".")[0]
     return key != _FREE_FORM and (section == action or section not in (*ACTIONS[1:], "automl"))
 
 
 def _is_in_template(key: str, action: str) -> bool:
-    """Return whether a spec may set an option to its default, without contradicting a checkpoint or another key."""
+    """Return whether a spec may set an option to its default without contradicting a checkpoint or another key."""
     if _default(key, action) is None or key in _NOT_IN_TEMPLATES or key.startswith("train.checkpointer."):
         return False
     own = key.split(".")[0] in (action, "results_dir", "encryption_key")
@@ -122,7 +119,7 @@ def _leaf(key: str, action: str) -> dict[str, Any]:
 
 
 def _kind(field: FieldInfo) -> str:
-    """Return the type of a leaf that is set; for an option that also takes a list, such as an image size, a number."""
+    """Return the type of a leaf that is set; a number if an option takes a number or a list, such as an image size."""
     if choices(field):
         return "ordered_int" if all(isinstance(choice, int) for choice in _enum(field)) else "categorical"
     part = _first(field.annotation)
@@ -149,7 +146,7 @@ def _enum(field: FieldInfo) -> list[Any]:
 def _bounds(field: FieldInfo, cond: str | None, kind: str) -> dict[str, Any]:
     """Return ``minimum``, ``maximum`` and one ``math_cond``: a sign and a number, or a sign and ``depends_on``.
 
-    The format has one condition per leaf. Any other exclusive bound is moved to the next number inside.
+    The format has one condition per leaf, so a second exclusive bound is replaced by the next number inside it.
     """
     if choices(field):
         return {}
@@ -191,7 +188,7 @@ def _search(search: Search | None, enum: list[Any] | None) -> dict[str, Any]:
 
 
 def _default(key: str, action: str) -> Any:
-    """Return the default, or ``???`` for an option of the action's section that is required."""
+    """Return the default, or ``???`` for a required option of the action's own section."""
     if key.split(".")[0] == action and any(group[0] == key for group in get_action(action).required):
         return MISSING
     value = fields()[key].default
@@ -199,7 +196,7 @@ def _default(key: str, action: str) -> Any:
 
 
 def _properties(tree: dict[str, Any], prefix: str, action: str, keys: list[str]) -> dict[str, Any]:
-    """Return leaves in sections as the schema has them, with a ``collection`` for each section."""
+    """Return the leaves in the sections of the schema; each section is a ``collection``."""
     found: dict[str, Any] = {}
     for name, node in tree.items():
         key = f"{prefix}{name}"

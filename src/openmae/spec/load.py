@@ -1,4 +1,4 @@
-"""From a spec in YAML, overrides or Python to a checked ``ExperimentSpec``, and back."""
+"""Read and check a spec given as YAML, overrides or Python values, and write it as YAML."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ log = logging.getLogger("openmae")
 Source = str | Path | Mapping[str, Any] | ExperimentSpec | None
 
 _REMOVED = {"train.sharded_checkpoints": "checkpoints are always complete"}
-#: Keys of TAO's published schema that mean the same as another key.
+#: Keys of TAO's published schema that are other names of a key.
 ALIASES = {"train.mask_ratio": "model.mask_ratio", "train.norm_pix_loss": "model.norm_pix_loss"}
 
 
 def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None = None) -> ExperimentSpec:
-    """Read and check a spec, and fill in the values that the stage, the architecture and the channels decide.
+    """Read and check a spec, and fill in the values that depend on the stage, the architecture and the channels.
 
     Args:
         source: a YAML file, a nested mapping, a spec, or None for the defaults.
@@ -51,12 +51,12 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
         action: the action that will run, or ``automl``: its required keys must be set. None: no key is required.
 
     Raises:
-        SpecError: lists every mistake, a line each.
+        SpecError: lists all mistakes, one per line.
     """
     if action is not None and action not in ROWS:
         get_action(action)  # raises
     searching = action == SEARCH.name
-    action = "train" if searching else action  # every trial is a training
+    action = "train" if searching else action  # every trial is a training run
     reading, set_keys = _read(source)
     name = str(source) if isinstance(source, str | Path) else "The spec"
     apply_overrides(reading, overrides)
@@ -87,7 +87,7 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
 
 
 def find_refusals(spec: ExperimentSpec, values: Mapping[str, Any]) -> list[str]:
-    """Return the rules that a training would break with other values of some keys, and does not break without them."""
+    """Return the rules that a training run would break only if these values, by key, replaced those of the spec."""
     own = list(find_problems(spec, "train"))
     dependent = {key: None for key in dependent_defaults(spec) if not spec.is_set(key)}
     changed = fill_unset(spec.model_copy().replaced({**dependent, **values}))
@@ -122,7 +122,7 @@ def to_yaml(spec: ExperimentSpec) -> str:
 
 
 def _read(source: Any) -> tuple[Reading, set[str] | None]:
-    """Return what the source contains, and which keys of it the user set; None: all."""
+    """Return the content of the source, and the keys that the user set in it; None: all of them."""
     if source is None:
         return Reading(), None
     if isinstance(source, ExperimentSpec):
@@ -144,7 +144,7 @@ def _read(source: Any) -> tuple[Reading, set[str] | None]:
 
 
 def _shown_texts(reading: Reading) -> dict[str, Any]:
-    """Return the references to the environment to record. Numbers and choices hide nothing, and are recorded."""
+    """Return the references to record instead of values; numbers and choices are no secrets and are recorded."""
     free = {key for key, field in fields().items() if type_words(field) in ("text", "list of texts")}
     return {key: text for key, text in reading.shown.items() if key in free}
 
@@ -191,7 +191,7 @@ def _locate(value: Any, loc: Iterable[str | int]) -> tuple[tuple[str, ...], Any]
 
 
 def _explain(path: tuple[str, ...], value: Any, detail: Any) -> str:
-    """Return the rule, the value and the fix for one of pydantic's errors."""
+    """Return a message with rule, value and fix for one of pydantic's errors."""
     key, kind, message = ".".join(path), detail["type"], detail["msg"]
     if kind == "extra_forbidden":
         return _unknown(path)
@@ -239,7 +239,7 @@ def _close(word: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
 
 
 def _devices(spec: ExperimentSpec) -> Tree:
-    """Return num_gpus and gpu_ids of each action, one from the other where only one of them is set."""
+    """Return num_gpus and gpu_ids of each action, each derived from the other if only one is set."""
     values: Tree = {}
     for section in DEVICES:
         own = getattr(spec, section)
@@ -259,7 +259,7 @@ def _apply_checkpointer(spec: ExperimentSpec) -> ExperimentSpec:
     if metric := checkpointer.metric:
         if monitor in set_keys and spec.train.optim.monitor_name != metric:
             log.warning("train.checkpointer.monitor=%s replaces %s=%s.", metric, monitor, value_of(spec, monitor))
-        if metric == "ACC_all":  # the metric of a fine-tuning that sets none
+        if metric == "ACC_all":  # the default when fine-tuning
             set_keys -= {monitor}
         else:
             spec, set_keys = spec.replaced({monitor: metric}), set_keys | {monitor}
@@ -276,14 +276,13 @@ def _clamp_scale(spec: ExperimentSpec) -> ExperimentSpec:
 
 
 def _without_secret(problem: Problem) -> Problem:
-    """Return the problem without the value of a secret."""
     if not problem.key.startswith("encryption_key"):
         return problem
     return Problem("encryption_key", "cannot be read; its value is not shown. Write env:NAME or file:PATH.")
 
 
 def _follows_from(problem: Problem, broken: set[str]) -> bool:
-    """Return whether a problem may be caused by another one: one of its keys is broken, or a section of a key."""
+    """Return whether another mistake may cause this one: one of its keys, or a section above it, is broken."""
     keys = (problem.key, *problem.also)
     return any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in broken)
 

@@ -1,4 +1,4 @@
-"""The metrics of quality: one row each, and the rule that picks the metric of the best checkpoint.
+"""The table of quality metrics, and the choice of the metric that selects the best checkpoint.
 
 A metric has the same name in ``status.json``, ``metrics.csv``, TensorBoard and the spec.
 """
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Direction = Literal["minimize", "maximize"]
 Needs = Literal["", "validation images", "validation images with classes"]
-EPOCH_TRAIN_LOSS = "train_loss_epoch"  # in metrics.csv, the epoch's mean of train_loss, which is there per step
+EPOCH_TRAIN_LOSS = "train_loss_epoch"  # column of metrics.csv: train_loss is per step, this its mean over an epoch
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Metric:
 
     @property
     def direction(self) -> Direction:
-        """The direction of better values."""
+        """The direction in which the metric improves."""
         return "maximize" if self.is_share else "minimize"
 
 
@@ -71,15 +71,15 @@ def is_share(name: str) -> bool:
 
 
 def label(name: str) -> str:
-    """Return the name of a metric in reports; an unknown name is returned as it is."""
+    """Return the name of a metric in reports; an unknown name is returned unchanged."""
     name = "train_loss" if name == EPOCH_TRAIN_LOSS else name
     return METRICS[name].label if name in METRICS else name
 
 
 def monitored_metric(spec: ExperimentSpec) -> str:
-    """Return the metric that picks ``model_best.pth`` in a training of a resolved spec.
+    """Return the metric that selects ``model_best.pth`` when a resolved spec is trained.
 
-    Without validation images it is ``train_loss``. Fine-tuning takes ``ACC_all`` unless the spec names another metric.
+    Without validation images it is ``train_loss``. Fine-tuning uses ``ACC_all`` unless the spec names another metric.
     """
     if not spec.dataset.val_data_sources:
         return "train_loss"

@@ -1,4 +1,4 @@
-"""Options without effect, and other things that the user should know although the spec is valid."""
+"""Notices about a valid spec: options without effect, and other things that the user should know."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEFAULT_MILESTONES = ExperimentSpec().train.optim.milestones
 
 
 def why_unused(spec: ExperimentSpec, key: str) -> str:
-    """Return why an option has no effect on a training run, as the end of a sentence; empty if it has an effect."""
+    """Return why an option has no effect on a training run, as the end of a sentence; empty if it has one."""
     declared, stage = traits(key), spec.train.stage
     if declared.no_effect:
         return f"because {declared.no_effect}"
@@ -32,12 +32,12 @@ def why_unused(spec: ExperimentSpec, key: str) -> str:
 
 
 def inert_keys(spec: ExperimentSpec) -> list[str]:
-    """Return the options that have no effect on a training run, and TAO's other names for options."""
+    """Return the options that have no effect on a training run, and TAO's aliases."""
     return [key for key in fields() if traits(key).compat or why_unused(spec, key)]
 
 
 def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
-    """Yield what the user should know about a valid spec; ``action`` None: as for train."""
+    """Yield what the user should know about a valid spec. If ``action`` is None, it is checked as for train."""
     unused: dict[str, list[str]] = {}
     for key, why in _without_effect(spec, action):
         unused.setdefault(why, []).append(key)
@@ -55,7 +55,7 @@ def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
 
 
 def ignored_by_tao(spec: ExperimentSpec, from_file: Collection[str]) -> Iterator[str]:
-    """Yield the values of a spec file for training that TAO ignores and OpenMAE applies.
+    """Yield a notice of the values in a spec file for training that TAO ignores and OpenMAE applies.
 
     A file with a key that TAO does not have was written for OpenMAE, and yields nothing.
 
@@ -66,7 +66,7 @@ def ignored_by_tao(spec: ExperimentSpec, from_file: Collection[str]) -> Iterator
     keys = [key for key in fields() if key in from_file]
     if not all(traits(key).in_tao for key in keys):
         return
-    applied = {  # TAO ignores these only here
+    applied = {  # TAO ignores these only in the given case
         "train.optim.warmup_epochs": spec.train.optim.lr_scheduler == "MultiStep",
         "model.norm_pix_loss": spec.model.architecture.family == "hiera",
     }
@@ -89,7 +89,7 @@ def _without_effect(spec: ExperimentSpec, action: str | None) -> Iterator[tuple[
         if not spec.is_set(key) or section == "automl" or (section in ACTIONS and section != (action or "train")):
             continue
         if (declared.compat or declared.no_effect) and value_of(spec, key) == field.default:
-            continue  # published templates write it
+            continue  # TAO's templates contain it
         if not training and key == "model.decoder_targets":
             yield key, f"on `mae {action}`: only a training step predicts a share of the units"
         elif training or declared.no_effect:

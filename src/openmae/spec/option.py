@@ -1,4 +1,4 @@
-"""Options of the spec: their declaration and traits, types with rules, and the base of all sections."""
+"""Options of the spec: their declaration and traits, types with rules, and the base class of all sections."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Traits:
 
     @property
     def condition(self) -> tuple[str, tuple[str, ...]]:
-        """The key that ``needs`` names and the values that it may have; ``>0`` is a value too. No value: any."""
+        """The key that ``needs`` names, and the values that satisfy it (which may be ``>0``); none: any true value."""
         if self.needs.endswith(">0"):
             return self.needs.removesuffix(">0"), (">0",)
         key, _, values = self.needs.partition("=")
@@ -97,7 +97,7 @@ class Traits:
 
 
 def meets(value: Any, wanted: tuple[str, ...]) -> bool:
-    """Return whether a value is among those of ``Traits.condition``."""
+    """Return whether a value satisfies ``Traits.condition``."""
     if wanted == (">0",):
         return (value or 0) > 0
     return str(value).lower() in map(str.lower, wanted) if wanted else bool(value)
@@ -116,8 +116,8 @@ def option(
     """Declare an option.
 
     Args:
-        default: the value where the spec does not set the key; None where the stage, the architecture or the data
-            decides.
+        default: the value if the spec does not set the key; None if it depends on the stage, the architecture or the
+            data.
         help: one line, shown by ``mae spec keys`` and in templates.
         gt: exclusive lower bound.
         ge: lower bound.
@@ -233,11 +233,11 @@ OutputPath = Annotated[str, _EXPAND_USER, FileUse.WRITTEN]
 LocalFile = Annotated[str, _EXPAND_USER, FileUse.LOCAL]
 Secret = Annotated[str, Field(repr=False)]
 KEY_IN_ENVIRONMENT, KEY_IN_FILE = "env:", "file:"  # prefixes of a reference to a secret
-SECRET_MARK = "***"  # replaces a secret in what is written down
+SECRET_MARK = "***"  # written instead of a secret
 
 
 def is_secret(text: str) -> bool:
-    """Return whether a ``Secret`` is the secret, and not a reference to one."""
+    """Return whether a ``Secret`` is the secret itself, not a reference to it."""
     return bool(text) and not text.startswith((KEY_IN_ENVIRONMENT, KEY_IN_FILE))
 
 
@@ -248,7 +248,7 @@ def _admits(annotation: Any, kind: type) -> bool:
 
 
 def _choice_as_declared(value: str, annotation: Any) -> str:
-    """Return the choice of a ``Literal`` that equals ``value`` in another case, else ``value``."""
+    """Return the choice of a ``Literal`` that equals ``value`` up to case; if there is none, ``value``."""
     if get_origin(annotation) is Literal:
         return next((c for c in get_args(annotation) if isinstance(c, str) and c.lower() == value.lower()), value)
     for part in get_args(annotation):
@@ -264,7 +264,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_surprising_casts(cls, value: Any, info: Any) -> Any:
-        """Refuse ``true`` as 1; accept a path and an integer as text, and a choice in any case."""
+        """Refuse ``true`` as 1; accept paths and integers as text, and choices in any case."""
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, str):
             value = _choice_as_declared(value, annotation)

@@ -1,4 +1,4 @@
-"""The values that depend on the stage, the architecture or the channels where the spec does not set them."""
+"""The defaults that depend on the stage, the architecture or the channels."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def dependent_defaults(spec: ExperimentSpec) -> dict[str, Any]:
 
 
 def fill_unset(spec: ExperimentSpec) -> ExperimentSpec:
-    """Return a copy of the spec with the dependent defaults of the options that are unset."""
+    """Return a copy of the spec in which unset options have their dependent default."""
     defaults = dependent_defaults(spec)
     return spec.replaced({key: value for key, value in defaults.items() if value_of(spec, key) is None})
 
 
 def resolve(spec: ExperimentSpec) -> Resolved:
-    """Return the options that have dependent defaults, each with its value."""
+    """Return the values of the options that have dependent defaults."""
     filled = fill_unset(spec)
     return Resolved(**{key.rpartition(".")[2]: value_of(filled, key) for key in dependent_defaults(spec)})

@@ -1,4 +1,4 @@
-"""Rules that several options have to meet together: what an action needs, and what contradicts."""
+"""Rules across options: keys that an action requires, and values that contradict each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CALIBRATION = "gen_trt_engine.tensorrt.calibration"
 
 
 def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
-    """Yield every broken rule; ``action`` None: of all actions, without their required keys."""
+    """Yield every broken rule. If ``action`` is None, check the rules of all actions, but require no keys."""
     if spec.encryption_key == SECRET_MARK:
         text = "replaces a key that was not written down. Give the key again: env:NAME, file:PATH or the key."
         yield Problem("encryption_key", f"{SECRET_MARK} {text}")
@@ -68,7 +68,7 @@ def _remote(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
 
 
 def _is_known(spec: ExperimentSpec, action: str | None, key: str) -> bool:
-    """Return whether the spec decides an option: in an action on a trained model, only if the user set it."""
+    """Return whether the spec determines an option; for an action on a trained model, only if the user set it."""
     return action in (None, "train") or spec.is_set(key)
 
 
@@ -162,7 +162,7 @@ def _devices(spec: ExperimentSpec, section: str) -> Iterator[Problem]:
 
 
 def _knows_geometry(spec: ExperimentSpec, action: str | None) -> bool:
-    """Return whether the spec decides architecture, patch size and image size; a trained model has its own."""
+    """Return whether the spec determines architecture, patch size and image size; a trained model has its own."""
     if action in (None, "train"):
         return True
     keys = ["model.arch", "dataset.augmentation.input_size"]

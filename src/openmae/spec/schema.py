@@ -1,6 +1,6 @@
-"""The spec: one frozen model per section, each option declared once, with its type, bounds, default, help and traits.
+"""The spec: one frozen model per section; each option is declared once, with type, bounds, default, help and traits.
 
-Keys and defaults are those that NVIDIA TAO publishes for its MAE task; ``Traits.in_tao`` marks the others.
+Keys and defaults are those that NVIDIA TAO publishes for its MAE task; ``Traits.in_tao`` is False for all others.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ExperimentSpec(Section):
     _shown: Mapping[str, Any] = PrivateAttr(default_factory=dict)
 
     def is_set(self, key: str) -> bool:
-        """Return whether the user set ``key`` (dotted: ``"model.arch"``), in a file, an override or a call.
+        """Return whether the user set the dotted ``key``, such as ``"model.arch"``, in a file, an override or a call.
 
         Raises:
             KeyError: there is no such key.
@@ -70,30 +70,33 @@ class ExperimentSpec(Section):
         return name in owner.model_fields_set if self._set_keys is None else key in self._set_keys
 
     def replaced(self, values: Mapping[str, Any]) -> ExperimentSpec:
-        """Return a copy with other values of dotted keys; they are not validated, and do not count as set."""
+        """Return a copy with other values, by dotted key. They are not validated, and do not count as set."""
         spec = self
         for key, value in values.items():
             spec = _replace(spec, key.split("."), value)
         return spec
 
     def standing_for(self, values: Mapping[str, Any]) -> ExperimentSpec:
-        """Return a copy that writes these values of dotted keys to ``experiment.yaml``; earlier ones have priority."""
+        """Return a copy for which ``experiment.yaml`` has these values, by dotted key, instead of the actual ones.
+
+        Values of an earlier call have priority.
+        """
         spec = self.model_copy()
         spec._shown = {**values, **self._shown}
         return spec
 
     @property
     def shown(self) -> Mapping[str, Any]:
-        """By dotted key, what ``experiment.yaml`` has instead of the value."""
+        """The values, by dotted key, that ``experiment.yaml`` has instead of the actual ones."""
         return self._shown
 
     def results_folder(self, action: str) -> str:
-        """Return ``<action>.results_dir``, else ``<results_dir>/<action>``: a path or a URL."""
+        """Return ``<action>.results_dir`` or, if unset, ``<results_dir>/<action>``: a path or a URL."""
         own: str = getattr(self, action).results_dir
         return own or f"{(self.results_dir or 'results').rstrip('/')}/{action}"
 
     def batch_size(self, action: Literal["train", "evaluate", "inference"]) -> int:
-        """Return the images per batch and device: ``<action>.batch_size``, or ``dataset.batch_size`` where it is -1."""
+        """Return the images per batch and device: ``<action>.batch_size``, or ``dataset.batch_size`` if that is -1."""
         own: int = getattr(getattr(self, action), "batch_size", -1)
         return self.dataset.batch_size if own == -1 else own
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Tree = dict[str, Any]
-Key = str | Sequence[str]  # "train.optim.lr", or its parts, of which one may contain a dot
+Key = str | Sequence[str]  # "train.optim.lr", or its parts, which may contain dots
 _ABSENT = object()
 
 
@@ -50,7 +50,7 @@ def value_of(section: object, key: str) -> Any:
 
 
 def put(tree: Tree, key: Key, value: Any) -> None:
-    """Set a key, and create the sections above it.
+    """Set a key, creating the sections above it.
 
     Raises:
         NotASectionError: a key above it has a plain value.
@@ -65,7 +65,7 @@ def put(tree: Tree, key: Key, value: Any) -> None:
 
 
 def remove(tree: Tree, key: Key) -> None:
-    """Remove a key if it is there."""
+    """Remove a key if it exists."""
     *parents, name = _parts(key)
     section = get(tree, parents)
     if isinstance(section, dict):
@@ -85,7 +85,7 @@ def nest(values: Mapping[str, Any]) -> Tree:
     """Return values by dotted key as nested sections.
 
     Raises:
-        NotASectionError: a key is a plain value and a section.
+        NotASectionError: a key is both a plain value and a section.
     """
     tree: Tree = {}
     for key, value in values.items():

@@ -1,4 +1,4 @@
-"""From YAML text, overrides and ``${...}`` to one plain tree; mistakes are collected, and raised by ``load_spec``."""
+"""Read YAML, overrides and ``${...}`` into one plain tree. Mistakes are collected; ``load_spec`` raises them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from openmae.spec.tree import Tree, merge
 
 MISSING = "???"
 KeyPath = tuple[str | int, ...]
-_MAX_DEPTH, _MAX_VALUES = 50, 100_000  # of a spec: YAML aliases can make a few lines as large as memory
+_MAX_DEPTH, _MAX_VALUES = 50, 100_000  # limits: YAML aliases can expand a few lines to fill the memory
 _MAX_FILE_SIZE = 10_000_000  # bytes
-_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # Python's surrogates for such bytes on the command line
+_NOT_UTF8 = re.compile(r"[\udc80-\udcff]")  # surrogates: how Python decodes such bytes on the command line
 
 
 class Problem(NamedTuple):
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose a node, and refuse one that is nested so deeply that recursion would fail."""
+        """Compose a node; refuse one that is nested so deeply that recursion would fail."""
         self._depth += 1
         try:
             if self._depth > _MAX_DEPTH:
@@ -96,7 +96,7 @@ _Dumper.add_representer(
 
 
 def write_text(tree: Tree) -> str:
-    """Return a tree of plain values as YAML text, which reads back unchanged."""
+    """Return a tree of plain values as YAML text that reads back unchanged."""
     text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return text
 
@@ -146,11 +146,7 @@ def read_file(path: Path) -> Reading:
 
 
 def _parse(text: str) -> tuple[yaml.Node | None, Any]:
-    """Return the nodes and the values of a YAML text.
-
-    Raises:
-        yaml.YAMLError: the text is not valid YAML, too deep or too large.
-    """
+    """Return nodes and values of a YAML text; raise ``YAMLError`` if it is invalid, too deep or too large."""
     node = yaml.compose(text, _Loader)
     if node is not None:
         _measure(node, {}, ())
@@ -161,7 +157,7 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any]:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: tuple[yaml.Node, ...]) -> tuple[int, int]:
-    """Return the number of values and of levels below a node; an alias counts at each place."""
+    """Return the number of values and of levels below a node; an alias counts wherever it is used."""
     if node in above:
         raise yaml.YAMLError(f"line {node.start_mark.line + 1} contains itself")
     if id(node) not in known:
@@ -179,10 +175,10 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], above: tuple[ya
 
 
 def read_mapping(source: Mapping[Any, Any]) -> Reading:
-    """Read a nested mapping, which is copied.
+    """Read a nested mapping, and copy it.
 
     Raises:
-        SpecError: it is too large or too deep, such as a mapping that contains itself.
+        SpecError: it is too large or too deep; this includes a mapping that contains itself.
     """
     level: list[Any] = [source]
     values = 0
@@ -201,9 +197,9 @@ def read_mapping(source: Mapping[Any, Any]) -> Reading:
 
 
 def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
-    """Merge ``a.b=c`` into a reading; ``c`` is YAML, and nothing after ``=`` unsets the key.
+    """Merge overrides ``a.b=c`` into a reading. ``c`` is YAML; ``a.b=`` unsets the key.
 
-    Hydra's ``+a.b=c`` and ``++a.b=c`` mean the same: ``load_spec`` checks for all of them that the key exists.
+    Hydra's ``+a.b=c`` and ``++a.b=c`` mean the same here: ``load_spec`` always checks that the key exists.
     """
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -233,9 +229,9 @@ def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
 
 
 def interpolate(reading: Reading, defaults: Tree) -> None:
-    """Replace ``${section.key}`` and ``${oc.env:NAME}`` by their values.
+    """Replace ``${section.key}`` and ``${oc.env:NAME}`` with their values.
 
-    A key that the user did not set has its default; ``<action>.results_dir`` is then ``<results_dir>/<action>``.
+    A key that the user did not set has its default; that of ``<action>.results_dir`` is ``<results_dir>/<action>``.
     """
     references = [(path, value) for path, value in _leaves(reading.tree) if "${" in str(value)]
     if not references:
@@ -264,7 +260,7 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
         _put(reading.tree, path, None)
 
     well_formed = []
-    for path, value in references:  # OmegaConf parses a whole tree at once: find the malformed ones first
+    for path, value in references:  # find malformed ones first: OmegaConf parses a tree as a unit
         try:
             OmegaConf.create({"value": value})
             well_formed.append((path, value))
@@ -282,7 +278,7 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
 
 
 def drop_unset(tree: Tree) -> Tree:
-    """Return the tree without ``???`` and null: such a key counts as not set."""
+    """Return the tree without ``???`` and null, whose keys count as unset."""
     return {
         key: drop_unset(value) if isinstance(value, dict) else value
         for key, value in tree.items()
@@ -291,7 +287,7 @@ def drop_unset(tree: Tree) -> Tree:
 
 
 def _note_lines(node: yaml.Node, prefix: str, reading: Reading) -> None:
-    """Record the line of every key; a key that occurs twice in a section is a problem."""
+    """Record the line of every key, and a problem for a key that occurs twice in a section."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _note_lines(item, prefix, reading)
@@ -322,7 +318,7 @@ def _yaml_message(error: yaml.YAMLError, text: str = "") -> str:
 
 
 def _text(key: Any) -> str:
-    """Return a key as pydantic's errors repeat it: with ``?`` for bytes that are not UTF-8."""
+    """Return a key as in pydantic's errors: with ``?`` for bytes that are not UTF-8."""
     return str(key).encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,1 +1,1 @@
-"""The sections of the spec, a module each."""
+"""The sections of the spec, one module each."""

@@ -1,4 +1,4 @@
-"""The section ``automl``: a hyperparameter search. TAO's specs do not have it."""
+"""The section ``automl``: hyperparameter search. TAO does not have it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _ranges(value: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def _no_password(url: str) -> str:
-    """Refuse a password, since the URL is written to specs and results, and is visible in the list of processes."""
+    """Refuse a password: the URL is written to specs and results, and is visible in the list of processes."""
     if re.match(r"[^/]*//[^/@]*:[^/@]*@", url) or re.search(r"[?&]password=", url):
         raise broken("must not contain a password. Put the URL into a variable and give env:NAME, or use ~/.pgpass")
     if url and not url.startswith((KEY_IN_ENVIRONMENT, "postgresql")):

@@ -1,4 +1,4 @@
-"""The sections ``evaluate``, ``inference``, ``export`` and ``gen_trt_engine``: the use of a trained model."""
+"""The sections ``evaluate``, ``inference``, ``export`` and ``gen_trt_engine``, which use a trained model."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class CheckpointerSpec(Section):
 
     @property
     def metric(self) -> str:
-        """The metric that picks the best checkpoint; empty if the section does not set one."""
+        """The metric that selects the best checkpoint; empty if the section does not set one."""
         if not self.enable_topk:
             return ""
         return "ACC_all" if self.monitor == "acc" else self.monitor

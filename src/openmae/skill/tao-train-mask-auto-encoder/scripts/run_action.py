@@ -2,9 +2,9 @@
 
     python run_action.py ACTION SPEC.yaml
 
-Any Python with openmae installed can run it. On SIGTERM and SIGINT training writes a checkpoint before it ends. Exit
-codes: 0 done, 1 the run failed, 2 invalid input, 130 interrupted, 75 preempted. If the input is so invalid that the
-action never begins, this script writes the FAILURE line of status.json, with the printed message.
+Works with any Python that has openmae installed. On SIGTERM and SIGINT, training writes a checkpoint before it ends.
+Exit codes: 0 done, 1 the run failed, 2 invalid input, 130 interrupted, 75 preempted. If invalid input prevents the
+action from starting, this script writes the printed message to status.json as a FAILURE.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ USAGE = "usage: run_action.py ACTION SPEC.yaml"
 
 
 class Tail:
-    """Standard error that keeps the last printed text."""
+    """A wrapper of standard error that keeps the end of the printed text."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.text = stream, ""
 
     def write(self, text: str) -> Any:
-        """Print a text, and keep it."""
+        """Print a text and keep it."""
         self.text = (self.text + text)[-2000:]
         return self.stream.write(text)
 
@@ -57,7 +57,7 @@ def entries(folder: Path | None) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run an action, and return its exit code."""
+    """Run an action and return its exit code."""
     if len(arguments) != 2:
         print(USAGE, file=sys.stderr)
         return 2
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
         message = tail.text.strip() or f"mae {action} exited with {code}"
         try:
             StatusLog(folder, append=True).write("FAILURE", message, verbosity="ERROR")
-        except (OSError, OpenMAEError) as error:  # the exit code stays
+        except (OSError, OpenMAEError) as error:  # the exit code must not change
             print(f"status.json could not be written: {error}", file=sys.stderr)
     return code
 
