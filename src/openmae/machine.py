@@ -31,12 +31,7 @@ class Identity(TypedDict):
 
 
 class ProcessInfo(NamedTuple):
-    """Start time and status of a process.
-
-    Attributes:
-        start: see ``Identity``.
-        status: one of psutil's constants.
-    """
+    """Start time of a process (as in ``Identity``), and its status: one of psutil's constants."""
 
     start: int
     status: str

@@ -40,8 +40,7 @@ def end_if_rerun() -> None:
 def watch_for_reruns(cause: str) -> Iterator[None]:
     """Raise a clear error if a process started in the block fails because the user's script has no guard.
 
-    Args:
-        cause: the setting that needs the processes, such as ``train.num_gpus=2``; used in messages.
+    ``cause`` is the setting that needs the processes, such as ``train.num_gpus=2``, for the message.
 
     Raises:
         SpecError: the script calls OpenMAE when it is imported, or there is no script file to import.

@@ -16,13 +16,10 @@ log = logging.getLogger("openmae")
 
 
 def open_images(source: str, key: str, *, labelled: bool | None, largest: int = MAX_MEGAPIXELS) -> ImageIndex:
-    """Index the source that the option ``key`` names: a folder, an archive or shards.
+    """Index a folder, an archive or shards; errors name the option ``key``.
 
-    Args:
-        source: the value of the option.
-        key: the dotted key, for errors.
-        labelled: True requires classes, False ignores them, None uses them if there are any.
-        largest: ``dataset.max_megapixels``.
+    With ``labelled=True`` classes are required, with False ignored, with None used if there are any. ``largest`` is
+    ``dataset.max_megapixels``.
 
     Raises:
         DataError: the source cannot be used.
@@ -57,12 +54,9 @@ def class_count(spec: ExperimentSpec, index: ImageIndex) -> int:
 
 
 def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: str = "the checkpoint") -> ImageIndex:
-    """Return the validation images with classes numbered as in training; warn about classes without an image.
+    """Return the validation images with classes numbered as in ``class_names``; warn about classes without an image.
 
-    Args:
-        index: the validation images.
-        class_names: the classes of training, in order.
-        trained_on: where those classes come from, for messages.
+    ``class_names`` are the classes of training, in order; ``trained_on`` names their source in messages.
 
     Raises:
         DataError: the images have a class that training does not have.

@@ -121,9 +121,7 @@ def why_illegal(key: str, values: Iterable[Any]) -> str:
 def key_of_option(option: str, section: str) -> str:
     """Return the override that replaces a command-line option such as ``-g`` or ``--num_epochs=3``; empty if unknown.
 
-    Args:
-        option: the option as given, with its dashes.
-        section: the section of the action, preferred if several sections have a key of that name.
+    If several sections have a key of that name, ``section`` is preferred.
     """
     name, _, value = option.lstrip("-").partition("=")
     if name in ("config-path", "config-name"):

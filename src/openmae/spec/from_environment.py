@@ -22,9 +22,7 @@ _NAME = re.compile(r"\$\{oc\.env:\s*([^,}\s]+)")
 def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) -> dict[str, Any]:
     """Return the values that contain a variable, by dotted key, with the reference instead of the variable's value.
 
-    Args:
-        tree: nested sections, in which every ``${...}`` is well formed.
-        paths: the paths of the values that contain ``${...}``; a list counts as one value.
+    Every ``${...}`` in ``tree`` must be well formed. ``paths`` lead to the values with one; a list counts as one value.
     """
     keys = {tuple(part for part in path if isinstance(part, str)) for path in paths}
     if _CALL not in str(tree):

@@ -38,11 +38,9 @@ _DATA_OPTIONS = (
 
 
 def action_schema(action: str) -> dict[str, Any]:
-    """Return the JSON schema of an action's spec, as plain values without NaN or infinity.
+    """Return the JSON schema of an action's spec; ``default`` is the template of a spec.
 
-    Returns:
-        ``type``, ``default`` (the template of a spec), ``properties``, ``automl_default_parameters``,
-        ``automl_disabled_parameters``, ``popular`` and ``x_tao_schema``.
+    The schema consists of plain values, without NaN or infinity.
 
     Raises:
         SpecError: there is no such action.

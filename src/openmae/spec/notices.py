@@ -55,13 +55,10 @@ def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
 
 
 def ignored_by_tao(spec: ExperimentSpec, from_file: Collection[str]) -> Iterator[str]:
-    """Yield a notice of the values in a spec file for training that TAO ignores and OpenMAE applies.
+    """Yield a notice of the options in a spec file for training that TAO ignores and OpenMAE applies.
 
-    A file with a key that TAO does not have was written for OpenMAE, and yields nothing.
-
-    Args:
-        spec: resolved.
-        from_file: the keys that the file sets.
+    ``from_file`` has the keys of the file. If TAO does not have one of them, the file was written for OpenMAE, and
+    there is no notice.
     """
     keys = [key for key in fields() if key in from_file]
     if not all(traits(key).in_tao for key in keys):
