@@ -110,7 +110,7 @@ def test_a_literal_key_is_a_notice_and_does_not_load_back(chain, photos, capsys)
     assert main(["train", "-e", str(chain / "train" / "experiment.yaml")]) == 2
     err = capsys.readouterr().err
     assert "encryption_key (line " in err
-    assert "*** replaces a key that was not written down. Give the key again: env:NAME, file:PATH or the key." in err
+    assert "*** stands for a key that was not recorded. Set encryption_key to env:NAME, file:PATH or the key." in err
 
 
 def test_without_the_key_and_with_another(chain, photos, refused):

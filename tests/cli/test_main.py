@@ -249,7 +249,10 @@ def test_the_ways_in_which_tao_names_a_spec_and_overrides(option, override, acti
 @pytest.mark.parametrize("override", ["~train.num_epochs", "~train.num_epochs=3"])
 def test_deleting_a_key_says_to_drop_it(override, capsys):
     assert main(["train", "dataset.train_data_sources=photos", override]) == 2
-    assert f"train.num_epochs: {override!r} deletes a key in Hydra. Drop the key instead" in capsys.readouterr().err
+    assert (
+        f"train.num_epochs: {override!r}: deleting a key is not supported. Drop the key: remove it"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_spec_file_without_its_option_gets_a_hint(capsys):

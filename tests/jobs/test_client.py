@@ -96,7 +96,7 @@ def test_the_counts_of_a_job_replace_those_of_a_template(
     found = record.spec[action]
     assert {key: found[key] for key in expected} == expected
     told = [item for item in record.notices if item.startswith("gpu_count and num_nodes")]
-    assert told == ([f"gpu_count and num_nodes of the job replace {notice} of the spec."] if notice else [])
+    assert told == ([f"gpu_count and num_nodes of the job replace {notice} in the spec."] if notice else [])
 
 
 def test_data_sources_are_checked_before_anything_starts(client: Client) -> None:

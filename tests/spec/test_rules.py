@@ -68,7 +68,7 @@ def notices(caplog, overrides, action="train"):
         ),
         (
             "train.distributed_strategy=fsdp train.stage=finetune train.ema_decay=.9 dataset.batch_size=2",
-            "averaged weights are not sharded, but fsdp shards the weights, got 0.9. Set it to 0, or use train.distri",
+            "must be 0 with fsdp, which cannot average sharded weights, got 0.9. Set it to 0, or use train.distri",
         ),
         ("train.optim.monitor_name=val_loss", "val_loss needs validation images"),
         (
@@ -94,7 +94,7 @@ def notices(caplog, overrides, action="train"):
         ),
         (
             "encryption_key='***'",
-            "encryption_key (override): *** replaces a key that was not written down. Give the key again: env:NAME, ",
+            "encryption_key (override): *** stands for a key that was not recorded. Set encryption_key to env:NAME, ",
         ),
         (
             "results_dir=https://host/x",

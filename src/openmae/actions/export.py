@@ -45,6 +45,10 @@ from openmae.storage.atomic import disk_errors, make_folder
 from openmae.storage.encryption import Key, resolve_key, temporaries_in_memory
 
 _TOLERATED_LOSS = 0.01  # of accuracy, in a lower precision
+_ADVICE = {
+    "int8": "Calibrate with more images like those in dataset.val_data_sources, or set export.quantize=fp16.",
+    "fp16": "Set export.quantize=none.",
+}
 
 log = logging.getLogger("openmae")
 
@@ -279,9 +283,10 @@ def _fidelity(
     agreement = float((exported_NC.argmax(axis=1) == plain_NC.argmax(axis=1)).mean())
     if accuracy < reference - _TOLERATED_LOSS:
         log.warning(
-            "Accuracy fell from %.1f %% to %.1f %%: calibrate with more images like the validation's, or use fp16.",
+            "Accuracy fell from %.1f %% to %.1f %%. %s",
             100 * reference,
             100 * accuracy,
+            _ADVICE[exported.card.precision],
         )
     return [
         ("accuracy", f"{accuracy:.2%}, in fp32 {reference:.2%}, on {count}"),

@@ -141,7 +141,7 @@ def _open_data(spec: ExperimentSpec) -> tuple[ImageIndex, ImageIndex | None]:
         AddressedSampler(len(train), data.batch_size, spec.train.seed, 0, processes)
     if not spec.is_set("dataset.batch_size"):
         log.warning(
-            "dataset.batch_size is %d, the published default: set it to what fits into memory, such as 64.",
+            "dataset.batch_size is not set, so TAO's default %d is used. Set it to what fits into memory, such as 64.",
             data.batch_size,
         )
     return train, val
@@ -207,7 +207,7 @@ def _check_same_run(earlier: Earlier, now: CheckpointInfo, images: str) -> None:
         )
     if earlier.images not in (None, images):
         log.warning(
-            "dataset.train_data_sources holds other images than the checkpoint %s was trained with.",
+            "The images in dataset.train_data_sources are not those that checkpoint %s was trained on.",
             earlier.checkpoint,
         )
 

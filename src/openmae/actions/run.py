@@ -139,7 +139,7 @@ def _apply_topology(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, 
     if replaced and world.leads:
         given = [(key, value_of(spec, key)) for key in replaced]
         log.warning(
-            "%s set %d process(es) on each of %d node(s). This replaces %s of the spec.",
+            "%s set %d process(es) on each of %d node(s). This replaces %s in the spec.",
             world.launcher or "WORLD_SIZE and NUM_GPU_PER_NODE",
             world.per_node,
             world.nodes,

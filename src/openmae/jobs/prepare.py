@@ -290,5 +290,5 @@ def _notices(
     if parent is not None and parent.state != "COMPLETE":
         notices.append(f"The parent {parent.id} is {parent.state}: its results may still change.")
     if replaced:
-        notices.append(f"gpu_count and num_nodes of the job replace {', '.join(replaced)} of the spec.")
+        notices.append(f"gpu_count and num_nodes of the job replace {', '.join(replaced)} in the spec.")
     return notices + [f"{key}: {text} yet." for key, text in missing_files(spec, request.action).items()]

@@ -116,7 +116,7 @@ def _training_notices(spec: ExperimentSpec) -> Iterator[str]:
             "the learning rate only rises."
         )
     if train.cudnn.benchmark and train.cudnn.deterministic:
-        yield "train.cudnn.benchmark picks kernels by timing: runs may differ in spite of train.cudnn.deterministic."
+        yield "train.cudnn.benchmark picks kernels by timing: runs may differ despite train.cudnn.deterministic."
 
 
 def _unused_mixing(spec: ExperimentSpec) -> list[str]:

@@ -21,7 +21,7 @@ _CALIBRATION = "gen_trt_engine.tensorrt.calibration"
 def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
     """Yield every broken rule. If ``action`` is None, check the rules of all actions, but require no keys."""
     if spec.encryption_key == SECRET_MARK:
-        text = "replaces a key that was not written down. Give the key again: env:NAME, file:PATH or the key."
+        text = "stands for a key that was not recorded. Set encryption_key to env:NAME, file:PATH or the key."
         yield Problem("encryption_key", f"{SECRET_MARK} {text}")
     yield from _missing(spec, action)
     yield from _remote(spec, action)

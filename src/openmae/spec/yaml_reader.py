@@ -206,7 +206,7 @@ def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
         key = re.sub(r"^\+{1,2}", "", _text(key.strip()))
         if key.startswith("~"):
             key = key.lstrip("~")
-            text = f"{item!r} deletes a key in Hydra. Drop the key instead: remove it from the spec"
+            text = f"{item!r}: deleting a key is not supported. Drop the key: remove it from the spec"
             reading.problems.append(
                 Problem(key or item, f"{text}, or unset it with {key or 'key'}= (nothing after =).")
             )

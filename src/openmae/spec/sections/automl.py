@@ -45,7 +45,7 @@ class AutomlSpec(Section):
     max_recommendations: Count = option(20, "number of trials; the first one has the spec's own values")
     max_epochs: int | None = option(None, "epochs of a complete trial; unset: train.num_epochs", ge=1)
     metric: str = option("", "metric to optimise; unset: train_loss for pretraining, ACC_all for fine-tuning")
-    direction: Literal["", "minimize", "maximize"] = option("", "unset: as the metric requires")
+    direction: Literal["", "minimize", "maximize"] = option("", "unset: the natural direction of the metric")
     parameters: Texts = option((), "options to search; unset: lr, weight_decay, momentum, warmup, backbone_multiplier")
     ranges: Ranges = option({}, "values to search, by option: [low, high], or the choices")
     reduction_factor: int = option(

@@ -121,14 +121,14 @@ class TrainSpec(Section):
     )
     pretrained_weights_key: str = option(
         "",
-        "entry of that file to take the weights from, such as model_ema; unset: found by name",
+        "entry of pretrained_model_path to load weights from, such as model_ema; unset: found by name",
         needs="train.pretrained_model_path",
         tao="lacks",
         automl=False,
     )
     allow_partial_weights: bool = option(
         False,
-        "accept weights of which less than 95 % match",
+        "accept a checkpoint even if less than 95 % of its weights match",
         needs="train.pretrained_model_path",
         tao="lacks",
         automl=False,
