@@ -29,7 +29,7 @@ def keep_freed_memory() -> bool:
 
     By default, glibc returns large blocks to the kernel, and the next step gets them back zeroed page by page, which
     takes 10% to 25% of a step on the CPU (docs/benchmarks.md). Turning off mmap and trimming (mallopt(3)) keeps them in
-    the heap. This works only with glibc, and is left alone if ``MALLOC_...`` or ``GLIBC_TUNABLES`` is set.
+    the heap. Does nothing without glibc, or if a variable ``MALLOC_...`` or ``GLIBC_TUNABLES`` is set.
     """
     glibc = _glibc()
     return glibc is not None and all(glibc.mallopt(*option) for option in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)))

@@ -34,16 +34,14 @@ def shard(model: nn.Module, config: ModelConfig, fabric: Fabric) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether the weights of ``model`` are sharded."""
+    """Return whether ``model`` is sharded."""
     return isinstance(model, FSDPModule)
 
 
 def gathered(tree: Any, *, keep: bool = True) -> Any:
-    """Return ``tree`` with complete tensors instead of shards; if there are shards, all processes must call this.
+    """Return ``tree`` (nested dicts and lists) with complete tensors instead of shards.
 
-    Args:
-        tree: a tensor, or nested dicts and lists of tensors.
-        keep: if False, this process only contributes its shards and gets None for each tensor.
+    If there are shards, all processes must call this; without ``keep``, a process gets None for each sharded tensor.
     """
     if isinstance(tree, DTensor):
         complete: Tensor = tree.full_tensor().detach()

@@ -130,11 +130,7 @@ def _check_not_interactive(section: str, world: World) -> None:
 
 
 def check_agreement(fabric: Fabric, facts: Callable[[], Mapping[str, str]]) -> None:
-    """Check that the processes, on different machines, have opened the same inputs.
-
-    Args:
-        fabric: a launched Fabric.
-        facts: returns short descriptions of what this process has opened, by name.
+    """Check that the processes, on different machines, have opened the same inputs, as described by ``facts``.
 
     Raises:
         DataError: in every process; it names the first node that differs from node 0.
@@ -216,10 +212,7 @@ def _run_with_peers(
 
 
 def _spawn(fabric: Fabric, work: Callable[..., T], arguments: Sequence[Any]) -> T:
-    """Start the processes of this node and wait for them.
-
-    Each process pickles its result or its error to a file, since torch's error files hold only text.
-    """
+    """Start the processes of this node and wait for them. Each pickles its result or error to a file."""
     world = world_of(fabric)
     world = replace(world, port=world.port or _free_port())
     with (
@@ -254,7 +247,6 @@ def _run_spawned(
     level: int,
     outcomes: Sequence[Path],
 ) -> None:
-    """Run ``work`` in a spawned process, and write its result or error to a file."""
     join_relay()
     assert isinstance(fabric.strategy, ParallelStrategy)
     environment, outcome = fabric.strategy.cluster_environment, outcomes[local_rank]

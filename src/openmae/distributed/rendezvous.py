@@ -32,11 +32,7 @@ _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class WorldEnvironment(LightningEnvironment):
-    """A cluster environment for Fabric that reads a ``World`` instead of environment variables.
-
-    Attributes:
-        world: replaced in spawned processes, where ``local_rank`` and ``port`` are known.
-    """
+    """A cluster environment for Fabric that reads a ``World`` instead of environment variables."""
 
     def __init__(self, world: World) -> None:
         super().__init__()

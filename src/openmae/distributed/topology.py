@@ -65,11 +65,7 @@ def find_world(
 ) -> World:
     """Return the process topology. torchrun, SLURM and environment variables take precedence over the spec.
 
-    Args:
-        section: section of the spec, for messages: ``train``, ``evaluate`` or ``inference``.
-        num_gpus: processes per node in the spec; None if not set.
-        num_nodes: machines in the spec; None if not set.
-        environment: the environment variables.
+    ``section`` of the spec (for messages) has the given ``num_gpus`` per node and ``num_nodes``, None if not set.
 
     Raises:
         SpecError: a variable is missing or invalid.
@@ -96,11 +92,7 @@ def find_world(
 
 
 def gpus_per_node(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Return the processes per node according to ``NUM_GPU_PER_NODE``, or None if it is not set.
-
-    Raises:
-        SpecError: the value is not a number.
-    """
+    """Return the processes per node according to ``NUM_GPU_PER_NODE``, or None if it is not set."""
     if not environment.get(GPUS_PER_NODE):
         return None
     return max(_count(environment, GPUS_PER_NODE, 0), 1)  # 0: one process, on the CPU

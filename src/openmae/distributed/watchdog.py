@@ -88,11 +88,7 @@ class Watchdog:
     def start(self, open_store: Callable[[], Store]) -> None:
         """Start the exchange and judge threads.
 
-        Args:
-            open_store: opens a separate client of the store, since a call that hangs blocks all users of its client.
-
-        Raises:
-            SpecError: the environment variable with the time limit is invalid.
+        ``open_store`` must open a new client of the store, since a call that hangs blocks all users of its client.
         """
         self._limit = answer_seconds()
         self._interval = min(max(1.0, self._world.size / 64), self._limit / 20)  # longer if many processes read
@@ -107,7 +103,7 @@ class Watchdog:
     def _exchange(self, open_store: Callable[[], Store]) -> None:
         prefix = f"openmae/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         keys = [f"{prefix}/{rank}" for rank in range(self._world.size)]
-        with suppress(torch.distributed.DistError):  # process 0 has ended; the judge thread will report it
+        with suppress(torch.distributed.DistError):  # process 0 has ended, which `_judge` reports
             store, known = open_store(), list[str]()
             for beats in itertools.count(1):
                 store.set(keys[self._world.rank], json.dumps(_Report(beats, self._arrived, self.stopping)))

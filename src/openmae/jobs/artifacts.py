@@ -48,9 +48,8 @@ class Artifact:
         kind: Kind of content, inferred from the name.
         size: In bytes.
         modified: In seconds since 1970; 0 if unknown.
-        epoch: Epoch in the file name, or None.
-        step: Step in the file name, or None.
-        link: Whether it is a symbolic link.
+        epoch, step: Numbers in the file name, or None.
+        link: True for a symbolic link.
     """
 
     path: str

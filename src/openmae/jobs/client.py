@@ -129,11 +129,7 @@ class Client:
         return self._refresh(self.store.find(job_id))
 
     def list_jobs(self, status: str | None = None, action: str | None = None) -> list[Job]:
-        """Return all jobs of the root, oldest first.
-
-        Args:
-            status: Only jobs in this state.
-            action: Only jobs of this action.
+        """Return all jobs of the root with this status and action (None: any), oldest first.
 
         Raises:
             SpecError: There is no such state.
@@ -157,12 +153,9 @@ class Client:
     @overload
     def get_job_logs(self, job_id: str, tail: int | None = None, *, follow: Literal[True]) -> Iterator[str]: ...
     def get_job_logs(self, job_id: str, tail: int | None = None, follow: bool = False) -> str | Iterator[str]:
-        """Return the output of a job.
+        """Return the output of a job, or its last ``tail`` lines.
 
-        Args:
-            job_id: The job.
-            tail: Number of lines at the end to return; None: all.
-            follow: Return an iterator over lines (without line ends) that waits for new lines until the job ends.
+        With ``follow``, return an iterator over lines, without line ends, that waits for new lines until the job ends.
 
         Raises:
             SpecError: There is no such job, or ``tail`` is negative.
@@ -287,7 +280,6 @@ class Client:
             raise
 
     def _record(self, job_id: str) -> Record:
-        """Return the record of a job after updating its state."""
         return self.store.read(self.get_job_status(job_id).id)
 
     def _refresh(self, job_id: str) -> Job:
@@ -295,10 +287,7 @@ class Client:
         return self._apply(record, self._observe(record))
 
     def _apply(self, record: Record, outcome: JobOutcome | None) -> Job:
-        """Return a job with the observed state and message, and record a change of state if the disk is writable.
-
-        A new message without a change of state, and the state UNKNOWN, are not recorded.
-        """
+        """Return a job with the observed outcome; record only a change of state, and only if the disk is writable."""
         if outcome is not None and outcome.state not in ("UNKNOWN", record.state):
             with suppress(RunError), self.store.update(record.id) as record:
                 outcome = self._observe(record)  # its supervisor may have written in the meantime

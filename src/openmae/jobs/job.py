@@ -25,13 +25,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Transition:
-    """A change of state.
-
-    Attributes:
-        at: Time, ISO 8601 in UTC.
-        state: The new state.
-        message: The platform's description of it.
-    """
+    """A change of state: its time (ISO 8601, UTC), the new state, and the platform's message."""
 
     at: str
     state: State
@@ -43,15 +37,12 @@ class Job:
     """A job at one moment.
 
     Attributes:
-        id: Unique id.
         action: train, evaluate, inference, export or gen_trt_engine.
         status: One of ``STATES``; ``message`` may have the platform's name for it.
         results_dir: ``results_dir`` of the spec. The action writes to ``results_folder``.
-        parent_job_id: Id of the job whose model this one takes.
+        parent_job_id: Id of the job whose model this job uses.
         created_at: ISO 8601, UTC.
         name: Name given by the user, or the action.
-        platform: local, slurm or ray.
-        message: Latest message of the platform.
         exit_code: Exit code of the action (0, 1, 2, 75 or 130), or minus the number of the signal that killed it;
             None if it is not known.
         results_folder: Folder or URL that the action writes to.

@@ -38,12 +38,9 @@ def read_log(path: Path, tail: int | None = None) -> Iterator[str]:
 
 
 def follow_log(path: Path, tail: int | None, ended: Callable[[], bool]) -> Iterator[str]:
-    """Yield the lines of a log, without line ends, as they are written, until the job has ended.
+    """Yield the lines of a log, without line ends, as they are written, until ``ended`` returns True.
 
-    Args:
-        path: The log file, which need not exist yet.
-        tail: Number of existing lines at the end to begin with; None: all.
-        ended: Returns True when the job has ended.
+    Begin with the last ``tail`` of the existing lines (None: all). The log need not exist yet.
 
     Raises:
         SpecError: ``tail`` is negative.

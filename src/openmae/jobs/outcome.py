@@ -139,7 +139,6 @@ class FailureAnalysis:
     """Why a job failed.
 
     Attributes:
-        job_id: Id of the job.
         error: The last error that the run reported.
         suggestions: What to try, most likely first.
         exit_code: Exit code of the action, or minus the number of a signal; None if unknown.

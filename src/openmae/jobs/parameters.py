@@ -32,7 +32,6 @@ class Origin:
     """The origin of a value.
 
     Attributes:
-        key: Dotted key.
         value: The value; None if the key was left unset.
         function: A function in the action table, or ``specs``, ``spec_overrides``, ``carried``, ``gpu_count``, ...
         why: An explanation for the user.
@@ -49,7 +48,6 @@ class JobSpec:
     """The spec of a job, with the origin of each value.
 
     Attributes:
-        action: The action of the job.
         searching: True if the job is a hyperparameter search.
         values: Values by dotted key.
         origins: Origins by dotted key, including keys that were left unset.
@@ -214,7 +212,6 @@ _FUNCTIONS = {
 
 
 def _require_model(spec: JobSpec, parent: Record) -> None:
-    """Raise an error if no input of the action accepts the parent's model."""
     action = TABLE[spec.action]
     keys = [item.key for item in action.inputs]
     if action.needs_input and not any(map(spec.is_set, keys)):

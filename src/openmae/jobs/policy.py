@@ -31,13 +31,7 @@ _OFF = re.compile(
 
 @dataclass(frozen=True)
 class Route:
-    """The decision whether an action runs directly or as a search.
-
-    Attributes:
-        policy: The policy of this run.
-        where: ``automl``, or the action itself.
-        reason: An explanation for the user.
-    """
+    """The decision whether an action runs directly (``where`` is the action) or as a search (``automl``)."""
 
     policy: Policy
     where: str
@@ -66,13 +60,9 @@ def resolve_policy(explicit: str | bool | None, words: str = "") -> tuple[Policy
 
 
 def route(action: str, explicit: str | bool | None = None, words: str = "", skill: Path | None = None) -> Route:
-    """Return where an action runs: a training with the policy auto becomes a search, if that is possible.
+    """Return where an action runs: ``train`` with the policy auto becomes a search, if that is possible.
 
-    Args:
-        action: train, evaluate, ...; only train is ever routed.
-        explicit: See ``resolve_policy``.
-        words: See ``resolve_policy``.
-        skill: Folder of the skill package; None: the one in this package.
+    ``explicit`` and ``words`` are those of ``resolve_policy``; ``skill`` is the folder of the skill package.
 
     Raises:
         SpecError: ``explicit`` is not auto, on or off.
@@ -96,11 +86,7 @@ def route(action: str, explicit: str | bool | None = None, words: str = "", skil
 
 
 def _read(skill: Path, name: str) -> dict[str, Any]:
-    """Return the content of a JSON or YAML file of the skill.
-
-    Raises:
-        ValueError: The file is missing or cannot be parsed; the message names it.
-    """
+    """Return the content of a JSON or YAML file; raise a ValueError if it is missing or cannot be parsed."""
     import yaml
 
     try:

@@ -46,13 +46,7 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A valid job that has not been stored or started.
-
-    Attributes:
-        record: Its first record.
-        spec_text: Content of its spec file, without the value of a literal encryption key.
-        environment: Its environment variables, including secrets.
-    """
+    """A valid job that has not been stored or started. Only ``environment`` has secrets."""
 
     record: Record
     spec_text: str
@@ -62,11 +56,7 @@ class Prepared:
 def prepare(request: JobRequest, parent: Record | None, job_id: str, folder: Path) -> Prepared:
     """Merge the spec of a job, infer missing values, and check it.
 
-    Args:
-        request: The arguments of ``create_job``.
-        parent: Record of the parent job, or None.
-        job_id: Id of the new job.
-        folder: Folder of the new job, which also has its results unless the spec sets another folder.
+    Results are written to a subfolder of ``folder``, the folder of the new job, unless the spec sets another one.
 
     Raises:
         UserError: The request is invalid.

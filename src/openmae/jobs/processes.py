@@ -48,9 +48,7 @@ def signal_session(leader: Mapping[str, Any], number: signal.Signals) -> None:
 def stop_session(leader: Mapping[str, Any], grace: float) -> None:
     """Stop a job: send SIGINT, then SIGTERM, then SIGKILL, until its first process has ended; kill all others.
 
-    Args:
-        leader: The identity of the job's first process.
-        grace: Seconds between SIGINT (training then writes a checkpoint) and SIGTERM; SIGKILL follows within 5 s.
+    ``grace`` is the time in seconds after SIGINT, in which training writes a checkpoint; SIGKILL follows within 5 s.
     """
     for number, patience in ((signal.SIGINT, grace), (signal.SIGTERM, min(grace, 5.0)), (signal.SIGKILL, 10.0)):
         signal_session(leader, number)

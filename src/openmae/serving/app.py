@@ -159,12 +159,7 @@ class _Service:
 
     @contextmanager
     def _admit(self, pixels: int, images: int) -> Iterator[None]:
-        """Reserve capacity for a request and its images. A quarter of the capacity is reserved for small requests.
-
-        Raises:
-            Refused: The images have too many pixels.
-            Full: The capacity is exhausted.
-        """
+        """Reserve capacity for a request and its images. A quarter of the capacity is reserved for small requests."""
         limits = self.settings
         if pixels > limits.max_request_pixels:
             raise Refused(

@@ -66,10 +66,7 @@ class Batcher:
             self.held -= images
 
     async def __call__(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Return the model's output for each image.
-
-        Args:
-            images: Tensors ``[C, H, W]`` of equal size; uint8, or float32 on the same scale.
+        """Return the model's output for each image ``[C, H, W]``, uint8 or float32 in 0..255.
 
         Raises:
             BatchFailed: The model failed on a batch that contains one of the images.

@@ -59,11 +59,7 @@ class Intake:
         self._bodies: dict[_Body, int] = {}
 
     def add(self, body: _Body, size: int) -> None:
-        """Count more bytes of a body.
-
-        Raises:
-            Refused: With status 503, if the limit is exceeded and this body is the one to refuse.
-        """
+        """Count more bytes of a body; refuse the largest incomplete one (503) if the limit is exceeded."""
         self._bodies[body] = self._bodies.get(body, 0) + size
         while sum(self._bodies.values()) > self._limit:
             incomplete = [one for one in self._bodies if one.timer is not None]

@@ -79,11 +79,7 @@ class DivergenceGuard:
         return 0.0
 
     def accepts(self, step: Step, loss: float, norm: float) -> bool:
-        """Return whether the loss and the norm of a step are finite; if not, log the step as skipped.
-
-        Raises:
-            RunError: this was the tenth skipped step in a row.
-        """
+        """Return whether loss and norm are finite; if not, log a skipped step. The tenth in a row raises a RunError."""
         if not math.isfinite(loss):
             self._skip(step, f"the loss is {loss}", step.images(at_fault=True))
         elif not math.isfinite(norm):
@@ -91,11 +87,7 @@ class DivergenceGuard:
         return math.isfinite(loss) and math.isfinite(norm)
 
     def update_weights(self, step: Step) -> bool:
-        """Run the optimizer; return False if the fp16 scaler skipped the step because gradients overflowed.
-
-        Raises:
-            RunError: this was the tenth skipped step in a row.
-        """
+        """Run the optimizer; return False if the fp16 scaler skipped the step because gradients overflowed."""
         scaler = scaler_of(self.fabric)
         scale: float = scaler.get_scale() if scaler else 0.0
         self.optimizer.step()
@@ -147,7 +139,6 @@ class DivergenceGuard:
             raise self._diverged(self.progress.step - self.progress.bad_steps, bad_steps=0)
 
     def _fails_on_noise(self) -> bool:
-        """Return True if the loss or its gradients are not finite even for random images."""
         config = self.outputs.info["model"]
         shape = (_NOISE_IMAGES, config["in_chans"], *config["input_size"])
         noise = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

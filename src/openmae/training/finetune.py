@@ -20,9 +20,7 @@ class FinetuneTask:
 
     Args:
         model: a timm classifier.
-        normalise: maps decoded images to the model's input.
         augmentation: only Mixup, CutMix and label smoothing are used here.
-        num_classes: number of classes.
         monitor: metric that selects the best checkpoint: ``ACC_all`` (maximised), or a loss.
     """
 

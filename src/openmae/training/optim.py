@@ -125,7 +125,7 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Raise an error if the shapes differ; torch only compares the number of parameters."""
+    # torch only compares the number of parameters
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=False):

@@ -24,8 +24,6 @@ class PretrainTask:
     """The task of predicting the pixels of masked units.
 
     Args:
-        model: the autoencoder.
-        normalise: maps decoded images to the model's input.
         mask_ratio: fraction of units that are masked.
         seed: seed of the masks.
         monitor: metric that selects the best checkpoint.

@@ -46,12 +46,7 @@ class _Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """The times measured since the warmup.
-
-    Attributes:
-        seconds: total seconds of each phase.
-        per_step: seconds of each phase in ``STEP_PHASES``, one entry per step.
-    """
+    """The times measured since the warmup: total seconds of each phase, and seconds per step of ``STEP_PHASES``."""
 
     seconds: Mapping[str, float]
     per_step: Mapping[str, array[float]]

@@ -87,11 +87,7 @@ class PaceMeter:
 class EpochBar(Progress):
     """A progress bar for one epoch, with loss, learning rate, images/s and the fraction of time waiting for data.
 
-    Args:
-        title: text in front of the bar.
-        total: batches in the epoch.
-        done: batches already finished before the run was resumed.
-        console: where to draw; nothing is drawn unless it is a terminal.
+    ``done`` of ``total`` batches were finished before the run was resumed. Nothing is drawn if there is no terminal.
     """
 
     def __init__(self, title: str, total: int, done: int, console: Console) -> None:

@@ -19,7 +19,7 @@ log = logging.getLogger("openmae")
 
 
 class Resumable(NamedTuple):
-    """A checkpoint that a run can resume from, and its payload."""
+    """A checkpoint to resume from, and its payload."""
 
     path: Path
     payload: dict[str, Any]
@@ -118,7 +118,6 @@ def _set_aside(path: Path, error: CheckpointError, instead: str) -> None:
 
 
 def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested dicts and lists, with dotted names."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, Mapping | list):

@@ -93,7 +93,6 @@ def _schedule_text(schedule: Schedule) -> str:
 
 
 def _rates_text(groups: Sequence[dict], lr: float) -> str:
-    """Return the peak learning rate of each layer as text."""
     scales = {group["name"].removesuffix(", no decay"): group["lr_scale"] for group in groups}
     rates = [(name, scale * lr) for name, scale in sorted(scales.items(), key=lambda item: item[1])]
     if len(set(scales.values())) == 1:

@@ -50,13 +50,9 @@ class Trainer:
 
     Args:
         fabric: a launched Fabric.
-        task: the model, its loss and its validation.
         optimizer: optimizer of the task's model; each group has an ``lr_scale``.
-        schedule: factor on the learning rate.
-        settings: settings of the loop.
         train_loader: this process's share of the training set.
         val_loader: this process's share of the validation set, or None.
-        outputs: checkpoints and loggers.
     """
 
     def __init__(
@@ -168,10 +164,7 @@ class Trainer:
                 group = []
 
     def _rate(self) -> float:
-        """Return the learning rate of the next step.
-
-        It is computed from the position in the epoch, not from the step count, so that the batch size may change.
-        """
+        """Return the rate for the current position in the epoch, not for a step count: the batch size may change."""
         progress, accumulated = self.progress, self.settings.accum_grad_batches
         done = progress.epoch * self.schedule.steps_per_epoch + -(-progress.batch // accumulated)
         return self.settings.lr * self.schedule.factor(done)
@@ -225,7 +218,6 @@ class Trainer:
                 self.outputs.log(step.number, self.progress.epoch + 1, values)
 
     def _leave(self) -> NoReturn:
-        """Raise the requested stop after the checkpoint is written."""
         assert self._stop is not None
         self._on_rank_zero(self.outputs.checkpoints.wait)  # when one process ends, the others may be killed
         log.warning("A checkpoint of step %d was written; the same command resumes from it.", self.progress.step)

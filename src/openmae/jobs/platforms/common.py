@@ -45,12 +45,10 @@ class Platform(ABC):
 
     @abstractmethod
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
-        """Start or queue a job, which is stored in the state PENDING, so that it outlives this process.
+        """Start or queue a PENDING job, whose record is stored, in such a way that it outlives this process.
 
-        Args:
-            job_id: The job; its record has the command, the working directory, ``gpus`` and ``nodes``.
-            environment: Variables in addition to those of this process. Their values are secret: they must not appear
-                unencrypted in a file, nor in a process list.
+        ``environment`` is added to the variables of this process. Its values are secret: they must not appear in a
+        process list, nor unencrypted in a file.
 
         Raises:
             RunError: The job cannot be started.
@@ -120,17 +118,9 @@ def wait(
     identity: Identity,
     give_up: Callable[[], bool] = lambda: False,
 ) -> int | None:
-    """Wait for the process of a job, and stop it if the job is canceled or its record is deleted.
+    """Wait for the first process of a job, a child of this process, and return its exit code.
 
-    Args:
-        store: The store with the job's record.
-        job_id: Id of the job.
-        process: The job's first process, a child of this process.
-        identity: The identity of ``process``.
-        give_up: Called repeatedly; if it returns True, stop waiting.
-
-    Returns:
-        The exit code, or None if ``give_up`` returned True.
+    The job is stopped if it is canceled or its record is deleted. If ``give_up`` returns True, return None at once.
     """
     path, seen = store.folder(job_id) / layout.JOB_RECORD, 0
     while True:

@@ -143,7 +143,6 @@ class RayPlatform(Platform):
         return found._replace(message=f"{report}: {lines[0]}") if lines and found.state != "COMPLETE" else found
 
     def _conclude_unknown(self, record: Record) -> JobOutcome | None:
-        """Return the outcome of a job that the cluster does not know."""
         submitted_to = record.handle.ray
         if submitted_to is None:
             return before_submission(record, "Ray")

@@ -29,12 +29,7 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources that the jobs share.
-
-    Attributes:
-        gpus: GPUs, as named in CUDA_VISIBLE_DEVICES.
-        slots: Maximum number of concurrent jobs without a GPU.
-    """
+    """The resources that jobs share: GPUs, as named in CUDA_VISIBLE_DEVICES, and slots for jobs without a GPU."""
 
     gpus: tuple[str, ...]
     slots: int
@@ -45,10 +40,8 @@ class QueueEntry:
     """A waiting or running job in the queue.
 
     Attributes:
-        id: Id of the job.
         created_at: Determines the position in the queue.
         gpus: Number of GPUs that the job needs.
-        supervisor: Identity of its supervisor.
         claim: GPUs assigned to the job; empty if it has a slot, None while it waits.
         process: Its first process, whose session keeps the claim even if the supervisor dies.
     """
