@@ -1,1 +1,1 @@
-"""Processes of a run: topology, launching, collectives, signals, sharding."""
+"""Distributed training: topology, launching, collectives, signals and sharding."""

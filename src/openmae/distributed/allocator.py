@@ -1,4 +1,4 @@
-"""The C library's allocator during a run on the CPU."""
+"""Tune glibc's memory allocator for runs on the CPU."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep freed memory for its next step; return whether the C library supports it.
+    """Keep freed memory in the process, for its next step; return False if this is not supported.
 
-    glibc returns large blocks to the kernel when they are freed. The next step needs as much, and gets it zeroed page
-    by page: a tenth to a quarter of a step on the CPU (docs/benchmarks.md). Without separately mapped blocks and
-    trimming (mallopt(3)) the memory stays in the heap. This applies only to glibc, and not if ``MALLOC_...`` or
-    ``GLIBC_TUNABLES`` configures the allocator; a preloaded allocator ignores it.
+    By default, glibc returns large blocks to the kernel, and the next step gets them back zeroed page by page, which
+    takes 10% to 25% of a step on the CPU (docs/benchmarks.md). Turning off mmap and trimming (mallopt(3)) keeps them in
+    the heap. Does nothing without glibc, or if a variable ``MALLOC_...`` or ``GLIBC_TUNABLES`` is set.
     """
     glibc = _glibc()
     return glibc is not None and all(glibc.mallopt(*option) for option in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)))

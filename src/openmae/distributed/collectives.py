@@ -22,7 +22,7 @@ def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
 
 
 def add_over_ranks(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
-    """Sum ``values`` over all processes in place and return them. Unlike Fabric's, the host never waits for the GPU."""
+    """Sum ``values`` over all processes in place, and return them. Unlike ``Fabric.all_reduce``, do not synchronise."""
     if fabric.world_size > 1:
         watchdog_of(fabric).arrive()
         torch.distributed.all_reduce(values)
@@ -30,10 +30,10 @@ def add_over_ranks(fabric: Fabric, values: torch.Tensor) -> torch.Tensor:
 
 
 def gather(fabric: Fabric, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Return the batches of all processes, joined along the first axis in the order of the ranks.
+    """Return the batches of all processes, concatenated along the first axis in the order of the ranks.
 
     Raises:
-        DataError: no process has any.
+        DataError: no process has any batch.
     """
     joined = [batch for part in gather_objects(fabric, batches) for batch in part]
     if not joined:
@@ -42,7 +42,7 @@ def gather(fabric: Fabric, batches: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def gather_objects(fabric: Fabric, item: T) -> list[T]:
-    """Return the item of each process, in the order of the ranks; it must be picklable."""
+    """Return the (picklable) item of each process, in the order of the ranks."""
     if fabric.world_size == 1:
         return [item]
     watchdog_of(fabric).arrive()

@@ -1,6 +1,6 @@
-"""Fully sharded training (torch's FSDP2): each process has a shard of the weights, gradients and moments.
+"""Fully sharded training (PyTorch's FSDP2): each process has a shard of the weights, gradients and moments.
 
-A checkpoint always holds complete tensors, so that any other run can read it.
+Checkpoints always hold complete tensors, so they can be loaded with any number of processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from openmae.models.fsdp_units import sharded_units
 def shard(model: nn.Module, config: ModelConfig, fabric: Fabric) -> None:
     """Shard the weights of ``model`` in place; do nothing under another strategy.
 
-    Must be called before an optimizer is made, as it replaces the parameters. All processes must have the same weights.
+    Call this before the optimizer is created, since it replaces the parameters. All processes must have equal weights.
     """
     if not isinstance(fabric.strategy, ShardedStrategy):
         return
@@ -34,16 +34,14 @@ def shard(model: nn.Module, config: ModelConfig, fabric: Fabric) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether the weights of ``model`` are sharded."""
+    """Return whether ``model`` is sharded."""
     return isinstance(model, FSDPModule)
 
 
 def gathered(tree: Any, *, keep: bool = True) -> Any:
-    """Return ``tree`` with complete tensors instead of shards; if there are shards, all processes must call this.
+    """Return ``tree`` (nested dicts and lists) with complete tensors instead of shards.
 
-    Args:
-        tree: a tensor, or dicts and lists of them.
-        keep: False: only contribute this process's shards, and keep no complete tensors in memory.
+    If there are shards, all processes must call this; without ``keep``, a process gets None for each sharded tensor.
     """
     if isinstance(tree, DTensor):
         complete: Tensor = tree.full_tensor().detach()
@@ -56,7 +54,7 @@ def gathered(tree: Any, *, keep: bool = True) -> Any:
 
 
 def distributed(payload: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
-    """Return a checkpoint's payload with this process's shards of weights and moments, if ``model`` is sharded."""
+    """Return a checkpoint's payload, with its weights and moments sharded if ``model`` is sharded."""
     if not is_sharded(model):
         return payload
     own = model.state_dict()
@@ -74,12 +72,9 @@ def distributed(payload: Mapping[str, Any], model: nn.Module, optimizer: torch.o
 
 
 def gathered_model(model: nn.Module, info: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """Return a copy of ``model`` with complete weights; all processes must call this.
+    """Return a copy of a sharded model with complete weights, on ``device``; all processes must call this.
 
-    Args:
-        model: sharded.
-        info: the description of the model in its checkpoints.
-        device: of the copy.
+    ``info`` is the description of the model in its checkpoints.
     """
     config = CheckpointInfo.from_dict(info).model
     copy = build_classifier(config) if config.num_classes else build_autoencoder(config)
@@ -88,7 +83,7 @@ def gathered_model(model: nn.Module, info: Mapping[str, Any], device: torch.devi
 
 
 def _shard_of(value: Any, like: Tensor | None) -> Any:
-    """Return this process's shard of a tensor, sharded like ``like``; one of another shape is returned as it is."""
+    """Return this process's shard of ``value``, or ``value`` itself if ``like`` is not sharded or differs in shape."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Device, precision and processes of a run, on Lightning Fabric."""
+"""Choose device and precision of a run, and launch its processes with Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from openmae.results.console import notices_on_stderr
 T = TypeVar("T")
 
 _PRECISION_NAMES = {"32-true": "fp32", "16-mixed": "fp16", "bf16-mixed": "bf16"}
-_GRACE_SECONDS = 5.0  # for the other processes of a run in which one has failed
+_GRACE_SECONDS = 5.0  # for the other processes to end after one has failed
 
 # messages of gloo, NCCL and the store when the other end of a connection is gone
 _LOST_CONNECTION = re.compile(
@@ -52,7 +52,7 @@ _LOST_CONNECTION = re.compile(
 _LOST_PEER = "Another process of this run has ended or stopped responding"
 
 log = logging.getLogger("openmae")
-logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it logs every process that joins
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # at INFO it logs every process that joins
 
 
 def build_fabric(
@@ -65,20 +65,19 @@ def build_fabric(
 ) -> Fabric:
     """Return a Fabric that is not launched yet.
 
-    Without a GPU it runs on the CPU, with a notice; several devices are then that many processes over gloo. One Python
-    process per node starts the others, unless torchrun or SLURM has started all of them.
+    Without a GPU, a notice is logged and ``num_gpus`` processes per node run on the CPU, connected by gloo.
 
     Args:
-        section: of the spec, for messages: ``train``, ``evaluate`` or ``inference``.
-        num_gpus: devices per node.
-        gpu_ids: which GPUs; used if there are ``num_gpus`` of them.
-        num_nodes: machines; environment variables say how they connect, see ``find_world``.
-        precision: fp32, fp16 or bf16. fsdp uses fp16 on a GPU and fp32 on a CPU.
-        strategy: ddp (every process has the complete model) or fsdp (its weights are sharded over the processes).
+        section: section of the spec, for messages: ``train``, ``evaluate`` or ``inference``.
+        num_gpus: processes per node, one for each GPU.
+        gpu_ids: the GPUs to use; ignored unless there are ``num_gpus`` of them.
+        num_nodes: number of machines; environment variables define how they connect, see ``find_world``.
+        precision: fp32, fp16 or bf16; fsdp always uses fp16 on a GPU and fp32 on a CPU.
+        strategy: ddp (every process has the complete model) or fsdp (weights are sharded over the processes).
 
     Raises:
-        SpecError: there are fewer GPUs, the environment variables contradict the numbers, or a notebook would have to
-            start processes.
+        SpecError: there are too few GPUs, the environment variables contradict the numbers, or processes would have to
+            be started from a notebook.
     """
     world = find_world(section, num_gpus, num_nodes)
     sharded, on_gpu = strategy == "fsdp", torch.cuda.is_available()
@@ -101,7 +100,7 @@ def build_fabric(
 
 
 def acting_precision(precision: str, sharded: bool, on_gpu: bool) -> str:
-    """Return the precision that is used: fsdp uses fp16, and fp16 becomes fp32 without a GPU."""
+    """Return the precision that is really used: fsdp always uses fp16, and fp16 becomes fp32 without a GPU."""
     wanted = "fp16" if sharded else precision
     return "fp32" if wanted == "fp16" and not on_gpu else wanted
 
@@ -120,7 +119,7 @@ def _possible_precision(section: str, precision: str, sharded: bool, on_gpu: boo
 
 
 def _check_not_interactive(section: str, world: World) -> None:
-    """Lightning refuses this too, but names strategies that no key can choose."""
+    """Raise a clear error: Lightning's names strategies that no config key can select."""
     if world.local_rank is None and (hasattr(sys, "ps1") or sys.flags.interactive):
         key, value = ("num_gpus", "1") if world.per_node > 1 else ("distributed_strategy", "ddp")
         raise SpecError(
@@ -131,14 +130,10 @@ def _check_not_interactive(section: str, world: World) -> None:
 
 
 def check_agreement(fabric: Fabric, facts: Callable[[], Mapping[str, str]]) -> None:
-    """Refuse a run whose processes opened different inputs, each on its own machine.
-
-    Args:
-        fabric: launched.
-        facts: returns short descriptions of what this process has opened, by name.
+    """Check that the processes, on different machines, have opened the same inputs, as described by ``facts``.
 
     Raises:
-        DataError: in every process; it names the first node that sees something else.
+        DataError: in every process; it names the first node that differs from node 0.
     """
     world = world_of(fabric)
     if world.opened_once:
@@ -168,15 +163,13 @@ def describe_device(fabric: Fabric) -> str:
 def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
     """Call ``work(fabric, *arguments)`` in every process of this node; return the result of the first one.
 
-    Args:
-        fabric: not launched yet.
-        work: must be picklable if processes are started.
-        *arguments: of ``work``, picklable too.
+    The processes are started here, unless torchrun or SLURM has started them; then ``work`` and its arguments must be
+    picklable.
 
     Raises:
-        OpenMAEError: the one that a process raised.
-        RunError: a process failed in another way; it has the traceback.
-        KeyboardInterrupt: Ctrl-C; every process has stopped as ``work`` lets it.
+        OpenMAEError: raised in one of the processes.
+        RunError: a process failed in another way; the message has its traceback.
+        KeyboardInterrupt: Ctrl-C; every process has stopped.
     """
     if not isinstance(fabric.strategy, ParallelStrategy):
         with kept_memory(fabric.device):
@@ -192,10 +185,10 @@ def _run_with_peers(
     arguments: Sequence[Any],
     report: Callable[[RunError], None] | None = None,
 ) -> T:
-    """Do the work of one of several processes; return when all have done theirs, so that none succeeds too early."""
-    # of a depthwise kernel: strides that differ along a side of length one are the same memory
+    """Call ``work`` in one of several processes; return when all processes have finished theirs."""
+    # harmless: the strides of depthwise kernels differ only along a dimension of size 1
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # a loss that is a view; nothing is added to it in place
+    # harmless: the loss is a view, but is not modified in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     watchdog = watchdog_of(fabric)
     watchdog.report = report or watchdog.report
@@ -219,10 +212,7 @@ def _run_with_peers(
 
 
 def _spawn(fabric: Fabric, work: Callable[..., T], arguments: Sequence[Any]) -> T:
-    """Start the processes of this node and wait for them.
-
-    Each writes its result, or the error that ended it, to a file: torch's own error files hold only text.
-    """
+    """Start the processes of this node and wait for them. Each pickles its result or error to a file."""
     world = world_of(fabric)
     world = replace(world, port=world.port or _free_port())
     with (
@@ -242,7 +232,7 @@ def _spawn(fabric: Fabric, work: Callable[..., T], arguments: Sequence[Any]) -> 
             raise _failure(error, [_read(path) for path in outcomes], world) from None
         result = _read(outcomes[0])
     if isinstance(result, KeyboardInterrupt):
-        raise relay.reason or result  # no reason: only another node was interrupted
+        raise relay.reason or result  # without a reason, another node was interrupted
     if result is None and relay.reason:  # interrupted before it could write a result
         raise relay.reason
     return result
@@ -257,7 +247,6 @@ def _run_spawned(
     level: int,
     outcomes: Sequence[Path],
 ) -> None:
-    """Run in a spawned process, and write its outcome."""
     join_relay()
     assert isinstance(fabric.strategy, ParallelStrategy)
     environment, outcome = fabric.strategy.cluster_environment, outcomes[local_rank]
@@ -280,7 +269,7 @@ def _run_spawned(
 
 
 def _write(path: Path, outcome: Any) -> None:
-    """Write the outcome of a process atomically, as the process may be killed."""
+    """Write atomically, since the process may be killed."""
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(pickle.dumps(outcome))
     os.replace(temporary, path)
@@ -291,7 +280,7 @@ def _read(path: Path) -> Any:
 
 
 def _failure(error: ProcessException, outcomes: Sequence[Any], world: World) -> OpenMAEError:
-    """Return the error that ended the run, rather than one that followed from it in another process."""
+    """Return the error that caused the failure, not one of another process that lost its connection as a result."""
     errors = [outcome for outcome in outcomes if isinstance(outcome, OpenMAEError)]
     if causes := [found for found in errors if not found.problem.startswith(_LOST_PEER)]:
         return causes[0]
@@ -319,14 +308,14 @@ def _free_port() -> int:
 
 
 class _Autocast(MixedPrecision):
-    """Autocast only. Fabric would round the inputs too, and pretraining computes its targets from them."""
+    """Mixed precision that does not convert the inputs, because pretraining computes its targets from them."""
 
     def convert_input(self, data: Any) -> Any:
         """Keep inputs in float32."""
         return data
 
     def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Unscale before clipping. Fabric refuses this for fused AdamW, although its step accounts for it."""
+        """Unscale before clipping. Fabric refuses this for fused AdamW, although AdamW supports it."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other, and which one is named when it does not join."""
+"""Connect the processes of a run, and report the ones that do not join in time."""
 
 from __future__ import annotations
 
@@ -27,16 +27,12 @@ from openmae.errors import RunError, SpecError
 JOIN_VARIABLE = "OPENMAE_JOIN_SECONDS"
 _JOIN_SECONDS = 600.0
 _CLIENT_TIMEOUT = timedelta(seconds=30)
-_MARGIN = 60.0  # seconds: the watchdog, which names the process, must come before the timeout of the process group
+_MARGIN = 60.0  # seconds by which the process group's timeout is longer than the watchdog's, whose message is better
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class WorldEnvironment(LightningEnvironment):
-    """The cluster environment that Fabric asks, answered from a ``World`` and from no environment variables.
-
-    Attributes:
-        world: its ``local_rank`` and ``port`` are set before Fabric launches.
-    """
+    """A cluster environment for Fabric that reads a ``World`` instead of environment variables."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -44,7 +40,7 @@ class WorldEnvironment(LightningEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """True if this process is one of several that were started."""
+        """True if this process is one of the workers, and need not start them."""
         return self.world.local_rank is not None
 
     @property
@@ -67,7 +63,7 @@ class WorldEnvironment(LightningEnvironment):
 
 
 class _JoiningStrategy(ParallelStrategy):
-    """A strategy that joins the other processes within a time limit, and then watches them."""
+    """A strategy that joins the other processes within a time limit, and then starts the watchdog."""
 
     watchdog: Watchdog
 
@@ -78,7 +74,7 @@ class _JoiningStrategy(ParallelStrategy):
         world = environment.world
         if self.root_device.type == "cpu":
             _choose_interface(world)
-        if world.launcher != "torchrun":  # torchrun's agents have already brought the processes together
+        if world.launcher != "torchrun":  # torchrun has its own rendezvous
             join(world, self.root_device)
         super().setup_environment()
         self.watchdog = Watchdog(world)
@@ -87,14 +83,14 @@ class _JoiningStrategy(ParallelStrategy):
 
 
 class ReplicatedStrategy(_JoiningStrategy, DDPStrategy):
-    """Every process has the complete model. Tests show that every trained weight of every model gets a gradient."""
+    """DDP: every process has the complete model. All trained weights get gradients, as DDP requires by default."""
 
     def __init__(self) -> None:
         super().__init__(timeout=_group_timeout())
 
 
 class ShardedStrategy(_JoiningStrategy, ModelParallelStrategy):
-    """The weights are sharded over the processes, by ``fsdp.shard`` before Fabric sees the model."""
+    """FSDP: the weights are sharded, by ``fsdp.shard`` before the model is passed to Fabric."""
 
     def __init__(self, world: World) -> None:
         super().__init__(_unchanged, data_parallel_size=world.size, tensor_parallel_size=1, timeout=_group_timeout())
@@ -116,11 +112,11 @@ def watchdog_of(fabric: Fabric) -> Watchdog:
 
 
 def join(world: World, device: torch.device) -> None:
-    """Wait for all processes at the store of node 0, and initialize the process group.
+    """Wait until all processes have joined the store of node 0, and initialize the process group.
 
     Raises:
-        RunError: some processes did not join in time; it names them.
-        SpecError: node 0 runs with another number of processes or another version.
+        RunError: some processes did not join in time (the message names them), or node 0 has ended.
+        SpecError: node 0 runs with a different number of processes or a different version.
     """
     limit = seconds_of(JOIN_VARIABLE, _JOIN_SECONDS)
     deadline = time.monotonic() + limit
@@ -142,7 +138,7 @@ def join(world: World, device: torch.device) -> None:
             if not complete and time.monotonic() > deadline:
                 missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
                 raise _did_not_join(world, missing, limit)
-            time.sleep(0.0 if complete else 0.05)  # not one long wait in C++, which no signal would interrupt
+            time.sleep(0.0 if complete else 0.05)  # a single long wait in C++ could not be interrupted by signals
     except torch.distributed.DistError:
         raise RunError(
             "Node 0 has ended while the processes were waiting for one another.", "Its own output says why."
@@ -197,7 +193,7 @@ def _did_not_join(world: World, ranks: list[int], limit: float) -> RunError:
 
 
 def _choose_interface(world: World) -> None:
-    """Make gloo use the interface that leads to node 0: the host's own name often resolves to the loopback."""
+    """Make gloo use the interface that leads to node 0; by default it often chooses the loopback."""
     if world.nodes == 1 or os.environ.get(_INTERFACE):
         return
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

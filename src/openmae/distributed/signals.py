@@ -1,4 +1,4 @@
-"""Ctrl-C and preemption: finish the step, write a checkpoint, then stop, in every process of the run."""
+"""Handle Ctrl-C and preemption: all processes finish the step, write a checkpoint and stop."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from typing import Any, ClassVar, Self, TypeVar
 from openmae.distributed.watchdog import Watchdog
 from openmae.errors import Preempted, StoppedAtOnce
 
-# sent by a machine that shuts down, and by SLURM before the time is up (Windows has no SIGUSR1)
+# sent when a machine shuts down, and by SLURM shortly before the time limit (Windows has no SIGUSR1)
 PREEMPTION = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 T = TypeVar("T")
 
 log = logging.getLogger("openmae")
 
-Stop = type[KeyboardInterrupt]  # KeyboardInterrupt itself, or Preempted
+Stop = type[KeyboardInterrupt]  # KeyboardInterrupt or Preempted
 
 
 def stop_to_counts(stop: Stop | None) -> tuple[float, float]:
-    """Encode a request to stop as two numbers that can be summed over processes."""
+    """Encode a stop request as two numbers that can be summed over processes."""
     return float(stop is not None), float(stop is Preempted)
 
 
 def stop_from_counts(asked: float, preempted: float) -> Stop | None:
-    """Return what all processes must stop with, from the sums of ``stop_to_counts``."""
+    """Return the exception to stop all processes with, from the sums of ``stop_to_counts``, or None."""
     return (Preempted if preempted else KeyboardInterrupt) if asked else None
 
 
@@ -40,7 +40,7 @@ class _InterruptHandler(ABC):
     """Handles signals while entered, and restores the previous handlers on exit.
 
     Attributes:
-        reason: KeyboardInterrupt after Ctrl-C, Preempted after the other signals; None before any.
+        reason: KeyboardInterrupt after Ctrl-C, Preempted after another signal, None before any signal.
     """
 
     signals: ClassVar[tuple[signal.Signals, ...]] = (signal.SIGINT, *PREEMPTION)
@@ -50,7 +50,7 @@ class _InterruptHandler(ABC):
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set signal handlers
             self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
         return self
 
@@ -61,7 +61,7 @@ class _InterruptHandler(ABC):
             signal.signal(number, handler)
             outer = getattr(handler, "__self__", None)
             if isinstance(outer, _InterruptHandler) and self.reason is Preempted:
-                outer.reason = Preempted  # so that a second signal does not interrupt what is left to do
+                outer.reason = Preempted  # so that the outer handler ignores a second signal
 
     def _note(self, number: int) -> None:
         self.reason = self.reason or (Preempted if number in PREEMPTION else KeyboardInterrupt)
@@ -72,10 +72,10 @@ class _InterruptHandler(ABC):
 
 
 class InterruptWatch(_InterruptHandler):
-    """While entered, the first signal asks the loop to stop after its step; Ctrl-C after it stops at once.
+    """While entered, the first signal makes the training loop stop after its step; a later Ctrl-C stops at once.
 
-    So does SIGTERM after Ctrl-C: whoever canceled the run has waited long enough. Signals that announce a preemption
-    may come several times; only the SIGKILL that follows them is meant to cut the checkpoint short.
+    SIGTERM after Ctrl-C also stops at once, since a canceled job gets SIGTERM when its grace period is over. Repeated
+    preemption signals have no effect, so that the checkpoint can be completed.
     """
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -89,7 +89,7 @@ class InterruptWatch(_InterruptHandler):
             raise StoppedAtOnce
 
     def until_asked(self, batches: Iterable[T], watchdog: Watchdog) -> Iterator[T]:
-        """Yield batches until this process or, as ``watchdog`` knows, another one is asked to stop."""
+        """Yield batches until this process or (according to ``watchdog``) another one is asked to stop."""
         for batch in batches:
             watchdog.stopping = self.reason is not None
             if watchdog.stopping or watchdog.someone_stopping:
@@ -98,20 +98,20 @@ class InterruptWatch(_InterruptHandler):
 
 
 class PreemptionWatch(_InterruptHandler):
-    """While entered, a preemption ends the run at once: nothing has to be saved before and after the training loop."""
+    """While entered, a preemption stops the run at once; for use outside the training loop, with nothing to save."""
 
     signals: ClassVar[tuple[signal.Signals, ...]] = PREEMPTION
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is None:  # a second signal would interrupt the end of the run
+        if self.reason is None:  # a second signal must not interrupt the cleanup
             self._note(number)
             raise Preempted
 
 
 class InterruptRelay(_InterruptHandler):
-    """While entered, this process forwards signals to its child processes, which end in their own time.
+    """While entered, this process forwards signals to its child processes, and does not stop itself.
 
-    The children must call ``join_relay``, so that a terminal does not send them the same Ctrl-C a second time.
+    The children must call ``join_relay``, so that the terminal does not also send them Ctrl-C directly.
     """
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -123,5 +123,5 @@ class InterruptRelay(_InterruptHandler):
 
 
 def join_relay() -> None:
-    """Leave the parent's process group: only the parent gets the terminal's Ctrl-C, and forwards it."""
+    """Leave the parent's process group, so that only the parent gets Ctrl-C from the terminal, and forwards it."""
     os.setpgrp()

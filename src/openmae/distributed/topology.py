@@ -11,7 +11,7 @@ from openmae.errors import SpecError
 
 PUBLISHED = ("WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 GPUS_PER_NODE = "NUM_GPU_PER_NODE"
-#: Variables that launchers set, and that a run on one machine must not inherit.
+#: Variables set by launchers; a run on one machine must not inherit them.
 LAUNCHERS = (*PUBLISHED, GPUS_PER_NODE, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _PORTS = range(1, 65536)
@@ -19,16 +19,16 @@ _PORTS = range(1, 65536)
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and the place of this one.
+    """The process topology of a run, and the rank of this process.
 
     Attributes:
         nodes: number of machines.
-        per_node: processes on each of them.
-        node_rank: number of this machine.
-        local_rank: number of this process on its machine; None: it is to start the processes of its machine.
-        address: of node 0.
-        port: of node 0; 0 is any free one.
-        launcher: ``torchrun`` or ``SLURM``; empty where a person or an orchestrator started the processes.
+        per_node: processes on each machine.
+        node_rank: rank of this machine.
+        local_rank: rank of this process on its machine; None if it must start the processes of its machine.
+        address: address of node 0.
+        port: port of node 0; 0 for any free port.
+        launcher: ``torchrun`` or ``SLURM``; empty if a user or an orchestrator started the processes.
     """
 
     nodes: int = 1
@@ -46,7 +46,7 @@ class World:
 
     @property
     def rank(self) -> int:
-        """Number of this process in the run."""
+        """Global rank of this process."""
         return self.node_rank * self.per_node + (self.local_rank or 0)
 
     @property
@@ -56,20 +56,16 @@ class World:
 
     @property
     def opened_once(self) -> bool:
-        """True if one process opens data and checkpoints for all others."""
+        """True if one process opens data and checkpoints, and then starts all others."""
         return self.nodes == 1 and self.local_rank is None
 
 
 def find_world(
     section: str, num_gpus: int | None, num_nodes: int | None, environment: Mapping[str, str] = os.environ
 ) -> World:
-    """Return the topology that torchrun, SLURM or the published variables define; it replaces the spec's numbers.
+    """Return the process topology. torchrun, SLURM and environment variables take precedence over the spec.
 
-    Args:
-        section: of the spec, for messages: ``train``, ``evaluate`` or ``inference``.
-        num_gpus: processes per node of the spec; None if it is not set.
-        num_nodes: machines of the spec; None if it is not set.
-        environment: the environment variables.
+    ``section`` of the spec (for messages) has the given ``num_gpus`` per node and ``num_nodes``, None if not set.
 
     Raises:
         SpecError: a variable is missing or invalid.
@@ -96,18 +92,14 @@ def find_world(
 
 
 def gpus_per_node(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Return the processes per node that ``NUM_GPU_PER_NODE`` asks for; None if it is not set.
-
-    Raises:
-        SpecError: it is not a number.
-    """
+    """Return the processes per node according to ``NUM_GPU_PER_NODE``, or None if it is not set."""
     if not environment.get(GPUS_PER_NODE):
         return None
     return max(_count(environment, GPUS_PER_NODE, 0), 1)  # 0: one process, on the CPU
 
 
 def follows(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether another process logs for this one, judged only by the variables."""
+    """Return True if, according to the environment variables, this is not the process that logs (rank 0)."""
     if all(environment.get(name) for name in _TORCHRUN):
         return environment["RANK"] != "0"
     if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
@@ -128,7 +120,7 @@ def _of_torchrun(section: str, environment: Mapping[str, str]) -> World:
 
 
 def _of_variables(section: str, num_gpus: int | None, num_nodes: int | None, environment: Mapping[str, str]) -> World:
-    """``WORLD_SIZE`` counts nodes if ``NUM_GPU_PER_NODE`` is set, and processes otherwise."""
+    """Return the topology; ``WORLD_SIZE`` counts nodes if ``NUM_GPU_PER_NODE`` is set, and processes otherwise."""
     if missing := [name for name in PUBLISHED if not environment.get(name)]:
         why = "NODE_RANK and WORLD_SIZE are set" if environment.get("NODE_RANK") else "WORLD_SIZE is more than 1"
         if (num_nodes or 1) > 1:
@@ -154,7 +146,7 @@ def _of_variables(section: str, num_gpus: int | None, num_nodes: int | None, env
 
 
 def _ambiguous(section: str, num_nodes: int | None, total: int, each: int) -> SpecError:
-    """``WORLD_SIZE`` without ``NUM_GPU_PER_NODE`` that may be meant to count nodes."""
+    """Return the error for a ``WORLD_SIZE`` that counts processes, but may be meant to count nodes."""
     nodes = num_nodes if num_nodes and num_nodes > 1 else None
     key, value = (f"{section}.num_nodes", nodes) if nodes else (f"{section}.num_gpus", each)
     return SpecError(
@@ -166,7 +158,7 @@ def _ambiguous(section: str, num_nodes: int | None, total: int, each: int) -> Sp
 
 
 def _slurm_address(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Return ``MASTER_ADDR`` and ``MASTER_PORT``, else the first node of the step and a port derived from the job."""
+    """Return ``MASTER_ADDR`` and ``MASTER_PORT``; by default, the first node and a port derived from the job ID."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
     first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])  # n[01-02,07] -> n01
     digits = (environment.get("SLURM_JOB_ID", "0") + environment.get("SLURM_STEP_ID", "0"))[-4:]
@@ -175,7 +167,7 @@ def _slurm_address(environment: Mapping[str, str]) -> tuple[str, int]:
 
 
 def _slurm_tasks_per_node(environment: Mapping[str, str], tasks: int) -> int:
-    """Read ``SLURM_STEP_TASKS_PER_NODE``, such as ``2(x3)``."""
+    """Return the number in ``SLURM_STEP_TASKS_PER_NODE``, such as 2 in ``2(x3)``."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     found = {int(count) for count in re.findall(r"(\d+)(?:\(x\d+\))?", text)}
     if len(found) != 1 or tasks % min(found):

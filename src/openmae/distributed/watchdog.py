@@ -1,12 +1,12 @@
-"""A watchdog for runs of several processes: it names the process that keeps the others waiting, and ends the run.
+"""A watchdog for runs of several processes: it reports the process that keeps the others waiting, and ends the run.
 
-The timeout of the process group bounds every wait, but does not say which process is late, and NCCL's ends a process
-without an error. ``monitored_barrier`` names a process that is stopped, but only under gloo, and never one whose main
-thread hangs while its other threads run. So each process publishes how many synchronization points it has reached:
+The timeout of the process group does not report which process is late, and that of NCCL ends a process without an
+error. ``monitored_barrier`` works only with gloo, and does not detect a process whose main thread hangs while its other
+threads run. So each process publishes the number of synchronization points that it has reached:
 
     main thread      arrive(), arrive(), ...                          only counts
-    exchange thread  own count -> store of process 0 -> all counts    may hang together with process 0
-    judge thread     a count that stays behind, or is no longer updated, for OPENMAE_ANSWER_SECONDS: name its process
+    exchange thread  own count -> store of process 0 -> all counts    hangs if process 0 hangs
+    judge thread     reports a process whose count falls behind, or is not updated, for OPENMAE_ANSWER_SECONDS
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from openmae.results.status import StatusLog
 
 ANSWER_VARIABLE = "OPENMAE_ANSWER_SECONDS"
 _ANSWER_SECONDS = 1800.0
-_MOST_NAMED = 4  # processes in a message
+_MOST_NAMED = 4  # processes listed in a message
 
 
 def seconds_of(variable: str, default: float) -> float:
     """Return the number of seconds in an environment variable.
 
     Raises:
-        SpecError: it is not a number above 0.
+        SpecError: the value is not a number above 0.
     """
     text = os.environ.get(variable, "") or str(default)
     try:
@@ -50,12 +50,12 @@ def seconds_of(variable: str, default: float) -> float:
 
 
 def answer_seconds() -> float:
-    """Return how long one process may keep the others waiting."""
+    """Return the number of seconds that one process may keep the others waiting."""
     return seconds_of(ANSWER_VARIABLE, _ANSWER_SECONDS)
 
 
 class _Report(NamedTuple):
-    """The state that a process publishes; ``beats`` grows as long as its threads run."""
+    """The state that a process publishes; ``beats`` grows as long as its exchange thread runs."""
 
     beats: int = 0
     arrived: int = 0
@@ -63,13 +63,13 @@ class _Report(NamedTuple):
 
 
 class Watchdog:
-    """Ends this process when another one keeps it waiting too long. Does nothing until ``start`` is called.
+    """Ends this process when another one keeps it waiting too long. Has no effect until ``start`` is called.
 
     Attributes:
-        stopping: this process was asked to stop.
-        someone_stopping: any process was; known after an interval of about a second.
-        report: called with the error, before the process is ended.
-        status: where the default ``report`` notes the failure; None writes nothing.
+        stopping: True if this process was asked to stop.
+        someone_stopping: True if any process was asked to stop; updated about once a second.
+        report: called with the error before the process exits.
+        status: status log to which the default ``report`` writes the failure, or None.
     """
 
     def __init__(self, world: World | None = None) -> None:
@@ -82,20 +82,16 @@ class Watchdog:
         self._ended = threading.Event()
 
     def arrive(self) -> None:
-        """Count a point at which this process may wait for others. All processes must pass the same points in order."""
+        """Count a point at which this process may wait for others; all processes must pass the same points."""
         self._arrived += 1
 
     def start(self, open_store: Callable[[], Store]) -> None:
-        """Start to publish and to judge.
+        """Start the exchange and judge threads.
 
-        Args:
-            open_store: opens a client that no other thread uses, as a call that hangs blocks the client.
-
-        Raises:
-            SpecError: the environment variable with the time limit is invalid.
+        ``open_store`` must open a new client of the store, since a call that hangs blocks all users of its client.
         """
         self._limit = answer_seconds()
-        self._interval = min(max(1.0, self._world.size / 64), self._limit / 20)  # all read all: not too often
+        self._interval = min(max(1.0, self._world.size / 64), self._limit / 20)  # longer if many processes read
         self._exchanged = time.monotonic()
         for thread in (lambda: self._exchange(open_store), self._judge):
             threading.Thread(target=thread, name="openmae-watchdog", daemon=True).start()
@@ -107,7 +103,7 @@ class Watchdog:
     def _exchange(self, open_store: Callable[[], Store]) -> None:
         prefix = f"openmae/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         keys = [f"{prefix}/{rank}" for rank in range(self._world.size)]
-        with suppress(torch.distributed.DistError):  # process 0 has ended: the other thread notices
+        with suppress(torch.distributed.DistError):  # process 0 has ended, which `_judge` reports
             store, known = open_store(), list[str]()
             for beats in itertools.count(1):
                 store.set(keys[self._world.rank], json.dumps(_Report(beats, self._arrived, self.stopping)))
@@ -121,7 +117,7 @@ class Watchdog:
                     return
 
     def _judge(self) -> None:
-        progressed = [(_Report(), time.monotonic())] * self._world.size  # the last report with progress, and its time
+        progressed = [(_Report(), time.monotonic())] * self._world.size  # last report with progress, and its time
         late: list[int] = []
         while not late:
             if self._ended.wait(self._interval):
@@ -134,11 +130,11 @@ class Watchdog:
                     progressed[rank] = report, now
             late = [rank for rank, (_, at) in enumerate(progressed) if now - at >= self._limit]
             if now - self._exchanged >= self._limit:
-                late = [0]  # it holds the store
-        slowest = min(reports[rank].arrived for rank in late)  # others may be late because they wait for these
+                late = [0]  # process 0 runs the store
+        slowest = min(reports[rank].arrived for rank in late)  # the other late processes may be waiting for these
         error = self._error([rank for rank in late if reports[rank].arrived == slowest])
         self.report(error)
-        os._exit(error.exit_code)  # the main thread is in a call that no exception reaches
+        os._exit(error.exit_code)  # the main thread may be blocked in a call that an exception cannot interrupt
 
     def _report_here(self, error: RunError) -> None:
         if self.status is not None:

@@ -1,1 +1,1 @@
-"""Evaluation of models on data sets."""
+"""Evaluate models on data sets."""

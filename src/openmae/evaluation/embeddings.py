@@ -1,4 +1,4 @@
-"""Embeddings of a data set."""
+"""Compute embeddings of a data set."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ from openmae.distributed.collectives import gather
 def embed(
     fabric: Fabric, features: Callable[[Tensor], Tensor], batches: Iterable[Batch]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the embeddings of all images, unmasked, gathered from all processes.
+    """Return the embeddings of all images, without masking, gathered from all processes.
 
-    Args:
-        fabric: gives precision and processes.
-        features: maps images, as the data set gives them, to embeddings ``[B, D]``.
-        batches: of the data set.
+    ``features`` maps decoded images (uint8, or float32 in 0..255) to embeddings ``[B, D]``.
 
     Returns:
-        ``(indices, vectors, labels)`` in the data set's order: ``[N]``, ``[N, D]`` float32, and ``[N]``, -1 where
-        unknown.
+        ``(indices, vectors, labels)`` in the order of the data set, with shapes ``[N]``, ``[N, D]`` (float32) and
+        ``[N]`` (-1 if unknown).
     """
     parts: list[list[np.ndarray]] = [[], [], []]
     for batch in map(fabric.to_device, batches):

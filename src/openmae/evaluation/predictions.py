@@ -1,4 +1,4 @@
-"""Predictions of a classifier on a data set, and how many of them are right."""
+"""Predictions of a classifier on a data set, and their accuracy."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 from openmae.data.image_dataset import Batch
 from openmae.distributed.collectives import gather
 
-_TOP = 5  # classes that are kept per image
+_TOP = 5  # classes kept per image
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The predictions on N images, in the data set's order.
+    """Predictions on N images, in the order of the data set.
 
     Attributes:
-        indices: ``[N]`` of the images in the data set.
-        labels: ``[N]``, -1 where unknown.
-        losses: ``[N]`` cross entropy; NaN where the label is unknown.
-        classes: ``[N, min(5, K)]`` the most likely of K classes, in decreasing order.
-        probabilities: ``[N, min(5, K)]`` of these classes, float32.
+        indices: ``[N]``, image indices in the data set.
+        labels: ``[N]``, -1 if unknown.
+        losses: ``[N]``, cross entropy; NaN if the label is unknown.
+        classes: ``[N, min(5, K)]``, the most likely of K classes, in decreasing order of probability.
+        probabilities: ``[N, min(5, K)]``, float32, of these classes.
     """
 
     indices: np.ndarray
@@ -40,10 +40,7 @@ class Predictions:
 def predict(fabric: Fabric, classify: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Predictions:
     """Return the most likely classes of every image, gathered from all processes.
 
-    Args:
-        fabric: gives precision and processes.
-        classify: maps images, as the data set gives them, to logits ``[B, K]``.
-        batches: of the data set.
+    ``classify`` maps decoded images (uint8, or float32 in 0..255) to logits ``[B, K]``.
     """
     rows: list[list[np.ndarray]] = []
     for batch in map(fabric.to_device, batches):
@@ -52,7 +49,7 @@ def predict(fabric: Fabric, classify: Callable[[Tensor], Tensor], batches: Itera
         logs = logits.float().log_softmax(dim=1)
         losses = F.nll_loss(logs, batch.labels.clamp(min=0), reduction="none").where(batch.labels >= 0, torch.nan)
         best = logs.sort(dim=1, descending=True, stable=True)
-        # copies, not views of all K classes: of a million images those would be gigabytes
+        # clone, because a view would keep the scores of all K classes in memory
         top, probabilities = best.indices[:, :_TOP].clone(), best.values[:, :_TOP].exp()
         rows.append([part.cpu().numpy() for part in (batch.indices, batch.labels, losses, top, probabilities)])
     joined = [gather(fabric, [row[part] for row in rows]) for part in range(len(fields(Predictions)))]
@@ -61,7 +58,7 @@ def predict(fabric: Fabric, classify: Callable[[Tensor], Tensor], batches: Itera
 
 
 def score(predictions: Predictions) -> dict[str, float]:
-    """Return ``val_loss``, and ``ACC_all`` and ``ACC_top5`` in [0, 1], of labelled predictions."""
+    """Return ``val_loss``, and ``ACC_all`` and ``ACC_top5`` in [0, 1]; all images must be labelled."""
     hits = predictions.classes == predictions.labels[:, None]
     return {
         "val_loss": float(predictions.losses.mean(dtype=np.float64)),

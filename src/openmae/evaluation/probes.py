@@ -1,7 +1,7 @@
-"""Probes measure the quality of frozen features, without training the encoder.
+"""Measure the quality of frozen features with a kNN and a linear probe.
 
 A probe is fitted on one half of each class of a labelled set and tested on the other half, so a validation set is
-enough to see whether pretraining works.
+sufficient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 KNN_TEMPERATURE = 0.07
 MOST_PROBED = 10_000  # images
-_CHUNK = 1024  # rows of the similarity matrix held at once
+_CHUNK = 1024  # rows of the similarity matrix computed at once
 
 log = logging.getLogger("openmae")
 
@@ -25,8 +25,8 @@ Array = NDArray[Any]
 def probe(features: Array, labels: Array) -> dict[str, float]:
     """Return ``knn_acc`` and ``probe_acc`` of frozen features ``[N, D]``.
 
-    Nothing is returned, with a notice, if the set is too small. From a set larger than ``MOST_PROBED`` the same random
-    images are taken each time, so that probing stays fast.
+    The result is empty, with a warning, if the set is too small or features are not finite. If it has more than
+    ``MOST_PROBED`` images, a random but fixed subset is used.
     """
     if len(labels) > MOST_PROBED:
         some = np.random.default_rng(0).choice(len(labels), MOST_PROBED, replace=False)
@@ -42,12 +42,12 @@ def split_half(labels: Array, seed: int = 0) -> tuple[Array, Array]:
     """Split a labelled set into two halves, class by class.
 
     Args:
-        labels: ``[N]`` class numbers; negative means unlabelled, and is left out.
-        seed: of the split.
+        labels: ``[N]`` class numbers; negative ones (unlabelled) are left out.
+        seed: seed of the random split.
 
     Returns:
-        ``(fit, score)``: sorted indices into ``labels``. An odd class has one more image to fit on, so a class with a
-        single image is never scored.
+        ``(fit, score)``: sorted indices into ``labels``. If a class has an odd number of images, ``fit`` gets one more,
+        so a class with a single image is never scored.
 
     Raises:
         ValueError: fewer than two classes, or no class with two images.
@@ -76,8 +76,8 @@ def knn_accuracy(features: Array, labels: Array, k: int = 20, *, seed: int = 0) 
     Args:
         features: ``[N, D]``.
         labels: ``[N]`` class numbers; negative means unlabelled.
-        k: neighbours that vote, at most all of the first half.
-        seed: of the split.
+        k: number of neighbours that vote.
+        seed: seed of the split.
 
     Raises:
         ValueError: the set is too small (see ``split_half``), shapes differ, or features are not finite.
@@ -102,9 +102,8 @@ def knn_accuracy(features: Array, labels: Array, k: int = 20, *, seed: int = 0) 
 def linear_probe_accuracy(features: Array, labels: Array, *, seed: int = 0) -> float:
     """Return the top-1 accuracy of a logistic regression on standardised features, in [0, 1].
 
-    Fast and deterministic; the papers train a linear layer for 90 epochs with augmentation instead.
-
-    Arguments and errors are those of ``knn_accuracy``.
+    This is fast and deterministic; papers usually train a linear layer for 90 epochs with augmentation instead. The
+    arguments and errors are the same as for ``knn_accuracy``.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -115,7 +114,7 @@ def linear_probe_accuracy(features: Array, labels: Array, *, seed: int = 0) -> f
     fit, score = split_half(y, seed)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():
-        # more than 300 iterations do not change the digits that are shown
+        # more than 300 iterations do not change the digits that are reported
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(x[fit], y[fit])
     return float(probe.score(x[score], y[score]))

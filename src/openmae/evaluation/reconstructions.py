@@ -1,4 +1,4 @@
-"""Reconstructions of masked images."""
+"""Reconstruct masked images."""
 
 from __future__ import annotations
 
@@ -21,16 +21,11 @@ def reconstruct(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Reconstruct the images of a batch.
 
-    Args:
-        fabric: gives precision and device.
-        model: in eval mode.
-        normalise: maps uint8 images to the model's input.
-        mask_of: returns the masks of images by their indices.
-        batch: of images.
+    ``model`` must be in eval mode; ``mask_of`` returns the masks of images, given their indices.
 
     Returns:
-        The original, the masked image, the reconstruction, and the original with the masked units reconstructed: uint8
-        arrays ``[B, H, W, C]``. Pixel normalisation is undone, and units that an image leaves out are grey.
+        The originals, the masked images, the reconstructions, and the originals with the masked units replaced by
+        their reconstructions: uint8 arrays ``[B, H, W, C]``, without pixel normalisation. Missing units are grey.
     """
     batch = fabric.to_device(batch)
     images, mask = normalise(batch.images), mask_of(batch.indices)

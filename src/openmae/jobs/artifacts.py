@@ -1,4 +1,4 @@
-"""The files of a results folder, local or in a remote store, and the choice of the model that a child job takes."""
+"""List the files of a local or remote results folder, and choose the model that a child job uses."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".npy": "predictions",
 }
 _NUMBERED = re.compile(r".*epoch_(\d+)_step_(\d+)\.\w+")  # also TAO's names
-_SHOWN = 12  # files that an error lists
+_SHOWN = 12  # files listed in an error
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,11 @@ class Artifact:
 
     Attributes:
         path: Local path or URL.
-        kind: Kind of content, from the name.
-        size: Bytes.
-        modified: Seconds since 1970; 0 if the store does not say.
-        epoch: Epoch in the name of a checkpoint.
-        step: Step in the name of a checkpoint.
-        link: Whether it is a symbolic link.
+        kind: Kind of content, inferred from the name.
+        size: In bytes.
+        modified: In seconds since 1970; 0 if unknown.
+        epoch, step: Numbers in the file name, or None.
+        link: True for a symbolic link.
     """
 
     path: str
@@ -63,7 +62,7 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """Name without the folder."""
+        """File name without the folder."""
         return self.path.rpartition("/")[2]
 
     @property
@@ -73,7 +72,7 @@ class Artifact:
 
     @property
     def latest(self) -> bool:
-        """True for the link to the newest checkpoint, or its copy in a store without links."""
+        """True for the link to the newest checkpoint, or for its copy in a store without links."""
         return self.kind == "checkpoint" and layout.is_latest(self.name)
 
 
@@ -96,7 +95,7 @@ def below(folder: str, name: str) -> str:
 def list_folder(folder: str) -> list[Artifact]:
     """Return all files below a local or remote folder, sorted by path; none if it does not exist.
 
-    Hidden files are skipped, since they are incomplete.
+    Hidden files are skipped, since they may be incomplete.
 
     Raises:
         DataError: The store cannot be reached or read.
@@ -106,7 +105,7 @@ def list_folder(folder: str) -> list[Artifact]:
 
 
 def list_outputs(folder: str, outputs: Iterable[str]) -> list[Artifact]:
-    """Return all files below a job's folder, then those of its ``outputs`` elsewhere that exist.
+    """Return all files below a job's folder, followed by the existing files of ``outputs`` in other folders.
 
     Raises:
         DataError: A store cannot be reached or read.
@@ -120,7 +119,7 @@ def list_outputs(folder: str, outputs: Iterable[str]) -> list[Artifact]:
 
 
 def read_text(path: str) -> str | None:
-    """Return the text of a small file, or None if there is none.
+    """Return the text of a small file, or None if it does not exist.
 
     Raises:
         DataError: The store cannot be reached or read.
@@ -140,7 +139,7 @@ def read_text(path: str) -> str | None:
 
 
 def modified(path: str) -> float:
-    """Return when a file was last written, in seconds since 1970; 0 if that is not known."""
+    """Return the modification time of a file in seconds since 1970, or 0 if unknown."""
     if not is_remote(path):
         try:
             return os.stat(path).st_mtime
@@ -155,7 +154,7 @@ def remove(items: Iterable[Artifact]) -> None:
     """Delete files.
 
     Raises:
-        DataError: A file cannot be deleted; those before it are deleted.
+        DataError: A file cannot be deleted; the files before it have been deleted.
     """
     for item in items:
         if is_remote(item.path):
@@ -170,7 +169,7 @@ def remove(items: Iterable[Artifact]) -> None:
 
 
 def newest_checkpoint(items: Iterable[Artifact]) -> Artifact | None:
-    """Return the checkpoint with the highest epoch, then step, in its name, from which training resumes."""
+    """Return the checkpoint from which training resumes: the one with the highest epoch and step in its name."""
     numbered = [item for item in items if item.kind == "checkpoint" and item.epoch is not None]
     return max(numbered, key=_order, default=None)
 
@@ -178,23 +177,25 @@ def newest_checkpoint(items: Iterable[Artifact]) -> Artifact | None:
 def choose_model(
     items: Sequence[Artifact], kinds: Collection[str], known: Collection[str], where: str
 ) -> tuple[Artifact, str]:
-    """Return the model of a parent's results that a key takes, and why: the best, else the newest by epoch, then step.
+    """Return the model in a parent's results for a key, and the reason for the choice.
+
+    An output file named in the parent's spec comes first, then the best model, then the newest by epoch and step.
 
     Args:
         items: The parent's results.
-        kinds: Kinds that the key takes.
-        known: Files named in the parent's spec as its outputs; one of these comes first.
-        where: Name of the parent, for errors.
+        kinds: Kinds of files that the key accepts.
+        known: Output files named in the parent's spec.
+        where: Key and parent, for errors.
 
     Raises:
-        CheckpointError: There is none; the message lists what there is.
+        CheckpointError: There is no such model; the message lists the files that exist.
     """
     fitting = [item for item in items if item.kind in kinds]
     for item in fitting:
         if item.path in known:
             return item, "the output file of the parent"
     best = [item for item in fitting if item.best]
-    if best:  # the best model of a search is above those of its trials
+    if best:  # the best model of a search is in a folder above those of its trials
         return min(best, key=lambda item: (item.path.count("/"), -item.modified)), "the parent's best"
     numbered = [item for item in fitting if item.epoch is not None]
     if numbered:

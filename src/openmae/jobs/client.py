@@ -37,19 +37,18 @@ log = logging.getLogger("openmae")
 
 
 def default_root() -> Path:
-    """Return OPENMAE_JOBS, or a folder of this user."""
+    """Return the default root: OPENMAE_JOBS, or a folder in the user's data directory."""
     import platformdirs
 
     return Path(os.environ.get(ROOT) or platformdirs.user_data_path("openmae") / "jobs")
 
 
 class Client:
-    """Submits, watches and cancels jobs. Any number of clients may share a root, and none has to stay alive.
+    """Submits, watches and cancels jobs. Jobs continue without a client, and several clients may share a root.
 
     Args:
         platform: Where new jobs run: ``local``, ``slurm`` or ``ray``. Existing jobs stay on their platform.
-        root: Local folder for records, logs and (unless the spec names another) results. None: OPENMAE_JOBS, or a
-            folder of this user.
+        root: Local folder for records, logs and (unless set in the spec) results. None: see ``default_root``.
 
     Raises:
         SpecError: The platform is unknown, or the root cannot be used.
@@ -75,21 +74,20 @@ class Client:
         env_vars: Mapping[str, str] | None = None,
         name: str | None = None,
     ) -> Job:
-        """Check a request, infer what it leaves out, and start or queue the job.
+        """Check a request, infer missing values, and start or queue the job.
 
         Args:
             action: train, evaluate, inference, export or gen_trt_engine.
-            specs: Nested sections, as in a spec file.
-            spec_overrides: Dotted keys, nested sections or shorthands (num_epochs, batch_size, ...), with precedence
-                over ``specs``.
-            parent_job_id: A train, export or gen_trt_engine job, or a trial of a search, whose model this job takes.
+            specs: Nested sections, dotted keys or shorthands (num_epochs, batch_size, ...).
+            spec_overrides: The same; takes precedence over ``specs``.
+            parent_job_id: A train, export or gen_trt_engine job, or a trial of a search, whose model this job uses.
             automl_policy: For train: auto or on (a hyperparameter search, see `mae automl`), or off (train once).
                 None means auto.
             image: A container image; recorded only, since no platform runs containers.
-            gpu_count: GPUs per node. None: the number in the spec. 0: none, even if the machine has some.
+            gpu_count: GPUs per node. None: the number in the spec. 0: run without GPUs.
             num_nodes: Number of nodes. None: the number in the spec.
-            env_vars: Variables for the job's environment. Their values are never stored.
-            name: A name for people.
+            env_vars: Variables for the job's environment. Their values are never stored unencrypted.
+            name: A display name. None: the action.
 
         Returns:
             The job, in the state PENDING or a later one.
@@ -123,7 +121,7 @@ class Client:
         return self.store.read(job_id).to_job()
 
     def get_job_status(self, job_id: str) -> Job:
-        """Return the current state of a job. If its processes died, that is found out and recorded.
+        """Return the current state of a job. If its processes have died, this is detected and recorded.
 
         Raises:
             SpecError: There is no such job.
@@ -131,11 +129,7 @@ class Client:
         return self._refresh(self.store.find(job_id))
 
     def list_jobs(self, status: str | None = None, action: str | None = None) -> list[Job]:
-        """Return all jobs of the root, oldest first.
-
-        Args:
-            status: Only jobs in this state.
-            action: Only jobs of this action.
+        """Return all jobs of the root with this status and action (None: any), oldest first.
 
         Raises:
             SpecError: There is no such state.
@@ -150,7 +144,7 @@ class Client:
             )
         records = self.store.records()
         outcomes = [self._observe(record) for record in records]
-        with ThreadPoolExecutor(_WRITERS) as pool:  # a disk writes many small files at once as fast as one
+        with ThreadPoolExecutor(_WRITERS) as pool:  # writing small files in parallel takes as long as writing one
             jobs = list(pool.map(self._apply, records, outcomes))
         return [job for job in jobs if status in (None, job.status) and action in (None, job.action)]
 
@@ -159,12 +153,9 @@ class Client:
     @overload
     def get_job_logs(self, job_id: str, tail: int | None = None, *, follow: Literal[True]) -> Iterator[str]: ...
     def get_job_logs(self, job_id: str, tail: int | None = None, follow: bool = False) -> str | Iterator[str]:
-        """Return the output of a job.
+        """Return the output of a job, or its last ``tail`` lines.
 
-        Args:
-            job_id: The job.
-            tail: Only this many last lines.
-            follow: Return an iterator over lines (without line ends) that waits for more until the job has ended.
+        With ``follow``, return an iterator over lines, without line ends, that waits for new lines until the job ends.
 
         Raises:
             SpecError: There is no such job, or ``tail`` is negative.
@@ -180,7 +171,7 @@ class Client:
         A job that has ended is not changed.
 
         Returns:
-            The job right after the request: CANCELED if it had not started, else still RUNNING for a moment.
+            The job right after the request: CANCELED if it had not started, otherwise usually still RUNNING.
 
         Raises:
             SpecError: There is no such job.
@@ -198,15 +189,11 @@ class Client:
         return self._refresh(job.id)
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
-        """Wait until a job has ended, and return it.
-
-        Args:
-            job_id: The job.
-            timeout: Seconds. None: without a limit.
+        """Wait until a job has ended, and return it. ``timeout`` is in seconds; None waits forever.
 
         Raises:
             SpecError: There is no such job.
-            RunError: It has not ended in time; it continues.
+            RunError: The job has not ended in time; it is not stopped.
         """
         job_id = self.store.find(job_id)
         deadline = time.monotonic() + timeout if timeout is not None else None
@@ -217,7 +204,7 @@ class Client:
         return job
 
     def get_failure_analysis(self, job_id: str) -> FailureAnalysis | None:
-        """Return why a job failed, or None if it did not.
+        """Return why a job failed, or None if it did not fail.
 
         Raises:
             SpecError: There is no such job.
@@ -229,7 +216,7 @@ class Client:
         return analyse(self.store.read(job.id), self.store.folder(job.id) / layout.JOB_LOG)
 
     def explain_job(self, job_id: str) -> list[dict[str, Any]]:
-        """Return where every value of a job's spec came from: ``key``, ``value``, ``function`` and ``why``, by key.
+        """Return the origin of each value in a job's spec, as dicts with ``key``, ``value``, ``function`` and ``why``.
 
         Raises:
             SpecError: There is no such job.
@@ -248,16 +235,16 @@ class Client:
         return artifacts.list_outputs(folder, record.outputs)
 
     def delete_job_artifacts(self, job_id: str) -> list[Artifact]:
-        """Delete the results of a job. The record and the log stay.
+        """Delete the results of a job, but not its record and log.
 
-        A results folder that only this job uses is deleted completely. If the spec named it, only files of the
-        kinds that jobs write are deleted.
+        The job's default results folder is deleted completely. In a folder set in the spec, only files of the kinds
+        that jobs write are deleted.
 
         Returns:
             The deleted files.
 
         Raises:
-            SpecError: There is no such job, it has not ended, or a job that has not ended takes its model from it.
+            SpecError: There is no such job, it has not ended, or an unfinished job uses its model.
             DataError: A file cannot be deleted.
         """
         job = self.get_job_status(job_id)
@@ -282,7 +269,7 @@ class Client:
         return self._platforms[name]
 
     def _find_parent(self, job_id: str) -> Record:
-        """Return the record of a job of this root, or of a trial that a search of this root has started."""
+        """Return the record of a job in this root, or of a trial of a search in this root."""
         try:
             return self._record(job_id)
         except SpecError:
@@ -293,7 +280,6 @@ class Client:
             raise
 
     def _record(self, job_id: str) -> Record:
-        """Return the record of a job after a look at what runs."""
         return self.store.read(self.get_job_status(job_id).id)
 
     def _refresh(self, job_id: str) -> Job:
@@ -301,10 +287,7 @@ class Client:
         return self._apply(record, self._observe(record))
 
     def _apply(self, record: Record, outcome: JobOutcome | None) -> Job:
-        """Return a job after what was observed, and record a change of state if the disk can be written.
-
-        A platform's news within a state, and that a job cannot be seen at the moment, are not recorded.
-        """
+        """Return a job with the observed outcome; record only a change of state, and only if the disk is writable."""
         if outcome is not None and outcome.state not in ("UNKNOWN", record.state):
             with suppress(RunError), self.store.update(record.id) as record:
                 outcome = self._observe(record)  # its supervisor may have written in the meantime
@@ -318,7 +301,7 @@ class Client:
             return None
         try:
             return self._platform(record.platform).observe(record)
-        except OpenMAEError as error:  # also if the platform cannot be used from this machine
+        except OpenMAEError as error:  # for example, the platform cannot be used from this machine
             return JobOutcome("UNKNOWN", error.problem)
         except OSError as error:
             return JobOutcome("UNKNOWN", disk_error(error, self.store.folder(record.id), verb="read").problem)

@@ -1,4 +1,4 @@
-"""The record of a job, which is its file ``job.json``, and ``Job``, the view of it that callers get."""
+"""``Record``, the content of a job's file ``job.json``, and ``Job``, the public view of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openmae.machine import Identity
 State = Literal["PENDING", "RUNNING", "COMPLETE", "ERROR", "CANCELED", "UNKNOWN"]
 STATES: tuple[State, ...] = get_args(State)
 FINAL = frozenset({"COMPLETE", "ERROR", "CANCELED"})
-VERSION = 1  # of the records that this version of OpenMAE writes and reads
+VERSION = 1  # of the record format
 _KINDS = {
     str: "a string",
     int: "an integer",
@@ -25,13 +25,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Transition:
-    """A change of state.
-
-    Attributes:
-        at: Time, ISO 8601 in UTC.
-        state: The new state.
-        message: The platform's description of it.
-    """
+    """A change of state: its time (ISO 8601, UTC), the new state, and the platform's message."""
 
     at: str
     state: State
@@ -43,19 +37,16 @@ class Job:
     """A job at one moment.
 
     Attributes:
-        id: Unique id.
         action: train, evaluate, inference, export or gen_trt_engine.
-        status: One of ``STATES``; the platform's own word for it is in ``message``.
+        status: One of ``STATES``; ``message`` may have the platform's name for it.
         results_dir: ``results_dir`` of the spec. The action writes to ``results_folder``.
-        parent_job_id: Id of the job whose model this one takes.
+        parent_job_id: Id of the job whose model this job uses.
         created_at: ISO 8601, UTC.
         name: Name given by the user, or the action.
-        platform: local, slurm or ray.
-        message: Message of the last transition.
         exit_code: Exit code of the action (0, 1, 2, 75 or 130), or minus the number of the signal that killed it;
-            None until it is known.
+            None if it is not known.
         results_folder: Folder or URL that the action writes to.
-        notices: Notices of the submission.
+        notices: Notices logged at submission.
         transitions: All transitions, oldest first.
     """
 
@@ -79,18 +70,18 @@ class Job:
         return self.status in FINAL
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
+        """Return the fields as a dict, for JSON."""
         return asdict(self)
 
 
 @dataclass
 class Handle:
-    """The data with which a platform finds a job again.
+    """The data by which a platform identifies a job.
 
     Attributes:
-        supervisor, process: Processes of a local job; ``process`` is the first one of the action.
+        supervisor, process: Processes of a local job; ``process`` is the first process of the action.
         slurm_job: SLURM's job id.
-        ray: Address of the Ray cluster that has the job.
+        ray: Address of the Ray cluster to which the job was submitted.
     """
 
     supervisor: Identity | None = None
@@ -103,26 +94,22 @@ class Handle:
 class Record:
     """Everything that is stored about a job. Fields with a default may be missing in records of early versions.
 
+    Fields that are not listed here are described in ``Job``.
+
     Attributes:
-        id, action, name, platform, created_at, parent_job_id, exit_code, results_dir, results_folder, notices: See
-            ``Job``.
         transitions: Append-only; see ``move``.
-        host: Machine that the job was submitted on.
-        handle: Where the job runs.
+        host: Machine on which the job was submitted.
         submitter: Process that submitted the job.
-        command: Command of the job.
-        cwd: Working directory of the job.
-        own_results: Whether only this job uses ``results_dir``, rather than it being set in the spec.
-        outputs: Files that the spec tells the action to write, in addition to ``results_folder``.
+        own_results: True if ``results_dir`` was not set in the spec, so that only this job uses it.
+        outputs: Output files named in the spec, which may be outside ``results_folder``.
         spec: Merged spec, without the value of the encryption key.
-        explanation: Origin of each value of the spec.
+        explanation: Origin of each value in the spec.
         cancel_requested: Time of the first request to cancel the job.
         gpus: GPUs per node.
-        nodes: Number of nodes.
-        processes: Number of processes per node.
-        image: Container image of the request; not used.
-        env_vars: Names of the variables of the request.
-        later: Fields of a later version of OpenMAE. They are kept.
+        processes: Processes per node.
+        image: Requested container image; not used.
+        env_vars: Names of the variables in the request.
+        later: Fields written by a later version of OpenMAE, kept unchanged.
     """
 
     id: str
@@ -179,7 +166,7 @@ class Record:
         return True
 
     def to_job(self) -> Job:
-        """Return the view of this record that callers get."""
+        """Return the public view of this record."""
         shared = {name: getattr(self, name) for name in _SHARED}
         transitions = tuple(Transition(_utc(item.at), item.state, item.message) for item in self.transitions)
         shared |= {"created_at": _utc(self.created_at), "notices": tuple(self.notices), "transitions": transitions}
@@ -192,14 +179,10 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: Any, job_id: str) -> Record:
-        """Check the content of ``job.json`` and return it as a record.
-
-        Args:
-            values: The parsed JSON.
-            job_id: Id of the job that the file belongs to.
+        """Validate ``values``, the parsed ``job.json`` of the job ``job_id``, and return a record.
 
         Raises:
-            ValueError: This version cannot read the record of the job from it; the message has the reason.
+            ValueError: The record is invalid or was written by a newer version; the message has the reason.
         """
         _check_type("the record", values, dict)
         version = values.get("version", VERSION)
@@ -236,10 +219,10 @@ _SHARED = [name for name in _REQUIRED if name != "transitions"]
 
 
 def check_identity(name: str, value: Any) -> None:
-    """Check that a value from a file is None or identifies a process; if it is incomplete, no process matches it.
+    """Check that a value from a file is None or identifies a process by an integer pid.
 
     Raises:
-        ValueError: It is not an object, or its pid is not an integer.
+        ValueError: The value is not an object, or its pid is not an integer.
     """
     _check_type(name, value, dict | None)
     if value is not None:
@@ -247,7 +230,7 @@ def check_identity(name: str, value: Any) -> None:
 
 
 def parse_time(text: str) -> datetime:
-    """Parse a time of a record; one without a time zone is in UTC.
+    """Parse a time in a record; without a time zone, it is in UTC.
 
     Raises:
         ValueError: The text is not a date and time in ISO 8601.
@@ -260,7 +243,7 @@ def parse_time(text: str) -> datetime:
 
 
 def now() -> str:
-    """Return the current time as ISO 8601 in UTC; sorting such strings sorts by time."""
+    """Return the current time as ISO 8601 in UTC, in a format that sorts by time."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
@@ -288,7 +271,7 @@ def _handle(values: Any) -> Handle:
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Check the outermost type of a JSON value; objects stand for the dataclasses of this module."""
+    """Check the outermost type of a JSON value; dataclasses are stored as objects."""
     wanted = [get_origin(one) or one for one in (get_args(hint) if NoneType in get_args(hint) else (hint,))]
     wanted = [one if one in _KINDS else dict for one in wanted]
     if type(value) not in wanted:

@@ -1,4 +1,4 @@
-"""Reading and following a job's log in pieces, so that a log of any size takes a few megabytes of memory."""
+"""Read and follow a job's log in blocks, so that a log of any size takes only a few megabytes of memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from typing import BinaryIO
 from openmae.errors import SpecError
 from openmae.storage.atomic import disk_error
 
-_BLOCK = 1 << 20  # bytes that are read at once; a longer line is split
+_BLOCK = 1 << 20  # bytes to read at once; a longer line is split
 _POLL = 0.1
 
 
 def read_log(path: Path, tail: int | None = None) -> Iterator[str]:
-    """Yield a log in pieces of any length; nothing if there is no log.
-
-    Args:
-        path: The log file.
-        tail: Only this many last lines; None: all.
+    """Yield the last ``tail`` lines of a log (None: all) in blocks; nothing if there is no log.
 
     Raises:
         SpecError: ``tail`` is negative.
@@ -42,12 +38,9 @@ def read_log(path: Path, tail: int | None = None) -> Iterator[str]:
 
 
 def follow_log(path: Path, tail: int | None, ended: Callable[[], bool]) -> Iterator[str]:
-    """Yield the lines of a log, without line ends, as they are written, until the job has ended.
+    """Yield the lines of a log, without line ends, as they are written, until ``ended`` returns True.
 
-    Args:
-        path: The log file.
-        tail: Begin with this many last lines; None: with the first line.
-        ended: Returns whether the job has ended.
+    Begin with the last ``tail`` of the existing lines (None: all). The log need not exist yet.
 
     Raises:
         SpecError: ``tail`` is negative.
@@ -55,7 +48,7 @@ def follow_log(path: Path, tail: int | None, ended: Callable[[], bool]) -> Itera
     _check(tail)
     start, rest = None, b""
     while True:
-        over = ended()  # before reading, so that nothing is missed
+        over = ended()  # check before reading, so that no line is missed
         if path.is_file():
             with path.open("rb") as file:
                 file.seek(_find_tail(file, tail) if start is None else start)
@@ -91,7 +84,7 @@ def _find_tail(file: BinaryIO, tail: int | None) -> int:
         block = file.read(size)
         cut = len(block)
         if place + cut == end and block.endswith(b"\n"):
-            cut -= 1  # no line begins after the end of the last one
+            cut -= 1  # the final line end does not begin a new line
         while (cut := block.rfind(b"\n", 0, cut)) >= 0:
             missing -= 1
             if not missing:

@@ -1,4 +1,4 @@
-"""How a job ended: from its exit code, its ``status.json`` and its log, and what to do if it failed."""
+"""Determine from exit code, ``status.json`` and log how a job ended, and what to do if it failed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from openmae.jobs.artifacts import below, modified, read_text
 from openmae.jobs.job import Record, State, parse_time
 from openmae.storage import layout
 
-EXIT = "exit_code"  # file in the folder of a cluster's job
+EXIT = "exit_code"  # file in the folder of a SLURM or Ray job
 _QUARTER = 15 * 60.0  # seconds
-_TAIL = 64 * 1024  # bytes at the end of a log that are analysed
+_TAIL = 64 * 1024  # bytes to analyse at the end of a log
 
 Category = Literal["data", "spec", "out of memory", "infrastructure", "unknown"]
 
 
 class JobOutcome(NamedTuple):
-    """How a job ended, or, while it has not, what its platform reports."""
+    """The final state of a job, or its current state as reported by its platform."""
 
     state: State
     message: str
@@ -32,7 +32,7 @@ class JobOutcome(NamedTuple):
 
 
 def conclude(record: Record, code: int) -> JobOutcome:
-    """Return the outcome of a job from its exit code, which is negative for a signal."""
+    """Return the outcome of a job, given its exit code (negative: the number of a signal)."""
     if code == 0:
         return JobOutcome("COMPLETE", "finished", 0)
     how = f"ended by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
@@ -48,12 +48,9 @@ def conclude(record: Record, code: int) -> JobOutcome:
 
 
 def conclude_without_code(record: Record, report: str, *, canceled: bool) -> JobOutcome:
-    """Return the outcome of a job that left no exit code: from ``status.json``, else from ``canceled``.
+    """Return the outcome of a job without an exit code: from ``status.json``, or else from ``canceled``.
 
-    Args:
-        record: The job's record.
-        report: What the platform says about the job.
-        canceled: Whether the job was canceled.
+    ``report`` is the platform's message about the job.
     """
     if last_status(record) in ("SUCCESS", "SKIPPED"):
         return JobOutcome("COMPLETE", f"finished; {report}", 0)
@@ -61,10 +58,7 @@ def conclude_without_code(record: Record, report: str, *, canceled: bool) -> Job
 
 
 def read_exit_code(folder: Path) -> int | None:
-    """Return the exit code in a job's folder; None if there is none yet, or if the file is damaged.
-
-    A shell writes 128 plus the number of a signal, which is turned into minus the number. 130 is OpenMAE's own code.
-    """
+    """Return the exit code in a job's folder (see ``signal_as_minus``), or None if it is missing or damaged."""
     path = folder / EXIT
     try:
         return signal_as_minus(int(path.read_bytes())) if path.is_file() else None
@@ -73,7 +67,7 @@ def read_exit_code(folder: Path) -> int | None:
 
 
 def signal_as_minus(code: int) -> int:
-    """Return minus the number of a signal for a shell's exit code of 128 plus that number."""
+    """Convert a shell's exit code for a signal, 128 + number, to minus the number. 130 is an exit code of OpenMAE."""
     return 128 - code if code > 128 and code != 130 else code
 
 
@@ -85,14 +79,14 @@ def _signal_name(number: int) -> str:
 
 
 def last_status(record: Record) -> str | None:
-    """Return SUCCESS, SKIPPED or FAILURE if that is the last status of the run, else None."""
+    """Return the last status of the run if it is SUCCESS, SKIPPED or FAILURE, else None."""
     lines = status_lines(record)
     last = str(lines[-1].get("status")) if lines else None
     return last if last in ("SUCCESS", "SKIPPED", "FAILURE") else None
 
 
 def status_lines(record: Record) -> list[dict[str, Any]]:
-    """Return the complete lines of ``status.json`` that this job wrote, and no earlier run; oldest first.
+    """Return the complete lines of ``status.json`` written by this job, not by earlier runs; oldest first.
 
     Raises:
         DataError: The results are in a remote store that cannot be read.
@@ -102,7 +96,7 @@ def status_lines(record: Record) -> list[dict[str, Any]]:
     text = read_text(path) if began else None
     if not began or text is None:
         return []
-    # status.json has whole seconds, and the clock of a file server may be a little behind
+    # times in status.json are rounded down to seconds, and the clock of a file server may be slightly behind
     earliest = parse_time(began) - timedelta(seconds=2)
     entries = [entry for line in text.split("\n")[:-1] if (entry := _parse(line)) is not None]
     zone = _time_zone(entries, path)
@@ -118,7 +112,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _time_of(entry: Mapping[str, Any], zone: tzinfo | None) -> datetime | None:
-    """Return when a line was written, in ``zone`` (None: the zone of this process)."""
+    """Return the time of a line, which was written in ``zone`` (None: the local time zone)."""
     try:
         when = datetime.strptime(f"{entry['date']} {entry['time']}", "%m/%d/%Y %H:%M:%S")
         return when.replace(tzinfo=zone) if zone else when.astimezone()
@@ -129,8 +123,8 @@ def _time_of(entry: Mapping[str, Any], zone: tzinfo | None) -> datetime | None:
 def _time_zone(entries: Sequence[Mapping[str, Any]], path: str) -> tzinfo | None:
     """Return the time zone of a run, or None if it cannot be determined.
 
-    The lines have local times without a zone (TAO's format). The last line was written when the file was modified, and
-    that time is known in UTC. So a run in another time zone, or before a change to summer time, is judged correctly.
+    The lines have local times without a zone (TAO's format). The offset from UTC is the difference between the time of
+    the last line and the modification time of the file.
     """
     last = next((when for entry in reversed(entries) if (when := _time_of(entry, UTC)) is not None), None)
     written = modified(path)
@@ -145,8 +139,6 @@ class FailureAnalysis:
     """Why a job failed.
 
     Attributes:
-        job_id: Id of the job.
-        category: Class of the failure.
         error: The last error that the run reported.
         suggestions: What to try, most likely first.
         exit_code: Exit code of the action, or minus the number of a signal; None if unknown.
@@ -162,7 +154,7 @@ class FailureAnalysis:
 
     @property
     def diverged(self) -> bool:
-        """True if the loss was not finite: the values of the spec are the cause, not the data or the machine."""
+        """True if training diverged because of values in the spec, not because of the data or the machine."""
         return self.category == "spec" and re.search(_DIVERGED, self.error, re.IGNORECASE) is not None
 
 
@@ -197,11 +189,7 @@ _RULES = tuple(
 
 
 def analyse(record: Record, log: Path) -> FailureAnalysis:
-    """Analyse why a job in the state ERROR failed.
-
-    Args:
-        record: The job's record.
-        log: The job's log file.
+    """Analyse why a job in the state ERROR failed, from its record, ``status.json`` and log file.
 
     Raises:
         DataError: The results are in a remote store that cannot be read.
@@ -221,7 +209,7 @@ def analyse(record: Record, log: Path) -> FailureAnalysis:
 
 
 def log_tail(log: Path) -> str:
-    """Return the end of a log; empty if there is none."""
+    """Return the end of a log, or "" if there is no log."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:
@@ -230,7 +218,7 @@ def log_tail(log: Path) -> str:
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """Return the last error of a log, with its Fix line, or the end of a traceback; otherwise the last line."""
+    """Return the last error in a log, with its Fix line, or the last line of a traceback; otherwise the last line."""
     texts = [line.rstrip() for line in lines if line.strip()]
     for number in range(len(texts) - 1, -1, -1):
         if texts[number].startswith("  Fix: ") and number:
@@ -247,14 +235,14 @@ def _classify(error: str, message: str, tail: str, code: int | None) -> tuple[Ca
         why = "The system kills a process that takes too much memory. " + _SMALLER
         other = () if "OUT_OF_MEMORY" in message else ("It may also have been killed by a person (SIGKILL).",)
         return "out of memory", (why, "Lower dataset.num_workers_per_gpu.", *other)
-    # the class of OpenMAE's own errors comes first, and says more than any word after it
+    # the class of OpenMAE's errors is at the beginning, and is more reliable than the words after it
     for text in (error.partition(":")[0], error, message):
         for rule in _RULES:
             if re.search(rule.pattern, text, re.IGNORECASE):
                 return rule.category, (rule.suggestion,)
     if code == 2:
         return "spec", ("The request was invalid: fix what the error names.",)
-    for rule in _RULES[:4]:  # what a library printed before the error
+    for rule in _RULES[:4]:  # a library may have printed the cause before the error
         if re.search(rule.pattern, tail, re.IGNORECASE):
             return rule.category, (rule.suggestion,)
     return "unknown", ("Read the complete log: `mae jobs logs JOB`.", "Run the action with the job's spec.yaml.")

@@ -1,7 +1,7 @@
-"""The spec of a job: what was given, then what the parent and the job itself decide, each with its origin.
+"""Build the spec of a job from given values, its parent and its results folder, with the origin of each value.
 
 Precedence, highest first: ``spec_overrides`` (dotted keys, then nested sections, then shorthands), ``specs`` (in the
-same order), the functions of the contract, what the parent carries forward, the default of the option.
+same order), the functions in the action table, values carried over from the parent, the default of the option.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from openmae.storage.urls import is_remote
 
 KEY_VARIABLE = "OPENMAE_ENCRYPTION_KEY"
 CARRIED = ("train.stage", "model.arch", "model.num_classes", "dataset.augmentation.input_size")
-_SHAPE = ("model.patch_size", "model.in_chans")  # carried if the parent sets them
+_SHAPE = ("model.patch_size", "model.in_chans")  # also carried over, if set in the parent
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,9 @@ class Origin:
     """The origin of a value.
 
     Attributes:
-        key: Dotted key.
         value: The value; None if the key was left unset.
-        function: A function of the contract, or ``specs``, ``spec_overrides``, ``carried``, ``gpu_count``, ...
-        why: An explanation.
+        function: A function in the action table, or ``specs``, ``spec_overrides``, ``carried``, ``gpu_count``, ...
+        why: An explanation for the user.
     """
 
     key: str
@@ -49,10 +48,9 @@ class JobSpec:
     """The spec of a job, with the origin of each value.
 
     Attributes:
-        action: The action of the job.
-        searching: Whether the job is a hyperparameter search.
+        searching: True if the job is a hyperparameter search.
         values: Values by dotted key.
-        origins: Origins by dotted key, also of keys that were left unset.
+        origins: Origins by dotted key, including keys that were left unset.
     """
 
     action: str
@@ -61,13 +59,13 @@ class JobSpec:
     origins: dict[str, Origin] = field(default_factory=dict)
 
     def put(self, key: str, value: Any, function: str, why: str) -> None:
-        """Set a key, or record why it is left unset if the value is None."""
+        """Set a key and record its origin; None leaves the key unset and only records the reason."""
         if value is not None:
             self.values[key] = value
         self.origins[key] = Origin(key, value, function, why)
 
     def is_set(self, key: str) -> bool:
-        """Return whether a key has a value; an empty string is none."""
+        """Return whether a key has a value other than an empty string."""
         return self.values.get(key) not in (None, "")
 
     @property
@@ -77,12 +75,12 @@ class JobSpec:
 
     @property
     def folder(self) -> str:
-        """The folder of the action: ``<action>.results_dir``, else ``<results_dir>/<action>``."""
+        """The results folder of the action: ``<action>.results_dir``, else ``<results_dir>/<action>``."""
         own = self.values.get(f"{self.action}.results_dir")
         return _absolute(own) if own else below(self.values["results_dir"], self.action)
 
     def explanation(self) -> list[dict[str, Any]]:
-        """Return the origins as plain values, sorted by key, without a secret key."""
+        """Return the origins as dicts, sorted by key, with a literal encryption key masked."""
         found = [asdict(self.origins[key]) for key in sorted(self.origins)]
         for item in found:
             if item["key"] == "encryption_key" and is_secret(str(item["value"] or "")):
@@ -93,12 +91,7 @@ class JobSpec:
 def merge(
     action: str, specs: Mapping[str, Any] | None = None, spec_overrides: Mapping[str, Any] | None = None
 ) -> JobSpec:
-    """Merge what was given; see the precedence above. ``???`` and None count as not given.
-
-    Args:
-        action: The action of the job.
-        specs: Nested sections, dotted keys or shorthands.
-        spec_overrides: The same, with precedence.
+    """Merge nested sections, dotted keys and shorthands by precedence. ``???`` and None count as not given.
 
     Raises:
         SpecError: A shorthand has no meaning for the action.
@@ -125,16 +118,16 @@ def merge(
 
 
 def fill(spec: JobSpec, parent: Record | None, own_results: str) -> None:
-    """Set every key that the contract's table names for the action, or record why it is left unset.
+    """Infer missing values: each key that the action table lists is set, or the reason why it is not is recorded.
 
     Args:
-        spec: What was given; it is changed.
-        parent: The job whose child this is.
-        own_results: The results folder of this job, used if the spec names none.
+        spec: The given values; modified in place.
+        parent: The parent job, or None.
+        own_results: Results folder of this job, used if the spec does not set one.
 
     Raises:
-        SpecError: The parent has no model that the action could take.
-        CheckpointError: The parent should have such a model, but does not.
+        SpecError: The action cannot use a model of the parent's action.
+        CheckpointError: The parent's results have no such model.
         DataError: A remote results folder cannot be read.
     """
     _set_key(spec, parent)
@@ -219,7 +212,6 @@ _FUNCTIONS = {
 
 
 def _require_model(spec: JobSpec, parent: Record) -> None:
-    """Refuse a parent whose model no key of the action takes."""
     action = TABLE[spec.action]
     keys = [item.key for item in action.inputs]
     if action.needs_input and not any(map(spec.is_set, keys)):
@@ -233,7 +225,7 @@ def _require_model(spec: JobSpec, parent: Record) -> None:
 
 
 def _carry(spec: JobSpec, parent: Record) -> None:
-    """Copy the stage and the shape of the model from the parent."""
+    """Copy the stage and the model's architecture and shape from the parent."""
     known, source = _read_parent_spec(parent)
     for key in (*CARRIED, *_SHAPE):
         value = known.get(key)
@@ -248,7 +240,7 @@ def _carry(spec: JobSpec, parent: Record) -> None:
 
 
 def _read_parent_spec(parent: Record) -> tuple[dict[str, Any], str]:
-    """Return a parent's spec by dotted key: the resolved one of a training run, else what was given."""
+    """Return a parent's spec by dotted key (the resolved spec of a training run, else the given one) and its name."""
     if parent.action == "train":
         folder = parent.results_folder
         text = read_text(below(folder, layout.BEST_SPEC)) or read_text(below(folder, layout.SPEC))
@@ -269,7 +261,7 @@ def _absolute(path: str) -> str:
 
 
 def nested(values: Mapping[str, Any]) -> Tree:
-    """Return values by dotted key as nested sections.
+    """Convert values by dotted key to nested sections.
 
     Raises:
         SpecError: A key is both a section and a plain value.

@@ -1,7 +1,7 @@
-"""The policy that makes a training job a hyperparameter search: an explicit value, a few phrases, or the default.
+"""Decide whether a training job becomes a hyperparameter search: by an explicit value, a few phrases, or the default.
 
-A caller that understands language, such as an agent, should decide by itself and pass the value. The phrases are for
-callers that only have the user's words.
+A caller that understands language, such as an agent, should decide itself and pass the value. The phrases are for
+callers that only have the text of the user's request.
 """
 
 from __future__ import annotations
@@ -31,13 +31,7 @@ _OFF = re.compile(
 
 @dataclass(frozen=True)
 class Route:
-    """The decision where an action runs.
-
-    Attributes:
-        policy: The policy of this run; the skill itself does not change.
-        where: ``automl``, or the action if it runs directly.
-        reason: An explanation for the user.
-    """
+    """The decision whether an action runs directly (``where`` is the action) or as a search (``automl``)."""
 
     policy: Policy
     where: str
@@ -48,7 +42,7 @@ def resolve_policy(explicit: str | bool | None, words: str = "") -> tuple[Policy
     """Return the policy of a run and the reason for it.
 
     Args:
-        explicit: ``auto``, ``on`` (the same), ``off``, or None. YAML reads on and off as True and False.
+        explicit: ``auto`` or ``on`` (the same), ``off``, or None. YAML parses on and off as True and False.
         words: The user's request, used if ``explicit`` is None. Phrases such as "turn off AutoML", "disable AutoML",
             "no HPO" and "plain training" mean off, unless "not" precedes them.
 
@@ -66,13 +60,9 @@ def resolve_policy(explicit: str | bool | None, words: str = "") -> tuple[Policy
 
 
 def route(action: str, explicit: str | bool | None = None, words: str = "", skill: Path | None = None) -> Route:
-    """Return where an action runs: a training with the policy auto becomes a search, if that is possible.
+    """Return where an action runs: ``train`` with the policy auto becomes a search, if that is possible.
 
-    Args:
-        action: train, evaluate, ...; only train is ever routed.
-        explicit: See ``resolve_policy``.
-        words: See ``resolve_policy``.
-        skill: Folder of the skill package; None: the installed one.
+    ``explicit`` and ``words`` are those of ``resolve_policy``; ``skill`` is the folder of the skill package.
 
     Raises:
         SpecError: ``explicit`` is not auto, on or off.
@@ -96,11 +86,7 @@ def route(action: str, explicit: str | bool | None = None, words: str = "", skil
 
 
 def _read(skill: Path, name: str) -> dict[str, Any]:
-    """Return the content of a JSON or YAML file of the skill.
-
-    Raises:
-        ValueError: It is missing, or does not parse; the message names the file.
-    """
+    """Return the content of a JSON or YAML file; raise a ValueError if it is missing or cannot be parsed."""
     import yaml
 
     try:

@@ -1,4 +1,4 @@
-"""From the arguments of ``Client.create_job`` to the record and the spec of a job, or to an error before it starts."""
+"""Turn the arguments of ``Client.create_job`` into the record and the spec of a job, and check them."""
 
 from __future__ import annotations
 
@@ -46,13 +46,7 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A valid job that has not been written or started.
-
-    Attributes:
-        record: Its first record.
-        spec_text: Its spec file, without the value of a literal encryption key.
-        environment: Its variables, including secrets.
-    """
+    """A valid job that has not been stored or started. Only ``environment`` has secrets."""
 
     record: Record
     spec_text: str
@@ -60,13 +54,9 @@ class Prepared:
 
 
 def prepare(request: JobRequest, parent: Record | None, job_id: str, folder: Path) -> Prepared:
-    """Merge the spec of a job, infer what was not given, and check it.
+    """Merge the spec of a job, infer missing values, and check it.
 
-    Args:
-        request: The arguments of ``create_job``.
-        parent: Record of the parent job.
-        job_id: Id of the new job.
-        folder: Folder of the new job, also of its results if the spec names no other.
+    Results are written to a subfolder of ``folder``, the folder of the new job, unless the spec sets another one.
 
     Raises:
         UserError: The request is invalid.
@@ -121,15 +111,15 @@ def prepare(request: JobRequest, parent: Record | None, job_id: str, folder: Pat
 
 
 def command_of(action: str, spec: Path) -> list[str]:
-    """Return the command that runs an action in this Python environment."""
+    """Return the command line that runs an action in this Python environment."""
     return [sys.executable, "-m", "openmae", action, "-e", str(spec)]
 
 
 def check_sources(spec: ExperimentSpec, action: str) -> None:
-    """Refuse data sources that do not exist.
+    """Check that the data sources of an action exist.
 
     Raises:
-        DataError: Sources do not exist, or a store cannot be reached; the message names all missing local ones.
+        DataError: Sources are missing (the message lists all local ones), or a store cannot be reached.
     """
     missing = missing_sources(spec, action)
     if missing:
@@ -144,10 +134,10 @@ def check_sources(spec: ExperimentSpec, action: str) -> None:
 
 
 def check_key(text: str, env_vars: Mapping[str, str]) -> None:
-    """Refuse an encryption key that the job would not find.
+    """Check that the job can read its encryption key.
 
     Raises:
-        SpecError: Its environment variable is not set, or its file does not exist.
+        SpecError: The key's environment variable is not set, or its file does not exist.
     """
     name = text.removeprefix(KEY_IN_ENVIRONMENT)
     if text.startswith(KEY_IN_ENVIRONMENT) and not (env_vars.get(name) or os.environ.get(name)):
@@ -183,7 +173,7 @@ def _check_arguments(request: JobRequest) -> None:
 
 
 def _set_counts(draft: JobSpec, request: JobRequest) -> list[str]:
-    """Set ``gpu_count`` and ``num_nodes`` in the section of the action, and return what they replace there."""
+    """Apply ``gpu_count`` and ``num_nodes`` to the section of the action; return the values that they replace."""
     action, replaced = draft.action, []
 
     def replace(key: str, value: Any, argument: str, why: str) -> None:
@@ -211,7 +201,7 @@ def _set_counts(draft: JobSpec, request: JobRequest) -> list[str]:
 def _move_key(draft: JobSpec, environment: dict[str, str]) -> bool:
     """Move a literal encryption key to the environment; return whether there was one."""
     key = str(draft.values.get("encryption_key") or "")
-    if "${" in key:  # otherwise the reference itself would become the key
+    if "${" in key:  # resolve the reference; otherwise its text would become the key
         key = load_spec({"encryption_key": key}).encryption_key
     if not is_secret(key):
         return False
@@ -221,7 +211,7 @@ def _move_key(draft: JobSpec, environment: dict[str, str]) -> bool:
 
 
 def _resources(spec: ExperimentSpec, request: JobRequest, searching: bool) -> tuple[int, int]:
-    """Return GPUs per node and nodes. The platform decides which GPUs, so the spec must not."""
+    """Return the number of GPUs per node, and of nodes. The spec must not select GPUs, since the platform does."""
     action = request.action
     section = getattr(spec, action)
     if action in DEVICES:
@@ -236,7 +226,7 @@ def _resources(spec: ExperimentSpec, request: JobRequest, searching: bool) -> tu
             f"Remove {key}, or use 0, 1, ...",
         )
     gpus = default if request.gpu_count is None else request.gpu_count
-    if searching:  # on a cluster, its trials are jobs with their own resources
+    if searching:  # on a cluster, its trials are separate jobs that request resources themselves
         return (gpus * spec.automl.max_concurrent, nodes) if request.platform == "local" else (0, 1)
     return gpus, nodes
 
@@ -255,7 +245,7 @@ def _without_password(value: Any) -> Any:
 
 
 def _describe_search(spec: ExperimentSpec) -> str:
-    """Describe how many trials a search has, how long that takes, and how to train once instead."""
+    """Describe the number of trials, the time a search takes, and how to train once instead."""
     automl = spec.automl
     count, at_once = automl.max_recommendations, automl.max_concurrent
     epochs = automl.max_epochs or spec.train.num_epochs

@@ -1,4 +1,4 @@
-"""Sessions of processes: each job runs in its own session, so that all its processes can be found and stopped."""
+"""Find and stop all processes of a job. Each job runs in its own session (``setsid``)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,15 @@ _POLL = 0.05
 
 
 def living_sessions() -> set[int]:
-    """Return the ids of all sessions that have a process."""
+    """Return the ids of all sessions on this machine."""
     return {session for pid in psutil.pids() if (session := _session(pid)) is not None}
 
 
 def session_members(leader: Mapping[str, Any]) -> list[int]:
-    """Return the ids of the living processes in the session that ``leader`` leads or led.
+    """Return the ids of the living processes in the session of which ``leader`` is or was the first process.
 
-    As long as the session has members, the system does not give the id of a dead leader to another process. If a
-    process of that id has another start time, the session has therefore ended.
-
-    Args:
-        leader: The identity of the session's first process.
+    As long as the session has members, the system does not reuse the pid of its leader. So if a process with that pid
+    has another start time, the session has ended.
     """
     found = inspect(leader["pid"])
     if leader.get("boot") != boot_id() or (found is not None and not is_same(found, leader)):
@@ -38,9 +35,9 @@ def session_members(leader: Mapping[str, Any]) -> list[int]:
 
 
 def signal_session(leader: Mapping[str, Any], number: signal.Signals) -> None:
-    """Send a signal to a job: SIGINT to its first process group, as a terminal does; others to the whole session.
+    """Send a signal to all processes of a job; SIGINT only to its first process group, as a terminal does.
 
-    The processes of a distributed run leave the group but not the session. The first one passes SIGINT on to them.
+    The processes of a distributed run leave the group, but not the session; the first process forwards SIGINT to them.
     """
     for pid in session_members(leader):
         with suppress(ProcessLookupError):
@@ -49,15 +46,13 @@ def signal_session(leader: Mapping[str, Any], number: signal.Signals) -> None:
 
 
 def stop_session(leader: Mapping[str, Any], grace: float) -> None:
-    """Stop a job, and return once its first process has ended and the others have been killed.
+    """Stop a job: send SIGINT, then SIGTERM, then SIGKILL, until its first process has ended; kill all others.
 
-    Args:
-        leader: The identity of the job's first process.
-        grace: Seconds between SIGINT, on which training writes a checkpoint, and SIGTERM; SIGKILL follows within 5 s.
+    ``grace`` is the time in seconds after SIGINT, in which training writes a checkpoint; SIGKILL follows within 5 s.
     """
     for number, patience in ((signal.SIGINT, grace), (signal.SIGTERM, min(grace, 5.0)), (signal.SIGKILL, 10.0)):
         signal_session(leader, number)
-        signal_session(leader, signal.SIGCONT)  # a stopped process receives no other signal
+        signal_session(leader, signal.SIGCONT)  # a stopped process does not handle signals
         deadline = time.monotonic() + patience
         while is_running(leader) and time.monotonic() < deadline:
             time.sleep(_POLL)

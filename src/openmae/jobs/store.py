@@ -1,4 +1,4 @@
-"""The folder that holds the records of jobs: one JSON file per job, replaced atomically, changed under a lock."""
+"""Store the records of jobs in a folder: one JSON file per job, replaced atomically and updated under a lock."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ log = logging.getLogger("openmae")
 
 
 class LockHeldError(RunError):
-    """Another process, which is probably stopped, holds a lock for too long."""
+    """Another process, which is probably stopped (SIGSTOP), has held a lock for too long."""
 
 
 class JobStore:
-    """All jobs of a folder. Any number of processes may use it at the same time.
+    """The records of all jobs in a folder. Several processes may use it at the same time.
 
     Args:
-        root: A local folder; created, readable only by this user, if it does not exist.
+        root: A local folder. If it does not exist, it is created and is accessible only to this user.
 
     Raises:
         SpecError: The folder is not local or cannot be created.
@@ -60,14 +60,14 @@ class JobStore:
             ) from error
 
     def folder(self, job_id: str) -> Path:
-        """Return the folder of a job's record, spec and log."""
+        """Return the folder with a job's record, spec and log."""
         return self.root / job_id
 
     def create(self, record: Record) -> None:
         """Write the first version of a record.
 
         Raises:
-            RunError: The disk is full or faulty, or the user may not write there. No part of the job is left.
+            RunError: The disk is full or faulty, or not writable. No part of the job is left behind.
         """
         folder = self.folder(record.id)
         with disk_errors(folder):
@@ -112,7 +112,7 @@ class JobStore:
         """Return the job id that begins with ``text``.
 
         Raises:
-            SpecError: No id, or several, begin with it.
+            SpecError: No id, or more than one, begins with it.
         """
         if _ID.fullmatch(text) and (self.folder(text) / layout.JOB_RECORD).is_file():
             return text
@@ -138,7 +138,7 @@ class JobStore:
         return [name for name in names if os.path.lexists(self.root / name / layout.JOB_RECORD)]
 
     def records(self) -> list[Record]:
-        """Return all records, oldest first. A record that cannot be read is skipped with a warning that names it."""
+        """Return all records, oldest first. Records that cannot be read are skipped with a warning."""
         found = []
         for job_id in self.ids():
             if not _ID.fullmatch(job_id):
@@ -156,10 +156,10 @@ class JobStore:
 
     @contextmanager
     def update(self, job_id: str) -> Iterator[Record]:
-        """Lock a record and yield it for changes; it is written when the block ends without an error.
+        """Lock a record and yield it for changes, which are written if the block ends without an error.
 
         Raises:
-            ValueError: A transition was changed or removed.
+            ValueError: The block has changed or removed a transition.
             SpecError: There is no such job.
             RunError: The record cannot be read or written, or another process holds its lock.
         """
@@ -172,13 +172,13 @@ class JobStore:
             self._write(record)
 
     def try_to_write(self, job_id: str) -> None:
-        """Raise the ``RunError`` that writing a record would raise."""
+        """Write a temporary file, to raise the ``RunError`` that writing a record would raise."""
         path = self.folder(job_id) / ".probe"
         write_durably(path, " " * _RESERVED)
         path.unlink(missing_ok=True)
 
     def keep_reserve(self, job_id: str) -> None:
-        """Reserve disk space, so that the end of a job that fills the disk can still be recorded."""
+        """Reserve disk space, so that the end of a job can be recorded even if the job fills the disk."""
         with suppress(OSError):
             (self.folder(job_id) / _RESERVE).write_bytes(os.urandom(_RESERVED))
 
@@ -199,11 +199,11 @@ class JobStore:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path``. The system releases it if the holder dies.
+    """Hold the lock file ``path`` during the block. The system releases it if this process dies.
 
     Raises:
-        SpecError: Its folder, that of a job, does not exist.
-        RunError: Another process holds it for longer than ``PATIENCE`` seconds, or it cannot be created.
+        SpecError: The folder of the lock, normally that of a job, does not exist.
+        RunError: Another process held the lock for ``PATIENCE`` seconds, or it cannot be created.
     """
     if not path.parent.is_dir():  # FileLock would create it
         raise SpecError(f"There is no job {path.parent.name!r}.", _LIST)
@@ -226,8 +226,8 @@ def read_json(path: Path) -> Any:
     """Return the content of a small JSON file.
 
     Raises:
-        ValueError: It is not a regular file, or not JSON.
-        OSError: It cannot be read.
+        ValueError: The file is not a regular file, or not JSON.
+        OSError: The file cannot be read.
     """
     if not path.is_file():
         path.stat()

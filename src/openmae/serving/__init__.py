@@ -1,1 +1,1 @@
-"""A trained model behind HTTP: ``mae serve``."""
+"""Serve a trained model over HTTP: ``mae serve``."""

@@ -1,4 +1,4 @@
-"""Limits on how much clients can make the server log."""
+"""Limit the number of log records that clients can cause."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_BURST, _PERIOD = 10, 60.0  # records of one kind, per seconds
+_BURST, _PERIOD = 10, 60.0  # at most 10 records of one kind in 60 seconds
 _KINDS = 1000
 _LOGGERS = ("asyncio", "uvicorn.error", "openmae", "python_multipart")
 
@@ -24,7 +24,7 @@ class LogLimit(logging.Filter):
         self._kinds: dict[tuple[str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record is logged; the first record of a new period reports how many were not."""
+        """Return whether a record is logged; the first one of a new period reports how many were dropped."""
         kind = (record.name, str(record.msg)[:80])
         began, count = self._kinds.get(kind, (-_PERIOD, 0))
         if time.monotonic() - began >= _PERIOD:
@@ -39,7 +39,7 @@ class LogLimit(logging.Filter):
 
 @contextmanager
 def limited_logs() -> Iterator[None]:
-    """Limit the records of all loggers that clients can cause."""
+    """Limit the records of all loggers to which requests can write."""
     limits = [(logging.getLogger(name), LogLimit()) for name in _LOGGERS]
     for logger, limit in limits:
         logger.addFilter(limit)
@@ -51,7 +51,7 @@ def limited_logs() -> Iterator[None]:
 
 
 def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log an error of the event loop, without a traceback if no descriptor was left, since there may be many."""
+    """Log an error of the event loop; failures to accept a connection, which may be many, without a traceback."""
     error = context.get("exception")
     if isinstance(error, OSError) and "accept" in str(context.get("message")):
         log.error("A connection could not be accepted (%s).", error.strerror)

@@ -76,14 +76,13 @@ class NoneUsable(PredictResponse):
 
 
 def create_app(predictor: Predictor, settings: Settings | None = None) -> FastAPI:
-    """Return the application around a model that is ready to run. It does not close the predictor.
+    """Return an application that serves a model: ``/predict``, ``/health``, ``/metadata``, ``/openapi.json`` and ``/``.
 
-    ``POST /predict``, ``GET /health``, ``GET /metadata``, ``GET /openapi.json``, and ``GET /`` for the page. Every
-    error is JSON: ``{"error": rule, value and fix}``.
+    Every error is JSON: ``{"error": "rule, value and fix"}``.
 
     Args:
-        predictor: The model; called from one thread.
-        settings: The limits; by default, those of :class:`Settings`.
+        predictor: The model; called from a single thread, and not closed.
+        settings: The limits; None uses the defaults of :class:`Settings`.
     """
     service = _Service(predictor, settings or Settings())
     app = FastAPI(
@@ -100,7 +99,7 @@ def create_app(predictor: Predictor, settings: Settings | None = None) -> FastAP
 
 
 class _Service:
-    """The model, the threads around it, and the requests in progress."""
+    """The model, its threads, and the requests in progress."""
 
     def __init__(self, predictor: Predictor, settings: Settings) -> None:
         card = predictor.card
@@ -136,11 +135,11 @@ class _Service:
 
     @property
     def images_in_progress(self) -> int:
-        """Images that have arrived and are not answered."""
+        """Number of images that have arrived and are not answered yet."""
         return self._batcher.held
 
     async def predict(self, request: Request) -> list[Entry]:
-        """Return a response for each image of the request, or the reason why there is none."""
+        """Return the status and the prediction or error of each image in the request."""
         if not self._ready:
             raise Refused(503, "The server is stopping.", "Try another server, or try again later.")
         async with open_uploads(request, self.settings, self._intake) as uploads:
@@ -151,7 +150,7 @@ class _Service:
                 return await self._answers(uploads, sizes)
 
     async def _read_headers(self, uploads: list[Upload]) -> list[int | Refused]:
-        """Return the pixels of each image before any of them is decoded."""
+        """Return the number of pixels of each image, without decoding it."""
 
         def read() -> list[int | Refused]:
             return [_or_refused(partial(count_pixels, one, self.settings.max_pixels)) for one in uploads]
@@ -160,12 +159,7 @@ class _Service:
 
     @contextmanager
     def _admit(self, pixels: int, images: int) -> Iterator[None]:
-        """Hold a place for a request and for its images. The last quarter of the places is for small requests.
-
-        Raises:
-            Refused: Its images have too many pixels.
-            Full: There is no place.
-        """
+        """Reserve capacity for a request and its images. A quarter of the capacity is reserved for small requests."""
         limits = self.settings
         if pixels > limits.max_request_pixels:
             raise Refused(
@@ -212,7 +206,7 @@ class _Service:
             return _refuse(name, Refused(500, problem, "Export the model in a higher precision."))
         if self.card.stage == "pretrain":
             return 200, {"name": name, "embedding": row.tolist()}
-        best = row.log_softmax(0).sort(descending=True, stable=True)  # ranked as inference does
+        best = row.log_softmax(0).sort(descending=True, stable=True)  # the same ranking as in inference
         labels, shares = best.indices[:TOP].tolist(), best.values[:TOP].exp().tolist()
         names = self.card.class_names
         top = [{"class": names[label], "probability": share} for label, share in zip(labels, shares, strict=True)]
@@ -286,7 +280,7 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
-        headers = {"Connection": "close"} if error.status == 408 else None  # the rest of the body may still come
+        headers = {"Connection": "close"} if error.status == 408 else None  # the rest of the body may still arrive
         return _failure(error.status, error.text, headers)
 
     @app.exception_handler(Full)
@@ -316,7 +310,7 @@ def _failure(status: int, text: str, headers: Mapping[str, str] | None = None) -
 
 
 def _content_policy(page: str) -> str:
-    """Return a policy that allows the page's own script and style, and requests to its server; nothing else."""
+    """Return a Content-Security-Policy for the page's inline script and style, and requests to its server."""
     hashes = {}
     for tag in ("script", "style"):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
@@ -328,7 +322,7 @@ def _content_policy(page: str) -> str:
 
 
 class _SafeHeaders:
-    """Headers of every response: browsers must trust the content type, and send no referrer to other sites."""
+    """Middleware that adds security headers: no content type sniffing, and no referrer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""Connections with limits that uvicorn does not have: their number, and the time for headers and for responses."""
+"""Limits that uvicorn lacks: the number of connections, and the time for headers and for reading a response."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from openmae.serving.settings import Settings
 
-_BACKLOG = 128  # connections that the kernel keeps until they are accepted; all of them may be accepted at once
-_RESERVED = 64  # descriptors for everything else
-_MOST = 1000  # connections, even if the system allows more
+_BACKLOG = 128  # connections that wait in the kernel, and may all be accepted at once
+_RESERVED = 64  # file descriptors reserved for everything else
+_MOST = 1000  # maximum number of connections, even if the system allows more
 _TOO_SLOW = (
     b"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
     b'{"error":"The headers did not arrive in time. Send the request again."}'
@@ -22,7 +22,7 @@ log = logging.getLogger("openmae")
 
 
 def descriptor_limits() -> tuple[int, int]:
-    """Return how many connections may be open, and how many may wait, within the limit on file descriptors."""
+    """Return the maximum number of open and of waiting connections, within the limit on file descriptors."""
     try:
         import resource
     except ImportError:  # Windows
@@ -37,30 +37,30 @@ def descriptor_limits() -> tuple[int, int]:
 class LimitedProtocol(H11Protocol):
     """A connection that is closed if its headers take too long, if its client does not read, or to make room.
 
-    ``limited`` makes a subclass for each server.
+    ``limited`` creates a subclass with the limits of a server.
     """
 
     settings: Settings
-    most: int  # connections
+    most: int  # maximum number of connections
 
     _timer: asyncio.TimerHandle | None = None
     _aborted = False
-    _since = 0.0  # when it began to wait for headers or for a body
+    _since = 0.0  # time at which it began to wait for headers or a body
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Make room if there are too many connections, and start the time for headers."""
+        """Close another connection if there are too many, and start the timer for headers."""
         super().connection_made(transport)
         self._since = time.monotonic()
         self._make_room()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Stop the time for headers if they are complete."""
+        """Stop the timer if the headers are complete."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """Start the time for the next headers, and for the rest of a body that was refused."""
+        """Start the timer for the next headers, or for the rest of a refused body."""
         super().on_response_complete()
         self._watch()
 
@@ -70,19 +70,19 @@ class LimitedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Start the time for the client to read."""
+        """Start the timer for the client to read."""
         super().pause_writing()
         self._set_timer(self.settings.write_seconds)
 
     def resume_writing(self) -> None:
-        """Stop the time for the client to read."""
+        """Stop the timer for the client to read."""
         super().resume_writing()
         self._set_timer(None)
         self._watch()
 
     @property
     def waits_for_headers(self) -> bool:
-        """True while there is no request."""
+        """True while no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     def _watch(self) -> None:
@@ -118,7 +118,7 @@ class LimitedProtocol(H11Protocol):
         )
         waiting = [one for one in open_ones if one is not self and not one._is_at_work]
         victim = min(waiting, key=lambda one: one._since, default=self)
-        victim._aborted = True  # it remains in the list until the next turn of the event loop
+        victim._aborted = True  # it stays in the list until the next iteration of the event loop
         victim.transport.abort()
 
     @property
@@ -127,5 +127,5 @@ class LimitedProtocol(H11Protocol):
 
 
 def limited(settings: Settings, most: int) -> type[LimitedProtocol]:
-    """Return the protocol of a server with these limits."""
+    """Return a protocol class with these limits."""
     return type("Limited", (LimitedProtocol,), {"settings": settings, "most": most})

@@ -1,4 +1,4 @@
-"""Fair sharing of decoding and inference among requests, so that a small request does not wait for a large one."""
+"""Share decoding and inference fairly among requests, so that a small request does not wait for a large one."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from torch import Tensor
 _Item = TypeVar("_Item")
 
 _OVERHEAD = 50_000  # cost of an image in addition to its pixels
-_LARGE = 8  # an image is large above this fraction of the pixels that are decoded at the same time
+_LARGE = 8  # an image is large if it has more than an eighth of the pixels that may be decoded at the same time
 
 
 class FairQueue(Generic[_Item]):
-    """Weighted fair queueing: the item that is due first is taken first.
+    """A weighted fair queue: the item with the earliest due time is taken first.
 
-    The items of a request are due one after another from the current virtual time, each after its cost. Taking an item
-    sets the time to when it was due. So a request with little work overtakes one with much, and none waits forever.
+    Each item of a request is due its cost after the previous one, and the first one its cost after the current virtual
+    time. Taking an item advances the virtual time to its due time. So a small request overtakes a large one, and no
+    request waits forever.
     """
 
     def __init__(self) -> None:
         self._time = 0.0
         self._entries: list[tuple[float, int, _Item]] = []  # sorted
-        self._numbers = itertools.count()  # of items that are due at the same time, the first one added comes first
+        self._numbers = itertools.count()  # keeps the order of items with equal due times
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -58,14 +59,14 @@ class _Task:
 
 
 class Decoders:
-    """Threads that decode images, in fair order.
+    """Threads that decode images, in the order of a fair queue.
 
-    Large images share ``pixels`` and all threads but one. So memory is bounded, and a small image never waits for the
-    end of a large one.
+    Large images use at most ``threads`` threads and ``pixels`` at the same time. This limits memory, and a small image
+    does not wait for large ones.
 
     Args:
-        threads: Number of threads for large images. There is one more for small images only.
-        pixels: Limit for all large images that are decoded at the same time, and for a single image.
+        threads: Maximum number of threads for large images. There is one more for small images.
+        pixels: Limit on the sum of the pixels of all large images that are decoded at the same time.
     """
 
     def __init__(self, threads: int, pixels: int) -> None:
@@ -78,14 +79,14 @@ class Decoders:
     async def __call__(
         self, works: Sequence[Callable[[], Tensor | Exception]], pixels: Sequence[int]
     ) -> list[Tensor | Exception]:
-        """Do the work for each image of a request and return the results in order. Must be called on the event loop."""
+        """Call each function in ``works``, one per image of a request, and return the results in order."""
         tasks = [_Task(work, size) for work, size in zip(works, pixels, strict=True)]
         self._waiting.add(tasks, (task.pixels + _OVERHEAD for task in tasks))
         self._start()
         return list(await asyncio.gather(*(task.future for task in tasks)))
 
     def shutdown(self) -> None:
-        """Wait for the images that are being decoded."""
+        """Wait for the images that are being decoded, and end the threads."""
         self._pool.shutdown()
 
     def _is_large(self, task: _Task) -> bool:
@@ -109,7 +110,7 @@ class Decoders:
             if not self._is_large(task):
                 return True
             blocked = blocked or bool(self._large and sum(self._large) + task.pixels > self._pixels)
-            return not blocked  # if one has to wait, the large images after it wait too
+            return not blocked  # if one must wait, all large images after it wait too
 
         return self._waiting.take(fits)
 

@@ -1,4 +1,4 @@
-"""Dynamic batching: images of several requests share a run of the model, and a single image does not wait."""
+"""Dynamic batching: images of several requests share a run of the model, without a configured delay."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class BatchFailed(Exception):  # noqa: N818
 
 
 class Batcher:
-    """Runs a model on one image if it is idle, and on all that arrived in the meantime if it was busy.
+    """Runs a model on batches of images from several requests.
 
-    No delay has to be configured: images gather for as long as the previous batch takes. Requests share the model
-    fairly. Only the model itself runs in a thread; everything else happens on the event loop.
+    If the model is idle, images run at once. Images that arrive while it is busy form the next batch. Requests share
+    the model fairly. Only the model runs in a thread; everything else happens on the event loop.
 
     Args:
         model: Maps ``[N, C, H, W]`` to ``[N, ...]``, both on the CPU.
-        max_batch: The largest N.
-        capacity: Limit on the images of all requests.
+        max_batch: Maximum of N.
+        capacity: Maximum number of images of all requests.
 
     Attributes:
-        failure: Type of the error of the latest batch; empty if there was none.
-        held: Number of images that have a place.
+        failure: Type of the error of the latest batch, or "".
+        held: Number of images in ``room`` blocks.
     """
 
     def __init__(self, model: Callable[[Tensor], Tensor], max_batch: int, capacity: int) -> None:
@@ -52,10 +52,10 @@ class Batcher:
 
     @contextmanager
     def room(self, images: int) -> Iterator[None]:
-        """Hold places for a request's images, from before they are decoded until they are answered.
+        """Reserve capacity for a request's images during the block, which includes decoding and inference.
 
         Raises:
-            Full: There are too few places.
+            Full: There is not enough capacity.
         """
         if self.held + images > self._capacity:
             raise Full
@@ -66,28 +66,25 @@ class Batcher:
             self.held -= images
 
     async def __call__(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Return the model's output for each image.
-
-        Args:
-            images: ``[C, H, W]`` each, all of one size; uint8, or float32 on the same scale.
+        """Return the model's output for each image ``[C, H, W]``, uint8 or float32 in 0..255.
 
         Raises:
-            BatchFailed: The model failed on a batch with one of them.
+            BatchFailed: The model failed on a batch that contains one of the images.
         """
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Tensor]] = [loop.create_future() for _ in images]
         self._waiting.add(list(zip(images, futures, strict=True)), (1 for _ in images))
         self._start()
-        return await asyncio.gather(*futures)  # if the caller is canceled, so are they, and they are skipped
+        return await asyncio.gather(*futures)  # canceled with the caller; _start skips canceled images
 
     async def close(self) -> None:
-        """Finish the waiting images, then end the thread."""
+        """Wait until all images are finished, and end the thread."""
         while self._running is not None:
             await self._running
         self._worker.shutdown()
 
     def _start(self) -> None:
-        """Start the next batch unless one is running, which calls this method when it ends."""
+        """Start the next batch, unless one is running; at its end, this is called again."""
         if self._running is not None:
             return
         batch: list[tuple[Tensor, asyncio.Future[Tensor]]] = []
@@ -101,7 +98,7 @@ class Batcher:
         images = [image for image, _ in batch]
         try:
             rows = await asyncio.get_running_loop().run_in_executor(self._worker, self._infer, images)
-        except Exception as error:  # a runtime may raise anything, and the next batch may succeed
+        except Exception as error:  # a runtime may raise any error, and the next batch may succeed
             self.failure = type(error).__name__
             log.exception("The model failed on a batch of %d images.", len(batch))
             for _, future in batch:

@@ -30,13 +30,13 @@ _GRACE = 30  # seconds for requests in progress when the server stops
 def serve(
     model: Path, host: str, port: int, settings: Settings, device: str = "auto", encryption_key: str = ""
 ) -> None:
-    """Answer requests until SIGINT or SIGTERM; requests in progress are finished.
+    """Serve requests until SIGINT or SIGTERM; then requests in progress are finished.
 
     Args:
         model: A checkpoint, an ONNX file or a TensorRT engine.
         host: Address to listen on.
-        port: Port to listen on; 0 takes a free one.
-        settings: The limits.
+        port: Port to listen on; 0 chooses a free one.
+        settings: The limits of the server.
         device: cpu, cuda, or auto (cuda if there is a GPU).
         encryption_key: Key of an encrypted model: ``env:NAME`` or ``file:PATH``.
 
@@ -65,7 +65,7 @@ def serve(
         address, own = _address(listener), ipaddress.ip_address(listener.getsockname()[0])
         if (
             own.is_loopback and own.version == 4
-        ):  # otherwise a page of another site could reach it by a domain name that resolves to this address
+        ):  # prevents DNS rebinding: a web page reaching the server by a domain name that resolves to this address
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", str(own)])
         if not own.is_loopback:
             log.warning(
@@ -106,19 +106,19 @@ def _check_packages() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket on the address, before a model is loaded for nothing."""
+    """Return a listening socket. It is opened before the model is loaded, so that errors are reported early."""
     if not 0 <= port <= 65535:
         raise UserError(f"--port must be between 0 and 65535, got {port}.", "Leave it out for 8000.")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)
-        # Connections inherit it. asyncio sets it only for sockets made with proto=IPPROTO_TCP, and without it the body
-        # of a response waits 40 ms until the client has acknowledged the headers.
+        # Connections inherit TCP_NODELAY. asyncio sets it only for sockets created with proto=IPPROTO_TCP; without it,
+        # the body of a response waits 40 ms until the client has acknowledged the headers.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except (OSError, UnicodeError) as error:
         reason = "it is not an address"
-        if isinstance(error, OSError):  # Python's own text of a failed bind repeats the address
+        if isinstance(error, OSError):  # not str(error): for a failed bind, it repeats the address
             reason = str(error.strerror) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise UserError(
             f"Cannot listen on --host {host} --port {port}: {reason}.",
@@ -132,6 +132,6 @@ def _address(listener: socket.socket) -> str:
 
 
 def _warm_up(predictor: Predictor) -> None:
-    """Run the model once, so that memory is allocated, code compiled and errors found before the first request."""
+    """Run the model once, to allocate memory, compile code and find errors before the first request."""
     config = predictor.card.model
     predictor(torch.zeros(1, config.in_chans, *config.input_size, dtype=torch.uint8, device=predictor.device))

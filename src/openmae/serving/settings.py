@@ -11,21 +11,21 @@ _PILLOW_LIMIT = 178_956_970  # pixels; Pillow opens no larger image
 
 @dataclass(frozen=True)
 class Settings:
-    """The limits of a server.
+    """The limits of a server, all of them maxima.
 
     Attributes:
         max_batch: Images per run of the model.
-        max_request_mb: Size of a request's body in 1,000,000 bytes.
-        max_pixels: Pixels of an image, from its header.
+        max_request_mb: Size of a request's body in units of 1,000,000 bytes.
+        max_pixels: Pixels of an image, according to its header.
         max_images: Images per request.
-        max_requests: Requests that are answered at the same time; each may hold a body.
-        max_waiting: Images of all requests, from before they are decoded until they are answered.
-        header_seconds: Time for a request's headers, from the connection or the end of the previous request.
-        read_seconds: Time for a request's body.
-        write_seconds: Time for a client to read more of a response.
+        max_requests: Requests in progress.
+        max_waiting: Images of all requests in progress, from before they are decoded until they are answered.
+        header_seconds: Time until a request's headers arrive, from the connection or the end of the previous request.
+        read_seconds: Time until a request's body arrives.
+        write_seconds: Time during which a client does not read a response.
 
     Raises:
-        UserError: An option of the command is out of bounds.
+        UserError: A limit that can be set on the command line is out of bounds.
     """
 
     max_batch: int = 8
@@ -52,15 +52,15 @@ class Settings:
 
     @property
     def max_bytes(self) -> int:
-        """Size of a request's body in bytes."""
+        """Maximum size of a request's body in bytes."""
         return round(self.max_request_mb * 1_000_000)
 
     @property
     def max_request_pixels(self) -> int:
-        """Pixels of all images of a request, from their headers."""
+        """Maximum number of pixels of all images in a request, according to their headers."""
         return 4 * self.max_pixels
 
     @property
     def max_held_bytes(self) -> int:
-        """Size of the bodies of all requests, from their first byte until they are answered."""
+        """Maximum size in bytes of the bodies of all requests, from their first byte until they are answered."""
         return 16 * self.max_bytes

@@ -1,4 +1,4 @@
-"""The images of a request, read from its body within limits."""
+"""Read the images of a request from its body, within limits."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _USAGE = "Send multipart/form-data with the field 'images' (curl -F images=@phot
 
 
 class Refused(Exception):  # noqa: N818  (a state rather than an error)
-    """A request, or an image in it, that is refused.
+    """A request, or an image in it, is refused.
 
     Args:
         status: HTTP status.
-        problem: The rule that was broken and the value that broke it.
-        fix: What to do about it.
+        problem: The rule and the value that violates it.
+        fix: How to fix the request.
     """
 
     def __init__(self, status: int, problem: str, fix: str) -> None:
@@ -41,20 +41,17 @@ class Refused(Exception):  # noqa: N818  (a state rather than an error)
 
 @dataclass(frozen=True)
 class Upload:
-    """An encoded image as it arrived, with its file name or its number."""
+    """An encoded image, with its file name or a name such as ``image 2``."""
 
     name: str
     file: BinaryIO
 
 
 class Intake:
-    """The bytes of all bodies that requests hold at the same time, with a common limit.
+    """Limits the size in bytes of the bodies of all requests together.
 
-    If they would exceed it, the largest body that has not arrived completely is refused. So clients that never finish
-    do not keep others from being served.
-
-    Args:
-        limit: Bytes.
+    If the limit is exceeded, the largest incomplete body is refused. So clients that never finish their requests cannot
+    block the server.
     """
 
     def __init__(self, limit: int) -> None:
@@ -62,11 +59,7 @@ class Intake:
         self._bodies: dict[_Body, int] = {}
 
     def add(self, body: _Body, size: int) -> None:
-        """Count more bytes of a body.
-
-        Raises:
-            Refused: 503, if there is no room and this body is the one to refuse.
-        """
+        """Count more bytes of a body; refuse the largest incomplete one (503) if the limit is exceeded."""
         self._bodies[body] = self._bodies.get(body, 0) + size
         while sum(self._bodies.values()) > self._limit:
             incomplete = [one for one in self._bodies if one.timer is not None]
@@ -77,16 +70,16 @@ class Intake:
             largest.give_way()
 
     def remove(self, body: _Body) -> None:
-        """Forget a body that has been answered or refused."""
+        """Stop counting a body that has been answered or refused."""
         self._bodies.pop(body, None)
 
 
 class _Body:
-    """The body of a request as it arrives, with or without a content length, within the limits.
+    """The body of a request while it arrives, with or without a content length.
 
     Attributes:
         timer: The time limit for its arrival; None once it is complete.
-        gave_way: Whether it was refused to make room.
+        gave_way: True if it was refused to make room for others.
     """
 
     def __init__(self, request: Request, limit: int, intake: Intake) -> None:
@@ -100,10 +93,10 @@ class _Body:
         self.gave_way = False
 
     async def receive(self) -> Any:
-        """Return the next ASGI message. After a refusal, uvicorn reads and drops what the client still sends.
+        """Return the next ASGI message. After a refusal, uvicorn reads and drops the rest of the body.
 
         Raises:
-            Refused: 413, if the body is longer than the limit; 503, if there is no room for it.
+            Refused: With status 413 if the body exceeds its limit, or 503 if all bodies together exceed theirs.
         """
         if self._length > self._limit:
             raise self._too_large(f"{self._length:,} bytes")
@@ -116,7 +109,7 @@ class _Body:
         return message
 
     def give_way(self) -> None:
-        """Stop waiting for the rest."""
+        """Stop waiting for the rest of the body."""
         self.gave_way = True
         if self.timer is not None:
             self.timer.reschedule(asyncio.get_running_loop().time())
@@ -131,12 +124,9 @@ class _Body:
 
 @asynccontextmanager
 async def open_uploads(request: Request, settings: Settings, intake: Intake) -> AsyncIterator[list[Upload]]:
-    """Yield the images of a request, the files of a form or the body itself, and close them at the end.
+    """Yield the images of a request (the files of a form, or the body itself), and close them at the end of the block.
 
-    Args:
-        request: The request, before its body is read.
-        settings: The limits.
-        intake: The bodies of all requests.
+    The body of the request must not have been read yet.
 
     Raises:
         Refused: 400 no image, 408 too slow, 413 too many bytes or images, 415 neither form nor image, 503 no room.
@@ -176,7 +166,7 @@ def _read_body(body: bytes) -> list[Upload]:
 
 
 class _FormParser(MultiPartParser):
-    """A parser that keeps files in memory, within the limit of the intake; on disk each would need a descriptor."""
+    """A parser that keeps files in memory, which ``Intake`` limits; on disk, each file would need a descriptor."""
 
     spool_max_size = max_file_size = 1 << 40
 
@@ -204,25 +194,25 @@ def _no_room() -> Refused:
 
 
 def count_pixels(upload: Upload, max_pixels: int) -> int:
-    """Return the pixels of an image from its header, or 0 if the header cannot be read; then it cannot be decoded.
+    """Return the number of pixels according to the image's header, or 0 if the header cannot be read.
 
     Raises:
-        Refused: 413, too many pixels.
+        Refused: With status 413 if there are too many pixels.
     """
     try:
         header = read_header(Path(upload.name), upload.file, max_pixels)
     except TooManyPixels as error:
         raise _too_many_pixels(upload.name, error) from error
-    except Exception:  # decoders raise anything for damaged files; decoding reports what is wrong
+    except Exception:  # decoders raise various errors for damaged files; decode_upload reports them
         return 0
     return header.width * header.height
 
 
 def decode_upload(upload: Upload, transform: EvalTransform, max_pixels: int) -> Tensor:
-    """Return an image as evaluation sees it, ``[C, H, W]``; see :class:`EvalTransform`.
+    """Return an image ``[C, H, W]``, transformed as in evaluation (:class:`EvalTransform`).
 
     Raises:
-        Refused: 413, too many pixels by the header; 422, not an image that can be decoded.
+        Refused: With status 413 if there are too many pixels, or 422 if it cannot be decoded.
     """
     try:
         upload.file.seek(0)

@@ -1,4 +1,4 @@
-"""Steps that must be skipped, and weights that must not be saved: how they are found and explained."""
+"""Detect non-finite losses, gradients and weights, and find out whether the weights or the images caused them."""
 
 from __future__ import annotations
 
@@ -32,26 +32,22 @@ log = logging.getLogger("openmae")
 
 
 def scaler_of(fabric: Fabric) -> Any:
-    """Return the gradient scaler of fp16, or None."""
+    """Return the gradient scaler that fp16 uses, or None for other precisions."""
     return getattr(fabric.strategy.precision, "scaler", None)
 
 
 @dataclass
 class DivergenceGuard:
-    """Skips the steps that would spoil the weights, and ends a run whose weights are spoilt.
+    """Skips steps with a non-finite loss or gradients, and ends a run that has diverged.
 
-    All processes must call each method. Weights are known to be good once a later step was made from them. Those of the
-    last step that was made, and of the skipped ones after it, are not: their checkpoints replace no older ones, and are
-    set aside when the run has diverged.
+    All processes must call each method. Weights are known to be good only after another step has been made from them.
+    So checkpoints written during a series of skipped steps do not replace older ones. If the run has diverged, they are
+    set aside, together with that of the last step that was made.
 
     Attributes:
-        fabric: gives processes and precision.
-        task: gives the loss.
-        model, optimizer: as Fabric has set them up.
-        settings: of the loop.
-        outputs: its checkpoints.
-        progress: its count of skipped steps is kept up to date.
-        file_of: returns the name of an image by its index.
+        model, optimizer: as returned by ``Fabric.setup``.
+        progress: ``bad_steps`` is updated here.
+        file_of: returns the file name of an image, given its index.
     """
 
     fabric: Fabric
@@ -62,10 +58,10 @@ class DivergenceGuard:
     outputs: Outputs
     progress: Progress
     file_of: Callable[[int], str]
-    _skipped_images: str = "images of an earlier run"  # of the newest skipped step
+    _skipped_images: str = "images of an earlier run"  # names of the images of the last skipped step
 
     def gradient_norm(self, *, clip: bool = True) -> Tensor:
-        """Return the norm of all gradients; they are scaled down to ``train.clip_grad_norm`` if it is larger."""
+        """Return the norm of all gradients, and clip them to ``train.clip_grad_norm`` if ``clip`` is true."""
         if limit := self.settings.clip_grad_norm * clip:
             norm = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
         else:
@@ -75,7 +71,7 @@ class DivergenceGuard:
         return complete
 
     def measured_norm(self) -> float:
-        """Return the norm of the gradients; 0 under fp16, whose scaler checks them itself."""
+        """Clip the gradients and return their norm, or 0 under fp16, whose scaler checks for overflow."""
         if scaler_of(self.fabric) is None:
             return self.gradient_norm().item()
         if self.settings.clip_grad_norm:
@@ -83,11 +79,7 @@ class DivergenceGuard:
         return 0.0
 
     def accepts(self, step: Step, loss: float, norm: float) -> bool:
-        """Return whether the loss and the norm of a step are finite; log the step as skipped otherwise.
-
-        Raises:
-            RunError: it was the tenth skipped step in a row.
-        """
+        """Return whether loss and norm are finite; if not, log a skipped step. The tenth in a row raises a RunError."""
         if not math.isfinite(loss):
             self._skip(step, f"the loss is {loss}", step.images(at_fault=True))
         elif not math.isfinite(norm):
@@ -95,24 +87,20 @@ class DivergenceGuard:
         return math.isfinite(loss) and math.isfinite(norm)
 
     def update_weights(self, step: Step) -> bool:
-        """Run the optimizer; return False if fp16's scaler has skipped the step because its gradients overflow.
-
-        Raises:
-            RunError: it was the tenth skipped step in a row.
-        """
+        """Run the optimizer; return False if the fp16 scaler skipped the step because gradients overflowed."""
         scaler = scaler_of(self.fabric)
         scale: float = scaler.get_scale() if scaler else 0.0
         self.optimizer.step()
         if scaler is None or scaler.get_scale() >= scale:
             return True
         if scale > 1:
-            self.progress.bad_steps += 1  # the scale is lower in the next step, so that its gradients may fit
+            self.progress.bad_steps += 1  # no warning: the scaler has lowered the scale for the next step
         else:
             self._skip(step, f"the gradients overflow in fp16 at a scale of {scale:g}", step.images())
         return False
 
     def _skip(self, step: Step, fault: str, images: Sequence[int]) -> None:
-        """Log a skipped step, with the images of this process that may have caused it."""
+        """Log a skipped step and the names of the images, of all processes, that may have caused it."""
         self.progress.bad_steps += 1
         gathered_names = gather_objects(self.fabric, [self.file_of(index) for index in images])
         names = [name for part in gathered_names for name in part]
@@ -126,7 +114,7 @@ class DivergenceGuard:
         """Find out whether the weights or the images caused the skipped steps up to ``step``.
 
         Raises:
-            RunError: the weights did; or the images did, and ``fails``.
+            RunError: the weights are the cause; or the images are, and ``fails`` is true.
         """
         if self._fails_on_noise():
             raise self._diverged(step, self.progress.bad_steps)
@@ -140,7 +128,7 @@ class DivergenceGuard:
             )
 
     def require_finite_weights(self, average: ModelEmaV3 | None) -> None:
-        """Raise a RunError if the weights to be saved, or their average, are not finite in some process."""
+        """Raise a RunError if the weights to be saved, or their average, are not finite in any process."""
         models = [self.task.model] if average is None else [self.task.model, average.module]
         values = [value.detach() for model in models for value in (*model.parameters(), *model.buffers())]
         local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
@@ -151,7 +139,6 @@ class DivergenceGuard:
             raise self._diverged(self.progress.step - self.progress.bad_steps, bad_steps=0)
 
     def _fails_on_noise(self) -> bool:
-        """Return whether the loss of random images, or its gradients, are not finite: then no image is at fault."""
         config = self.outputs.info["model"]
         shape = (_NOISE_IMAGES, config["in_chans"], *config["input_size"])
         noise = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -167,7 +154,7 @@ class DivergenceGuard:
         return sum_over_ranks(self.fabric, [float(not finite)])[0] > 0
 
     def _diverged(self, step: int, bad_steps: int) -> RunError:
-        """Set aside the checkpoints that no run can resume from; return the error of a run that diverged."""
+        """Set aside the checkpoints of diverged weights, and return the error to raise."""
         left = ""
         watchdog_of(self.fabric).arrive()
         if self.fabric.is_global_zero:

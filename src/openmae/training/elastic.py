@@ -1,4 +1,4 @@
-"""Resuming with another number of processes: the same global batch, the same position in the epoch."""
+"""Resume with a different number of processes, keeping the global batch size and the position in the epoch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class BatchLayout:
     """The split of an optimizer update's images into processes and batches.
 
     Attributes:
-        processes: processes on all nodes.
-        batch_size: images in a batch of one process.
-        accumulated: batches per update in one process.
+        processes: number of processes on all nodes.
+        batch_size: images per batch and process.
+        accumulated: batches per update and process.
     """
 
     processes: int
@@ -23,7 +23,7 @@ class BatchLayout:
 
     @property
     def per_batch(self) -> int:
-        """Images in one batch of all processes."""
+        """Images in one batch, summed over all processes."""
         return self.processes * self.batch_size
 
     @property
@@ -39,7 +39,7 @@ class BatchLayout:
         return cls(processes, spec["dataset"]["batch_size"], train.get("accum_grad_batches", 1))
 
     def to_dict(self) -> dict[str, int]:
-        """Return plain values for a checkpoint."""
+        """Return the fields as a dict, for a checkpoint."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -52,12 +52,12 @@ class BatchLayout:
 
 
 def accumulation_for(begun: BatchLayout, last: BatchLayout, now: BatchLayout) -> tuple[int, str]:
-    """Return the accumulation that keeps the global batch on another number of processes, and a notice (may be "").
+    """Return the accumulation that best keeps the global batch of the run, and a notice ("" if nothing changed).
 
     Args:
-        begun: layout when the run began.
-        last: layout in the checkpoint.
-        now: layout that the spec asks for, with the accumulation of ``begun``.
+        begun: the layout with which the run started.
+        last: the layout in the checkpoint.
+        now: the layout from the spec, with the accumulation of ``begun``.
     """
     accumulated = now.accumulated
     if now.processes != begun.processes:
@@ -79,9 +79,9 @@ def accumulation_for(begun: BatchLayout, last: BatchLayout, now: BatchLayout) ->
 def same_position(
     progress: Mapping[str, Any], before: BatchLayout, now: BatchLayout, batches_per_epoch: int
 ) -> dict[str, Any]:
-    """Return a checkpoint's progress with its batches counted in those of ``now``.
+    """Return a checkpoint's progress, with its batch counts converted from layout ``before`` to ``now``.
 
-    An epoch's samples are dealt in one order to any number of processes, so a position in it is a number of images. If
+    The order of an epoch's samples does not depend on the number of processes, so a position is a number of images. If
     no batch of ``now`` starts at that image, the progress is returned unchanged and the epoch starts again.
     """
     images = progress["batch"] * before.per_batch

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the loss of a batch, and the accuracy on a validation set."""
+"""Supervised fine-tuning: the training loss, and the accuracy on a validation set."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from openmae.spec.sections.dataset import AugmentationSpec
 
 
 class FinetuneTask:
-    """Predicts the class of an image.
+    """The task of predicting the class of an image.
 
     Args:
         model: a timm classifier.
-        normalise: maps uint8 images to the model's input.
-        augmentation: Mixup, CutMix and label smoothing are applied here.
-        num_classes: of the classifier.
-        monitor: metric that picks the best checkpoint: ``ACC_all`` (maximised), or a loss.
+        augmentation: only Mixup, CutMix and label smoothing are used here.
+        monitor: metric that selects the best checkpoint: ``ACC_all`` (maximised), or a loss.
     """
 
     def __init__(
@@ -37,7 +35,7 @@ class FinetuneTask:
         self.mix = _build_mixup(augmentation, num_classes) if augmentation.mixes else None
 
     def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
-        """Return the cross entropy of a batch; mixing draws from numpy's global generator, which the trainer seeds."""
+        """Return the cross entropy of a batch. Mixup uses numpy's global generator, which the trainer seeds."""
         images, targets = self.normalise(batch.images), batch.labels
         if self.mix is not None:
             images, targets = self.mix(images, targets)  # soft targets, smoothed

@@ -1,4 +1,4 @@
-"""Loggers of a run's metrics: metrics.csv and TensorBoard, and Weights & Biases if it is set up."""
+"""Log metrics to metrics.csv, TensorBoard and, if it is set up, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ log = logging.getLogger("openmae")
 
 
 class Loggers:
-    """All loggers behind one ``write``; only rank 0 has them.
+    """All loggers of a run; created on rank 0 only.
 
     Args:
         folder: the action's results folder.
-        resumed_step: the step that a resumed run continues from (later rows are dropped), or None for a new run.
+        resumed_step: the step from which a resumed run continues (later rows are dropped), or None for a new run.
         wandb_run: an open Weights & Biases run, or None.
     """
 
@@ -37,7 +37,7 @@ class Loggers:
         self._wandb = wandb_run
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Log ``values`` measured after ``step`` updates of the weights, in ``epoch`` counted from 1."""
+        """Log ``values`` measured after ``step`` updates of the weights; ``epoch`` is counted from 1."""
         self._metrics.write(step, epoch, values)
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -45,10 +45,10 @@ class Loggers:
             self._wandb.log({**values, "epoch": epoch}, step=step)
 
     def close(self) -> None:
-        """Flush and close. A full disk is only a warning here: whatever wrote first has raised it.
+        """Flush and close the loggers. A full disk only causes a warning, since an earlier write has raised an error.
 
-        TensorBoard waits for its thread without a limit, and an interruption inside its queue can leave the two waiting
-        for each other. So another thread waits for it, for some seconds.
+        TensorBoard waits for its thread without a timeout, and an interrupt can leave the two in a deadlock. So it is
+        closed in another thread, with a timeout.
         """
         closing = threading.Thread(target=self._close_tensorboard, name="openmae-tensorboard", daemon=True)
         closing.start()
@@ -66,11 +66,11 @@ class Loggers:
 
 
 def open_wandb(settings: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> Any:
-    """Start a Weights & Biases run; return None, with a notice, without an API key or the package.
+    """Start a Weights & Biases run; return None if it is disabled, or the API key or the package is missing.
 
     Args:
         settings: the spec's ``wandb`` section.
-        folder: of its files.
+        folder: where to store the run's files.
         config: the resolved spec, shown with the run.
     """
     mode = os.environ.get("WANDB_MODE")

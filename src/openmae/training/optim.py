@@ -23,12 +23,10 @@ class Schedule:
     """A factor on the learning rate. It depends only on the step, so that resuming needs no state.
 
     Attributes:
-        kind: ``cosine`` (to zero) or ``MultiStep`` (times ``gamma`` at each milestone).
-        epochs: length of the run.
+        kind: ``cosine`` (decays to zero) or ``MultiStep`` (multiplied by ``gamma`` at each milestone).
         steps_per_epoch: updates of the weights per epoch.
-        warmup_epochs: of a linear rise from zero.
-        milestones: epochs, for MultiStep.
-        gamma: for MultiStep.
+        warmup_epochs: epochs of linear warmup from zero.
+        milestones: in epochs.
     """
 
     kind: str
@@ -39,7 +37,7 @@ class Schedule:
     gamma: float = 0.1
 
     def factor(self, step: int) -> float:
-        """Return the factor for the update after ``step`` finished ones."""
+        """Return the factor for the update with index ``step``, counted from 0."""
         epoch = step / self.steps_per_epoch
         if epoch < self.warmup_epochs:
             return (step + 1) / math.ceil(self.warmup_epochs * self.steps_per_epoch)
@@ -50,16 +48,16 @@ class Schedule:
 
 
 def pretraining_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return two groups, with and without weight decay, with the same learning rate."""
+    """Return two parameter groups, with and without weight decay."""
     return _group(model, weight_decay, lambda name: ("all", 1.0), pretraining=True)
 
 
 def finetuning_groups(
     model: nn.Module, config: ModelConfig, weight_decay: float, layer_decay: float, backbone_multiplier: float
 ) -> list[dict]:
-    """Return a group for each layer, with and without weight decay.
+    """Return two parameter groups for each layer, with and without weight decay.
 
-    The learning rate of layer i is scaled by ``layer_decay ** (head layer - i)``, and the backbone's also by
+    The learning rate of layer i is scaled by ``layer_decay ** (head layer - i)``, and in the backbone also by
     ``backbone_multiplier``.
     """
     layer_of, head = layer_index(config, model)
@@ -92,7 +90,7 @@ def _group(
 
 
 def build_adamw(groups: Sequence[dict], lr: float, beta1: float, beta2: float) -> torch.optim.AdamW:
-    """Return AdamW over the groups; CPU and CUDA both have the fused implementation."""
+    """Return a fused AdamW optimizer (available on CPU and CUDA)."""
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
 
 
@@ -103,7 +101,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load AdamW's moments and steps. The groups keep their settings, which the spec may have changed.
+    """Load AdamW's moments and step counts, but keep the groups' settings, which may have changed in the spec.
 
     Raises:
         CheckpointError: the state belongs to other parameters, or is not AdamW's.
@@ -127,7 +125,7 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Compare the shapes; torch only compares the number of parameters."""
+    # torch only compares the number of parameters
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=False):
@@ -142,10 +140,10 @@ def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> int:
-    """Freeze the named modules (``patch_embed``, ``blocks.0``, ...); return the number of parameters frozen.
+    """Freeze the named modules (``patch_embed``, ``blocks.0``, ...); return the number of frozen parameters.
 
     Raises:
-        SpecError: no module has one of the names; it lists similar ones. Or nothing is left to train.
+        SpecError: a module does not exist, or nothing is left to train.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     frozen = 0

@@ -1,4 +1,4 @@
-"""Masked pretraining: the loss of a batch, and the quality of the encoder on a validation set."""
+"""Masked pretraining: the training loss, and the quality of the encoder on a validation set."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from openmae.evaluation.probes import probe
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import Mask, random_mask
 
-_VALIDATION_EPOCH = -1  # the address of the fixed masks of validation
+_VALIDATION_EPOCH = -1  # the masks of validation are the same in every epoch
 
 
 class PretrainTask:
-    """Predicts the pixels of masked units.
+    """The task of predicting the pixels of masked units.
 
     Args:
-        model: the autoencoder.
-        normalise: maps uint8 images to the model's input.
-        mask_ratio: share of masked units.
-        seed: of the masks.
-        monitor: metric that picks the best checkpoint.
-        targets: share of the masked units that a training step predicts; validation predicts all.
+        mask_ratio: fraction of units that are masked.
+        seed: seed of the masks.
+        monitor: metric that selects the best checkpoint.
+        targets: fraction of the masked units that a training step predicts; validation predicts all.
     """
 
     lower_is_better = True
@@ -52,11 +50,11 @@ class PretrainTask:
         self.targets = targets
 
     def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
-        """Return the loss of a batch; each image's mask is addressed by (seed, epoch, its index)."""
+        """Return the loss of a batch; each image's mask depends only on (seed, epoch, image index)."""
         return model(self.normalise(batch.images), self.mask(batch.indices, epoch, self.targets)).loss
 
     def mask(self, indices: Tensor, epoch: int = _VALIDATION_EPOCH, targets: float = 1.0) -> Mask:
-        """Return the masks of images in an epoch; without an epoch, the fixed masks of validation."""
+        """Return the masks of the images in an epoch; the default is the fixed masks of validation."""
         return random_mask(
             indices,
             seed=self.seed,
@@ -68,12 +66,9 @@ class PretrainTask:
 
     @torch.no_grad()
     def validate(self, fabric: Fabric, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return ``val_loss`` under fixed masks, and ``knn_acc`` and ``probe_acc`` of the images that have a class.
+        """Return ``val_loss`` under fixed masks, and ``knn_acc`` and ``probe_acc`` of the labelled images.
 
-        Args:
-            fabric: gives precision and processes.
-            model: the ``MaskedAutoencoder`` to measure, in eval mode.
-            batches: of the validation set.
+        ``model`` is a ``MaskedAutoencoder`` in eval mode.
         """
         loss_sum, count = 0.0, 0
         features, labels, indices = [], [], []
@@ -91,7 +86,7 @@ class PretrainTask:
         loss_sum, total = sum_over_ranks(fabric, [loss_sum, count])
         metrics = {"val_loss": loss_sum / total}
         if len(all_labels):
-            order = gather(fabric, indices).argsort(kind="stable")  # it decides which half an image is in
+            order = gather(fabric, indices).argsort(kind="stable")  # the order decides how the probe splits the images
             vectors = gather(fabric, features)[order]
             probed = probe(vectors, all_labels[order]) if fabric.is_global_zero else {}
             watchdog_of(fabric).arrive()

@@ -1,4 +1,4 @@
-"""A profile of a run without gaps: every moment between two marks belongs to one phase."""
+"""Profile a training run: attribute the time between two marks to a phase, without gaps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 import torch
 
-WARMUP_STEPS = 3  # they allocate memory, choose kernels and fill caches
+WARMUP_STEPS = 3  # the first steps allocate memory, choose kernels and fill caches
 
-#: Phases of each step, in order; ``other`` is seeding, logging and what else is between.
+#: Phases of each step, in order; ``other`` is seeding, logging and everything else.
 STEP_PHASES = ("data wait", "host to device", "forward", "backward", "optimizer", "other")
 #: Phases between steps.
 PAUSES = ("validation", "checkpoints")
 
 
 class _Stamp:
-    """The current time of the host, or the time at which the GPU gets here in its queue; this does not wait for it."""
+    """A timestamp: on a GPU, an event in its queue, which is recorded without waiting for it."""
 
     def __init__(self, on_gpu: bool) -> None:
         self._event = torch.cuda.Event(enable_timing=True) if on_gpu else None
@@ -32,7 +32,7 @@ class _Stamp:
         return self._event is None or self._event.query()
 
     def since(self, other: _Stamp) -> float:
-        """Return the seconds from ``other`` to this, once it is reached."""
+        """Return the seconds since ``other``; both must have been reached."""
         if self._event is None or other._event is None:
             return self._host - other._host
         return other._event.elapsed_time(self._event) / 1000
@@ -46,12 +46,7 @@ class _Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """The times measured since the warmup.
-
-    Attributes:
-        seconds: total of each phase.
-        per_step: seconds of each phase of a step, one entry per step.
-    """
+    """The times measured since the warmup: total seconds of each phase, and seconds per step of ``STEP_PHASES``."""
 
     seconds: Mapping[str, float]
     per_step: Mapping[str, array[float]]
@@ -63,14 +58,11 @@ class Measured:
 
 
 class StepClock:
-    """Attributes each moment of a run to the phase that ended with it.
+    """Measures the time of each phase of a run.
 
-    On a GPU the marks are events in its queue, so the phases are the GPU's: work of the host while the GPU is busy
-    takes no time, and a wait for data is the time in which the GPU has nothing to do because of it. Nothing is
-    synchronised, and a step is as fast as without the clock.
-
-    Args:
-        device: of the run.
+    On a GPU the marks are events in its queue, so the times are those of the GPU: work that the host does while the GPU
+    is busy takes no time, and ``data wait`` is the time in which the GPU is idle because data is missing. Marking does
+    not synchronise and does not slow down the steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,7 +81,7 @@ class StepClock:
             self._count()
 
     def read(self) -> Measured:
-        """Return the times from the warmup to the last mark; waits for the GPU."""
+        """Wait for the GPU, and return the times between the warmup and the last mark."""
         if self._marks and not self._marks[-1].stamp.reached():
             torch.cuda.synchronize()
         while len(self._marks) > 1:

@@ -1,4 +1,4 @@
-"""The pace of a training run, and its progress bar."""
+"""Throughput and progress bar of a training run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Reading(NamedTuple):
 
 
 class PaceMeter:
-    """Measures images per second, and the share of the time in which the loop waited for data."""
+    """Measures images per second, and the fraction of the time spent waiting for data."""
 
     def __init__(self) -> None:
         self.restart()
@@ -29,7 +29,7 @@ class PaceMeter:
         """Start an epoch."""
         self._waited, self._images, self._steps = 0.0, 0, 0
         self._start = self._lap = self._now()
-        self._last = self._start.at  # when the newest step ended
+        self._last = self._start.at  # end of the last step
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the batches, and measure the wait for each."""
@@ -44,32 +44,26 @@ class PaceMeter:
             yield batch
 
     def count(self, images: int) -> None:
-        """Count a step of ``images`` images, of all ranks."""
+        """Count a step of ``images`` images, summed over all ranks."""
         self._images += images
         self._steps += 1
         self._last = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """Return ``images_per_s``, and ``data_wait`` as a share of the time, since the epoch began."""
+        """Return ``images_per_s`` and ``data_wait`` (a fraction of the time) since the start of the epoch."""
         return self._since(self._start)
 
     def lap(self) -> dict[str, float]:
-        """Return the same since the last lap."""
+        """Return the same values since the last call of ``lap``."""
         pace = self._since(self._lap)
         self._lap = self._now()
         return pace
 
     def timing(self, epoch: int, epochs: int, step: int, steps_per_epoch: int) -> dict[str, int | str]:
-        """Return the progress fields of TAO's status log, for an epoch that ends now with its validation.
+        """Return the progress fields of TAO's status log at the end of an epoch, after its validation.
 
-        Args:
-            epoch: counted from 0, as in TAO's log; so is ``max_epoch``.
-            epochs: of the run.
-            step: updates of the weights so far.
-            steps_per_epoch: updates per epoch.
-
-        Returns:
-            Counts, and durations as ``H:MM:SS.ffffff``; ``eta`` is the time that the other epochs will take.
+        ``epoch`` and ``max_epoch`` are counted from 0, as in TAO's log. Durations are ``H:MM:SS.ffffff``; ``eta`` is
+        the time that the remaining epochs will take.
         """
         per_epoch = time.perf_counter() - self._start.at
         durations = {
@@ -91,13 +85,9 @@ class PaceMeter:
 
 
 class EpochBar(Progress):
-    """A progress bar for one epoch, with loss, learning rate, images/s and the share of time waiting for data.
+    """A progress bar for one epoch, with loss, learning rate, images/s and the fraction of time waiting for data.
 
-    Args:
-        title: in front of the bar.
-        total: batches of the epoch.
-        done: batches that an earlier run has finished.
-        console: where to draw; nothing is drawn unless it is a terminal.
+    ``done`` of ``total`` batches were finished before the run was resumed. Nothing is drawn if there is no terminal.
     """
 
     def __init__(self, title: str, total: int, done: int, console: Console) -> None:
@@ -112,7 +102,7 @@ class EpochBar(Progress):
         self._epoch = self.add_task(title, total=total, completed=done, numbers="")
 
     def show(self, batches: int, loss: float | None, lr: float, pace: dict[str, float]) -> None:
-        """Advance by some batches; ``loss`` is the newest known one, or None."""
+        """Advance by ``batches``, and show the latest numbers; ``loss`` is None if it is not known yet."""
         known = "" if loss is None else f"loss {loss:.4f}  "
         numbers = f"{known}lr {lr:.2e}  {pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
         self.update(self._epoch, advance=batches, numbers=numbers)

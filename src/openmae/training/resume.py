@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run resumes from: the newest that can be read and whose values are finite."""
+"""Find the checkpoint to resume from: the newest one that is readable and has finite values."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger("openmae")
 
 
 class Resumable(NamedTuple):
-    """A checkpoint that a run can resume from, and its content."""
+    """A checkpoint to resume from, and its payload."""
 
     path: Path
     payload: dict[str, Any]
 
 
 class NotFiniteError(CheckpointError):
-    """A checkpoint that can be read, but whose weights training cannot resume from."""
+    """A checkpoint is readable, but has NaN or infinite values."""
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -38,13 +38,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def newest_readable(folder: Path, key: Key | None = None) -> Resumable | None:
     """Return the checkpoint to resume from and its payload, read lazily, or None if there is none.
 
-    This is the newest numbered checkpoint, or ``model_best.pth`` if none of them can be used. Damaged checkpoints and
-    those with non-finite weights are set aside with a warning. If none can be read, nothing is renamed, since the key
-    may be wrong; if all can be read but none is finite, training starts from the beginning.
+    This is the newest usable numbered checkpoint, or ``model_best.pth`` if no numbered one is usable. Newer ones that
+    are damaged or have non-finite values are set aside with a warning. If no checkpoint is usable and one of them is
+    damaged, nothing is renamed, since the key may be wrong; if all are only non-finite, training starts from the
+    beginning.
 
     Raises:
-        CheckpointError: There are checkpoints, but none can be read; or the newest is encrypted and there is no key; or
-            it is a sharded checkpoint of an earlier version.
+        CheckpointError: No checkpoint is usable and one of them cannot be read; or a checkpoint is encrypted and there
+            is no key; or the folder has a sharded checkpoint of an earlier version.
     """
     check_not_sharded(folder)
     found, refused = look_for_checkpoint(folder, key)
@@ -62,7 +63,7 @@ def newest_readable(folder: Path, key: Key | None = None) -> Resumable | None:
 
 
 def look_for_checkpoint(folder: Path, key: Key | None) -> tuple[Resumable | None, dict[Path, CheckpointError]]:
-    """Return the checkpoint to resume from with its payload, or None, and the errors of the newer ones.
+    """Return the checkpoint to resume from, or None, and the errors of the newer ones. Nothing is renamed.
 
     Raises:
         CheckpointError: A checkpoint is encrypted and there is no key.
@@ -88,7 +89,7 @@ def read_finite(path: Path, key: Key | None) -> dict[str, Any]:
     payload = read_training_state(path, key, lazily=True)
     parts = {name: payload.get(name) for name in ("state_dict", "ema_state_dict", "optimizer")}
     for name, tensor in _tensors(parts):
-        # a sum of squares may overflow where every value is finite
+        # the norm is fast to check, but it can overflow although every value is finite
         if tensor.is_floating_point() and not (tensor.norm().isfinite() or tensor.isfinite().all()):
             raise NotFiniteError(
                 f"{path} holds values that are not finite ({name}): the run that wrote it had diverged.",
@@ -98,13 +99,13 @@ def read_finite(path: Path, key: Key | None) -> dict[str, Any]:
 
 
 def best_was_set_aside(folder: Path) -> bool:
-    """Return whether ``model_best.pth`` was set aside, so that the next epoch is the best so far."""
+    """Return True if ``model_best.pth`` was set aside, so that the next epoch counts as the best so far."""
     return not (folder / layout.BEST).exists() and any(folder.glob(f"{layout.BEST}.*"))
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
     yield from reversed(list_checkpoints(folder))
-    # if there is no numbered checkpoint, not even one set aside, model_best.pth is not a leftover of a run
+    # without a numbered checkpoint, even one that was set aside, model_best.pth does not come from an unfinished run
     if any(layout.is_numbered(path.name) for path in folder.glob("*")) and (folder / layout.BEST).is_file():
         yield folder / layout.BEST
 
@@ -117,7 +118,6 @@ def _set_aside(path: Path, error: CheckpointError, instead: str) -> None:
 
 
 def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested dicts and lists with their dotted names."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, Mapping | list):

@@ -1,4 +1,4 @@
-"""The inputs and the state of the training loop: task, settings, outputs, progress."""
+"""Inputs and state of the training loop: task, settings, outputs and progress."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Task(Protocol):
 
     @property
     def monitor(self) -> str:
-        """The metric that picks the best checkpoint."""
+        """The metric that selects the best checkpoint."""
 
     @property
     def lower_is_better(self) -> bool:
         """True if ``monitor`` is minimised."""
 
     def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
-        """Return the loss of a batch; ``model`` is the task's own, wrapped for the run's processes and precision."""
+        """Return the loss of a batch; ``model`` is the task's model, wrapped by ``Fabric.setup``."""
 
     def validate(self, fabric: Fabric, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the metrics of a validation set."""
@@ -48,10 +48,10 @@ class LoopSettings:
 
     Attributes:
         lr: peak learning rate.
-        clip_grad_norm: 0 is off.
-        ema_decay: 0 is off.
+        clip_grad_norm: 0 disables clipping.
+        ema_decay: 0 disables weight averaging.
         checkpoint_interval_unit: ``epoch`` or ``step`` (an update of the weights).
-        stop_after_epoch: pause there; the schedule is still that of ``num_epochs``.
+        stop_after_epoch: pause after this many epochs; the schedule still spans ``num_epochs``.
     """
 
     num_epochs: int
@@ -68,11 +68,11 @@ class LoopSettings:
 
     @property
     def last_epoch(self) -> int:
-        """Number of epochs that are done when the run ends or pauses."""
+        """Number of epochs after which the run ends or pauses."""
         return min(self.num_epochs, self.stop_after_epoch or self.num_epochs)
 
     def checkpoint_is_due(self, unit: str, count: int) -> bool:
-        """Return whether a checkpoint is due after that many epochs or steps."""
+        """Return whether a checkpoint is due after ``count`` epochs or steps."""
         return self.checkpoint_interval_unit == unit and count % self.checkpoint_interval == 0
 
 
@@ -84,10 +84,10 @@ class Progress:
         epoch: epochs finished.
         batch: batches finished in the current epoch.
         step: updates of the weights, including skipped ones.
-        batches_per_epoch: of the run that wrote it.
-        loss_sum, loss_count: of the current epoch.
+        batches_per_epoch: may differ in the run that resumes.
+        loss_sum, loss_count: sum and number of the finite losses in the current epoch.
         bad_steps: skipped updates in a row.
-        best: the monitored metric's best value, or None.
+        best: best value of the monitored metric, or None.
     """
 
     epoch: int = 0
@@ -102,7 +102,7 @@ class Progress:
 
 @dataclass
 class Outputs:
-    """The outputs of a run; only rank 0 has loggers, status log and clock."""
+    """The outputs of a run; loggers, status log and clock are None on other ranks than 0."""
 
     checkpoints: CheckpointFolder
     info: Mapping[str, Any]
@@ -119,7 +119,7 @@ class Outputs:
     def report(
         self, epoch: int, epochs: int, step: int, metrics: Mapping[str, float], timing: Mapping[str, int | str]
     ) -> None:
-        """Report the end of an epoch in the status log, with the fields of ``timing``, and on the terminal."""
+        """Report the end of an epoch in the status log and on the terminal; ``epoch`` is counted from 0."""
         if self.status is None:
             return
         message = f"Epoch {epoch + 1} of {epochs}, step {step}"

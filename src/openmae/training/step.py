@@ -1,15 +1,15 @@
-"""One step of training after its backward pass: reduce its numbers over the processes, decide, update the weights.
+"""A training step after its backward pass: reduce its numbers over the processes, then update the weights or skip.
 
-There are two orders of events. Both skip the same steps and give the same weights, to the last bit.
+There are two orders of events. Both skip the same steps and give bit-identical weights.
 
-    immediate: the host waits for every step's numbers before it decides
+    immediate: the host waits for the numbers of a step before it decides whether to skip it
         host    backward(n)  reduce(n)  read(n) skip or step(n)  finish(n) | backward(n+1) ...
 
     deferred by one step: the device decides, and the host never waits for it
         host    backward(n)  read(n-1) finish(n-1)  norm(n) reduce(n) step(n) | backward(n+1)  read(n) finish(n) ...
         device  step(n) changes nothing if its loss or norm is not finite (AdamW's ``found_inf``)
 
-``finish`` must come before the next optimizer step: it averages the weights that its own step has left.
+``finish`` must come before the next optimizer step, because it adds the weights of its step to the moving average.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class Step:
-    """A step of this process whose gradients are computed, or being computed by the device.
+    """A step of this process whose backward pass has been started.
 
     Attributes:
         number: counted from 1.
         rate: the learning rate.
-        indices: ``[B]`` of the images of each batch, on the host.
-        losses: each batch's share of the loss, on the device.
-        stop: what this process was asked to stop with, or None.
+        indices: image indices ``[B]`` of each batch, on the host.
+        losses: the share of each batch in the loss, on the device.
+        stop: the exception with which this process was asked to stop, or None.
     """
 
     number: int
@@ -53,13 +53,13 @@ class Step:
     stop: Stop | None
 
     def images(self, *, at_fault: bool = False) -> list[int]:
-        """Return the indices of all images, or only of the batches whose loss is not finite."""
+        """Return the indices of all images, or of the batches with a non-finite loss if ``at_fault`` is true."""
         pairs = zip(self.indices, self.losses, strict=True)
         return [int(index) for batch, loss in pairs if not (at_fault and loss.isfinite()) for index in batch]
 
 
 class StepResult(NamedTuple):
-    """The loss of a step, its number of images, the request to stop and the norm (0: not measured) of all processes."""
+    """The loss, number of images, stop request and gradient norm (0: not measured) of a step, over all processes."""
 
     loss: float
     images: int
@@ -68,7 +68,7 @@ class StepResult(NamedTuple):
 
 
 class StepNumbers:
-    """The numbers of a step on their way from the device to the host; only ``read`` waits for them.
+    """The numbers of a step, reduced over the processes and copied to the host; only ``read`` waits for the device.
 
     Attributes:
         bad: float32 scalar on the device, the same in every process: 1 if the loss or the norm is not finite, else 0.
@@ -76,7 +76,7 @@ class StepNumbers:
 
     def __init__(self, fabric: Fabric, step: Step, norm: Tensor | None = None) -> None:
         loss = torch.stack(list(step.losses)).sum().double()
-        # filled on the device: the host would wait for a copy of a tensor made from Python numbers
+        # new_full fills on the device; copying a tensor made from Python numbers would make the host wait
         counts = (sum(map(len, step.indices)), *stop_to_counts(step.stop))
         sums = add_over_ranks(fabric, torch.stack([loss, *(loss.new_full((), value) for value in counts)]))
         sums[0] /= fabric.world_size
@@ -89,7 +89,7 @@ class StepNumbers:
             self._copied.record()
 
     def read(self) -> StepResult:
-        """Wait until the device has computed the numbers, and return them."""
+        """Wait for the device, and return the numbers."""
         if self._copied is not None:
             self._copied.synchronize()
         loss, images, asked, preempted, norm = self._numbers.tolist()
@@ -97,11 +97,11 @@ class StepNumbers:
 
 
 class ImmediateOrder:
-    """Each step is finished before the next one begins.
+    """Finishes each step before the next one begins.
 
     Args:
         guard: decides which steps are skipped.
-        finish: called with each step, its numbers, and whether the weights were updated.
+        finish: called with each step, its result, and whether the weights were updated.
     """
 
     def __init__(self, guard: DivergenceGuard, finish: Callable[[Step, StepResult, bool], None]) -> None:
@@ -116,11 +116,11 @@ class ImmediateOrder:
         self.finish(step, result, made)
 
     def settle(self) -> None:
-        """Finish the steps that were taken; here they are."""
+        """Finish the pending step; here, none is ever pending."""
 
 
 class DeferredOrder(ImmediateOrder):
-    """Each step is finished during the next one, so that the host never waits for a GPU."""
+    """Finishes each step during the next one, so that the host does not wait for the GPU."""
 
     _pending: tuple[Step, StepNumbers] | None = None
 
@@ -134,7 +134,7 @@ class DeferredOrder(ImmediateOrder):
         self._pending = step, numbers
 
     def settle(self) -> None:
-        """Finish the step that was taken."""
+        """Finish the pending step, if there is one."""
         if self._pending is not None:
             (step, numbers), self._pending = self._pending, None
             result = numbers.read()
@@ -142,17 +142,16 @@ class DeferredOrder(ImmediateOrder):
 
 
 def can_defer(fabric: Fabric) -> bool:
-    """Return whether steps can be deferred: on a GPU, unless the host must wait for a step anyway.
+    """Return whether ``DeferredOrder`` can be used: on a GPU, except with fp16 or FSDP.
 
-    It must under fp16, whose scaler decides about a step by its own rules, and under fsdp, which sums the norm over the
-    processes. On a CPU there is nothing to wait for.
+    With fp16 the gradient scaler decides which steps are skipped; with FSDP the norm is summed over the processes.
     """
     sharded = isinstance(fabric.strategy, ShardedStrategy)
     return fabric.device.type == "cuda" and scaler_of(fabric) is None and not sharded
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return ``model``, to be compiled at its first step; parameters and their names stay the same."""
+    """Wrap ``model`` in ``torch.compile``, which compiles at the first step; the wrapper shares its parameters."""
     if device.type == "cpu":
         log.warning("train.compile is meant for GPUs: on a CPU it takes minutes to compile, and steps are no faster.")
     wrapped: Any = torch.compile(model)
@@ -162,14 +161,14 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
 
 @contextmanager
 def compile_errors() -> Iterator[None]:
-    """Raise what torch.compile cannot do as a RunError."""
+    """Convert errors of torch.compile into a RunError."""
     from torch._dynamo.exc import TorchDynamoException  # loads the compiler
 
     try:
         yield
     except TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines[:2]) or type(error).__name__  # the rest is a trace and hints for torch's developers
+        reason = " ".join(lines[:2]) or type(error).__name__  # the rest is a trace and hints for developers
         raise RunError(
             f"torch.compile could not compile the model: {reason}",
             "Set train.compile=false, or install what it needs: a C++ compiler, and Triton for a GPU.",

@@ -14,7 +14,7 @@ from openmae.training.optim import Schedule
 from openmae.training.pretrain import PretrainTask
 from openmae.training.state import LoopSettings
 
-_MOST_LAYERS = 16  # listed; of more, the first and the last are listed
+_MOST_LAYERS = 16  # if there are more, only the first and the last ones are listed
 
 Rows = list[tuple[str, str]]
 
@@ -31,15 +31,8 @@ def recipe_rows(
 ) -> Rows:
     """Return the label and the value of each row.
 
-    Args:
-        fabric: launched.
-        task: what is trained.
-        config: of its model.
-        groups: the optimizer's parameter groups.
-        schedule: of the learning rate.
-        settings: of the loop.
-        images: number of images in the training and in the validation set.
-        batch_size: of one process.
+    ``groups`` are the optimizer's parameter groups, ``images`` the numbers of training and validation images, and
+    ``batch_size`` the images per process.
     """
     height, width = config.input_size
     units = (height // config.unit) * (width // config.unit)
@@ -75,7 +68,6 @@ def recipe_rows(
 
 
 def _batch_text(fabric: Fabric, batch_size: int, accumulated: int) -> str:
-    """Return the images per update, and the factors that are not 1."""
     world = world_of(fabric)
     factors = [f"{batch_size} images"]
     if world.nodes > 1:
@@ -101,7 +93,6 @@ def _schedule_text(schedule: Schedule) -> str:
 
 
 def _rates_text(groups: Sequence[dict], lr: float) -> str:
-    """Return the peak learning rate of each layer."""
     scales = {group["name"].removesuffix(", no decay"): group["lr_scale"] for group in groups}
     rates = [(name, scale * lr) for name, scale in sorted(scales.items(), key=lambda item: item[1])]
     if len(set(scales.values())) == 1:

@@ -1,7 +1,7 @@
-"""The training loop, on Lightning Fabric: Fabric provides devices, precision and processes.
+"""The training loop. Lightning Fabric provides devices, precision and processes.
 
-Every random draw is addressed by (seed, epoch, batch), never taken from a stream, and a checkpoint holds the exact
-place of the run. So on a CPU a resumed run equals an uninterrupted one bit for bit, wherever it was interrupted.
+The random generators are seeded for every batch from (seed, epoch, batch, rank), and a checkpoint holds the exact
+position of the run. So on a CPU a resumed run is bit-identical to an uninterrupted one, wherever it was interrupted.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from openmae.training.step import (
     compiled,
 )
 
-_ROWS_PER_EPOCH = 100  # of metrics.csv, at most
-_PREFIX = "model."  # of the weights in a checkpoint
+_ROWS_PER_EPOCH = 100  # about this many rows per epoch in metrics.csv
+_PREFIX = "model."  # of the weights' names in a checkpoint
 
 log = logging.getLogger("openmae")
 
@@ -49,14 +49,10 @@ class Trainer:
     """Trains a task to its last epoch.
 
     Args:
-        fabric: launched.
-        task: what to train.
-        optimizer: over the task's model; each group has an ``lr_scale``.
-        schedule: factor on the learning rate.
-        settings: of the loop.
+        fabric: a launched Fabric.
+        optimizer: optimizer of the task's model; each group has an ``lr_scale``.
         train_loader: this process's share of the training set.
         val_loader: this process's share of the validation set, or None.
-        outputs: where to write.
     """
 
     def __init__(
@@ -80,10 +76,10 @@ class Trainer:
         self._watchdog = watchdog_of(fabric)
         self._watchdog.arrive()
         self._watchdog.status = outputs.status
-        # only the wrapper is compiled: the task's own model is saved, averaged and validated, under its own names
+        # saving, averaging and validation use the task's model, whose parameter names compiling does not change
         module = compiled(task.model, fabric.device) if settings.compile else task.model
         self.model, self.optimizer = fabric.setup(module, optimizer)
-        self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if settings.ema_decay else None  # on its device
+        self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if settings.ema_decay else None
         self.progress = Progress(batches_per_epoch=len(train_loader))
         self.guard = DivergenceGuard(
             fabric, task, self.model, self.optimizer, settings, outputs, self.progress, train_loader.file_of
@@ -91,14 +87,14 @@ class Trainer:
         self.pace = PaceMeter()
         self._interrupt = InterruptWatch()
         self._order = (DeferredOrder if can_defer(fabric) else ImmediateOrder)(self.guard, self._finish_step)
-        self._loss: float | None = None  # of the newest finished step
-        self._stop: Stop | None = None  # what all processes must stop with
+        self._loss: float | None = None  # of the last finished step
+        self._stop: Stop | None = None  # the exception with which all processes must stop
 
     def resume(self, payload: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's payload. The optimizer keeps its settings and gets the checkpoint's moments.
+        """Load the state of a checkpoint. The optimizer's moments are loaded, but its settings are kept.
 
         Raises:
-            CheckpointError: other parameters are trained than in the checkpoint.
+            CheckpointError: the optimizer's state does not fit the parameters that are trained.
         """
         payload = distributed(payload, self.task.model, self.optimizer)
         self.task.model.load_state_dict({k.removeprefix(_PREFIX): v for k, v in payload["state_dict"].items()})
@@ -121,10 +117,10 @@ class Trainer:
         vars(self.progress).update(vars(progress))
 
     def fit(self) -> dict[str, float]:
-        """Train to the last epoch, or to where the run pauses; return the last epoch's metrics.
+        """Train to the last epoch, or to ``stop_after_epoch``; return the metrics of the last epoch.
 
         Raises:
-            RunError: the run diverged, every step was skipped, or a checkpoint cannot be written.
+            RunError: the run diverged, too many steps were skipped, or a checkpoint cannot be written.
             KeyboardInterrupt: Ctrl-C, or Preempted; a checkpoint of the last finished step has been written.
         """
         metrics: dict[str, float] = {}
@@ -146,7 +142,7 @@ class Trainer:
                 bar.show(len(group), self._loss, self._rate(), self.pace.read())
                 progress.batch += len(group)
                 progress.step += 1
-                epoch_done = progress.batch == batches  # its checkpoint comes after its validation
+                epoch_done = progress.batch == batches  # the epoch's checkpoint is written after its validation
                 due = self.settings.checkpoint_is_due("step", progress.step) and not epoch_done
                 if due or epoch_done or self._stop:
                     self._order.settle()
@@ -157,7 +153,7 @@ class Trainer:
                 self._mark("other", ends_step=True)
 
     def _groups(self) -> Iterator[list[Batch]]:
-        """Yield the batches of each step; the last step of an epoch takes what is left."""
+        """Yield the batches of each step; the last step of an epoch may have fewer."""
         progress, group = self.progress, []
         for batch in self.pace.watch(self.train_loader.from_position(progress.epoch, progress.batch)):
             self._mark("data wait")
@@ -168,13 +164,12 @@ class Trainer:
                 group = []
 
     def _rate(self) -> float:
-        """Return the learning rate of the next step. It depends on the epoch, so that the batch size may change."""
+        """Return the rate for the current position in the epoch, not for a step count: the batch size may change."""
         progress, accumulated = self.progress, self.settings.accum_grad_batches
         done = progress.epoch * self.schedule.steps_per_epoch + -(-progress.batch // accumulated)
         return self.settings.lr * self.schedule.factor(done)
 
     def _train_step(self, group: Sequence[Batch]) -> None:
-        """Update the weights once, from a group of batches."""
         rate = self._rate()
         set_learning_rate(self.optimizer, rate)
         losses = self._backward(group)
@@ -184,7 +179,7 @@ class Trainer:
         self._mark("optimizer")
 
     def _backward(self, group: Sequence[Batch]) -> list[Tensor]:
-        """Compute the gradients of a group's mean loss; return each batch's share of the loss."""
+        """Compute the gradients of the mean loss of a group; return the share of each batch in the loss."""
         losses = []
         for number, batch in enumerate(group):
             self._seed_batch(self.progress.batch + number)
@@ -207,7 +202,7 @@ class Trainer:
         self._mark("other")
 
     def _finish_step(self, step: Step, result: StepResult, made: bool) -> None:
-        """Average the weights, and log; called before the next optimizer step."""
+        """Update the moving average of the weights, and log; called before the next optimizer step."""
         self._stop = result.stop
         self._loss = result.loss
         self.pace.count(result.images)
@@ -223,9 +218,8 @@ class Trainer:
                 self.outputs.log(step.number, self.progress.epoch + 1, values)
 
     def _leave(self) -> NoReturn:
-        """End the run as it was asked to, once its checkpoint is written."""
         assert self._stop is not None
-        self._on_rank_zero(self.outputs.checkpoints.wait)  # a process that ends may take the others along
+        self._on_rank_zero(self.outputs.checkpoints.wait)  # when one process ends, the others may be killed
         log.warning("A checkpoint of step %d was written; the same command resumes from it.", self.progress.step)
         raise self._stop
 
@@ -239,7 +233,7 @@ class Trainer:
             self.guard.blame(progress.step, fails=progress.bad_steps == progress.step)
         if self.val_loader is not None and ((progress.epoch + 1) % settings.validation_interval == 0 or last):
             metrics |= self._validate()
-        # before the checkpoint: a run killed between the two writes these rows again, and none is lost
+        # log before the checkpoint: if the run is killed in between, the resumed run writes these rows again
         epoch, step = progress.epoch, progress.step
         self.outputs.log(
             step, epoch + 1, {"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()}
@@ -267,9 +261,9 @@ class Trainer:
         return metrics
 
     def evaluated_model(self) -> nn.Module:
-        """Return the model to validate and keep, in eval mode: the averaged one if weights are averaged.
+        """Return the model to validate, in eval mode: the averaged model if ``ema_decay`` is set.
 
-        All processes must call this: a sharded model is copied to each of them.
+        All processes must call this, because a sharded model is gathered in each of them.
         """
         model = self.ema.module if self.ema is not None else self.task.model
         if is_sharded(model):
@@ -277,7 +271,7 @@ class Trainer:
         return model.eval()
 
     def _interruptible(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield batches; on Ctrl-C or preemption save the epoch's training, which is done, and stop all processes."""
+        """Yield batches of the validation; on Ctrl-C or preemption, save a checkpoint and stop all processes."""
         yield from self._interrupt.until_asked(batches, self._watchdog)
         self._watchdog.arrive()
         self._stop = stop_from_counts(*sum_over_ranks(self.fabric, [*stop_to_counts(self._interrupt.reason)]))
@@ -295,7 +289,7 @@ class Trainer:
         return True
 
     def _payload(self) -> dict[str, Any]:
-        """Return the content of a checkpoint, with complete tensors on rank 0; all processes must call this."""
+        """Return the payload of a checkpoint, with complete tensors on rank 0; all processes must call this."""
         self._mark("other")
         payload: dict[str, Any] = {
             "openmae": dict(self.outputs.info),
@@ -311,7 +305,6 @@ class Trainer:
         return payload
 
     def _save(self, *, best: bool = False) -> None:
-        """Write a checkpoint of the current state."""
         self.guard.require_finite_weights(self.ema)
         progress, payload = self.progress, self._payload()
         save, rotate = self.outputs.checkpoints.save, progress.bad_steps == 0

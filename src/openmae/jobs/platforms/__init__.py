@@ -1,4 +1,4 @@
-"""The places where jobs run."""
+"""Platforms on which jobs run: this machine, SLURM and Ray."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PLATFORMS = ("local", "slurm", "ray")
 
 
 def open_platform(name: str, store: JobStore) -> Platform:
-    """Return one of ``PLATFORMS``, importing no other.
+    """Return one of ``PLATFORMS``, without importing the others.
 
     Raises:
-        SpecError: A program or package that it needs is not installed.
+        SpecError: A program or package that the platform needs is not installed.
     """
     if name == "ray":
         from openmae.jobs.platforms.ray import RayPlatform

@@ -1,4 +1,4 @@
-"""The interface of a platform, which is a place where jobs run, and what platforms share."""
+"""The interface of a platform, and functions that platforms share."""
 
 from __future__ import annotations
 
@@ -21,17 +21,13 @@ from openmae.storage import layout
 
 GRACE = "OPENMAE_JOB_GRACE"
 _POLL = 0.1
-_FRESH = 1.0  # seconds that an answer remains valid
+_FRESH = 1.0  # seconds for which an answer is cached
 
 _Answer = TypeVar("_Answer")
 
 
 class Platform(ABC):
-    """A place where jobs run.
-
-    Args:
-        store: Where the records of the jobs are; the platform adds transitions.
-    """
+    """A place where jobs run: this machine or a cluster."""
 
     name: ClassVar[str]
 
@@ -40,43 +36,41 @@ class Platform(ABC):
 
     @abstractmethod
     def check(self, gpus: int, nodes: int) -> None:
-        """Refuse a job that could never start, before anything is written.
+        """Raise an error if a job with these resources could never start; called before anything is stored.
 
         Raises:
-            SpecError: It needs more GPUs or nodes than the platform has.
+            SpecError: The job needs more GPUs or nodes than the platform has.
             RunError: The platform cannot be reached.
         """
 
     @abstractmethod
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
-        """Start or queue a job in the state PENDING; it outlives this process.
+        """Start or queue a PENDING job, whose record is stored, in such a way that it outlives this process.
 
-        Args:
-            job_id: The record has the command, the working directory, ``gpus`` and ``nodes``.
-            environment: Variables in addition to those of this process. Their values are secret: they must not appear
-                in a file or a process list.
+        ``environment`` is added to the variables of this process. Its values are secret: they must not appear in a
+        process list, nor unencrypted in a file.
 
         Raises:
-            RunError: It cannot be started.
+            RunError: The job cannot be started.
         """
 
     @abstractmethod
     def observe(self, record: Record) -> JobOutcome | None:
-        """Return what the platform reports about a job that has not ended; None if the record is up to date."""
+        """Return the state of a job whose record is not in a final state; None if the record is up to date."""
 
     @abstractmethod
     def cancel(self, job_id: str) -> None:
-        """Stop a job whose record has ``cancel_requested``; return before it has stopped."""
+        """Stop a job, whose ``cancel_requested`` is already recorded, without waiting for its end."""
 
 
 class Fresh(Generic[_Answer]):
-    """Answers that are reused for a second, so that nothing slow is asked for each of a thousand jobs."""
+    """A cache of slow queries whose entries expire after a second, so that listing many jobs is fast."""
 
     def __init__(self) -> None:
         self._answers: dict[str, tuple[float, _Answer]] = {}
 
     def get(self, key: str, ask: Callable[[], _Answer]) -> _Answer:
-        """Return the answer for ``key``, and ask if there is none from the last second."""
+        """Return the cached answer for ``key``; call ``ask`` if there is none or it has expired."""
         when, *known = self._answers.get(key, (0.0,))
         if known and time.monotonic() - when < _FRESH:
             return known[0]
@@ -85,17 +79,17 @@ class Fresh(Generic[_Answer]):
         return answer
 
     def forget(self, key: str) -> None:
-        """Ask the next time."""
+        """Remove the answer for ``key``."""
         self._answers.pop(key, None)
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return the variables of this process without those of a launcher that started it: a job is a separate run."""
+    """Return the environment of this process without a launcher's variables, since a job is a separate run."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
 
 
 def grace_seconds() -> float:
-    """Return how long a canceled job may take to write its checkpoint: OPENMAE_JOB_GRACE, or 60 seconds."""
+    """Return the seconds that a canceled job may take to write its checkpoint: OPENMAE_JOB_GRACE, or 60."""
     return float(os.environ.get(GRACE, "60"))
 
 
@@ -105,14 +99,14 @@ def cluster_name(job_id: str) -> str:
 
 
 def before_submission(record: Record, cluster: str) -> JobOutcome | None:
-    """Return the outcome of a job that the cluster does not know and whose record has no id of the cluster."""
+    """Return the outcome of a job that is unknown to the cluster and was perhaps never submitted to it."""
     if is_running(record.submitter):
         return None
     return JobOutcome("ERROR", f"the client died before the job was submitted to {cluster}")
 
 
 def cancel_pending(store: JobStore, job_id: str) -> bool:
-    """Cancel a job that has not started; return whether it was one."""
+    """Cancel a job if it has not started; return whether it was canceled."""
     with store.update(job_id) as record:
         return record.state == "PENDING" and record.move("CANCELED", "canceled before it started")
 
@@ -124,19 +118,9 @@ def wait(
     identity: Identity,
     give_up: Callable[[], bool] = lambda: False,
 ) -> int | None:
-    """Wait for the process of a job, and stop it if the job is canceled or its record is deleted.
+    """Wait for the first process of a job, a child of this process, and return its exit code.
 
-    The record is read when its file changes. Without a record the job is stopped, since it could not be canceled.
-
-    Args:
-        store: Where the record is.
-        job_id: Id of the job.
-        process: The job's first process, a child of this one.
-        identity: Its identity.
-        give_up: Asked continually whether to return at once.
-
-    Returns:
-        The exit code, or None if ``give_up`` returned True.
+    The job is stopped if it is canceled or its record is deleted. If ``give_up`` returns True, return None at once.
     """
     path, seen = store.folder(job_id) / layout.JOB_RECORD, 0
     while True:
@@ -151,7 +135,7 @@ def wait(
             canceled = store.read(job_id).cancel_requested is not None
         except (FileNotFoundError, NotADirectoryError, SpecError):
             canceled = True
-        except (OSError, RunError):  # a disk that does not respond, or a damaged record: the job can continue
+        except (OSError, RunError):  # the disk does not respond or the record is damaged; let the job continue
             continue
         seen = changed
         if canceled:

@@ -1,6 +1,6 @@
-"""Jobs of a Ray cluster, through its job API. All nodes must see the root of the jobs and the data.
+"""Run jobs on a Ray cluster, through its job API. The jobs' root and the data must be visible on all nodes.
 
-RAY_API_SERVER_ADDRESS or RAY_ADDRESS names the cluster. A job is one entry point, which runs
+RAY_API_SERVER_ADDRESS or RAY_ADDRESS selects the cluster. The entry point of a job is
 ``openmae.jobs.platforms.ray_runner``; Ray queues it until its CPUs and GPUs are free.
 """
 
@@ -33,15 +33,15 @@ from openmae.jobs.store import JobStore
 
 CPUS = "OPENMAE_JOB_CPUS"  # CPUs that Ray reserves for each process of a job
 _DEFAULT = "http://127.0.0.1:8265"
-_OF_THE_NODE = ("RAY_", "CUDA_VISIBLE_DEVICES")  # variables that Ray sets on the node, not the client
+_OF_THE_NODE = ("RAY_", "CUDA_VISIBLE_DEVICES")  # variables that Ray sets on the node, so not taken from the client
 _PATIENCE = 30.0  # seconds for Ray to answer
-_LAST_SECONDS = 5.0  # after Ray has lost a job, until its processes have ended too
+_LAST_SECONDS = 5.0  # time for a job's processes to write an exit code after Ray has reported its end
 
 _Answer = TypeVar("_Answer")
 
 
 class RayPlatform(Platform):
-    """A Ray cluster, used from a machine that reaches its dashboard."""
+    """A Ray cluster whose dashboard can be reached from this machine."""
 
     name = "ray"
 
@@ -56,7 +56,7 @@ class RayPlatform(Platform):
         self._answers: Fresh[Any] = Fresh()
 
     def check(self, gpus: int, nodes: int) -> None:
-        """Refuse more than one node, and more GPUs than the largest node has."""
+        """Raise an error for more than one node, or more GPUs than the largest node has."""
         if nodes > 1:
             raise SpecError(
                 f"num_nodes: a Ray job runs on one node of the cluster, got {nodes}.",
@@ -75,10 +75,10 @@ class RayPlatform(Platform):
         record, folder = self.store.read(job_id), self.store.folder(job_id)
         most_cpus, most_gpus = self._largest()
         cpus = _cpus_per_process() * record.processes
-        cpus = min(cpus, most_cpus or cpus)  # a job cannot have more than one node
+        cpus = min(cpus, most_cpus or cpus)  # a job runs on one node
         gpus = record.gpus if most_gpus else 0
         own = {THREADS: str(max(1, cpus // record.processes))} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
-        if record.is_search:  # it computes nothing: its trials are jobs
+        if record.is_search:  # a search itself needs no resources: its trials are separate jobs
             cpus, own = 0, {"CUDA_VISIBLE_DEVICES": ""}
         given = {name: value for name, value in inherited_environment().items() if not name.startswith(_OF_THE_NODE)}
         key = seal(folder, own | given | dict(environment))
@@ -90,7 +90,7 @@ class RayPlatform(Platform):
                     submission_id=cluster_name(job_id),
                     entrypoint_num_cpus=cpus,
                     entrypoint_num_gpus=gpus,
-                    # so that `ray job stop` gives training the time to write a checkpoint
+                    # so that training can write a checkpoint after `ray job stop`
                     runtime_env={"env_vars": {KEY: key, "RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_seconds()) + 5)}},
                 )
             )
@@ -115,15 +115,15 @@ class RayPlatform(Platform):
         return self._conclude(record, details)
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a waiting job. A running one reads in its record that it is to stop."""
+        """Cancel a waiting job. The runner of a running job finds the request in the record."""
         if not withdraw(self.store.folder(job_id)):
             return
         cancel_pending(self.store, job_id)
-        with suppress(RunError):  # otherwise Ray starts it later, and it ends at once
+        with suppress(RunError):  # if Ray starts the job later, it ends at once
             self._ask(lambda ray: ray.stop_job(cluster_name(job_id)))
 
     def _conclude(self, record: Record, details: Any) -> JobOutcome | None:
-        """Return the outcome of a job that has ended in Ray, and had written no exit code before Ray was asked."""
+        """Return the outcome of a job that has ended in Ray, perhaps without writing its exit code."""
         folder = self.store.folder(record.id)
         withdraw(folder)
         code = read_exit_code(folder)
@@ -143,7 +143,6 @@ class RayPlatform(Platform):
         return found._replace(message=f"{report}: {lines[0]}") if lines and found.state != "COMPLETE" else found
 
     def _conclude_unknown(self, record: Record) -> JobOutcome | None:
-        """Return the outcome of a job that the cluster does not know."""
         submitted_to = record.handle.ray
         if submitted_to is None:
             return before_submission(record, "Ray")
@@ -154,7 +153,7 @@ class RayPlatform(Platform):
         return conclude_without_code(record, report, canceled=record.cancel_requested is not None)
 
     def _details(self, job_id: str) -> Any:
-        """Return Ray's details of a job; None if it knows no such job."""
+        """Return Ray's details of a job, or None if the job is unknown to Ray."""
 
         def find(ray: Any) -> Any:
             try:
@@ -165,12 +164,12 @@ class RayPlatform(Platform):
                 raise
 
         details = self._answers.get(job_id, lambda: self._ask(find))
-        if details is None:  # it may be on its way to Ray
+        if details is None:  # not cached, since the job may be being submitted
             self._answers.forget(job_id)
         return details
 
     def _largest(self) -> tuple[int, int]:
-        """Return the most CPUs, and the most GPUs, that one node has, in use or not."""
+        """Return the maximum number of CPUs, and of GPUs, of a node, whether free or in use."""
         from ray.util.state import list_nodes
 
         nodes = self._ask(lambda ray: list_nodes(ray.get_address(), [("state", "=", "ALIVE")], 10_000, int(_PATIENCE)))
@@ -178,7 +177,7 @@ class RayPlatform(Platform):
         return max(cpus, default=0), max(gpus, default=0)
 
     def _ask(self, question: Callable[[Any], _Answer]) -> _Answer:
-        """Return Ray's answer, from a thread since Ray's client may wait forever."""
+        """Return Ray's answer. A separate thread waits for it, since Ray's client may never return."""
         answer: Future[_Answer] = Future()
 
         def ask() -> None:

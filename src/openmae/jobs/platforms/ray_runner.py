@@ -1,7 +1,7 @@
-"""The process that runs a job of a Ray cluster: it decrypts the environment, stops the job, and writes its exit code.
+"""The entry point of a job on a Ray cluster: it decrypts the environment, supervises the job, and writes its exit code.
 
-``python -m openmae.jobs.platforms.ray_runner ROOT JOB_ID``. The job's environment is encrypted in a file in the job's
-folder, since Ray shows what it is given in its dashboard and logs. The key is in the variable OPENMAE_JOB_KEY.
+``python -m openmae.jobs.platforms.ray_runner ROOT JOB_ID``. The job's environment is in an encrypted file in the job's
+folder, since Ray shows environment variables in its dashboard and logs. OPENMAE_JOB_KEY has the key.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def seal(folder: Path, environment: Mapping[str, str]) -> str:
 
 
 def withdraw(folder: Path) -> bool:
-    """Keep a job from starting, and return whether it had not started: only one process can take the environment."""
+    """Delete the environment of a job, so that it cannot start; return False if it has started already."""
     try:
         (folder / SEALED).unlink()
     except FileNotFoundError:
@@ -51,11 +51,12 @@ def withdraw(folder: Path) -> bool:
 def main(root: str, job_id: str) -> int:
     """Run one job to its end, and return its exit code.
 
-    Ray kills the process group that it started when its own part of the job dies. As on the other platforms, the job
-    runs in its own session. So a second process supervises it, and ends it if the first one has been killed.
+    When Ray's supervisor of a job dies, Ray kills the process group that it has started. But the job runs in its own
+    session, as on the other platforms. So a forked second process supervises the job, and stops it if the first
+    process was killed.
     """
     signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # with handlers, since a job would inherit that they are ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # not SIG_IGN, which the job would inherit
         signal.signal(number, lambda number, frame: signals.append(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray's processes block it
     first = os.getpid()
@@ -81,7 +82,7 @@ def _as_shell(code: int) -> int:
 
 
 def _take_environment(folder: Path) -> bool:
-    """Apply the job's environment to this process; return False if the job was canceled before."""
+    """Apply the job's environment to this process; return False if the job was canceled before it started."""
     taken = folder / f"{SEALED}.taken"
     try:
         os.rename(folder / SEALED, taken)
@@ -94,14 +95,14 @@ def _take_environment(folder: Path) -> bool:
         return False
     sealed = taken.read_text(encoding="utf-8")
     taken.unlink()
-    os.environ.pop(THREADS, None)  # Ray sets it to all CPUs of the job; the encrypted one is for one process
+    os.environ.pop(THREADS, None)  # Ray sets it to all CPUs of the job; the encrypted value is per process
     os.environ.update(json.loads(Fernet(os.environ.pop(KEY)).decrypt(sealed)))
     os.environ["PYTHONUNBUFFERED"] = "1"
     return True
 
 
 def _run(store: JobStore, job_id: str, first: int, signals: list[int]) -> int | None:
-    """Return the job's exit code, or None if the process ``first`` was killed; pass on a signal that came before."""
+    """Return the job's exit code, or None if the process ``first`` was killed; forward an earlier signal to the job."""
     record = store.read(job_id)
     with Path(store.folder(job_id), layout.JOB_LOG).open("ab") as log:
         job = subprocess.Popen(
@@ -120,13 +121,13 @@ def _run(store: JobStore, job_id: str, first: int, signals: list[int]) -> int | 
             signal_session(identity, signal.SIGTERM)
         return wait(store, job_id, job, identity, lambda: os.getppid() != first)
     finally:
-        signal_session(identity, signal.SIGKILL)  # processes that the job left behind would hold its GPU
+        signal_session(identity, signal.SIGKILL)  # processes left behind by the job would keep its GPU in use
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(*sys.argv[1:]))
     except (OpenMAEError, OSError) as error:
-        # the last line of Ray's log is shown with the job
+        # on one line, since the last line of Ray's log is shown with the job
         print("The job could not start:", *str(error).split(), file=sys.stderr)
         sys.exit(NOT_STARTED)

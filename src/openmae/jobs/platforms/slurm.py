@@ -1,6 +1,6 @@
-"""Jobs of a SLURM cluster, through its own commands. All nodes must see the root of the jobs and the data.
+"""Run jobs on a SLURM cluster, through its commands. The jobs' root and the data must be visible on all nodes.
 
-Partition, account and time limit are set by SLURM's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT.
+Partition, account and time limit are set by SLURM's variables SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ SCRIPT = "job.sh"
 _NEEDED = ("sbatch", "squeue", "scancel", "sinfo")
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-_WARNING = 60  # seconds before the time limit: training writes a checkpoint
+_WARNING = 60  # seconds before the time limit at which SLURM sends a signal, so that training writes a checkpoint
 _PATIENCE = 30.0  # seconds for SLURM to answer
 
 _RANK = 'export NODE_RANK="$SLURM_NODEID"; '
 _ONE_NODE = _RANK + 'exec "$@"'
-# srun kills the other nodes as soon as one has ended. A preempted node gives them time, and the first time to upload.
+# srun kills the other nodes as soon as one has ended. So a preempted node waits before it exits: node 0 a few seconds
+# for the others to stop, and the others until node 0 has written and uploaded the checkpoint.
 _NODES = (
     f'{_RANK}trap : INT TERM USR1; "$@"; code=$?; '
     f"[ $code = {Preempted.exit_code} ] && sleep $((SLURM_NODEID ? 60 : 3)); exit $code"
 )
-# SLURM's own address of the first node, where the script runs: the other nodes may not know its name.
+# The address of the first node, on which the script runs; other nodes may not be able to resolve its name.
 _FIRST_NODE = r"""scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'"""
-# SLURM requeues what it preempts. A job at its time limit requests it here, and scontrol ends this script.
+# SLURM requeues preempted jobs. A job that has reached its time limit is requeued here; scontrol then ends the script.
 _REQUEUE = f'[ $code = {Preempted.exit_code} ] && scontrol requeue "$SLURM_JOB_ID" && exit $code'
 
 
 class SlurmPlatform(Platform):
-    """A SLURM cluster, used from a machine that has its commands."""
+    """A SLURM cluster, used from a login node."""
 
     name = "slurm"
 
@@ -63,7 +64,7 @@ class SlurmPlatform(Platform):
         self._answers: Fresh[list[str]] = Fresh()
 
     def check(self, gpus: int, nodes: int) -> None:
-        """Refuse more nodes than the cluster has; SLURM itself knows which GPUs they have."""
+        """Raise an error for more nodes than the cluster has; sbatch itself checks the GPUs."""
         names = set(_run(["sinfo", "-h", "-N", "-o", "%N"]).split())
         if nodes > len(names):
             raise SpecError(
@@ -82,7 +83,7 @@ class SlurmPlatform(Platform):
             *([f"--gpus-per-node={gpus}"] if gpus else []),
             *(["--requeue", f"--signal=USR1@{_WARNING}"] if _is_resumable(record) else []),
         ]
-        # SLURM passes the environment on, so secrets are neither in the arguments nor in the script
+        # secrets are passed by the environment, which SLURM exports to the job, not by arguments or the script
         number = _run(["sbatch", *options, str(folder / SCRIPT)], {**inherited_environment(), **environment}).strip()
         with self.store.update(job_id) as record:
             record.handle.slurm_job = number.partition(";")[0]
@@ -92,7 +93,7 @@ class SlurmPlatform(Platform):
         code = read_exit_code(self.store.folder(record.id))
         if code == 0:
             return conclude(record, code)
-        answer = self._find(record.id)  # by name: a client that was killed after sbatch has recorded no number
+        answer = self._find(record.id)  # by name, since a client killed after sbatch has not recorded the number
         if not answer and code is None:
             if record.handle.slurm_job is None:
                 return before_submission(record, "SLURM")
@@ -112,7 +113,7 @@ class SlurmPlatform(Platform):
         return JobOutcome("COMPLETE" if word == "COMPLETED" else "ERROR", report, code)
 
     def cancel(self, job_id: str) -> None:
-        """Send SIGINT to a running job, on which training writes a checkpoint, and cancel it later; others at once."""
+        """Cancel a waiting job at once; send SIGINT to a running one, and cancel it after the grace period."""
         self._answers.forget(job_id)
         answer, name = self._find(job_id), f"--jobname={cluster_name(job_id)}"
         if answer and answer[1] in _RUNNING:
@@ -130,7 +131,7 @@ class SlurmPlatform(Platform):
             cancel_pending(self.store, job_id)
 
     def _find(self, job_id: str) -> list[str]:
-        """Return SLURM's number, state and reason of a job; empty if it knows no such job."""
+        """Return the number, state and reason of a job in SLURM, or [] if the job is unknown to SLURM."""
         return self._answers.get(job_id, lambda: _look_up(cluster_name(job_id)))
 
 
@@ -149,7 +150,7 @@ def _look_up(name: str) -> list[str]:
 
 
 def _is_resumable(record: Record) -> bool:
-    """Return whether the same command resumes where it was stopped. A search does not: its trials are jobs."""
+    """Return whether SLURM may start the same command again to resume. A search is excluded: its trials are jobs."""
     return record.action == "train" and not record.is_search
 
 
@@ -167,7 +168,7 @@ def _script(record: Record, folder: Path) -> str:
     task = shlex.join(["/bin/sh", "-c", _NODES if nodes > 1 else _ONE_NODE, "job", *record.command])
     done = shlex.quote(str(folder / EXIT))
     lines += [
-        f"rm -f {done}",  # of an earlier start
+        f"rm -f {done}",  # left by an earlier start of a requeued job
         f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 {task}",
         "code=$?",
         *([_REQUEUE] if _is_resumable(record) else []),

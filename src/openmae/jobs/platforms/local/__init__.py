@@ -1,1 +1,1 @@
-"""Jobs on this machine."""
+"""Run jobs on this machine."""

@@ -1,4 +1,4 @@
-"""Jobs on this machine: each runs in its own session, with a supervisor that outlives the client."""
+"""Run jobs on this machine, each in its own session, with a supervisor that outlives the client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from openmae.storage import layout
 from openmae.storage.atomic import disk_errors
 
 _PATIENCE = 60.0  # seconds for a supervisor to start
-_LAST_SIGNALS = 30.0  # seconds after the grace period, by which SIGTERM and SIGKILL have been sent
+_LAST_SIGNALS = 30.0  # seconds after the grace period by which the supervisor must have sent SIGTERM and SIGKILL
 
 log = logging.getLogger("openmae")
 
@@ -41,7 +41,7 @@ class LocalPlatform(Platform):
         self._sessions: Fresh[set[int]] = Fresh()
 
     def check(self, gpus: int, nodes: int) -> None:
-        """Refuse more than one node, and more GPUs than this machine has."""
+        """Raise an error for more than one node, or more GPUs than this machine has."""
         machine = this_machine()
         if nodes > 1:
             raise SpecError(f"num_nodes: local is one machine, got {nodes}.", "Use platform slurm, or one node.")
@@ -63,19 +63,19 @@ class LocalPlatform(Platform):
                 env={**inherited_environment(), **environment},
                 start_new_session=True,
             )
-        # so that a long-lived client does not collect zombies
+        # reap the supervisor, so that a long-lived client does not accumulate zombies
         threading.Thread(target=supervisor.wait, daemon=True, name=f"supervisor of {job_id}").start()
         deadline = time.monotonic() + _PATIENCE
         while self.store.read(job_id).handle.supervisor is None:
             if supervisor.poll() is not None or time.monotonic() > deadline:
-                self.store.try_to_write(job_id)  # on a full disk the log is empty, so this raises the reason
+                self.store.try_to_write(job_id)  # on a full disk the log is empty; this raises the reason
                 raise RunError(
                     f"The supervisor of job {job_id} did not start (exit code {supervisor.returncode}).", f"See {path}."
                 )
             time.sleep(0.02)
 
     def observe(self, record: Record) -> JobOutcome | None:
-        """Find out what has happened to a job whose supervisor cannot record it."""
+        """Return the outcome of a job whose supervisor is dead or does not respond."""
         if record.host != socket.gethostname():
             return JobOutcome("UNKNOWN", f"its processes are on {record.host}, which cannot be seen from this machine")
         supervisor, process = record.handle.supervisor, record.handle.process
@@ -100,7 +100,7 @@ class LocalPlatform(Platform):
         return found._replace(message=messages.get(found.state, found.message))
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a waiting job; leave a running one to its supervisor, or stop it if that cannot do so."""
+        """Cancel a waiting job. A running one is stopped by its supervisor, or from here if that is not possible."""
         record = self.store.read(job_id)
         if record.host != socket.gethostname():
             return
@@ -112,19 +112,19 @@ class LocalPlatform(Platform):
                 "so that it can end the job.",
                 *(job_id, supervisor["pid"]),
             )
-        with suppress(RunError):  # the client has reported why
+        with suppress(RunError):  # already reported by the client
             if cancel_pending(self.store, job_id):
                 return
         record = self.store.read(job_id)
         if record.cancel_requested is not None and is_running(supervisor):
-            return  # it reads the request
+            return  # the supervisor finds the request in the record
         if record.handle.process is not None:
             stop_session(record.handle.process, grace_seconds())
         elif supervisor is not None and is_running(supervisor):
-            os.kill(supervisor["pid"], signal.SIGTERM)  # it has no job yet
+            os.kill(supervisor["pid"], signal.SIGTERM)  # it has not started the job yet
 
     def _end_overdue(self, record: Record) -> JobOutcome | None:
-        """Kill a canceled job and its supervisor if that has not ended the job long after the last signal was due."""
+        """Kill a canceled job and its supervisor if the supervisor should have killed the job long ago."""
         supervisor = record.handle.supervisor
         if record.cancel_requested is None or record.state != "RUNNING" or supervisor is None:
             return None

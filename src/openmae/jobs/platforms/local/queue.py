@@ -1,4 +1,4 @@
-"""The queue of the jobs of one root on this machine: oldest first, for GPUs or slots."""
+"""The queue in which the jobs of one root wait for GPUs or slots on this machine, oldest first."""
 
 from __future__ import annotations
 
@@ -29,12 +29,7 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources that the jobs share.
-
-    Attributes:
-        gpus: GPUs, as named in CUDA_VISIBLE_DEVICES.
-        slots: Number of jobs without a GPU that run at the same time.
-    """
+    """The resources that jobs share: GPUs, as named in CUDA_VISIBLE_DEVICES, and slots for jobs without a GPU."""
 
     gpus: tuple[str, ...]
     slots: int
@@ -45,12 +40,10 @@ class QueueEntry:
     """A waiting or running job in the queue.
 
     Attributes:
-        id: Id of the job.
-        created_at: Its place in the queue.
-        gpus: Number of GPUs that it needs.
-        supervisor: Its supervisor.
-        claim: GPUs that it has, empty if it has a slot, None while it waits.
-        process: Its first process, which keeps the claim even if the supervisor dies.
+        created_at: Determines the position in the queue.
+        gpus: Number of GPUs that the job needs.
+        claim: GPUs assigned to the job; empty if it has a slot, None while it waits.
+        process: Its first process, whose session keeps the claim even if the supervisor dies.
     """
 
     id: str
@@ -62,10 +55,10 @@ class QueueEntry:
 
     @classmethod
     def from_dict(cls, values: Any, job_id: str) -> QueueEntry:
-        """Check the content of a file of the queue and return it as an entry.
+        """Validate the content of a queue file and return an entry.
 
         Raises:
-            ValueError: It is damaged; the message has the reason.
+            ValueError: The file is damaged; the message has the reason.
         """
         if not isinstance(values, dict) or values.get("id") != job_id:
             raise ValueError(f"it is not an entry of job {job_id}")
@@ -79,10 +72,10 @@ class QueueEntry:
 
 
 def this_machine() -> Machine:
-    """Return the GPUs of CUDA_VISIBLE_DEVICES or nvidia-smi, and OPENMAE_JOB_SLOTS (default: 1) slots.
+    """Return the GPUs in CUDA_VISIBLE_DEVICES (or else of nvidia-smi), and OPENMAE_JOB_SLOTS (default: 1) slots.
 
     Raises:
-        SpecError: OPENMAE_JOB_SLOTS is not a number.
+        SpecError: OPENMAE_JOB_SLOTS is not a positive integer.
     """
     text = os.environ.get(SLOTS, "1")
     if not text.isdecimal() or int(text) < 1:
@@ -108,12 +101,7 @@ def _nvidia_smi() -> tuple[str, ...]:
 
 
 class Queue:
-    """The queue of one root, with a file for each waiting or running job.
-
-    Args:
-        store: The jobs' records.
-        machine: The GPUs and slots to share.
-    """
+    """The queue of one root, with a file for each waiting or running job."""
 
     def __init__(self, store: JobStore, machine: Machine) -> None:
         self.folder = store.root / FOLDER
@@ -126,16 +114,16 @@ class Queue:
             self._write(QueueEntry(job_id, created_at, gpus, supervisor))
 
     def claim(self, job_id: str) -> list[str] | None:
-        """Return the GPUs for a job (an empty list for a slot), or None if it has to wait.
+        """Assign GPUs or a slot (an empty list) to a job, and return them; None if the job must wait.
 
-        The oldest waiting job goes first, even if a younger one would fit. A job whose supervisor is stopped (SIGSTOP)
-        is skipped until it continues.
+        The oldest waiting job comes first, even if a later one would fit. A job whose supervisor is stopped (SIGSTOP)
+        is skipped until the supervisor continues.
         """
         try:
             return self._claim(job_id)
-        except (FileNotFoundError, SpecError):  # the folder was deleted at this moment
+        except (FileNotFoundError, SpecError):  # the folder has just been deleted
             return None
-        except LockHeldError as error:  # wait until the holder continues
+        except LockHeldError as error:  # keep waiting
             log.warning("%s", error)
             return None
 
@@ -162,7 +150,7 @@ class Queue:
             return mine.claim
 
     def started(self, job_id: str, process: Identity) -> None:
-        """Add the first process of a job that has started."""
+        """Record the first process of a job that has started."""
         with self._locked():
             entry = self._entry(job_id)
             if entry is not None:
@@ -170,8 +158,8 @@ class Queue:
                 self._write(entry)
 
     def leave(self, job_id: str) -> None:
-        """Remove a job, and with it its claim."""
-        with suppress(OSError):  # read-only now; an entry without living processes has no effect
+        """Remove a job and its claim from the queue."""
+        with suppress(OSError):  # if it cannot be removed, an entry without living processes has no effect
             self._path(job_id).unlink(missing_ok=True)
 
     def _needs_gpus(self, gpus: int) -> bool:
@@ -195,7 +183,7 @@ class Queue:
         return sorted(found, key=lambda entry: (parse_time(entry.created_at), entry.id))
 
     def _entry(self, job_id: str) -> QueueEntry | None:
-        """Return an entry. A damaged one is created again from the job's record, so that no other job is affected."""
+        """Return an entry; a damaged one is created again from the job's record."""
         path = self._path(job_id)
         try:
             return QueueEntry.from_dict(read_json(path), job_id)
@@ -211,7 +199,7 @@ class Queue:
             return entry
 
     def _rebuild(self, job_id: str) -> QueueEntry | None:
-        """Create an entry from a job's record, which does not say which GPUs a running job has: it claims them all."""
+        """Create an entry from a job's record. A running job claims all GPUs, as the record does not list its GPUs."""
         try:
             record = self._store.read(job_id)
         except OpenMAEError:
@@ -234,7 +222,7 @@ class Queue:
 
 
 def orphans(store: JobStore) -> list[tuple[str, list[int]]]:
-    """Return the jobs whose folder was deleted while they ran, each with the ids of its living processes."""
+    """Return the jobs whose folder was deleted while they were running, with the ids of their living processes."""
     found = []
     for path in sorted((store.root / FOLDER).glob("*.json")):
         if os.path.lexists(store.folder(path.stem) / layout.JOB_RECORD):

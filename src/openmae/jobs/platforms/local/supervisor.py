@@ -1,4 +1,4 @@
-"""The process that runs a local job: it waits until the job's turn comes, starts it, and records how it ended.
+"""The supervisor of a local job: it waits in the queue, starts the job, and records its outcome.
 
 ``python -m openmae.jobs.platforms.local.supervisor ROOT JOB_ID``; the job's secrets are only in the environment.
 """
@@ -24,8 +24,8 @@ from openmae.machine import Identity, identify
 from openmae.storage import layout
 
 _POLL = 0.1
-# The command begins only when a line arrives, which is sent once the record says RUNNING. So a supervisor that is
-# killed in between leaves no process that the record does not name.
+# The process runs the command only after it has read a line, which is sent once the record contains the process. So a
+# supervisor that is killed in between leaves no unrecorded process behind.
 _GATE = ["/bin/sh", "-c", 'read -r go || exit 125; exec "$@" </dev/null', "job"]
 
 
@@ -33,7 +33,7 @@ def main(root: str, job_id: str) -> None:
     """Run one job to its end."""
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
-    )  # a background job of a shell ignores it, and the action would inherit that
+    )  # background jobs of a shell ignore SIGINT, and the action would inherit this
     store = JobStore(root)
     me = identify(os.getpid())
     assert me is not None
@@ -67,10 +67,10 @@ def _run(store: JobStore, queue: Queue, job_id: str) -> None:
         _open_gate(job)
         code = wait(store, job_id, job, identity)
     except BaseException:
-        stop_session(identity, grace_seconds())  # nothing else would supervise it
+        stop_session(identity, grace_seconds())  # the job must not run without a supervisor
         raise
     finally:
-        signal_session(identity, signal.SIGKILL)  # processes that the job left behind would hold its GPU
+        signal_session(identity, signal.SIGKILL)  # processes left behind by the job would keep its GPU in use
     assert code is not None
     with suppress(SpecError), store.update(job_id) as record:  # SpecError: its folder was deleted
         record.move(*conclude(record, code))
@@ -105,7 +105,7 @@ def _start(
 
 def _open_gate(job: subprocess.Popen[bytes]) -> None:
     assert job.stdin is not None
-    with suppress(BrokenPipeError):  # it was killed, as its exit code tells
+    with suppress(BrokenPipeError):  # the process was killed; its exit code is handled later
         job.stdin.write(b"go\n")
         job.stdin.flush()
     with suppress(BrokenPipeError):
