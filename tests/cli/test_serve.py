@@ -25,4 +25,4 @@ def test_serve_gets_its_arguments(monkeypatch):
 
 def test_wrong_limits_of_serve(capsys):
     assert main(["serve", "-m", "model.pth", "--max-batch", "0"]) == 2
-    assert capsys.readouterr().err == "--max-batch must be 1 or more, got 0.\n  Fix: Leave it out for 8.\n"
+    assert capsys.readouterr().err == "--max-batch must be 1 or more, got 0.\n  Fix: Omit it to use the default, 8.\n"

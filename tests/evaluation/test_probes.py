@@ -64,7 +64,7 @@ class TestBothProbes:
         assert probe(features[:121], np.append(labels[:120], 9)) > 0.95
 
     def test_tiny_sets_are_an_error(self, probe) -> None:  # type: ignore[no-untyped-def]
-        with pytest.raises(ValueError, match="at least 2 classes; the labels hold 1"):
+        with pytest.raises(ValueError, match="at least 2 classes; the labels have 1"):
             probe(np.ones((5, 3)), np.zeros(5, dtype=int))
         with pytest.raises(ValueError, match="a class with at least 2 images; every class here has 1"):
             probe(np.ones((5, 3)), np.arange(5))
@@ -72,7 +72,7 @@ class TestBothProbes:
     def test_bad_arrays_are_an_error(self, probe) -> None:  # type: ignore[no-untyped-def]
         with pytest.raises(ValueError, match=r"must be \[N, D\] and labels \[N\]; got \(5, 3\) and \(4,\)"):
             probe(np.ones((5, 3)), np.zeros(4, dtype=int))
-        with pytest.raises(ValueError, match="not finite"):
+        with pytest.raises(ValueError, match="non-finite"):
             probe(np.full((4, 3), np.nan), np.array([0, 0, 1, 1]))
 
 

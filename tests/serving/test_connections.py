@@ -139,7 +139,7 @@ def test_idle_connections_make_room_for_others(
         assert answer.status_code == 200
         for connection in waiting:
             connection.close()
-    assert "5 connections are open, which is the limit" in caplog.text
+    assert "The limit of 5 connections is reached" in caplog.text
 
 
 def test_a_request_in_progress_is_not_closed_for_others(limited_server: Any, model: Any, encode: Encode) -> None:
@@ -180,7 +180,7 @@ def test_the_largest_incomplete_body_is_refused(
         assert b"retry-after: 1" in answer.lower()
         while not answer.endswith(b"}"):
             answer += large.recv(65536)
-        assert b"it holds as many bytes of requests as allowed. Try again in a second." in answer
+        assert b"the requests in progress use all memory allowed for uploads. Try again in a second." in answer
         small.sendall(bytes(1))
         assert small.recv(4096).startswith(b"HTTP/1.1 422 "), "it had arrived, and is no image"
         for connection in (large, small, other):

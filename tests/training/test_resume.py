@@ -152,7 +152,7 @@ def test_named_checkpoint_must_be_finite(train, tmp_path):
         train(tmp_path / "second", {"train.resume_training_checkpoint_path": named})
     assert str(named) in caught.value.problem
     assert caught.value.problem.startswith("train.resume_training_checkpoint_path: ")
-    assert "holds values that are not finite (state_dict.model." in caught.value.problem
+    assert "has non-finite values (state_dict.model." in caught.value.problem
     assert caught.value.fix.startswith("Resume from an older checkpoint")
     assert named.exists()
 

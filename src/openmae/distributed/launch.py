@@ -203,7 +203,7 @@ def _run_with_peers(
             raise
         raise RunError(
             f"{_LOST_PEER} ({text.splitlines()[-1][:300]}).",
-            "Its own output says why; the same command on every node resumes from the newest checkpoint.",
+            "See the output of that process; the same command on every node resumes from the newest checkpoint.",
         ) from error
     finally:
         watchdog.end()

@@ -141,7 +141,7 @@ def join(world: World, device: torch.device) -> None:
             time.sleep(0.0 if complete else 0.05)  # a single long wait in C++ could not be interrupted by signals
     except torch.distributed.DistError:
         raise RunError(
-            "Node 0 has ended while the processes were waiting for one another.", "Its own output says why."
+            "Node 0 has ended while the processes were waiting for each other.", "See the output of node 0."
         ) from None
     on_gpu = device.type == "cuda"
     torch.distributed.init_process_group(
@@ -175,8 +175,8 @@ def _open_store(world: World, deadline: float, limit: float) -> TCPStore:
             if time.monotonic() > deadline:
                 raise RunError(
                     f"Node 0 did not answer at {world.address}:{world.port} within {limit:g} s ({_first_line(error)}).",
-                    "Check that it runs, that MASTER_ADDR and MASTER_PORT are right, and that no firewall is between. "
-                    f"{JOIN_VARIABLE} is how long to wait.",
+                    "Check that it runs, that MASTER_ADDR and MASTER_PORT are right, and that no firewall blocks the "
+                    f"port. Set {JOIN_VARIABLE} to wait longer.",
                 ) from None
         time.sleep(0.2)
 
@@ -188,7 +188,7 @@ def _did_not_join(world: World, ranks: list[int], limit: float) -> RunError:
     return RunError(
         f"Waited {limit:g} s for {world.nodes} node(s) of {world.per_node} process(es): {names} did not join.",
         f"Start the same command there (its own NODE_RANK, the same MASTER_ADDR={world.address} and "
-        f"MASTER_PORT={world.port}), and check that no firewall is between; {JOIN_VARIABLE} is how long to wait.",
+        f"MASTER_PORT={world.port}), and check that no firewall blocks the port. Set {JOIN_VARIABLE} to wait longer.",
     )
 
 

@@ -45,7 +45,10 @@ def seconds_of(variable: str, default: float) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise SpecError(f"{variable} must be a number of seconds above 0, got {text!r}.", "Correct it.")
+        raise SpecError(
+            f"{variable} must be a number of seconds above 0, got {text!r}.",
+            f"Set it, for example {variable}={default:g}.",
+        )
     return seconds
 
 

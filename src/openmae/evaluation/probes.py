@@ -55,7 +55,7 @@ def split_half(labels: Array, seed: int = 0) -> tuple[Array, Array]:
     labels = np.asarray(labels)
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
     if len(classes) < 2:
-        raise ValueError(f"a probe needs images of at least 2 classes; the labels hold {len(classes)}")
+        raise ValueError(f"a probe needs images of at least 2 classes; the labels have {len(classes)}")
     if counts.max() < 2:
         raise ValueError("a probe needs a class with at least 2 images; every class here has 1")
     rng = np.random.default_rng(seed)
@@ -125,5 +125,5 @@ def _check(features: Array, labels: Array) -> tuple[Array, Array]:
     if x.ndim != 2 or y.shape != x.shape[:1]:
         raise ValueError(f"features must be [N, D] and labels [N]; got {x.shape} and {y.shape}")
     if not np.isfinite(x).all():
-        raise ValueError("the features hold values that are not finite")
+        raise ValueError("the features have non-finite values")
     return x, y

@@ -203,7 +203,7 @@ def choose_model(
         return newest, f"the parent's newest: epoch {newest.epoch}, step {newest.step}; it has no best"
     latest = [item for item in fitting if item.latest or item.kind != "checkpoint"]
     if latest:
-        return max(latest, key=lambda item: (item.modified, item.path)), "the newest that the parent has"
+        return max(latest, key=lambda item: (item.modified, item.path)), "the parent's newest file of this kind"
     deleted = [
         read_text(item.path) for item in items if item.name == layout.CHECKPOINTS_DELETED and "checkpoint" in kinds
     ]

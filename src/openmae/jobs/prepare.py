@@ -92,7 +92,7 @@ def prepare(request: JobRequest, parent: Record | None, job_id: str, folder: Pat
         parent_job_id=parent.id if parent else None,
         exit_code=None,
         notices=_notices(request, parent, literal_key, routed, spec, replaced),
-        transitions=[Transition(now(), "PENDING", "waiting for its turn")],
+        transitions=[Transition(now(), "PENDING", "queued")],
         host=socket.gethostname(),
         submitter=identify(os.getpid()),
         command=command,

@@ -113,9 +113,7 @@ class LimitedProtocol(H11Protocol):
         open_ones = [one for one in self.connections if isinstance(one, LimitedProtocol) and not one._aborted]
         if len(open_ones) <= self.most:
             return
-        log.warning(
-            "%d connections are open, which is the limit: the one that has waited longest is closed.", self.most
-        )
+        log.warning("The limit of %d connections is reached: the one that has waited longest is closed.", self.most)
         waiting = [one for one in open_ones if one is not self and not one._is_at_work]
         victim = min(waiting, key=lambda one: one._since, default=self)
         victim._aborted = True  # it stays in the list until the next iteration of the event loop

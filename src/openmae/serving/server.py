@@ -108,7 +108,7 @@ def _check_packages() -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. It is opened before the model is loaded, so that errors are reported early."""
     if not 0 <= port <= 65535:
-        raise UserError(f"--port must be between 0 and 65535, got {port}.", "Leave it out for 8000.")
+        raise UserError(f"--port must be between 0 and 65535, got {port}.", "Omit it to use the default, 8000.")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)

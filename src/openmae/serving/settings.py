@@ -40,14 +40,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
-            raise UserError(f"--max-batch must be 1 or more, got {self.max_batch}.", "Leave it out for 8.")
+            raise UserError(f"--max-batch must be 1 or more, got {self.max_batch}.", "Omit it to use the default, 8.")
         if not 0 < self.max_request_mb < float("inf"):
-            raise UserError(f"--max-request-mb must be above 0, got {self.max_request_mb:g}.", "Leave it out for 32.")
+            raise UserError(
+                f"--max-request-mb must be above 0, got {self.max_request_mb:g}.", "Omit it to use the default, 32."
+            )
         if not 1 <= self.max_pixels <= _PILLOW_LIMIT:
             raise UserError(
                 f"--max-pixels must be between 1 and {_PILLOW_LIMIT:,} (Pillow opens no larger image), "
                 f"got {self.max_pixels:,}.",
-                "Leave it out for 50,000,000.",
+                "Omit it to use the default, 50,000,000.",
             )
 
     @property

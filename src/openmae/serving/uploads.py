@@ -190,7 +190,11 @@ async def _read_form(request: Request, max_images: int) -> list[Upload]:
 
 
 def _no_room() -> Refused:
-    return Refused(503, "The server is busy: it holds as many bytes of requests as allowed.", "Try again in a second.")
+    return Refused(
+        503,
+        "The server is busy: the requests in progress use all memory allowed for uploads.",
+        "Try again in a second.",
+    )
 
 
 def count_pixels(upload: Upload, max_pixels: int) -> int:

@@ -112,7 +112,7 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
         optimizer.load_state_dict(state)
     except ValueError as error:
         raise CheckpointError(
-            f"Cannot resume: other parameters are trained now than in the checkpoint ({error}).",
+            f"Cannot resume: the trained parameters differ from those in the checkpoint ({error}).",
             "Restore train.freeze, or set another results_dir for a new run.",
         ) from error
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:

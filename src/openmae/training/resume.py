@@ -92,7 +92,7 @@ def read_finite(path: Path, key: Key | None) -> dict[str, Any]:
         # the norm is fast to check, but it can overflow although every value is finite
         if tensor.is_floating_point() and not (tensor.norm().isfinite() or tensor.isfinite().all()):
             raise NotFiniteError(
-                f"{path} holds values that are not finite ({name}): the run that wrote it had diverged.",
+                f"{path} has non-finite values ({name}): the run that wrote it had diverged.",
                 "Resume from an older checkpoint, or set another results_dir to start a new run.",
             )
     return payload

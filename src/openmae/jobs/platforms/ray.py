@@ -204,7 +204,7 @@ class RayPlatform(Platform):
             lines = [line for line in str(error).splitlines() if line.strip(" .")]
             reason = lines[-1].strip() if lines else type(error).__name__
             raise RunError(
-                f"The Ray cluster at {_address()} refused: {reason}", "`ray status` shows what it has."
+                f"The Ray cluster at {_address()} refused: {reason}", "`ray status` shows the resources of the cluster."
             ) from error
 
 

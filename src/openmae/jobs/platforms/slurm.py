@@ -185,5 +185,5 @@ def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -
         raise RunError(f"SLURM did not answer {command[0]} within {_PATIENCE:g} s.", "Try again later.") from None
     if done.returncode:
         text = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise RunError(f"SLURM refused {command[0]}: {text}.", "`sinfo` shows what the cluster has.")
+        raise RunError(f"SLURM refused {command[0]}: {text}.", "`sinfo` shows the resources of the cluster.")
     return done.stdout
