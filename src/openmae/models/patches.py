@@ -1,7 +1,7 @@
-"""Conversion between images and units, and the pixels that the decoder predicts.
+"""Conversion between images and units, and normalisation of units.
 
-Shapes: B batch, C channels, H and W pixels, L units of an image, K selected units, p side of a unit in
-pixels, P = p*p*C values of a unit, ordered (row, column, channel) as in MAE's ``patchify``.
+Shapes: B batch, C channels, H and W pixels, L units of an image, K selected units, p side of a unit in pixels,
+P = p*p*C values of a unit, ordered (row, column, channel) as in MAE's ``patchify``.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def unpatchify(units_BLP: Tensor, size: int, image_size: tuple[int, int]) -> Ten
 def normalise_units(units_BKP: Tensor) -> Tensor:
     """Normalise each unit to zero mean and unit variance: MAE's ``norm_pix_loss`` (arXiv:2111.06377, section 3)."""
     size = units_BKP.shape[-1]
-    unbiased = (size - 1) / size  # MAE divides by size - 1 in the variance, layer_norm by size
+    unbiased = (size - 1) / size  # MAE's variance divides by size - 1, layer_norm's by size
     return F.layer_norm(units_BKP, (size,), eps=NORM_EPS * unbiased) * math.sqrt(unbiased)
 
 
 def denormalise_units(predicted_BKP: Tensor, true_BKP: Tensor) -> Tensor:
-    """Invert :func:`normalise_units` for a prediction with the statistics of the true units (for display only)."""
+    """Invert :func:`normalise_units` with the statistics of the true units, to display a prediction."""
     mean, std = _statistics(true_BKP)
     return predicted_BKP * std + mean
 

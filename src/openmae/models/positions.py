@@ -11,7 +11,7 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int], num_prefix_tokens
     """Return the 2-D sine-cosine position embedding of MAE's code, with zeros for prefix tokens.
 
     Args:
-        dim: width, a multiple of 4; half encodes the column, half the row, each as sines and then cosines.
+        dim: width, a multiple of 4. The first half encodes the column, the second the row, each by sines, then cosines.
         grid: (rows, columns).
         num_prefix_tokens: tokens before those of the grid.
 
