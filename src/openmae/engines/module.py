@@ -1,4 +1,4 @@
-"""A trained backbone for deployment: images in, logits or features out, nothing masked."""
+"""A trained backbone for deployment: images in, logits or features out, without masking."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DeployedModel(nn.Module):
         """Return the outputs in the order of ``ModelCard.outputs``.
 
         Args:
-            images: normalised float32 ``[N, C, H, W]``, or uint8 ``[N, H, W, C]`` if the preprocessing is included.
+            images: normalised float32 ``[N, C, H, W]``, or uint8 ``[N, H, W, C]`` if preprocessing is included.
         """
         if self.preprocessing:
             images = (images.float().permute(0, 3, 1, 2) - self.mean) / self.std  # TensorRT cannot transpose uint8
@@ -52,7 +52,7 @@ class DeployedModel(nn.Module):
             rows, columns = backbone.patch_embed.grid_size
             return patches_BLD.mean(dim=1), patches_BLD.transpose(1, 2).unflatten(2, (rows, columns))
         features = backbone.forward_head(x, pre_logits=True)
-        if self.family == "hiera":  # its tokens are in the order of its pooling steps
+        if self.family == "hiera":  # its tokens are ordered by pooling steps
             x = backbone.reroll(x, len(backbone.blocks) - 1).permute(0, 3, 1, 2)
         return features, x
 

@@ -1,4 +1,4 @@
-"""The ONNX file that an engine is built from, and its graph in the requested precision."""
+"""Read the ONNX file that an engine is built from, and convert its graph to the requested precision."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from openmae.storage.encryption import Key, is_encrypted, read_bytes, temporarie
 
 _TYPE_KEY = "gen_trt_engine.tensorrt.data_type"
 _KEEP_KEY = "gen_trt_engine.tensorrt.layers_precision"
-_LEAST_COSINE = 0.9  # lower ones, or NaN, mean that values have overflowed
+_LEAST_COSINE = 0.9  # a lower cosine similarity, or NaN, means that values have overflowed
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
 
 log = logging.getLogger("openmae")
@@ -35,8 +35,8 @@ class Source:
     Attributes:
         path: path of the file.
         card: its metadata; None if another program wrote it.
-        precision: precision of its arithmetic; int8 if it is quantised.
-        batch: N of its inputs; -1 for any.
+        precision: precision of its weights; int8 if it is quantised.
+        batch: batch size of its inputs; -1 for any.
         nodes: names of its nodes.
         key: key of an encrypted file; None for a plain one.
     """
@@ -50,7 +50,7 @@ class Source:
 
 
 def read_source(path: Path, key: Key | None = None) -> Source:
-    """Read what is needed to know about an ONNX file; weights in a second file are not read.
+    """Read the metadata of an ONNX file; weights in a second file are not read.
 
     Raises:
         CheckpointError: the file is missing, damaged or not ONNX, its metadata is of another version, or an axis other
@@ -69,9 +69,9 @@ def read_source(path: Path, key: Key | None = None) -> Source:
 
 
 def choose_precision(source: Source, asked: str, *, can_time: bool) -> tuple[Precision, ...]:
-    """Return the precisions to build, of which the fastest is kept.
+    """Return the precisions to build; the fastest engine is kept.
 
-    A file that is fp16 or quantised keeps its precision, since what its weights have lost cannot be restored.
+    A file that is not in fp32 keeps its precision, since lost precision cannot be restored.
 
     Args:
         source: the ONNX file.
@@ -106,7 +106,7 @@ def kept_nodes(source: Source, layers_precision: Sequence[str]) -> list[str]:
 
     Args:
         source: the ONNX file.
-        layers_precision: entries ``name:fp32``, in which ``*`` stands for any characters.
+        layers_precision: entries ``name:fp32``, in which ``*`` matches any characters.
 
     Raises:
         SpecError: an entry matches no node.
@@ -122,13 +122,13 @@ def kept_nodes(source: Source, layers_precision: Sequence[str]) -> list[str]:
 def in_precision(
     source: Source, precision: Precision, keep: Sequence[str], batches: Iterable[np.ndarray], folder: Path
 ) -> Iterator[Path | bytes]:
-    """Yield ONNX in a precision: the file itself or a temporary one; the content if the file is encrypted.
+    """Yield the model in a precision: a path, or the serialized graph if the source is encrypted.
 
     Args:
         source: the ONNX file.
-        precision: one of ``choose_precision``.
-        keep: patterns of nodes that stay in fp32.
-        batches: inputs of the model to calibrate int8 with.
+        precision: a result of ``choose_precision``.
+        keep: result of ``kept_nodes``.
+        batches: inputs of the model for the calibration of int8.
         folder: folder for the temporary file.
     """
     if precision == source.precision:
@@ -156,7 +156,7 @@ def in_precision(
 
 
 def _check_range(plain: ModelProto, half: ModelProto, source: Source) -> None:
-    """Run both graphs on a random image: nothing else would report activations that exceed the range of fp16.
+    """Run both graphs on random images, to detect activations that exceed the range of fp16.
 
     Raises:
         SpecError: their outputs differ.
@@ -173,7 +173,7 @@ def _check_range(plain: ModelProto, half: ModelProto, source: Source) -> None:
 
 def _batch(proto: ModelProto) -> int:
     """Return the batch size of the inputs; -1 for any. The other axes must be fixed."""
-    weights = {tensor.name for tensor in proto.graph.initializer}  # old files list them among the inputs
+    weights = {tensor.name for tensor in proto.graph.initializer}  # old exporters list them among the inputs
     batches = set()
     for value in proto.graph.input:
         if value.name in weights:
