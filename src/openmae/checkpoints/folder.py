@@ -35,7 +35,6 @@ class CheckpointFolder:
     A context manager, which waits on exit for the write in progress.
 
     Args:
-        folder: folder of the checkpoints.
         arch: architecture, part of the name of the link to the newest checkpoint.
         keep: number of newest checkpoints to keep, in addition to the best one.
         key: encrypts the checkpoints.
@@ -69,16 +68,10 @@ class CheckpointFolder:
     ) -> Path:
         """Copy a payload and start writing it as the checkpoint of ``epoch`` and ``step``; return its path.
 
-        When it is written, the link is updated and the oldest checkpoints are deleted.
-
-        Args:
-            payload: content of the checkpoint; may change afterwards.
-            epoch: finished epochs.
-            step: finished steps.
-            best: also write ``model_best.pth``, before the numbered checkpoint, so that a run that is killed in between
-                never has a ``model_best.pth`` older than the best metric in its newest checkpoint.
-            rotate: delete the oldest checkpoints; False after a skipped step, when the weights may be worse than those
-                of older checkpoints.
+        The payload may change afterwards. When the checkpoint is written, the link is updated. With ``best``,
+        ``model_best.pth`` is written first: if the run is killed in between, it is never older than the best metric in
+        the newest checkpoint. With ``rotate``, the oldest checkpoints are deleted; not after a skipped step, when the
+        weights may be worse than those of older checkpoints.
 
         Raises:
             RunError: The previous checkpoint could not be written. Existing files are unchanged.
@@ -176,7 +169,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def check_not_sharded(folder: Path) -> None:
-    """Raise an error if the newest checkpoint is sharded.
+    """Check that the newest checkpoint is not sharded.
 
     Raises:
         CheckpointError: It is a folder of shards, which earlier versions wrote.

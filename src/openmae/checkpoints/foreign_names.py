@@ -132,11 +132,7 @@ _HF_UNUSED = re.compile(r"pooler\.dense\.|embeddings\.mask_token$")  # transform
 
 
 def recognise(raw: Mapping[str, Any], wanted: str = "") -> NamedWeights:
-    """Identify the layout of a file's content, and rename its tensors.
-
-    Args:
-        raw: a state dict, or a dict that contains state dicts.
-        wanted: entry or prefix to choose if the file has several models.
+    """Identify the layout of a file's content (see ``unwrap`` for the arguments), and rename its tensors.
 
     Raises:
         CheckpointError: No layout fits; the message shows the first names.
@@ -177,7 +173,6 @@ def _own(state: State) -> NamedWeights:
 
 
 def _layout(state: State, entry: str) -> tuple[str, Family, _Rules, _Reshape]:
-    """Return (layout, family, substitutions, reshaping) of a bare state dict."""
     family = family_of(state)
     with_decoder = "decoder_embed.weight" in state
     if family == "vit":
@@ -202,7 +197,6 @@ def _layout(state: State, entry: str) -> tuple[str, Family, _Rules, _Reshape]:
 
 
 def _from_transformers(state: State) -> tuple[str, Family, State]:
-    """Return (layout, family, renamed state dict)."""
     state = {name: value for name, value in state.items() if not _HF_UNUSED.search(name)}
     if any(name.endswith("embeddings.cls_token") for name in state):
         return "transformers ViT", "vit", _join_attention({_rename(n, _HF_VIT): value for n, value in state.items()})

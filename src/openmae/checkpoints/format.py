@@ -163,8 +163,7 @@ class Checkpoint:
     def config(self, arch: str | None = None) -> ModelConfig:
         """Return the model's configuration from the file's header, or else from the shapes of its tensors.
 
-        Args:
-            arch: architecture to assume if the tensors of another program's file fit none.
+        If the shapes fit no architecture, ``arch`` is assumed.
 
         Raises:
             CheckpointError: The tensors fit no architecture.
@@ -209,10 +208,7 @@ def read_checkpoint(path: str | Path, key: Key | None = None, weights_key: str =
 def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> Content:
     """Read the state that training resumes from: the dict described at the top of this module.
 
-    Args:
-        path: the file.
-        key: key of an encrypted file.
-        lazily: memory-map the tensors of an unencrypted file instead of reading them, after verifying its checksums.
+    With ``lazily``, tensors of an unencrypted file are memory-mapped after its checksums are verified.
 
     Raises:
         CheckpointError: The file cannot be read, or holds weights only.
@@ -228,12 +224,9 @@ def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = Fa
 
 
 def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = None) -> None:
-    """Write the dict described at the top of this module, and flush it to disk.
+    """Write the dict described at the top of this module, with tensors on the CPU, and flush it to disk.
 
-    Args:
-        payload: the dict, with tensors on the CPU.
-        path: a temporary path; ``CheckpointFolder`` renames the file when it is complete.
-        key: encrypts the file.
+    ``path`` is a temporary path: ``CheckpointFolder`` renames the file when it is complete.
 
     Raises:
         OSError: The disk is full or cannot be written.
@@ -246,11 +239,7 @@ def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = N
 def save_backbone(path: str | Path, state: Mapping[str, Tensor], info: CheckpointInfo, key: Key | None = None) -> Path:
     """Write a backbone as a safetensors file, replacing ``path`` only when it is complete; return the path.
 
-    Args:
-        path: the file, usually ``backbone.safetensors``.
-        state: a timm model's state dict.
-        info: written to the metadata.
-        key: encrypts the file.
+    ``state`` is a timm model's state dict; ``info`` is written to the metadata.
 
     Raises:
         RunError: The disk is full or cannot be written.

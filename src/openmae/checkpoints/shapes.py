@@ -68,12 +68,8 @@ def patch_size_of(weights: NamedWeights) -> int | None:
 def guess_config(weights: NamedWeights, arch: str | None = None) -> ModelConfig:
     """Derive the model of another program's file from the shapes of its tensors.
 
-    A ViT without a final norm is taken for one that NVIDIA TAO has fine-tuned: it classifies the mean of the patch
-    tokens.
-
-    Args:
-        weights: tensors of the file.
-        arch: architecture to assume if the shapes fit none.
+    If the shapes fit no architecture, ``arch`` is assumed. A ViT without a final norm is taken for one that NVIDIA TAO
+    has fine-tuned: it classifies the mean of the patch tokens.
 
     Raises:
         CheckpointError: The shapes fit no architecture.

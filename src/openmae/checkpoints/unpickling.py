@@ -135,7 +135,7 @@ def _empty_list(*_: Any) -> list[Any]:
 
 
 def _nothing(*_: Any) -> None:
-    """Stand in for the factory of a ``defaultdict`` or a scalar type, which is never called."""
+    """Replace the factory of a ``defaultdict`` or a scalar type, which is never called."""
 
 
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

@@ -28,13 +28,9 @@ def load_into(
     """Copy a checkpoint's weights into a masked autoencoder or a timm model.
 
     Position embeddings are resampled to the model's grid, the first convolution to its channels and patch size.
-
-    Args:
-        model: a model of ``models.build``.
-        checkpoint: its weights.
-        part: "backbone" requires 95 % of the backbone, and also copies a classifier, decoder and fusion heads that fit;
-            "everything" requires the complete model, as evaluation does.
-        allow_partial: initialise missing weights instead of raising an error, unless the file is of another family.
+    ``part="backbone"`` requires 95 % of the backbone, and also copies a classifier, decoder and fusion heads that fit;
+    ``"everything"`` requires the complete model, as evaluation does. With ``allow_partial``, missing weights keep their
+    initial values instead of raising an error, unless the file is of another family.
 
     Raises:
         CheckpointError: Too few weights matched; the message gives the share, names, shapes and likely architecture.

@@ -19,14 +19,9 @@ log = logging.getLogger("openmae")
 
 
 def as_input(images_BCHW: Tensor, card: ModelCard) -> Tensor:
-    """Convert images to the model's input, contiguous in memory.
+    """Convert uint8 images, or float images in 0..255, to the model's input, contiguous in memory.
 
-    Args:
-        images_BCHW: uint8, or float in 0..255.
-        card: metadata of the model.
-
-    Returns:
-        uint8 ``[B, H, W, C]`` if the model includes preprocessing, else normalised float32 ``[B, C, H, W]``.
+    This is uint8 ``[B, H, W, C]`` if the model includes preprocessing, else normalised float32 ``[B, C, H, W]``.
 
     Raises:
         DataError: the images have another shape or type.
@@ -89,13 +84,10 @@ def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels:
 def run_split(
     run: Callable[[Tensor], dict[str, Tensor]], images: Tensor, smallest: int = 1, largest: int | None = None
 ) -> dict[str, Tensor]:
-    """Run images in batches of ``smallest`` to ``largest``, and return the concatenated outputs.
+    """Run any number of images in batches of ``smallest`` to ``largest``, and return the concatenated outputs.
 
-    Args:
-        run: returns the outputs of a batch by name, each with the batch as its first axis.
-        images: ``[N, ...]``; N may be 0.
-        smallest: smaller batches are padded, and the outputs for the padding are dropped.
-        largest: larger batches are split; None for no limit.
+    ``run`` returns the outputs of a batch by name, each with the batch as its first axis. Outputs for padding are
+    dropped.
     """
     parts = images.split(largest or max(1, len(images))) if len(images) else (images,)
     results = [(len(part), run(pad_batch(part, max(smallest, 1)))) for part in parts]

@@ -333,7 +333,6 @@ def weight_bytes(proto: ModelProto) -> int:
 
 @contextlib.contextmanager
 def _quiet(verbose: bool) -> Iterator[None]:
-    """Suppress the messages of torch's exporter unless ``verbose`` is set."""
     if verbose:
         yield
         return

@@ -43,12 +43,8 @@ def to_half(model: ModelProto, kind: Half, keep: Sequence[str] = ()) -> ModelPro
     """Return the model with fp16 or bf16 weights and arithmetic; inputs and outputs keep their types.
 
     Sums over many values (normalisation, GRN, pooling) stay in fp32, and so do the normalisation of a uint8 input and,
-    for fp16, nodes that read a constant above 65504.
-
-    Args:
-        model: model in fp32; it is not changed.
-        kind: fp16 or bf16.
-        keep: name patterns (``*`` matches any characters) of other nodes that stay in fp32.
+    for fp16, nodes that read a constant above 65504. ``keep`` are name patterns (``*`` matches any characters) of other
+    nodes that stay in fp32. The given model, in fp32, is not changed.
 
     Raises:
         SpecError: a pattern of ``keep`` matches no node, or the model is larger than 2 GB or not in fp32.
@@ -74,12 +70,8 @@ def to_int8(model: ModelProto, batches: Iterable[NDArray[np.generic]], keep: Seq
     Weights are int8 per output channel; activations are int8 per tensor, with the range seen in ``batches``. All zero
     points are 0, as TensorRT requires; in ONNX Runtime on x86, uint8 activations were at most 17 % faster. Depthwise
     convolutions and products of two activations (attention) stay in fp32: quantised, they were less accurate and, in
-    ONNX Runtime, no faster.
-
-    Args:
-        model: model in fp32; it is not changed.
-        batches: inputs of the model for calibration, read once, one at a time.
-        keep: name patterns (``*`` matches any characters) of nodes that stay in fp32.
+    ONNX Runtime, no faster. ``keep`` are name patterns (``*`` matches any characters) of other nodes that stay in fp32.
+    ``batches`` are inputs of the model, read once, one at a time. The given model, in fp32, is not changed.
 
     Raises:
         DataError: there is no batch.

@@ -47,13 +47,7 @@ class Predictor(Protocol):
 
 
 class TorchPredictor:
-    """A checkpoint's model in torch.
-
-    Args:
-        model: result of ``build_deployed``, without preprocessing: the predictor normalises images on the device.
-        card: metadata of the model.
-        device: device to run on.
-    """
+    """A checkpoint's model in torch; the model is built without preprocessing, since images are normalised here."""
 
     def __init__(self, model: DeployedModel, card: ModelCard, device: torch.device) -> None:
         assert not model.preprocessing
@@ -72,10 +66,7 @@ class TorchPredictor:
 class OnnxPredictor:
     """An ONNX file that ``mae export`` wrote, in ONNX Runtime.
 
-    Args:
-        path: path of the file.
-        device: device of the outputs; the model runs on a GPU only if onnxruntime-gpu is installed, else on the CPU.
-        key: key of an encrypted file.
+    Outputs are on ``device``, but the model runs on a GPU only if onnxruntime-gpu is installed, else on the CPU.
 
     Raises:
         CheckpointError: the file cannot be used, or another program wrote it.

@@ -126,12 +126,7 @@ class CrossAttentionDecoder(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """A transformer block with queries from the masked tokens, and keys and values from the latent.
-
-    Args:
-        latent_dim: D.
-        dim: E, a multiple of 32 (the width of a head).
-    """
+    """A transformer block with queries from the masked tokens, and keys and values from the latent."""
 
     def __init__(self, latent_dim: int, dim: int) -> None:
         super().__init__()
@@ -154,12 +149,7 @@ class CrossAttentionBlock(nn.Module):
 class ConvNeXtDecoder(nn.Module):
     """FCMAE's decoder: ConvNeXt V2 blocks on the complete grid, with a learned token at masked positions.
 
-    Args:
-        latent_dim: D.
-        dim: E.
-        depth: number of blocks.
-        grid: tokens in (rows, columns).
-        token_values: P.
+    The arguments are those of ``TransformerDecoder``.
     """
 
     def __init__(self, latent_dim: int, dim: int, depth: int, grid: tuple[int, int], token_values: int) -> None:

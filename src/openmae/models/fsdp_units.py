@@ -27,6 +27,5 @@ def sharded_units(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a model, or of its stages."""
     holders = model.get_submodule("stages").children() if hasattr(model, "stages") else [model]
     return [block for holder in holders for block in holder.get_submodule("blocks").children()]

@@ -65,13 +65,8 @@ def mask_from_noise(noise_BL: Tensor, num_visible: int, targets: float = 1.0) ->
 def split_units(mask: Mask, grid: tuple[int, int], split: int) -> Mask:
     """Convert a mask of units to a mask of tokens, of which each unit has ``split`` x ``split``.
 
-    Args:
-        mask: mask of units.
-        grid: units in (rows, columns).
-        split: tokens along a unit's side.
-
-    Returns:
-        Row-major indices in the grid of tokens, ordered unit by unit, and row-major within a unit.
+    ``grid`` is the number of units in (rows, columns). The result has row-major indices in the grid of tokens, ordered
+    unit by unit, and row-major within a unit.
     """
     if split == 1:
         return mask
@@ -91,13 +86,9 @@ def random_mask(
 ) -> Mask:
     """Draw a mask that depends only on seed, epoch and sample, not on device, batch size, worker or rank.
 
-    Args:
-        sample_B: int64 index of each sample in its data set.
-        seed: seed of the run.
-        epoch: epoch; validation always uses the same, so its masks are fixed.
-        num_units: L.
-        mask_ratio: share of units that are not visible.
-        targets: share of those units that are predicted; the others are in neither part of the mask.
+    ``sample_B`` are int64 indices in the data set. Validation always uses the same epoch, so its masks are fixed.
+    ``mask_ratio`` is the share of units that are not visible, ``targets`` the share of those that are predicted; the
+    others are in neither part of the mask.
     """
     unit_L = torch.arange(num_units, device=sample_B.device)
     key_B1 = _splitmix64(_splitmix64(sample_B + _scramble(seed)) + _scramble(epoch)).unsqueeze(1)

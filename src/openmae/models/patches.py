@@ -16,15 +16,9 @@ NORM_EPS = 1e-6
 
 
 def select_units(images_BCHW: Tensor, index_BK: Tensor, size: int) -> Tensor:
-    """Return the pixels of the selected units.
+    """Return the pixels of the selected units, ``[B, K, p, p, C]``, without copying others.
 
-    Args:
-        images_BCHW: images whose height and width are multiples of ``size``.
-        index_BK: int64 unit indices, row-major.
-        size: p, side of a unit in pixels.
-
-    Returns:
-        ``[B, K, p, p, C]``; only the selected units are copied.
+    ``size`` is p, which divides height and width; ``index_BK`` are row-major int64 indices of units.
     """
     B, C, H, W = images_BCHW.shape
     columns = W // size

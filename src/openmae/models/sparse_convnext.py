@@ -90,11 +90,8 @@ class Sites:
 def residual_branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tensor | None = None) -> Tensor:
     """Return the residual branch of a block as ``[B, S, C]``, so that drop path draws once per sample.
 
-    Args:
-        x: values of the sites, ``[..., C]``.
-        block: a block with GRN and without layer scale.
-        sites: positions of the sites.
-        rows_BK: sites to return (``[B, K, C]``); None for all.
+    ``x`` are values of the sites, ``[..., C]``; the block has GRN and no layer scale. With ``rows_BK``, only those
+    sites are returned, ``[B, K, C]``.
     """
     y = layer_norm(sites.convolve(x, block.conv_dw), block.norm)
     hidden = block.mlp.act(site_linear(y.reshape(sites.shape[0], -1, y.shape[-1]), block.mlp.fc1))

@@ -25,13 +25,8 @@ log = logging.getLogger("openmae")
 def fetch(url: str, suffixes: Sequence[str] = (), *, quiet: bool = False) -> Path:
     """Return the current version of a remote file or folder, kept in the cache while this process uses it.
 
-    Args:
-        url: URL of a file or folder.
-        suffixes: also fetch the files named ``<file><suffix>`` where they exist.
-        quiet: show neither a message nor a progress bar.
-
-    Returns:
-        The file or folder in the cache, under its own name.
+    Files named ``<file><suffix>`` are fetched too if they exist. A message and, on a terminal, a progress bar are shown
+    unless ``quiet``.
 
     Raises:
         DataError: it cannot be downloaded, or does not fit into the cache.

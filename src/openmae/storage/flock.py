@@ -13,13 +13,10 @@ AVAILABLE = fcntl is not None
 def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> None:
     """Lock an open file or folder until its descriptor is closed; do nothing on systems without ``flock``.
 
-    Args:
-        descriptor: file descriptor.
-        shared: other processes may hold shared locks too.
-        wait: wait for the lock instead of raising BlockingIOError.
+    A ``shared`` lock permits shared locks of other processes.
 
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: another process holds the lock, and ``wait`` is not set.
         OSError: the file system has no locks.
     """
     if fcntl is not None:

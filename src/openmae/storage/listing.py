@@ -56,8 +56,8 @@ class Found:
 
     Attributes:
         url: the URL that was looked up.
-        files: the files of a folder, or one file followed by the requested companions that exist.
-        folder: the URL is a folder's.
+        files: all files of a folder, or one file followed by the requested companions that exist.
+        folder: True for a folder.
     """
 
     url: str

@@ -228,7 +228,6 @@ class Mirror:
         return True
 
     def _send_status_if_due(self) -> None:
-        """Upload the status; called during the upload of a large file."""
         if not self._stop.is_set() and self._is_due(layout.STATUS):
             self._send_changed([layout.STATUS])
 

@@ -153,11 +153,7 @@ class Transfer:
             raise ConnectionResetError("the server sends the file from its beginning")
 
     async def _fault(self, file: RemoteFile, path: Path, md5: str) -> str:
-        """Return what is wrong with a copy according to the store's checksums, or "".
-
-        Raises:
-            DataError: there is no checksum, and the copy is a web page.
-        """
+        """Return what is wrong with a copy by the store's checksums, or ""; raise if the copy is a web page instead."""
         if md5:
             digest = await asyncio.to_thread(_md5_of, path)
             return "" if digest == md5 else f"its MD5 is {digest}, not {md5}"

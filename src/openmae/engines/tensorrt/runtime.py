@@ -28,10 +28,7 @@ _WARM_UP, _RUNS = 5, 20  # batches before timing, and timed batches
 class TensorRTPredictor:
     """An engine that ``mae gen_trt_engine`` built from an ONNX file of ``mae export``; see ``Predictor``.
 
-    Args:
-        path: path of the engine; its sidecar is next to it.
-        device: a CUDA GPU of the kind that the engine was built for.
-        key: key of an encrypted engine.
+    The sidecar is next to the engine, and ``device`` is a GPU of the kind that the engine was built for.
 
     Raises:
         CheckpointError: the engine or its sidecar cannot be used here.
@@ -80,7 +77,6 @@ class LoadedEngine:
     Args:
         data: the serialized engine.
         info: engine part of the sidecar.
-        device: GPU to run on.
         name: name of the engine, for messages.
 
     Raises:
@@ -149,12 +145,7 @@ class LoadedEngine:
 
 
 def _open_device(device: torch.device, info: EngineInfo, path: Path) -> torch.device:
-    """Return the device with its index.
-
-    Raises:
-        SpecError: there is no GPU, or the device is not one.
-        CheckpointError: the engine is for GPUs of another kind.
-    """
+    """Return the device with its index; raise an error if the engine cannot run on it."""
     if not torch.cuda.is_available():
         raise SpecError(
             f"{path} is a TensorRT engine, which needs a CUDA GPU; none was found.",

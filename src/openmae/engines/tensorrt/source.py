@@ -71,12 +71,8 @@ def read_source(path: Path, key: Key | None = None) -> Source:
 def choose_precision(source: Source, asked: str, *, can_time: bool) -> tuple[Precision, ...]:
     """Return the precisions to build; the fastest engine is kept.
 
-    A file that is not in fp32 keeps its precision, since lost precision cannot be restored.
-
-    Args:
-        source: the ONNX file.
-        asked: ``gen_trt_engine.tensorrt.data_type``.
-        can_time: the engine can run on a GPU of this machine.
+    A file that is not in fp32 keeps its precision, since lost precision cannot be restored. ``asked`` is
+    ``gen_trt_engine.tensorrt.data_type``; ``can_time`` is set if the engine can run on a GPU of this machine.
 
     Raises:
         SpecError: the file has another precision than the requested one.
@@ -102,11 +98,7 @@ def choose_precision(source: Source, asked: str, *, can_time: bool) -> tuple[Pre
 
 
 def kept_nodes(source: Source, layers_precision: Sequence[str]) -> list[str]:
-    """Return the fnmatch patterns of the nodes that stay in fp32.
-
-    Args:
-        source: the ONNX file.
-        layers_precision: entries ``name:fp32``, in which ``*`` matches any characters.
+    """Convert entries ``name:fp32``, in which ``*`` matches any characters, to fnmatch patterns of node names.
 
     Raises:
         SpecError: an entry matches no node.
@@ -124,12 +116,8 @@ def in_precision(
 ) -> Iterator[Path | bytes]:
     """Yield the model in a precision: a path, or the serialized graph if the source is encrypted.
 
-    Args:
-        source: the ONNX file.
-        precision: a result of ``choose_precision``.
-        keep: result of ``kept_nodes``.
-        batches: inputs of the model for the calibration of int8.
-        folder: folder for the temporary file.
+    ``keep`` is the result of ``kept_nodes``, ``batches`` are inputs to calibrate int8 with, and ``folder`` is for a
+    temporary file.
     """
     if precision == source.precision:
         yield read_bytes(source.path, source.key) if source.key else source.path
@@ -156,11 +144,7 @@ def in_precision(
 
 
 def _check_range(plain: ModelProto, half: ModelProto, source: Source) -> None:
-    """Run both graphs on random images, to detect activations that exceed the range of fp16.
-
-    Raises:
-        SpecError: their outputs differ.
-    """
+    """Run both graphs on random images, and raise a SpecError if activations exceed the range of fp16."""
     assert source.card is not None
     image = example_input(source.card, max(1, source.batch)).numpy()
     found = [run_once(proto, {INPUT: image}) for proto in (half, plain)]
