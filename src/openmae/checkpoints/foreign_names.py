@@ -32,7 +32,6 @@ class NamedWeights:
 
     Attributes:
         layout: original naming scheme, for messages.
-        family: family of the backbone.
         backbone: tensors of the backbone by timm's names, with the classifier if there is one.
         rest: fusion heads and decoder by OpenMAE's names (``encoder.fusion.*``, ``decoder.*``), if any.
         note: see ``Wrapped.note``.
@@ -132,7 +131,7 @@ _HF_UNUSED = re.compile(r"pooler\.dense\.|embeddings\.mask_token$")  # transform
 
 
 def recognise(raw: Mapping[str, Any], wanted: str = "") -> NamedWeights:
-    """Identify the layout of a file's content (see ``unwrap`` for the arguments), and rename its tensors.
+    """Identify the layout of a file's content, and rename its tensors; see ``unwrap`` for the arguments.
 
     Raises:
         CheckpointError: No layout fits; the message shows the first names.

@@ -64,13 +64,10 @@ class CheckpointInfo:
     """The ``openmae`` entry of a checkpoint.
 
     Attributes:
-        stage: pretrain or finetune.
-        model: architecture and sizes of the model.
         class_names: classes in the order of the classifier's outputs; empty for pretraining.
         mean: mean of the images per channel, on a scale of 0 to 1.
         std: standard deviation of the images per channel, on the same scale.
         spec: the resolved spec as plain values.
-        version: OpenMAE version that wrote the file.
         begun: batch layout at the start of the run, if it has changed since; see ``training.elastic``.
     """
 

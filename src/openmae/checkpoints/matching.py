@@ -38,8 +38,6 @@ class LoadReport:
     missing or has other classes, and a missing final norm; ``fresh`` lists them if they keep their initial weights.
 
     Attributes:
-        arch: architecture of the model.
-        layout: layout of the file.
         everything: all of the model must match, not only its backbone.
         same_family: the file's backbone is of the model's family; otherwise names match by chance.
         percent: matched elements, in percent of the model's elements and of unexpected ones in the file.

@@ -68,11 +68,9 @@ class Wrapped:
 def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
     """Find the weights of one model in the content of a file.
 
-    Averaged weights (``model_ema``, ``teacher``) are preferred to plain ones, as in timm's and DINO's evaluation.
-
-    Args:
-        raw: a state dict, or a dict that contains state dicts.
-        wanted: entry (dotted if nested) or prefix of the names to choose instead.
+    ``raw`` is a state dict, or a dict that contains state dicts. ``wanted`` is the entry (dotted if nested) or prefix
+    of names to choose. By default, averaged weights (``model_ema``, ``teacher``) are preferred to plain ones, as in
+    timm's and DINO's evaluation.
 
     Raises:
         CheckpointError: There are no weights, or none under ``wanted``.

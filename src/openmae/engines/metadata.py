@@ -32,13 +32,11 @@ class ModelCard:
         model: architecture, input size and channels.
         class_names: classes in the order of the outputs; empty for pretraining.
         mean, std: statistics of the images per channel, on a scale of 0 to 1.
-        interpolation: interpolation for resizing images to the input size.
         crop_pct: share of the image's sides, after cropping to the input's aspect ratio, that the centre crop keeps.
         preprocessing: the input is uint8 ``[N, H, W, C]`` and the model normalises it; otherwise the input is
             normalised float32 ``[N, C, H, W]``.
         batch_size: N of the input; -1 for any.
         precision: precision of weights and arithmetic; the types of inputs and outputs do not depend on it.
-        checkpoint_sha256: SHA-256 of the checkpoint file.
         version: OpenMAE version that wrote the metadata.
     """
 

@@ -25,7 +25,6 @@ class Predictor(Protocol):
     """A model that is ready to run.
 
     Attributes:
-        card: metadata of the model.
         device: device of the outputs, and preferably of the images.
         runtime: readable name of runtime and device, such as ``torch 2.14.1, CPU``.
     """
@@ -101,12 +100,8 @@ def open_predictor(
 ) -> Predictor:
     """Open a checkpoint, an ONNX file or a TensorRT engine; see ``exported_kind``.
 
-    A pretrained checkpoint returns embeddings, a fine-tuned one logits.
-
-    Args:
-        path: path of the file.
-        device: device to run on.
-        encryption_key: key of an encrypted file: ``env:NAME``, ``file:PATH``, or the key itself.
+    A pretrained checkpoint returns embeddings, a fine-tuned one logits. ``encryption_key`` is the key of an encrypted
+    file: ``env:NAME``, ``file:PATH``, or the key itself.
 
     Raises:
         CheckpointError: the file cannot be used.

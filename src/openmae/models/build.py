@@ -30,13 +30,9 @@ class ModelConfig:
     Attributes:
         arch: a name of the architecture table.
         input_size: (height, width) of the images in pixels.
-        in_chans: channels of the images.
         patch_size: side of a ViT's patch in pixels; None keeps the architecture's.
-        drop_path_rate: rate of stochastic depth.
         mask_ratio: share of units that are masked in pretraining.
         norm_pix_loss: predict normalised pixels in pretraining.
-        decoder_depth: blocks of the decoder.
-        decoder_embed_dim: width of the decoder.
         decoder_attention: masked tokens attend to all tokens (self) or to the visible ones only (cross); not used by
             ConvNeXt V2.
         global_pool: a ViT classifier pools the patch tokens (True) or uses the class token (False).

@@ -29,7 +29,6 @@ class TransformerDecoder(nn.Module):
     Args:
         latent_dim: D.
         dim: E, a multiple of 32 (the width of a head).
-        depth: number of blocks.
         grid: tokens in (rows, columns).
         num_prefix_tokens: number of latent tokens before those of the image.
         token_values: P.
@@ -149,7 +148,7 @@ class CrossAttentionBlock(nn.Module):
 class ConvNeXtDecoder(nn.Module):
     """FCMAE's decoder: ConvNeXt V2 blocks on the complete grid, with a learned token at masked positions.
 
-    The arguments are those of ``TransformerDecoder``.
+    See ``TransformerDecoder`` for the arguments.
     """
 
     def __init__(self, latent_dim: int, dim: int, depth: int, grid: tuple[int, int], token_values: int) -> None:

@@ -33,10 +33,7 @@ class Reconstruction(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """A model that predicts the pixels of masked units from the visible ones.
 
-    Args:
-        encoder: encoder of a family; see ``models.build``.
-        decoder: decoder of the same family.
-        norm_pix_loss: predict each token's pixels normalised by their mean and standard deviation.
+    With ``norm_pix_loss``, each token's pixels are normalised by their mean and standard deviation.
     """
 
     def __init__(self, encoder: MaskedEncoder, decoder: Decoder, norm_pix_loss: bool) -> None:

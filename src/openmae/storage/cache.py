@@ -54,7 +54,6 @@ class Entry:
     """One source in the cache.
 
     Attributes:
-        path: folder of the entry.
         origin: URL or path of the source.
         size: bytes.
         used: time of last use, in seconds since 1970.
@@ -177,10 +176,8 @@ def holding() -> Iterator[None]:
 def workspace(entry: Path, origin: str, patience: float = 0.0) -> Iterator[Path]:
     """Yield a results folder for this process only; from ``mark_pending`` to ``mark_complete`` it is not deleted.
 
-    Args:
-        entry: the folder.
-        origin: URL that the results are uploaded to, for messages.
-        patience: seconds to wait for another process, such as the children of a killed one.
+    ``origin`` is the URL that the results are uploaded to, for messages. ``patience`` is how many seconds to wait for
+    another process, such as the children of a killed one.
 
     Raises:
         DataError: another process uses the folder.

@@ -104,8 +104,7 @@ class Mirror:
     def finish(self, *, patiently: bool = True) -> None:
         """Upload everything but the status.
 
-        Args:
-            patiently: wait up to ``_PATIENCE_SECONDS`` for a store that stopped responding.
+        If ``patiently`` is set, wait up to ``_PATIENCE_SECONDS`` for a store that stopped responding.
 
         Raises:
             RunError: some files could not be uploaded; the message names them.
@@ -266,12 +265,7 @@ def pull(url: str, local: Path, wanted: Callable[[Collection[str]], Collection[s
     """Update a folder from its copy in a store, before a run resumes in it.
 
     Local changes that were not uploaded yet are kept. Files that another run has changed or deleted in the store are
-    replaced or deleted locally.
-
-    Args:
-        url: URL of the copy.
-        local: the folder.
-        wanted: selects the files to download, given all names in the store.
+    replaced or deleted locally. ``wanted`` selects the files to download, given all names in the store.
 
     Raises:
         DataError: the store fails.

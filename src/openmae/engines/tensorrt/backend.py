@@ -34,8 +34,6 @@ class Backend:
     """An installed builder that can build the requested engine.
 
     Attributes:
-        name: name of the Python module.
-        module: the module.
         targets: compute capabilities of the GPUs that the engine is for, such as ``("SM86", "SM89")``.
         gpu: number of the GPU to build on; None to build without a GPU.
     """

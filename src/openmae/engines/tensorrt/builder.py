@@ -33,10 +33,8 @@ class BuildSettings:
     """Settings of a builder.
 
     Attributes:
-        profile: batch sizes of the engine.
         workspace_mib: memory that the builder may use; 0 for no limit.
         timing_cache: file of the timing cache; only used by tensorrt.
-        verbose: log all messages of the builder.
     """
 
     profile: Profile

@@ -41,10 +41,7 @@ class EngineInfo:
 
     Attributes:
         builder, builder_version: builder; an engine runs only with the version that built it.
-        data_type: fp32, fp16, bf16 or int8.
         compute_capability: GPUs that the engine runs on, such as ``("SM89",)``.
-        profile: batch sizes that the engine accepts.
-        inputs, outputs: tensors of the engine.
         onnx_sha256, engine_sha256: SHA-256 of the ONNX file and of the engine, before any encryption.
         version: OpenMAE version that wrote the sidecar.
     """

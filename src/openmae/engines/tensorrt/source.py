@@ -33,11 +33,9 @@ class Source:
     """An ONNX file.
 
     Attributes:
-        path: path of the file.
         card: its metadata; None if another program wrote it.
         precision: precision of its weights; int8 if it is quantised.
         batch: batch size of its inputs; -1 for any.
-        nodes: names of its nodes.
         key: key of an encrypted file; None for a plain one.
     """
 
