@@ -1,4 +1,4 @@
-"""Explain why a file is not a checkpoint: most often it is a failed download or another kind of file."""
+"""Explain why a file is not a checkpoint: often a download failed, or it is another kind of file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_path(path: Path) -> None:
     """Raise an error if a path cannot be a checkpoint, without reading the file.
 
     Raises:
-        CheckpointError: The path is missing, empty, a folder, no regular file, or has the name of another kind of file.
+        CheckpointError: The path is missing, empty, a folder, not a regular file, or an ONNX file by its name.
     """
     if path.suffix.lower() == ".onnx":
         raise CheckpointError(f"{path} is an ONNX file, not a checkpoint.", "Give the .pth file it was exported from.")
@@ -39,7 +39,7 @@ def check_path(path: Path) -> None:
 
 
 def sharded(path: Path) -> CheckpointError:
-    """Return the error for a folder that an earlier version wrote under fsdp."""
+    """Return the error for a sharded checkpoint: a folder that an earlier version wrote with fsdp."""
     return CheckpointError(
         f"{path} is a sharded checkpoint of an earlier version; only complete checkpoints are read now.",
         f"Convert it with that version (mae checkpoint consolidate {path}), or move it elsewhere to resume from an "
@@ -62,7 +62,7 @@ def holds_objects(path: Path, name: str) -> CheckpointError:
 
 
 def damaged(path: Path, kind: str, error: Exception) -> CheckpointError:
-    """Return the error for a file that could not be read as a ``kind``; its first bytes tell what it is instead."""
+    """Return the error for a file that could not be read as a ``kind``; its first bytes show what it is instead."""
     start = first_bytes(path)
     if start.startswith(b"version https://git-lfs"):
         return CheckpointError(f"{path} is a Git LFS pointer, not the weights.", "Fetch them: git lfs pull.")
@@ -104,6 +104,6 @@ def _damaged_archive(path: Path, error: Exception) -> CheckpointError:
 
 
 def first_bytes(path: Path) -> bytes:
-    """Return up to 64 bytes from the start of a file."""
+    """Return the first 64 bytes of a file."""
     with open_regular(path) as file:
         return file.read(64)

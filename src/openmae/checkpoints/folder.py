@@ -1,7 +1,7 @@
-"""The checkpoints of a training run on disk: names, rotation, the best one, the link to the newest.
+"""The checkpoint files of a training run: names, rotation, the best one, the link to the newest.
 
-The names are part of the contract: ``model_epoch_EEE_step_SSSSS.pth``, ``<arch>_latest.pth`` (a link to the newest) and
-``model_best.pth``. A file has such a name only when it is complete; the content is described in ``format.py``.
+The names are public: ``model_epoch_EEE_step_SSSSS.pth``, ``<arch>_latest.pth`` (a link to the newest) and
+``model_best.pth``. A file gets such a name only when it is complete; ``format.py`` describes its content.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from openmae.storage import layout
 from openmae.storage.atomic import replacing
 from openmae.storage.encryption import Key
 
-_STOP_SECONDS = 5.0  # to wait for a write in progress when the run is to stop at once
+_STOP_SECONDS = 5.0  # how long a run that must stop at once waits for a write in progress
 
 log = logging.getLogger("openmae")
 
@@ -32,12 +32,11 @@ log = logging.getLogger("openmae")
 class CheckpointFolder:
     """The checkpoints of one run, written one at a time by a background thread while training continues.
 
-    A context manager: leaving it waits for the write in progress.
+    A context manager, which waits on exit for the write in progress.
 
     Args:
-        folder: where the checkpoints are.
-        arch: architecture, which names the link to the newest checkpoint.
-        keep: number of newest checkpoints to keep; the best one is kept in addition.
+        arch: architecture, part of the name of the link to the newest checkpoint.
+        keep: number of newest checkpoints to keep, in addition to the best one.
         key: encrypts the checkpoints.
     """
 
@@ -55,7 +54,7 @@ class CheckpointFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # an abandoned write leaves nothing under a checkpoint's name
+            # a write that is not waited for leaves only a temporary file
             self._writer.wait(_STOP_SECONDS if isinstance(error, StoppedAtOnce) else None)
         except RunError as failure:
             if error is None:
@@ -67,40 +66,34 @@ class CheckpointFolder:
     def save(
         self, payload: Mapping[str, Any], epoch: int, step: int, *, best: bool = False, rotate: bool = True
     ) -> Path:
-        """Copy a payload and start to write it as the checkpoint of ``epoch`` and ``step``; return its path.
+        """Copy a payload and start writing it as the checkpoint of ``epoch`` and ``step``; return its path.
 
-        Once it is written, the link points at it and the oldest checkpoints are deleted.
-
-        Args:
-            payload: content of the checkpoint; may change afterwards.
-            epoch: finished epochs.
-            step: finished steps.
-            best: also write ``model_best.pth``, and do so first: if the run is killed in between, the best checkpoint
-                is never older than the newest one claims.
-            rotate: delete the oldest checkpoints; False after a skipped step, when the weights may be worse than older
-                ones.
+        The payload may change afterwards. When the checkpoint is written, the link is updated. With ``best``,
+        ``model_best.pth`` is written first: if the run is killed in between, it is never older than the best metric in
+        the newest checkpoint. With ``rotate``, the oldest checkpoints are deleted; not after a skipped step, when the
+        weights may be worse than those of older checkpoints.
 
         Raises:
-            RunError: The previous checkpoint could not be written. Files that existed before are unchanged.
+            RunError: The previous checkpoint could not be written. Existing files are unchanged.
         """
         path = self.folder / layout.checkpoint_name(epoch, step)
         self._start(payload, path, best, rotate)
         return path
 
     def save_best(self, payload: Mapping[str, Any]) -> None:
-        """Copy a payload and start to write it as ``model_best.pth`` only; see :meth:`save`."""
+        """Copy a payload and start writing it as ``model_best.pth`` only; see :meth:`save`."""
         self._start(payload, self.folder / layout.BEST, best=False, rotate=False)
 
     def wait(self) -> None:
         """Wait until everything is written.
 
         Raises:
-            RunError: A checkpoint could not be written. Files that existed before are unchanged.
+            RunError: A checkpoint could not be written. Existing files are unchanged.
         """
         self._writer.wait()
 
     def resume_from(self, epoch: int, step: int) -> None:
-        """Set aside the checkpoints after the one that a run resumes from, or the next start would take the newest."""
+        """Set aside the checkpoints after the one that a run resumes from, so that the next start ignores them."""
         newer = [path for path in list_checkpoints(self.folder) if _position(path) > (epoch, step)]
         for path in newer:
             set_aside(path, layout.SUPERSEDED)
@@ -130,7 +123,7 @@ class CheckpointFolder:
         return left[-1].name if left else ""
 
     def _repair_link(self) -> None:
-        """Point the link at the newest checkpoint where its target was set aside."""
+        """Point the link at the newest checkpoint if its target was set aside."""
         if self.latest.is_symlink() and not self.latest.exists():
             left = list_checkpoints(self.folder)
             if left:
@@ -176,10 +169,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def check_not_sharded(folder: Path) -> None:
-    """Raise an error if the newest checkpoint is a folder of shards, as earlier versions wrote them.
+    """Check that the newest checkpoint is not sharded.
 
     Raises:
-        CheckpointError: It is.
+        CheckpointError: It is a folder of shards, which earlier versions wrote.
     """
     found = list_checkpoints(folder)
     newest = _position(found[-1]) if found else (-1, -1)
@@ -197,7 +190,6 @@ def set_aside(path: Path, ending: str) -> Path:
 
 
 def _position(path: Path) -> tuple[int, int]:
-    """Return the epoch and the step in a checkpoint's name."""
     position = layout.checkpoint_progress(path.name)
     assert position is not None
     return position
@@ -205,14 +197,14 @@ def _position(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write, which then takes the place of ``path`` in one move."""
+    """Yield a temporary path that then replaces ``path`` atomically, and explain errors."""
     with _explaining(path), replacing(path, single_writer=True) as temporary:
         yield temporary
 
 
 @contextmanager
 def _explaining(path: Path) -> Iterator[None]:
-    """Report why a checkpoint could not be written, and what is left."""
+    """Raise a RunError that says why a checkpoint could not be written, and which one is intact."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
@@ -225,7 +217,7 @@ def _explaining(path: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the operating system's text for a failure, which torch hides in another text."""
+    """Return the operating system's description of an error, which torch wraps in its own message."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

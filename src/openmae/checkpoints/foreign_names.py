@@ -2,9 +2,9 @@
 
 Each layout is a table of substitutions, applied in order, and at most one function that reshapes values. Sources:
 facebookresearch/mae (models_mae.py), facebookresearch/ConvNeXt-V2 (models/fcmae.py, utils.py),
-facebookresearch/hiera (hiera_mae.py), NVIDIA TAO's MAE (the same names behind ``model.``), Hugging Face transformers.
-Of the latter, both spellings of a ViT are read: ``encoder.layer.0.attention.attention.query`` (``save_pretrained`` and
-the Hub) and ``layers.0.attention.q_proj`` (modules of transformers 5).
+facebookresearch/hiera (hiera_mae.py), NVIDIA TAO's MAE (the same names, prefixed with ``model.``), Hugging Face
+transformers. Both of transformers' spellings of a ViT are read: ``encoder.layer.0.attention.attention.query``
+(``save_pretrained`` and the Hub) and ``layers.0.attention.q_proj`` (modules of transformers 5).
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ class NamedWeights:
     """A checkpoint's tensors under the names that OpenMAE uses.
 
     Attributes:
-        layout: where the names came from, for messages.
-        family: family of the backbone.
+        layout: original naming scheme, for messages.
         backbone: tensors of the backbone by timm's names, with the classifier if there is one.
         rest: fusion heads and decoder by OpenMAE's names (``encoder.fusion.*``, ``decoder.*``), if any.
-        note: which of several models in the file was chosen; see ``Wrapped.note``.
+        note: see ``Wrapped.note``.
     """
 
     layout: str
@@ -132,14 +131,10 @@ _HF_UNUSED = re.compile(r"pooler\.dense\.|embeddings\.mask_token$")  # transform
 
 
 def recognise(raw: Mapping[str, Any], wanted: str = "") -> NamedWeights:
-    """Identify the layout of the content of a file, and rename its tensors.
-
-    Args:
-        raw: a state dict, or one wrapped in a dict of other things.
-        wanted: entry or prefix to choose if the file has several models.
+    """Identify the layout of a file's content, and rename its tensors; see ``unwrap`` for the arguments.
 
     Raises:
-        CheckpointError: No layout fits; the text shows the first names.
+        CheckpointError: No layout fits; the message shows the first names.
     """
     wrapped = unwrap(raw, wanted)
     state = wrapped.state
@@ -158,7 +153,7 @@ def recognise(raw: Mapping[str, Any], wanted: str = "") -> NamedWeights:
 
 
 def family_of(backbone: Mapping[str, Tensor]) -> Family | None:
-    """Return the family that timm's or official names of a backbone belong to, or None."""
+    """Return the family of a backbone with timm's or official names, or None."""
     if any(f"{stem}.0.weight" in backbone for stem in _STEMS):
         return "convnextv2" if any(".grn." in name for name in backbone) else None
     if "blocks.0.norm1.weight" not in backbone or "patch_embed.proj.weight" not in backbone:
@@ -177,7 +172,6 @@ def _own(state: State) -> NamedWeights:
 
 
 def _layout(state: State, entry: str) -> tuple[str, Family, _Rules, _Reshape]:
-    """Return (layout, family, substitutions, reshaping) of a bare state dict."""
     family = family_of(state)
     with_decoder = "decoder_embed.weight" in state
     if family == "vit":
@@ -202,7 +196,6 @@ def _layout(state: State, entry: str) -> tuple[str, Family, _Rules, _Reshape]:
 
 
 def _from_transformers(state: State) -> tuple[str, Family, State]:
-    """Return (layout, family, renamed state dict)."""
     state = {name: value for name, value in state.items() if not _HF_UNUSED.search(name)}
     if any(name.endswith("embeddings.cls_token") for name in state):
         return "transformers ViT", "vit", _join_attention({_rename(n, _HF_VIT): value for n, value in state.items()})
@@ -229,7 +222,7 @@ def _keep(name: str, value: Tensor, state: State) -> Tensor:
 
 
 def _reshape_convnext(name: str, value: Tensor, state: State) -> Tensor:
-    """Make sparse kernels dense, GRN (up to 6-D in TAO's files) and biases 1-D, and 1x1 kernels matrices."""
+    """Convert sparse kernels to dense ones, GRN (up to 6-D in TAO's files) and biases to 1-D, 1x1 kernels to 2-D."""
     if name.endswith(".kernel"):
         return _dense_kernel(value)
     if ".grn." in name or name.endswith(".bias"):
@@ -242,7 +235,7 @@ def _reshape_convnext(name: str, value: Tensor, state: State) -> Tensor:
 def _dense_kernel(kernel: Tensor) -> Tensor:
     """Convert MinkowskiEngine's ``[k*k, in, out]`` or depthwise ``[k*k, C]`` to ``[out, in, k, k]``.
 
-    Its kernel volume is column-major, so it is transposed (ConvNeXt-V2's ``remap_checkpoint_keys``).
+    MinkowskiEngine's kernels are column-major, so they are transposed (ConvNeXt-V2's ``remap_checkpoint_keys``).
     """
     side = math.isqrt(kernel.shape[0])
     if kernel.ndim == 2:
@@ -272,7 +265,7 @@ def _join_attention(state: State) -> State:
 
 
 def _number_blocks(state: State) -> State:
-    """Renumber Hiera's blocks through all stages, as timm does."""
+    """Renumber Hiera's blocks consecutively across stages, as timm does."""
     place = re.compile(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.")
     found = sorted({(int(match[1]), int(match[2])) for name in state if (match := place.search(name))})
     number = {block: index for index, block in enumerate(found)}

@@ -1,23 +1,23 @@
 """The checkpoint format, its reader and its writer.
 
-Training writes dicts that ``torch.load(weights_only=True)`` reads, so they hold tensors and plain values only::
+Training writes dicts that ``torch.load(weights_only=True)`` can read, so they hold only tensors and plain values::
 
     key              value
     openmae          CheckpointInfo.to_dict(): format, version, stage, model, class_names, mean, std, spec, and begun
-                     where it is set; training adds train_images, a digest of the names of the training images
-    state_dict       the model's state dict, each name behind "model."
+                     if it is set; training adds train_images, a digest of the names of the training images
+    state_dict       the model's state dict, each name prefixed with "model."
     ema_state_dict   the averaged weights under the same names; only with train.ema_decay
     optimizer        AdamW's state dict
-    precision        the gradient scaler's state (fp16), else empty
+    precision        the gradient scaler's state (fp16), otherwise empty
     progress         training.state.Progress: finished epochs, batches of the current epoch and steps, best metric
 
-Under fsdp the tensors are complete all the same. ``backbone.safetensors`` holds the backbone's state dict with timm's
+With fsdp, too, tensors are complete, not sharded. ``backbone.safetensors`` holds the backbone's state dict with timm's
 names, and the ``openmae`` entry as JSON in its metadata.
 
-``openmae.format`` is 1. It increases when an older version could misread a file; a file of another format is refused.
-Entries that are added later have defaults (``model.final_norm`` is written only where it is false).
+``openmae.format`` is 1. It increases when an older version could misread a file; files of other formats are rejected.
+Entries that are added later have defaults (``model.final_norm`` is written only if it is false).
 
-With an encryption key, the complete file is encrypted (``storage/encryption.py``); its name and size are not.
+With an encryption key, the complete file is encrypted (``storage/encryption.py``); its name and size are not hidden.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Content = dict[str, Any]
 
 FORMAT = 1
 _MAX_DEPTH, _MAX_VALUES = 50, 100_000  # of the spec in a header
-_TRANSIENT = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, a network, a machine
+_TRANSIENT = (errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT)  # of a disk, network or machine
 
 log = logging.getLogger("openmae")
 
@@ -64,14 +64,11 @@ class CheckpointInfo:
     """The ``openmae`` entry of a checkpoint.
 
     Attributes:
-        stage: pretrain or finetune.
-        model: everything that determines the model's shape.
         class_names: classes in the order of the classifier's outputs; empty for pretraining.
         mean: mean of the images per channel, on a scale of 0 to 1.
         std: standard deviation of the images per channel, on the same scale.
         spec: the resolved spec as plain values.
-        version: OpenMAE version that wrote the file.
-        begun: batch layout when the run began, if it has changed since; see ``training.elastic``.
+        begun: batch layout at the start of the run, if it has changed since; see ``training.elastic``.
     """
 
     stage: Stage
@@ -102,7 +99,7 @@ class CheckpointInfo:
         """Read the values that :meth:`to_dict` returns.
 
         Raises:
-            CheckpointError: The entry is damaged, or a newer version wrote it.
+            CheckpointError: The entry is damaged, or has another format.
         """
         if not isinstance(values, Mapping):
             raise CheckpointError("The 'openmae' entry is damaged: it is not a mapping.", "Use another checkpoint.")
@@ -161,10 +158,9 @@ class Checkpoint:
         raise CheckpointError(f"{self.path} holds weights of another program ({self.weights.layout} layout).", fix)
 
     def config(self, arch: str | None = None) -> ModelConfig:
-        """Return the shape of the model: what the file says, or what its tensors imply.
+        """Return the model's configuration from the file's header, or else from the shapes of its tensors.
 
-        Args:
-            arch: architecture to assume if the tensors of another program's file fit none.
+        If the shapes fit no architecture, ``arch`` is assumed.
 
         Raises:
             CheckpointError: The tensors fit no architecture.
@@ -180,13 +176,13 @@ def read_checkpoint(path: str | Path, key: Key | None = None, weights_key: str =
 
     Args:
         path: the file.
-        key: decrypts an encrypted file.
-        weights_key: entry to read, such as ``model_ema``. By default averaged weights are preferred to plain ones.
+        key: key of an encrypted file.
+        weights_key: entry to read, such as ``model_ema``. By default, averaged weights are preferred to plain ones.
 
     Raises:
-        CheckpointError: The file is missing, damaged, foreign, encrypted with another key, holds arbitrary objects or
-            non-finite values, or its header does not fit its tensors; the text says which.
-        OSError: The file cannot be read at the moment, which says nothing about its content.
+        CheckpointError: The file is missing, damaged, of an unknown layout, encrypted with another key, holds arbitrary
+            objects or non-finite values, or its header does not match its tensors.
+        OSError: The file temporarily cannot be read.
     """
     path = Path(path)
     content, header = _read_file(path, key)
@@ -201,22 +197,19 @@ def read_checkpoint(path: str | Path, key: Key | None = None, weights_key: str =
         _check_finite({**weights.backbone, **weights.rest})
         if checkpoint.info is not None:
             check_header(checkpoint.info.model, weights)
-    if weights.note:  # a choice was made for the user, so it is a warning
+    if weights.note:  # a warning, since the choice was made for the user
         log.warning("%s: %s.", path, weights.note)
     return checkpoint
 
 
 def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> Content:
-    """Read everything that training resumes from: the dict described at the top of this module.
+    """Read the state that training resumes from: the dict described at the top of this module.
 
-    Args:
-        path: the file.
-        key: decrypts an encrypted file.
-        lazily: map the tensors of a plain file into memory instead of reading them, after verifying its checksums.
+    With ``lazily``, tensors of an unencrypted file are memory-mapped after its checksums are verified.
 
     Raises:
-        CheckpointError: See ``read_checkpoint``; or the file holds weights only.
-        OSError: The file cannot be read at the moment, which says nothing about its content.
+        CheckpointError: The file cannot be read, or holds weights only.
+        OSError: The file temporarily cannot be read.
     """
     content, _ = _read_file(path, key, lazily=lazily)
     if not {"openmae", "progress", "optimizer"} <= content.keys():
@@ -228,12 +221,9 @@ def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = Fa
 
 
 def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = None) -> None:
-    """Write the dict described at the top of this module, and flush it to the disk.
+    """Write the dict described at the top of this module, with tensors on the CPU, and flush it to disk.
 
-    Args:
-        payload: its tensors are on the CPU.
-        path: a temporary name: ``CheckpointFolder`` renames the file when it is complete.
-        key: encrypts the file.
+    ``path`` is a temporary path: ``CheckpointFolder`` renames the file when it is complete.
 
     Raises:
         OSError: The disk is full or cannot be written.
@@ -244,13 +234,9 @@ def write_checkpoint(payload: Mapping[str, Any], path: Path, key: Key | None = N
 
 
 def save_backbone(path: str | Path, state: Mapping[str, Tensor], info: CheckpointInfo, key: Key | None = None) -> Path:
-    """Write a backbone as safetensors, replacing ``path`` only when the new file is complete; return the path.
+    """Write a backbone as a safetensors file, replacing ``path`` only when it is complete; return the path.
 
-    Args:
-        path: the file, usually ``backbone.safetensors``.
-        state: a timm model's state dict.
-        info: goes into the metadata.
-        key: encrypts the file.
+    ``state`` is a timm model's state dict; ``info`` is written to the metadata.
 
     Raises:
         RunError: The disk is full or cannot be written.
@@ -281,7 +267,7 @@ def _read_file(path: Path, key: Key | None, *, lazily: bool = False) -> tuple[Co
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise holds_objects(path, found[1]) if found else damaged(path, "PyTorch checkpoint", error) from error
-    except Exception as error:  # foreign bytes make the reader fail in many ways
+    except Exception as error:  # the reader fails in many ways on files that are not checkpoints
         if isinstance(error, MemoryError | CheckpointError) or getattr(error, "errno", None) in _TRANSIENT:
             raise
         raise damaged(path, "PyTorch checkpoint", error) from error
@@ -292,7 +278,7 @@ def _read_file(path: Path, key: Key | None, *, lazily: bool = False) -> tuple[Co
 
 
 def _is_safetensors(path: Path, file: BinaryIO | None) -> bool:
-    """Tell by the name, or by the first bytes: the length of a JSON object, and the object."""
+    """Recognise safetensors by the suffix, or by the first bytes: the length of a JSON object, then the object."""
     if path.suffix.lower() == ".safetensors":
         return True
     start = file.read(9) if file else first_bytes(path)[:9]
@@ -317,7 +303,7 @@ def _read_safetensors(path: Path, file: BinaryIO | None) -> tuple[Content, Mappi
 
 
 def _own_weights(content: Content, weights_key: str) -> Content:
-    """Select the weights of a training checkpoint: those asked for, or else averaged ones, or else plain ones."""
+    """Select the weights of a training checkpoint: the requested ones, or else averaged ones, or else plain ones."""
     if not isinstance(content.get("state_dict"), Mapping):
         raise CheckpointError("the checkpoint holds no weights.", "Use another checkpoint.")
     held = [name for name in ("state_dict", "ema_state_dict") if isinstance(content.get(name), Mapping)]
@@ -328,7 +314,7 @@ def _own_weights(content: Content, weights_key: str) -> Content:
 
 
 def _check_tree(values: Any) -> None:
-    """Raise a ValueError if plain values are nested deeper or are more than a spec can be."""
+    """Raise a ValueError if plain values are nested too deeply, or too many, to be a spec."""
     level, count = [values], 0
     for _ in range(_MAX_DEPTH):
         level = [
@@ -346,7 +332,7 @@ def _check_tree(values: Any) -> None:
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights of a diverged run: every output of such a model would be NaN."""
+    """Raise an error if weights have no values, or are not finite because the run diverged."""
     absent = next((name for name, value in tensors.items() if value.is_meta), None)
     if absent:
         raise CheckpointError(f"{absent} has a shape, but no values.", "Save the model's state dict from a device.")

@@ -1,4 +1,4 @@
-"""Fit a checkpoint's tensors to a model's, and report what matched."""
+"""Match a checkpoint's tensors to a model's, resample them if necessary, and report the result."""
 
 from __future__ import annotations
 
@@ -32,20 +32,18 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Report of what a checkpoint gave to a model; ``str()`` is one line.
+    """Report of the tensors that a model takes from a checkpoint; ``str()`` is one line.
 
-    Values are counted, not tensors, and only those that a file of its layout can hold: a classifier that is absent or
-    has other classes, and a final norm that is absent, are not counted but listed in ``fresh``.
+    The percentage counts tensor elements. Unless ``everything`` is set, it leaves out the decoder, a classifier that is
+    missing or has other classes, and a missing final norm; ``fresh`` lists them if they keep their initial weights.
 
     Attributes:
-        arch: architecture of the model.
-        layout: layout of the file.
-        everything: the complete model was asked for, not only its backbone.
-        same_family: the backbone in the file is of the model's family; names of another family match by chance.
-        percent: matched values, in percent of the model's and of those in the file that the model lacks.
-        missing: counted names that were not found, with the model's shape, and the file's if it differs.
+        everything: all of the model must match, not only its backbone.
+        same_family: the file's backbone is of the model's family; otherwise names match by chance.
+        percent: matched elements, in percent of the model's elements and of unexpected ones in the file.
+        missing: counted names that were not found or do not fit, with the model's shape, and the file's if it differs.
         unexpected: names in the file that the model lacks, with shapes.
-        foreign: names among them without which the model would compute another function.
+        foreign: unexpected names without which the model would compute a different function.
         resized: names that were resampled to the model's grid, channels or patch size.
         fresh: modules that keep their initial weights.
         unused: parts of the file that the model does not have, such as a decoder.
@@ -71,7 +69,7 @@ class LoadReport:
 
     @property
     def partial(self) -> bool:
-        """True if the model may use what matched with ``train.allow_partial_weights``."""
+        """True if the model may be used with ``train.allow_partial_weights``."""
         return self.same_family and self.percent > 0 and not self.foreign
 
     def __str__(self) -> str:
@@ -85,16 +83,16 @@ class LoadReport:
 def match(
     model: nn.Module, weights: NamedWeights, source: ModelConfig | None, everything: bool
 ) -> tuple[LoadReport, State]:
-    """Fit ``weights`` to ``model`` without changing it.
+    """Match ``weights`` to ``model`` without changing the model.
 
     Args:
         model: a masked autoencoder or a timm model.
         weights: tensors of the file.
-        source: model that wrote the weights, if known; else position grids are assumed to be square.
+        source: model that wrote the weights; None if unknown, then position grids are assumed to be square.
         everything: count the complete model, not only its backbone.
 
     Returns:
-        The report, and the fitted tensors by the model's names.
+        The report, and the matching tensors in the model's shapes, by the model's names.
     """
     prefix = "encoder.backbone." if isinstance(model, MaskedAutoencoder) else ""
     found = {prefix + name: value for name, value in weights.backbone.items()}
@@ -167,7 +165,7 @@ def complaint(report: LoadReport, weights: NamedWeights, source: ModelConfig | N
 
 
 def _foreign_complaint(report: LoadReport, path: Path) -> CheckpointError:
-    """Return the error for a model with the same names that computes another function."""
+    """Return the error for a file whose model has the same names but computes a different function."""
     parts = foreign_parts(report.foreign)
     named = f" ({', '.join(parts)})" if parts else ""
     shown = [text for text in report.unexpected if text.split(" ")[0] in report.foreign][:_SHOWN]
@@ -182,7 +180,7 @@ def _foreign_complaint(report: LoadReport, path: Path) -> CheckpointError:
 
 @dataclass(frozen=True)
 class _PositionGrid:
-    """The grid of a position embedding in the model and in the file (None: unknown), and the tokens before it."""
+    """The grid of a position embedding in the model and in the file (None: unknown)."""
 
     new: tuple[int, int]
     old: tuple[int, int] | None
@@ -190,7 +188,6 @@ class _PositionGrid:
 
 
 def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _PositionGrid]:
-    """Return the grids of a model's position embeddings by name."""
 
     def grid(new: tuple[int, int], split: int, num_prefix_tokens: int) -> _PositionGrid:
         if source is None:
@@ -212,7 +209,7 @@ def _grids(model: nn.Module, source: ModelConfig | None) -> dict[str, _PositionG
 
 
 def _fit(name: str, value: Tensor, target: Tensor, grid: _PositionGrid | None) -> Tensor | None:
-    """Return the value in the target's shape, or None if it cannot be converted."""
+    """Convert a value to the target's shape; return None if that is impossible."""
     if grid is not None:
         value = _fit_positions(value, grid)
     elif name.endswith(_FIRST_CONVOLUTIONS):
@@ -240,7 +237,7 @@ def _fit_first_convolution(value: Tensor, target: Tensor) -> Tensor:
 
 
 def _part_of(name: str, prefix: str) -> str:
-    """Return the part of a model that a tensor belongs to; fusion heads count as "decoder"."""
+    """Return the part of the model that a tensor belongs to; fusion heads count as "decoder"."""
     inner = name.removeprefix(prefix)
     if not name.startswith(prefix):
         return "decoder"
@@ -252,7 +249,7 @@ def _part_of(name: str, prefix: str) -> str:
 
 
 def _outer_modules(names: Iterable[str], others: Collection[str]) -> list[str]:
-    """Return the outermost modules of the names that are not in ``others`` and that hold none of ``others``."""
+    """Return the outermost modules that hold the names not in ``others``, but none of ``others``."""
     modules: dict[str, None] = {}
     for name in names:
         if name in others:
@@ -264,7 +261,6 @@ def _outer_modules(names: Iterable[str], others: Collection[str]) -> list[str]:
 
 
 def _unused_parts(weights: NamedWeights, target: State, fitted: State, prefix: str) -> tuple[str, ...]:
-    """Return the modules of the file that the model does not have."""
     places = {name: prefix + name for name in weights.backbone} | {name: name for name in weights.rest}
     unused = [name for name, place in places.items() if place not in target]
     return tuple(_outer_modules(unused, {name for name, place in places.items() if place in fitted}))
@@ -286,12 +282,12 @@ def _backbone_of(model: nn.Module) -> nn.Module:
 
 
 def _arch_of(model: nn.Module) -> str:
-    """Return the name of a timm model's architecture in the table, or timm's name if it has none."""
+    """Return the architecture's name in the table, or timm's name if it is not in the table."""
     config = getattr(_backbone_of(model), "pretrained_cfg", {})
     timm_name = config.get("architecture", type(model).__name__)
     return next((row.name for row in ARCHITECTURES.values() if row.timm_name == timm_name), timm_name)
 
 
 def _floor(percent: float) -> str:
-    """Format with one decimal, rounded down, so that only a complete match reads 100."""
+    """Format with one decimal, rounded down, so that only a complete match is shown as 100."""
     return f"{math.floor(percent * 10) / 10:g}"

@@ -1,6 +1,6 @@
-"""The model that a file's tensors belong to: checked against the file's header, or derived from their shapes.
+"""Derive a file's model from the shapes of its tensors, or check the file's header against them.
 
-A header determines what is allocated, so nothing in it is believed unless the tensors confirm it.
+A header determines how much memory is allocated, so it is trusted only if the tensors confirm it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _FOREIGN_PARTS = (
 
 
 def foreign_parts(names: Iterable[str]) -> list[str]:
-    """Return the parts, by the names of their tensors, that no supported architecture has."""
+    """Return the parts with these tensor names that no supported architecture has."""
     names = list(names)
     return [part for pattern, part in _FOREIGN_PARTS if any(re.search(pattern, name) for name in names)]
 
 
 def likely_arch(weights: NamedWeights) -> str | None:
-    """Return the architecture whose blocks have exactly these names and sizes, or None."""
+    """Return the architecture whose blocks have exactly these tensor names and sizes, or None."""
     sizes = _block_sizes(weights.backbone)
     rows = (row for row in ARCHITECTURES.values() if row.family == weights.family)
     return next((row.name for row in rows if _timm_shape(row.timm_name)[0] == sizes), None)
@@ -68,11 +68,8 @@ def patch_size_of(weights: NamedWeights) -> int | None:
 def guess_config(weights: NamedWeights, arch: str | None = None) -> ModelConfig:
     """Derive the model of another program's file from the shapes of its tensors.
 
-    A ViT without any final norm is one that NVIDIA TAO has fine-tuned: it classifies the mean of the patch tokens.
-
-    Args:
-        weights: tensors of the file.
-        arch: architecture to assume if the shapes fit none.
+    If the shapes fit no architecture, ``arch`` is assumed. A ViT without a final norm is taken for one that NVIDIA TAO
+    has fine-tuned: it classifies the mean of the patch tokens.
 
     Raises:
         CheckpointError: The shapes fit no architecture.
@@ -87,7 +84,6 @@ def guess_config(weights: NamedWeights, arch: str | None = None) -> ModelConfig:
 
 
 def _config_of(arch: str, weights: NamedWeights) -> ModelConfig:
-    """Return the model of an architecture that the tensors belong to."""
     row, backbone, classes = get_architecture(arch), weights.backbone, count_classes(weights.backbone)
     head, width = _head(backbone), _timm_shape(row.timm_name)[1]
     if head is not None and head.shape[1] != width:  # it would be allocated with the model's width
@@ -123,7 +119,7 @@ def check_header(config: ModelConfig, weights: NamedWeights) -> None:
     """Compare the model that a header describes with the tensors in the file.
 
     Raises:
-        CheckpointError: They differ; the text names the field and both values.
+        CheckpointError: They differ; the message names the fields and both values.
     """
     wrong = [f"{field} is {said}, but the tensors have {held}" for field, said, held in _differences(config, weights)]
     if wrong:
@@ -134,7 +130,7 @@ def check_header(config: ModelConfig, weights: NamedWeights) -> None:
 
 
 def _differences(config: ModelConfig, weights: NamedWeights) -> Iterator[tuple[str, object, str]]:
-    """Yield (field, value in the header, what the tensors have)."""
+    """Yield (field, value in the header, description of the tensors)."""
     row = config.architecture
     if row.family != weights.family or _block_sizes(weights.backbone) != _timm_shape(row.timm_name)[0]:
         yield "arch", config.arch, f"the shapes of {likely_arch(weights) or 'no supported architecture'}"

@@ -1,9 +1,9 @@
-"""Read PyTorch files without running anything in them: ``torch.load(weights_only=True)`` plus harmless stand-ins.
+"""Read PyTorch files without executing code in them: ``torch.load(weights_only=True)`` with stand-in classes.
 
-Training scripts store more than weights: arguments with paths, numpy scalars, metrics in a
-``defaultdict``. For these harmless types the unpickler gets the stand-ins of this module, never the classes themselves:
-numpy's ``__setstate__`` trusts the flags in a file, and a ``WindowsPath`` cannot be created on Linux. All other types
-are refused by name.
+Training scripts store more than weights: arguments with paths, numpy scalars, metrics in a ``defaultdict``. The
+unpickler replaces most of these harmless types by stand-ins from this module, not the classes themselves: numpy's
+``__setstate__`` trusts the flags in a file, and a ``WindowsPath`` cannot be created on Linux. All other types are
+rejected by name.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NUMBERS = re.compile(r"[?]|b1|[iuf][1248]|c8|c16")  # numpy's codes of fixed-size numbers
+_NUMBERS = re.compile(r"[?]|b1|[iuf][1248]|c8|c16")  # numpy's type codes of fixed-size numbers
 _MODEL_CLASSES = ("torch.nn.modules.", "timm.", "transformers.", "torchvision.models.")
 
 
 class NumpyDtype:
-    """A numpy dtype in a file, reduced to its code (such as ``f4``) and byte order."""
+    """Stand-in for a numpy dtype: its type code (such as ``f4``) and byte order."""
 
     def __init__(self, code: str | bytes = "", *_: Any) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else str(code)
@@ -39,12 +39,12 @@ class NumpyDtype:
 
     @property
     def numpy(self) -> np.dtype | None:
-        """The dtype, or None unless it is a dtype of numbers."""
+        """The dtype; None if it is not numeric."""
         return np.dtype(self.code) if _NUMBERS.fullmatch(self.code.lstrip("<>|=")) else None
 
 
 class NumpyArray:
-    """A numpy array in a file; empty unless it is an array of numbers."""
+    """Stand-in for a numpy array; empty if the array is not numeric."""
 
     def __init__(self, *_: Any) -> None:
         self.array = np.empty(0)
@@ -69,18 +69,18 @@ def load_plain(source: Path | BinaryIO, *, lazily: bool = False) -> Any:
     """Read the output of ``torch.save`` into CPU memory.
 
     Args:
-        source: a file, or a seekable stream.
-        lazily: map the tensors of a file into memory instead of reading them, after verifying the file's checksums,
-            which torch does not.
+        source: path, or a seekable stream.
+        lazily: memory-map the tensors of a file instead of reading them. The file's checksums are verified first, which
+            torch does not do.
 
     Raises:
-        pickle.UnpicklingError: The file holds objects of other types; the text names the first.
+        pickle.UnpicklingError: The file holds objects of other types; the message names the first one.
         ValueError: The file would take more memory than its own size.
-        Exception: Foreign bytes make torch's reader fail in many other ways.
+        Exception: torch's reader fails in many other ways on a file that is not a checkpoint.
     """
     _check_records(source, checksums=lazily)
     with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of TorchScript and pickle protocols; the errors say what matters
+        warnings.simplefilter("ignore")  # about TorchScript and pickle protocols
         return torch.load(source, map_location="cpu", weights_only=True, mmap=lazily)
 
 
@@ -88,13 +88,13 @@ def is_pickled_model(path: Path) -> bool:
     """Return whether a file holds a pickled module instead of a state dict, as far as torch can tell."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # the answer only improves an error message
+    except Exception:  # the result only improves an error message
         return False
     return any(name.startswith(_MODEL_CLASSES) for name in names)
 
 
 def _check_records(source: Path | BinaryIO, *, checksums: bool) -> None:
-    """Refuse compressed records, which torch never writes: a small file could claim any amount of memory."""
+    """Reject compressed records, which torch never writes and which let a small file take any amount of memory."""
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as bundle:
             members = bundle.infolist()
@@ -114,7 +114,7 @@ def _scalar(dtype: NumpyDtype, data: Any = b"") -> Any:
 
 
 def _bytes(data: Any) -> bytes:
-    """Return the bytes of a pickled array; ``bytes(n)`` of an integer would allocate n zeros."""
+    """Return the bytes of a pickled array; reject an integer n, for which ``bytes`` would allocate n zeros."""
     if isinstance(data, str):
         return data.encode("latin1")
     if not isinstance(data, bytes | bytearray):

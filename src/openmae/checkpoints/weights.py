@@ -28,16 +28,12 @@ def load_into(
     """Copy a checkpoint's weights into a masked autoencoder or a timm model.
 
     Position embeddings are resampled to the model's grid, the first convolution to its channels and patch size.
-
-    Args:
-        model: a model of ``models.build``.
-        checkpoint: its weights.
-        part: "backbone" requires 95 % of the backbone, and also copies a classifier, decoder and fusion heads that fit;
-            "everything" requires all of the model, as evaluation does.
-        allow_partial: initialise what is missing instead of raising an error; weights of another family remain one.
+    ``part="backbone"`` requires 95 % of the backbone, and also copies a classifier, decoder and fusion heads that fit;
+    ``"everything"`` requires the complete model, as evaluation does. With ``allow_partial``, missing weights keep their
+    initial values instead of raising an error, unless the file is of another family.
 
     Raises:
-        CheckpointError: Too little matched; the text gives the share, names, shapes and the likely architecture.
+        CheckpointError: Too few weights matched; the message gives the share, names, shapes and likely architecture.
     """
     source = checkpoint.info.model if checkpoint.info else None
     report, fitted = match(model, checkpoint.weights, source, everything=part == "everything")
@@ -57,20 +53,20 @@ def load_backbone(
 ) -> nn.Module:
     """Return a timm model in eval mode with a checkpoint's weights.
 
-    A pretrained checkpoint gives embeddings ``[B, D]``, a fine-tuned one class logits. ``timm.data``'s
-    ``resolve_model_data_config(model)`` returns the image size, mean, standard deviation and resizing that belong to
-    the model; for another program's file, which does not hold them, those of the papers.
+    The model of a pretrained checkpoint returns embeddings ``[B, D]``, that of a fine-tuned one class logits.
+    ``timm.data.resolve_model_data_config(model)`` returns the matching image size, mean, standard deviation and
+    resizing; for files of other programs, which do not contain them, the papers' values.
 
     Args:
         checkpoint: an OpenMAE checkpoint or ``backbone.safetensors``, or a timm, official, transformers or TAO file.
         input_size: side in pixels, or (height, width); None keeps the checkpoint's.
-        arch: a name of the architecture table; only needed if the shapes of a foreign file fit none.
+        arch: a name of the architecture table; only needed if the shapes of another program's file fit none.
         encryption_key: key of an encrypted file: ``env:NAME``, ``file:PATH``, or the key itself.
         weights_key: entry of the file to use, such as ``model_ema``, if there are several.
 
     Raises:
-        CheckpointError: The file cannot be used, does not hold ``arch``, or lacks weights that the outputs depend on.
-        SpecError: ``input_size`` does not divide into patches or mask units, or the key cannot be found.
+        CheckpointError: The file cannot be used, holds another architecture, or lacks weights that affect the outputs.
+        SpecError: ``input_size`` is not a multiple of the patch or mask unit, or the key cannot be found.
     """
     loaded = read_checkpoint(checkpoint, resolve_key(encryption_key), weights_key)
     config = loaded.config(arch)
@@ -99,10 +95,10 @@ def load_backbone(
 def check_size(config: ModelConfig, *, masked: bool = False) -> None:
     """Check that images divide into a ViT's patches or a Hiera's mask units.
 
-    A ConvNeXt takes any size, unless images are to be ``masked``.
+    A ConvNeXt takes images of any size unless they are to be ``masked``.
 
     Raises:
-        SpecError: They do not.
+        SpecError: They do not divide into them.
     """
     any_size = config.architecture.family == "convnextv2" and not masked
     if any_size or not any(side % config.unit for side in config.input_size):

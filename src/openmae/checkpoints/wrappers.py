@@ -1,7 +1,7 @@
-"""Find the weights in a file: under which entry, and behind which prefix of the names.
+"""Find the weights in a file: their entry in a nested dict, and the prefix of their names.
 
-Training programs wrap a state dict in a dict of other things, keep averaged copies next to it, and prefix the names
-with those of the modules that hold the backbone. The backbone is found by its first weight.
+Training programs wrap a state dict in another dict, keep averaged copies next to it, and prefix the names with those of
+the modules that hold the backbone. A backbone is found by the name of its first weight.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FOUND = re.compile(
     rf"(?P<prefix>(?:[\w-]+\.)*?)(?P<own>encoder\.backbone\.|encoder\.|vit\.|hiera\.|convnextv2\.)?"
     rf"(?P<first>{_FIRST_WEIGHTS})\.weight"
 )
-_TRANSPARENT = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # of torch, at any depth
+_TRANSPARENT = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch's, at any depth
 _AVERAGED = re.compile(r"(^|[._])(ema|teacher|averaged)([._]|$)")
 _SECONDARY = re.compile(r"momentum|target|encoder_k|(^|[._])key([._]|$)")
 _USUAL = ("state_dict", "model_state", "model", "module")
@@ -38,10 +38,10 @@ class Wrapped:
     """The tensors of one model in a file.
 
     Attributes:
-        state: tensors by their names without the wrappers' prefix.
-        entry: dotted keys that lead to them (``model_ema``); empty for a bare state dict.
+        state: tensors by name, without the prefix.
+        entry: dotted path of keys to the state dict, such as ``model_ema``; empty for a bare state dict.
         prefix: prefix that was removed from the names.
-        others: entries and prefixes of weights of the same kind that were not chosen.
+        others: entries and prefixes of other models' weights that were not chosen.
         unused: first parts of the names that do not have the prefix.
     """
 
@@ -53,7 +53,7 @@ class Wrapped:
 
     @property
     def note(self) -> str:
-        """Which of several models was chosen and what was left out; empty if there was no choice."""
+        """Description of the chosen model and of what was left out; empty if there was no choice."""
         if not self.others and not self.unused:
             return ""
         chosen = ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part)
@@ -68,11 +68,9 @@ class Wrapped:
 def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
     """Find the weights of one model in the content of a file.
 
-    An averaged copy (``model_ema``, ``teacher``) is preferred to the plain weights, as in timm's and DINO's evaluation.
-
-    Args:
-        raw: a state dict, or one wrapped in a dict of other things.
-        wanted: entry (with dots for nested ones) or prefix of the names to choose instead.
+    ``raw`` is a state dict, or a dict that contains state dicts. ``wanted`` is the entry (dotted if nested) or prefix
+    of names to choose. By default, averaged weights (``model_ema``, ``teacher``) are preferred to plain ones, as in
+    timm's and DINO's evaluation.
 
     Raises:
         CheckpointError: There are no weights, or none under ``wanted``.
@@ -96,7 +94,6 @@ def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
 
 
 def _choose(candidates: list[tuple[str, str]], wanted: str) -> tuple[str, str]:
-    """Return the entry and the prefix to use."""
 
     def preference(candidate: tuple[str, str]) -> tuple[Any, ...]:
         entry, prefix = candidate
@@ -121,7 +118,7 @@ def _rank(name: str) -> int:
 
 
 def _prefixes(state: State) -> list[str]:
-    """Return the prefix of the names of each backbone in a state dict."""
+    """Return the name prefix of each backbone in a state dict."""
     found = []
     for name in state:
         if match := _FOUND.fullmatch(name):
@@ -135,7 +132,7 @@ def _prefixes(state: State) -> list[str]:
 
 
 def _entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, State]]:
-    """Yield the state dicts in a file with the dotted keys that lead to them, the outermost first."""
+    """Yield the dotted path and the tensors of each dict in a file, the outermost first."""
     waiting, names = [("", raw, 0)], 0
     for place, mapping, depth in waiting:
         names += len(mapping)
@@ -164,7 +161,7 @@ def _as_tensor(value: Any) -> Tensor | None:
 
 
 def _largest(raw: Mapping[str, Any]) -> Wrapped:
-    """Return the largest state dict of a file without a known backbone, for the error that names its tensors."""
+    """Return the largest state dict of a file without a known backbone, so that an error can name its tensors."""
     entry, state = max(_entries(raw), key=lambda found: len(found[1]))
     if not state:
         keys = ", ".join(str(key) for key in list(raw)[:5]) or "none"
@@ -176,7 +173,7 @@ def _largest(raw: Mapping[str, Any]) -> Wrapped:
 
 
 def _check_tensors(state: State) -> None:
-    """Accept only dense tensors whose every value is in the file: shapes are trusted from here on."""
+    """Reject tensors that are not dense, or whose values are not all in the file; shapes are trusted afterwards."""
     for name, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.is_complex():
             kind = "quantized" if value.is_quantized else value.dtype if value.is_complex() else value.layout

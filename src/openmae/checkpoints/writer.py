@@ -1,4 +1,4 @@
-"""Writing in the background: a host copy of the tensors that training will change, and a thread."""
+"""Background writing of checkpoints: a host copy of tensors that training will change, and a thread."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Copies of a checkpoint's tensors in host memory, whose buffers the next checkpoint reuses.
+    """A copy of a checkpoint's tensors in host memory.
 
-    Allocating new memory takes several times as long as copying into existing memory.
+    The next checkpoint reuses its buffers: allocating memory takes several times as long as copying.
     """
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ class BackgroundWorker:
     def start(self, work: Callable[[], None]) -> None:
         """Start ``work``; nothing else may be running."""
         assert self._thread is None
-        # A daemon thread: a second Ctrl-C does not wait for it. Every other way out does, through `wait`.
+        # A daemon thread, so that a second Ctrl-C does not wait for it; every other exit waits, through `wait`.
         self._thread = threading.Thread(target=self._run, args=(work,), name="openmae-checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until nothing is running, or for ``seconds``; raise the exception of the work, once."""
+        """Wait until the work ends, or for ``seconds``; raise its exception, once."""
         if self._thread is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():

@@ -1,4 +1,4 @@
-"""Conversion of any number of images to the batches that a deployed model accepts."""
+"""Conversion of images to batches that a deployed model accepts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ log = logging.getLogger("openmae")
 
 
 def as_input(images_BCHW: Tensor, card: ModelCard) -> Tensor:
-    """Return images in the form of the deployed model's input, contiguous.
+    """Convert uint8 images, or float images in 0..255, to the model's input, contiguous in memory.
 
-    Args:
-        images_BCHW: uint8, or float in 0..255.
-        card: metadata of the model.
-
-    Returns:
-        uint8 ``[B, H, W, C]`` if the model includes the preprocessing, else normalised float32 ``[B, C, H, W]``.
+    This is uint8 ``[B, H, W, C]`` if the model includes preprocessing, else normalised float32 ``[B, C, H, W]``.
 
     Raises:
         DataError: the images have another shape or type.
@@ -47,17 +42,17 @@ def as_input(images_BCHW: Tensor, card: ModelCard) -> Tensor:
 
 
 def eval_transform(card: ModelCard) -> EvalTransform:
-    """Return the transform of evaluation: from an image file to pixels of the card's size."""
+    """Return the evaluation transform, from an image file to a tensor of the card's size."""
     return EvalTransform(card.model.input_size, card.model.in_chans, card.interpolation, card.crop_pct)
 
 
 def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
-    """Read image files for a predictor: the centre, resized to the card's size, as in evaluation.
+    """Read image files for a predictor: the centre crop, resized to the model's input size, as in evaluation.
 
     Args:
         paths: image files.
         card: metadata of the model.
-        max_megapixels: size of the largest image that is decoded, in millions of pixels.
+        max_megapixels: largest number of pixels of an image that is decoded, in millions.
 
     Returns:
         ``[N, C, H, W]``, uint8, or float32 in 0..255 if a file has 16 bits.
@@ -89,13 +84,10 @@ def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels:
 def run_split(
     run: Callable[[Tensor], dict[str, Tensor]], images: Tensor, smallest: int = 1, largest: int | None = None
 ) -> dict[str, Tensor]:
-    """Run batches of ``smallest`` to ``largest`` images and return the joined outputs.
+    """Run any number of images in batches of ``smallest`` to ``largest``, and return the concatenated outputs.
 
-    Args:
-        run: returns the outputs of a batch by name, each with the batch as its first axis.
-        images: ``[N, ...]``; N may be 0.
-        smallest: smaller batches are padded, and the outputs of the padding are dropped.
-        largest: larger batches are split; None for no limit.
+    ``run`` returns the outputs of a batch by name, each with the batch as its first axis. Outputs for padding are
+    dropped.
     """
     parts = images.split(largest or max(1, len(images))) if len(images) else (images,)
     results = [(len(part), run(pad_batch(part, max(smallest, 1)))) for part in parts]
@@ -103,7 +95,7 @@ def run_split(
 
 
 def pad_batch(images: Tensor, smallest: int) -> Tensor:
-    """Return a batch of at least ``smallest`` images, padded with its last image, or with zeros if it is empty."""
+    """Pad a batch to at least ``smallest`` images with its last image, or with zeros if it is empty."""
     missing = smallest - len(images)
     if missing <= 0:
         return images
@@ -112,5 +104,5 @@ def pad_batch(images: Tensor, smallest: int) -> Tensor:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a device for people to read."""
+    """Return a readable name of a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

@@ -24,23 +24,20 @@ _AGAIN = "Export the model again with mae export."
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Everything that another action or program needs to use an exported model.
+    """Metadata that other actions and programs need to use an exported model.
 
     Attributes:
-        stage: finetune (the output is ``logits`` ``[N, K]``) or pretrain (``features`` ``[N, D]``, the pooled
+        stage: finetune (output ``logits`` ``[N, K]``) or pretrain (outputs ``features`` ``[N, D]``, the pooled
             embedding, and ``tokens`` ``[N, D, rows, columns]``, the last feature map).
         model: architecture, input size and channels.
         class_names: classes in the order of the outputs; empty for pretraining.
         mean, std: statistics of the images per channel, on a scale of 0 to 1.
-        interpolation: interpolation of the resizing before the model.
-        crop_pct: share of the image's sides, after cropping to the input's aspect ratio, that is kept at the centre and
-            resized.
-        preprocessing: the input is uint8 ``[N, H, W, C]`` and the model normalises it; otherwise it is normalised
-            float32 ``[N, C, H, W]``.
+        crop_pct: share of the image's sides, after cropping to the input's aspect ratio, that the centre crop keeps.
+        preprocessing: the input is uint8 ``[N, H, W, C]`` and the model normalises it; otherwise the input is
+            normalised float32 ``[N, C, H, W]``.
         batch_size: N of the input; -1 for any.
-        precision: precision of weights and arithmetic; inputs and outputs are those of fp32.
-        checkpoint_sha256: SHA-256 of the checkpoint's file.
-        version: version of the OpenMAE that wrote it.
+        precision: precision of weights and arithmetic; the types of inputs and outputs do not depend on it.
+        version: OpenMAE version that wrote the metadata.
     """
 
     stage: Stage
@@ -58,25 +55,25 @@ class ModelCard:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Return the names of the outputs."""
+        """Names of the outputs."""
         return (LOGITS,) if self.stage == "finetune" else (FEATURES, TOKENS)
 
     @property
     def info(self) -> CheckpointInfo:
-        """Return the facts that a checkpoint would have, with as much of its spec as is known."""
+        """Equivalent ``openmae`` entry of a checkpoint, with the known part of its spec."""
         spec = {"dataset": {"augmentation": {"interpolation": self.interpolation}}}
         return CheckpointInfo(self.stage, self.model, self.class_names, self.mean, self.std, spec, self.version)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the metadata as plain values."""
+        """Return plain values for JSON."""
         return {"format": FORMAT, "arch": self.model.arch, **asdict(self), "model": self.model.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelCard:
-        """Return the metadata of which ``values`` is the ``to_dict``.
+        """Read the values that ``to_dict`` returns.
 
         Raises:
-            CheckpointError: the values are damaged, or a newer OpenMAE wrote them.
+            CheckpointError: the values are damaged or have another format.
         """
         if not isinstance(values, Mapping):
             raise CheckpointError("The model's metadata is not a mapping.", _AGAIN)
@@ -97,12 +94,12 @@ class ModelCard:
             ) from error
 
     def to_metadata(self) -> dict[str, str]:
-        """Return the values for ``metadata_props`` of an ONNX file, each as JSON."""
+        """Return the ``metadata_props`` of an ONNX file, each value as JSON."""
         return {name: json.dumps(value) for name, value in self.to_dict().items()}
 
     @classmethod
     def from_metadata(cls, values: Mapping[str, str]) -> ModelCard | None:
-        """Return the metadata in an ONNX file; None if another program wrote it."""
+        """Read the ``metadata_props`` of an ONNX file; return None if another program wrote it."""
         if "checkpoint_sha256" not in values or "format" not in values:
             return None
         try:

@@ -1,4 +1,4 @@
-"""A trained backbone for deployment: images in, logits or features out, nothing masked."""
+"""A trained backbone for deployment: images in, logits or features out, without masking."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from openmae.models.build import ModelConfig, build_classifier, build_feature_ex
 
 
 class DeployedModel(nn.Module):
-    """A timm backbone with the inputs and outputs that its metadata describes.
-
-    Args:
-        backbone: a classifier or, for pretraining, a feature extractor, in eval mode.
-        card: metadata of the model.
-    """
+    """A timm classifier or, for pretraining, feature extractor in eval mode, with the card's inputs and outputs."""
 
     mean: Tensor
     std: Tensor
@@ -36,8 +31,7 @@ class DeployedModel(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs in the order of ``ModelCard.outputs``.
 
-        Args:
-            images: normalised float32 ``[N, C, H, W]``, or uint8 ``[N, H, W, C]`` if the preprocessing is included.
+        ``images`` are normalised float32 ``[N, C, H, W]``, or uint8 ``[N, H, W, C]`` if preprocessing is included.
         """
         if self.preprocessing:
             images = (images.float().permute(0, 3, 1, 2) - self.mean) / self.std  # TensorRT cannot transpose uint8
@@ -52,7 +46,7 @@ class DeployedModel(nn.Module):
             rows, columns = backbone.patch_embed.grid_size
             return patches_BLD.mean(dim=1), patches_BLD.transpose(1, 2).unflatten(2, (rows, columns))
         features = backbone.forward_head(x, pre_logits=True)
-        if self.family == "hiera":  # its tokens are in the order of its pooling steps
+        if self.family == "hiera":  # its tokens are ordered by pooling steps
             x = backbone.reroll(x, len(backbone.blocks) - 1).permute(0, 3, 1, 2)
         return features, x
 

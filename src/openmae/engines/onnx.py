@@ -1,4 +1,4 @@
-"""Export of a torch model to an ONNX file that is verified against it."""
+"""Export a torch model to an ONNX file, and verify the file against the model."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ else:
     onnx = require("onnx")
     ModelProto, TensorProto = onnx.ModelProto, onnx.TensorProto
 
-TOLERANCE = 1e-4  # largest accepted difference to torch, as a share of the largest output
+TOLERANCE = 1e-4  # largest accepted difference from torch, relative to the largest output
 _SMALLEST = 1e-6  # the largest output is taken to be at least this
-_BATCHES = (1, 3)  # batch sizes that a file with a dynamic batch is verified with
-_NATIVE_OPSET = 18  # the oldest that torch's exporter writes itself
-LARGEST_PROTOBUF = 2**31 - 2**24  # bytes of weights in a message, which leaves room for the graph around them
+_BATCHES = (1, 3)  # batch sizes to verify a file with a dynamic batch with
+_NATIVE_OPSET = 18  # oldest operator set that torch's exporter writes without conversion
+LARGEST_PROTOBUF = 2**31 - 2**24  # bytes of weights in a protobuf message; leaves room for the graph
 _FLOATS: dict[int, str] = {TensorProto.FLOAT: "<f4", TensorProto.FLOAT16: "<f2", TensorProto.DOUBLE: "<f8"}
-_LARGE_TENSOR = 1024  # bytes; shapes and axes are smaller
+_LARGE_TENSOR = 1024  # bytes; constants such as shapes and axes are smaller
 
 log = logging.getLogger("openmae")
 
@@ -56,17 +56,17 @@ class Parity:
 def trace(
     model: DeployedModel, card: ModelCard, opset: int, *, device: torch.device, verbose: bool = False
 ) -> ModelProto:
-    """Return the model's graph with the card as metadata, in the requested operator set if possible.
+    """Return the model's graph, with the card as metadata, in the requested operator set if possible.
 
     Args:
-        model: in eval mode; it is left on the CPU.
-        card: its batch size is that of the input, -1 for any.
-        opset: ONNX operator set. If the graph cannot be expressed in it, a warning says why and which one is used.
-        device: device that the tracing runs on.
+        model: model in eval mode; it is moved to the CPU.
+        card: metadata; its batch size is that of the input, -1 for any.
+        opset: ONNX operator set. If the graph cannot be converted to it, a warning gives the reason and the set used.
+        device: device to trace the model on.
         verbose: show the messages of torch's exporter.
 
     Raises:
-        SpecError: this onnx does not know the operator set.
+        SpecError: the installed onnx does not support the operator set.
         UserError: a package is not installed.
     """
     require("onnxscript")
@@ -89,7 +89,7 @@ def trace(
             dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic else None,
             verbose=verbose,
         )
-    model.cpu()  # the tracing has moved its parameters
+    model.cpu()  # tracing has moved its parameters
     assert program is not None
     proto = program.model_proto
     _rename_nodes(proto)
@@ -105,10 +105,10 @@ def opset_of(proto: ModelProto) -> int:
 
 
 def compare(model: DeployedModel, card: ModelCard, path: Path, key: Key | None = None) -> Parity:
-    """Run an ONNX file and torch on random images, and return the largest difference.
+    """Run an ONNX file and torch on random images, and return the largest relative difference.
 
     Raises:
-        RunError: it is larger than ``TOLERANCE``.
+        RunError: the difference exceeds ``TOLERANCE``.
     """
     worst, share = Parity(0.0, 0.0), -1.0
     for batch, name, found, expected in _outputs(model, card, path, key):
@@ -126,7 +126,7 @@ def compare(model: DeployedModel, card: ModelCard, path: Path, key: Key | None =
 
 
 def likeness(model: DeployedModel, card: ModelCard, path: Path, key: Key | None = None) -> float:
-    """Return the lowest cosine between the outputs of a file in lower precision and torch's, over random images.
+    """Return the lowest cosine similarity between a file's outputs and torch's, over random images.
 
     Raises:
         RunError: an output is not finite.
@@ -144,7 +144,7 @@ def likeness(model: DeployedModel, card: ModelCard, path: Path, key: Key | None 
 def _outputs(
     model: DeployedModel, card: ModelCard, path: Path, key: Key | None
 ) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
-    """Yield the batch size, the name of an output, and its value by ONNX Runtime and by torch, for random images."""
+    """Yield (batch size, output name, ONNX Runtime's value, torch's value) for random images."""
     session = open_session(path, torch.device("cpu"), key)
     for batch in _BATCHES if card.batch_size == -1 else (card.batch_size,):
         images = example_input(card, batch, seed=batch)
@@ -155,7 +155,7 @@ def _outputs(
 
 
 def cosine(one_NX: np.ndarray, other_NX: np.ndarray) -> float:
-    """Return the lowest cosine between two models' outputs for an image; 1 for two zeros, NaN if one is not finite."""
+    """Return the lowest cosine similarity over a batch; 1 for two zero vectors, NaN if a value is not finite."""
     one_NX, other_NX = (array.reshape(len(array), -1).astype(np.float64) for array in (one_NX, other_NX))
     length_N, other_length_N = np.linalg.norm(one_NX, axis=1), np.linalg.norm(other_NX, axis=1)
     products_N = (one_NX * other_NX).sum(axis=1) + ((length_N == 0) & (other_length_N == 0))
@@ -167,16 +167,12 @@ def cosine(one_NX: np.ndarray, other_NX: np.ndarray) -> float:
 def writing(proto: ModelProto, path: Path, key: Key | None = None) -> Iterator[Path]:
     """Write a graph to a temporary path, yield that for verification, and move it to ``path`` if the block succeeds.
 
-    Weights of 2 GB and more, which a protobuf message cannot hold, go into ``<name>.data`` next to the file.
-
-    Args:
-        proto: the graph.
-        path: path of the file.
-        key: encrypts it.
+    Weights of about 2 GB and more, which a protobuf message cannot hold, are stored in ``<name>.data`` next to the
+    file. With a key, the file is encrypted.
 
     Raises:
         RunError: onnx rejects the graph.
-        SpecError: an encrypted file would need weights in a second file.
+        SpecError: the weights of an encrypted file would need a second file.
     """
     large = weight_bytes(proto) > LARGEST_PROTOBUF
     if large and key is not None:
@@ -210,13 +206,13 @@ def writing(proto: ModelProto, path: Path, key: Key | None = None) -> Iterator[P
             weights.replace(weights_path(path))
         (folder / path.name).replace(path)
         if not large:
-            weights_path(path).unlink(missing_ok=True)  # of an earlier, larger model
+            weights_path(path).unlink(missing_ok=True)  # from an earlier, larger model
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_onnx(path: Path, key: Key | None = None, *, weights: bool = True) -> ModelProto:
-    """Read a graph from a file.
+    """Read a graph from a file; weights in a second file are left out unless ``weights`` is set.
 
     Raises:
         CheckpointError: the file is missing, damaged or not ONNX, or encrypted with another key.
@@ -231,7 +227,7 @@ def read_onnx(path: Path, key: Key | None = None, *, weights: bool = True) -> Mo
         return proto
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: its weights are missing: {error}.", "Copy its .data file too.") from error
-    except Exception as error:  # protobuf fails in many ways on foreign bytes
+    except Exception as error:  # protobuf fails in many ways on other files
         raise CheckpointError(
             f"{path} is not an ONNX file, or damaged ({type(error).__name__}: {str(error).splitlines()[0]}).",
             "Export it again with mae export.",
@@ -265,7 +261,7 @@ def read_onnx_card(path: Path, key: Key | None = None) -> ModelCard:
 
 
 def _is_broken(tensor: TensorProto) -> bool:
-    """Return whether weights in the file are not finite; a single number may be infinite on purpose."""
+    """Return whether weights in the file are not finite; a scalar constant may be infinite on purpose."""
     kind = _FLOATS.get(tensor.data_type)
     if kind is None or not tensor.raw_data:
         return False
@@ -274,16 +270,16 @@ def _is_broken(tensor: TensorProto) -> bool:
 
 
 def _lowered(proto: ModelProto, opset: int) -> ModelProto:
-    """Return the graph in the requested operator set, or with a warning in the next one that onnx can convert it to.
+    """Convert the graph to the requested operator set, or, with a warning, to the next one that onnx can convert it to.
 
     The weights are moved to the result.
     """
-    weights = {}  # set aside: the converter copies its input several times and accepts at most 2 GB
+    weights = {}  # set aside, since the converter copies its input several times and accepts at most 2 GB
     for tensor in proto.graph.initializer:
         if len(tensor.raw_data) > _LARGE_TENSOR:
             weights[tensor.name], tensor.raw_data = tensor.raw_data, b""
     slim = copy.deepcopy(proto)
-    for node in slim.graph.node:  # remove an attribute that set 17 lacks; it has its default value
+    for node in slim.graph.node:  # remove an attribute that set 17 lacks; its value is the default
         if node.op_type.startswith("Reduce") and len(node.input) > 1:
             kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
             del node.attribute[:]
@@ -307,7 +303,7 @@ def _lowered(proto: ModelProto, opset: int) -> ModelProto:
 
 
 def _rename_nodes(proto: ModelProto) -> None:
-    """Name nodes by their modules, and remove the paths of source files of this machine that torch has noted."""
+    """Name nodes by their modules, and remove the local paths of source files that torch has added."""
     for node in proto.graph.node:
         scopes = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
         module = next((scope for scope in reversed(ast.literal_eval(scopes)[:-1]) if scope), "")
@@ -321,23 +317,22 @@ def _rename_nodes(proto: ModelProto) -> None:
 
 
 def file_bytes(path: Path) -> int:
-    """Return the size of an ONNX file, including weights in a second file."""
+    """Return the size of an ONNX file with its second file, if any."""
     return sum(part.stat().st_size for part in (path, weights_path(path)) if part.exists())
 
 
 def weights_path(path: Path) -> Path:
-    """Return the path of the second file, for weights that are too large for an ONNX file."""
+    """Return the path of the second file, which holds weights that are too large for an ONNX file."""
     return path.with_name(f"{path.name}.data")
 
 
 def weight_bytes(proto: ModelProto) -> int:
-    """Return the size of the weights, which is nearly that of the file; ``ByteSize`` fails for more than 2 GB."""
+    """Return the size of the weights in bytes; unlike ``ByteSize``, this does not fail above 2 GB."""
     return sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
 
 
 @contextlib.contextmanager
 def _quiet(verbose: bool) -> Iterator[None]:
-    """Suppress the messages of the exporter."""
     if verbose:
         yield
         return

@@ -1,4 +1,4 @@
-"""Conversion of an ONNX model to lower precision: half precision by casting, int8 by calibration."""
+"""Convert an ONNX model to lower precision: half precision by casting, int8 by calibration."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Half = Literal["fp16", "bf16"]
 _FP16_MAX = float(np.finfo(np.float16).max)
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
-# Sums over many values and squares: in fp16 they exceed 65504, in bf16 they lose small values. By ONNX's definition
-# LayerNormalization computes in fp32 whatever its input is, but TensorRT uses the type of the input.
+# Squares and sums over many values: in fp16 they exceed 65504, in bf16 small values are lost. ONNX defines that
+# LayerNormalization computes in fp32 whatever its input type, but TensorRT uses the input type.
 _SUMS = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "Pow", "CumSum"}
     | {"LayerNormalization", "InstanceNormalization", "GroupNormalization"}
@@ -43,12 +43,8 @@ def to_half(model: ModelProto, kind: Half, keep: Sequence[str] = ()) -> ModelPro
     """Return the model with fp16 or bf16 weights and arithmetic; inputs and outputs keep their types.
 
     Sums over many values (normalisation, GRN, pooling) stay in fp32, and so do the normalisation of a uint8 input and,
-    for fp16, nodes that read a constant above 65504.
-
-    Args:
-        model: in fp32; it is not changed.
-        kind: of half precision.
-        keep: patterns (``*`` stands for any characters) of names of other nodes that stay in fp32.
+    for fp16, nodes that read a constant above 65504. ``keep`` are name patterns (``*`` matches any characters) of other
+    nodes that stay in fp32. The given model, in fp32, is not changed.
 
     Raises:
         SpecError: a pattern of ``keep`` matches no node, or the model is larger than 2 GB or not in fp32.
@@ -56,7 +52,7 @@ def to_half(model: ModelProto, kind: Half, keep: Sequence[str] = ()) -> ModelPro
     source = _fp32_copy(model)
     blocked = matching_nodes([node.name for node in source.graph.node], keep) | _unsafe(source, kind)
     _split_constants(source, blocked)
-    del source.graph.value_info[:]  # exporters list constants there, which the converter mistakes for activations
+    del source.graph.value_info[:]  # exporters list constants there, and the converter would treat them as activations
     half = _float16.convert_float_to_float16(
         source, keep_io_types=True, op_block_list=[], node_block_list=sorted(blocked)
     )
@@ -64,22 +60,18 @@ def to_half(model: ModelProto, kind: Half, keep: Sequence[str] = ()) -> ModelPro
     if kind == "bf16":
         _retype(half, source)
     require("onnxruntime.transformers.onnx_model").OnnxModel(half).topological_sort()
-    del half.graph.value_info[:]  # the converter leaves wrong types there
+    del half.graph.value_info[:]  # the converter leaves incorrect types there
     return _with_graph(model, onnx.shape_inference.infer_shapes(half, strict_mode=True))
 
 
 def to_int8(model: ModelProto, batches: Iterable[NDArray[np.generic]], keep: Sequence[str] = ()) -> ModelProto:
-    """Return the model with products with constant weights quantised (QuantizeLinear, DequantizeLinear).
+    """Return the model with quantised matrix products and convolutions (QuantizeLinear, DequantizeLinear).
 
-    Weights are int8 per output channel; activations are int8 per tensor, over the range seen in ``batches``. All have
-    zero point 0, which TensorRT requires; in ONNX Runtime on x86, uint8 activations were at best 17 % faster. Depthwise
-    convolutions and products of two activations (attention) stay in fp32: quantised they were less accurate, and in
-    ONNX Runtime no faster.
-
-    Args:
-        model: in fp32; it is not changed.
-        batches: inputs of the model, read once, one at a time.
-        keep: patterns (``*`` stands for any characters) of names of nodes that stay in fp32.
+    Weights are int8 per output channel; activations are int8 per tensor, with the range seen in ``batches``. All zero
+    points are 0, as TensorRT requires; in ONNX Runtime on x86, uint8 activations were at most 17 % faster. Depthwise
+    convolutions and products of two activations (attention) stay in fp32: quantised, they were less accurate and, in
+    ONNX Runtime, no faster. ``keep`` are name patterns (``*`` matches any characters) of other nodes that stay in fp32.
+    ``batches`` are inputs of the model, read once, one at a time. The given model, in fp32, is not changed.
 
     Raises:
         DataError: there is no batch.
@@ -102,8 +94,8 @@ def to_int8(model: ModelProto, batches: Iterable[NDArray[np.generic]], keep: Seq
             f"(kept: {', '.join(keep) or 'none'}).",
             "Keep fewer nodes in fp32, or choose another precision.",
         )
-    reader = _Reader(source, batches)  # refuses an empty iterable before the work
-    quant_utils.add_pre_process_metadata(source)  # without it a warning recommends what ONNX Runtime does on loading
+    reader = _Reader(source, batches)  # raises at once if there is no batch
+    quant_utils.add_pre_process_metadata(source)  # avoids a warning about an optimization that loading applies
     with tempfile.TemporaryDirectory(prefix="openmae-int8-") as folder:
         path = Path(folder) / "int8.onnx"
         quantization.quantize_static(
@@ -120,7 +112,7 @@ def to_int8(model: ModelProto, batches: Iterable[NDArray[np.generic]], keep: Seq
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
                 "QuantizeBias": False,  # TensorRT does not support int32 biases
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],  # GELU, softmax and norms read floats
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],  # GELU, softmax and norms take floats
             },
         )
         quantised = onnx.load(path)
@@ -128,7 +120,7 @@ def to_int8(model: ModelProto, batches: Iterable[NDArray[np.generic]], keep: Seq
 
 
 def precision_of(model: ModelProto) -> Precision:
-    """Return the precision of a model's weights; int8 if it is quantised."""
+    """Return the precision of a model's weights, or int8 if the model is quantised."""
     if any(node.op_type in _QUANTIZERS for node in model.graph.node):
         return "int8"
     types = {tensor.data_type for tensor in model.graph.initializer}
@@ -138,7 +130,7 @@ def precision_of(model: ModelProto) -> Precision:
 
 
 class _Reader:
-    """Calibration batches with the interface of ``onnxruntime.quantization.CalibrationDataReader``."""
+    """Calibration batches as an ``onnxruntime.quantization.CalibrationDataReader``."""
 
     def __init__(self, model: ModelProto, batches: Iterable[NDArray[np.generic]]) -> None:
         self._input = model.graph.input[0].name
@@ -152,13 +144,12 @@ class _Reader:
         self._batches = chain([first], iterator)
 
     def get_next(self) -> dict[str, NDArray[np.generic]] | None:
-        """Return the next batch by the input's name; None after the last."""
         batch = next(self._batches, None)
         return None if batch is None else {self._input: batch}
 
 
 def _fp32_copy(model: ModelProto) -> ModelProto:
-    """Return a copy whose nodes all have names; refuse models that the converters would damage."""
+    """Return a copy in which all nodes have names; reject models that the converters would damage."""
     size = weight_bytes(model)
     if size > LARGEST_PROTOBUF:
         raise SpecError(
@@ -176,7 +167,7 @@ def _fp32_copy(model: ModelProto) -> ModelProto:
 
 
 def _with_graph(model: ModelProto, converted: ModelProto) -> ModelProto:
-    """Return the model (metadata, opsets, producer) with the converted graph."""
+    """Return a copy of the model (metadata, opsets, producer) with the converted graph."""
     result = ModelProto()
     result.CopyFrom(model)
     result.graph.CopyFrom(converted.graph)
@@ -184,7 +175,7 @@ def _with_graph(model: ModelProto, converted: ModelProto) -> ModelProto:
 
 
 def matching_nodes(names: Sequence[str], patterns: Sequence[str], model: str = "the ONNX model") -> set[str]:
-    """Return the names that match a pattern.
+    """Return the names that match any of the patterns.
 
     Raises:
         SpecError: a pattern matches no name.
@@ -203,7 +194,7 @@ def matching_nodes(names: Sequence[str], patterns: Sequence[str], model: str = "
 
 
 def _unsafe(model: ModelProto, kind: Half) -> set[str]:
-    """Return the names of nodes whose results half precision would ruin."""
+    """Return the names of nodes that must stay in fp32 (see ``to_half``)."""
     graph = model.graph
     large = set()
     if kind == "fp16":
@@ -214,7 +205,7 @@ def _unsafe(model: ModelProto, kind: Half) -> set[str]:
             ):
                 large.add(tensor.name)
     raw = {value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8}
-    norms: set[str] = set()  # GRN: values computed from a norm, up to the next product
+    norms: set[str] = set()  # GRN: values computed from a norm, up to the next matrix product
     names = set()
     for node in graph.node:  # in topological order
         inputs = set(node.input)
@@ -234,7 +225,7 @@ def _is_square(node: NodeProto) -> bool:
 
 
 def _split_constants(model: ModelProto, blocked: set[str]) -> None:
-    """Give nodes that stay in fp32 their own copies of shared constants: the converter would round them for all."""
+    """Give nodes that stay in fp32 separate copies of shared constants, which the converter would round."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
     shared = {name for node in model.graph.node if node.name not in blocked for name in node.input if name in constants}
     copies = set()
@@ -252,7 +243,7 @@ def _split_constants(model: ModelProto, blocked: set[str]) -> None:
 
 
 def _drop_round_trips(model: ModelProto) -> None:
-    """Remove casts to fp16 and back between two nodes in fp32, which the converter adds and which lose accuracy."""
+    """Remove casts to fp16 and back between fp32 nodes, which the converter adds and which lose accuracy."""
     graph = model.graph
     fp32 = {
         value.name
@@ -280,7 +271,7 @@ def _casts_to(node: NodeProto, kind: int) -> bool:
 
 
 def _retype(model: ModelProto, source: ModelProto) -> None:
-    """Turn fp16 into bf16, which has the range of fp32; constants are rounded once, from fp32."""
+    """Convert fp16 to bf16 in place; constants are rounded once, from fp32."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in source.graph.initializer}
     attributes = {
@@ -304,7 +295,7 @@ def _to_bf16(tensor: TensorProto, exact: TensorProto) -> None:
 
 
 def _worth_int8(model: ModelProto) -> set[str]:
-    """Return the names of products with constant weights, except depthwise convolutions."""
+    """Return the names of MatMul, Gemm and Conv nodes with constant weights, except grouped convolutions."""
     constants = {tensor.name for tensor in model.graph.initializer}
     names = set()
     for node in model.graph.node:

@@ -1,4 +1,4 @@
-"""Predictors: the outputs of a model, whether it runs in torch, ONNX Runtime or TensorRT."""
+"""Predictors: one interface to models in torch, ONNX Runtime and TensorRT."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ class Predictor(Protocol):
     """A model that is ready to run.
 
     Attributes:
-        card: metadata of the model.
         device: device of the outputs, and preferably of the images.
-        runtime: runtime and device for people to read: ``torch 2.14.1, CPU``.
+        runtime: readable name of runtime and device, such as ``torch 2.14.1, CPU``.
     """
 
     card: ModelCard
@@ -37,8 +36,8 @@ class Predictor(Protocol):
     def __call__(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Return the outputs by name, float32, for any number of images.
 
-        Images are normalised here, and batches are split and padded to sizes that the model accepts. For a model that
-        takes bytes, the values of 16-bit files are rounded to 8 bits.
+        Images are normalised here, and batches are split and padded to sizes that the model accepts. If the model takes
+        uint8, float images are rounded.
 
         Args:
             images_BCHW: uint8, or float32 in 0..255, of the card's size, as ``read_images`` returns them.
@@ -47,13 +46,7 @@ class Predictor(Protocol):
 
 
 class TorchPredictor:
-    """A checkpoint's model in torch.
-
-    Args:
-        model: result of ``build_deployed``, without preprocessing: images are normalised on the device.
-        card: metadata of the model.
-        device: device that it runs on.
-    """
+    """A checkpoint's model in torch; the model is built without preprocessing, since images are normalised here."""
 
     def __init__(self, model: DeployedModel, card: ModelCard, device: torch.device) -> None:
         assert not model.preprocessing
@@ -72,10 +65,7 @@ class TorchPredictor:
 class OnnxPredictor:
     """An ONNX file that ``mae export`` wrote, in ONNX Runtime.
 
-    Args:
-        path: path of the file.
-        device: a GPU is used if onnxruntime-gpu is installed, otherwise the CPU.
-        key: key of an encrypted file.
+    Outputs are on ``device``, but the model runs on a GPU only if onnxruntime-gpu is installed, else on the CPU.
 
     Raises:
         CheckpointError: the file cannot be used, or another program wrote it.
@@ -110,12 +100,8 @@ def open_predictor(
 ) -> Predictor:
     """Open a checkpoint, an ONNX file or a TensorRT engine; see ``exported_kind``.
 
-    A pretrained checkpoint computes embeddings, a fine-tuned one logits.
-
-    Args:
-        path: path of the file.
-        device: device that the model runs on.
-        encryption_key: key of an encrypted file: ``env:NAME``, ``file:PATH``, or the key itself.
+    A pretrained checkpoint returns embeddings, a fine-tuned one logits. ``encryption_key`` is the key of an encrypted
+    file: ``env:NAME``, ``file:PATH``, or the key itself.
 
     Raises:
         CheckpointError: the file cannot be used.
@@ -165,10 +151,10 @@ def read_exported_card(path: Path, key: Key | None = None) -> ModelCard:
 
 
 def exported_kind(path: Path) -> Literal["onnx", "engine"] | None:
-    """Return what an exported file is, by its suffix; None for a checkpoint.
+    """Return the kind of an exported file by its suffix; None for a checkpoint.
 
     NVIDIA's SDK names an output file after its spec key, such as ``export_onnx_file``. Without a suffix, an engine is
-    recognized by its sidecar, and an ONNX file by the first byte of its protobuf message.
+    recognised by its sidecar, and an ONNX file by the first byte of its protobuf message.
     """
     suffix = path.suffix.lower()
     if suffix in ENGINE_SUFFIXES or (not suffix and sidecar_path(path).is_file()):

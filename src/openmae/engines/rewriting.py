@@ -1,4 +1,4 @@
-"""Models rewritten for export: the same outputs, by operations of which the runtimes fuse more."""
+"""Models rewritten for export: the same outputs from operations that runtimes can fuse."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from timm.layers.activations import GELU
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-_GELU_OPSET = 20  # from which ONNX has GELU as one operator
+_GELU_OPSET = 20  # first operator set with a GELU operator
 
 
 def rewritten(model: nn.Module, opset: int) -> nn.Module:
     """Return a copy of ``model`` for tracing, which shares its parameters.
 
-    - Attention is written out: the exporter supports fused attention on 4-D tensors only, and Hiera's is 5-D.
-    - GELU before opset 20 is ``(x * (1 + erf)) * 0.5``: ONNX Runtime fuses this, but not torch's order.
+    - Attention is not fused: the exporter supports fused attention on 4-D tensors only, and Hiera's are 5-D.
+    - GELU before opset 20 is ``(x * (1 + erf)) * 0.5``, which ONNX Runtime fuses, unlike torch's order of operations.
     - GRN's norm is the root of a sum of squares, which ONNX Runtime computes faster than ReduceL2.
 
     The last two make ConvNeXt V2 tiny 20 % faster in ONNX Runtime on a CPU.
@@ -42,7 +42,7 @@ class _GELU(nn.Module):
 
 
 class _GlobalResponseNorm(nn.Module):
-    """timm's layer (Woo et al. 2023, arXiv:2301.00808), with the norm as a root, and two final operations."""
+    """timm's layer (Woo et al. 2023, arXiv:2301.00808), rewritten as described in ``rewritten``."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 else:
     onnxruntime = require("onnxruntime")
 
-onnxruntime.set_default_logger_severity(3)  # errors only: its warnings are not for users
+onnxruntime.set_default_logger_severity(3)  # errors only; its warnings are of no use to users
 
 
 def run_once(proto: ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Return the outputs of a graph of less than 2 GB, run on the CPU."""
+    """Run a graph of less than 2 GB on the CPU, and return its outputs."""
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, inputs)
 
@@ -42,7 +42,7 @@ def open_session(path: Path, device: torch.device, key: Key | None = None) -> on
     file = unlocked(path, key)
     try:
         return onnxruntime.InferenceSession(file.read() if file else path, options, providers=providers)
-    except Exception as error:  # ONNX Runtime's errors have no common base
+    except Exception as error:  # ONNX Runtime's errors have no common base class
         raise CheckpointError(
             f"ONNX Runtime {onnxruntime.__version__} cannot run {path}: {str(error).splitlines()[0]}",
             "Export it again with mae export; if an operator is missing, with an older export.opset_version.",

@@ -1,4 +1,4 @@
-"""Build models from a row of the architecture table and plain values."""
+"""Build models from a ``ModelConfig``, which is stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -25,20 +25,16 @@ _HEAD_STD = 2e-5  # of a new classifier: MAE's and ConvNeXt V2's main_finetune.p
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that determines a model's shape; stored in checkpoints as a plain dict.
+    """Configuration of a model, stored in checkpoints as a plain dict.
 
     Attributes:
         arch: a name of the architecture table.
         input_size: (height, width) of the images in pixels.
-        in_chans: channels of the images.
-        patch_size: side of a ViT's patch in pixels; None keeps the architecture's own.
-        drop_path_rate: stochastic depth.
+        patch_size: side of a ViT's patch in pixels; None keeps the architecture's.
         mask_ratio: share of units that are masked in pretraining.
         norm_pix_loss: predict normalised pixels in pretraining.
-        decoder_depth: blocks of the decoder.
-        decoder_embed_dim: width of the decoder.
-        decoder_attention: masked tokens attend to all tokens (self) or to the visible ones only (cross; not for
-            ConvNeXt V2).
+        decoder_attention: masked tokens attend to all tokens (self) or to the visible ones only (cross); not used by
+            ConvNeXt V2.
         global_pool: a ViT classifier pools the patch tokens (True) or uses the class token (False).
         final_norm: a ViT classifier normalises before its head; False for one that NVIDIA TAO has fine-tuned.
         num_classes: outputs of the classifier; 0 for pretraining.
@@ -71,10 +67,10 @@ class ModelConfig:
         return self.patch_size or self.architecture.mask_unit
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values (a list for the input size) for a checkpoint."""
+        """Return plain values for a checkpoint."""
         values = asdict(self) | {"input_size": list(self.input_size)}
         if self.final_norm:
-            del values["final_norm"]  # the default, which earlier versions do not know
+            del values["final_norm"]  # the default; earlier versions do not know this key
         return values
 
     @classmethod
@@ -90,10 +86,10 @@ class ModelConfig:
 
 
 def validate(kind: type[_T], values: Any) -> _T:
-    """Make a dataclass from plain values in a file, and check their types and bounds.
+    """Create a dataclass from plain values in a file, checking types and bounds.
 
     Raises:
-        ValueError: A value is missing, unknown or invalid; the text names the first.
+        ValueError: A value is missing, unknown or invalid; the message names the first one.
     """
     try:
         return TypeAdapter(kind).validate_python(values)
@@ -126,8 +122,9 @@ def build_encoder(config: ModelConfig) -> MaskedEncoder:
 def build_classifier(config: ModelConfig) -> nn.Module:
     """Build a timm model with a classifier of ``config.num_classes`` outputs for fine-tuning.
 
-    A ViT that pools patch tokens normalises after pooling (``fc_norm``), as the paper's fine-tuning does. The head is
-    initialised as in the official code: a normal distribution of std 2e-5 and a zero bias; Hiera's bias is also 2e-5.
+    A ViT that pools patch tokens normalises after pooling (``fc_norm``), as in the paper's fine-tuning. The head is
+    initialised as in the official code: weights from a truncated normal distribution of std 2e-5, and a zero bias
+    (Hiera: 2e-5).
     """
     options: dict[str, Any] = {}
     if config.architecture.family == "vit":
@@ -146,8 +143,8 @@ def build_classifier(config: ModelConfig) -> nn.Module:
 def build_feature_extractor(config: ModelConfig) -> nn.Module:
     """Build a timm model that returns one embedding per image, ``[B, D]``, from a pretrained backbone.
 
-    ViT: the mean of the patch tokens after the pretrained final norm. Hiera (with the two pooling steps of pretraining)
-    and ConvNeXt V2: timm's pooled features after ``head.norm``.
+    For ViT, this is the mean of the patch tokens after the pretrained final norm; for Hiera (with the two pooling steps
+    of pretraining) and ConvNeXt V2, timm's pooled features after ``head.norm``.
     """
     options: dict[Family, dict[str, Any]] = {
         "vit": {"global_pool": "avg", "fc_norm": False, "final_norm": config.final_norm},

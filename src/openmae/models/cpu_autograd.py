@@ -1,7 +1,7 @@
-"""Hand-written backward passes for training on a CPU: autograd's gradients, up to rounding, in less time.
+"""Hand-written backward passes for CPU training, which are faster than autograd and equal up to rounding.
 
-The functions are used if :func:`use_manual_backward` is true. Everywhere else (half precision, CUDA, compilation,
-export, no gradients) the caller's plain formulation runs, which the functions are tested against.
+They are used if :func:`use_manual_backward` is true. Otherwise (half precision, CUDA, compilation, export, no
+gradients) the caller runs its plain PyTorch code, which these functions are tested against.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from openmae.models.masking import gather_tokens
 if TYPE_CHECKING:
     from openmae.models.sparse_convnext import Sites
 
-_CHUNK = 16  # images whose weight gradient is computed at once; more do not fit in the caches
+_CHUNK = 16  # images whose weight gradient is computed at once; more do not fit into the CPU's caches
 
 
 def use_manual_backward(x: Tensor) -> bool:
-    """Return whether gradients are needed in full precision on a CPU with oneDNN, where these functions are faster."""
+    """Return whether full-precision gradients are needed on a CPU with oneDNN, where these functions are faster."""
     return (
         not torch.compiler.is_compiling()  # must be first: the compiler cannot trace the rest
         and torch.is_grad_enabled()
@@ -38,7 +38,7 @@ class DepthwiseConv(Function):
     """``gather(conv(scatter(x)))`` with an odd depthwise kernel.
 
     Site i reads site j with the weight at j - i, so the gradient of x is the same convolution with the kernel rotated
-    by 180 degrees. Only visible sites are computed, while autograd fills complete windows and adds them up.
+    by 180 degrees. It is computed for visible sites only, while autograd computes complete windows and sums them.
     """
 
     @staticmethod
@@ -70,9 +70,9 @@ class DepthwiseConv(Function):
 def depthwise_weight_gradient(images_NCHW: Tensor, grad_NChw: Tensor, padding: int) -> Tensor:
     """Return the gradient ``[C, 1, k, k]`` of a depthwise convolution's weight.
 
-    It is the correlation of input and output gradient, summed over the batch: a depthwise convolution with the batch
-    folded into the channels and the output gradient as kernel. oneDNN's own weight gradient is several times slower for
-    small maps.
+    It is the correlation of the input and the output gradient, summed over the batch: a depthwise convolution with the
+    batch folded into the channels and the output gradient as kernel. oneDNN's weight gradient is several times slower
+    for small maps.
     """
     C, total = images_NCHW.shape[1], None
     for images, grad in zip(images_NCHW.split(_CHUNK), grad_NChw.split(_CHUNK), strict=True):
@@ -88,8 +88,9 @@ def depthwise_weight_gradient(images_NCHW: Tensor, grad_NChw: Tensor, padding: i
 class ResponseNorm(Function):
     """GRN (paper, algorithm 1) with its residual: ``bias + x * gain``, gain = 1 + weight * energy / mean(energy).
 
-    With u the gradient of the gain summed over the sites, n = energy / mean and w the weight, the gradient of the
-    energy is ``(u w - mean(u w n)) / mean``, and that of x is ``x / energy`` times the latter, plus ``gain`` times g.
+    Let g be the output gradient, u the gradient of the gain (summed over the sites), n = energy / mean, and w the
+    weight. Then the gradient of the energy is ``(u w - mean(u w n)) / mean``, and that of x is ``gain`` times g plus
+    ``x / energy`` times the gradient of the energy.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Decoders: from the visible tokens to the pixels of the masked ones.
+"""Decoders, which predict the pixels of masked tokens from the visible tokens.
 
-A token is one latent vector of the encoder and stands for a unit, for Hiera for a quarter of one. Masks here are masks
-of tokens. Shapes: B batch, L tokens of an image, V visible, M masked, T = prefix + V, D latent width, E decoder width,
-P pixel values of a token.
+A token is one latent vector of the encoder and represents a unit (Hiera: a quarter of a unit). Masks in this module are
+masks of tokens. Shapes: B batch, L tokens of an image, V visible, M masked, T = prefix + V, D latent width, E decoder
+width, P pixel values of a token.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ class TransformerDecoder(nn.Module):
     Args:
         latent_dim: D.
         dim: E, a multiple of 32 (the width of a head).
-        depth: number of blocks.
         grid: tokens in (rows, columns).
-        num_prefix_tokens: latent tokens before those of the image.
+        num_prefix_tokens: number of latent tokens before those of the image.
         token_values: P.
         learned_positions: learn the position embedding, as Hiera does, instead of the fixed sine-cosine one.
     """
@@ -66,7 +65,7 @@ class TransformerDecoder(nn.Module):
         prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         num_tokens = self.pos_embed.shape[1] - self.num_prefix_tokens
         x = torch.cat([prefix, _fill(visible, mask, self.mask_token, num_tokens)], dim=1)
-        x = x + self.pos_embed  # under autocast float32 from here on, as in the official code
+        x = x + self.pos_embed  # with autocast, float32 from here on, as in the official code
         mask, x = self._drop_unused(mask, x)
         others, last = self.blocks[:-1], cast(Block, self.blocks[-1])
         x = others(x)
@@ -76,7 +75,7 @@ class TransformerDecoder(nn.Module):
         return self.predict(self.norm(masked + last.mlp(last.norm2(masked))))
 
     def _drop_unused(self, mask: Mask, x_BTE: Tensor) -> tuple[Mask, Tensor]:
-        """Return only the tokens that are visible or predicted, in this order, and their mask."""
+        """Return the mask and tokens without those that are neither visible nor predicted; visible ones come first."""
         (B, V), M = mask.visible_BV.shape, mask.masked_BM.shape[1]
         if self.num_prefix_tokens + V + M == x_BTE.shape[1]:
             return mask, x_BTE
@@ -89,9 +88,9 @@ class TransformerDecoder(nn.Module):
 class CrossAttentionDecoder(nn.Module):
     """CrossMAE's decoder (Fu et al. 2024, arXiv:2401.14391): masked tokens attend to visible ones only.
 
-    A token's prediction thus does not depend on which other tokens are predicted. As in the authors' code, keys and
-    values come from the encoder's normalised latent, which already includes positions. Their weighting of several
-    encoder layers for each block (inter-block attention) is left out: all blocks use the last layer. The arguments are
+    So a token's prediction does not depend on which other tokens are predicted. As in the authors' code, keys and
+    values come from the encoder's normalised latent, which already includes positions. Unlike their code, which weights
+    several encoder layers for each block (inter-block attention), all blocks use the last layer. The arguments are
     those of ``TransformerDecoder``.
     """
 
@@ -109,9 +108,9 @@ class CrossAttentionDecoder(nn.Module):
         assert dim % DECODER_HEAD_DIM == 0, dim  # checked by the spec
         self.num_prefix_tokens = num_prefix_tokens
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        positions = sincos_position_embedding(dim, grid, num_prefix_tokens)  # as in the other decoder, to load
+        positions = sincos_position_embedding(dim, grid, num_prefix_tokens)  # TransformerDecoder's shape
         self.pos_embed = nn.Parameter(positions, requires_grad=learned_positions)
-        # not "blocks": the norms and MLPs of a self-attention decoder would load into them by name
+        # not "blocks", since a self-attention decoder's norms and MLPs would be loaded by name
         self.cross_blocks = nn.ModuleList(CrossAttentionBlock(latent_dim, dim) for _ in range(depth))
         self.norm = LayerNorm(dim)
         self.predict = nn.Linear(dim, token_values)
@@ -126,12 +125,7 @@ class CrossAttentionDecoder(nn.Module):
 
 
 class CrossAttentionBlock(nn.Module):
-    """A transformer block with queries from the masked tokens, and keys and values from the latent.
-
-    Args:
-        latent_dim: D.
-        dim: E, a multiple of 32 (the width of a head).
-    """
+    """A transformer block with queries from the masked tokens, and keys and values from the latent."""
 
     def __init__(self, latent_dim: int, dim: int) -> None:
         super().__init__()
@@ -154,12 +148,7 @@ class CrossAttentionBlock(nn.Module):
 class ConvNeXtDecoder(nn.Module):
     """FCMAE's decoder: ConvNeXt V2 blocks on the complete grid, with a learned token at masked positions.
 
-    Args:
-        latent_dim: D.
-        dim: E.
-        depth: number of blocks.
-        grid: tokens in (rows, columns).
-        token_values: P.
+    See ``TransformerDecoder`` for the arguments.
     """
 
     def __init__(self, latent_dim: int, dim: int, depth: int, grid: tuple[int, int], token_values: int) -> None:
@@ -192,7 +181,6 @@ Decoder = TransformerDecoder | CrossAttentionDecoder | ConvNeXtDecoder
 
 
 def _init_weights(decoder: TransformerDecoder | CrossAttentionDecoder) -> None:
-    """Initialise the weights as the paper does."""
     nn.init.normal_(decoder.mask_token, std=0.02)
     if decoder.pos_embed.requires_grad:
         nn.init.trunc_normal_(decoder.pos_embed, std=0.02)
@@ -202,12 +190,12 @@ def _init_weights(decoder: TransformerDecoder | CrossAttentionDecoder) -> None:
 
 
 def _split_heads(x_BLE: Tensor) -> Tensor:
-    """Return ``[B, heads, L, width of a head]``."""
+    """Return ``[B, heads, L, head width]``."""
     return x_BLE.unflatten(-1, (-1, DECODER_HEAD_DIM)).transpose(1, 2)
 
 
 def _fill(visible_BVE: Tensor, mask: Mask, token: Tensor, num_tokens: int) -> Tensor:
-    """Return all tokens in order, ``[B, L, E]``: visible ones with their vectors, others with the mask token."""
+    """Return all tokens in order, ``[B, L, E]``: the given visible ones, and the mask token elsewhere."""
     B, _, E = visible_BVE.shape
     filled = token.to(visible_BVE.dtype).expand(B, num_tokens, E)
     return filled.scatter(1, mask.visible_BV.unsqueeze(-1).expand(-1, -1, E), visible_BVE)

@@ -1,4 +1,4 @@
-"""The parts of a model that fully sharded training gathers at a time, by family."""
+"""The modules of a model that fully sharded training gathers one at a time, by family."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from openmae.models.mae import MaskedAutoencoder
 
 
 def sharded_units(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
-    """Return the modules whose weights are gathered together, inner ones first; the model itself gathers the rest.
+    """Return the modules whose weights are gathered together, inner ones first; the root module gathers the rest.
 
-    A module's weights are gathered when its ``forward`` is called, so the natural units are blocks. ConvNeXt V2's
-    pretraining applies the weights of its blocks without calling them: its encoder and its decoder are one unit each,
-    at the cost of memory. So does the last block of a self-attention decoder: the model gathers its weights.
+    A module's weights are gathered when its ``forward`` is called, so the natural units are blocks. In pretraining,
+    ConvNeXt V2's blocks are not called, only their weights are used. So its encoder and its decoder are one unit each,
+    which takes more memory. The last block of a self-attention decoder is not called either; the root module gathers
+    its weights.
     """
     if not isinstance(model, MaskedAutoencoder):
         return _blocks(model)
@@ -26,6 +27,5 @@ def sharded_units(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the children of ``blocks`` of the model, or of each stage."""
     holders = model.get_submodule("stages").children() if hasattr(model, "stages") else [model]
     return [block for holder in holders for block in holder.get_submodule("blocks").children()]

@@ -1,7 +1,7 @@
 """The masked autoencoder: encoder, decoder and loss, the same for every family.
 
-Masks are drawn over *units*. The encoder returns one latent *token* per unit (Hiera: four); the decoder predicts the
-square of pixels of a token. Shapes: B batch, C channels, M masked tokens, P pixel values of a token.
+Masks are drawn over *units*. The encoder returns one latent *token* per unit (Hiera: four), and the decoder predicts
+the square of pixels of each masked token. Shapes: B batch, C channels, M masked tokens, P pixel values of a token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         loss: scalar float32, mean squared error over the masked tokens' pixels.
-        predicted_BMP: float32 predictions as the loss compares them (normalised if norm_pix_loss is set).
+        predicted_BMP: float32 predictions (of normalised pixels if norm_pix_loss is set).
     """
 
     loss: Tensor
@@ -33,10 +33,7 @@ class Reconstruction(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """A model that predicts the pixels of masked units from the visible ones.
 
-    Args:
-        encoder: encoder of a family; see ``models.build``.
-        decoder: decoder of the same family.
-        norm_pix_loss: predict each token's pixels normalised by their own mean and deviation.
+    With ``norm_pix_loss``, each token's pixels are normalised by their mean and standard deviation.
     """
 
     def __init__(self, encoder: MaskedEncoder, decoder: Decoder, norm_pix_loss: bool) -> None:
@@ -61,7 +58,7 @@ class MaskedAutoencoder(nn.Module):
         return Reconstruction(F.mse_loss(predicted_BMP, target_BMP), predicted_BMP)
 
     def targets(self, images_BCHW: Tensor, tokens: Mask) -> Tensor:
-        """Return the correct predictions for the masked tokens, ``[B, M, P]`` in float32."""
+        """Return the target pixels of the masked tokens, ``[B, M, P]`` in float32."""
         pixels_BMP = select_units(images_BCHW, tokens.masked_BM, self.encoder.token_size).flatten(2).float()
         return normalise_units(pixels_BMP) if self.norm_pix_loss else pixels_BMP
 
@@ -69,8 +66,8 @@ class MaskedAutoencoder(nn.Module):
         """Render a reconstruction as images, with pixel normalisation undone.
 
         Returns:
-            ``(masked, reconstructed, pasted)`` in the shape of ``images_BCHW``: the visible units, the predicted ones
-            (other units are zero in both), and the sum of both.
+            ``(masked, reconstructed, pasted)`` in the shape of ``images_BCHW``: only the visible units, only the
+            predicted ones (zero elsewhere), and their sum.
         """
         unit, size = self.encoder.token_size, (images_BCHW.shape[2], images_BCHW.shape[3])
         units_BLP = patchify(images_BCHW.float(), unit)

@@ -1,8 +1,8 @@
-"""Masks: which units are visible. Polarity, counts and seeding are defined here only.
+"""Masks of visible units: counts, seeding and representation are defined only here.
 
 Shapes: B batch, L mask units of an image, V visible units, M masked units (L = V + M, or more if a training step
-predicts only some of the masked ones). A unit is either *visible* (the encoder sees it) or *masked* (the decoder
-predicts it); no other module has a boolean mask, so its polarity cannot be confused.
+predicts only some of the masked ones). A unit is *visible* (the encoder sees it) or *masked* (the decoder predicts it).
+Masks are lists of indices, never boolean, so that their polarity cannot be confused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 class Mask(NamedTuple):
-    """Row-major indices of units; in masks drawn here, ascending within a sample.
+    """Row-major indices of units; in random masks, ascending within a sample.
 
     Attributes:
         visible_BV: int64 indices of the units that the encoder sees.
@@ -52,9 +52,9 @@ def count_visible(num_units: int, mask_ratio: float) -> int:
 
 
 def mask_from_noise(noise_BL: Tensor, num_visible: int, targets: float = 1.0) -> Mask:
-    """Return the mask in which the ``num_visible`` units with the smallest noise are visible (MAE's shuffling).
+    """Return the mask in which the ``num_visible`` units with the least noise are visible (MAE's random shuffling).
 
-    Of the others, the share ``targets`` with the largest noise is predicted, at least one.
+    Of the other units, only the share ``targets`` with the most noise, but at least one, is predicted.
     """
     order_BL = noise_BL.argsort(dim=1, stable=True)
     hidden = order_BL.shape[1] - num_visible
@@ -63,15 +63,10 @@ def mask_from_noise(noise_BL: Tensor, num_visible: int, targets: float = 1.0) ->
 
 
 def split_units(mask: Mask, grid: tuple[int, int], split: int) -> Mask:
-    """Return the mask of a finer grid, in which each unit is ``split`` x ``split`` tokens.
+    """Convert a mask of units to a mask of tokens, of which each unit has ``split`` x ``split``.
 
-    Args:
-        mask: mask of units.
-        grid: units in (rows, columns).
-        split: tokens along a unit's side.
-
-    Returns:
-        Token indices, row-major in the finer grid; unit by unit, each unit's tokens in row-major order.
+    ``grid`` is the number of units in (rows, columns). The result has row-major indices in the grid of tokens, ordered
+    unit by unit, and row-major within a unit.
     """
     if split == 1:
         return mask
@@ -89,15 +84,11 @@ def split_units(mask: Mask, grid: tuple[int, int], split: int) -> Mask:
 def random_mask(
     sample_B: Tensor, *, seed: int, epoch: int, num_units: int, mask_ratio: float, targets: float = 1.0
 ) -> Mask:
-    """Draw a mask addressed by (seed, epoch, sample): the same for every device, batch size, worker and rank.
+    """Draw a mask that depends only on seed, epoch and sample, not on device, batch size, worker or rank.
 
-    Args:
-        sample_B: int64 index of each sample in its data set.
-        seed: seed of the run.
-        epoch: epoch; validation keeps it fixed, and with it its masks.
-        num_units: L.
-        mask_ratio: share of units that are not visible.
-        targets: share of those that are predicted; the rest is in neither part of the mask.
+    ``sample_B`` are int64 indices in the data set. Validation always uses the same epoch, so its masks are fixed.
+    ``mask_ratio`` is the share of units that are not visible, ``targets`` the share of those that are predicted; the
+    others are in neither part of the mask.
     """
     unit_L = torch.arange(num_units, device=sample_B.device)
     key_B1 = _splitmix64(_splitmix64(sample_B + _scramble(seed)) + _scramble(epoch)).unsqueeze(1)
@@ -105,7 +96,7 @@ def random_mask(
 
 
 def all_visible(batch: int, num_units: int, device: torch.device | str = "cpu") -> Mask:
-    """Return a mask that hides nothing (M = 0), for features and for parity with the plain backbone."""
+    """Return a mask in which all units are visible (M = 0)."""
     units_BL = torch.arange(num_units, device=device).expand(batch, -1)
     return Mask(units_BL, units_BL[:, :0])
 
@@ -116,7 +107,7 @@ def _scramble(number: int) -> int:
 
 
 def _splitmix64(x: Tensor) -> Tensor:
-    """Return one output of SplitMix64 for each int64 of ``x``; multiplication wraps, shifts are logical."""
+    """Return one output of SplitMix64 per int64 of ``x``; multiplication wraps around, shifts are logical."""
     x = x + _GAMMA
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2

@@ -1,7 +1,7 @@
-"""Properties of parameters that the optimizer needs: the layer of each, and whether it is decayed.
+"""Properties of parameters that the optimizer needs: their layer, and whether weight decay applies.
 
-They are defined here so that ``training.optim`` does not depend on families. Layers are counted from the input; the
-head has the highest, and layer decay scales the learning rate by ``decay ** (head layer - layer)``.
+They depend on the model's family, unlike ``training.optim``. Layers are counted from the input to the head; layer decay
+scales the learning rate by ``decay ** (head layer - layer)``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _GROUPED_CONVNEXTV2 = ("convnextv2_base", "convnextv2_large", "convnextv2_huge")
 
 
 def layer_index(config: ModelConfig, model: nn.Module) -> tuple[Callable[[str], int], int]:
-    """Return the layer of each parameter of a timm classifier by name, and the head's layer.
+    """Return a function from the names of a timm classifier's parameters to their layers, and the head's layer.
 
-    ViT and Hiera: the embeddings are layer 0, block i is layer i + 1 (MAE's ``lr_decay.py``). ConvNeXt V2: one layer
-    per block up to tiny, 12 groups for base and larger (its ``optim_factory.py``: single, group).
+    In ViT and Hiera, the embeddings are layer 0 and block i is layer i + 1 (MAE's ``lr_decay.py``). ConvNeXt V2 has one
+    layer per block up to tiny, and 12 groups of blocks from base ("single" and "group" in its ``optim_factory.py``).
     """
     if config.architecture.family != "convnextv2":
         head = _depth(model) + 1
@@ -34,9 +34,9 @@ def layer_index(config: ModelConfig, model: nn.Module) -> tuple[Callable[[str], 
 def is_decayed(name: str, parameter: Tensor, *, pretraining: bool = False) -> bool:
     """Return whether weight decay applies, as in the official code.
 
-    It never applies to biases, norms and position embeddings. Fine-tuning (MAE's ``lr_decay.py``, ConvNeXt V2's
-    ``optim_factory.py``) also excludes the class token and GRN. Pretraining (timm's ``add_weight_decay`` in both)
-    excludes 1-D parameters, which neither tokens nor GRN's parameters are in that code.
+    It does not apply to position embeddings and 1-D parameters (biases, norms). In fine-tuning (MAE's ``lr_decay.py``,
+    ConvNeXt V2's ``optim_factory.py``), it does not apply to the class token either. In pretraining (timm's
+    ``add_weight_decay``), it applies to GRN's parameters, which are not 1-D in the official code.
     """
     if name.endswith("pos_embed"):
         return False
@@ -46,7 +46,7 @@ def is_decayed(name: str, parameter: Tensor, *, pretraining: bool = False) -> bo
 
 
 def is_head(name: str) -> bool:
-    """Return whether a timm classifier's parameter is in its head, which no backbone multiplier scales."""
+    """Return whether a timm classifier's parameter belongs to its head, not to the backbone."""
     return name.startswith(("head.", "fc_norm."))
 
 

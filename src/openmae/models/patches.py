@@ -1,7 +1,7 @@
-"""Conversion between images and units, and the pixels that the decoder predicts.
+"""Conversion between images and units, and normalisation of units.
 
-Shapes: B batch, C channels, H and W pixels, L units of an image, K selected units, p side of a unit in
-pixels, P = p*p*C values of a unit, ordered (row, column, channel) as in MAE's ``patchify``.
+Shapes: B batch, C channels, H and W pixels, L units of an image, K selected units, p side of a unit in pixels,
+P = p*p*C values of a unit, ordered (row, column, channel) as in MAE's ``patchify``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,9 @@ NORM_EPS = 1e-6
 
 
 def select_units(images_BCHW: Tensor, index_BK: Tensor, size: int) -> Tensor:
-    """Return the pixels of the selected units.
+    """Return the pixels of the selected units, ``[B, K, p, p, C]``, without copying others.
 
-    Args:
-        images_BCHW: images whose height and width are multiples of ``size``.
-        index_BK: int64 unit indices, row-major.
-        size: p, side of a unit in pixels.
-
-    Returns:
-        ``[B, K, p, p, C]``; only the selected units are copied.
+    ``size`` is p, which divides height and width; ``index_BK`` are row-major int64 indices of units.
     """
     B, C, H, W = images_BCHW.shape
     columns = W // size
@@ -51,12 +45,12 @@ def unpatchify(units_BLP: Tensor, size: int, image_size: tuple[int, int]) -> Ten
 def normalise_units(units_BKP: Tensor) -> Tensor:
     """Normalise each unit to zero mean and unit variance: MAE's ``norm_pix_loss`` (arXiv:2111.06377, section 3)."""
     size = units_BKP.shape[-1]
-    unbiased = (size - 1) / size  # MAE divides by size - 1 in the variance, layer_norm by size
+    unbiased = (size - 1) / size  # MAE's variance divides by size - 1, layer_norm's by size
     return F.layer_norm(units_BKP, (size,), eps=NORM_EPS * unbiased) * math.sqrt(unbiased)
 
 
 def denormalise_units(predicted_BKP: Tensor, true_BKP: Tensor) -> Tensor:
-    """Invert :func:`normalise_units` for a prediction with the statistics of the true units (for display only)."""
+    """Invert :func:`normalise_units` with the statistics of the true units, to display a prediction."""
     mean, std = _statistics(true_BKP)
     return predicted_BKP * std + mean
 

@@ -8,15 +8,10 @@ from torch import Tensor
 
 
 def sincos_position_embedding(dim: int, grid: tuple[int, int], num_prefix_tokens: int = 0) -> Tensor:
-    """Return the 2-D sine-cosine position embedding of MAE's code, with zeros for prefix tokens.
+    """Return the 2-D sine-cosine position embedding of MAE's code, ``[1, prefix + rows*columns, D]`` in float32.
 
-    Args:
-        dim: width, a multiple of 4; half encodes the column, half the row, each as sines and then cosines.
-        grid: (rows, columns).
-        num_prefix_tokens: tokens before those of the grid.
-
-    Returns:
-        ``[1, num_prefix_tokens + rows * columns, dim]``, float32.
+    ``dim`` is a multiple of 4. The first half encodes the column, the second the row, each by sines, then cosines.
+    Prefix tokens have zeros.
     """
     frequency = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")

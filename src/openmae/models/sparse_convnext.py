@@ -1,4 +1,4 @@
-"""ConvNeXt V2's block on the visible sites of a feature map (encoder) or on all of them (decoder).
+"""ConvNeXt V2's block on the visible sites of a feature map (encoder) or on all sites (decoder).
 
 Shapes: B batch, V visible units, N = B*V, s side of a unit in sites, S visible sites of a sample, C channels.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from openmae.models.cpu_autograd import DepthwiseConv, ResponseNorm, use_manual_backward
 from openmae.models.masking import gather_tokens
 
-_WINDOW_SIDE = 4  # from this side of a unit, windows around the visible units are cheaper than a dense map
+_WINDOW_SIDE = 4  # smallest side of a unit for which windows around visible units are cheaper than a dense map
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Sites:
 
     Attributes:
         shape: (B, height, width) of the dense map, including its margin.
-        flat: ``[N*s*s]`` index of each visible site in the flattened map; None if every site is visible, in order.
-        window: ``[N*(s+6)*(s+6)]`` index of each visible unit and its 3-site halo, in a map with a margin of 3 empty
-            sites; None if the map has no margin and is convolved itself.
+        flat: ``[N*s*s]`` indices of the visible sites in the flattened map; None if all sites are visible, in order.
+        window: ``[N*(s+6)*(s+6)]`` indices of each visible unit with a halo of 3 sites, in a map with a margin of 3
+            empty sites; None if the dense map, without a margin, is convolved instead.
         side: s.
     """
 
@@ -38,7 +38,7 @@ class Sites:
 
     @classmethod
     def of(cls, visible_BV: Tensor, grid: tuple[int, int], side: int) -> Sites:
-        """Return the layout of a stage whose units are ``side`` sites wide."""
+        """Return the sites of a stage whose units are ``side`` sites wide."""
         margin = 3 if side >= _WINDOW_SIDE else 0
         height, width = grid[0] * side + 2 * margin, grid[1] * side + 2 * margin
         B = visible_BV.shape[0]
@@ -77,11 +77,11 @@ class Sites:
         return y.reshape(-1, y.shape[-1]).index_select(0, self.flat).view(-1, self.side, self.side, y.shape[-1])
 
     def gather_backward(self, g: Tensor, scattered: Tensor) -> Tensor:
-        """Return the gradient of a convolution's output from that of the sites; ``scattered`` is ``scatter(g)``."""
+        """Return a convolution's output gradient, given that of the sites ``g`` and ``scattered = scatter(g)``."""
         return scattered if self.window is None else g.permute(0, 3, 1, 2)
 
     def convolve(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """Apply a depthwise 7x7 convolution to the visible sites, masked ones being zero; ``[N, s, s, C]``."""
+        """Apply a depthwise 7x7 convolution to the visible sites, with masked ones as zeros: ``[N, s, s, C]``."""
         if use_manual_backward(x):
             return DepthwiseConv.apply(x, conv.weight, conv.bias, self)
         return self.gather(F.conv2d(self.scatter(x), conv.weight, conv.bias, padding=self.padding, groups=conv.groups))
@@ -90,11 +90,8 @@ class Sites:
 def residual_branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tensor | None = None) -> Tensor:
     """Return the residual branch of a block as ``[B, S, C]``, so that drop path draws once per sample.
 
-    Args:
-        x: values of the sites, ``[..., C]``.
-        block: a block with GRN and without layer scale.
-        sites: positions of the sites.
-        rows_BK: sites whose result is needed (``[B, K, C]``); None for all.
+    ``x`` are values of the sites, ``[..., C]``; the block has GRN and no layer scale. With ``rows_BK``, only those
+    sites are returned, ``[B, K, C]``.
     """
     y = layer_norm(sites.convolve(x, block.conv_dw), block.norm)
     hidden = block.mlp.act(site_linear(y.reshape(sites.shape[0], -1, y.shape[-1]), block.mlp.fc1))
@@ -102,7 +99,7 @@ def residual_branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tens
 
 
 def global_response_norm(x_BSC: Tensor, grn: GlobalResponseNorm, rows_BK: Tensor | None = None) -> Tensor:
-    """Apply GRN (paper, algorithm 1) pooled over a sample's sites, with fp32 sums: half precision overflows."""
+    """Apply GRN (paper, algorithm 1) over a sample's sites, with sums in fp32, since half precision overflows."""
     if use_manual_backward(x_BSC):
         return ResponseNorm.apply(x_BSC, grn.weight, grn.bias, grn.eps, rows_BK)
     wide = torch.promote_types(x_BSC.dtype, torch.float32)
@@ -118,5 +115,5 @@ def site_linear(x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Apply a norm to the last dimension, whichever memory layout timm built it for."""
+    """Apply a norm to the last dimension, even if timm built it for channels-first input."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

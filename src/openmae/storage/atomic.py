@@ -1,6 +1,6 @@
-"""Files that survive a crash: written completely or not at all, read up to the last complete line.
+"""Crash-safe files: written completely or not at all, and read up to the last complete line.
 
-``replacing`` is the only place where a temporary file is renamed. Errors of a disk become ``RunError`` with a fix.
+``replacing`` writes to a temporary file and renames it. ``disk_errors`` turns disk errors into ``RunError`` with a fix.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from openmae.errors import OpenMAEError, RunError, UserError
 from openmae.storage.printable import encodable
 
-_TRIES = 20  # to delete a folder that another process deletes too
+_TRIES = 20  # to delete a folder that another process is deleting too
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _FAULTY = frozenset({errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO})
@@ -24,11 +24,7 @@ UNWRITTEN = FULL | _UNWRITABLE | _FAULTY  # errors of a disk, not of a program
 
 
 def make_folder(folder: Path, key: str = "results_dir") -> Path:
-    """Create ``folder`` with its parents and return it.
-
-    Args:
-        folder: folder to be written to.
-        key: config key that names it, for the message.
+    """Create ``folder`` with its parents and return it; ``key`` is its config key, for messages.
 
     Raises:
         UserError: it cannot be created, or the user may not write to it.
@@ -48,7 +44,7 @@ def make_folder(folder: Path, key: str = "results_dir") -> Path:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder and its content; it may be gone, or be deleted by another process at the same time.
+    """Delete a folder and its content, even if it is missing or another process is deleting it too.
 
     Raises:
         OSError: it cannot be deleted.
@@ -62,24 +58,24 @@ def delete_folder(folder: Path) -> None:
 
 
 def complete_lines(path: Path) -> list[str]:
-    """Return the lines of a file without a last line that has no end."""
+    """Return the lines of a file; a last line without a line break is left out."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1].split("\n")[:-1]
 
 
 def drop_torn_line(path: Path) -> None:
-    """Remove a last line that a killed process left incomplete, so that the next one starts a line."""
+    """Remove an incomplete last line, left by a killed process, so that the file can be appended to."""
     with path.open("rb+") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
 @contextmanager
 def disk_errors(path: str | os.PathLike[str], errors: Collection[int] = UNWRITTEN, key: str = "") -> Iterator[None]:
-    """Turn errors of the disk that holds ``path`` into a ``RunError`` that names the reason, the path and the fix.
+    """Convert disk errors into a ``RunError`` that names the reason, the path and the fix.
 
     Args:
-        path: file or folder that the block writes; if an error names another path, that is reported.
-        errors: numbers of the errors to turn; others pass.
+        path: file or folder that the block writes; if an error names another path, that one is reported.
+        errors: error numbers to convert; others are raised unchanged.
         key: config key of the results folder, if the block writes results.
 
     Raises:
@@ -97,7 +93,7 @@ def disk_errors(path: str | os.PathLike[str], errors: Collection[int] = UNWRITTE
 
 
 def fault_of_disk(error: Exception) -> OSError | None:
-    """Return the error of a disk that an exception is or was caused by, whatever library raised it; else None."""
+    """Return the disk error that an exception is or was caused by, whichever library raised it; else None."""
     cause: BaseException | None = error
     while cause is not None:
         # without a file name, permission is denied for something else, such as sending a signal
@@ -107,7 +103,7 @@ def fault_of_disk(error: Exception) -> OSError | None:
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             if os.strerror(number) in str(cause):
                 return OSError(number, os.strerror(number))
-        if "No usable temporary directory" in str(cause):  # tempfile has tried to write to each
+        if "No usable temporary directory" in str(cause):  # tempfile has tried all of its folders
             reason = "no temporary folder can be written; TMPDIR names one"
             return OSError(errno.ENOSPC, reason, tempfile.tempdir or "/tmp")
         cause = cause.__cause__ or cause.__context__
@@ -115,10 +111,10 @@ def fault_of_disk(error: Exception) -> OSError | None:
 
 
 def disk_error(error: OSError, path: str | os.PathLike[str], key: str = "", verb: str = "written") -> RunError:
-    """Describe an error of the disk that holds ``path``; see ``disk_errors``."""
+    """Return the ``RunError`` for a disk error; see ``disk_errors``."""
     named = next((name for name in (error.filename2, error.filename) if isinstance(name, str | bytes)), path)
     if os.path.dirname(os.fsdecode(named)) == os.path.dirname(os.fsdecode(path)):
-        named = path  # not the temporary file next to it
+        named = path  # instead of the temporary file next to it
     place = os.fsdecode(named).encode(errors="replace").decode()  # a name need not be valid UTF-8
     tail = f" could not be {verb} ({error.strerror or error})"
     problem = f"The results{tail}: {place}." if key else f"{place}{tail}."
@@ -162,17 +158,17 @@ def _is_out_of_inodes(folder: str) -> bool:
 def replacing(
     path: Path, *, durable: bool = False, private: bool = False, single_writer: bool = False
 ) -> Iterator[Path]:
-    """Yield a temporary path in the folder of ``path``, and rename it to ``path`` when the block ends without an error.
+    """Yield a temporary path next to ``path``, and rename it to ``path`` if the block succeeds.
 
-    Readers see the old file or the new one, never a part of it; on a full disk the old one remains. The block creates
-    the file, or a link.
+    Readers see the old file or the new one, never a partial one; if an error occurs, the old one remains. The block
+    creates a file or a link at the temporary path.
 
     Args:
-        path: file to create or replace; its folder is created.
-        durable: flush the file and its folder to the disk, so that it survives a power failure.
-        private: only the user may read the file. Otherwise it gets the permissions of any new file, even where the
-            block writes it with others, as safetensors does.
-        single_writer: no other process writes ``path``, so the temporary file of a killed process can be replaced.
+        path: file to create or replace; its folder is created if missing.
+        durable: flush the file and its folder to disk, so that the file survives a power failure.
+        private: only the user may read the file. Otherwise it gets the permissions of any new file, even if the block
+            sets others, as safetensors does.
+        single_writer: no other process writes ``path``, so the temporary file of a killed process can be reused.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp" if single_writer else f".{path.name}.{os.getpid()}.tmp")
@@ -196,7 +192,7 @@ def replacing(
 
 
 def flush_to_disk(path: Path) -> None:
-    """Make sure that the content of a file, or the names in a folder, are on the disk."""
+    """Flush the content of a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -205,9 +201,9 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = False, private: bool = False) -> Path:
-    """Write ``text`` to ``path``, all of it or nothing, and return the path; see ``replacing``.
+    """Write ``text`` to ``path`` with ``replacing``, and return the path.
 
-    File names in the text need not be valid UTF-8: see ``encodable``.
+    Surrogates from file names that are not valid UTF-8 are escaped; see ``encodable``.
     """
     with replacing(path, durable=durable, private=private) as temporary:
         temporary.write_text(encodable(text), encoding="utf-8", newline="")

@@ -1,8 +1,8 @@
-"""The cache on the disk: complete and unfinished entries, held while a process uses them, bounded in total size.
+"""A cache on disk: complete and unfinished entries, locked while processes use them, limited in total size.
 
-An entry is a folder. A process that uses it holds a shared lock on the folder, which ends with the process, however
-that ends. An entry is deleted only if it can be locked exclusively, and is renamed first, so that no process sees a
-part of it.
+An entry is a folder. A process that uses it holds a shared lock on the folder, which the operating system releases when
+the process ends. An entry is deleted only if it can be locked exclusively, and is renamed first, so that no process
+sees a partly deleted one.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _PART, _TRASH = ".part", ".trash-"
 
 log = logging.getLogger("openmae")
 
-_Locks = dict[Path, int]  # folder -> descriptor that carries the shared lock
+_Locks = dict[Path, int]  # folder -> descriptor that holds the shared lock
 _process_locks: _Locks = {}
 
 
 class _Holds(threading.local):
-    """The locks of the process, then those of each ``holding`` block that the thread is in."""
+    """The locks of the process, followed by those of each ``holding`` block that the thread is in."""
 
     def __init__(self) -> None:
         self.blocks = [_process_locks]
@@ -54,12 +54,11 @@ class Entry:
     """One source in the cache.
 
     Attributes:
-        path: its folder.
-        origin: URL or path that it came from.
+        origin: URL or path of the source.
         size: bytes.
         used: time of last use, in seconds since 1970.
-        complete: an incomplete entry is a download to be resumed, or results that are not uploaded yet.
-        in_use: a running process holds it.
+        complete: False for a download to be resumed, or results that are not uploaded yet.
+        in_use: a running process holds its lock.
     """
 
     path: Path
@@ -76,18 +75,18 @@ class Entry:
 
     @property
     def removable(self) -> bool:
-        """True if it is unused and can be made again, unlike results that are not uploaded yet."""
+        """True unless the entry is in use, or holds results that are not uploaded yet."""
         return not self.in_use and (self.complete or self.kind != RESULTS)
 
 
 def root() -> Path:
-    """Return the folder of the cache: ``$OPENMAE_CACHE``, or the user's cache folder."""
+    """Return the cache folder: ``$OPENMAE_CACHE``, or ``openmae`` in the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("openmae")
 
 
 def limit() -> int:
-    """Return the largest size of the cache in bytes: ``$OPENMAE_CACHE_GB`` times 10^9.
+    """Return the size limit of the cache in bytes, from ``$OPENMAE_CACHE_GB``.
 
     Raises:
         DataError: the variable is not a positive number.
@@ -103,17 +102,20 @@ def limit() -> int:
 
 
 def obtain(entry: Path, origin: str, build: Callable[[Path], None], *, size: int = 0, resumes: bool = False) -> Path:
-    """Return a complete entry, held by this process; it is built unless it exists or another process builds it.
+    """Return a complete entry, locked by this process; build it if it does not exist.
+
+    If another process is building the entry, wait for it.
 
     Args:
         entry: folder of the entry.
-        origin: URL or path that it comes from, without secrets.
+        origin: URL or path of the source, without secrets.
         build: fills the folder that it is given.
-        size: bytes that the entry will need; room is made for them.
-        resumes: ``build`` continues in an unfinished folder; otherwise that is emptied first, and deleted on an error.
+        size: bytes that the entry will need; other entries are deleted to make room.
+        resumes: ``build`` can continue in an unfinished folder. Otherwise the folder is emptied first, and deleted if
+            ``build`` fails.
 
     Raises:
-        DataError: there is no room.
+        DataError: there is not enough room.
         OSError: the cache cannot be written.
     """
     if use(entry):
@@ -144,7 +146,7 @@ def obtain(entry: Path, origin: str, build: Callable[[Path], None], *, size: int
 
 
 def use(entry: Path) -> bool:
-    """Hold a complete entry for this process and note the time; return False if there is none."""
+    """Lock a complete entry for this process and set its time of use; return False if there is none."""
     if not (entry / MARKER).is_file() or not _hold(entry):
         return False
     try:
@@ -159,7 +161,7 @@ def use(entry: Path) -> bool:
 
 @contextmanager
 def holding() -> Iterator[None]:
-    """Release what this thread takes in the block at the end of the block, not at the end of the process."""
+    """Release the locks that this thread takes in the block when the block ends, not when the process ends."""
     locks: _Locks = {}
     _holds.blocks.append(locks)
     try:
@@ -172,15 +174,13 @@ def holding() -> Iterator[None]:
 
 @contextmanager
 def workspace(entry: Path, origin: str, patience: float = 0.0) -> Iterator[Path]:
-    """Yield a folder of results for this process only; from ``mark_pending`` to ``mark_complete`` it is not deleted.
+    """Yield a results folder for this process only; from ``mark_pending`` to ``mark_complete`` it is not deleted.
 
-    Args:
-        entry: the folder.
-        origin: where its content belongs, for messages.
-        patience: seconds to wait for another process, such as the children of a killed one.
+    ``origin`` is the URL that the results are uploaded to, for messages. ``patience`` is how many seconds to wait for
+    another process, such as the children of a killed one.
 
     Raises:
-        DataError: another process works in it.
+        DataError: another process uses the folder.
     """
     entry.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{entry}.lock")
@@ -203,13 +203,13 @@ def workspace(entry: Path, origin: str, patience: float = 0.0) -> Iterator[Path]
 
 
 def mark_pending(entry: Path, origin: str) -> None:
-    """Note that a workspace holds files that are not uploaded yet."""
+    """Mark a workspace as holding files that are not uploaded yet."""
     (entry / "origin").write_text(origin, encoding="utf-8")
     (entry / MARKER).unlink(missing_ok=True)
 
 
 def mark_complete(entry: Path, origin: str) -> None:
-    """Note that an entry is complete and may be deleted when room is needed."""
+    """Mark an entry as complete; it may be deleted when room is needed."""
     facts = {"origin": origin, "size": _size_below(entry), "made": int(time.time())}
     write_atomically(entry / MARKER, json.dumps(facts))
 
@@ -218,7 +218,7 @@ def make_room(size: int, origin: str) -> None:
     """Delete the least recently used entries until ``size`` more bytes fit; entries in use are kept.
 
     Raises:
-        DataError: they do not fit into the cache or onto its disk.
+        DataError: the bytes do not fit into the cache or onto its disk.
     """
     bound, found = limit(), entries()
     taken = sum(entry.size for entry in found)
@@ -245,7 +245,7 @@ def make_room(size: int, origin: str) -> None:
 
 
 def entries() -> list[Entry]:
-    """Return all entries, the most recently used first; finish the deletions of killed processes.
+    """Return all entries, most recently used first; also finish the deletions of killed processes.
 
     Raises:
         DataError: the cache is not a readable folder.
@@ -271,7 +271,7 @@ def entries() -> list[Entry]:
 
 
 def clear() -> tuple[int, list[Entry]]:
-    """Delete all that can be made again; return the bytes freed, and the entries that are left."""
+    """Delete all removable entries; return the number of bytes freed, and the entries that are left."""
     freed, kept = 0, []
     for entry in entries():
         if entry.removable and remove(entry.path):
@@ -282,7 +282,7 @@ def clear() -> tuple[int, list[Entry]]:
 
 
 def remove(path: Path) -> bool:
-    """Delete an entry unless a process holds it; return whether it is gone."""
+    """Delete an entry unless a process uses it; return whether it is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -300,13 +300,12 @@ def remove(path: Path) -> bool:
 
 
 def gigabytes(size: float) -> str:
-    """Return a size in words: ``1.25 GB``, ``300 MB``, ``0.5 MB``."""
+    """Format a size: ``1.25 GB``, ``300 MB``, ``0.5 MB``."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
 
 
 @contextmanager
 def _built_once(entry: Path, origin: str) -> Iterator[None]:
-    """Let one process at a time build an entry."""
     lock = FileLock(f"{entry}.lock")
     try:
         lock.acquire(timeout=0.2)
@@ -336,7 +335,7 @@ def _read_entry(path: Path) -> Entry:
 
 
 def _size_below(folder: Path) -> int:
-    """Return the bytes on the disk, where the holes of a file that is being downloaded do not count."""
+    """Return the bytes used on disk, without the holes of files that are being downloaded."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -346,7 +345,7 @@ def _size_below(folder: Path) -> int:
 
 
 def _hold(path: Path) -> bool:
-    """Take the shared lock of a folder; return False if it is gone."""
+    """Take the shared lock of a folder; return False if the folder is gone."""
     if not flock.AVAILABLE or any(path in locks for locks in _holds.blocks):
         return path.is_dir()
     try:
@@ -354,7 +353,7 @@ def _hold(path: Path) -> bool:
     except FileNotFoundError:
         return False
     flock.lock(descriptor, shared=True, wait=True)
-    if not path.is_dir() or os.fstat(descriptor).st_ino != path.stat().st_ino:  # deleted while this waited
+    if not path.is_dir() or os.fstat(descriptor).st_ino != path.stat().st_ino:  # deleted while waiting
         os.close(descriptor)
         return False
     _holds.blocks[-1][path] = descriptor
@@ -368,7 +367,7 @@ def _release(path: Path) -> None:
 
 
 def _is_free(path: Path) -> bool:
-    if not flock.AVAILABLE:  # it may be in use; `mae cache clear` deletes it
+    if not flock.AVAILABLE:  # it may be in use
         return False
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,7 +1,7 @@
-"""Verification of a file against the checksums of an S3 object whose ETag is not its MD5: multipart uploads, SSE-KMS.
+"""Verify a file against an S3 object whose ETag is not its MD5: multipart uploads, SSE-KMS.
 
-The ETag of an upload in N parts is the MD5 of the parts' MD5s, followed by ``-N``. The other checksums of a store
-(``x-amz-checksum-*``) are of the complete object or, with the same ending, of the parts' checksums.
+The ETag of an upload in N parts is the MD5 of the parts' MD5s, followed by ``-N``. A store's other checksums
+(``x-amz-checksum-*``) cover the complete object or, with the same suffix, the parts' checksums.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Checksum(NamedTuple):
 
 
 async def content_matches(filesystem: Any, bucket: str, key: str, path: Path) -> bool | None:
-    """Return whether a file equals an object, by its checksums; None if the store gives none that can be computed."""
+    """Return whether a file has the object's checksum; None if the store gives none that can be computed."""
 
     async def head(**more: Any) -> Mapping[str, Any]:
         return await filesystem._call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED", **more)
@@ -85,12 +85,12 @@ def _checksums(reply: Mapping[str, Any]) -> list[_Checksum]:
 
 
 def has_plain_etag(reply: Mapping[str, Any]) -> bool:
-    """Return whether an ETag is made of MD5s, as for all objects but those encrypted with SSE-KMS or SSE-C."""
+    """Return whether an object's ETag is made of MD5s; it is not with SSE-KMS or SSE-C."""
     return reply.get("ServerSideEncryption") in (None, "AES256") and not reply.get("SSECustomerAlgorithm")
 
 
 async def _part_sizes(head: Callable[..., Any], parts: int, size: int) -> AsyncIterator[list[int]]:
-    """Yield the sizes that the parts of an object may have: equal ones but for the last, then those the store gives."""
+    """Yield possible lists of part sizes: first equal sizes except the last, then the sizes that the store reports."""
     if not parts:
         yield [size]
         return
@@ -100,7 +100,7 @@ async def _part_sizes(head: Callable[..., Any], parts: int, size: int) -> AsyncI
         yield equal
     rest = await asyncio.gather(*(head(PartNumber=number) for number in range(2, parts + 1)))
     sizes = [first, *(reply["ContentLength"] for reply in rest)]
-    if sizes != equal and sum(sizes) == size:  # a store that ignores PartNumber gives the size of the object
+    if sizes != equal and sum(sizes) == size:  # a store that ignores PartNumber reports the size of the object
         yield sizes
 
 

@@ -1,4 +1,4 @@
-"""Local copies of remote files and folders: one download for each version, kept in the cache."""
+"""Local copies of remote files and folders: each version is downloaded once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -17,21 +17,16 @@ from openmae.storage.listing import Found, look
 from openmae.storage.transfer import ChangedError, Transfer
 from openmae.storage.urls import name_of, redact
 
-_VERSIONS = 3  # attempts with a source that changes while it is read
+_VERSIONS = 3  # attempts to read a source that keeps changing
 
 log = logging.getLogger("openmae")
 
 
 def fetch(url: str, suffixes: Sequence[str] = (), *, quiet: bool = False) -> Path:
-    """Return a local copy of the current version of a remote file or folder; it stays in the cache while in use.
+    """Return the current version of a remote file or folder, kept in the cache while this process uses it.
 
-    Args:
-        url: URL of a file or folder.
-        suffixes: also fetch the files named ``<file><suffix>`` where they exist.
-        quiet: show neither a message nor a progress bar.
-
-    Returns:
-        The file or folder in the cache, under its own name.
+    Files named ``<file><suffix>`` are fetched too if they exist. A message and, on a terminal, a progress bar are shown
+    unless ``quiet``.
 
     Raises:
         DataError: it cannot be downloaded, or does not fit into the cache.
@@ -40,7 +35,7 @@ def fetch(url: str, suffixes: Sequence[str] = (), *, quiet: bool = False) -> Pat
 
 
 def fetch_with(url: str, make: Callable[[Found], Path], suffixes: Sequence[str] = ()) -> Path:
-    """Look at a URL and call ``make`` with what is there; start over if it changes meanwhile.
+    """Call ``make`` with the file or folder at a URL; start over if it changes meanwhile.
 
     Raises:
         DataError: it cannot be downloaded, does not fit into the cache, or keeps changing.
@@ -54,10 +49,10 @@ def fetch_with(url: str, make: Callable[[Found], Path], suffixes: Sequence[str] 
 
 
 def local_copy(found: Found, *, quiet: bool = False) -> Path:
-    """Return the path of a copy in the cache, downloaded unless it is there already.
+    """Return the path of a copy in the cache, which is downloaded if it is missing.
 
     Raises:
-        ChangedError: it has another version by now.
+        ChangedError: it has changed since it was looked up.
         DataError: it cannot be downloaded, or does not fit into the cache.
     """
     entry = cache.root() / cache.REMOTE / found.key
@@ -77,17 +72,12 @@ def local_copy(found: Found, *, quiet: bool = False) -> Path:
 
 
 def download(found: Found, folder: Path, *, quiet: bool = False) -> None:
-    """Download files into a folder, which is created; files that are complete there are skipped.
+    """Download files into ``folder``, which is created if missing; files that it already has are skipped.
 
-    On a terminal a progress bar is shown.
-
-    Args:
-        found: files to download.
-        folder: where they go.
-        quiet: show neither a message nor a progress bar.
+    A message and, on a terminal, a progress bar are shown unless ``quiet``.
 
     Raises:
-        DataError: they cannot be downloaded.
+        DataError: the files cannot be downloaded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     count = f"{len(found.files):,} files, " if len(found.files) > 1 else ""

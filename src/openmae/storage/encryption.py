@@ -1,4 +1,4 @@
-"""Files encrypted with a key: the plain content never touches the disk, and only complete files can be read.
+"""Encrypted files: plain content is never written to disk, and truncated or modified files are rejected.
 
 The format, all numbers big-endian. A header of 52 bytes:
 
@@ -8,18 +8,17 @@ The format, all numbers big-endian. A header of 52 bytes:
     salt           16         of scrypt, random
     file salt      16         random, different for every file
 
-then the content in one or more chunks of 1 MiB, of which the last may be shorter, each sealed by AES-256-GCM (and so
-16 bytes longer) with the complete header as associated data. Keys and nonces:
+then the content in one or more chunks of 1 MiB (the last may be shorter), each encrypted with AES-256-GCM, which adds
+16 bytes, with the complete header as associated data. Keys and nonces:
 
     master            = scrypt(key, salt, n, r, p), 32 bytes
     file key, prefix  = HKDF-SHA256(master, salt=file salt, info="OpenMAE file"), 32 and 7 bytes
     nonce of chunk i  = prefix, i (4 bytes), 1 for the last chunk and 0 for the others
 
-This is the STREAM construction (Hoang, Reyhanitabar, Rogaway and Vizar 2015): chunks that were changed, cut off,
-duplicated, reordered, appended or taken from another file do not open. scrypt costs 0.1 s and 32 MiB, so a process
-derives a master once and uses it for all files that it writes. That is safe, since the 128-bit file salt gives every
-file its own AES key: no two files share a key and a nonce. scrypt makes guessing expensive; it does not make a weak key
-strong.
+This is the STREAM construction (Hoang, Reyhanitabar, Rogaway and Vizar 2015): decryption fails if chunks were changed,
+removed, duplicated, reordered, appended or taken from another file. scrypt takes 0.1 s and 32 MiB, so a process derives
+a master once and uses it for all files that it writes. That is safe, since the random file salt gives every file its
+own AES key: no two files share a key and a nonce. scrypt slows down guessing, but does not make a weak key strong.
 
 The name, size and date of a file are not hidden.
 """
@@ -50,7 +49,7 @@ from openmae.storage import memory_folder
 _MAGIC = b"\x89OpenMAE-crypt\r\n"
 _VERSION = 1
 _LOG_N, _R, _P = 15, 8, 1
-_LARGEST_LOG_N = 18  # 256 MiB of memory, which a header can make a reader use
+_LARGEST_LOG_N = 18  # limits the memory that a header can make a reader use to 256 MiB
 _SALT = 16
 _HEADER = len(_MAGIC) + 4 + 2 * _SALT
 _CHUNK, _TAG = 2**20, 16
@@ -61,7 +60,7 @@ log = logging.getLogger("openmae")
 
 
 class Key:
-    """A secret key. Its text is never shown; it can be sent to other processes.
+    """A secret key, never shown in messages or by ``repr``; it can be pickled.
 
     Args:
         secret: one or more bytes.
@@ -84,7 +83,7 @@ class Key:
         """Return the cipher of a file and the prefix of its nonces.
 
         Raises:
-            ValueError: the header is of another version, or has parameters that a reader does not accept.
+            ValueError: the header has another version, or parameters that a reader does not accept.
         """
         version, log_n, r, p = header[len(_MAGIC) : -2 * _SALT]
         if version != _VERSION or not 0 < log_n <= _LARGEST_LOG_N or (r, p) != (_R, _P):
@@ -97,7 +96,7 @@ class Key:
         return AESGCM(output[:32]), output[32:]
 
     def note_plain(self, path: Path) -> None:
-        """Warn, once per file, that it needs no key."""
+        """Warn, once per file, that it is not encrypted."""
         if path not in self._plain:
             self._plain.add(path)
             log.warning("%s is not encrypted: encryption_key is not used to read it.", path)
@@ -107,8 +106,8 @@ def resolve_key(text: str | Key | None) -> Key | None:
     """Return the key that ``encryption_key`` stands for; None if it is empty.
 
     Args:
-        text: ``env:NAME`` for an environment variable, ``file:PATH`` for a file (a line break after the key is not part
-            of it), or the key itself.
+        text: ``env:NAME`` for an environment variable, ``file:PATH`` for a file (line breaks at its end are ignored),
+            or the key itself.
 
     Raises:
         SpecError: the variable or the file is missing or empty.
@@ -146,7 +145,7 @@ def _read_secret(path: Path) -> bytes:
 
 
 def is_encrypted(path: Path) -> bool:
-    """Return whether a file begins like an encrypted one, of which up to 8 bits may be damaged."""
+    """Return whether a file begins like an encrypted one, even with up to 8 damaged bits."""
     with open_regular(path) as file:
         start = file.read(len(_MAGIC))
     if len(start) < len(_MAGIC):
@@ -156,29 +155,29 @@ def is_encrypted(path: Path) -> bool:
 
 @contextmanager
 def created(path: Path, key: Key | None) -> Iterator[BinaryIO]:
-    """Yield a new file to write from beginning to end, encrypted if there is a key, and flush it to the disk.
+    """Yield a new file to write sequentially, encrypted if there is a key; it is flushed to disk at the end.
 
-    If the block raises, an encrypted file has no end and cannot be opened.
+    If the block raises, an encrypted file is left without its last chunk and cannot be decrypted.
     """
     with path.open("wb") as file:
         if key is None:
             yield file
         else:
             sealing = _Sealing(file, key)
-            yield sealing  # type: ignore[misc]  # a RawIOBase is what torch, numpy and json ask of a BinaryIO
+            yield sealing  # type: ignore[misc]  # torch, numpy and json need no more of a BinaryIO than RawIOBase has
             sealing.finish()
         file.flush()
         os.fsync(file.fileno())
 
 
 def unlocked(path: Path, key: Key | None) -> BinaryIO | None:
-    """Return the content of an encrypted file, seekable, decrypted as it is read; None for a plain file.
+    """Open an encrypted file as a seekable stream that decrypts as it is read; return None for a plain file.
 
-    All of it is authenticated before this returns, and each chunk again when it is read; one chunk at a time is in
-    memory. If there is a key and the file is plain, a warning is logged.
+    The complete file is authenticated before this returns, and each chunk again when it is read; one chunk at a time is
+    in memory. If there is a key and the file is plain, a warning is logged.
 
     Raises:
-        CheckpointError: the file is encrypted and there is no key or another one, or it is damaged.
+        CheckpointError: the file is encrypted and the key is missing or wrong, or the file is damaged.
     """
     if not is_encrypted(path):
         if key is not None:
@@ -196,7 +195,7 @@ def read_bytes(path: str | Path, key: Key | None) -> bytes:
     """Return the content of a file, decrypted if it is encrypted.
 
     Raises:
-        CheckpointError: as ``unlocked``.
+        CheckpointError: see ``unlocked``.
     """
     path = Path(path)
     file = unlocked(path, key)
@@ -208,7 +207,7 @@ def read_bytes(path: str | Path, key: Key | None) -> bytes:
 
 @contextmanager
 def temporaries_in_memory(key: Key | None) -> Iterator[None]:
-    """If there is a key, make ``tempfile`` write to memory only, for libraries that need files.
+    """If there is a key, make ``tempfile`` use a folder in memory, for libraries that need temporary files.
 
     Raises:
         SpecError: this system has no file system in memory.
@@ -230,7 +229,7 @@ def temporaries_in_memory(key: Key | None) -> Iterator[None]:
 
 
 class _Sealing(io.RawIOBase):
-    """A writer that encrypts. It holds the last chunk back, since only ``finish`` knows that it is the last."""
+    """A writer that encrypts; it buffers a chunk until it knows whether the chunk is the last."""
 
     def __init__(self, file: BinaryIO, key: Key) -> None:
         self._file, self._header = file, key.new_header()
@@ -260,8 +259,6 @@ class _Sealing(io.RawIOBase):
 
 
 class _Opening(io.RawIOBase):
-    """A reader that decrypts."""
-
     def __init__(self, path: Path, key: Key) -> None:
         self._path, self._place, self._held = path, 0, (-1, b"")
         self._file = open_regular(path)
@@ -314,14 +311,13 @@ class _Opening(io.RawIOBase):
         super().close()
 
     def _open(self, number: int) -> bytes:
-        """Return a chunk after authenticating it."""
         if self._held[0] != number:
             self._file.seek(_HEADER + number * (_CHUNK + _TAG))
             sealed = self._file.read(_CHUNK + _TAG)
             nonce = _nonce(self._prefix, number, number == self._chunks - 1)
             try:
                 self._held = (number, self._cipher.decrypt(nonce, sealed, self._header))
-            except (InvalidTag, ValueError) as error:  # ValueError: less than a tag is left
+            except (InvalidTag, ValueError) as error:  # ValueError: shorter than a tag
                 raise self._refusal() from error
         return self._held[1]
 

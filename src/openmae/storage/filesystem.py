@@ -1,4 +1,4 @@
-"""Access to object stores and web servers: credentials from the environment, time limits, errors in plain words."""
+"""Access to object stores and web servers: credentials from the environment, time limits and error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ANSWER_LIMIT = 20.0  # seconds for a question about what is there; a command takes some to start before it asks
+ANSWER_LIMIT = 20.0  # seconds for a request; a command, which also takes time to start, should fail within 30
 CONNECTIONS = 32
 
 _PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "http": ("aiohttp", "s3"), "https": ("aiohttp", "s3")}
@@ -45,11 +45,11 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def open_filesystem(url: str) -> AsyncFileSystem:
-    """Return the file system of a URL, with the credentials and the endpoint from the environment; nothing is sent.
+    """Return the file system of a URL, with credentials and endpoint from the environment; nothing is sent.
 
-    s3: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``;
-    for those that are unset the older ``ACCESS_KEY``, ``SECRET_KEY``, ``CLOUD_REGION``, ``S3_ENDPOINT_URL``; otherwise
-    what botocore finds (profiles, roles).
+    For s3, these are ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION`` and
+    ``AWS_ENDPOINT_URL``, or the older ``ACCESS_KEY``, ``SECRET_KEY``, ``CLOUD_REGION`` and ``S3_ENDPOINT_URL``. Without
+    keys, or if ``AWS_PROFILE`` is set, botocore finds the credentials (profiles, roles).
 
     Raises:
         DataError: the URL or the credentials are incomplete, or a package is missing.
@@ -72,23 +72,23 @@ def open_filesystem(url: str) -> AsyncFileSystem:
         options["client_kwargs"] = _http_options()
     filesystem: AsyncFileSystem = fsspec.filesystem(scheme, **options)
     if scheme == "s3":
-        filesystem.retries = 2  # transfers retry by themselves, and questions have a time limit
+        filesystem.retries = 2  # transfers have their own retries, and other requests a time limit
     return filesystem
 
 
 def ask(
     url: str, question: Coroutine[Any, Any, T], *, limit: float | None = None, watch: Callable[[], None] | None = None
 ) -> T:
-    """Run a coroutine of the file system and return its result; Ctrl-C cancels it.
+    """Run a coroutine of a file system and return its result; Ctrl-C cancels it.
 
     Args:
-        url: what it is about, for messages.
-        question: runs in fsspec's own thread.
+        url: URL that the request is about, for messages.
+        question: coroutine, run in fsspec's thread.
         limit: seconds; None for ``ANSWER_LIMIT``, ``math.inf`` for no limit.
-        watch: called several times a second while it runs.
+        watch: called several times a second while the coroutine runs.
 
     Raises:
-        DataError: it failed; the text names the URL and what to check.
+        DataError: the request failed; the message names the URL and what to check.
     """
     from fsspec.asyn import get_loop
 
@@ -119,13 +119,13 @@ def missing(url: str) -> DataError:
 
 
 def is_missing(error: DataError) -> bool:
-    """Return whether an error of ``ask`` says that there is no such file, although there is such a bucket."""
+    """Return whether an error of ``ask`` means that the file, but not its bucket, is missing."""
     code = error_code(error)
     return code != "NoSuchBucket" and (code in _MISSING or isinstance(error.__cause__, FileNotFoundError))
 
 
 def explain(error: BaseException, url: str) -> DataError:
-    """Return what went wrong with ``url`` and what to check; the text quotes no server or library."""
+    """Return an error that says what went wrong with ``url`` and what to check, without quoting the server."""
     if isinstance(error, DataError):
         return error
     code, shown = error_code(error), redact(url)
@@ -211,7 +211,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _first_set(names: tuple[str, ...]) -> tuple[str, str]:
-    """Return the first of the environment variables that is set, and its value."""
+    """Return the name and the value of the first environment variable that is set, or two empty strings."""
     return next(((name, os.environ[name]) for name in names if os.environ.get(name)), ("", ""))
 
 
@@ -267,7 +267,7 @@ def _credentials(url: str) -> str:
 
 
 def endpoint(url: str) -> str:
-    """Return what determines where the server of a URL is, for messages."""
+    """Return the setting or part of the URL that determines the server, for messages."""
     if scheme_of(url) == "gs":
         return "the bucket's project"
     if is_web(url):

@@ -1,4 +1,4 @@
-"""Advisory locks on open files and folders (``flock``), which the system releases when their holder dies."""
+"""Advisory locks on open files and folders (``flock``), released by the system when their holder dies."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ AVAILABLE = fcntl is not None
 
 
 def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> None:
-    """Lock an open file or folder until its descriptor is closed. On systems without such locks, do nothing.
+    """Lock an open file or folder until its descriptor is closed; do nothing on systems without ``flock``.
 
-    Args:
-        descriptor: of the open file or folder.
-        shared: other processes may hold shared locks too.
-        wait: wait for the lock, instead of raising an error.
+    A ``shared`` lock permits shared locks of other processes.
 
     Raises:
-        BlockingIOError: another process holds the lock.
+        BlockingIOError: another process holds the lock, and ``wait`` is not set.
         OSError: the file system has no locks.
     """
     if fcntl is not None:

@@ -1,15 +1,15 @@
-"""File names in the folders that OpenMAE writes: results of an action, of a job and of a search.
+"""Names of the files that OpenMAE writes to the folders of an action, a job and a search.
 
-A training run leaves in its results folder::
+A training run writes to its results folder::
 
     status.json  metrics.csv  experiment.yaml  report.html  curves.png  corrupt_files.txt
     model_epoch_003_step_00120.pth ...   numbered checkpoints
-    vit_base_patch16_latest.pth          link to the newest of them
+    vit_base_patch16_latest.pth          link to the newest numbered checkpoint
     model_best.pth                       the best by the monitored metric
     backbone.safetensors                 the encoder, with timm's names
     reconstructions/last.png
 
-Names that begin with a dot are temporary or internal: they are neither listed nor uploaded.
+Files whose names begin with a dot are temporary or internal, and are neither listed nor uploaded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PREDICTIONS_SHEET = "predictions.png"
 EMBEDDINGS = "embeddings.parquet"
 CONFUSION_MATRIX = "confusion_matrix.png"
 ONNX_MODEL, ENGINE = "model.onnx", "model.engine"
-COMPANIONS = {  # suffix of a model file -> what is appended to its name for a file that belongs to it
+COMPANIONS = {  # suffix of a model file -> suffixes appended to its name for files that belong to it
     ".onnx": (".data",),
     ".engine": (".json",),
     ".plan": (".json",),
@@ -56,7 +56,7 @@ DATASET_CHART = "dataset.png"
 STUDY = "study.db"
 BEST_SPEC = "best.yaml"
 CHARTS = "pictures"  # a folder of images
-CHECKPOINTS_DELETED = "checkpoints_deleted.txt"  # says why a trial has no checkpoints any more
+CHECKPOINTS_DELETED = "checkpoints_deleted.txt"  # explains why a trial no longer has checkpoints
 
 # a job's folder
 JOB_RECORD, JOB_SPEC, JOB_LOG = "job.json", "spec.yaml", "log.txt"
@@ -70,7 +70,7 @@ _WEIGHTS = re.compile(r"\.pth(\.|$)")
 
 
 class Position(NamedTuple):
-    """How far a training run had come when it wrote a checkpoint; later ones compare greater."""
+    """Progress of a training run when it wrote a checkpoint; later positions compare greater."""
 
     epoch: int
     step: int
@@ -98,7 +98,7 @@ def sort_checkpoints(names: Iterable[str]) -> list[str]:
 
 
 def is_numbered(name: str) -> bool:
-    """Return whether a name is that of a numbered checkpoint, even of one that was set aside."""
+    """Return whether a name is that of a numbered checkpoint, even one that was set aside."""
     return name.startswith("model_epoch_")
 
 

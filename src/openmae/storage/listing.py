@@ -1,4 +1,4 @@
-"""Files at a URL, each with its version, and requests for parts of them."""
+"""List files at a URL with their versions, and request parts of them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class RemoteFile:
     """One version of a file in a store.
 
     Attributes:
-        name: relative to the folder that was asked for; for a single file its own name.
-        path: its path for the file system.
-        size: bytes; None if the server does not say.
+        name: path relative to the requested folder; file name if a single file was requested.
+        path: path in the fsspec file system.
+        size: bytes; None if unknown.
         version: ETag, or the time of the last change.
-        md5: MD5 of the content, in hexadecimal; empty if the store does not give it.
-        ranges: the server supports requests for a part of the file.
+        md5: MD5 of the content in hexadecimal; empty if unknown.
+        ranges: the server supports range requests.
     """
 
     name: str
@@ -55,9 +55,9 @@ class Found:
     """The file or folder at a URL.
 
     Attributes:
-        url: as given.
-        files: the files of a folder, or one file followed by the requested companions that exist.
-        folder: the URL is that of a folder.
+        url: the URL that was looked up.
+        files: all files of a folder, or one file followed by the requested companions that exist.
+        folder: True for a folder.
     """
 
     url: str
@@ -71,7 +71,7 @@ class Found:
 
     @property
     def key(self) -> str:
-        """Identifier of this content: the same URL with the same versions."""
+        """Hash of the URL (without secrets) and the files' names, versions and sizes."""
         digest = hashlib.sha256(redact(self.url).rstrip("/").encode())
         for file in self.files:
             digest.update(f"\0{file.name}\0{file.version}\0{file.size}".encode())
@@ -83,7 +83,7 @@ class Answer:
     """A response that is being read.
 
     Attributes:
-        read: returns up to so many bytes more; none at the end.
+        read: returns up to the given number of bytes; empty at the end.
         file: the file as the response describes it.
         partial: the content begins at the requested position, not at the start of the file.
     """
@@ -101,7 +101,7 @@ def look(url: str, suffixes: Sequence[str] = ()) -> Found:
         suffixes: also look for files named ``<file><suffix>``.
 
     Raises:
-        DataError: nothing is there, or access is denied; raised within 30 seconds.
+        DataError: there is no file or folder, or access is denied.
     """
     url = checked(url)
     filesystem = open_filesystem(url)
@@ -130,10 +130,10 @@ def exists(url: str) -> bool:
 
 
 def require(url: str) -> None:
-    """Raise unless there is a file or a folder with files at a URL; a folder is not listed completely.
+    """Raise unless there is a file or a non-empty folder at a URL, without listing the folder.
 
     Raises:
-        DataError: nothing is there, or access is denied; raised within 30 seconds.
+        DataError: there is no file or folder, or access is denied.
     """
     url = checked(url)
     filesystem = open_filesystem(url)
@@ -145,7 +145,7 @@ def require(url: str) -> None:
 
 
 def list_files(url: str) -> tuple[RemoteFile, ...]:
-    """Return the files below a folder, sorted by name; none if there is no such folder.
+    """Return the files below a folder, sorted by name; empty if there is no such folder.
 
     Raises:
         DataError: access is denied, a name would lead out of the folder, or a name is both a file and a folder.
@@ -153,7 +153,7 @@ def list_files(url: str) -> tuple[RemoteFile, ...]:
     url = checked(url)
     folder = join(url, "").rstrip("/") + "/"
     filesystem = open_filesystem(url)
-    if not ask(url, _holds_any(filesystem, folder)):  # reports an unresponsive store long before the limit of a listing
+    if not ask(url, _holds_any(filesystem, folder)):  # detects an unresponsive store long before _LISTING_LIMIT
         return ()
     listing = _list_web_folder if is_web(url) else _list_prefix
     files = sorted(ask(url, listing(filesystem, folder), limit=_LISTING_LIMIT), key=lambda file: file.name)
@@ -167,7 +167,7 @@ def list_files(url: str) -> tuple[RemoteFile, ...]:
 
 
 def unsafe_name(name: str) -> bool:
-    """Return whether a relative name leads out of its folder or would break the lines of a list."""
+    """Return whether a relative name has empty, ``.`` or ``..`` parts, backslashes or control characters."""
     unprintable = any(ord(sign) < 32 or ord(sign) == 127 for sign in name)
     return bool({"", ".", ".."} & set(name.split("/"))) or unprintable or "\\" in name
 
@@ -208,7 +208,7 @@ async def reading(filesystem: AsyncFileSystem, file: RemoteFile, start: int, sto
 
 
 def _begins_at(start: int, content_range: str | None) -> bool:
-    """Return whether ``bytes 10-19/100`` begins at ``start``: a server may send another part than requested."""
+    """Return whether a range such as ``bytes 10-19/100`` begins at ``start``; a server may send another one."""
     return str(content_range or "").startswith(f"bytes {start}-")
 
 
@@ -226,7 +226,7 @@ def _file_at(filesystem: AsyncFileSystem, url: str) -> RemoteFile | None:
 
 
 async def _ask_s3(filesystem: Any, path: str) -> RemoteFile:
-    # GET, of which the body is not read: an answer to HEAD has no body to explain a refusal
+    # GET without reading the body: an error response to HEAD has no body that gives the reason
     bucket, key, _ = filesystem.split_path(path)
     reply = await filesystem._call_s3("get_object", Bucket=bucket, Key=key)
     reply["Body"].close()
@@ -300,7 +300,7 @@ async def _list_prefix(filesystem: Any, folder: str) -> list[RemoteFile]:
 
 
 async def _list_web_folder(filesystem: Any, folder: str) -> list[RemoteFile]:
-    """Return the files that the pages of links below ``folder`` lead to."""
+    """Return the files linked from the index pages at and below ``folder``."""
     base, _, query = folder.partition("?")
     gate = asyncio.Semaphore(CONNECTIONS)
 

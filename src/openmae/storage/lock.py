@@ -1,9 +1,10 @@
 """One run at a time in a results folder: a file lock on a disk, an object with a heartbeat in a store.
 
-The system releases a file lock when its holder dies. A store does not, so the holder of an object rewrites it every
-``BEAT`` seconds. Another run takes the object over once it has not changed for ``STALE`` seconds, or at once if its
-process ran on this machine and is dead. In stores with conditional writes (S3, Google Cloud Storage) one of two runs
-that start together wins; in others both may begin, and the one whose object was replaced ends at its next heartbeat.
+The operating system releases a file lock when its holder dies. A store does not, so the holder of a lock object
+rewrites it every ``BEAT`` seconds. Another run takes the object over once it has not changed for ``STALE`` seconds, or
+at once if its holder ran on this machine and is dead. In stores with conditional writes (S3, Google Cloud Storage), one
+of two runs that start together wins. In others both may start, and the one whose object was replaced ends at its next
+heartbeat.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from openmae.storage.urls import join, redact, scheme_of
 
 BEAT = 15.0  # seconds between two heartbeats
 STALE = 60.0  # seconds without a heartbeat after which a lock may be taken over
-GRACE = 15.0  # seconds in which the children of a killed process end, which have inherited its file lock
+GRACE = 15.0  # seconds to wait for the children of a killed process to end: they inherit its file lock
 _LOOK = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without locks
 _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409", "404")
@@ -41,19 +42,15 @@ log = logging.getLogger("openmae")
 
 @contextmanager
 def locked_folder(folder: Path, key: str) -> Iterator[None]:
-    """Hold a local results folder.
-
-    Args:
-        folder: an existing folder.
-        key: config key that names it, for messages.
+    """Lock an existing local results folder; ``key`` is its config key, for messages.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
         RunError: the lock cannot be written.
     """
     descriptor = _acquire(folder, key)
     try:
-        with suppress(OSError):  # on a full disk the folder is locked, but the lock does not say by whom
+        with suppress(OSError):  # on a full disk the folder is locked all the same, but the holder is not recorded
             (folder / layout.LOCK_HOLDER).write_text(json.dumps(_this_process()), encoding="utf-8")
         yield
     finally:
@@ -65,7 +62,7 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
 
 
 def _acquire(folder: Path, key: str) -> int | None:
-    """Return a descriptor that carries the lock; None, with a warning, on a file system without locks."""
+    """Return the descriptor that holds the lock; None, with a warning, on a file system without locks."""
     deadline = time.monotonic() + GRACE
     while True:
         try:
@@ -107,8 +104,8 @@ class StoreLock:
 
     Args:
         url: URL of the folder.
-        key: config key that names it, for messages.
-        on_lost: called from a thread, with an error, when another run has taken the folder over.
+        key: its config key, for messages.
+        on_lost: called with an error, from the heartbeat thread, when another run has taken the folder over.
     """
 
     def __init__(self, url: str, key: str, on_lost: Callable[[RunError], None]) -> None:
@@ -172,7 +169,7 @@ class StoreLock:
 
     def _beat(self) -> None:
         while not self._end.wait(BEAT):
-            with suppress(DataError):  # the store does not answer: the next beat tries again
+            with suppress(DataError):  # the store does not respond: try again at the next heartbeat
                 self._me["beat"] += 1
                 if (self._conditional or self._holds()) and self._write(self._version):
                     continue
@@ -185,7 +182,7 @@ class StoreLock:
                 self._version = ""  # the object was deleted
 
     def _holds(self) -> bool:
-        """Return whether the object is this run's, and note its version if so."""
+        """Return whether the object is this run's; if so, store its version."""
         found = self._read()
         if found is None or _parse(found[0]).get("token") != self._me["token"]:
             return False
@@ -193,7 +190,6 @@ class StoreLock:
         return True
 
     def _read(self) -> tuple[bytes, str] | None:
-        """Return the content and version of the object; None if there is none."""
         try:
             return ask(self.url, self._get())
         except DataError as error:
@@ -202,9 +198,9 @@ class StoreLock:
             raise
 
     def _write(self, version: str) -> bool:
-        """Replace the object of that version, or create one if it is empty; return whether this run holds the lock.
+        """Replace the object of this version (empty: create it), and return whether this run holds the lock.
 
-        The object is read afterwards: a request that was sent twice is refused because of its first result.
+        The object is read back: a retried request is refused although its first attempt succeeded.
         """
         if not self._conditional and not version and self._read() is not None:
             return self._holds()
@@ -258,7 +254,6 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 
 def _this_process() -> dict[str, Any]:
-    """Return what a lock says about its holder."""
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
@@ -268,7 +263,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Return an identifier of where a pid means the same process: a machine until its next boot, a container in it."""
+    """Return an identifier of the scope in which a pid is unique: a machine until it reboots, or a container on it."""
     parts = [socket.gethostname()]
     with suppress(OSError):  # macOS
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
@@ -277,7 +272,7 @@ def _machine() -> str:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Return whether a holder on this machine has ended; False for one elsewhere, which cannot be known."""
+    """Return whether the holder is known to have ended; False for a holder on another machine."""
     pid = holder.get("pid")
     if holder.get("machine") != _machine() or not isinstance(pid, int):
         return False

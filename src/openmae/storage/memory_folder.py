@@ -1,7 +1,7 @@
-"""Temporary folders in memory whose content is removed when their process ends, however it ends.
+"""Temporary folders in memory, removed when their process ends, even if it is killed.
 
-Two things remove a folder that its process cannot: a shell that waits for the process to end and, if the shell was
-killed too, the next run. A process holds a lock on its folder, so that no other one considers it abandoned.
+If the process cannot remove its folder, a shell that waits for its end does, or, if the shell was killed too, the next
+run. The process holds a lock on its folder, which shows other processes that it is in use.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _WAIT_AND_REMOVE = ["/bin/sh", "-c", 'read -r _; exec rm -rf -- "$1"', "openmae-
 
 @contextmanager
 def memory_folder() -> Iterator[Path]:
-    """Create a folder below ``MEMORY`` that only this user may read, and remove it at the end."""
+    """Yield a new folder in ``MEMORY`` that only this user can read; it is removed when the block ends."""
     folder, lock = _locked_folder()
     cleanup = subprocess.Popen(
         [*_WAIT_AND_REMOVE, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # it survives a signal to this process's group
+        start_new_session=True,  # so that it survives a signal to this process's group
     )
     try:
         yield folder
@@ -41,7 +41,7 @@ def memory_folder() -> Iterator[Path]:
 
 
 def remove_abandoned() -> None:
-    """Remove the folders of processes that were killed together with the shell that waits for their end."""
+    """Remove the folders of processes that were killed together with their cleanup shell."""
     with suppress(OSError):
         for folder in MEMORY.glob(f"{_PREFIX}*"):
             if (lock := _lock(folder)) is not None:
@@ -53,14 +53,14 @@ def _locked_folder() -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=MEMORY))
         lock = _lock(folder)
-        if lock is not None and folder.is_dir():  # else another process considered it abandoned before it was locked
+        if lock is not None and folder.is_dir():  # else another process removed it as abandoned before it was locked
             return folder, lock
         if lock is not None:
             os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder of this user without waiting; return None if another process holds it, or it is gone."""
+    """Lock a folder without waiting; return None if it is locked, gone, or another user's."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

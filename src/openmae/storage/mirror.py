@@ -1,4 +1,4 @@
-"""A local folder and its copy in an object store: uploaded as it grows, and brought back to resume from."""
+"""Mirror a local folder to an object store: upload files as they change, and download them to resume."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ STATUS_SECONDS = 20.0  # between two uploads of the status
 GROWING_SECONDS = 30.0  # between two uploads of another file that keeps changing
 _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 15.0
-_PATIENCE_SECONDS = 180.0  # how long the end of a run waits for a store that stopped responding
-_STOP_SECONDS = 5.0  # how long a run that is to stop at once waits for the current upload
+_PATIENCE_SECONDS = 180.0  # how long a run waits at its end for a store that stopped responding
+_STOP_SECONDS = 5.0  # how long a run that must stop at once waits for the current upload
 _TRIES = 5
 _PART = 8 << 20  # bytes of a part of a large upload
 _PARTS_AT_ONCE = 4
@@ -40,10 +40,11 @@ log = logging.getLogger("openmae")
 
 
 class Mirror:
-    """Uploads the files of a folder from a thread as they appear and change, for as long as it is entered.
+    """A context manager whose thread uploads the files of a folder as they appear and change.
 
-    A file appears at the destination only when it is complete there. Files whose name begins with a dot are temporary
-    and stay here. Files that are deleted here are deleted there. At the end everything is uploaded, the status last.
+    A file appears in the store only when its upload is complete. Files whose names begin with a dot are temporary and
+    are not uploaded. Files that are deleted locally are deleted from the store. On exit, all remaining files are
+    uploaded, the status last.
 
     Args:
         local: the folder.
@@ -63,18 +64,18 @@ class Mirror:
         self._record = _Record(local)
         self._sent: dict[str, float] = {}  # when this process uploaded a file
         self._failed: dict[str, tuple[float, DataError]] = {}
-        self._deadline = -math.inf  # until when a store that does not respond is waited for
-        self._patience = 0.0  # how far an upload moves the deadline
+        self._deadline = -math.inf  # until then, uploads to an unresponsive store are retried
+        self._patience = 0.0  # seconds from a successful upload to the new deadline
         self._abandoned = False
         self._stop = threading.Event()
         self._busy = threading.RLock()
         self._thread = threading.Thread(target=self._watch, name="openmae-upload", daemon=True)
 
     def __enter__(self) -> Self:
-        """Upload the status, which shows that the destination can be written.
+        """Upload the status, to check that the destination can be written, and start the thread.
 
         Raises:
-            DataError: it cannot.
+            DataError: the destination cannot be written.
         """
         if (self.local / layout.STATUS).exists():
             self._send(layout.STATUS, tries=1)
@@ -103,11 +104,10 @@ class Mirror:
     def finish(self, *, patiently: bool = True) -> None:
         """Upload everything but the status.
 
-        Args:
-            patiently: wait some minutes for a store that stopped responding.
+        If ``patiently`` is set, wait up to ``_PATIENCE_SECONDS`` for a store that stopped responding.
 
         Raises:
-            RunError: something could not be uploaded; the text names it.
+            RunError: some files could not be uploaded; the message names them.
         """
         self._stop.set()
         if self._thread.is_alive():
@@ -122,7 +122,7 @@ class Mirror:
             raise self._failure()
 
     def abandon(self) -> None:
-        """Change nothing in the copy any more: another run writes to it."""
+        """Stop changing the copy, because another run writes to it."""
         self._abandoned = True
         self._stop.set()
 
@@ -140,12 +140,12 @@ class Mirror:
             with self._busy:
                 try:
                     self._send_changed(self._due())
-                    self._forget_removed()  # afterwards: an older checkpoint is kept until the newer one is there
-                except (DataError, OSError) as error:  # OSError: a file has gone, or the disk is full
+                    self._forget_removed()  # last: keeps an older checkpoint until the newer one is uploaded
+                except (DataError, OSError) as error:  # OSError: a file was deleted, or the disk is full
                     log.debug("Looking for files to upload: %s", error)
 
     def _due(self) -> list[str]:
-        """Return what to upload now; with a checkpoint all other files that have changed, however recently sent."""
+        """Return the files to upload now. A checkpoint is accompanied by all other files, however recently sent."""
         names = self._names()
         due = [name for name in names if self._is_due(name) and self._has_changed(name)]
         if any(map(_is_checkpoint, due)):
@@ -164,9 +164,9 @@ class Mirror:
         return now - self._sent.get(name, -math.inf) > interval
 
     def _names(self) -> list[str]:
-        """Return the files of the folder in the order of their upload: metrics before checkpoints, links last.
+        """Return the files of the folder in upload order: metrics before checkpoints, links last.
 
-        A run that resumes from the copy drops metrics newer than its checkpoint; metrics that are missing stay missing.
+        A run that resumes from the copy can drop metrics newer than its checkpoint, but cannot restore missing ones.
         """
         found = []
         for place, folders, files in os.walk(self.local):
@@ -188,7 +188,7 @@ class Mirror:
                 if gone is not None:
                     raise gone
                 if failed is not None and _is_checkpoint(name):
-                    raise failed  # a checkpoint must not be there without its metrics
+                    raise failed  # a checkpoint must not be uploaded without its metrics
                 self._send(name, tries=_TRIES)
             except DataError as error:
                 failed = failed or (error if "/" not in name else None)
@@ -199,11 +199,6 @@ class Mirror:
                 self._failed[name] = (time.monotonic(), error)
 
     def _send(self, name: str, tries: int) -> None:
-        """Upload one file.
-
-        Raises:
-            DataError: that failed.
-        """
         path = self.local / name
         for attempt in itertools.count(1):
             if (mark := _mark(path)) is None:
@@ -215,7 +210,7 @@ class Mirror:
                 break
             except DataError as error:
                 if not path.exists():
-                    return  # deleted while it was read
+                    return  # deleted while it was being read
                 if not _is_passing(error) or (attempt >= tries and time.monotonic() >= self._deadline):
                     raise
                 time.sleep(min(0.5 * 2 ** min(attempt - 1, 10), 5.0))
@@ -224,7 +219,7 @@ class Mirror:
         self._failed.pop(name, None)
 
     def _responds(self) -> bool:
-        """Return whether the store responds, so that only one file fails."""
+        """Return whether the store responds, so that the failure concerns a single file."""
         try:
             ask(self.url, self._filesystem._info(self._there(layout.STATUS)))
         except DataError as error:
@@ -232,12 +227,11 @@ class Mirror:
         return True
 
     def _send_status_if_due(self) -> None:
-        """Upload the status; called during the upload of a large file."""
         if not self._stop.is_set() and self._is_due(layout.STATUS):
             self._send_changed([layout.STATUS])
 
     async def _put(self, name: str, path: Path, mark: list[int]) -> str:
-        """Upload a file and return its version there; the store itself copies another name of an uploaded file."""
+        """Upload a file and return its version; another name of an uploaded file is copied within the store."""
         there = self._there(name)
         twin = self._record.twin(name, mark)
         if twin is not None:
@@ -249,11 +243,11 @@ class Mirror:
         return str(info.get("ETag") or info.get("etag") or info.get("mtime") or "").strip('"')
 
     def _forget_removed(self) -> None:
-        """Delete there what was deleted here, and older files of its series, which a resumed run has not seen."""
+        """Delete from the store what was deleted locally, and older files of the series that were not downloaded."""
         for name in [name for name in self._record.marks if not (self.local / name).exists()]:
             if self._abandoned:
                 return
-            set_aside = any(self.local.glob(f"{glob.escape(name)}.*"))  # renamed, not deleted because of its age
+            set_aside = any(self.local.glob(f"{glob.escape(name)}.*"))  # renamed, so not deleted by rotation
             older = [other for other in self._record.left if _is_older(other, name) and not set_aside]
             for gone in (name, *older):
                 try:
@@ -268,15 +262,10 @@ class Mirror:
 
 
 def pull(url: str, local: Path, wanted: Callable[[Collection[str]], Collection[str]]) -> None:
-    """Bring a folder up to date with its copy in a store, before a run resumes in it.
+    """Update a folder from its copy in a store, before a run resumes in it.
 
-    Files that were written here and not uploaded yet are kept. Files that another run has changed there replace
-    those here.
-
-    Args:
-        url: URL of the copy.
-        local: the folder.
-        wanted: returns which of the names there are needed.
+    Local changes that were not uploaded yet are kept. Files that another run has changed or deleted in the store are
+    replaced or deleted locally. ``wanted`` selects the files to download, given all names in the store.
 
     Raises:
         DataError: the store fails.
@@ -305,11 +294,11 @@ def _pull(url: str, local: Path, wanted: Callable[[Collection[str]], Collection[
 
 
 class _Record:
-    """The uploaded files of a folder, recorded in a file of the folder.
+    """A record of the uploaded files of a folder, stored in the folder.
 
     Attributes:
-        marks: name -> what the file looked like when it was uploaded, and its version there.
-        left: names there that were not brought here.
+        marks: name -> the file's mark (see ``_mark``) when it was uploaded, and its version in the store.
+        left: names in the store that were not downloaded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -335,7 +324,7 @@ class _Record:
         self._write()
 
     def twin(self, name: str, mark: list[int]) -> str | None:
-        """Return another name of the very same file that is uploaded."""
+        """Return another uploaded name of the same file, such as a link."""
         return next((other for other, facts in self.marks.items() if other != name and facts["mark"] == mark), None)
 
     def _write(self) -> None:
@@ -351,7 +340,7 @@ def _is_passing(error: DataError) -> bool:
 
 
 def _mark(path: Path) -> list[int] | None:
-    """Return what distinguishes a file and its content from others; of a link, that of its target."""
+    """Return values that identify a file (for a link, its target) and change with its content; None if it is gone."""
     try:
         facts = path.stat()
     except OSError:
@@ -360,7 +349,7 @@ def _mark(path: Path) -> list[int] | None:
 
 
 def _is_older(name: str, than: str) -> bool:
-    """Return whether two names differ only in their numbers, and the first has the lower ones."""
+    """Return whether two names differ only in their numbers, and those of the first are lower."""
     if re.split(r"\d+", name) != re.split(r"\d+", than):
         return False
     return [int(number) for number in re.findall(r"\d+", name)] < [int(number) for number in re.findall(r"\d+", than)]

@@ -1,8 +1,8 @@
-r"""File names in text: one printable form, from which the name can be recovered.
+r"""Printable form of file names, from which the original name can be recovered.
 
-A file name on Linux is any sequence of bytes. Lists, tables, reports and messages hold UTF-8 text, one name per line.
-So bytes that are not valid UTF-8, control characters and line separators are written as ``\xhh``, one for each byte,
-and a backslash that would be mistaken for the start of such a code as ``\x5c``. All other names stay as they are.
+A file name on Linux is any sequence of bytes, but lists, tables, reports and messages hold UTF-8 text, one name per
+line. So each byte of invalid UTF-8, control characters and line separators is written as ``\xhh``, and a backslash that
+would look like the start of such a code as ``\x5c``. Everything else is unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def printable_name(name: str) -> str:
 
 
 def original_name(text: str) -> str:
-    r"""Return the file name or path of which ``text`` is the ``printable_name``.
+    r"""Invert ``printable_name``.
 
     >>> original_name("caf\\xe9.jpg")
     'caf\udce9.jpg'
@@ -37,15 +37,15 @@ def original_name(text: str) -> str:
 
 
 def encodable(text: str) -> str:
-    r"""Return ``text`` with what UTF-8 cannot hold written as ``\xhh``."""
+    r"""Return ``text`` with surrogates, which UTF-8 cannot encode, written as ``\xhh``."""
     return _SURROGATE.sub(_codes, text)
 
 
 def spreadsheet_cell(text: str) -> str:
-    """Return a cell of a CSV file that no spreadsheet takes for a formula: formulas get a leading apostrophe.
+    """Return a CSV cell that spreadsheets do not evaluate: text that looks like a formula gets a leading apostrophe.
 
-    A text that begins with an apostrophe gets one more, so that removing one gives the text. Plain numbers such as -1
-    stay as they are. See OWASP, CSV Injection.
+    Text that begins with an apostrophe gets another one, so that removing one restores it. Plain numbers such as -1 are
+    unchanged. See OWASP, CSV Injection.
 
     >>> spreadsheet_cell("=SUM(A1)")
     "'=SUM(A1)"
@@ -54,12 +54,12 @@ def spreadsheet_cell(text: str) -> str:
 
 
 def cell_text(cell: str) -> str:
-    """Return the text of which ``cell`` is the ``spreadsheet_cell``."""
+    """Invert ``spreadsheet_cell``."""
     return cell.removeprefix("'")
 
 
 def same_name(name: str) -> str:
-    """Return a key that is equal for names that differ only in case or Unicode form, which people read as the same."""
+    """Return a key that is equal for names that differ only in case or Unicode normalization."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

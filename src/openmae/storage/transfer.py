@@ -1,7 +1,7 @@
-"""Copy files of a store into a folder: many requests at once, in bounded memory, retried and verified.
+"""Download files into a folder: concurrently, in bounded memory, with retries and verification.
 
-A large file is fetched in pieces of ``PIECE`` bytes. A piece whose connection breaks is fetched again; a file has its
-name only when it is complete and its checksum is right, so a later transfer skips what is there.
+A large file is fetched in pieces of ``PIECE`` bytes, each retried if its connection breaks. A file gets its name only
+when it is complete and its checksum matches, so a later transfer can skip it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 PIECE = 16 << 20  # bytes of a file per request
 STREAMS = 16  # requests at once
-STALL = 12.0  # seconds without a byte after which a connection is given up
-PATIENCE = 25.0  # seconds without a byte on any connection after which the transfer fails
+STALL = 12.0  # seconds without data after which a request is retried
+PATIENCE = 25.0  # seconds without data on any connection after which requests are not retried
 _CHUNK = 1 << 20
 _RETRIES = 8
 
@@ -41,10 +41,10 @@ class Transfer:
     """Copies files into a folder.
 
     Args:
-        url: URL of the files, for messages.
+        url: URL of the files.
         files: files to copy; those that are in the folder already are skipped.
-        folder: where they go. Incomplete files have hidden names in it.
-        arrived: called with the number of bytes received; negative when they are discarded.
+        folder: destination; incomplete files have hidden names in it.
+        arrived: called with the number of bytes received, or a negative number when bytes are discarded.
     """
 
     def __init__(self, url: str, files: Sequence[RemoteFile], folder: Path, arrived: Callable[[int], object]) -> None:
@@ -60,8 +60,8 @@ class Transfer:
         """Copy all files.
 
         Raises:
-            ChangedError: a file has another version by now.
-            DataError: the store failed for longer than ``PATIENCE`` seconds, or a checksum is wrong.
+            ChangedError: a file has changed since it was listed.
+            DataError: requests were refused or kept failing, or a checksum does not match.
         """
         self._filesystem = open_filesystem(self.url)
         self._last_arrival = time.monotonic()
@@ -101,7 +101,7 @@ class Transfer:
         )
 
     async def _copy_pieces(self, file: RemoteFile, path: Path) -> str:
-        """Write the content of a file, and return the MD5 that the store gives for it, or ""."""
+        """Write the content of a file, and return the MD5 that the store reports for it, or ""."""
         spans: list[tuple[int, int | None]] = [(0, file.size)]
         if file.size and file.ranges:
             spans = [(start, min(start + PIECE, file.size)) for start in range(0, file.size, PIECE)]
@@ -153,11 +153,7 @@ class Transfer:
             raise ConnectionResetError("the server sends the file from its beginning")
 
     async def _fault(self, file: RemoteFile, path: Path, md5: str) -> str:
-        """Return what is wrong with a copy according to the store's checksums, or "".
-
-        Raises:
-            DataError: there is no checksum, and the copy is a web page.
-        """
+        """Return what is wrong with a copy by the store's checksums, or ""; raise if the copy is a web page instead."""
         if md5:
             digest = await asyncio.to_thread(_md5_of, path)
             return "" if digest == md5 else f"its MD5 is {digest}, not {md5}"

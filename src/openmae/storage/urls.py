@@ -1,4 +1,4 @@
-"""URLs of object stores and web servers: recognised, joined, and shown without their secrets."""
+"""URLs of object stores and web servers: recognise, join, and redact them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parent_of(url: str) -> str:
 
 
 def redact(url: str) -> str:
-    """Return ``url`` without user and password, and with ``?...`` for a query, which may hold a signature."""
+    """Return ``url`` without user and password, and with its query, which may hold a signature, as ``?...``."""
     base, mark, _ = url.strip().partition("?")
     scheme, found, rest = base.partition("://")
     host, slash, path = rest.partition("/")
@@ -86,6 +86,6 @@ def checked(url: str) -> str:
 
 
 def _split_query(url: str) -> tuple[str, str]:
-    """Return a web address and its query with the question mark; a store's key may hold a question mark itself."""
+    """Return a URL and its query with the question mark; in the key of an object store, a ``?`` is part of the name."""
     base, mark, query = (url, "", "") if scheme_of(url) in WRITABLE else url.partition("?")
     return base, mark + query

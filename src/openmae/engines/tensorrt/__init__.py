@@ -1,1 +1,1 @@
-"""TensorRT engines: choice of the builder, building from ONNX, the sidecar file, and running them."""
+"""TensorRT engines: choosing a builder, building from ONNX, the sidecar file, and inference."""

@@ -1,4 +1,4 @@
-"""The choice between NVIDIA's two builders of engines, and of the GPUs to build for."""
+"""Choice of NVIDIA's builder, tensorrt or tensorrt_rtx, and of the GPUs to build for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BackendName = Literal["tensorrt", "tensorrt_rtx"]
 
 CURRENT = "CURRENT"
 _KEY = "gen_trt_engine.compute_capability"
-_OLDEST = 10  # major version of classic TensorRT: the first whose strongly typed networks are sufficient
+_OLDEST = 10  # first major version of tensorrt whose strongly typed networks are sufficient
 _INSTALL: dict[BackendName, str] = {
     "tensorrt": "Install TensorRT by NVIDIA's installation guide (docs.nvidia.com/deeplearning/tensorrt: "
     "pip install tensorrt, which gets its libraries from NVIDIA's index)",
@@ -34,10 +34,8 @@ class Backend:
     """An installed builder that can build the requested engine.
 
     Attributes:
-        name: name of the Python module.
-        module: the module.
-        targets: GPUs that the engine is for, as compute capabilities: ``("SM86", "SM89")``.
-        gpu: number of the GPU to build on; None builds ahead of time, without a GPU.
+        targets: compute capabilities of the GPUs that the engine is for, such as ``("SM86", "SM89")``.
+        gpu: number of the GPU to build on; None to build without a GPU.
     """
 
     name: BackendName
@@ -60,13 +58,13 @@ def choose_backend(
 ) -> Backend:
     """Choose the builder.
 
-    ``auto`` chooses tensorrt if it is installed and the engine is for the GPU of this machine, else tensorrt_rtx.
+    ``auto`` means tensorrt if it is installed and the engine is for the GPU of this machine, else tensorrt_rtx.
 
     Args:
         asked: ``gen_trt_engine.backend``.
         capabilities: ``gen_trt_engine.compute_capability``: ``sm_89``, ``SM89``, ``8.9`` or ``current``; empty for
             current.
-        gpu_id: number of the GPU to build on, which is what ``current`` means.
+        gpu_id: number of the GPU to build on, which ``current`` refers to.
 
     Raises:
         SpecError: the builder is not installed, a GPU is missing, or the builder does not support a capability.
@@ -87,7 +85,7 @@ def gpu_capability(gpu: int) -> str:
 
 
 def pretty(capability: str) -> str:
-    """Return a capability as it is written in a spec, such as ``sm_89``."""
+    """Return a capability as written in a spec, such as ``sm_89``."""
     return f"sm_{capability.removeprefix('SM')}"
 
 
@@ -165,7 +163,7 @@ def _rtx(module: ModuleType, wanted: tuple[str, ...], here: str | None, gpu_id: 
 
 
 def _name(text: str) -> str:
-    """Return ``SM89`` for ``sm_89``, ``SM89`` and ``8.9``."""
+    """Convert ``sm_89``, ``SM89`` or ``8.9`` to ``SM89``."""
     if text.lower() == "current":
         return CURRENT
     match = re.fullmatch(r"(?:sm_?(\d{2,3})|(\d{1,2})\.(\d))", text.strip().lower())

@@ -1,4 +1,4 @@
-"""Building of a serialized engine from ONNX, with either builder."""
+"""Build a serialized engine from ONNX, with either builder."""
 
 from __future__ import annotations
 
@@ -33,10 +33,8 @@ class BuildSettings:
     """Settings of a builder.
 
     Attributes:
-        profile: batch sizes of the engine.
         workspace_mib: memory that the builder may use; 0 for no limit.
-        timing_cache: file of tensorrt's timing cache; tensorrt_rtx has none.
-        verbose: log all messages of the builder.
+        timing_cache: file of the timing cache; only used by tensorrt.
     """
 
     profile: Profile
@@ -47,7 +45,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine, its inputs and outputs, and how long the build took."""
+    """A serialized engine, its inputs and outputs, and the duration of the build in seconds."""
 
     engine: Any
     inputs: tuple[TensorInfo, ...]
@@ -61,18 +59,18 @@ class Built:
 
 
 def build_engine(graph: Path | bytes, backend: Backend, settings: BuildSettings) -> Built:
-    """Build an engine from ONNX in the precision of the graph: networks are strongly typed.
+    """Build an engine from ONNX. The graph determines the precision, since networks are strongly typed.
 
     Raises:
         CheckpointError: the parser rejects the graph.
-        RunError: the builder fails; its messages are included.
+        RunError: the builder fails; the error includes its messages.
         KeyboardInterrupt: Ctrl-C was pressed; raised at the builder's next progress report.
     """
     trt, began = backend.module, time.perf_counter()
     logger = get_logger(backend.module, backend.name, verbose=settings.verbose)
     with backend.on_gpu(), _interrupts() as asked:
         builder = trt.Builder(logger)
-        # required up to TensorRT 10, and the only kind of network since
+        # has to be requested up to TensorRT 10; later versions build no other networks
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
         if not (parser.parse(graph) if isinstance(graph, bytes) else parser.parse_from_file(str(graph))):
@@ -97,9 +95,10 @@ def build_engine(graph: Path | bytes, backend: Backend, settings: BuildSettings)
 
 
 def get_logger(trt: Any, name: str, *, verbose: bool = False) -> Any:
-    """Return the process's ``ILogger`` of a builder without ``errors``; it logs warnings, or everything if verbose.
+    """Return the process's ``ILogger`` for a builder, with ``errors`` cleared.
 
-    TensorRT keeps the first logger that it is given and ignores all others.
+    There is one per process, since TensorRT keeps the first logger that it is given and ignores all others. It logs
+    warnings, or everything if ``verbose`` is set.
     """
     logger = _make_logger(trt, name)
     logger.errors.clear()
@@ -148,7 +147,7 @@ def _configure(builder: Any, network: Any, backend: Backend, settings: BuildSett
 
 
 def _set_timing_cache(config: Any, path: Path) -> None:
-    """Load the timing cache from its file, unless another version or GPU wrote that."""
+    """Load the timing cache from its file, unless the file is damaged or of another version or GPU."""
     held = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(held)
     if cache is None or not config.set_timing_cache(cache, False):
@@ -157,7 +156,7 @@ def _set_timing_cache(config: Any, path: Path) -> None:
 
 
 def _make_monitor(trt: Any, asked: list[bool]) -> Any:
-    """Return an ``IProgressMonitor`` that cancels the build when Ctrl-C was pressed."""
+    """Return an ``IProgressMonitor`` that cancels the build after Ctrl-C was pressed."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -177,9 +176,9 @@ def _make_monitor(trt: Any, asked: list[bool]) -> Any:
 
 @contextmanager
 def _interrupts() -> Iterator[list[bool]]:
-    """Yield a list that Ctrl-C adds to; a KeyboardInterrupt raised in a callback of the builder would be lost."""
+    """Yield a list that Ctrl-C appends to, since a KeyboardInterrupt in a callback of the builder would be lost."""
     asked: list[bool] = []
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to no other
+    if threading.current_thread() is not threading.main_thread():  # Python runs signal handlers only there
         yield asked
         return
     before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(True))

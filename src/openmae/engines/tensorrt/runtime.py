@@ -1,4 +1,4 @@
-"""Predictions from a TensorRT engine and its sidecar file."""
+"""Inference with a TensorRT engine and its sidecar file."""
 
 from __future__ import annotations
 
@@ -22,20 +22,17 @@ from openmae.storage.encryption import Key, read_bytes
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
 _AGAIN = "Build the engine again with mae gen_trt_engine"
-_WARM_UP, _RUNS = 5, 20  # batches before the timing, and timed batches
+_WARM_UP, _RUNS = 5, 20  # batches before timing, and timed batches
 
 
 class TensorRTPredictor:
     """An engine that ``mae gen_trt_engine`` built from an ONNX file of ``mae export``; see ``Predictor``.
 
-    Args:
-        path: path of the engine, whose sidecar is next to it.
-        device: a CUDA GPU of the kind that the engine was built for.
-        key: key of an encrypted engine.
+    The sidecar is next to the engine, and ``device`` is a GPU of the kind that the engine was built for.
 
     Raises:
         CheckpointError: the engine or its sidecar cannot be used here.
-        SpecError: there is no GPU, or the TensorRT that built it is not installed.
+        SpecError: there is no GPU, or the builder of the engine is not installed.
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cuda", key: Key | None = None) -> None:
@@ -59,7 +56,7 @@ class TensorRTPredictor:
 
 
 def read_engine_card(path: Path) -> ModelCard:
-    """Return the model's metadata from the sidecar of an engine; no GPU is needed.
+    """Read the model's metadata from the sidecar of an engine; no GPU is needed.
 
     Raises:
         CheckpointError: the engine or its sidecar is missing or damaged, or another program wrote its ONNX file.
@@ -79,13 +76,12 @@ class LoadedEngine:
 
     Args:
         data: the serialized engine.
-        info: how it was built.
-        device: device that it runs on.
+        info: engine part of the sidecar.
         name: name of the engine, for messages.
 
     Raises:
-        SpecError: its TensorRT is not installed.
-        CheckpointError: another version of TensorRT is installed, or it rejects the engine.
+        SpecError: the builder of the engine is not installed.
+        CheckpointError: another version of the builder is installed, or it rejects the engine.
     """
 
     def __init__(self, data: bytes | memoryview, info: EngineInfo, device: torch.device, name: str) -> None:
@@ -108,7 +104,7 @@ class LoadedEngine:
             )
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the outputs of one batch within the profile, in the shape of the engine's input.
+        """Return the float32 outputs of one batch, whose size must be within the profile.
 
         Raises:
             RunError: TensorRT fails.
@@ -130,7 +126,7 @@ class LoadedEngine:
         return {name: output.float() for name, output in outputs.items()}
 
     def seconds_per_batch(self) -> float:
-        """Return the median time of a batch of the size that the engine is tuned for."""
+        """Return the median time of a batch of the optimal size."""
         (source,) = self.info.inputs
         images = torch.zeros(
             self.info.profile.opt, *source.shape[1:], dtype=getattr(torch, source.dtype), device=self.device
@@ -149,12 +145,7 @@ class LoadedEngine:
 
 
 def _open_device(device: torch.device, info: EngineInfo, path: Path) -> torch.device:
-    """Return the GPU with its number.
-
-    Raises:
-        SpecError: there is no GPU, or the device is not one.
-        CheckpointError: the engine is for GPUs of another kind.
-    """
+    """Return the device with its index; raise an error if the engine cannot run on it."""
     if not torch.cuda.is_available():
         raise SpecError(
             f"{path} is a TensorRT engine, which needs a CUDA GPU; none was found.",
@@ -175,7 +166,7 @@ def _open_device(device: torch.device, info: EngineInfo, path: Path) -> torch.de
 
 
 def _execute(context: Any, device: torch.device) -> bool:
-    """Run on a separate stream, synchronized with torch's: on the default stream TensorRT waits at every call."""
+    """Run on a separate stream, since TensorRT synchronizes at every call on the default stream."""
     with torch.cuda.device(device):
         current, own = torch.cuda.current_stream(), torch.cuda.Stream()
         own.wait_stream(current)

@@ -1,4 +1,4 @@
-"""The sidecar of an engine, ``<engine file name>.json``, which holds all that is needed to run it."""
+"""The sidecar of an engine, ``<engine file name>.json``, which describes how to run it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from openmae.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Profile:
-    """The smallest, the optimal and the largest batch size of an engine."""
+    """The smallest, optimal and largest batch size of an engine."""
 
     min: int
     opt: int
@@ -28,7 +28,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An input or output: its name, shape (-1 for any batch size) and torch's name of its dtype."""
+    """An input or output: its name, shape (-1 for any batch size) and torch dtype, such as ``float32``."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,13 +40,10 @@ class EngineInfo:
     """How an engine was built.
 
     Attributes:
-        builder, builder_version: an engine runs with that version only.
-        data_type: fp32, fp16, bf16 or int8.
-        compute_capability: GPUs that it runs on: ``("SM89",)``.
-        profile: batch sizes that it accepts.
-        inputs, outputs: its tensors.
+        builder, builder_version: builder; an engine runs only with the version that built it.
+        compute_capability: GPUs that the engine runs on, such as ``("SM89",)``.
         onnx_sha256, engine_sha256: SHA-256 of the ONNX file and of the engine, before any encryption.
-        version: version of the OpenMAE that wrote it.
+        version: OpenMAE version that wrote the sidecar.
     """
 
     builder: BackendName
@@ -62,7 +59,7 @@ class EngineInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineInfo:
-        """Return the info of which ``values`` is the ``dataclasses.asdict``, read from JSON."""
+        """Read the values of ``dataclasses.asdict``, after a round trip through JSON."""
         tensors = {
             name: tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in values[name])
             for name in ("inputs", "outputs")
@@ -77,7 +74,7 @@ def sidecar_path(engine: Path) -> Path:
 
 
 def sidecar_text(card: ModelCard | None, info: EngineInfo) -> str:
-    """Return the content of a sidecar; there is no card for an ONNX file of another program."""
+    """Return the content of a sidecar; ``card`` is None for an ONNX file of another program."""
     return json.dumps({"card": card and card.to_dict(), "engine": asdict(info)}, indent=2) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The ONNX file that an engine is built from, and its graph in the requested precision."""
+"""Read the ONNX file that an engine is built from, and convert its graph to the requested precision."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from openmae.storage.encryption import Key, is_encrypted, read_bytes, temporarie
 
 _TYPE_KEY = "gen_trt_engine.tensorrt.data_type"
 _KEEP_KEY = "gen_trt_engine.tensorrt.layers_precision"
-_LEAST_COSINE = 0.9  # lower ones, or NaN, mean that values have overflowed
+_LEAST_COSINE = 0.9  # a lower cosine similarity, or NaN, means that values have overflowed
 _WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
 
 log = logging.getLogger("openmae")
@@ -33,11 +33,9 @@ class Source:
     """An ONNX file.
 
     Attributes:
-        path: path of the file.
         card: its metadata; None if another program wrote it.
-        precision: precision of its arithmetic; int8 if it is quantised.
-        batch: N of its inputs; -1 for any.
-        nodes: names of its nodes.
+        precision: precision of its weights; int8 if it is quantised.
+        batch: batch size of its inputs; -1 for any.
         key: key of an encrypted file; None for a plain one.
     """
 
@@ -50,7 +48,7 @@ class Source:
 
 
 def read_source(path: Path, key: Key | None = None) -> Source:
-    """Read what is needed to know about an ONNX file; weights in a second file are not read.
+    """Read the metadata of an ONNX file; weights in a second file are not read.
 
     Raises:
         CheckpointError: the file is missing, damaged or not ONNX, its metadata is of another version, or an axis other
@@ -69,14 +67,10 @@ def read_source(path: Path, key: Key | None = None) -> Source:
 
 
 def choose_precision(source: Source, asked: str, *, can_time: bool) -> tuple[Precision, ...]:
-    """Return the precisions to build, of which the fastest is kept.
+    """Return the precisions to build; the fastest engine is kept.
 
-    A file that is fp16 or quantised keeps its precision, since what its weights have lost cannot be restored.
-
-    Args:
-        source: the ONNX file.
-        asked: ``gen_trt_engine.tensorrt.data_type``.
-        can_time: the engine can run on a GPU of this machine.
+    A file that is not in fp32 keeps its precision, since lost precision cannot be restored. ``asked`` is
+    ``gen_trt_engine.tensorrt.data_type``; ``can_time`` is set if the engine can run on a GPU of this machine.
 
     Raises:
         SpecError: the file has another precision than the requested one.
@@ -102,11 +96,7 @@ def choose_precision(source: Source, asked: str, *, can_time: bool) -> tuple[Pre
 
 
 def kept_nodes(source: Source, layers_precision: Sequence[str]) -> list[str]:
-    """Return the fnmatch patterns of the nodes that stay in fp32.
-
-    Args:
-        source: the ONNX file.
-        layers_precision: entries ``name:fp32``, in which ``*`` stands for any characters.
+    """Convert entries ``name:fp32``, in which ``*`` matches any characters, to fnmatch patterns of node names.
 
     Raises:
         SpecError: an entry matches no node.
@@ -122,14 +112,10 @@ def kept_nodes(source: Source, layers_precision: Sequence[str]) -> list[str]:
 def in_precision(
     source: Source, precision: Precision, keep: Sequence[str], batches: Iterable[np.ndarray], folder: Path
 ) -> Iterator[Path | bytes]:
-    """Yield ONNX in a precision: the file itself or a temporary one; the content if the file is encrypted.
+    """Yield the model in a precision: a path, or the serialized graph if the source is encrypted.
 
-    Args:
-        source: the ONNX file.
-        precision: one of ``choose_precision``.
-        keep: patterns of nodes that stay in fp32.
-        batches: inputs of the model to calibrate int8 with.
-        folder: folder for the temporary file.
+    ``keep`` is the result of ``kept_nodes``, ``batches`` are inputs to calibrate int8 with, and ``folder`` is for a
+    temporary file.
     """
     if precision == source.precision:
         yield read_bytes(source.path, source.key) if source.key else source.path
@@ -156,11 +142,7 @@ def in_precision(
 
 
 def _check_range(plain: ModelProto, half: ModelProto, source: Source) -> None:
-    """Run both graphs on a random image: nothing else would report activations that exceed the range of fp16.
-
-    Raises:
-        SpecError: their outputs differ.
-    """
+    """Run both graphs on random images, and raise a SpecError if activations exceed the range of fp16."""
     assert source.card is not None
     image = example_input(source.card, max(1, source.batch)).numpy()
     found = [run_once(proto, {INPUT: image}) for proto in (half, plain)]
@@ -173,7 +155,7 @@ def _check_range(plain: ModelProto, half: ModelProto, source: Source) -> None:
 
 def _batch(proto: ModelProto) -> int:
     """Return the batch size of the inputs; -1 for any. The other axes must be fixed."""
-    weights = {tensor.name for tensor in proto.graph.initializer}  # old files list them among the inputs
+    weights = {tensor.name for tensor in proto.graph.initializer}  # old exporters list them among the inputs
     batches = set()
     for value in proto.graph.input:
         if value.name in weights:

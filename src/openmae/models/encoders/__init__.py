@@ -1,4 +1,4 @@
-"""Encoders that run a timm backbone on visible units only: an interface and one module per family."""
+"""Encoders that run a timm backbone on visible units only: an interface, and one module per family."""
 
 from openmae.models.encoders.convnextv2 import ConvNeXtV2Encoder
 from openmae.models.encoders.hiera import HieraEncoder

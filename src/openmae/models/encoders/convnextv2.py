@@ -1,9 +1,9 @@
-"""FCMAE for ConvNeXt V2 (Woo et al. 2023, arXiv:2301.00808): truly sparse, in plain PyTorch.
+"""FCMAE for ConvNeXt V2 (Woo et al. 2023, arXiv:2301.00808): sparse computation in plain PyTorch.
 
-The result equals, up to rounding, the dense model with masked sites zeroed before and after every spatial operator, but
-masked sites are never computed. Every sample has the same number of visible 32-px units, so shapes are static. Stem and
-downsampling are local to a unit; LayerNorm, MLP and GRN use visible sites only (GRN pools the visible sites of a
-sample); only the depthwise convolution reads neighbours.
+The result equals, up to rounding, that of the dense model with masked sites zeroed before and after every spatial
+operator, but masked sites are not computed. Every sample has the same number of visible 32-px units, so shapes are
+static. Stem and downsampling are local to a unit, and LayerNorm, MLP and GRN use visible sites only (GRN pools those of
+a sample). Only the depthwise convolution reads neighbouring units.
 
 Shapes: B batch, V visible units, N = B*V, s side of a unit in sites (8, 4, 2, 1 in the four stages),
 S = V*s*s visible sites of a sample, C channels.
@@ -33,7 +33,7 @@ class ConvNeXtV2Encoder(MaskedEncoder):
     def __init__(self, backbone: ConvNeXt, input_size: tuple[int, int]) -> None:
         grid = (input_size[0] // _UNIT, input_size[1] // _UNIT)
         super().__init__(backbone, unit=_UNIT, grid=grid, dim=backbone.num_features)
-        # FCMAE does not use the classifier's norm, and under DDP every trained weight must be used
+        # FCMAE does not use the classifier's norm, and with DDP every trainable weight must be used
         backbone.head.requires_grad_(False)
 
     def init_weights(self) -> None:

@@ -1,7 +1,7 @@
 """MAE for Hiera (Ryali et al. 2023, arXiv:2306.00989): visible 32-px mask units, multi-scale fusion.
 
-Pretraining pools the queries twice, not three times as fine-tuning does (``q_pool=2`` in the official hiera_mae.py), so
-a unit becomes 2 x 2 latent tokens of 16 px and the decoder predicts 16-px squares. No parameter depends on it.
+Pretraining pools the queries twice (``q_pool=2`` in the official hiera_mae.py), fine-tuning three times. So a unit
+becomes 2 x 2 latent tokens of 16 px, and the decoder predicts 16-px squares. The parameters are the same for both.
 
 Shapes: B batch, V visible units, U units of an image, D width of the last stage, C channels of the image,
 P = 64 patches of a unit (8 x 8 of 4 px), t latent tokens along a unit's side.
@@ -18,14 +18,14 @@ from torch.nn.functional import pad
 
 from openmae.models.encoders.interface import MaskedEncoder, init_linear
 
-_HALO = 3  # the 7x7 patch kernel reaches 3 px above and left of a unit; its last row and column end inside it
+_HALO = 3  # the 7x7 patch kernel (stride 4) reaches 3 px beyond a unit's top and left, but not its bottom and right
 
 
 class HieraEncoder(MaskedEncoder):
-    """timm's Hiera on visible mask units, with the outputs of the pooled stages fused into the last one's.
+    """timm's Hiera on visible mask units; outputs of the pooled stages are fused into that of the last stage.
 
     Args:
-        backbone: a 2-D Hiera with ``q_pool=2``; ``head.norm`` is the encoder's norm, as timm loads it for fine-tuning.
+        backbone: a 2-D Hiera with ``q_pool=2``; its ``head.norm`` is the encoder's norm, so that fine-tuning loads it.
         input_size: (height, width) of the images in pixels, multiples of the unit.
     """
 
@@ -47,7 +47,7 @@ class HieraEncoder(MaskedEncoder):
         self.register_buffer("unroll_P", unroll(tokens).flatten(), persistent=False)
 
     def init_weights(self) -> None:
-        """Initialise as the official hiera_mae.py: Xavier-uniform linear layers and patch convolution."""
+        """Initialise as in the official hiera_mae.py: Xavier-uniform linear layers and patch convolution."""
         for module in self.backbone.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module)
@@ -89,14 +89,14 @@ class HieraEncoder(MaskedEncoder):
         return x.flatten(2).transpose(1, 2).view(B, visible_BV.shape[1], -1, x.shape[1])
 
     def _positions(self) -> Tensor:
-        """Return the position embedding unit by unit, ``[U, P, channels]``."""
+        """Return the position embedding, unit by unit, ``[U, P, channels]``."""
         rows, columns = self.grid
         side = math.isqrt(self.backbone.mu_size)
         positions = self.backbone.pos_embed.view(rows, side, columns, side, -1)
         return positions.transpose(1, 2).reshape(rows * columns, side * side, -1)
 
     def _fusion_heads(self) -> list[nn.Conv2d]:
-        """Return a strided convolution for each pooled stage, from a unit's tokens to its latent ones (section 4)."""
+        """Return a strided convolution per pooled stage, from a unit's tokens to its latent tokens (section 4)."""
         side, stride = self.backbone.mask_unit_size[0], self.backbone.q_stride[0]
         heads = []
         for stage, end in enumerate(self.backbone.stage_ends[: self.backbone.q_pool]):

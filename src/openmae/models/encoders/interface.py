@@ -16,8 +16,8 @@ class MaskedEncoder(nn.Module, ABC):
         unit: side of a mask unit in pixels.
         grid: units in (rows, columns).
         dim: D, width of the latent.
-        split: latent tokens along a unit's side.
-        num_prefix_tokens: latent tokens before those of the units (ViT's class token).
+        split: number of latent tokens along a unit's side.
+        num_prefix_tokens: number of latent tokens before those of the units (ViT's class token).
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class MaskedEncoder(nn.Module, ABC):
 
     @property
     def token_size(self) -> int:
-        """Side in pixels of the square that one latent token stands for and the decoder predicts."""
+        """Side in pixels of the square that a latent token represents and the decoder predicts."""
         return self.unit // self.split
 
     @property
@@ -67,7 +67,7 @@ class MaskedEncoder(nn.Module, ABC):
 
 
 def init_linear(linear: nn.Linear) -> None:
-    """Initialise with Xavier-uniform weights and zero bias, as MAE's code does for every linear layer."""
+    """Initialise with Xavier-uniform weights and zero bias, as in MAE's code."""
     nn.init.xavier_uniform_(linear.weight)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

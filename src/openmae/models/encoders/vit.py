@@ -1,4 +1,4 @@
-"""MAE for ViT (He et al. 2021, arXiv:2111.06377): the transformer sees the visible patches only.
+"""MAE for ViT (He et al. 2021, arXiv:2111.06377): the transformer sees only the visible patches.
 
 Shapes: B batch, V visible patches, L patches of an image, D width, p side of a patch.
 """
