@@ -1,8 +1,8 @@
 """``status.json``: the progress of a run as JSON lines, in the format of TAO's status logger.
 
 Each line is an object with ``date`` (m/d/yyyy), ``time`` (h:m:s), ``status``, ``verbosity``, ``message`` and, if there
-are metrics, ``kpi`` (a flat object of finite numbers). The line of an epoch also has ``epoch`` and ``max_epoch`` (from
-0), ``step``, ``max_step``, ``time_per_epoch``, ``time_per_step`` and ``eta`` (such as ``0:01:23.456789``).
+are metrics, ``kpi`` (a flat object of finite numbers). The line of an epoch also has ``epoch`` and ``max_epoch`` (both
+counted from 0), ``step``, ``max_step``, ``time_per_epoch``, ``time_per_step`` and ``eta`` (``0:01:23.456789``).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ log = logging.getLogger("openmae")
 
 
 class StatusLog:
-    """A writer of ``status.json``, for one process of a run (rank 0) only.
+    """A writer of ``status.json``, used only by rank 0.
 
     Args:
         folder: the action's results folder; created if it does not exist.
-        append: keep the lines of the run that is resumed.
+        append: keep the existing lines, in a resumed run.
 
     Raises:
         UserError: the folder cannot be created or written.
@@ -55,10 +55,10 @@ class StatusLog:
 
         Args:
             status: one of ``STATUSES``.
-            message: text for people.
+            message: human-readable text.
             verbosity: one of ``VERBOSITIES``.
-            kpi: metric name -> value. Values that are not finite are left out, and named in the message.
-            progress: more fields of the line, such as ``epoch`` and ``eta``.
+            kpi: metric name -> value. Metrics that are not finite are left out, and named in the message.
+            progress: further fields of the line, such as ``epoch`` and ``eta``.
 
         Raises:
             ValueError: the status or the verbosity is unknown.
@@ -88,7 +88,7 @@ class StatusLog:
 def read_status(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a ``status.json``, oldest first.
 
-    A last line that is still being written is left out. A damaged line is skipped with a warning.
+    An incomplete last line is left out. Damaged lines are skipped with a warning.
     """
     entries = []
     for number, line in enumerate(complete_lines(Path(path)), start=1):
