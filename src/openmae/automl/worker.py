@@ -1,4 +1,4 @@
-"""The loop of a worker: run trials as jobs, compare them after each rung, and stop those that cannot win."""
+"""The loop of a worker: run trials as jobs, compare them after each rung, and stop those that are behind."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ log = logging.getLogger("openmae")
 
 @dataclass
 class RunningTrial:
-    """A trial with its current job.
+    """A trial and its current job.
 
     Attributes:
         held: the trial.
         job: its job.
         until: the epoch after which the job ends.
-        seconds: time that its earlier jobs took.
+        seconds: duration of its earlier jobs.
         timed_out: whether the job was cancelled because the trial exceeded ``automl.timeout``.
     """
 
@@ -55,7 +55,7 @@ class Worker:
     Attributes:
         study: the study, shared with other workers.
         jobs: starts and finds the jobs of trials.
-        changed: called after each turn with the running trials.
+        changed: called with the running trials after each turn.
         running: the running trials of this worker.
     """
 
@@ -67,10 +67,11 @@ class Worker:
     _beat_at: float = 0.0
 
     def run(self) -> None:
-        """Return when every trial of the study has ended, in this worker or in another one.
+        """Run until every trial of the study has ended, in this worker or in another one.
 
         Raises:
-            RunError: several trials in a row failed for the same reason, or the study cannot be read or written.
+            RunError: ``EQUAL_FAILURES`` trials in a row failed for the same reason, or the study cannot be read or
+                written.
             KeyboardInterrupt: the jobs have written checkpoints; the same command continues the search.
         """
         try:
@@ -90,7 +91,7 @@ class Worker:
             raise
 
     def turn(self) -> bool:
-        """Look at the running jobs, and start trials in free places; return whether anything is left to do."""
+        """Check the running jobs and start trials up to ``automl.max_concurrent``; return whether work is left."""
         for running in list(self.running):
             self._look_at(running)
         while len(self.running) < self.jobs.algorithm.settings.max_concurrent:
@@ -149,7 +150,7 @@ class Worker:
         elif job.status == "ERROR":
             failure = client.get_failure_analysis(job.id)
             cause = f"{failure.category}: {first_line(failure.error)}" if failure else job.message
-            # if another trial succeeded, a diverging loss comes from the parameters of this one
+            # If another trial succeeded, the loss diverged because of the parameters of this one.
             self._fail(held, cause, shared=not (failure and failure.diverged and self.study.best()))
         else:
             self._judge(held, running.until, seconds)
@@ -172,7 +173,7 @@ class Worker:
             self._start(held, seconds)
 
     def _fail(self, held: HeldTrial, cause: str, *, shared: bool = True) -> None:
-        """End a trial as failed; after an infrastructure failure it is tried again, up to a limit.
+        """End a trial as failed, or release it for another attempt after an infrastructure failure.
 
         Args:
             held: the trial.
@@ -180,7 +181,7 @@ class Worker:
             shared: whether other trials may fail for the same reason.
 
         Raises:
-            RunError: the last trials all failed for this reason.
+            RunError: ``EQUAL_FAILURES`` trials in a row failed for this reason.
         """
         tries = int(held.trial.user_attrs.get(TRIES) or 0) + 1
         if cause.startswith("infrastructure") and tries < EQUAL_FAILURES:
@@ -205,9 +206,9 @@ class Worker:
             self._delete_models()
 
     def _delete_models(self) -> None:
-        """Delete the checkpoints that no trial needs any more."""
+        """Delete the checkpoints that are no longer needed."""
         algorithm = self.jobs.algorithm
-        trials, best = self.study.trials(), self.study.best()  # in this order: one that ends in between is kept
+        trials, best = self.study.trials(), self.study.best()  # in this order, to keep a trial that ends in between
         size = algorithm.settings.population_size
         newest = max((trial.number // size for trial in trials), default=0)
         for trial in trials:
@@ -221,7 +222,7 @@ class Worker:
                     self.jobs.delete_models(name)
 
     def _release_all(self) -> None:
-        """Stop the jobs, and leave the trials to any worker that continues."""
+        """Stop the jobs, and release the trials so that any worker can continue them."""
         mine = self.study.mine()
         self.jobs.cancel_all([trial.user_attrs[FOLDER] for trial in mine])
         for running in self.running:
@@ -233,7 +234,7 @@ class Worker:
 
 
 def _seconds(job: Job) -> float:
-    """Return how long a job has run, without its time in a queue."""
+    """Return the seconds that a job has run, without its time in the queue."""
     times = [parse_time(item.at) for item in job.transitions]
     ends = [*times[1:], datetime.now(tz=UTC)]
     spans = zip(job.transitions, times, ends, strict=True)
