@@ -33,13 +33,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The algorithm of a search, with the number and the length of its trials.
-
-    Attributes:
-        settings: the section ``automl`` of the spec.
-        space: the options to search.
-        epochs: epochs of a full training run.
-    """
+    """The algorithm of a search, with the number and the length of its trials; a full training run has ``epochs``."""
 
     settings: AutomlSpec
     space: Space
@@ -182,14 +176,8 @@ def next_member(
 
     A member that failed or is in the worst quarter takes over the weights and parameters of one of the best quarter.
     Each number is then multiplied by 0.8 or 1.25 or drawn again, and each choice is kept or drawn again. All other
-    members continue unchanged.
-
-    Args:
-        algorithm: the search.
-        members: all members of the previous generation.
-        slot: the slot to fill.
-        number: number of the trial, which seeds the random choices.
-        maximize: whether larger values are better.
+    members continue unchanged. ``members`` is the previous generation; ``number``, that of the trial, seeds the random
+    choices.
 
     Returns:
         The slot whose weights to continue with, and the parameters.

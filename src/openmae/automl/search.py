@@ -192,7 +192,6 @@ def _evaluate(jobs: TrialJobs, name: str, checkpoint: str) -> dict[str, float]:
 def _finish(
     study: Study, jobs: TrialJobs, baseline: Mapping[str, float], counts: Mapping[str, int]
 ) -> dict[str, float]:
-    """Write the best checkpoint, its spec and the report; return the metrics."""
     best, folder = study.best(), study.folder
     if best is None or best.value is None:
         causes = sorted({trial.cause for trial in study.summaries()})
@@ -210,12 +209,7 @@ def _finish(
 
 
 def copy_best(source: Path, folder: Path, *, of_best_epoch: bool) -> None:
-    """Copy the checkpoint with the best metric into the results folder of the search.
-
-    Args:
-        source: results folder of the best trial.
-        folder: results folder of the search.
-        of_best_epoch: whether the metric is that of the best epoch; otherwise it is that of the last one.
+    """Copy the best or the last checkpoint of a trial, from its results folder ``source`` to that of the search.
 
     Raises:
         RunError: the trial has no complete checkpoint.

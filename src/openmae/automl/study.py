@@ -75,11 +75,7 @@ class HeldTrial:
 
 
 class Study:
-    """The study of a spec, which is created if it does not exist.
-
-    Args:
-        spec: spec of the search.
-        folder: local results folder, which contains the study unless ``automl.storage`` is set.
+    """The study of a spec, which is created if it does not exist, in the local results folder by default.
 
     Raises:
         SpecError: the spec cannot be searched, the folder holds another search, or the storage cannot be used.
@@ -92,7 +88,7 @@ class Study:
         self.algorithm.check()
         host = f"{socket.gethostname()} {boot_id()}"  # two machines may have the same name
         self.me = {"host": host, "process": identify(os.getpid()), "token": uuid.uuid4().hex}
-        self._heartbeats: dict[int, tuple[float, float]] = {}  # last heartbeat of a trial, and when it was read first
+        self._heartbeats: dict[int, tuple[float, float]] = {}  # last heartbeat of a trial, and when it was first read
         facts = json.loads(json.dumps(self._facts(spec)))
         name = _name(spec, facts)
         url, shown = storage_url(spec, folder)
@@ -266,11 +262,9 @@ class Study:
         return number // self.algorithm.settings.population_size if self.algorithm.generations > 1 else 0
 
     def _previous(self, trials: list[FrozenTrial], number: int) -> list[FrozenTrial]:
-        """Return the trials of the previous generation."""
         return [trial for trial in trials if self._generation(trial.number) == self._generation(number) - 1]
 
     def _is_ready(self, trials: list[FrozenTrial], number: int) -> bool:
-        """Return whether the previous generation has ended."""
         return all(trial.state.is_finished() for trial in self._previous(trials, number))
 
     def _inherit(self, trials: list[FrozenTrial], number: int) -> tuple[dict[str, Any], str]:

@@ -76,7 +76,6 @@ class SearchProgress:
         return Group(self._table([replace(t, seconds=now.get(t.number, t.seconds)) for t in trials], best), below)
 
     def _table(self, trials: Sequence[TrialSummary], best: TrialSummary | None) -> Table:
-        """Return a table of the best and the newest trials."""
         objective = self._study.objective
         keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

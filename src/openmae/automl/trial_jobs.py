@@ -43,14 +43,7 @@ log = logging.getLogger("openmae")
 
 
 class TrialJobs:
-    """The jobs of a search; each trial has its own folder.
-
-    Args:
-        spec: spec of the search; a trial replaces some of its values.
-        folder: local results folder of the search.
-        algorithm: the algorithm of the search.
-        platform: where jobs run: ``local``, ``slurm`` or ``ray``.
-    """
+    """The jobs of a search, below its local results folder; ``platform`` is ``local``, ``slurm`` or ``ray``."""
 
     def __init__(self, spec: ExperimentSpec, folder: Path, algorithm: Algorithm, platform: str) -> None:
         self.folder = folder
@@ -118,7 +111,6 @@ class TrialJobs:
         return self.start("train", _job_name(held.folder, until), overrides)
 
     def _source(self, held: HeldTrial) -> dict[str, str]:
-        """Return the override for a trial to continue from a checkpoint in another folder, if there is one."""
         for source in map(self.folder_of, held.sources):
             checkpoint = newest_checkpoint(list_folder(str(source)))
             if checkpoint is None:

@@ -50,14 +50,7 @@ class RunningTrial:
 
 @dataclass
 class Worker:
-    """Runs trials until none are left.
-
-    Attributes:
-        study: the study, shared with other workers.
-        jobs: starts and finds the jobs of trials.
-        changed: called with the running trials after each turn.
-        running: the running trials of this worker.
-    """
+    """Runs trials until none are left; ``changed`` is called with its running trials after each turn."""
 
     study: Study
     jobs: TrialJobs
@@ -121,7 +114,6 @@ class Worker:
         self.running.append(RunningTrial(held, job, until, seconds or float(attrs.get(SECONDS) or 0.0)))
 
     def _until(self, number: int, done: int) -> int:
-        """Return the epoch at which the next job of a trial ends."""
         algorithm = self.jobs.algorithm
         if algorithm.generations == 1:
             return next(epochs for epochs in algorithm.rungs if epochs > done or epochs == algorithm.epochs)
@@ -156,7 +148,6 @@ class Worker:
             self._judge(held, running.until, seconds)
 
     def _judge(self, held: HeldTrial, epoch: int, seconds: float) -> None:
-        """Report the value of a trial, then end it, stop it early or continue it."""
         value = self.study.objective.value_of(self.jobs.folder_of(held.folder))
         if value is None:
             cause = f"spec: it reported no finite {self.study.objective.metric}"
@@ -175,13 +166,8 @@ class Worker:
     def _fail(self, held: HeldTrial, cause: str, *, shared: bool = True) -> None:
         """End a trial as failed, or release it for another attempt after an infrastructure failure.
 
-        Args:
-            held: the trial.
-            cause: the cause, which starts with its category.
-            shared: whether other trials may fail for the same reason.
-
-        Raises:
-            RunError: ``EQUAL_FAILURES`` trials in a row failed for this reason.
+        ``cause`` starts with its category; ``shared`` is whether other trials may fail for the same reason. Raise
+        RunError if the last ``EQUAL_FAILURES`` such failures have the same cause.
         """
         tries = int(held.trial.user_attrs.get(TRIES) or 0) + 1
         if cause.startswith("infrastructure") and tries < EQUAL_FAILURES:
@@ -206,7 +192,6 @@ class Worker:
             self._delete_models()
 
     def _delete_models(self) -> None:
-        """Delete the checkpoints that are no longer needed."""
         algorithm = self.jobs.algorithm
         trials, best = self.study.trials(), self.study.best()  # in this order, to keep a trial that ends in between
         size = algorithm.settings.population_size
@@ -222,7 +207,6 @@ class Worker:
                     self.jobs.delete_models(name)
 
     def _release_all(self) -> None:
-        """Stop the jobs, and release the trials so that any worker can continue them."""
         mine = self.study.mine()
         self.jobs.cancel_all([trial.user_attrs[FOLDER] for trial in mine])
         for running in self.running:

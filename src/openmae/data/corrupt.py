@@ -19,12 +19,8 @@ log = logging.getLogger("openmae")
 class CorruptFiles:
     """The list of the corrupt files of a data set, which ends the run if there are too many.
 
-    All ranks and resumed runs share the list.
-
-    Args:
-        index: the data set.
-        folder: results folder; the list is its ``corrupt_files.txt`` (printable path, tab, reason).
-        max_fraction: the largest tolerated fraction of corrupt files.
+    All ranks and resumed runs share the list, ``corrupt_files.txt`` in the results folder (printable path, tab,
+    reason). ``max_fraction`` is the largest tolerated fraction of corrupt files.
     """
 
     def __init__(self, index: ImageIndex, folder: Path, max_fraction: float) -> None:

@@ -108,12 +108,8 @@ class AddressedSampler:
 
     The last, incomplete batch is dropped. With the same global batch size, a step takes the same images for any number
     of ranks. Each iteration runs from the current position to the end of the epoch, and moves the position to the start
-    of the next epoch; ``len()`` is always that of a complete epoch.
-
-    Args:
-        length: images in the data set.
-        batch_size: images per batch and rank.
-        index: the data set, if it restricts the order (remote shards) or prepares images in advance.
+    of the next epoch; ``len()`` is always that of a complete epoch. ``batch_size`` is per rank. ``index`` is the data
+    set, if it restricts the order (remote shards) or prepares images in advance.
 
     Raises:
         DataError: there are fewer images than one batch per rank.

@@ -95,7 +95,7 @@ class ImageIndex:
         return printable_name(str(self.root / path))
 
     def holds(self, full_name: str) -> bool:
-        """Return whether ``full_name`` is the name of a file in this data set, as far as its folder tells."""
+        """Return whether ``full_name`` is below the folder of this data set."""
         return full_name.startswith(f"{self.place}{os.sep}")
 
     def file(self, number: int) -> Path:

@@ -36,11 +36,7 @@ def read_label_table(table: Path, images: Sequence[str]) -> dict[str, str]:
     The table is encoded in UTF-8, or in UTF-16 with a byte order mark. Cells are separated by commas, semicolons, tabs
     or vertical bars. The first line must contain the column names path and label, in upper or lower case and at any
     position. Paths are absolute or relative to the folder of the table, with slashes or backslashes. Bytes that are not
-    UTF-8 may be written as ``\xhh``.
-
-    Args:
-        table: the file; its folder is the data set.
-        images: the paths of all images in that folder.
+    UTF-8 may be written as ``\xhh``. ``images`` are the paths of all images in the folder of the table.
 
     Raises:
         DataError: the table cannot be read or is inconsistent, or names files that do not exist or are not images.
@@ -98,7 +94,7 @@ def _warn(table: Path, repeated: Sequence[str], unlisted: Sequence[str]) -> None
 
 
 def _whole_numbers(table: Path, labels: dict[str, str]) -> dict[str, str]:
-    """Turn labels such as 3.0 into 3 if all are like this; pandas writes integers so if the column has gaps."""
+    """Turn labels such as 3.0 into 3 if all have this form, in which pandas writes integers in a column with gaps."""
     if not all(map(_WHOLE_FLOAT.fullmatch, labels.values())):
         return labels
     log.warning("%s: labels such as %s are read as integers.", table, next(iter(labels.values())))

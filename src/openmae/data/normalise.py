@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 class Normaliser:
-    """(x / 255 - mean) / std, on the device of the images.
-
-    Args:
-        mean, std: one value per channel, for images scaled to 0..1.
-    """
+    """(x / 255 - mean) / std, on the device of the images, with one ``mean`` and ``std`` per channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = tuple(mean)

@@ -32,10 +32,7 @@ def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path
     accuracy; from 16, the most frequent mistakes are listed; from 251, adjacent classes share a cell, which shows its
     largest mistake.
 
-    Args:
-        matrix: [K, K] counts; rows are true classes, columns predicted ones.
-        class_names: K names, in the order of the matrix.
-        path: PNG to write.
+    ``matrix`` has counts [K, K]; rows are true classes, columns predicted ones.
 
     Raises:
         ValueError: the shapes do not match, or there are fewer than 2 classes.
@@ -85,7 +82,6 @@ def _shares(matrix: Counts) -> NDArray[np.float64]:
 
 
 def _depths(matrix: Counts) -> NDArray[np.float64]:
-    """Return the colour depth of each cell, in [0, 1]."""
     shares = _shares(matrix)
     right = np.diag(shares)
     depth = np.sqrt(shares)
@@ -135,7 +131,6 @@ def _name_size(classes: int) -> int:
 
 
 def _name_classes(axes: Axes, matrix: Counts, names: Sequence[str], flat: bool) -> None:
-    """Write the class names along both axes, and the accuracy of each class at the end of its row."""
     size, end = _name_size(len(names)), len(names) - 0.5
     axes.tick_params(length=0, labelsize=size)
     axes.set_xticks(range(len(names)), names, rotation=0 if flat else 90)

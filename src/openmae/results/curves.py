@@ -167,7 +167,6 @@ def _names(panel: _Panel, curves: Sequence[_Curve]) -> list[tuple[_Curve, str]]:
 
 
 def _name_curves(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
-    """Write the name and value of each curve to the right of the panel, without overlap."""
     named = _names(panel, curves)
     axes.get_ylim()  # applies pending autoscaling before the transform is used
     to_axes = axes.transData + axes.transAxes.inverted()

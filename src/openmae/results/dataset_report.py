@@ -34,15 +34,8 @@ def save_dataset_figure(
     """Draw images per class, image sizes and file sizes side by side, and return ``path``.
 
     Up to 24 classes have a bar each, the largest on top; more are drawn as one curve by rank. The scatter plot of sizes
-    shows at most 4,000 images.
-
-    Args:
-        path: PNG to write.
-        name: name of the data set; a long one is truncated at the start.
-        summary: the line below the name.
-        class_counts: number of images by class; empty without labels.
-        sizes: [N, 2], width and height of the readable images in pixels.
-        file_sizes: [N], file sizes of the readable images in bytes.
+    shows at most 4,000 images. ``name`` and ``summary`` are the headline. ``class_counts`` is empty without labels;
+    ``sizes`` [N, 2] are width and height in pixels, and ``file_sizes`` [N] are in bytes.
     """
     names = [_cut(style.one_line(label), 26) for label in class_counts]
     bars = 0 < len(names) <= _MAX_BARS
@@ -138,7 +131,6 @@ def _draw_file_sizes(axes: Axes, file_sizes: NDArray[np.int64]) -> None:
 
 
 def _note(axes: Axes, text: str) -> None:
-    """Write a grey note to the right of the panel's title."""
     axes.set_title(text, loc="right", size=8, color=MUTED, pad=8)
 
 

@@ -75,11 +75,7 @@ def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels,
 def save_predictions(images: Pixels, labels: Sequence[str], shares: Sequence[float], path: Path) -> Path:
     """Draw a contact sheet with the predicted label and its probability below each image, and return ``path``.
 
-    Args:
-        images: [N, H, W, C] uint8 with C = 1, 3 or 4.
-        labels: N predicted labels.
-        shares: N probabilities in [0, 1].
-        path: PNG to write.
+    ``images`` are [N, H, W, C] uint8 with C = 1, 3 or 4; ``shares`` are N probabilities in [0, 1].
 
     Raises:
         ValueError: there are no images, or not as many labels or probabilities as images.
@@ -111,7 +107,6 @@ def _save(sheet: Image.Image, path: Path) -> Path:
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    """Truncate a text to at most ``room`` pixels."""
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(f"{text}…") > room:
@@ -126,7 +121,6 @@ def _tile_size(width: int, height: int) -> tuple[int, int]:
 
 
 def _tile(pixels: Pixels, width: int, height: int) -> Image.Image:
-    """Resize an [H, W, C] image and convert it to RGB."""
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image)
@@ -144,14 +138,9 @@ def save_bar_comparison(
     subtitle: str = "",
     notes: Mapping[str, str] | None = None,
 ) -> Path:
-    """Draw accuracies as horizontal bars, the best one in colour, and return ``path``.
+    """Draw accuracies in [0, 1] by label as horizontal bars, the best one in colour, and return ``path``.
 
-    Args:
-        accuracies: label -> accuracy in [0, 1], from top to bottom.
-        path: PNG to write.
-        title: headline of the figure.
-        subtitle: second line of the headline.
-        notes: label -> a few words below the label, such as a time.
+    ``notes`` maps labels to a few words below the label, such as a time.
 
     Raises:
         ValueError: there are no accuracies, or one is outside [0, 1].

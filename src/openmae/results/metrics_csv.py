@@ -19,11 +19,7 @@ _KEYS = ("step", "epoch")
 
 
 class MetricsLog:
-    """A writer of ``metrics.csv``, used only by rank 0.
-
-    Args:
-        folder: the action's results folder; created if it does not exist.
-        append: keep the existing rows, in a resumed run.
+    """A writer of ``metrics.csv`` in a results folder, used only by rank 0; ``append`` keeps the existing rows.
 
     Raises:
         UserError: the folder cannot be created or written.

@@ -107,9 +107,7 @@ def save_parallel_coordinates(search: SearchResults, path: Path, log: Collection
 def save_importances(importances: Mapping[str, float], path: Path) -> Path | None:
     """Draw each parameter's share of the total importance to a PNG, the largest on top; return None if the total is 0.
 
-    Args:
-        importances: dotted key -> importance; negative values count as 0, non-finite values are left out.
-        path: PNG to write.
+    Negative importances count as 0; those that are not finite are left out.
     """
     found = {key: max(value, 0.0) for key, value in importances.items() if math.isfinite(value)}
     total = sum(found.values())
@@ -178,7 +176,6 @@ def _direction(search: SearchResults) -> str:
 
 
 def _count_results(search: SearchResults) -> str:
-    """Return a subtitle with the metric, its direction and the number of trials."""
     early = sum(trial.state == "stopped early" for trial in search.trials)
     text = f"{_direction(search)} · {style.plural(len(search.trials), 'trial')} with a result"
     return text + (f", {early:,} of them stopped early" if early else "")
@@ -226,7 +223,6 @@ def _draw_points(axes: Axes, search: SearchResults, x: Floats, size: float) -> N
 
 
 def _name_own_and_best(axes: Axes, search: SearchResults) -> None:
-    """Write the results of the best trial and of the user's own values to the right, without overlap."""
     low, high = axes.get_ylim()
     best, own = search.best, search.own
     note = "your values" if own == best else f"trial {search.trials[best].number}"
@@ -291,7 +287,6 @@ def _draw_lines(axes: Axes, search: SearchResults, places: Floats, colours: Colo
 
 
 def _draw_axis(axes: Axes, place: int, axis: ParameterAxis) -> None:
-    """Draw the vertical axis of a parameter with its name above, ticks on the left and tick labels on the right."""
     from matplotlib.patheffects import withStroke
 
     axes.plot([place, place], [0, 1], color=MUTED, linewidth=0.8, zorder=4, clip_on=False)

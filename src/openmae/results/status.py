@@ -25,11 +25,7 @@ log = logging.getLogger("openmae")
 
 
 class StatusLog:
-    """A writer of ``status.json``, used only by rank 0.
-
-    Args:
-        folder: the action's results folder; created if it does not exist.
-        append: keep the existing lines, in a resumed run.
+    """A writer of ``status.json`` in a results folder, used only by rank 0; ``append`` keeps the existing lines.
 
     Raises:
         UserError: the folder cannot be created or written.
@@ -51,14 +47,9 @@ class StatusLog:
         kpi: Mapping[str, float] | None = None,
         progress: Mapping[str, int | str] | None = None,
     ) -> None:
-        """Append a line.
+        """Append a line, with ``progress`` as further fields.
 
-        Args:
-            status: one of ``STATUSES``.
-            message: human-readable text.
-            verbosity: one of ``VERBOSITIES``.
-            kpi: metric name -> value. Metrics that are not finite are left out, and named in the message.
-            progress: further fields of the line, such as ``epoch`` and ``eta``.
+        Metrics in ``kpi`` that are not finite are left out, and named in the message.
 
         Raises:
             ValueError: the status or the verbosity is unknown.

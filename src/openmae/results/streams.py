@@ -23,9 +23,7 @@ class OutputLostError(Exception):
 def guarded(name: Name, *, needed: bool = False) -> Iterator[None]:
     """Keep errors of a standard stream from ending the block with ``OSError`` or ``SystemExit``.
 
-    Args:
-        name: attribute of ``sys``.
-        needed: whether the stream carries the result. Text that cannot be written to other streams is dropped.
+    Text that cannot be written is dropped, unless the stream is ``needed`` because it carries the result.
 
     Raises:
         OutputLostError: the stream is needed and cannot be written.

@@ -200,7 +200,6 @@ def _new_index(shard: Shard) -> TarIndex:
 
 
 def _skipped(shards: Sequence[Shard], indexes: Sequence[TarIndex]) -> tuple[SkippedFiles, ...]:
-    """Return the members of the shards that are neither images nor labels."""
     counter = SkippedCounter()
     for shard, index in zip(shards, indexes, strict=True):
         for kind, (count, example) in index.skipped.items():

@@ -76,14 +76,8 @@ def pack(
     Images keep their order, and the same images give the same bytes. The key of an image is its path, with underscores
     for dots in the file name, since WebDataset ends a key at the first dot. Its .cls holds its class number; the class
     names are in the index file next to the shard. Every image is decoded once; corrupt ones are left out and listed in
-    ``corrupt_files.txt``. Shards are moved to ``out`` when all of them are complete.
-
-    Args:
-        index: the images.
-        out: a folder; created if necessary.
-        options: how images are stored.
-        overwrite: replace the shards in ``out``.
-        advance: called after each image.
+    ``corrupt_files.txt``. Shards are moved to ``out`` when all of them are complete. ``advance`` is called after each
+    image.
 
     Raises:
         UserError: ``out`` cannot be written, contains shards already, or is in use by another process.
@@ -152,8 +146,6 @@ def _pack(
 
 
 class _Stored(NamedTuple):
-    """An image as it is stored in a shard."""
-
     content: bytes
     suffix: str
     further: str

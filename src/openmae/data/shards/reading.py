@@ -71,7 +71,7 @@ class ShardedIndex(ImageIndex):
         return f"{self._shard_names()[shard]}{MEMBER}{printable_name(member)}"
 
     def holds(self, full_name: str) -> bool:
-        """Return whether ``full_name`` is the name of an image in one of these shards, as far as the shard tells."""
+        """Return whether ``full_name`` is in one of these shards."""
         return any(full_name.startswith(f"{name}{MEMBER}") for name in self._shard_names().values())
 
     def _shard_names(self) -> dict[str, str]:
@@ -121,10 +121,7 @@ class ShardedIndex(ImageIndex):
 def windowed_order(shard_of: npt.NDArray[np.int32], shards: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Return a permutation of images, int64 [N], that needs about ``WINDOW`` shards at any position.
 
-    Args:
-        shard_of: [N], the shard of each image.
-        shards: number of shards.
-        rng: generator of the epoch.
+    ``shard_of`` [N] is the shard of each image, and ``shards`` is the number of shards.
     """
     queue = rng.permutation(shards)
     counts = np.bincount(shard_of, minlength=shards)[queue]

@@ -345,12 +345,8 @@ _open_remote = lru_cache(maxsize=_OPEN_REMOTE)(_open)
 def read_member(shard: Shard, offset: int, size: int) -> bytes | None:
     """Return the bytes of a member; None if the shard has changed and there is no member of that size at the offset.
 
-    A remote shard is downloaded if it is not in the cache. The shard stays open for the next read.
-
-    Args:
-        shard: the tar file.
-        offset: offset of the member's data in bytes.
-        size: size of the member's data in bytes.
+    ``offset`` and ``size`` are those of the member's data, in bytes. A remote shard is downloaded if it is not in the
+    cache. The shard stays open for the next read.
     """
     file = _open_remote(shard) if shard.remote else _open_local(shard)
     content = file.read(offset - BLOCK, BLOCK + size)
