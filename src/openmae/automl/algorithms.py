@@ -91,7 +91,7 @@ class Algorithm:
 
     @property
     def trials(self) -> int:
-        """Number of trials: as requested, or fewer if the grid is smaller or a generation would be incomplete."""
+        """Number of trials: as requested, or fewer if the grid is smaller or pbt has fewer in its generations."""
         requested = self.settings.max_recommendations
         if self.name == "grid":
             return min(requested, 1 + math.prod(map(len, self.grid.values())))  # 1: the values of the spec

@@ -105,7 +105,7 @@ class Space:
 
     @property
     def conditional(self) -> bool:
-        """Whether an option has an effect only with some values of another one."""
+        """True if an option has an effect only with some values of another one."""
         return any(item.needs for item in self.parameters)
 
     @property

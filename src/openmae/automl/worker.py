@@ -26,14 +26,10 @@ log = logging.getLogger("openmae")
 
 @dataclass
 class RunningTrial:
-    """A trial and its current job.
+    """A trial and its current job, which ends after epoch ``until``.
 
-    Attributes:
-        held: the trial.
-        job: its job.
-        until: the epoch after which the job ends.
-        seconds: duration of its earlier jobs.
-        timed_out: whether the job was cancelled because the trial exceeded ``automl.timeout``.
+    ``seconds`` is the duration of its earlier jobs. The job of a trial that exceeds ``automl.timeout`` is cancelled and
+    marked as ``timed_out``.
     """
 
     held: HeldTrial

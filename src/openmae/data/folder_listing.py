@@ -30,13 +30,7 @@ _RESULT_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class SkippedFiles:
-    """Files of one kind that are not read.
-
-    Attributes:
-        kind: their suffix, such as ``.heic``, or a description.
-        count: number of files.
-        example: printable path of one of them, relative to the source.
-    """
+    """Files of one kind that are not read; ``kind`` is a suffix or a description, ``example`` a relative path."""
 
     kind: str
     count: int
@@ -50,10 +44,8 @@ class SkippedFiles:
 class FolderListing:
     """The contents of a folder.
 
-    Attributes:
-        images: relative POSIX paths, sorted; bytes that are not UTF-8 are decoded as by ``os.fsdecode``.
-        skipped: files that are not read, the most frequent kind first.
-        results: folders with results of OpenMAE, which are not read.
+    ``images`` are relative POSIX paths, sorted, with bytes that are not UTF-8 decoded as by ``os.fsdecode``.
+    ``results`` are folders with results of OpenMAE, which are not read.
     """
 
     images: list[str]

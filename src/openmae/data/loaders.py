@@ -30,13 +30,8 @@ _UPDATE_SECONDS = 10.0  # an update and its checkpoint may take this long
 class LoaderSettings:
     """Settings that the loaders of a process share.
 
-    Attributes:
-        batch_size: images per batch and process.
-        results: folder that the list of corrupt files is written to.
-        max_corrupt_fraction: the largest tolerated fraction of corrupt files.
-        num_workers: worker processes; 0 loads in this process. Batches are bit-identical for any number.
-        rank: rank of this process.
-        world_size: number of processes.
+    ``batch_size`` is per process. The list of corrupt files is written to ``results``. ``num_workers`` does not change
+    the batches; 0 loads them in this process.
     """
 
     batch_size: int

@@ -47,14 +47,10 @@ class NoImagesError(DataError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file.
+    """A tar file at ``place``, a local path or a URL.
 
-    Attributes:
-        name: its name in the paths of its images.
-        place: a local path or a URL.
-        stamp: a version, which changes whenever the file does.
-        bytes: its size.
-        indexed: whether there is an index file next to it.
+    ``name`` is its name in the paths of its images. ``stamp`` changes whenever the file does. ``indexed`` is true if
+    there is an index file next to it.
     """
 
     name: str
@@ -65,7 +61,7 @@ class Shard:
 
     @property
     def remote(self) -> bool:
-        """Whether the shard is at a URL."""
+        """True if ``place`` is a URL."""
         return is_remote(self.place)
 
     def fetch(self) -> None:
