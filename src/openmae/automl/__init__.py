@@ -6,7 +6,7 @@ from openmae.errors import UserError
 
 _PACKAGES = ("optuna", "sqlalchemy", "cmaes")
 
-# Every module here needs these packages, so they are checked once, when the first one is imported.
+# Every module of this package needs them, so check once, when the first module is imported.
 if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
     raise UserError(
         f"`mae automl` needs {', '.join(_PACKAGES)}; missing: {', '.join(missing)}.",

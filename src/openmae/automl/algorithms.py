@@ -1,4 +1,4 @@
-"""Search algorithms: Optuna's samplers and pruners, the rungs of early stopping, and population-based training."""
+"""Search algorithms: Optuna's samplers and pruners, rungs of early stopping, and population-based training."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from openmae.spec.sections.automl import AutomlSpec
 
 STOPS_EARLY = ("asha", "hyperband", "bohb")
 _RUNGS = 3
-_FIRST_RUNG = 3  # epochs, where there are enough: earlier values mostly show the warmup (docs/benchmarks.md)
+_FIRST_RUNG = 3  # epochs, if there are enough; earlier values mostly reflect the warmup (docs/benchmarks.md)
 _GP_TRIALS = 50  # a Gaussian process learns more from few trials, but its cost grows with their number
-_QUANTILE = 0.25  # share of a population that is replaced, and share that it is replaced by
+_QUANTILE = 0.25  # share of a population that is replaced (the worst), and share that replaces it (the best)
 _PERTURB = (0.8, 1.25)
 _RESAMPLE = 0.25  # probability that pbt draws an option again instead of perturbing it
 
@@ -33,13 +33,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The algorithm of a search, and what follows from its settings.
-
-    Attributes:
-        settings: the section ``automl`` of the spec.
-        space: the options to search.
-        epochs: length of a full training run.
-    """
+    """The algorithm of a search, with the number and the length of its trials; a full training run has ``epochs``."""
 
     settings: AutomlSpec
     space: Space
@@ -75,7 +69,7 @@ class Algorithm:
 
     @property
     def rungs(self) -> tuple[int, ...]:
-        """Epochs after which a trial is compared with others; the last one is its end."""
+        """Epochs after which a trial is compared with others; the last one is the end of the trial."""
         if self.name not in STOPS_EARLY:
             return (self.epochs,)
         factor = self.settings.reduction_factor
@@ -90,14 +84,14 @@ class Algorithm:
 
     @property
     def generations(self) -> int:
-        """Number of generations of a population; 1 for all algorithms but pbt."""
+        """Number of generations of a population; 1 for all algorithms except pbt."""
         if self.name != "pbt":
             return 1
         return max(1, min(self.settings.max_recommendations // self.settings.population_size, self.epochs))
 
     @property
     def trials(self) -> int:
-        """Number of trials: as many as requested, or fewer if there are not as many to try."""
+        """Number of trials: as requested, or fewer if the grid is smaller or pbt has fewer in its generations."""
         requested = self.settings.max_recommendations
         if self.name == "grid":
             return min(requested, 1 + math.prod(map(len, self.grid.values())))  # 1: the values of the spec
@@ -107,12 +101,12 @@ class Algorithm:
 
     @property
     def grid(self) -> dict[str, list[Any]]:
-        """Points by key: all choices, and as many values of each number as the number of trials allows."""
+        """Values by key: all choices, and as many values of each number as the number of trials allows."""
         numbers = [item for item in self.space.parameters if not item.choices]
         choices = math.prod(len(item.choices) for item in self.space.parameters if item.choices)
         counts = {item.key: 1 for item in numbers}
         for _ in range(100):
-            for item in numbers:  # one more value each in turn, while the grid still fits
+            for item in numbers:  # add a value to each number, one at a time, while the grid still fits
                 finer = {**counts, item.key: counts[item.key] + 1}
                 full = item.integer and item.bounds[1] - item.bounds[0] + 1 <= counts[item.key]
                 if not full and choices * math.prod(finer.values()) < self.settings.max_recommendations:
@@ -122,14 +116,14 @@ class Algorithm:
     def sampler(self, number: int) -> BaseSampler:
         """Return the sampler of one trial.
 
-        It is seeded by the trial's number, so that a search that resumes draws what it would have drawn anyway.
+        Its seed follows from the number of the trial, so that a resumed search draws the same values.
         """
         seed = int(np.random.SeedSequence([self.settings.seed, number]).generate_state(1)[0] >> 1)
         random = WeightedSampler(self.space, seed)
         startup = max(4, min(10, self.trials // 3))
         if self.name == "bayesian" and self.trials <= _GP_TRIALS and not self.space.conditional:
             return GPSampler(seed=seed, independent_sampler=random, n_startup_trials=startup)
-        if self.name in ("bayesian", "bohb") and number >= startup:  # TPE's own first draws ignore the weights
+        if self.name in ("bayesian", "bohb") and number >= startup:  # TPE's startup trials ignore the weights
             return TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=startup)
         if self.name == "cmaes":
             return CmaEsSampler(seed=seed, independent_sampler=random, warn_independent_sampling=False)
@@ -138,7 +132,7 @@ class Algorithm:
         return random
 
     def pruner(self) -> BasePruner:
-        """Return the pruner, which decides after a rung whether a trial continues."""
+        """Return the pruner, which decides after each rung whether a trial continues."""
         factor = self.settings.reduction_factor
         if self.name == "asha":
             return SuccessiveHalvingPruner(min_resource=self.first_rung, reduction_factor=factor)
@@ -168,7 +162,7 @@ class WeightedSampler(RandomSampler):
 
 @dataclass(frozen=True)
 class Member:
-    """A member of a population: its slot, its value (None: it failed) and its parameters."""
+    """A member of a population: its slot, its value (None if it failed) and its parameters."""
 
     slot: int
     value: float | None
@@ -180,15 +174,10 @@ def next_member(
 ) -> tuple[int, dict[str, Any]]:
     """Choose weights and parameters for a slot of the next generation (truncation selection, arXiv:1711.09846).
 
-    A member of the worst quarter continues with the weights of one of the best quarter; each of its parameters is
-    multiplied by 0.8 or 1.25, or drawn again. All other members continue unchanged.
-
-    Args:
-        algorithm: the search.
-        members: all members of the previous generation.
-        slot: the slot to fill.
-        number: number of the trial; seeds the random choices.
-        maximize: whether larger values are better.
+    A member that failed or is in the worst quarter takes over the weights and parameters of one of the best quarter.
+    Each number is then multiplied by 0.8 or 1.25 or drawn again, and each choice is kept or drawn again. All other
+    members continue unchanged. ``members`` is the previous generation; ``number``, that of the trial, seeds the random
+    choices.
 
     Returns:
         The slot whose weights to continue with, and the parameters.
@@ -221,7 +210,7 @@ def _explore(item: Parameter, value: Any, generator: np.random.Generator) -> Any
 
 
 def _legal(item: Parameter, value: float) -> float | int:
-    """Return the nearest value that the parameter's bounds and step allow."""
+    """Return the nearest value within the bounds and steps of a parameter."""
     low, high = item.bounds
     if item.step:
         value = low + round((value - low) / item.step) * item.step
@@ -230,7 +219,7 @@ def _legal(item: Parameter, value: float) -> float | int:
 
 
 def _spaced(item: Parameter, count: int) -> list[Any]:
-    """Return evenly spaced values of a number; a single one is the spec's own value, or the middle."""
+    """Return evenly spaced values of a number; a single one is the value in the spec, or the middle of the range."""
     low, high = item.bounds
     if count == 1:
         middle = (low * high) ** 0.5 if item.log else (low + high) / 2

@@ -1,4 +1,4 @@
-"""Storage of a study, a SQLite file or a PostgreSQL database, and the lock that its workers share."""
+"""The storage of a study, in a SQLite file or a PostgreSQL database, and the lock that its workers share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STORAGE_ERRORS = (StorageInternalError, SQLAlchemyError)
 
 _POSTGRESQL = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 20}}
 _SQLITE = {"connect_args": {"timeout": 120}}  # seconds to wait for the lock of the file
-# If the machine that holds the lock loses power, the others wait a minute for it, not the default of two hours.
+# If the machine that holds the lock loses power, the database frees it after a minute instead of two hours.
 _KEEPALIVE = ", ".join(f"set_config('tcp_keepalives_{name}', '{value}', true)"
                        for name, value in (("idle", 30), ("interval", 10), ("count", 3)))  # fmt: skip
 
@@ -51,10 +51,10 @@ def read_storage(spec: ExperimentSpec) -> RDBStorage:
 
 
 def storage_url(spec: ExperimentSpec, folder: Path) -> tuple[str, str]:
-    """Return the URL of a spec's storage for SQLAlchemy, and the text that messages show, without secrets.
+    """Return the SQLAlchemy URL of a spec's storage, and its name in messages, without secrets.
 
     Raises:
-        SpecError: the environment variable that should hold the URL is not set, or it is not a PostgreSQL URL.
+        SpecError: the environment variable for the URL is not set, or the URL is not a PostgreSQL URL.
     """
     text = spec.automl.storage
     if not text:
@@ -78,13 +78,14 @@ def open_storage(url: str) -> RDBStorage:
     """Return Optuna's storage at a URL; missing tables are created.
 
     Raises:
-        STORAGE_ERRORS, ImportError: it cannot be used.
+        STORAGE_ERRORS, ImportError: the storage cannot be used.
     """
     if not url.startswith("sqlite"):
         return RDBStorage(url, _POSTGRESQL)
     storage = RDBStorage(url, _SQLITE)
 
-    # Two readers that both want to write would deadlock: lock the file when a transaction begins (SQLAlchemy's recipe).
+    # Two readers that both want to write would deadlock, so lock the file when a transaction begins, by the recipe in
+    # SQLAlchemy's documentation.
     @sqlalchemy.event.listens_for(storage.engine, "connect")
     def connected(connection: Any, _: Any) -> None:
         connection.isolation_level = None
@@ -98,7 +99,7 @@ def open_storage(url: str) -> RDBStorage:
 
 
 def make_lock(url: str, folder: Path) -> Callable[[str], AbstractContextManager[Any]]:
-    """Return a function from a name to a lock; the system or the database frees a lock when its holder dies."""
+    """Return a function that makes the lock of a name; the lock is freed if the process that holds it is killed."""
     if url.startswith("sqlite"):
         return lambda name: FileLock(folder / f".{layout.STUDY}.lock")
     engine = sqlalchemy.create_engine(url, **_POSTGRESQL)
@@ -115,7 +116,7 @@ def make_lock(url: str, folder: Path) -> Callable[[str], AbstractContextManager[
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of the database's own message."""
+    """Return the first line of the database's message."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Objective of a search: the metric of the stage, and its value in the ``status.json`` of a training run."""
+"""The objective of a search: a metric of the stage, read from the ``status.json`` of a training run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Objective:
     Attributes:
         metric: its name in ``status.json``.
         maximize: whether larger is better.
-        of_best_epoch: whether the best epoch counts, because ``model_best.pth`` is of it; otherwise the last one.
+        of_best_epoch: whether the best epoch counts, which ``model_best.pth`` is from; otherwise the last one counts.
     """
 
     metric: str
@@ -37,17 +37,17 @@ class Objective:
 
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
-        """Optuna's name of the direction."""
+        """The direction as Optuna names it."""
         return "maximize" if self.maximize else "minimize"
 
     def shown(self, value: float | None) -> str:
-        """Return a value as text, an accuracy as a percentage."""
+        """Format a value; an accuracy as a percentage."""
         if value is None:
             return "-"
         return f"{value:.2%}" if is_share(self.metric) else f"{value:.4f}"
 
     def value_of(self, folder: Path) -> float | None:
-        """Return the value of the training run in a results folder; None if it has no finite one."""
+        """Return the value of the training run in a results folder; None if there is no finite value."""
         path = folder / layout.STATUS
         entries = read_status(path) if path.is_file() else []
         epochs = [entry["kpi"] for entry in entries if entry.get("kpi")]
@@ -56,14 +56,14 @@ class Objective:
             return None
         if self.of_best_epoch:
             return max(values) if self.maximize else min(values)
-        return values[-1] if self.metric in epochs[-1] else None  # values that are not finite are missing there
+        return values[-1] if self.metric in epochs[-1] else None  # a value that is not finite is missing in its entry
 
 
 def make_objective(spec: ExperimentSpec) -> Objective:
-    """Return the metric of a spec, or the default of its stage.
+    """Return the objective of a spec: ``automl.metric``, or the default metric of its stage.
 
     Raises:
-        SpecError: the stage has no such metric, or validation images are missing.
+        SpecError: the stage has no such metric, validation images are missing, or ``automl.direction`` does not fit.
     """
     stage = spec.train.stage
     name = spec.automl.metric or TABLE["train"].metrics[stage]
@@ -83,7 +83,7 @@ def make_objective(spec: ExperimentSpec) -> Objective:
             f"got {spec.automl.direction}.",
             f"Remove automl.direction, or set it to {metric.direction}.",
         )
-    # a generation of pbt starts from the weights of another trial, so only its last epoch is its own result
+    # In pbt, a trial may start from the weights of another one, so only its last epoch is a result of its parameters.
     of_best_epoch = name == monitored_metric(spec) and spec.automl.algorithm != "pbt"
     return Objective(name, metric.is_share, of_best_epoch)
 

@@ -1,4 +1,4 @@
-"""The review before a search: what is searched, on which data, with which budget, and how long it may take."""
+"""The review before a search: its options, data and budget, and an estimate of its duration."""
 
 from __future__ import annotations
 
@@ -33,26 +33,21 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class Pace:
-    """Speed of training on this machine.
-
-    Attributes:
-        start: seconds from the start of a job to its first step.
-        images_per_s: training speed.
-    """
+    """Training speed on this machine; ``start`` is the time from the start of a job to its first step, in seconds."""
 
     start: float
     images_per_s: float
 
 
 def measure_pace(jobs: TrialJobs) -> Pace | None:
-    """Train with the values of the spec for a moment; None if that was too short to measure the pace.
+    """Train briefly with the values in the spec; return None if the run was too short to measure the speed.
 
     Raises:
         SpecError: the spec is invalid.
         RunError: training failed.
     """
     folder, client = jobs.folder / "probe", jobs.client
-    for left in jobs.running("probe"):  # by a search that was killed
+    for left in jobs.running("probe"):  # from a search that was killed
         client.cancel_job(left.id)
         client.wait(left.id)
     shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +120,7 @@ def show_review(study: Study, counts: Mapping[str, int], pace: Pace | None) -> N
 
 
 def review_rows(study: Study, counts: Mapping[str, int], pace: Pace | None) -> list[tuple[str, str]]:
-    """Return the facts of the review as pairs of label and value."""
+    """Return the settings, data and estimated duration of a search as pairs of label and value."""
     algorithm, objective, settings = study.algorithm, study.objective, study.spec.automl
     budget = f"{algorithm.trials} trials of {algorithm.epochs} epochs"
     if len(algorithm.rungs) > 1:
@@ -150,7 +145,7 @@ def review_rows(study: Study, counts: Mapping[str, int], pace: Pace | None) -> l
 
 
 def estimate(study: Study, counts: Mapping[str, int], pace: Pace) -> float:
-    """Return the seconds that a search takes on an idle machine, without validation."""
+    """Estimate the seconds that a search takes on an idle machine, without validation."""
     algorithm = study.algorithm
     trials = algorithm.trials
     if algorithm.generations > 1:

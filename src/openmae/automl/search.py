@@ -1,4 +1,4 @@
-"""``mae automl``: a search from its review to its best spec. ``mae automl worker``: another process that helps it."""
+"""``mae automl``: a search, from its review to its best spec. ``mae automl worker``: a process that joins a search."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(spec: ExperimentSpec, platform: str = "local") -> dict[str, float]:
         platform: where jobs run: ``local``, ``slurm`` or ``ray``.
 
     Returns:
-        The best trial's metric, and the metrics of the final evaluation.
+        The metric of the best trial, and the metrics of the final evaluation.
 
     Raises:
         UserError: the spec or the data is invalid; nothing was trained.
@@ -85,8 +85,8 @@ def work(spec: ExperimentSpec, platform: str = "local") -> None:
 
     Raises:
         UserError: the spec or the data is invalid.
-        RunError: trials fail for the same reason.
-        KeyboardInterrupt: the worker was interrupted; others continue its trials.
+        RunError: several trials in a row failed for the same reason, or the study cannot be read or written.
+        KeyboardInterrupt: the worker was interrupted; other workers continue its trials.
     """
     from openmae.actions.staging import local_place
 
@@ -117,7 +117,7 @@ def _check(spec: ExperimentSpec) -> None:
 
 
 def count_images(spec: ExperimentSpec) -> dict[str, int]:
-    """Open the data, which also downloads it for all trials, and return the numbers of images and classes.
+    """Return the numbers of images and classes; this also downloads the data for all trials.
 
     Raises:
         DataError: a source cannot be used.
@@ -141,7 +141,7 @@ def count_images(spec: ExperimentSpec) -> dict[str, int]:
 
 @contextmanager
 def _lead(spec: ExperimentSpec) -> Iterator[None]:
-    """Make this process the only one that leads the search."""
+    """Ensure that no other process leads the search while the block runs."""
     target = spec.results_folder("automl")
     if is_remote(target):
         folder = make_folder(cache.root() / "locks" / hashlib.sha256(target.encode()).hexdigest()[:12])
@@ -158,7 +158,7 @@ def _lead(spec: ExperimentSpec) -> Iterator[None]:
 
 
 def _evaluate_once(study: Study, jobs: TrialJobs, name: str, checkpoint: str) -> dict[str, float]:
-    """Evaluate a checkpoint on the validation images; the metrics of the baseline are kept in the study."""
+    """Evaluate a checkpoint on the validation images; the baseline is read from the study if it is known."""
     known: dict[str, float] | None = study.study.user_attrs.get(name)
     if known is not None and name == "baseline":
         return known
@@ -192,7 +192,6 @@ def _evaluate(jobs: TrialJobs, name: str, checkpoint: str) -> dict[str, float]:
 def _finish(
     study: Study, jobs: TrialJobs, baseline: Mapping[str, float], counts: Mapping[str, int]
 ) -> dict[str, float]:
-    """Write the best checkpoint, its spec and the report; return the metrics."""
     best, folder = study.best(), study.folder
     if best is None or best.value is None:
         causes = sorted({trial.cause for trial in study.summaries()})
@@ -210,12 +209,7 @@ def _finish(
 
 
 def copy_best(source: Path, folder: Path, *, of_best_epoch: bool) -> None:
-    """Copy the checkpoint that the best metric belongs to into the results folder of the search.
-
-    Args:
-        source: results folder of the best trial.
-        folder: results folder of the search.
-        of_best_epoch: whether the metric is of the best epoch; otherwise it is of the last one.
+    """Copy the best or the last checkpoint of a trial, from its results folder ``source`` to that of the search.
 
     Raises:
         RunError: the trial has no complete checkpoint.
@@ -231,13 +225,13 @@ def copy_best(source: Path, folder: Path, *, of_best_epoch: bool) -> None:
 
 
 def best_spec(spec: ExperimentSpec, params: Mapping[str, Any], epochs: int) -> str:
-    """Return the user's spec with the best values, ready to train, as YAML."""
+    """Return the user's spec with the best values as YAML, ready for training."""
     resolved = to_dict(spec)
     values: dict[str, Any] = {
         "results_dir": (spec.shown.get("results_dir") or spec.results_dir or "results").rstrip("/") + "/best"
     }
     for key in fields():
         own = spec.is_set(key) and not key.startswith("automl.") and key not in ("results_dir", "train.results_dir")
-        if own and has(resolved, key):  # to_dict leaves empty texts out
+        if own and has(resolved, key):  # to_dict leaves out empty texts
             values[key] = get(resolved, key)
     return write_text(nest({**values, **params, "train.num_epochs": epochs}))

@@ -1,4 +1,4 @@
-"""``report.html`` of a search: the best values, figures, and all trials."""
+"""Write ``report.html`` of a search: the best values, figures and all trials."""
 
 from __future__ import annotations
 
@@ -17,19 +17,16 @@ from openmae.results.trials import TrialSummary, best_trial, duration, format_va
 from openmae.storage import layout
 from openmae.storage.atomic import make_folder
 
-_MIN_TRIALS = 4  # complete trials from which importances say something
+_MIN_TRIALS = 4  # complete trials needed to compute importances
 
 
 def write_search_report(
     study: Study, baseline: Mapping[str, float], final: Mapping[str, float], counts: Mapping[str, int]
 ) -> Path:
-    """Draw the figures into ``pictures/`` of the results folder and write ``report.html``.
+    """Draw the figures into ``pictures/`` in the results folder and write ``report.html``.
 
-    Args:
-        study: a study with at least one complete trial.
-        baseline: metrics of the starting checkpoint; may be empty.
-        final: metrics of the best checkpoint; may be empty.
-        counts: numbers of images and classes.
+    The study must have a complete trial. ``baseline`` and ``final`` are the metrics of the starting checkpoint and of
+    the best one, and may be empty; ``counts`` is from ``count_images``.
     """
     trials, objective, folder = study.summaries(), study.objective, study.folder
     best = best_trial(trials, maximize=objective.maximize)
@@ -106,7 +103,6 @@ def _figures(study: Study, trials: Sequence[TrialSummary]) -> list[Section]:
 
 
 def _importances(study: Study) -> dict[str, float]:
-    """Return the share of the metric's variance that each option explains; empty with too few results."""
     done = study.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(done) < _MIN_TRIALS or len({trial.value for trial in done}) < 2:
         return {}

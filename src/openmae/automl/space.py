@@ -1,4 +1,4 @@
-"""Search space: the options to search and their ranges, from the schema, the spec and ``automl.ranges``."""
+"""The search space: the options to search and their ranges, from the schema, the spec and ``automl.ranges``."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Parameter:
         key: dotted key.
         low, high: inclusive bounds of a number; None for choices.
         choices: values to choose from; empty for a number.
-        weights: relative probability of each choice in a random draw; empty: all the same.
+        weights: relative probability of each choice in a random draw; empty if all are equal.
         log: whether to search on a logarithmic scale.
-        step: distance between values; None: continuous, or 1 for integers.
+        step: distance between values; None for a continuous number, or 1 for integers.
         integer: whether values are integers.
-        own: value in the spec; None: unset.
-        needs: another searched option, and its values with which this one has an effect; None: it always has.
+        own: value in the spec; None if it is unset or not in the range.
+        needs: another searched option, and its values for which this one has an effect; None if it always has.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Parameter:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Low and high of a number."""
+        """Lower and upper bound of a number."""
         assert self.low is not None
         assert self.high is not None
         return self.low, self.high
@@ -69,7 +69,7 @@ class Parameter:
         return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}{step}"
 
     def has_effect(self, params: Mapping[str, Any]) -> bool:
-        """Return whether the option has an effect together with the values drawn so far."""
+        """Return whether the option has an effect with the values drawn so far."""
         return self.needs is None or (self.needs[0] in params and meets(params[self.needs[0]], self.needs[1]))
 
     def suggest(self, trial: Trial) -> Any:
@@ -87,8 +87,8 @@ class Space:
     """The options to search.
 
     Attributes:
-        parameters: an option that others depend on comes before them.
-        left_out: default options that have no effect in this spec, with the reason.
+        parameters: the options, each after the one that it depends on.
+        left_out: options searched by default that cannot be searched with this spec, with the reason.
     """
 
     parameters: tuple[Parameter, ...]
@@ -96,7 +96,7 @@ class Space:
 
     @property
     def own(self) -> dict[str, Any]:
-        """Values of the spec, which trial 0 has."""
+        """The values in the spec, which trial 0 uses."""
         params: dict[str, Any] = {}
         for item in self.parameters:
             if item.own is not None and item.has_effect(params):
@@ -110,11 +110,11 @@ class Space:
 
     @property
     def log_keys(self) -> frozenset[str]:
-        """Options that are searched on a logarithmic scale."""
+        """Keys of the options searched on a logarithmic scale."""
         return frozenset(item.key for item in self.parameters if item.log)
 
     def suggest(self, trial: Trial) -> dict[str, Any]:
-        """Let Optuna choose the values of a trial, without options that have no effect in it."""
+        """Let Optuna choose the values of a trial, except for options that have no effect in it."""
         params: dict[str, Any] = {}
         for item in self.parameters:
             if item.has_effect(params):
@@ -123,14 +123,11 @@ class Space:
 
 
 def make_space(spec: ExperimentSpec) -> Space:
-    """Return the space of ``automl.parameters`` and ``automl.ranges``, or of the options searched by default.
-
-    Args:
-        spec: a resolved spec of the action ``automl``.
+    """Return the search space of a resolved spec: the options in ``automl.parameters``, or those searched by default.
 
     Raises:
-        SpecError: an option is unknown, cannot be searched or has no effect, or a range is impossible. The message
-            reports all mistakes.
+        SpecError: an option is unknown, cannot be searched or has no effect, or a range is invalid. The message reports
+            all mistakes.
     """
     named = [ALIASES.get(key, key) for key in spec.automl.parameters]
     ranges = {ALIASES.get(key, key): value for key, value in spec.automl.ranges.items()}
@@ -168,7 +165,7 @@ def make_space(spec: ExperimentSpec) -> Space:
 
 
 def epochs_of(spec: ExperimentSpec) -> int:
-    """Return the epochs of a full training run."""
+    """Return the number of epochs of a full training run."""
     return spec.automl.max_epochs or spec.train.num_epochs
 
 
@@ -189,7 +186,7 @@ def _not_searchable(key: str) -> str:
 
 
 def _without_effect(spec: ExperimentSpec, key: str, wanted: list[str]) -> str:
-    """Return why an option has no effect in a spec; empty where it has one."""
+    """Return why an option has no effect in a spec; empty if it has one."""
     if key in unused_by(spec.train.stage):
         return f"it has no effect in the {spec.train.stage} stage."
     if key == "train.optim.lr" and spec.train.optim.base_lr is not None:
@@ -205,7 +202,7 @@ def _without_effect(spec: ExperimentSpec, key: str, wanted: list[str]) -> str:
 
 
 def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wanted: list[str]) -> Parameter | str:
-    """Return the parameter of a key, with the user's range if one is given, or what is wrong with that range."""
+    """Return the parameter of a key, with the user's range if one is given, or a message if the range is invalid."""
     field, own = fields()[key], value_of(spec, key)
     low: Any
     high: Any
@@ -227,7 +224,7 @@ def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wa
     integer = field.annotation is int or field.annotation == (int | None)
     low, high = given or (search.low, search.high)
     if given is None:
-        if _is_number(own):  # trial 0 tries the value of the spec
+        if _is_number(own):  # trial 0 uses the value in the spec
             low, high = min(low, own), max(high, own)
         low, high = _capped(spec, key, low, high, integer, wanted)
         own = min(max(own, low), high) if _is_number(own) else None
@@ -258,7 +255,7 @@ def _is_number(value: Any) -> bool:
 def _capped(
     spec: ExperimentSpec, key: str, low: float, high: float, integer: bool, wanted: list[str]
 ) -> tuple[float, float]:
-    """Cap a default range by the option that bounds it, unless that one is searched too."""
+    """Limit a default range by the option that bounds it, unless that one is also searched."""
     sign, other = _condition(key)
     limit: Any = epochs_of(spec) if other == _EPOCHS else other and value_of(spec, other)
     if other not in wanted and _is_number(limit):
@@ -271,7 +268,7 @@ def _capped(
 
 
 def _fewest_units(spec: ExperimentSpec, wanted: list[str]) -> int:
-    """Return the smallest number of mask units per image among the architectures to search."""
+    """Return the smallest number of mask units per image of all architectures to search."""
     height, width = spec.dataset.augmentation.size
     given = spec.automl.ranges.get("model.arch", ()) if "model.arch" in wanted else ()
     names = [name for name in given if name in ARCHITECTURES] or [spec.model.arch]
@@ -280,9 +277,9 @@ def _fewest_units(spec: ExperimentSpec, wanted: list[str]) -> int:
 
 
 def _on_steps(step: float, low: float, high: float, own: Any) -> tuple[float, float, float]:
-    """Round bounds to multiples of a step; the step is halved if a bound or the spec's value is not a multiple.
+    """Round bounds to multiples of a step, which is halved if a bound or the value in the spec is not a multiple.
 
-    A half is enough: the only option with a step is the width of the decoder, whose heads are half a step wide.
+    Halving once is enough: the only option with a step is the decoder width, whose heads are half a step wide.
     """
     if any(_is_number(value) and value % step for value in (low, high, own)):
         step /= 2
@@ -290,19 +287,19 @@ def _on_steps(step: float, low: float, high: float, own: Any) -> tuple[float, fl
 
 
 def _condition(key: str) -> tuple[str, str]:
-    """Return the sign and the key of the option that bounds another one; both empty where there is none."""
+    """Return the comparison sign and the key of the option that bounds ``key``; both are empty if there is none."""
     condition = traits(key).cond
     sign = next((sign for sign in _SIGNS if condition.startswith(sign)), "")
     return sign, condition.removeprefix(sign).strip()
 
 
 def _rejected(spec: ExperimentSpec, found: Mapping[str, Parameter]) -> Iterator[str]:
-    """Report what the spec's rules say about trials at the ends of the ranges and with each choice."""
+    """Yield an error for each trial, at the ends of the ranges or with one of the choices, that would be rejected."""
     arch, items = found.get("model.arch"), [item for item in _ordered(found) if item.key != "model.arch"]
     low, high = ({item.key: (item.choices or item.bounds)[end] for item in items} for end in (0, -1))
     samples = [low, high, *({**low, item.key: value} for item in items for value in item.choices)]
     for item in items:
-        if _condition(item.key)[1] in found:  # the farthest from the order that the two options must keep
+        if _condition(item.key)[1] in found:  # the extreme cases for the order of the two options
             samples += [{**low, item.key: high[item.key]}, {**high, item.key: low[item.key]}]
     for name in arch.choices if arch else (spec.model.arch,):
         subject = f"automl.ranges.model.arch: {name}" if arch else "automl.ranges: a trial"

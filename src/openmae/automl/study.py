@@ -1,9 +1,9 @@
-"""The trials of a search in an Optuna study, which any number of workers share.
+"""The trials of a search in an Optuna study that any number of workers share.
 
-Each trial records which worker holds it. Workers lock the study for every change and first check that the trial is
-still theirs, so that a trial is created once, held by one worker and ended by that worker. If a worker is gone, another
-one takes over its trials with their parameters, reports and folders, and finds their jobs there, still running or at
-their last checkpoint.
+Each trial records which worker holds it. For every change, a worker locks the study and checks that it still holds the
+trial. Thus a trial is created once, held by one worker at a time, and ended by that worker. If a worker is gone,
+another one takes over its trials with their parameters, reports and folders, and finds their jobs there, either running
+or stopped at a checkpoint.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from openmae.spec.tree import get
 
 TRIALS = "trials"
 BEAT = 15.0  # seconds between two heartbeats of a worker
-LOST = 90.0  # seconds without a heartbeat after which a worker on another machine counts as gone
+LOST = 90.0  # seconds without a heartbeat after which a worker on another machine is considered gone
 
 FOLDER, SOURCES, EPOCHS, SECONDS, CAUSE, TRIES = "folder", "sources", "epochs", "seconds", "cause", "tries"
 _WORKER = "worker"
-_STUDY_NAME = ".study"  # file in the results folder: the study that its trials belong to
+_STUDY_NAME = ".study"  # file in the results folder with the name of the study that its trials belong to
 _STATES: dict[TrialState, State] = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "stopped early",
@@ -57,10 +57,10 @@ class HeldTrial:
     """A trial that this worker holds.
 
     Attributes:
-        trial: the live trial of Optuna.
+        trial: Optuna's trial.
         params: dotted key -> value.
-        folder: name of its folder below ``trials``.
-        sources: names of folders whose newest checkpoint it continues from; the first one that has a checkpoint counts.
+        folder: name of its folder in ``trials``.
+        sources: names of folders to continue from, at the newest checkpoint of the first folder that has one.
     """
 
     trial: Trial
@@ -70,16 +70,12 @@ class HeldTrial:
 
     @property
     def number(self) -> int:
-        """Number of the trial; trial 0 has the values of the spec."""
+        """Number of the trial; trial 0 uses the values in the spec."""
         return self.trial.number
 
 
 class Study:
-    """The study of a spec; it is created if it does not exist.
-
-    Args:
-        spec: spec of the search.
-        folder: local results folder; the default storage is a file in it.
+    """The study of a spec, which is created if it does not exist, in the local results folder by default.
 
     Raises:
         SpecError: the spec cannot be searched, the folder holds another search, or the storage cannot be used.
@@ -92,7 +88,7 @@ class Study:
         self.algorithm.check()
         host = f"{socket.gethostname()} {boot_id()}"  # two machines may have the same name
         self.me = {"host": host, "process": identify(os.getpid()), "token": uuid.uuid4().hex}
-        self._heartbeats: dict[int, tuple[float, float]] = {}  # last heartbeat of a trial, and when it was first seen
+        self._heartbeats: dict[int, tuple[float, float]] = {}  # last heartbeat of a trial, and when it was first read
         facts = json.loads(json.dumps(self._facts(spec)))
         name = _name(spec, facts)
         url, shown = storage_url(spec, folder)
@@ -110,7 +106,7 @@ class Study:
         if known:
             study = optuna.load_study(**options)
             before = study.user_attrs.get("facts", facts)
-            # an option that did not exist when the search was started had its default
+            # An option that did not exist when the search was started had its default value.
             before = {key: value for key, value in facts.items() if _is_default(key, value)} | before
             if before != facts and study.get_trials(deepcopy=False):
                 raise _other_search(folder, _changes(before, facts))
@@ -124,11 +120,11 @@ class Study:
     # ------------------------------------------------------------------------------------------ reading
 
     def trials(self) -> list[FrozenTrial]:
-        """Return the trials that were started, by number."""
+        """Return the trials that have been started, by number."""
         return [trial for trial in self._all() if trial.state != TrialState.WAITING]
 
     def unfinished(self) -> list[FrozenTrial]:
-        """Return the trials that have not ended, whoever holds them."""
+        """Return the trials that have not ended, in any worker."""
         return [trial for trial in self._all() if not trial.state.is_finished()]
 
     def mine(self) -> list[FrozenTrial]:
@@ -136,7 +132,7 @@ class Study:
         return [trial for trial in self._all() if self._is_mine(trial)]
 
     def best(self) -> FrozenTrial | None:
-        """Return the best complete trial, the first one of equals."""
+        """Return the best complete trial, the first one in case of a tie."""
         done = [trial for trial in self._all() if trial.state == TrialState.COMPLETE and trial.value is not None]
         sign = -1 if self.objective.maximize else 1
         return min(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number), default=None)
@@ -161,7 +157,7 @@ class Study:
     # ------------------------------------------------------------------------------------------ holding
 
     def next(self) -> HeldTrial | None:
-        """Take over a lost trial or create the next one; None if there is nothing to start now."""
+        """Take over a lost trial or create the next one; return None if there is nothing to start now."""
         with self._lock():
             trials = self._all()
             number = next((trial.number for trial in trials if self._is_lost(trial)), len(trials))
@@ -176,7 +172,7 @@ class Study:
             attrs = found.user_attrs
             folder, sources, before = attrs[FOLDER], attrs[SOURCES], attrs[_WORKER]
             if before is not None and before["host"] != self.me["host"]:
-                # its processes may still run on the other machine, where nothing here can see them
+                # Its processes may still run on the other machine, where this one cannot check them.
                 folder, sources = f"{number:03d}-{uuid.uuid4().hex[:6]}", [folder, *sources]
             for name, value in ((FOLDER, folder), (SOURCES, sources), (_WORKER, self._heartbeat())):
                 trial.set_user_attr(name, value)
@@ -208,20 +204,20 @@ class Study:
             if found:
                 if cause:
                     held.trial.set_user_attr(CAUSE, cause)
-                self.study.sampler = optuna.samplers.RandomSampler()  # at its end a grid would call study.stop()
+                self.study.sampler = optuna.samplers.RandomSampler()  # GridSampler would call study.stop() at its end
                 self.study.tell(held.number, value, state)
         return found is not None
 
     def release(self, number: int) -> None:
-        """Give up a trial, so that any worker may continue it."""
+        """Release a trial, so that any worker can continue it."""
         with self._holding(number) as found:
             if found:
-                self.study.sampler = optuna.samplers.RandomSampler()  # a grid would assign a point to the trial
+                self.study.sampler = optuna.samplers.RandomSampler()  # GridSampler would assign a point to the trial
                 resume_trial(self.study, found).set_user_attr(_WORKER, None)
 
     @contextmanager
     def _holding(self, number: int) -> Iterator[FrozenTrial | None]:
-        """Lock the study and yield a trial; None if this object does not hold it."""
+        """Lock the study and yield a trial, or None if this object does not hold it."""
         with self._lock():
             found = self._all()[number]
             yield found if self._is_mine(found) else None
@@ -231,15 +227,15 @@ class Study:
         return not trial.state.is_finished() and worker is not None and worker["token"] == self.me["token"]
 
     def _is_lost(self, trial: FrozenTrial) -> bool:
-        """Return whether an unfinished trial has no worker any more; the study must be locked."""
+        """Return whether an unfinished trial has no running worker; the study must be locked."""
         if trial.state.is_finished():
             return False
         worker = trial.user_attrs[_WORKER]
-        if worker is None or trial.state == TrialState.WAITING:  # its worker ended before it took the trial
+        if worker is None or trial.state == TrialState.WAITING:  # released, or the worker that created it ended
             return True
         if worker["host"] == self.me["host"]:
             return not is_running(worker["process"])
-        # The clocks of two machines differ: measure with this machine's clock how long a heartbeat has not changed.
+        # Clocks of two machines differ, so measure with this machine's clock how long the heartbeat has not changed.
         now = time.monotonic()
         beat, since = self._heartbeats.get(trial.number, (None, now))
         self._heartbeats[trial.number] = (worker["at"], now if beat != worker["at"] else since)
@@ -251,7 +247,7 @@ class Study:
     # ------------------------------------------------------------------------------------------ creating
 
     def _add(self, trials: list[FrozenTrial], number: int) -> None:
-        """Queue a trial with its attributes, so that it is complete even if this process is killed now."""
+        """Queue a trial with all its attributes at once, so that it is complete if this process is killed."""
         params, sources = (self.space.own, []) if number == 0 else ({}, [])
         if self._generation(number):
             params, source = self._inherit(trials, number)
@@ -266,15 +262,13 @@ class Study:
         return number // self.algorithm.settings.population_size if self.algorithm.generations > 1 else 0
 
     def _previous(self, trials: list[FrozenTrial], number: int) -> list[FrozenTrial]:
-        """Return the generation before that of a trial."""
         return [trial for trial in trials if self._generation(trial.number) == self._generation(number) - 1]
 
     def _is_ready(self, trials: list[FrozenTrial], number: int) -> bool:
-        """Return whether the previous generation has ended."""
         return all(trial.state.is_finished() for trial in self._previous(trials, number))
 
     def _inherit(self, trials: list[FrozenTrial], number: int) -> tuple[dict[str, Any], str]:
-        """Return the parameters of a trial of a later generation, and the folder whose weights it continues with."""
+        """Return the parameters of a trial of a later generation, and the folder of the weights that it starts from."""
         size = self.algorithm.settings.population_size
         before = {trial.number % size: trial for trial in self._previous(trials, number)}
         members = [Member(slot, trial.value, trial.params) for slot, trial in before.items()]
@@ -282,7 +276,7 @@ class Study:
         return params, before[slot].user_attrs[FOLDER]
 
     def _facts(self, spec: ExperimentSpec) -> dict[str, Any]:
-        """Return all values that identify the search; a search with other values is a different one."""
+        """Return the values that identify the search: with other values, it is a different search."""
         settings, name = self.algorithm.settings, self.algorithm.name
         searched = {item.key: item.range_words for item in self.space.parameters}
         facts = {
@@ -308,17 +302,18 @@ class Study:
 
 
 def resume_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
-    """Return the live trial of one that another process started: the only use of a private name of Optuna.
+    """Return a trial that another process started, so that it can be continued; this uses a private name of Optuna.
 
-    Optuna's public way, ``heartbeat_interval`` with ``RetryFailedTrialCallback``, fails the trial and queues a copy.
-    That would count its results twice, since successive halving compares with the rungs of failed trials too, and move
-    it to another bracket of Hyperband. It also waits for a grace period, even if the process is known to be dead.
+    Optuna's public API for this, ``heartbeat_interval`` with ``RetryFailedTrialCallback``, fails the trial and queues a
+    copy. Its results would count twice, since successive halving also compares with the rungs of failed trials, and the
+    copy could be in another bracket of Hyperband. It also waits for a grace period, even if the process is known to be
+    dead.
     """
     return Trial(study, trial._trial_id)
 
 
 def summarize(trial: FrozenTrial) -> TrialSummary:
-    """Return an Optuna trial for figures and tables."""
+    """Convert an Optuna trial for figures and tables."""
     value = trial.value
     if trial.state == TrialState.PRUNED and trial.intermediate_values:
         value = trial.intermediate_values[max(trial.intermediate_values)]
@@ -346,7 +341,7 @@ def _other_search(folder: Path, why: str) -> SpecError:
 
 
 def _check_folder(folder: Path, name: str, *, known: bool) -> None:
-    """Reject a folder with trials of another study, whose checkpoints would be mistaken for those of this one."""
+    """Reject a folder with trials of another study, since their checkpoints would be taken for those of this one."""
     mark, used = folder / _STUDY_NAME, (folder / TRIALS).is_dir() and any((folder / TRIALS).iterdir())
     if used and not known:
         raise SpecError(
@@ -365,7 +360,7 @@ def _is_default(key: str, value: Any) -> bool:
 
 
 def _name(spec: ExperimentSpec, facts: Mapping[str, Any]) -> str:
-    """Return the name of the study; in a shared database it is unique, and the same for all workers."""
+    """Return the name of the study, which is unique in a shared database and the same for all its workers."""
     if not spec.automl.storage:
         return "automl"
     set_values = {key: value for key, value in facts.items() if not _is_default(key, value)}

@@ -1,4 +1,4 @@
-"""Progress of a search on the terminal: a live table, or a line for each trial that ends."""
+"""Show the progress of a search on the terminal: a live table, or a log line for each trial that ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def format_params(params: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 class SearchProgress:
-    """Shows a search in a live table or as log lines, and writes to ``status.json`` if one is given."""
+    """Shows a search in a live table or as log lines, and writes to a ``status.json`` if one is given."""
 
     def __init__(self, study: Study, live: Live | None, status: StatusLog | None = None) -> None:
         self._study = study
@@ -41,7 +41,7 @@ class SearchProgress:
         self._ended = {trial.number for trial in study.summaries() if trial.state != "running"}
 
     def __call__(self, running: list[RunningTrial]) -> None:
-        """Show the state of the study; to be called after each turn of the worker."""
+        """Show the state of the study; called after each turn of the worker."""
         trials, objective = self._study.summaries(), self._study.objective
         best = best_trial(trials, maximize=objective.maximize)
         for trial in trials:
@@ -76,7 +76,6 @@ class SearchProgress:
         return Group(self._table([replace(t, seconds=now.get(t.number, t.seconds)) for t in trials], best), below)
 
     def _table(self, trials: Sequence[TrialSummary], best: TrialSummary | None) -> Table:
-        """Return a table of the best and the newest trials."""
         objective = self._study.objective
         keys = list(dict.fromkeys(key for trial in trials for key in trial.params))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

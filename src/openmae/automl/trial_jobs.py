@@ -1,4 +1,4 @@
-"""The jobs of a search: start and find the job of a trial, continue from its checkpoints, delete those of losers."""
+"""The jobs of a search: start and find the job of a trial, continue from checkpoints, and delete checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from openmae.storage import layout
 
 _MODELS = (layout.WEIGHTS_SUFFIX, ".safetensors")
 _WANDB = {"wandb.group": "automl", "wandb.name": "trial {}"}
-_EVALUATION_KEYS = (  # a checkpoint says everything else
+_EVALUATION_KEYS = (  # all others are stored in the checkpoint
     "encryption_key",
     "results_dir",
     "dataset.val_data_sources",
@@ -43,19 +43,12 @@ log = logging.getLogger("openmae")
 
 
 class TrialJobs:
-    """The jobs of a search; each trial has its own folder.
-
-    Args:
-        spec: spec of the search; a trial replaces some of its values.
-        folder: local results folder of the search.
-        algorithm: decides how many epochs a job trains.
-        platform: where jobs run.
-    """
+    """The jobs of a search, below its local results folder; ``platform`` is ``local``, ``slurm`` or ``ray``."""
 
     def __init__(self, spec: ExperimentSpec, folder: Path, algorithm: Algorithm, platform: str) -> None:
         self.folder = folder
         self.algorithm = algorithm
-        # Each machine has its own root: it would take the processes of another one for dead.
+        # Each machine has its own root, since processes on another machine would seem to be dead.
         self.client = Client(platform, root=folder / TRAININGS / (this_machine() if platform == "local" else platform))
         excluded = ("automl.", "wandb.run_id")  # trials cannot share one run of Weights & Biases
         specs = {key: value_of(spec, key) for key in fields() if spec.is_set(key) and not key.startswith(excluded)}
@@ -72,7 +65,7 @@ class TrialJobs:
         return self.folder / TRIALS / name
 
     def start(self, action: str, name: str, overrides: Mapping[str, Any]) -> Job:
-        """Start a job, or return the running one of this name.
+        """Start a job, or return the running job with this name.
 
         Raises:
             UserError: the spec is invalid.
@@ -83,7 +76,7 @@ class TrialJobs:
         train = action == "train"
         specs = self.specs if train else {key: self.specs[key] for key in _EVALUATION_KEYS if key in self.specs}
         level = log.level
-        log.setLevel(logging.ERROR)  # notices about the spec were logged once, and are in each job's log
+        log.setLevel(logging.ERROR)  # notices about the spec have been logged already
         try:
             return self.client.create_job(
                 action, specs, overrides, automl_policy="off" if train else None,
@@ -93,12 +86,12 @@ class TrialJobs:
             log.setLevel(level)
 
     def running(self, name: str) -> list[Job]:
-        """Return the running jobs of a name that this machine can observe."""
+        """Return the running jobs with a name, as far as this machine can observe them."""
         jobs = [job for job in self.client.list_jobs() if job.name == name]
         return [job for job in jobs if not job.finished and job.status != "UNKNOWN"]
 
     def train(self, held: HeldTrial, until: int) -> Job:
-        """Train a trial up to an epoch, from its newest checkpoint or the one that it continues from.
+        """Train a trial up to an epoch, from its newest checkpoint, otherwise from that of its sources.
 
         Raises:
             UserError: the parameters are invalid.
@@ -118,12 +111,11 @@ class TrialJobs:
         return self.start("train", _job_name(held.folder, until), overrides)
 
     def _source(self, held: HeldTrial) -> dict[str, str]:
-        """Return the override that lets a trial continue from the checkpoint of another folder."""
         for source in map(self.folder_of, held.sources):
             checkpoint = newest_checkpoint(list_folder(str(source)))
             if checkpoint is None:
                 continue
-            if self.algorithm.generations == 1:  # the same trial, taken over; pbt branches off instead
+            if self.algorithm.generations == 1:  # the same trial, taken over; in pbt, the source is another trial
                 folder = self.folder_of(held.folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 for name in _COPIED:
@@ -142,7 +134,7 @@ class TrialJobs:
             log.info("%s", self.client.wait(job).message)
 
     def delete_models(self, name: str, why: str = "") -> None:
-        """Delete the checkpoints of a trial and note why; its status, metrics and spec stay."""
+        """Delete the checkpoints of a trial and write a note why; its status, metrics and spec are kept."""
         for path in self.folder_of(name).glob("*"):
             if path.suffix in _MODELS:
                 path.unlink(missing_ok=True)
@@ -152,7 +144,7 @@ class TrialJobs:
 
 
 def this_machine() -> str:
-    """Return a name that is different on every machine and after every boot."""
+    """Return a name that differs between machines, and between boots of a machine."""
     host = socket.gethostname()
     start = hashlib.sha256(f"{host} {boot_id()}".encode()).hexdigest()
     return f"{host}-{start[:6]}"

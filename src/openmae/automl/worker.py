@@ -1,4 +1,4 @@
-"""The loop of a worker: run trials as jobs, compare them after each rung, and stop those that cannot win."""
+"""The loop of a worker: run trials as jobs, compare them after each rung, and stop those that are behind."""
 
 from __future__ import annotations
 
@@ -26,14 +26,10 @@ log = logging.getLogger("openmae")
 
 @dataclass
 class RunningTrial:
-    """A trial with its current job.
+    """A trial and its current job, which ends after epoch ``until``.
 
-    Attributes:
-        held: the trial.
-        job: its job.
-        until: the epoch after which the job ends.
-        seconds: time that its earlier jobs took.
-        timed_out: whether the job was cancelled because the trial exceeded ``automl.timeout``.
+    ``seconds`` is the duration of its earlier jobs. The job of a trial that exceeds ``automl.timeout`` is cancelled and
+    marked as ``timed_out``.
     """
 
     held: HeldTrial
@@ -50,14 +46,7 @@ class RunningTrial:
 
 @dataclass
 class Worker:
-    """Runs trials until none are left.
-
-    Attributes:
-        study: the study, shared with other workers.
-        jobs: starts and finds the jobs of trials.
-        changed: called after each turn with the running trials.
-        running: the running trials of this worker.
-    """
+    """Runs trials until none are left; ``changed`` is called with its running trials after each turn."""
 
     study: Study
     jobs: TrialJobs
@@ -67,10 +56,11 @@ class Worker:
     _beat_at: float = 0.0
 
     def run(self) -> None:
-        """Return when every trial of the study has ended, in this worker or in another one.
+        """Run until every trial of the study has ended, in this worker or in another one.
 
         Raises:
-            RunError: several trials in a row failed for the same reason, or the study cannot be read or written.
+            RunError: ``EQUAL_FAILURES`` trials in a row failed for the same reason, or the study cannot be read or
+                written.
             KeyboardInterrupt: the jobs have written checkpoints; the same command continues the search.
         """
         try:
@@ -90,7 +80,7 @@ class Worker:
             raise
 
     def turn(self) -> bool:
-        """Look at the running jobs, and start trials in free places; return whether anything is left to do."""
+        """Check the running jobs and start trials up to ``automl.max_concurrent``; return whether work is left."""
         for running in list(self.running):
             self._look_at(running)
         while len(self.running) < self.jobs.algorithm.settings.max_concurrent:
@@ -120,7 +110,6 @@ class Worker:
         self.running.append(RunningTrial(held, job, until, seconds or float(attrs.get(SECONDS) or 0.0)))
 
     def _until(self, number: int, done: int) -> int:
-        """Return the epoch at which the next job of a trial ends."""
         algorithm = self.jobs.algorithm
         if algorithm.generations == 1:
             return next(epochs for epochs in algorithm.rungs if epochs > done or epochs == algorithm.epochs)
@@ -149,13 +138,12 @@ class Worker:
         elif job.status == "ERROR":
             failure = client.get_failure_analysis(job.id)
             cause = f"{failure.category}: {first_line(failure.error)}" if failure else job.message
-            # if another trial succeeded, a diverging loss comes from the parameters of this one
+            # If another trial succeeded, the loss diverged because of the parameters of this one.
             self._fail(held, cause, shared=not (failure and failure.diverged and self.study.best()))
         else:
             self._judge(held, running.until, seconds)
 
     def _judge(self, held: HeldTrial, epoch: int, seconds: float) -> None:
-        """Report the value of a trial, then end it, stop it early or continue it."""
         value = self.study.objective.value_of(self.jobs.folder_of(held.folder))
         if value is None:
             cause = f"spec: it reported no finite {self.study.objective.metric}"
@@ -172,15 +160,10 @@ class Worker:
             self._start(held, seconds)
 
     def _fail(self, held: HeldTrial, cause: str, *, shared: bool = True) -> None:
-        """End a trial as failed; after an infrastructure failure it is tried again, up to a limit.
+        """End a trial as failed, or release it for another attempt after an infrastructure failure.
 
-        Args:
-            held: the trial.
-            cause: the cause, which starts with its category.
-            shared: whether other trials may fail for the same reason.
-
-        Raises:
-            RunError: the last trials all failed for this reason.
+        ``cause`` starts with its category; ``shared`` is whether other trials may fail for the same reason. Raise
+        RunError if the last ``EQUAL_FAILURES`` such failures have the same cause.
         """
         tries = int(held.trial.user_attrs.get(TRIES) or 0) + 1
         if cause.startswith("infrastructure") and tries < EQUAL_FAILURES:
@@ -205,9 +188,8 @@ class Worker:
             self._delete_models()
 
     def _delete_models(self) -> None:
-        """Delete the checkpoints that no trial needs any more."""
         algorithm = self.jobs.algorithm
-        trials, best = self.study.trials(), self.study.best()  # in this order: one that ends in between is kept
+        trials, best = self.study.trials(), self.study.best()  # in this order, to keep a trial that ends in between
         size = algorithm.settings.population_size
         newest = max((trial.number // size for trial in trials), default=0)
         for trial in trials:
@@ -221,7 +203,6 @@ class Worker:
                     self.jobs.delete_models(name)
 
     def _release_all(self) -> None:
-        """Stop the jobs, and leave the trials to any worker that continues."""
         mine = self.study.mine()
         self.jobs.cancel_all([trial.user_attrs[FOLDER] for trial in mine])
         for running in self.running:
@@ -233,7 +214,7 @@ class Worker:
 
 
 def _seconds(job: Job) -> float:
-    """Return how long a job has run, without its time in a queue."""
+    """Return the seconds that a job has run, without its time in the queue."""
     times = [parse_time(item.at) for item in job.transitions]
     ends = [*times[1:], datetime.now(tz=UTC)]
     spans = zip(job.transitions, times, ends, strict=True)

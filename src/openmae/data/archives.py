@@ -1,4 +1,4 @@
-"""From a source in a spec to a local folder: remote sources are downloaded, archives extracted into the cache, once."""
+"""Resolve a data source to a local folder: download remote sources and extract archives, once, into the cache."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("openmae")
 
 ARCHIVE_KINDS = ".tar, .tar.gz, .tgz or .zip"
-FREE_BYTES = 10**9  # any archive may hold this much; more must be at most
-LARGEST_RATIO = 200  # times the size of the archive
-FREE_MEMBERS = 100_000  # any archive may have this many; if it has more, members must average
-SMALLEST_MEMBER = 400  # bytes of the archive and
-SMALLEST_CONTENT = 64  # bytes of content; no image is smaller
+# Limits against archives made to fill the disk.
+FREE_BYTES = 10**9  # any archive may hold this much content,
+LARGEST_RATIO = 200  # or else this many times its own size
+FREE_MEMBERS = 100_000  # any archive may have this many members; with more, the average member must have
+SMALLEST_MEMBER = 400  # this many bytes of the archive,
+SMALLEST_CONTENT = 64  # and this many bytes of content (no image is smaller)
 _LARGEST_HEADER = 1 << 20
 _METADATA = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE),
@@ -40,18 +41,18 @@ _METADATA = (
 )
 _DAMAGE = (
     *(tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
-    *(EOFError, NotImplementedError, UnicodeError),  # UnicodeError: names that are declared as UTF-8 and are not
+    *(EOFError, NotImplementedError, UnicodeError),  # UnicodeError: names declared as UTF-8 that are not
 )
 _ZIP_METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA"}
 _OTHER_ZIP_METHODS = {9: "Deflate64", 93: "Zstandard", 95: "XZ", 98: "PPMd"}
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """A header that must be valid or an end mark. Python takes a broken header for the end of the archive."""
+    """A tar header that must be valid or an end mark; Python takes a broken header for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        """Read the next header; raise ReadError for a broken one, unless it follows an end mark."""
+        """Read the next header; raise ReadError if it is broken, unless it follows an end mark."""
         assert isinstance(archive, StrictTar)
         try:
             member = super().fromtarfile(archive)
@@ -70,18 +71,18 @@ class StrictTarInfo(tarfile.TarInfo):
         return member
 
     def _proc_member(self, archive: tarfile.TarFile) -> Self:
-        if self.type in _METADATA and self.size > _LARGEST_HEADER:  # would be read into memory
+        if self.type in _METADATA and self.size > _LARGEST_HEADER:  # tarfile would read it into memory
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
 class StrictTar(tarfile.TarFile):
-    """A tar file that is read to its end, including those that follow it, as ``cat a.tar b.tar`` writes them.
+    """A tar file that is read to its end, also if it is a concatenation such as ``cat a.tar b.tar``.
 
     Attributes:
-        ended: the last block was an end mark.
-        place: of the file, for messages.
-        on_skip: receives the number of bytes read between the members.
+        ended: whether the last block was an end mark.
+        place: path of the file, for messages.
+        on_skip: called with the number of bytes of each end mark.
     """
 
     tarinfo = StrictTarInfo
@@ -94,16 +95,16 @@ class StrictTar(tarfile.TarFile):
 def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None) -> Path:
     """Return a local folder with the content of ``source``.
 
-    A folder is returned as it is. An archive (.tar, .tar.gz, .tgz, .zip) is extracted once per version; an interrupted
-    extraction is never mistaken for a complete one, and of several processes that need it at the same time one
-    extracts. A remote folder is downloaded; a remote archive is downloaded, extracted and then deleted.
+    A local folder is returned as it is. An archive (.tar, .tar.gz, .tgz, .zip) is extracted once per version: an
+    incomplete extraction is never used, and of several processes that need the archive at the same time only one
+    extracts it. A remote folder is downloaded; a remote archive is downloaded, extracted and then deleted.
 
     Args:
         source: a folder or an archive: a path, or an s3://, gs://, http:// or https:// URL.
-        cache_dir: where archives are extracted; default: ``sources`` in the cache.
+        cache_dir: where local archives are extracted; default: ``sources`` in the cache.
 
     Raises:
-        DataError: the source does not exist, is empty, not an archive, damaged or malicious, or too large.
+        DataError: the source does not exist, is empty, not an archive, damaged, malicious or too large.
     """
     text = os.fspath(source).strip()
     if not text:
@@ -126,7 +127,7 @@ def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None
 
 
 def _local_source(text: str) -> Path:
-    """Return the absolute path of a folder with entries, or of a readable file."""
+    """Return the absolute path of a non-empty folder or a readable file."""
     try:
         path = Path(text).expanduser().resolve()
         if not path.exists() and (other := Path(original_name(text)).expanduser()).exists():
@@ -193,7 +194,7 @@ def _hint_for_missing(path: Path) -> str:
 
 
 def _extract(archive: Path, folder: Path, shown: str = "") -> None:
-    """Extract ``archive``, which messages name ``shown``, into an empty folder."""
+    """Extract ``archive`` into an empty folder; messages name it ``shown``."""
     log.info("Extracting %s into %s", shown or archive, folder.parent)
     try:
         _extract_members(archive, folder)
@@ -228,7 +229,7 @@ def _extract_members(archive: Path, folder: Path) -> None:
 
 
 class _Budget:
-    """The limits on the content of an archive, against archives that are made to fill the disk."""
+    """Counts the content of an archive and raises DataError at the limits."""
 
     def __init__(self, archive: Path) -> None:
         self.archive = archive
@@ -264,7 +265,7 @@ class _Budget:
 
 
 def _members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield the name and the open content of each regular file."""
+    """Yield the name and an open stream of each regular file."""
     # Try tar first: is_zipfile accepts a tar whose last member is a zip.
     if _is_tar(archive):
         yield from _tar_members(archive, budget)
@@ -291,7 +292,7 @@ def _tar_members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes
         tar.place, tar.on_skip = str(archive), budget.take
         for member in tar:
             budget.member()
-            tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps them all
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them in memory
             if member.issym() or member.islnk():
                 raise _refused(archive, member.name, f"is a link to {member.linkname!r}")
             if member.isdir():
@@ -306,7 +307,7 @@ def _zip_members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes
     with zipfile.ZipFile(archive) as bundle:
         for member in bundle.infolist():
             budget.member()
-            if not member.filename:  # zipfile fails on it
+            if not member.filename:  # zipfile fails on an empty name
                 raise _refused(archive, "", "has no name")
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind == stat.S_IFLNK:

@@ -1,4 +1,4 @@
-"""Check of a data set: every image is read and decoded once."""
+"""Check a data set: read and decode every image once."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from openmae.storage.printable import printable_name
 
 @dataclass
 class CheckResult:
-    """The findings about a data set.
+    """The result of checking a data set.
 
     Attributes:
         index: the data set.
-        sizes: int64 [N, 2], width and height of the readable images, upright, in pixels.
-        file_sizes: int64 [N], of the readable images, in bytes.
+        sizes: int64 [N, 2], width and height in pixels of the readable images, after EXIF rotation.
+        file_sizes: int64 [N], file sizes of the readable images in bytes.
         formats: number of images by format and mode, such as "JPEG RGB".
         corrupt: (name, reason) of images that cannot be decoded.
-        further: (name, description) of readable files with several images, of which the first is read.
-        duplicates: groups of readable images with equal bytes, by name.
-        contradictions: number of ``duplicates`` with different labels.
+        further: (name, description) of readable files with several images, of which only the first is read.
+        duplicates: names of readable images, grouped by equal content.
+        contradictions: number of groups of duplicates with different labels.
     """
 
     index: ImageIndex
@@ -46,7 +46,7 @@ class CheckResult:
 
     @property
     def redundant(self) -> int:
-        """The number of images to remove if one of each group of duplicates is kept."""
+        """The number of images to remove to keep one of each group of duplicates."""
         return sum(len(group) - 1 for group in self.duplicates)
 
     @cached_property
@@ -77,12 +77,7 @@ class _Image(NamedTuple):
 
 
 def check_images(index: ImageIndex, advance: Callable[[], object] = lambda: None) -> CheckResult:
-    """Read and decode every image of ``index``, in as many threads as there are cores.
-
-    Args:
-        index: the data set.
-        advance: called after each image.
-    """
+    """Read and decode every image of ``index`` with one thread per core; ``advance`` is called after each image."""
     result = CheckResult(index)
     groups: defaultdict[bytes, list[int]] = defaultdict(list)
     readable: list[_Image] = []
@@ -109,7 +104,7 @@ def _check(index: ImageIndex, number: int) -> _Image | CorruptImage:
     try:
         content = index.read(number)
         with ImageFile(index.file(number), io.BytesIO(content), index.max_pixels) as image:
-            image.pixels(at_least=(1, 1))  # reads a JPEG completely, at the lowest resolution
+            image.pixels(at_least=(1, 1))  # reads all of a JPEG, but decodes it at the lowest resolution
             height, width = image.size
             digest = hashlib.sha256(content).digest()[:16]
             kind = f"{image.format} {image.mode}"

@@ -1,4 +1,4 @@
-"""Record of images that cannot be decoded, and a notice on files with several images."""
+"""Record images that cannot be decoded, and warn of files with several images."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ log = logging.getLogger("openmae")
 
 
 class CorruptFiles:
-    """Lists the corrupt files of a data set, and ends the run if there are too many.
+    """The list of the corrupt files of a data set, which ends the run if there are too many.
 
-    The list is shared by all ranks and by resumed runs; each file is listed once.
-
-    Args:
-        index: the data set.
-        folder: the results folder; ``corrupt_files.txt`` is written there (printable path, tab, reason).
-        max_fraction: the largest tolerated fraction of the data set.
+    All ranks and resumed runs share the list, ``corrupt_files.txt`` in the results folder (printable path, tab,
+    reason). ``max_fraction`` is the largest tolerated fraction of corrupt files.
     """
 
     def __init__(self, index: ImageIndex, folder: Path, max_fraction: float) -> None:
@@ -35,14 +31,14 @@ class CorruptFiles:
 
     @property
     def count(self) -> int:
-        """The number of corrupt files of this data set so far."""
+        """The number of corrupt files so far."""
         return len(self._known)
 
     def record(self, corrupt: Iterable[tuple[str, str]]) -> None:
         """Add (relative path, reason) pairs.
 
         Raises:
-            DataError: more than ``max_fraction`` of the data set is corrupt, or all of it.
+            DataError: more than ``max_fraction`` of the files are corrupt, or all of them.
         """
         new = {self._index.full_name(path): encodable(reason) for path, reason in corrupt}
         if new.keys() <= self._known:
@@ -51,7 +47,7 @@ class CorruptFiles:
         text = self._list.read_text(encoding="utf-8", errors="replace") if self._list.exists() else ""
         listed = dict(line.split("\t", 1) for line in text.split("\n") if "\t" in line)
         fresh = {path: reason for path, reason in new.items() if path not in listed}
-        # No lock: one small append is atomic, and a file that two ranks list at the same time still counts once.
+        # No lock: a small append is atomic, and a file that two ranks add at the same time still counts once.
         with self._list.open("a", encoding="utf-8") as stream:
             stream.write("".join(f"{path}\t{reason}\n" for path, reason in fresh.items()))
         for path, reason in fresh.items():
@@ -72,7 +68,7 @@ class CorruptFiles:
 
 
 def warn_of_further_images(index: ImageIndex, path: str, further: str) -> None:
-    """Log that only the first image of a file is read; ``further`` as in ``ImageFile.further_images``."""
+    """Warn that only the first image of a file is read; ``further`` is its ``ImageFile.further_images``."""
     log.warning(
         "%s has %s, of which only the first is read. `mae dataset check` lists all such files.",
         *(index.full_name(path), further),

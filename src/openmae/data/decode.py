@@ -1,4 +1,4 @@
-"""Decoding of one image, the same for folders, shards, packing, inference and serving."""
+"""Decode one image, in the same way for folders, shards, packing, inference and serving."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Size = tuple[int, int]  # height, width
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 log = logging.getLogger("openmae")
-# Otherwise every process prints Pillow's messages on files that it can read (broken EXIF, ...).
+# Do not print Pillow's messages about files that it can read (such as broken EXIF) in every process.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Image generators store prompts of several MB in PNG files. Pillow refuses more than 1 MiB per text, and 64 MiB in all.
+# Image generators store prompts of several MB in PNG files. Pillow limits each text to 1 MiB, and all texts to 64 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
-# Memory that a file of N pixels may take: four channels of 32 bits, plus texts and profiles.
+# The largest file size for N pixels: four channels of 32 bits, plus texts and profiles.
 _BYTES_PER_PIXEL, _EXTRA_BYTES = 16, 1 << 26
 _PILLOW_TEXTS = {
     "not identified by this driver": "its header is damaged",
@@ -62,7 +62,7 @@ class NotAnImage(CorruptImage):
 
 
 class TooManyPixels(CorruptImage):
-    """An image with more pixels than allowed; ``got`` describes how many it has."""
+    """An image with more pixels than allowed; ``got`` says how many."""
 
     def __init__(self, path: Path, got: str, max_pixels: int) -> None:
         limit = f"{MAX_KEY}={max_pixels / 1e6:g}"
@@ -73,20 +73,20 @@ class TooManyPixels(CorruptImage):
 
 
 class ImageFile:
-    """An image file whose header has been read: the size is known, pixels are decoded on request.
+    """An image file whose header has been read; its pixels are decoded on request.
 
     Use it as a context manager, so that the file is closed.
 
     Args:
-        path: of the file, or a name for ``content``.
+        path: path of the file, or a name for ``content``.
         content: an open file to read instead of ``path``; it is closed with this object.
         max_pixels: the largest width x height.
 
     Attributes:
         format: Pillow's name of the format.
-        mode: Pillow's name of the pixel format in the file.
-        size: (height, width) of the upright image.
-        transparent: the file may have transparent parts.
+        mode: Pillow's mode of the file, such as "RGB".
+        size: (height, width) of the image after EXIF rotation.
+        transparent: whether the file may have transparent parts.
 
     Raises:
         CorruptImage: on opening or decoding, for any error in the file.
@@ -118,14 +118,14 @@ class ImageFile:
         self._file.close()
 
     def pixels(self, in_chans: int = 3, box: Box | None = None, at_least: Size | None = None) -> Pixels:
-        """Decode the part of the upright image inside ``box``. May be called once.
+        """Decode the part of the upright image inside ``box``. May be called only once.
 
         Args:
             in_chans: 1 (grey), 3 (RGB) or 4 (RGBA). For 1 and 3, transparent parts become white; for 4, an image
                 without transparency is opaque.
             box: default: the entire image.
-            at_least: (height, width) to which the caller will scale the box down. A JPEG is then decoded at 1/2, 1/4
-                or 1/8 scale if the box stays at least that large.
+            at_least: (height, width) that the caller will scale the box down to. A JPEG is decoded at 1/2, 1/4 or 1/8
+                scale if the box is still at least that large.
 
         Returns:
             [H, W, in_chans], uint8; float32 in 0..255 for grey files of 9 to 16 bits. (Pillow reduces 16-bit colour
@@ -153,11 +153,11 @@ class ImageFile:
 
     @property
     def further_images(self) -> str:
-        """A description of a file with more than the image that is read, such as ``several pages``; otherwise empty.
+        """The kind of further images in the file, such as "several pages"; empty if there are none.
 
-        Read it after ``pixels``. Further images in a phone's JPEG (depth, brightness) do not count.
+        Read it after ``pixels``. Auxiliary images in a phone's JPEG (depth, gain map) do not count.
         """
-        try:  # only the first image of the file has been decoded, the others may be damaged
+        try:  # the other images of the file may be damaged
             if self.format != "MPO" and getattr(self._image, "is_animated", False):
                 return {"TIFF": "several pages", "HEIF": "several images"}.get(self.format, "several frames")
         except Exception:
@@ -190,22 +190,18 @@ class ImageFile:
             yield
         except (MemoryError, CorruptImage):
             raise
-        except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, ...
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... for damaged files
             raise CorruptImage(self.path, describe_error(error)) from error
 
 
 def read_header(path: Path, file: BinaryIO, max_pixels: int) -> Image.Image:
-    """Recognise the format of an open file and read its header, without decoding any pixel.
-
-    Args:
-        path: of the file, for messages.
-        file: at any position; it stays open.
-        max_pixels: the largest width x height.
+    """Recognise the format of an open file and read its header, without decoding pixels; the file stays open.
 
     Raises:
         NotAnImage: the content is not in a supported format.
         TooManyPixels: the image is larger than ``max_pixels``.
-        Exception: any error of a decoder in a damaged header.
+        CorruptImage: the file is too long.
+        Exception: any error that a decoder raises for a damaged header.
     """
     file.seek(0)
     start = file.read(SIGNATURE_BYTES)
@@ -219,12 +215,12 @@ def read_header(path: Path, file: BinaryIO, max_pixels: int) -> Image.Image:
 
         pillow_heif.register_heif_opener()
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = math.ceil(max_pixels / 2)  # per process; Pillow refuses more than twice as many
+        Image.MAX_IMAGE_PIXELS = math.ceil(max_pixels / 2)  # per process; Pillow's limit is twice this
     if kind not in Image.OPEN:
         Image.init()
     file.seek(0)
     try:
-        # Image.open would hide the reader's error behind "cannot identify image file".
+        # Image.open would replace the decoder's error by "cannot identify image file".
         image = Image.OPEN[kind][0](file, "")
     except Image.DecompressionBombError as error:
         raise TooManyPixels(path, "too many", max_pixels) from error
@@ -245,7 +241,7 @@ def check_length(path: Path, file: BinaryIO, max_pixels: int) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """Return what a decoder's error means for the file, without addresses of objects in memory."""
+    """Return a decoder's error as the reason why a file cannot be read, without memory addresses."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(_OBJECT.sub("the file", f"{error}").split())
@@ -257,18 +253,18 @@ def describe_error(error: Exception) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8. Pillow itself rotates a TIFF while it loads it."""
+    """Return the EXIF orientation, 1 to 8; 1 for a TIFF, which Pillow rotates itself."""
     if image.format == "TIFF":
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a broken EXIF block raises anything, and the pixels may still be sound
+    except Exception:  # a broken EXIF block raises anything, and the pixels may still be readable
         return 1
     return value if value in range(1, 9) else 1
 
 
 def _deep_grey(image: Image.Image, file: Image.Image) -> npt.NDArray[np.float32]:
-    """Scale a grey image of 9 to 16 bits to 0..255: float32 [H, W]; a TIFF says which values are black and white."""
+    """Scale a grey image of 9 to 16 bits to 0..255, float32 [H, W]; a TIFF has tags for its bit depth and polarity."""
     tags: Any = file.tag_v2 if isinstance(file, TiffImagePlugin.TiffImageFile) else {}
     white = 2 ** int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]) - 1
     grey = np.minimum(np.array(image, dtype=np.float32) / np.float32(white / 255), np.float32(255))

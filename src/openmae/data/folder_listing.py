@@ -1,4 +1,4 @@
-"""Listing of a folder: its images, and counts of everything that is not read."""
+"""List a folder: its images, and the number of files that are not read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS_FILE = "labels.csv"
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
 NO_SUFFIX = "without a suffix"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_SHOWN = 8  # kinds that a message names
+_SHOWN = 8  # kinds of files listed in a message
 _SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _STATUS_KEYS = {"date", "time", "status"}
 # Images that actions write into their results folders; other images there belong to the user.
@@ -30,13 +30,7 @@ _RESULT_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class SkippedFiles:
-    """Files of one kind that are not read.
-
-    Attributes:
-        kind: their suffix, such as ``.heic``, or a description.
-        count: how many.
-        example: one of them, relative to the source, printable.
-    """
+    """Files of one kind that are not read; ``kind`` is a suffix or a description, ``example`` a relative path."""
 
     kind: str
     count: int
@@ -48,12 +42,10 @@ class SkippedFiles:
 
 @dataclass(frozen=True)
 class FolderListing:
-    """Names below a folder.
+    """The contents of a folder.
 
-    Attributes:
-        images: relative posix paths, sorted; names that are not UTF-8 as ``os.fsdecode`` returns them.
-        skipped: files that are not read, the most frequent kind first.
-        results: folders that contain results of OpenMAE, which are not read.
+    ``images`` are relative POSIX paths, sorted, with bytes that are not UTF-8 decoded as by ``os.fsdecode``.
+    ``results`` are folders with results of OpenMAE, which are not read.
     """
 
     images: list[str]
@@ -63,27 +55,27 @@ class FolderListing:
 
 @dataclass
 class SkippedCounter:
-    """Counts skipped files by kind, with the first name in alphabetical order as the example of each."""
+    """A counter of skipped files by kind; the example of a kind is its alphabetically first name."""
 
     _found: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
-        """Count files of a kind."""
+        """Count ``count`` files of a kind."""
         before, example = self._found.get(kind, (0, name))
         self._found[kind] = before + count, min(name, example)
 
     def counts(self) -> dict[str, tuple[int, str]]:
-        """Return the number of files of each kind and an example, the most frequent kind first."""
+        """Return a dict from kind to (count, example), the most frequent kind first."""
         return dict(sorted(self._found.items(), key=lambda item: (-item[1][0], item[0])))
 
     def skipped(self) -> tuple[SkippedFiles, ...]:
-        """Return the kinds, the most frequent one first."""
+        """Return the kinds, the most frequent first."""
         counts = self.counts().items()
         return tuple(SkippedFiles(kind, count, printable_name(name)) for kind, (count, name) in counts)
 
 
 def file_kind(name: str) -> str:
-    """Return the lower-case suffix of a file (``.tar.gz`` counts as one), or "without a suffix"."""
+    """Return the lower-case suffix of a file (``.tar.gz`` counts as one), or ``NO_SUFFIX``."""
     stem, suffix = os.path.splitext(os.path.basename(name).lower())
     inner = os.path.splitext(stem)[1]
     return printable_name((inner if suffix in _COMPRESSED and inner == ".tar" else "") + suffix) or NO_SUFFIX
@@ -95,16 +87,16 @@ def is_visible(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is taken for an image, by its suffix."""
+    """Return whether a file has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def list_folder(folder: Path) -> FolderListing:
-    """Return the images below ``folder``, and what else is there.
+    """List the images below ``folder``, recursively, and the files that are not read.
 
-    Links to folders are followed. Each folder is read once, under its real name if that is also below ``folder``.
-    Hidden entries and ``__MACOSX`` are skipped, and so are images in results folders that an action has written: the
-    next training run must not read the reconstructions of the last one.
+    Links to folders are followed. A folder that can be reached in several ways is read once, by a path without links
+    where there is one. Hidden entries and folders of the operating system are skipped, and so are images that OpenMAE
+    has written, so that a training run does not read the reconstructions of an earlier one.
 
     Raises:
         DataError: a folder cannot be read.
@@ -128,7 +120,7 @@ def list_folder(folder: Path) -> FolderListing:
         writer = "" if in_results else _results_writer(path, entries)
         if writer:
             results.append(prefix.rstrip("/") or ".")
-            if writer != "action":  # jobs and the quickstart may write any image
+            if writer != "action":  # folders of jobs and of the quickstart may contain any image
                 continue
             in_results = True
         for name, entry in entries.items():
@@ -136,7 +128,7 @@ def list_folder(folder: Path) -> FolderListing:
                 continue
             if _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append((f"{prefix}{name}/", in_results))
-            elif is_image(name):  # also a broken link, which counts as a corrupt image later
+            elif is_image(name):  # or a broken link, which is reported as a corrupt image when it is read
                 images.append(prefix + name)
             elif in_results or name == layout.CORRUPT_LIST or name.endswith(".tar.index.json"):
                 continue
@@ -152,21 +144,21 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
     """Return the visible entries of a folder.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the folder cannot be read.
     """
     with _explained(folder), os.scandir(folder) as found:
         return [entry for entry in found if is_visible(entry.name)]
 
 
 def describe_skipped(skipped: Sequence[SkippedFiles]) -> str:
-    """Return the kinds with their numbers and an example each, in one line."""
+    """Return one line with the count and an example of each kind."""
     more = len(skipped) - _SHOWN
     text = ", ".join(map(str, skipped[:_SHOWN]))
     return f"{text} and {more} more kind{'s' if more > 1 else ''}" if more > 0 else text
 
 
 def how_to_read(skipped: Sequence[SkippedFiles]) -> str:
-    """Return how to make the images among skipped files readable; empty if there are none."""
+    """Return how to make skipped images readable; empty if no skipped file is an image."""
     ways: dict[str, list[str]] = {}
     for kind in skipped:
         if kind.kind in KNOWN_UNREAD_SUFFIXES:
@@ -175,7 +167,7 @@ def how_to_read(skipped: Sequence[SkippedFiles]) -> str:
 
 
 def _results_writer(folder: Path, names: Iterable[str]) -> str:
-    """Return which part of OpenMAE has written a folder: ``action``, ``job``, ``quickstart``, or "" for none."""
+    """Return which part of OpenMAE wrote a folder: "action", "job" or "quickstart"; "" if none did."""
     names = set(names)
     if {"job.json", "spec.yaml"} <= names:
         return "job"
@@ -221,11 +213,11 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
-    """Return a number and its noun, followed by the singular or plural verb: ``2 images are``."""
+    """Return a number, its noun in singular or plural, and the verb ``one`` or ``many``: ``2 images are``."""
     return f"{count:,} {noun} {one}".rstrip() if count == 1 else f"{count:,} {noun}s {many}".rstrip()
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, printable, and how many more there are."""
+    """Return the first ``most`` names, printable, and the number of those left."""
     left = len(names) - most
     return ", ".join(map(printable_name, names[:most])) + (f" and {left:,} more" if left > 0 else "")

@@ -1,8 +1,8 @@
-"""Image formats that are read: one table for folders, archives, shards, packing and serving.
+"""The image formats that OpenMAE reads, for folders, archives, shards, packing and serving.
 
-A format is recognised by the first bytes of a file, never by its name. The suffix only decides which files of a folder
-or an archive are taken for images. Decoders that run other programs (EPS) and formats without a signature (TGA) are
-left out.
+A format is recognised by the first bytes of a file, never by its suffix, which only decides whether a file in a folder
+or an archive counts as an image. Formats whose decoder runs another program (EPS) or that have no signature (TGA) are
+not supported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIGNATURE_BYTES = 256  # enough to recognise a format
 
 
 class _Format(NamedTuple):
-    """A supported format: its name in messages, its suffixes, and the module of ``PIL.features`` that decodes it."""
+    """A supported format: its name in messages, its suffixes, and the ``PIL.features`` module that it needs."""
 
     title: str
     suffixes: tuple[str, ...]
@@ -43,7 +43,7 @@ _OTHERS = (
     ".sgi .ras .xbm .xpm .qoi .bpg .flif .djvu"
 )
 
-_SIGNATURES = (  # a signature, and Pillow's name of the format
+_SIGNATURES = (  # signature, Pillow's name of the format
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"BM", "BMP"),
@@ -55,7 +55,7 @@ _SIGNATURES = (  # a signature, and Pillow's name of the format
 )
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
-_OTHER_CONTENT = (  # found in files that are named like images
+_OTHER_CONTENT = (  # other signatures found in files with the suffix of an image
     (b"%!PS", "a PostScript (EPS) file"),
     (b"%PDF", "a PDF file"),
     (b"8BPS", "a Photoshop file"),
@@ -103,9 +103,9 @@ KNOWN_UNREAD_SUFFIXES: Mapping[str, str] = {
 
 
 def recognise(start: bytes) -> str | None:
-    """Return Pillow's name of the format of a file that begins with ``start``; None if it is not in the table.
+    """Return Pillow's name of the format of a file that begins with ``start``; None if it is not supported.
 
-    This installation may lack a decoder for the format; see ``READ_FORMATS``.
+    The decoder may be missing in this installation; see ``READ_FORMATS``.
     """
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return "WEBP"
@@ -117,7 +117,7 @@ def recognise(start: bytes) -> str | None:
 
 
 def why_not_read(start: bytes) -> str:
-    """Return why a file that begins with ``start`` is not read."""
+    """Return why a file that begins with ``start`` cannot be read."""
     if not start:
         return "the file is empty (0 bytes)"
     name = recognise(start)

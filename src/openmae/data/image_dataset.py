@@ -1,4 +1,4 @@
-"""The PyTorch data set over an index, and the samplers that order it."""
+"""The PyTorch data set of the images of an index, and its samplers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openmae.data.transforms import Transform, rng_at
 from openmae.errors import DataError
 
 Address = tuple[int, int]  # epoch, index
-_MAX_TRIES = 16  # images that are tried instead of a corrupt one
+_MAX_TRIES = 16  # consecutive images to try if one is corrupt
 
 
 class Batch(NamedTuple):
@@ -23,12 +23,12 @@ class Batch(NamedTuple):
 
     Attributes:
         images: [B, C, H, W], uint8, or float32 in 0..255 if one of them has 16 bits. B may be 0 in evaluation, where
-            all ranks run equally many batches and corrupt files are left out.
+            all ranks have the same number of batches and corrupt files are left out.
         labels: int64 [B]; -1 for an image without a label.
         indices: int64 [B]; positions in the index of the data set.
-        epoch: the epoch that the sampler addressed.
+        epoch: the epoch that the images were drawn for.
         corrupt: (relative path, reason) of files that could not be decoded.
-        further: (relative path, description) of a file with several images; the first one that a process reads.
+        further: (relative path, description) of a file with several images; only the first one that a process finds.
     """
 
     images: torch.Tensor
@@ -40,14 +40,14 @@ class Batch(NamedTuple):
 
 
 class ImageDataset(Dataset[Batch]):
-    """The transformed images of an index, each as a batch of one, or of none if no file could be decoded.
+    """The transformed images of an index; each item is a batch of one image, or an empty one if it cannot be decoded.
 
-    Item (epoch, i) does not depend on when or where it is made.
+    Items are addressed by (epoch, i) and depend on nothing else, so every process makes the same ones.
 
     Args:
         index: the images and their labels.
-        transform: from an open image to a tensor.
-        seed: the transform's random numbers follow from it, the epoch and i.
+        transform: makes a tensor from an open image.
+        seed: determines, with the epoch and i, the transform's random numbers.
         replace_corrupt: return the next readable image instead of a corrupt one (training). Otherwise a corrupt image
             is left out of its batch, so that no image counts twice (evaluation).
     """
@@ -57,7 +57,7 @@ class ImageDataset(Dataset[Batch]):
         self.transform = transform
         self.seed = seed
         self.replace_corrupt = replace_corrupt
-        self._reported = False  # that a file has several images, by this process
+        self._reported = False  # whether this process has reported a file with several images
 
     def __len__(self) -> int:
         return len(self.index)
@@ -87,7 +87,7 @@ class ImageDataset(Dataset[Batch]):
         return Batch(images, none, none, epoch, corrupt)
 
     def collate(self, batches: Sequence[Batch]) -> Batch:
-        """Join batches of one epoch."""
+        """Concatenate batches of one epoch; ``collate_fn`` of the data loader."""
         batches = batches or [self._empty(0, [])]
         readable = [batch for batch in batches if len(batch.images)] or batches[:1]
         images = [batch.images for batch in readable]
@@ -106,17 +106,13 @@ class ImageDataset(Dataset[Batch]):
 class AddressedSampler:
     """Batches of (epoch, index) for training, shuffled by (seed, epoch) and split over ranks.
 
-    The last, incomplete batch is dropped. Step ``b`` of an epoch takes the same images on one rank as on several ranks
-    together. Each iteration covers one epoch, starting at the current position, and moves the position to the start of
-    the next epoch; ``len()`` is always that of a complete epoch.
-
-    Args:
-        length: images in the data set.
-        batch_size: images per batch and rank.
-        index: the data set, if it restricts the order (remote shards) or prepares images in advance.
+    The last, incomplete batch is dropped. With the same global batch size, a step takes the same images for any number
+    of ranks. Each iteration runs from the current position to the end of the epoch, and moves the position to the start
+    of the next epoch; ``len()`` is always that of a complete epoch. ``batch_size`` is per rank. ``index`` is the data
+    set, if it restricts the order (remote shards) or prepares images in advance.
 
     Raises:
-        DataError: the data set is smaller than one batch on every rank.
+        DataError: there are fewer images than one batch per rank.
     """
 
     def __init__(
@@ -148,11 +144,11 @@ class AddressedSampler:
         return self.length // (self.batch_size * self.world_size)
 
     def set_position(self, epoch: int, batches_done: int = 0) -> None:
-        """Let the next iteration begin in ``epoch`` after ``batches_done`` batches (of this rank)."""
+        """Start the next iteration in ``epoch`` after ``batches_done`` batches of this rank."""
         self._position = (epoch + batches_done // len(self), batches_done % len(self))
 
     def __iter__(self) -> Iterator[list[Address]]:
-        # A generator, so that the position changes with the first batch only: DataLoader calls iter() twice.
+        # A generator, so that the position changes at the first batch and not at iter(), which DataLoader calls twice.
         epoch, done = self._position
         self._position = (epoch + 1, 0)
         rng = rng_at(self.seed, epoch, stream="shuffle")
@@ -168,8 +164,8 @@ class AddressedSampler:
 class EvalSampler:
     """Batches of (0, index) in order, every image once, split over ranks.
 
-    All ranks have equally many batches (otherwise a collective call in the model would hang), so that the last batch of
-    a rank may be empty. ``index`` is the data set, if it prepares images in advance.
+    All ranks have the same number of batches, since a collective call in the model would hang otherwise; the last batch
+    of a rank may be empty. ``index`` is the data set, if it prepares images in advance.
     """
 
     def __init__(

@@ -53,13 +53,13 @@ class ImageIndex:
 
     Attributes:
         root: the folder.
-        paths: posix paths relative to ``root``, sorted.
+        paths: POSIX paths relative to ``root``, sorted.
         labels: the class number of each path, -1 for an image without a label; None for an unlabelled source.
         class_names: names by class number; empty without labels.
         labelled_by: the origin of the labels, such as "folders"; empty without labels.
         skipped: files of the source that are not read, by kind.
         results: folders in the source that hold results of OpenMAE and are not read.
-        max_pixels: width x height of the largest image that is decoded.
+        max_pixels: width x height of the largest image to decode.
     """
 
     root: Path
@@ -76,26 +76,26 @@ class ImageIndex:
 
     @property
     def place(self) -> str:
-        """The source, as messages name it."""
+        """Name of the source in messages."""
         return printable_name(str(self.root))
 
     @property
     def unlabelled(self) -> list[int]:
-        """The numbers of images without a label in a labelled source."""
+        """The images without a label, by number; empty for an unlabelled source."""
         return [number for number, label in enumerate(self.labels or ()) if label < 0]
 
     @property
     def digest(self) -> str:
-        """A fingerprint of the files' names, order and classes: ``1,281,167 images (3f2a91c0)``."""
+        """A fingerprint of the file names, order and classes, such as ``1,281,167 images (3f2a91c0)``."""
         content = "\n".join((*self.paths, *self.class_names, *map(str, self.labels or ())))
         return f"{len(self):,} images ({hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:8]})"
 
     def full_name(self, path: str) -> str:
-        """Return the printable name of one of ``paths`` in lists that span several data sets."""
+        """Return the printable name of one of ``paths``, unambiguous among several data sets."""
         return printable_name(str(self.root / path))
 
     def holds(self, full_name: str) -> bool:
-        """Return whether ``full_name`` may belong to this data set."""
+        """Return whether ``full_name`` is below the folder of this data set."""
         return full_name.startswith(f"{self.place}{os.sep}")
 
     def file(self, number: int) -> Path:
@@ -103,11 +103,11 @@ class ImageIndex:
         return self.root / self.paths[number]
 
     def open(self, number: int) -> ImageFile:
-        """Open image ``number``; raises CorruptImage if its header cannot be read."""
+        """Open image ``number``; raise CorruptImage if its header cannot be read."""
         return ImageFile(self.file(number), max_pixels=self.max_pixels)
 
     def read(self, number: int) -> bytes:
-        """Return the encoded bytes of image ``number``; raises CorruptImage if they cannot be read."""
+        """Return the encoded bytes of image ``number``; raise CorruptImage if they cannot be read."""
         try:
             with open_regular(self.file(number)) as file:
                 check_length(self.file(number), file, self.max_pixels)
@@ -116,38 +116,39 @@ class ImageIndex:
             raise CorruptImage(self.file(number), describe_error(error)) from error
 
     def key(self, number: int) -> str:
-        """Return the path of image ``number`` within the data set, independent of the kind of source."""
+        """Return the path of image ``number`` in the data set, the same for files and shards."""
         return self.paths[number]
 
     def subset(self, numbers: Numbers) -> Self:
-        """Return an index of the images ``numbers``, in that order."""
+        """Return an index of only the images ``numbers``, in that order."""
         labels = None if self.labels is None else tuple(self.labels[number] for number in numbers)
         return replace(self, paths=tuple(self.paths[number] for number in numbers), labels=labels)
 
     def shuffled(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """Return the order of an epoch: a permutation of the numbers of all images, int64 [N]."""
+        """Return the order of an epoch: a permutation of all images, int64 [N]."""
         return rng.permutation(len(self))
 
     def prepare(self, now: Numbers, soon: Numbers) -> None:
-        """Make the images ``now`` readable, and start to prepare those needed ``soon``. Files need no preparation."""
+        """Make the images ``now`` readable, and start to prepare those needed ``soon``; does nothing for files."""
 
 
 def index_folder(folder: Path, labelled: bool | None, shown: str = "") -> ImageIndex:
     """Index the images below ``folder``.
 
     Labels come from ``labels.csv`` (columns path,label), otherwise from class folders: the first folder of each path
-    names the class. Class numbers follow the sorted names (by value if all are integers). If the folder contains only
-    one folder, as archives often do, that one is indexed instead.
+    is its class. Classes are numbered in the order of their sorted names (of their values in a ``labels.csv`` with only
+    integers). If the folder contains nothing but another folder, as in many archives, and that one is not a class
+    folder, it is indexed instead.
 
     Args:
         folder: a local folder (see ``resolve_source``).
-        labelled: True demands a label for every image, False ignores labels, None uses labels if there are any: a
-            labels.csv, or two or more class folders.
+        labelled: True requires a label for every image, False ignores labels, None uses labels if there are any: a
+            labels.csv, or two or more folders, unless their names are dates, splits or those of a camera.
         shown: name of the folder in messages; default: its path.
 
     Raises:
-        DataError: a folder cannot be read, there are no images, labels are demanded but missing, or the labels.csv
-            does not match the images.
+        DataError: a folder cannot be read, there are no images, labels are required but missing, or labels.csv does not
+            match the images.
     """
     root, listing = _unwrapped(folder)
     paths = tuple(listing.images)
@@ -180,14 +181,14 @@ def label_by_folder(
     """Return the class number of each path, given by its first folder, and the sorted names of the classes.
 
     Args:
-        paths: posix, relative.
-        labelled: True demands a label for each, None uses class folders if there are two or more; an image outside of
-            them then has the number -1.
-        place: the folder that the paths are relative to, as messages name it.
-        alternative: the other kind of label that was not found, and the fix that an error proposes.
+        paths: relative POSIX paths.
+        labelled: True requires a label for every image; None uses class folders if there are two or more, and images
+            outside of them get the number -1.
+        place: name in messages of the folder that the paths are relative to.
+        alternative: for the error message, the other kind of labels that was not found, and the proposed fix.
 
     Raises:
-        DataError: labels are demanded but missing.
+        DataError: labels are required but missing.
     """
     folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
     name_of = {folder: unicodedata.normalize("NFC", printable_name(folder)) for folder in set(folders)}
@@ -217,13 +218,13 @@ def label_by_folder(
 
 
 def sort_class_names(names: Collection[str]) -> list[str]:
-    """Sort class names; by value if all are integers."""
+    """Sort class names, by value if all are integers."""
     numeric = all(name.removeprefix("-").isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name) if numeric else 0, name))
 
 
 def warn_of_odd_classes(names: Collection[str], place: str) -> None:
-    """Log class names that may be a mistake: names that differ only in case, and a class -1."""
+    """Warn of class names that may be a mistake: names that differ only in case, and a class -1."""
     alike: dict[str, list[str]] = {}
     for name in sorted(names):
         alike.setdefault(same_name(name), []).append(name)
@@ -237,7 +238,7 @@ def warn_of_odd_classes(names: Collection[str], place: str) -> None:
 
 
 def log_skipped(index: ImageIndex, place: str) -> None:
-    """Log which files of a source are not read; ``place`` is the source as the user named it."""
+    """Log which files of a source are not read; ``place`` is the name of the source in messages."""
     place = printable_name(place)
     if index.results:
         log.warning("%s: results of OpenMAE are not read as images: %s.", place, first_names(index.results))
@@ -253,7 +254,7 @@ def log_skipped(index: ImageIndex, place: str) -> None:
 
 
 def skipped_files_table(indexes: Iterable[ImageIndex]) -> list[Table]:
-    """Return a report's table of the files that are not read; empty if everything is read."""
+    """Return the table of files that are not read, for a report; empty if everything is read."""
     rows: list[list[Cell]] = []
     for index in indexes:
         rows += [
@@ -267,7 +268,7 @@ def skipped_files_table(indexes: Iterable[ImageIndex]) -> list[Table]:
 
 
 def _why_no_classes(names: Sequence[str], parent: str) -> str:
-    """Return why folders are unlikely to be classes; empty if they may be."""
+    """Return why the folders ``names`` of ``parent`` are probably not classes; empty if they may be."""
     some = f"the folders {first_names(names, 4)}"
     if len(names) < 2:
         return ""
@@ -306,7 +307,7 @@ def _no_images(folder: Path, listing: FolderListing) -> DataError:
 def _unwrapped(folder: Path) -> tuple[Path, FolderListing]:
     """List a folder, or the only folder in it if that contains folders or a labels.csv and so is not a class folder.
 
-    Folders with nothing but results of OpenMAE are ignored: the first run must not change what the second one reads.
+    Folders with only results of OpenMAE do not count, so that the results of one run do not change what the next reads.
     """
     listing, prefix = list_folder(folder), ""
     while True:

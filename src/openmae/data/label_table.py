@@ -1,4 +1,4 @@
-"""Reader of labels.csv, a table of paths and labels as people and spreadsheets write it."""
+"""Read labels.csv, a table of paths and labels written by hand or by a spreadsheet program."""
 
 from __future__ import annotations
 
@@ -31,18 +31,15 @@ class _Row(NamedTuple):
 
 
 def read_label_table(table: Path, images: Sequence[str]) -> dict[str, str]:
-    """Return label by path, in the order of the paths.
+    r"""Return a dict from path to label, sorted by path.
 
-    The table is UTF-8, or UTF-16 with a byte order mark; cells are separated by commas, semicolons, tabs or bars. The
-    first line names the columns path and label, in any case and in any position. A path is absolute or relative to the
-    folder of the table, with slashes or backslashes, or in the printable form of a name that is not UTF-8.
-
-    Args:
-        table: the file; its folder is the data set.
-        images: the paths of all images in that folder.
+    The table is encoded in UTF-8, or in UTF-16 with a byte order mark. Cells are separated by commas, semicolons, tabs
+    or vertical bars. The first line must contain the column names path and label, in upper or lower case and at any
+    position. Paths are absolute or relative to the folder of the table, with slashes or backslashes. Bytes that are not
+    UTF-8 may be written as ``\xhh``. ``images`` are the paths of all images in the folder of the table.
 
     Raises:
-        DataError: the table cannot be read, or names files that do not exist.
+        DataError: the table cannot be read or is inconsistent, or names files that do not exist or are not images.
     """
     known, labels = set(images), dict[str, str]()
     missing, not_images, repeated = list[str](), list[str](), list[str]()
@@ -97,7 +94,7 @@ def _warn(table: Path, repeated: Sequence[str], unlisted: Sequence[str]) -> None
 
 
 def _whole_numbers(table: Path, labels: dict[str, str]) -> dict[str, str]:
-    """Turn labels such as 3.0, as pandas writes integers in a column with gaps, into 3."""
+    """Turn labels such as 3.0 into 3 if all have this form, in which pandas writes integers in a column with gaps."""
     if not all(map(_WHOLE_FLOAT.fullmatch, labels.values())):
         return labels
     log.warning("%s: labels such as %s are read as integers.", table, next(iter(labels.values())))
@@ -105,7 +102,7 @@ def _whole_numbers(table: Path, labels: dict[str, str]) -> dict[str, str]:
 
 
 def _resolve(table: Path, row: _Row, known: set[str]) -> str | None:
-    """Return a path as the index has it; None if there is no such file."""
+    """Return the path of a row as it is in the index; None if there is no such file."""
     path, root = row.path, table.parent
     outside = DataError(
         f"{table}, line {row.line}: {path} is not below the folder of the table.",
@@ -152,7 +149,7 @@ def _rows(table: Path) -> Iterator[_Row]:
     text = _text(table)
     first, _, rest = text.partition("\n")
     skipped = 0
-    if re.fullmatch(r"sep=.", first.strip()):  # tells Excel the separator
+    if re.fullmatch(r"sep=.", first.strip()):  # a line for Excel
         text, skipped = rest, 1
         first = rest.partition("\n")[0]
     delimiter = _delimiter(table, first)

@@ -1,4 +1,4 @@
-"""Loaders: the batches of one process, from any position of a run."""
+"""Data loaders: the batches of one process, from any position of a run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,8 @@ _UPDATE_SECONDS = 10.0  # an update and its checkpoint may take this long
 class LoaderSettings:
     """Settings that the loaders of a process share.
 
-    Attributes:
-        batch_size: images per batch and process.
-        results: folder of the list of corrupt files.
-        max_corrupt_fraction: the largest tolerated fraction of corrupt files.
-        num_workers: worker processes; 0 loads in this process, with bit-equal results.
-        rank: of this process.
-        world_size: number of processes.
+    ``batch_size`` is per process. The list of corrupt files is written to ``results``. ``num_workers`` does not change
+    the batches; 0 loads them in this process.
     """
 
     batch_size: int
@@ -64,7 +59,8 @@ class _RecordingLoader:
             persistent_workers=settings.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_init_worker if settings.num_workers else None,
-            # A loader draws seeds, more often without workers than with them, so it must not use the global generator.
+            # DataLoader draws a seed per iterator, and how often depends on the workers. Keep that away from the global
+            # generator.
             generator=torch.Generator().manual_seed(0),
         )
 
@@ -87,7 +83,7 @@ class _RecordingLoader:
         if not workers or multiprocessing.get_start_method() == "fork":
             yield from self._loader
             return
-        # Workers that are not forked import the user's script first.
+        # Workers that are not forked import the user's script, which may lack an `if __name__ == "__main__"` guard.
         with watch_for_reruns(f"dataset.num_workers_per_gpu={workers}"):
             batches = iter(self._loader)
             first = next(batches, None)
@@ -97,16 +93,12 @@ class _RecordingLoader:
 
 
 class TrainingLoader(_RecordingLoader):
-    """Shuffled batches of one size, addressed by (seed, epoch), that can start at any position of a run.
+    """Shuffled batches of equal size for training, which can start at any position of a run.
 
-    Args:
-        index: the images.
-        transform: makes tensors of them.
-        settings: of this process.
-        seed: of the order and the transform.
+    The order and the transforms follow from ``seed`` and the epoch.
 
     Raises:
-        DataError: fewer images than one batch on every process.
+        DataError: there are fewer images than one batch per process.
     """
 
     def __init__(self, index: ImageIndex, transform: Transform, settings: LoaderSettings, seed: int) -> None:
@@ -116,7 +108,7 @@ class TrainingLoader(_RecordingLoader):
         super().__init__(ImageDataset(index, transform, seed, replace_corrupt=True), self._sampler, settings)
 
     def from_position(self, epoch: int, batches_done: int) -> Iterator[Batch]:
-        """Yield the remaining batches of an epoch."""
+        """Yield the batches of an epoch after the first ``batches_done``."""
         if batches_done < len(self):
             self._sampler.set_position(epoch, batches_done)
             yield from self._batches()
@@ -127,13 +119,7 @@ class TrainingLoader(_RecordingLoader):
 
 
 class EvaluationLoader(_RecordingLoader):
-    """Every image once, in order, without corrupt ones.
-
-    Args:
-        index: the images.
-        transform: makes tensors of them.
-        settings: of this process.
-    """
+    """Batches of every readable image once, in order."""
 
     def __init__(self, index: ImageIndex, transform: Transform, settings: LoaderSettings) -> None:
         sampler = EvalSampler(len(index), settings.batch_size, settings.rank, settings.world_size, index)
@@ -143,7 +129,7 @@ class EvaluationLoader(_RecordingLoader):
         return (batch for batch in self._batches() if len(batch.images))
 
     def first(self, count: int) -> Batch:
-        """Return a batch of readable images spread evenly over the data set, for display."""
+        """Return up to ``count`` readable images spread evenly over the data set, for display."""
         length = len(self.dataset)
         step = max(1, length // count)
         samples = (self.dataset[0, index] for offset in range(step) for index in range(offset, length, step))
@@ -154,10 +140,10 @@ class EvaluationLoader(_RecordingLoader):
 
 
 def _init_worker(worker: int) -> None:
-    """Keep a worker alive on signals that are sent to all processes, so that the update under way can finish.
+    """Make a worker ignore signals that are sent to all processes, so that the training process can finish its update.
 
-    A terminal sends Ctrl-C (SIGINT) to every process, and SLURM announces a preemption to all (SIGUSR1). SIGTERM ends a
-    worker only if the training process sends it.
+    A terminal sends SIGINT (Ctrl-C) to every process, and SLURM announces a preemption to every process (SIGUSR1).
+    SIGTERM ends a worker only if the training process sends it.
     """
     sys.excepthook = _ignore_lost_connections
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -170,9 +156,9 @@ def _init_worker(worker: int) -> None:
 
 
 def _ignore_lost_connections(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print no traceback if the training process stops while it fetches a batch; it reports the reason itself.
+    """Print no traceback if the training process stops while it fetches a batch, since it reports the reason itself.
 
-    The thread of ``multiprocessing.resource_sharer`` that hands out batches passes a lost connection to this hook.
+    The hook is called for errors in the thread of ``multiprocessing.resource_sharer``, which sends the batches.
     """
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, traceback)
@@ -182,7 +168,7 @@ def _exit_on_sigterm(parent: int | None) -> None:
     if hasattr(signal, "sigwaitinfo"):
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
-    else:  # macOS does not report the sender: give the training process time to finish its update
+    else:  # macOS does not report the sender, so always give the training process time to finish its update
         signal.sigwait({signal.SIGTERM})
         time.sleep(_UPDATE_SECONDS)
     os._exit(0)

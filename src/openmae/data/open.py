@@ -1,4 +1,4 @@
-"""Opening of a data source: a folder, an archive, a folder of shards or a pattern of shards."""
+"""Open a data source: a folder, an archive, a folder of shards or a pattern of shards."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ log = logging.getLogger("openmae")
 
 
 def open_index(source: str, labelled: bool | None) -> ImageIndex:
-    """Index the images of a source, and log what is not read.
-
-    Args:
-        source: as in a spec.
-        labelled: see ``index_folder``.
+    """Index the images of a source as written in a spec, and log what is not read; ``labelled`` as in ``index_folder``.
 
     Raises:
         DataError: the source cannot be used.
@@ -46,7 +42,7 @@ def open_index(source: str, labelled: bool | None) -> ImageIndex:
         except DataError as error:
             if not extracted:
                 raise
-            # name the source as the user did, not its folder in the cache
+            # Name the source as the user did, not its folder in the cache.
             raise DataError(*(text.replace(str(folder), shown) for text in (error.problem, error.fix))) from error
     log_skipped(index, shown)
     return index
@@ -85,7 +81,7 @@ def _open_folder(folder: Path, labelled: bool | None, shown: str) -> ImageIndex:
 def _shards_are_larger(folder: Path, tars: Sequence[str], listing: FolderListing) -> bool:
     """Return whether the shards are more than twice as large as the images next to them.
 
-    An archive that was extracted and left next to its images has about their size.
+    Otherwise the tar files are probably archives that the images were extracted from.
     """
     left = sum(map(_size, tars)) / 2
     for path in listing.images:
@@ -98,5 +94,5 @@ def _shards_are_larger(folder: Path, tars: Sequence[str], listing: FolderListing
 def _size(path: str | Path) -> int:
     try:
         return os.path.getsize(path)
-    except OSError:  # a broken link; reading it raises an error
+    except OSError:  # a broken link, which is reported when it is read
         return 0

@@ -1,4 +1,4 @@
-"""An ordered, bounded map over the images of an index, with one thread per core."""
+"""An ordered parallel map that keeps few results in memory, with one thread per core."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-_AHEAD = 4  # results per thread that may wait for the consumer
+_AHEAD = 4  # results per thread computed before the consumer needs them
 
 T = TypeVar("T")
 
 
 def map_ordered(function: Callable[[int], T], count: int) -> Iterator[T]:
-    """Yield ``function(0)`` to ``function(count - 1)`` in order, computed in parallel, with few results in memory."""
+    """Yield ``function(0)`` to ``function(count - 1)`` in order, computed in parallel."""
     threads = os.cpu_count() or 1
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads) as pool:

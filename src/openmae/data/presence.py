@@ -1,4 +1,4 @@
-"""Files and folders that an action reads but that do not exist on this machine."""
+"""Find the inputs of an action that do not exist on this machine."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.storage.printable import original_name
 
-_SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # a URL or another name that is not a path
+_SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # a URL
 
 
 def missing_sources(spec: ExperimentSpec, action: str) -> dict[str, str]:
-    """Return what is wrong with each local data source of an action that does not exist, by key."""
+    """Return the local data sources of an action that do not exist: config key -> problem."""
     return _missing({data.key: _texts(spec, data.key) for data in ROWS[action].data})
 
 
 def missing_files(spec: ExperimentSpec, action: str) -> dict[str, str]:
-    """Return the same for checkpoints, exported models, calibration images and a key file."""
+    """Return the same for checkpoints, exported models, calibration images and the file of the encryption key."""
     paths = {file.key: _texts(spec, file.key) for file in ROWS[action].inputs}
     if action == "gen_trt_engine" and spec.gen_trt_engine.tensorrt.data_type == "int8":
         calibration = spec.gen_trt_engine.tensorrt.calibration
@@ -50,7 +50,7 @@ def _missing(paths: dict[str, tuple[str, ...]]) -> dict[str, str]:
 
 
 def _exists(path: str) -> bool:
-    r"""Return whether a path exists, as written or with ``\xhh`` for bytes that are not UTF-8."""
+    r"""Return whether a path exists, literally or with ``\xhh`` read as a byte that is not UTF-8."""
     return os.path.exists(path) or os.path.exists(original_name(path))
 
 

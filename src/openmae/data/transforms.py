@@ -1,7 +1,7 @@
 """Transforms from an image file to a tensor of the model's size, for pretraining, fine-tuning and evaluation.
 
-Randomness is addressed: everything random about a sample follows from (seed, epoch, index), so neither the number of
-workers nor an interruption changes it. Tensors stay uint8 until ``Normaliser`` converts the batch on the device.
+The random numbers of a sample depend only on (seed, epoch, index), so the number of workers and interruptions do not
+change them. Tensors stay uint8 until ``Normaliser`` converts the batch on the device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def rng_at(
 ) -> np.random.Generator:
     """Return the random generator of (seed, epoch, index), independent of earlier draws.
 
-    Philox is counter-based: the seed is its key, the address its counter.
+    Philox is counter-based: the seed is its key, and (epoch, index) is its counter.
     """
     key = np.array([seed % 2**64, _STREAMS[stream]], dtype=np.uint64)
     counter = np.array([0, 0, index, epoch], dtype=np.uint64)
@@ -47,13 +47,13 @@ def rng_at(
 
 @dataclass(frozen=True)
 class PretrainTransform:
-    """Random resized crop and flip, decoded, cropped and resized in one pass.
+    """Random resized crop and horizontal flip; only the crop is resized, and JPEGs are decoded at a reduced scale.
 
     Args:
         size: (height, width) of the output.
         in_chans: 1, 3 or 4.
-        scale: bounds of the crop's share of the image area.
-        ratio: bounds of the crop's width / height.
+        scale: lower and upper bound of the crop's fraction of the image area.
+        ratio: lower and upper bound of the crop's width / height.
         hflip: probability of a horizontal flip.
         interpolation: bilinear, bicubic, or random (one of the two per sample); always antialiased.
     """
@@ -79,10 +79,11 @@ class FinetuneTransform:
 
     Args:
         crop: the random crop and flip.
-        mean, std: per channel, in 0..1; the colour of empty corners, and the scale of the noise of erasing.
-        auto_aug: a timm policy such as ``rand-m9-mstd0.5-inc1``, or "" for none. It works on 8-bit images of 1 or 3
-            channels: 16-bit files are rounded to 8 bits; with 4 channels it is off, with a warning.
-        color_jitter: c; brightness, contrast and saturation change by factors from 1 - c to 1 + c.
+        mean, std: per channel, in 0..1. Random erasing fills with noise of this distribution, and rotations fill empty
+            corners with ``mean``.
+        auto_aug: a timm policy such as ``rand-m9-mstd0.5-inc1``, or "" for none. Policies need 8-bit images of 1 or 3
+            channels: 16-bit files are rounded to 8 bits; with 4 channels the policy is off, with a warning.
+        color_jitter: c; brightness, contrast and saturation are scaled by factors from 1 - c to 1 + c.
         re_prob: probability of random erasing (Zhong et al. 2017, arXiv:1708.04896).
 
     Raises:
@@ -145,13 +146,13 @@ class FinetuneTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize and centre crop, in one step, the same for every action.
+    """Resize and centre crop in one step, the same for every action.
 
     Args:
         size: (height, width) of the output.
         in_chans: 1, 3 or 4.
-        interpolation: random means bicubic.
-        kept: fraction of the image's sides that the crop keeps; None for that of :func:`crop_pct`.
+        interpolation: bilinear or bicubic; random means bicubic.
+        kept: fraction of the image's sides that the crop keeps; None for :func:`crop_pct`.
     """
 
     size: Size
@@ -160,10 +161,10 @@ class EvalTransform:
     kept: float | None = None
 
     def __call__(self, file: ImageFile, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file. Nothing is random."""
+        """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file. ``rng`` is not used."""
         box = centre_box(file.size, self.size, self.kept)
         mode: Literal["bilinear", "bicubic"] = "bilinear" if self.interpolation == "bilinear" else "bicubic"
-        # At twice the resolution: a box is rounded to whole pixels of the scaled-down JPEG.
+        # Decode at twice the resolution, since the box is rounded to whole pixels of the scaled-down JPEG.
         return _crop_and_resize(file, self.in_chans, box, self.size, mode, finer=2)
 
 
@@ -171,15 +172,15 @@ Transform = PretrainTransform | FinetuneTransform | EvalTransform
 
 
 def crop_pct(size: Size) -> float:
-    """Return the fraction of the sides that evaluation keeps: 0.875 up to 224 px, 1 above (MAE's util/datasets.py)."""
+    """Return the fraction of the sides that evaluation keeps, as in MAE's util/datasets.py: 0.875 up to 224 px."""
     return 224 / 256 if max(size) <= 224 else 1.0
 
 
 def random_box(size: Size, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator) -> Box:
     """Draw a crop: its fraction of the area is uniform in ``scale``, its width / height log-uniform in ``ratio``.
 
-    After ten draws that do not fit, return the largest centred crop within ``ratio`` (as torchvision does, from
-    Szegedy et al. 2015, arXiv:1409.4842).
+    After ten draws that do not fit, return the largest centred crop within ``ratio``, as torchvision does (Szegedy et
+    al. 2015, arXiv:1409.4842).
     """
     height, width = size
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
@@ -195,7 +196,7 @@ def random_box(size: Size, scale: tuple[float, float], ratio: tuple[float, float
 
 
 def centre_box(size: Size, out: Size, kept: float | None = None) -> Box:
-    """Return the box that evaluation at size ``out`` crops; ``kept`` as in EvalTransform."""
+    """Return the box that ``EvalTransform`` crops for an output of size ``out``."""
     height, width = size
     unit = min(height / out[0], width / out[1]) * (crop_pct(out) if kept is None else kept)
     return _centred(size, min(width, round(out[1] * unit)), min(height, round(out[0] * unit)))
@@ -215,13 +216,13 @@ def _crop_and_resize(
     mode: Literal["bilinear", "bicubic"],
     finer: int = 1,
 ) -> torch.Tensor:
-    """Decode, crop and resize to ``size``; a JPEG is decoded at least at ``finer`` times that size."""
+    """Decode, crop and resize to ``size``; a JPEG is decoded at ``finer`` times that size or larger."""
     at_least = finer * size[0], finer * size[1]
     pixels = torch.from_numpy(file.pixels(in_chans, box, at_least)).permute(2, 0, 1)
     if pixels.shape[1:] != size:
         pixels = F.interpolate(pixels[None], size, mode=mode, antialias=True)[0]
         if pixels.is_floating_point():
-            pixels = pixels.clamp_(0, 255)  # bicubic overshoots
+            pixels = pixels.clamp_(0, 255)  # bicubic interpolation overshoots
     return pixels
 
 
@@ -247,7 +248,7 @@ def _timm_policy(config: str, params: dict[str, object]) -> ImagePolicy:
 
 
 def _fix_posterize(policy: Any) -> None:
-    """Keep at least one bit: timm's random magnitudes include 0 bits, which Pillow 13 rejects."""
+    """Keep at least one bit: timm may draw 0 bits, which Pillow 13 rejects."""
     groups = [getattr(policy, "ops", []), *getattr(policy, "policy", [])]
     for op in (op for group in groups for op in group):
         if op.name.startswith("Posterize"):
@@ -260,7 +261,7 @@ def _at_least_one_bit(level: float, hparams: dict[str, Any], level_fn: Callable[
 
 def _apply_policy(policy: ImagePolicy, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     pixels = image.permute(1, 2, 0).round().to(torch.uint8).numpy()
-    # timm draws from the global generators: seed them, and restore them afterwards.
+    # timm draws from the global generators, so seed them and restore their state afterwards.
     python_state, numpy_state = random.getstate(), np.random.get_state()
     seed = int(rng.integers(2**32))
     random.seed(seed)
@@ -275,7 +276,7 @@ def _apply_policy(policy: ImagePolicy, image: torch.Tensor, rng: np.random.Gener
 
 
 def _jitter(image: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
-    """Scale brightness, contrast and saturation in random order; alpha does not change."""
+    """Scale brightness, contrast and saturation in random order; alpha is unchanged."""
     colour = image[:3].to(torch.float32)
     luma = torch.tensor(_LUMA if colour.shape[0] == 3 else (1.0,)).view(-1, 1, 1)
     factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=3)
@@ -289,7 +290,7 @@ def _jitter(image: torch.Tensor, strength: float, rng: np.random.Generator) -> t
 
 
 def _erase(image: torch.Tensor, mean: Sequence[float], std: Sequence[float], rng: np.random.Generator) -> torch.Tensor:
-    """Fill one rectangle with noise that is standard normal after normalisation (clipped at black and white)."""
+    """Fill a random rectangle with noise that is standard normal after normalisation, clipped to 0..255."""
     chans, height, width = image.shape
     for _ in range(10):
         area = rng.uniform(*_ERASE_AREA) * height * width

@@ -1,4 +1,4 @@
-"""Everything that users look at: status, metrics, figures and reports.
+"""Status, metrics, figures and reports of a run.
 
-Nothing here imports torch, and matplotlib and jinja2 are only imported by the functions that need them.
+This package does not import torch, and imports matplotlib and jinja2 only in the functions that need them.
 """

@@ -1,4 +1,4 @@
-"""The confusion matrix of a classifier, readable from 2 to 1000 classes."""
+"""Draw the confusion matrix of a classifier with 2 to 1000 classes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,12 @@ _MISTAKES = 20  # most frequent mistakes listed next to the matrix
 def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path) -> Path:
     """Draw a confusion matrix and return ``path``.
 
-    The colour is the share of the true class: blue on the diagonal, rust for mistakes, on a square-root scale so that
-    rare ones are visible. Up to 15 classes each cell has its count; up to 60 each row has its name and accuracy; from
-    16 the most frequent mistakes are listed; from 251 adjacent classes share a cell, which shows its largest mistake.
+    The colour is the share of the true class: blue on the diagonal, and rust for mistakes, on a square-root scale that
+    makes rare ones visible. With up to 15 classes, each cell has its count; with up to 60, each row has its name and
+    accuracy; from 16, the most frequent mistakes are listed; from 251, adjacent classes share a cell, which shows its
+    largest mistake.
 
-    Args:
-        matrix: [K, K] counts; rows are true classes, columns predicted ones.
-        class_names: K names, in the matrix's order.
-        path: PNG to write.
+    ``matrix`` has counts [K, K]; rows are true classes, columns predicted ones.
 
     Raises:
         ValueError: the shapes do not match, or there are fewer than 2 classes.
@@ -69,7 +67,7 @@ def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path
 
 
 def _side_inches(classes: int) -> float:
-    """Return the side of the matrix: room for a count per cell, or for a name, or a whole number of pixels."""
+    """Return the side of the matrix, with room for counts, else for names, else with an integer of pixels per cell."""
     if classes <= _COUNTS_UP_TO:
         return classes * max(0.38, 0.62 - 0.03 * max(0, classes - 6))
     if classes <= _NAMES_UP_TO:
@@ -84,7 +82,6 @@ def _shares(matrix: Counts) -> NDArray[np.float64]:
 
 
 def _depths(matrix: Counts) -> NDArray[np.float64]:
-    """Return the depth of colour of each cell, in [0, 1]."""
     shares = _shares(matrix)
     right = np.diag(shares)
     depth = np.sqrt(shares)
@@ -134,7 +131,6 @@ def _name_size(classes: int) -> int:
 
 
 def _name_classes(axes: Axes, matrix: Counts, names: Sequence[str], flat: bool) -> None:
-    """Write the names along both axes, and the accuracy of each class at the end of its row."""
     size, end = _name_size(len(names)), len(names) - 0.5
     axes.tick_params(length=0, labelsize=size)
     axes.set_xticks(range(len(names)), names, rotation=0 if flat else 90)
@@ -147,7 +143,7 @@ def _name_classes(axes: Axes, matrix: Counts, names: Sequence[str], flat: bool) 
 
 
 def _list_mistakes(figure: Figure, matrix: Counts, names: Sequence[str], left: float, top: float) -> None:
-    """Write the most frequent mistakes as lines of text, from ``left`` and ``top`` in inches."""
+    """Write the most frequent mistakes as lines of text, starting at ``left`` and ``top`` in inches."""
     mistakes = matrix.copy()
     np.fill_diagonal(mistakes, 0)
     width, height = figure.get_size_inches()

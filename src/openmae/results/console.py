@@ -1,4 +1,4 @@
-"""The library's log messages on stderr; warnings and errors are marked."""
+"""Show OpenMAE's log messages on stderr, with a prefix for warnings and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MARKS = {logging.WARNING: "Notice: ", logging.ERROR: "Error: "}
 
 @contextmanager
 def notices_on_stderr(level: int = logging.INFO) -> Iterator[None]:
-    """Show messages of ``level`` and above while the block runs; drop them if stderr is closed."""
+    """Show messages of ``level`` and above on stderr while the block runs; drop them if stderr is closed."""
     logger, handler = logging.getLogger("openmae"), _OnStderr()
     handler.setFormatter(_Formatter())
     before = logger.level
@@ -31,7 +31,7 @@ def notices_on_stderr(level: int = logging.INFO) -> Iterator[None]:
 
 
 class _OnStderr(logging.StreamHandler[TextIO]):
-    """A handler for the current ``sys.stderr``, which a live display replaces."""
+    """A handler that looks up ``sys.stderr`` for each message, since a live display replaces it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(sys.stderr)

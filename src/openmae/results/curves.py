@@ -1,4 +1,4 @@
-"""Training curves: a panel each for loss, accuracy, learning rate, speed and data loading."""
+"""Draw training curves: a panel each for loss, accuracy, learning rate, speed and data loading."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from openmae.spec.metrics import METRICS, is_share
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH, _HEIGHT, _LABELS = 3.5, 2.3, 1.25  # inches: a panel, and the least room for names on its right
-_BESIDE, _NAME_SIZE = 0.03, 8.5  # gap between a panel and the names as a share of its width; font size in points
+_WIDTH, _HEIGHT, _LABELS = 3.5, 2.3, 1.25  # inches: size of a panel, and minimum room for names on its right
+_BESIDE, _NAME_SIZE = 0.03, 8.5  # gap between a panel and the names, relative to its width; font size in points
 _LEFT, _TOP, _PITCH = 0.75, 0.75, 3.2  # inches
-_SMOOTH_FROM = 80  # points from which a running mean is drawn over the raw curve
+_SMOOTH_FROM = 80  # number of points from which a running mean is drawn over the raw curve
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _percent(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Panel:
-    """A panel: metric name -> name of its curve; without metrics it shows all learning rates."""
+    """A panel; ``metrics`` maps a metric to the name of its curve, and is empty for the panel of all learning rates."""
 
     title: str
     metrics: Mapping[str, str]
@@ -53,8 +53,8 @@ class _Panel:
     log_axis: bool = False
     from_zero: bool = False
     noisy: bool = False
-    peak: bool = False  # the number next to a curve is its highest value, not the last one
-    epoch_mean: str = ""  # suffix of the metric whose last value is next to the curve if there is one
+    peak: bool = False  # show the highest value next to a curve, not the last one
+    epoch_mean: str = ""  # suffix of the metric whose last value is shown instead, if there is one
 
 
 _LOSSES = {name: METRICS[name].short for name in sorted(METRICS) if not is_share(name)}
@@ -69,15 +69,11 @@ _PANELS = (
 
 
 def save_curves(rows: Sequence[Mapping[str, float]], path: Path, *, title: str = "Training") -> Path:
-    """Draw the metrics of a run over its steps and return ``path``.
+    """Draw the metrics of a run over its steps to a PNG and return ``path``.
 
-    There is a panel for each kind of metric in the rows. The loss has a logarithmic axis if it spans more than a factor
-    of 5. Long noisy curves are faint, with their running mean on top. Values that are not finite are left out.
-
-    Args:
-        rows: rows as ``read_metrics`` returns them; ``step`` is the horizontal axis.
-        path: PNG to write.
-        title: headline of the figure.
+    There is a panel for each kind of metric in the rows, which are as ``read_metrics`` returns them. The loss has a
+    logarithmic axis if it spans more than a factor of 5. Long noisy curves are faint, with their running mean on top.
+    Values that are not finite are left out.
 
     Raises:
         ValueError: the rows contain none of the metrics.
@@ -117,13 +113,13 @@ def _curves(panel: _Panel, rows: Sequence[Mapping[str, float]]) -> list[_Curve]:
             colour = style.SERIES[number] if len(names) <= len(style.SERIES) else BLUE
             reading = float(trend.max() if panel.peak else trend[-1])
             if panel.epoch_mean and (means := series(rows, f"{metric}{panel.epoch_mean}")[1]):
-                reading = means[-1]  # the number at the top of the report
+                reading = means[-1]  # the same number as at the top of the report
             curves.append(_Curve(name, steps, values, trend, reading, colour))
     return curves
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean over a centred window of a twentieth of the curve, narrower at both ends."""
+    """Return the mean over a centred window of 1/20 of the curve, narrower at both ends."""
     window = np.ones(max(3, len(values) // 20))
     sums = np.convolve(values, window, mode="same")
     return np.asarray(sums / np.convolve(np.ones_like(values), window, mode="same"))
@@ -162,18 +158,17 @@ def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> N
 
 
 def _names(panel: _Panel, curves: Sequence[_Curve]) -> list[tuple[_Curve, str]]:
-    """Return the curves to name next to a panel, from the lowest, with the text for each."""
+    """Return the curves to name next to a panel, from the lowest to the highest, with their texts."""
     ordered = sorted(curves, key=lambda curve: curve.reading)
     if len(ordered) > len(style.SERIES):
-        ordered = [ordered[0], ordered[-1]]  # layer decay gives too many learning rates to name them all
+        ordered = [ordered[0], ordered[-1]]  # with layer decay, there are too many learning rates to name
     peak = "peak" if panel.peak else ""
     return [(curve, "  ".join(filter(None, (curve.name, peak, panel.text(curve.reading))))) for curve in ordered]
 
 
 def _name_curves(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
-    """Write each curve's name and value at the panel's right, so that no two overlap."""
     named = _names(panel, curves)
-    axes.get_ylim()  # runs pending autoscaling, which the transform needs
+    axes.get_ylim()  # applies pending autoscaling before the transform is used
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((curve.steps[-1], curve.reading))[1]) for curve, _ in named]
     look: dict[str, Any] = {"transform": axes.transAxes, "size": _NAME_SIZE, "va": "center_baseline"}

@@ -1,4 +1,4 @@
-"""The figure of a data set: images per class, image sizes, file sizes."""
+"""Draw the figure of a data set: images per class, image sizes, file sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_BARS = 24  # more classes are drawn as one curve
-_POINTS = 4000  # of the scatter plot
+_POINTS = 4000  # images in the scatter plot
 _LEFT, _TOP, _WIDTH, _HEIGHT, _GAP = 0.7, 1.0, 3.0, 2.6, 0.85  # in inches
 
 
@@ -33,16 +33,9 @@ def save_dataset_figure(
 ) -> Path:
     """Draw images per class, image sizes and file sizes side by side, and return ``path``.
 
-    Up to 24 classes have a bar each, the largest on top; more are drawn as one curve by rank. Of more than 4,000
-    images, only 4,000 are in the scatter plot of sizes.
-
-    Args:
-        path: the PNG to write.
-        name: of the data set; a long name is truncated at the start.
-        summary: the line below the name.
-        class_counts: images by class; without labels empty, and the panel is left out.
-        sizes: [N, 2], width and height of the readable images in pixels.
-        file_sizes: [N], in bytes.
+    Up to 24 classes have a bar each, the largest on top; more are drawn as one curve by rank. The scatter plot of sizes
+    shows at most 4,000 images. ``name`` and ``summary`` are the headline. ``class_counts`` is empty without labels;
+    ``sizes`` [N, 2] are width and height in pixels, and ``file_sizes`` [N] are in bytes.
     """
     names = [_cut(style.one_line(label), 26) for label in class_counts]
     bars = 0 < len(names) <= _MAX_BARS
@@ -106,7 +99,7 @@ def _draw_ranks(axes: Axes, names: list[str], counts: NDArray[np.int64]) -> None
 def _draw_sizes(axes: Axes, sizes: NDArray[np.int64]) -> None:
     chosen = np.linspace(0, len(sizes) - 1, min(_POINTS, len(sizes))).round().astype(int)
     places, counts = np.unique(sizes[chosen], axis=0, return_counts=True)
-    area = 6 + np.minimum(60, 300 * counts / len(chosen))  # sizes that many images have get larger points
+    area = 6 + np.minimum(60, 300 * counts / len(chosen))  # larger points for frequent sizes
     axes.grid(color=HAIRLINE, linewidth=0.5)
     axes.set_axisbelow(True)
     least, most = int(sizes.min()), int(sizes.max())
@@ -138,12 +131,11 @@ def _draw_file_sizes(axes: Axes, file_sizes: NDArray[np.int64]) -> None:
 
 
 def _note(axes: Axes, text: str) -> None:
-    """Write a grey line at the height of the panel's title."""
     axes.set_title(text, loc="right", size=8, color=MUTED, pad=8)
 
 
 def _thousands(axis: Any, whole: bool = False) -> None:
-    """Use few ticks, with labels such as 1,000 rather than 10^3."""
+    """Use few ticks, labelled as 1,000 rather than 10^3."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axis.get_view_interval()

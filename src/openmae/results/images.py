@@ -1,4 +1,4 @@
-"""Figures of a run with images in them, and the comparison of accuracies; each is a PNG ready for a paper or README."""
+"""Draw figures of a run that show images, and bar charts of accuracies, each as a PNG."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ Pixels = NDArray[np.uint8]
 _TITLES = ("original", "masked", "reconstruction", "with visible part")
 _TILE = 224  # approximate length of an image's longer side in pixels
 _GAP, _GROUP_GAP, _MARGIN, _HEADER = 6, 40, 24, 34
-_SHEET_COLUMNS, _SHEET_GAP, _CAPTION = 4, 24, 40  # of a contact sheet
+_SHEET_COLUMNS, _SHEET_GAP, _CAPTION = 4, 24, 40  # contact sheet
 
 
 def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels, pasted: Pixels, path: Path) -> Path:
     """Draw the input and output of a masked autoencoder, one image per row, and return ``path``.
 
-    Rows are in side-by-side groups, so that the figure is wider than tall. Small images are enlarged by integer factors
-    without interpolation.
+    Many rows are split into groups side by side. Small images are enlarged by integer factors without interpolation.
 
     Args:
-        original: [N, H, W, C] uint8 with C = 1, 3 or 4 (4: transparency is laid on white).
+        original: [N, H, W, C] uint8 with C = 1, 3 or 4 (RGBA is composited on white).
         masked: the visible part, with the rest in grey; same shape, as are the next two.
         reconstructed: the model's output.
         pasted: the output with the visible part pasted over it.
         path: PNG to write.
 
     Raises:
-        ValueError: there are no images, or shapes or types do not match.
+        ValueError: there are no images, or the shapes or dtypes do not match.
     """
     columns = (original, masked, reconstructed, pasted)
     shape = original.shape
@@ -63,7 +62,7 @@ def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels,
     )
     draw = ImageDraw.Draw(sheet)
     longest = style.text_font(20).getlength(max(_TITLES, key=len))
-    font = style.text_font(max(7, min(20, int(20 * tile_w / longest))))  # every title fits its column
+    font = style.text_font(max(7, min(20, int(20 * tile_w / longest))))  # so that every title fits its column
     for group in range(groups):
         for column, (title, images) in enumerate(zip(_TITLES, columns, strict=True)):
             x = _MARGIN + group * (group_w + _GROUP_GAP) + column * (tile_w + _GAP)
@@ -74,16 +73,12 @@ def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels,
 
 
 def save_predictions(images: Pixels, labels: Sequence[str], shares: Sequence[float], path: Path) -> Path:
-    """Draw a contact sheet with a label and its probability below each image, and return ``path``.
+    """Draw a contact sheet with the predicted label and its probability below each image, and return ``path``.
 
-    Args:
-        images: [N, H, W, C] uint8 with C = 1, 3 or 4.
-        labels: N predicted labels.
-        shares: N probabilities in [0, 1].
-        path: PNG to write.
+    ``images`` are [N, H, W, C] uint8 with C = 1, 3 or 4; ``shares`` are N probabilities in [0, 1].
 
     Raises:
-        ValueError: there are no images, or the numbers of labels or probabilities do not match.
+        ValueError: there are no images, or not as many labels or probabilities as images.
     """
     count = len(images)
     if count == 0 or len(labels) != count or len(shares) != count:
@@ -112,7 +107,6 @@ def _save(sheet: Image.Image, path: Path) -> Path:
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    """Return the text, cut to at most ``room`` pixels."""
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(f"{text}…") > room:
@@ -127,7 +121,6 @@ def _tile_size(width: int, height: int) -> tuple[int, int]:
 
 
 def _tile(pixels: Pixels, width: int, height: int) -> Image.Image:
-    """Return an [H, W, C] image at a size, in RGB."""
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image)
@@ -145,17 +138,12 @@ def save_bar_comparison(
     subtitle: str = "",
     notes: Mapping[str, str] | None = None,
 ) -> Path:
-    """Draw accuracies as bars, the best one in colour, and return ``path``.
+    """Draw accuracies in [0, 1] by label as horizontal bars, the best one in colour, and return ``path``.
 
-    Args:
-        accuracies: label -> share in [0, 1], in the order from the top.
-        path: PNG to write.
-        title: what is compared.
-        subtitle: what it is measured on.
-        notes: label -> a few words below it, such as a time.
+    ``notes`` maps labels to a few words below the label, such as a time.
 
     Raises:
-        ValueError: there is nothing to draw, or a value is outside [0, 1].
+        ValueError: there are no accuracies, or one is outside [0, 1].
     """
     if not accuracies:
         raise ValueError("there are no accuracies to draw")

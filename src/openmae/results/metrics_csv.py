@@ -1,7 +1,7 @@
 """``metrics.csv``: all metrics of a run, one row per logged step.
 
-The first columns are ``step`` and ``epoch`` (from 1, as in the names of checkpoints); a new metric adds a column. A
-cell is empty if the metric was not measured at that step. Values are written in full precision.
+The first columns are ``step`` and ``epoch`` (counted from 1, as in the names of checkpoints); each new metric adds a
+column. A cell is empty if the metric was not measured at that step. Values have full precision.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ _KEYS = ("step", "epoch")
 
 
 class MetricsLog:
-    """A writer of ``metrics.csv``, for one process of a run (rank 0) only.
-
-    Args:
-        folder: the action's results folder; created if it does not exist.
-        append: keep the rows of the run that is resumed.
+    """A writer of ``metrics.csv`` in a results folder, used only by rank 0; ``append`` keeps the existing rows.
 
     Raises:
         UserError: the folder cannot be created or written.
@@ -40,12 +36,7 @@ class MetricsLog:
         self._rewrite([])
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Append a row.
-
-        Args:
-            step: number of optimizer steps so far.
-            epoch: epoch, from 1.
-            values: metric name -> value.
+        """Append a row of ``values`` by metric; ``epoch`` is counted from 1.
 
         Raises:
             ValueError: a metric is called ``step`` or ``epoch``.
@@ -61,7 +52,7 @@ class MetricsLog:
                 file.write(_to_csv([row], self._columns))
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows after ``step``, which a run resumed there writes again."""
+        """Drop the rows after ``step``, where a run is resumed and writes them again."""
         self._rewrite([row for row in read_metrics(self.path) if row["step"] <= step])
 
     def _rewrite(self, rows: Iterable[Row]) -> None:
@@ -72,8 +63,7 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a ``metrics.csv``, each with the metrics measured at its step.
 
-    A last row that is still being written is left out. Old files count epochs from 0; their rows are returned with
-    epochs from 1.
+    An incomplete last row is left out. Epochs of old files, which count from 0, are converted to count from 1.
     """
     rows: list[Row] = []
     for cells in csv.DictReader(complete_lines(Path(path))):
@@ -84,7 +74,7 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
-    """Return the steps and values of the rows that have a metric."""
+    """Return the steps and values of a metric, from the rows that have it."""
     measured = [row for row in rows if name in row]
     return [row["step"] for row in measured], [row[name] for row in measured]
 

@@ -1,4 +1,4 @@
-"""Profile of a training run: where the time goes, what limits the speed, and which config keys would help."""
+"""The profile of a training run: where the time goes, what limits the speed, and which config keys would help."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_WORKERS = 64
 
 @dataclass(frozen=True)
 class Phase:
-    """Total seconds of a phase, and milliseconds per step (None for phases between steps)."""
+    """Total seconds of a phase, and milliseconds per step; None for phases between steps."""
 
     seconds: float
     mean_ms: float | None = None
@@ -31,16 +31,16 @@ class Breakdown:
     """The measured times of a run.
 
     Attributes:
-        phases: phases of a step in their order, then validation and checkpoints, which are between steps.
+        phases: phases of a step in order, then validation and checkpoints, which are between steps.
         steps: number of measured steps.
-        warmup: number of steps before them that are left out.
+        warmup: number of steps before them that were not measured.
         device: description such as ``1 x NVIDIA H100, bf16``.
         on_gpu: whether the device is a GPU.
         family: architecture family: vit, hiera or convnextv2.
-        processes: processes of the run, of which the first one was measured.
-        per_node: processes on this machine.
-        cores: CPU cores of this machine for all of its processes.
-        gpus: GPUs of this machine.
+        processes: number of processes of the run; only the first one is measured.
+        per_node: number of processes on this machine.
+        cores: number of CPU cores on this machine, for all its processes.
+        gpus: number of GPUs on this machine.
         keys: values of the config keys that the advice is about.
     """
 
@@ -58,15 +58,15 @@ class Breakdown:
 
     @property
     def total(self) -> float:
-        """Seconds of all phases."""
+        """Total seconds of all phases."""
         return sum(phase.seconds for phase in self.phases.values())
 
     def share(self, *names: str) -> float:
-        """Return the share of phases in the total time, in [0, 1]."""
+        """Return the share of the named phases in the total time, in [0, 1]."""
         return sum(self.phases[name].seconds for name in names) / max(self.total, 1e-9)
 
     def mean_ms(self, *names: str) -> float:
-        """Return the mean milliseconds per step of phases."""
+        """Return the mean milliseconds per step of the named phases."""
         return sum(self.phases[name].mean_ms or 0.0 for name in names)
 
     @property
@@ -81,14 +81,14 @@ class Breakdown:
 
     @property
     def summary(self) -> str:
-        """Description of what was measured."""
+        """A description of the measurement."""
         where = f", process 0 of {self.processes}" if self.processes > 1 else ""
         steps = f"{self.steps:,} steps after {self.warmup} of warm-up"
         return f"{steps} · {self.images} images a step · {self.device}{where}"
 
 
 def advice(measured: Breakdown) -> list[str]:
-    """Return what limits the speed, then what would help, most important first; each item is a sentence or two."""
+    """Return sentences on what limits the speed, then on what would help, the most important first."""
     shares = {name: measured.share(name) for name in _PHASES} | {"compute": measured.share("forward", "backward")}
     limit = max(shares, key=lambda name: shares[name])
     subject = "Computation (forward and backward)" if limit == "compute" else _PHASES[limit][0]
@@ -106,7 +106,7 @@ def _wait(measured: Breakdown) -> str:
     workers, step = measured.keys["dataset.num_workers_per_gpu"], measured.step_ms
     wait = measured.mean_ms("data wait")
     text = f"A step waits {wait:.1f} of its {step:.1f} ms for images, with dataset.num_workers_per_gpu={workers}."
-    # As steps wait for the workers, a worker loads a batch in `workers * step`; without workers, in the wait itself.
+    # Steps wait for the workers, so a worker takes `workers * step` to load a batch; without workers, it takes `wait`.
     loading, rest = (workers * step if workers else wait), max(step - wait, 1e-9)
     needed = max(workers + 1, math.ceil(min(loading / rest, _MAX_WORKERS)))
     cores = measured.cores // measured.per_node
@@ -191,7 +191,7 @@ def _compute(measured: Breakdown) -> str:
     return f"{text} What would help: {', '.join(helps)}.{less}"
 
 
-#: Phase -> its name in a sentence, the share of the time from which it is worth advice, and the advice.
+#: Phase -> its name in a sentence, the share of the time above which advice is given, and the advice.
 _PHASES = {
     "data wait": ("Waiting for data", 0.1, _wait),
     "host to device": ("Copying to the device", 0.1, _copy),
@@ -203,7 +203,7 @@ _PHASES = {
 
 
 def table_rows(measured: Breakdown) -> Iterator[tuple[str, float | None, float | None, float | None, float]]:
-    """Yield phase, mean, median and 95th percentile in ms per step, and percent of the time."""
+    """Yield phase, mean, median and 95th percentile in ms per step, and percentage of the time."""
     for name, phase in measured.phases.items():
         yield name, phase.mean_ms, phase.median_ms, phase.p95_ms, 100 * measured.share(name)
 
@@ -227,7 +227,7 @@ def write_breakdown(measured: Breakdown, path: Path) -> Path:
 
 
 def save_breakdown(measured: Breakdown, path: Path) -> Path:
-    """Draw a bar per phase and return ``path``, a PNG."""
+    """Draw a bar per phase to a PNG and return ``path``."""
     bars = []
     for name, phase in measured.phases.items():
         share = measured.share(name)

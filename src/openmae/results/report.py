@@ -1,4 +1,4 @@
-"""``report.html``: the results of an action on one page, without network requests, scripts or other files."""
+"""Write ``report.html``: the results of an action on one self-contained page, without scripts or network requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Text:
-    """Plain paragraphs, separated by blank lines. In every section, an empty title gives no heading."""
+    """Plain paragraphs, separated by blank lines. A section of any kind with an empty title has no heading."""
 
     title: str
     text: str
@@ -29,7 +29,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The most important figures in large type: label -> text (``"93.4 %"``)."""
+    """The most important numbers in large type: label -> text, such as "93.4 %"."""
 
     title: str
     items: Mapping[str, str]
@@ -37,10 +37,10 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; without column names it has no head.
+    """A table; without column names it has no header.
 
-    Numbers are aligned right. The floats of a column have the decimals that give the largest one four significant
-    digits.
+    Numbers are right-aligned. The floats of a column have equally many decimals, so that the largest one has four
+    significant digits.
     """
 
     title: str
@@ -72,17 +72,11 @@ Section = Text | Numbers | Table | Figure | Code
 def write_report(folder: Path, title: str, sections: Sequence[Section], *, subtitle: str = "") -> Path:
     """Write ``folder/report.html`` and return its path.
 
-    Everything is escaped, images are embedded as data URIs, and a content security policy forbids all requests.
-
-    Args:
-        folder: the action's results folder.
-        title: heading of the page.
-        sections: sections in their order.
-        subtitle: quieter line below the heading: architecture, stage, data.
+    All text is escaped, images are embedded as data URIs, and a content security policy forbids all requests.
 
     Raises:
         FileNotFoundError: an image file does not exist.
-        ValueError: a file is not an image, or a table's row does not have one cell per column.
+        ValueError: a file is not an image, or a row of a table does not have one cell per column.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -110,7 +104,7 @@ def write_report(folder: Path, title: str, sections: Sequence[Section], *, subti
 
 
 def _format_columns(table: Table) -> list[tuple[str, list[str]]]:
-    """Return the CSS class ("number" or "") and the cells of each column."""
+    """Return the CSS class ("number" or "") and the formatted cells of each column."""
     formatted = []
     for index in range(len(table.columns)):
         cells = [row[index] for row in table.rows]
@@ -121,7 +115,7 @@ def _format_columns(table: Table) -> list[tuple[str, list[str]]]:
 
 
 def _decimals(values: Sequence[float]) -> int | None:
-    """Return the decimals for a column; None if its values differ too much in size."""
+    """Return the number of decimals for a column; None if its values differ too much in magnitude."""
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
     if not sizes or max(sizes) >= 1e9 or min(sizes) < max(sizes) / 1000 or max(sizes) < 1e-3:
         return None
@@ -152,6 +146,6 @@ def _data_uri(path: Path) -> str:
 
 
 def _width(path: Path) -> int:
-    """Return the width on the page in CSS pixels (96 per inch), so that text has the same size in every figure."""
+    """Return the width in CSS pixels (96 per inch) that gives text the same size in every figure."""
     with Image.open(path) as image:
         return round(image.width * 96 / float(image.info.get("dpi", (96, 96))[0]))

@@ -31,19 +31,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TICK_SIZE = 7.5  # points
-# From light grey to dark blue; the lightness falls evenly, so that the figure also reads without colours.
+# From light grey to dark blue with evenly falling lightness, so that the figure can be read in greyscale.
 _SHADES = ("#d0d7df", "#9db9d8", "#5288c0", BLUE, "#143d6d")
 
 
 def save_history(search: SearchResults, path: Path) -> Path:
-    """Draw the value of each trial over its number, with the best value so far.
+    """Draw the value of each trial over its number, with the best value so far, to a PNG.
 
-    Trials stopped early are hollow, failed ones are crosses at the bottom; running ones are only counted. Values far
-    behind the others are arrows at the edge.
-
-    Args:
-        search: results of the search.
-        path: PNG to write.
+    Trials stopped early are hollow, failed ones are crosses at the bottom, and running ones are only counted. Values
+    much worse than the others are arrows at the edge.
     """
     left, width, height = 0.85, 6.1, 3.0
     failed = [trial.number for trial in search.tried if trial.outcome == "failed"]
@@ -75,14 +71,10 @@ def save_history(search: SearchResults, path: Path) -> Path:
 
 
 def save_parallel_coordinates(search: SearchResults, path: Path, log: Collection[str] = ()) -> Path | None:
-    """Draw each trial as a line across one axis per parameter to its value; None without a parameter.
+    """Draw each trial to a PNG as a line through its parameters to its value; return None without parameters.
 
     Better trials are darker and on top. The best one has its own colour, and its values are written below the axes.
-
-    Args:
-        search: results of the search.
-        path: PNG to write.
-        log: keys of the parameters with a logarithmic axis.
+    The parameters in ``log`` have a logarithmic axis.
     """
     order = np.argsort(np.argsort(search.values, kind="stable")) / len(search.values)
     parameters = _parameter_axes(search, order - 0.5, log)
@@ -113,11 +105,9 @@ def save_parallel_coordinates(search: SearchResults, path: Path, log: Collection
 
 
 def save_importances(importances: Mapping[str, float], path: Path) -> Path | None:
-    """Draw the importance of each parameter as a share of their sum, the largest on top; None if the sum is 0.
+    """Draw each parameter's share of the total importance to a PNG, the largest on top; return None if the total is 0.
 
-    Args:
-        importances: dotted key -> importance; negative ones count as 0, others that are not finite are left out.
-        path: PNG to write.
+    Negative importances count as 0; those that are not finite are left out.
     """
     found = {key: max(value, 0.0) for key, value in importances.items() if math.isfinite(value)}
     total = sum(found.values())
@@ -133,12 +123,9 @@ def save_importances(importances: Mapping[str, float], path: Path) -> Path | Non
 
 
 def save_slices(search: SearchResults, path: Path, log: Collection[str] = ()) -> Path | None:
-    """Draw the value over each parameter, one panel per parameter; None without a parameter.
+    """Draw the value over each parameter to a PNG, one panel per parameter; return None without parameters.
 
-    Args:
-        search: results of the search.
-        path: PNG to write.
-        log: keys of the parameters with a logarithmic axis.
+    The parameters in ``log`` have a logarithmic axis.
     """
     spread = np.array([(trial.number * 0.6180339887) % 1 - 0.5 for trial in search.trials])  # golden ratio: no clumps
     panels = _parameter_axes(search, spread, log)
@@ -150,7 +137,7 @@ def save_slices(search: SearchResults, path: Path, log: Collection[str] = ()) ->
     width = max(2.2, 5.6 / columns - gap)
     lengths = [[style.text_width([text], _TICK_SIZE) for _, text in panel.ticks] for panel in panels]
     turned = [sum(texts) + 0.12 * len(texts) > width for texts in lengths]
-    room = [max(texts) / 2 * turn for texts, turn in zip(lengths, turned, strict=True)]  # the sine of 30 degrees
+    room = [max(texts) / 2 * turn for texts, turn in zip(lengths, turned, strict=True)]  # sin 30° = 1/2
     deepest = [max(room[start : start + columns]) for start in range(0, len(room), columns)]
     tops = [1.25 + row * (height + 0.8) + sum(deepest[:row]) for row in range(rows)]
     with style.drawing():
@@ -189,19 +176,18 @@ def _direction(search: SearchResults) -> str:
 
 
 def _count_results(search: SearchResults) -> str:
-    """Return the subtitle: the metric, its direction and the number of trials."""
     early = sum(trial.state == "stopped early" for trial in search.trials)
     text = f"{_direction(search)} · {style.plural(len(search.trials), 'trial')} with a result"
     return text + (f", {early:,} of them stopped early" if early else "")
 
 
 def _label(colour: str, **more: Any) -> dict[str, Any]:
-    """Return the settings of a text placed in points from its anchor, also outside the axes."""
+    """Return the settings of a text that is offset from its anchor in points, also outside the axes."""
     return {"textcoords": "offset points", "annotation_clip": False, "size": 8, "color": colour, **more}
 
 
 def _value_axis(axes: Axes, search: SearchResults, *, below: float = 0.0, named: bool = True) -> None:
-    """Scale the vertical axis; ``below`` is the share of its length kept free for other marks."""
+    """Scale the vertical axis, and leave a share ``below`` of its length free at the bottom."""
     span = search.high - search.low or abs(search.low) or 1.0
     low, high = search.low - 0.07 * span, search.high + 0.07 * span
     axes.set_ylim(low - below * (high - low) / (1 - below), high)
@@ -211,7 +197,7 @@ def _value_axis(axes: Axes, search: SearchResults, *, below: float = 0.0, named:
 
 
 def _draw_points(axes: Axes, search: SearchResults, x: Floats, size: float) -> None:
-    """Draw a dot per trial at places [N]: hollow if stopped early, an arrow if beyond the axis."""
+    """Draw a dot per trial at ``x`` [N], hollow if stopped early, or an arrow for values outside the axis."""
     margin = 0.045 * (search.high - search.low)
     y = np.clip(search.values, search.low - margin, search.high + margin)
     early = np.array([trial.state == "stopped early" for trial in search.trials])
@@ -237,7 +223,6 @@ def _draw_points(axes: Axes, search: SearchResults, x: Floats, size: float) -> N
 
 
 def _name_own_and_best(axes: Axes, search: SearchResults) -> None:
-    """Write the best value and the one of the user's own values at the right, so that they do not overlap."""
     low, high = axes.get_ylim()
     best, own = search.best, search.own
     note = "your values" if own == best else f"trial {search.trials[best].number}"
@@ -256,7 +241,7 @@ def _name_own_and_best(axes: Axes, search: SearchResults) -> None:
 
 
 def _legend(figure: Figure, axes: Axes, without: Collection[str] = ()) -> None:
-    """Name the marks of ``axes`` in a line below the headline, all at one size."""
+    """Draw a legend of ``axes`` in one line below the headline, with marks of equal size."""
     from matplotlib.collections import PathCollection
 
     marks = {name: mark for mark, name in zip(*axes.get_legend_handles_labels(), strict=True) if name not in without}
@@ -278,12 +263,12 @@ def _colormap() -> Colormap:
 
 
 def _shade(good: Floats) -> Floats:
-    """Return places in the colormap for results from the worst (0) to the best (1); most shades go to good ones."""
+    """Return places in the colormap for results from the worst (0) to the best (1); good ones differ most in shade."""
     return np.asarray(good**2.5)
 
 
 def _draw_lines(axes: Axes, search: SearchResults, places: Floats, colours: Colormap) -> None:
-    """Draw a line per trial through places [N, axes], level at each axis, with better trials on top."""
+    """Draw a line per trial through ``places`` [N, axes], horizontal at each axis, with better trials on top."""
     from matplotlib.collections import LineCollection
 
     share = np.linspace(0, 1, 25)
@@ -302,7 +287,6 @@ def _draw_lines(axes: Axes, search: SearchResults, places: Floats, colours: Colo
 
 
 def _draw_axis(axes: Axes, place: int, axis: ParameterAxis) -> None:
-    """Draw the vertical axis of a parameter with its name above; the ticks are on the left, the labels on the right."""
     from matplotlib.patheffects import withStroke
 
     axes.plot([place, place], [0, 1], color=MUTED, linewidth=0.8, zorder=4, clip_on=False)
@@ -315,7 +299,7 @@ def _draw_axis(axes: Axes, place: int, axis: ParameterAxis) -> None:
 
 
 def _name_axis(axes: Axes, place: int, name: str) -> None:
-    """Write a key above an axis, in lines of about 14 characters broken after an underscore or a dot."""
+    """Write a key above an axis, wrapped after underscores and dots at about 14 characters."""
     lines = [""]
     for part in name.replace("_", "_\n").replace(".", ".\n").split("\n"):
         if lines[-1] and len(lines[-1]) + len(part) > 14:
@@ -325,7 +309,7 @@ def _name_axis(axes: Axes, place: int, name: str) -> None:
 
 
 def _draw_value_bar(axes: Axes, search: SearchResults, colours: Colormap, place: int, width: float) -> None:
-    """Draw the axis of the result, which is also the colour bar; ``width`` is in distances between axes."""
+    """Draw the axis of the result, which is also the colour bar; ``width`` is relative to the distance between axes."""
     good = np.linspace(0, 1, 256)[:, None]
     shades = _shade(good if search.maximize else 1 - good)
     extent, limits = (place, place + width, 0.0, 1.0), axes.get_ylim()

@@ -1,8 +1,8 @@
 """``status.json``: the progress of a run as JSON lines, in the format of TAO's status logger.
 
 Each line is an object with ``date`` (m/d/yyyy), ``time`` (h:m:s), ``status``, ``verbosity``, ``message`` and, if there
-are metrics, ``kpi`` (a flat object of finite numbers). The line of an epoch also has ``epoch`` and ``max_epoch`` (from
-0), ``step``, ``max_step``, ``time_per_epoch``, ``time_per_step`` and ``eta`` (such as ``0:01:23.456789``).
+are metrics, ``kpi`` (a flat object of finite numbers). The line of an epoch also has ``epoch`` and ``max_epoch`` (both
+counted from 0), ``step``, ``max_step``, ``time_per_epoch``, ``time_per_step`` and ``eta`` (``0:01:23.456789``).
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ log = logging.getLogger("openmae")
 
 
 class StatusLog:
-    """A writer of ``status.json``, for one process of a run (rank 0) only.
-
-    Args:
-        folder: the action's results folder; created if it does not exist.
-        append: keep the lines of the run that is resumed.
+    """A writer of ``status.json`` in a results folder, used only by rank 0; ``append`` keeps the existing lines.
 
     Raises:
         UserError: the folder cannot be created or written.
@@ -51,14 +47,9 @@ class StatusLog:
         kpi: Mapping[str, float] | None = None,
         progress: Mapping[str, int | str] | None = None,
     ) -> None:
-        """Append a line.
+        """Append a line, with ``progress`` as further fields.
 
-        Args:
-            status: one of ``STATUSES``.
-            message: text for people.
-            verbosity: one of ``VERBOSITIES``.
-            kpi: metric name -> value. Values that are not finite are left out, and named in the message.
-            progress: more fields of the line, such as ``epoch`` and ``eta``.
+        Metrics in ``kpi`` that are not finite are left out, and named in the message.
 
         Raises:
             ValueError: the status or the verbosity is unknown.
@@ -88,7 +79,7 @@ class StatusLog:
 def read_status(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a ``status.json``, oldest first.
 
-    A last line that is still being written is left out. A damaged line is skipped with a warning.
+    An incomplete last line is left out. Damaged lines are skipped with a warning.
     """
     entries = []
     for number, line in enumerate(complete_lines(Path(path)), start=1):

@@ -1,4 +1,4 @@
-"""Standard streams that cannot be written: closed pipes, closed descriptors, full disks behind a redirection."""
+"""Handle standard streams that cannot be written: closed pipes, closed descriptors, redirections to a full disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Name = Literal["stdout", "stderr"]
 
 
 class OutputLostError(Exception):
-    """Stdout cannot be written. Not an ``OSError``, which libraries would handle themselves."""
+    """Stdout cannot be written. It is not an ``OSError``, which libraries may catch."""
 
     def __init__(self, cause: OSError) -> None:
         super().__init__(f"stdout cannot be written ({cause.strerror}).")
@@ -21,12 +21,9 @@ class OutputLostError(Exception):
 
 @contextmanager
 def guarded(name: Name, *, needed: bool = False) -> Iterator[None]:
-    """Prevent a standard stream that cannot be written from ending the block with ``OSError`` or ``SystemExit``.
+    """Keep errors of a standard stream from ending the block with ``OSError`` or ``SystemExit``.
 
-    Args:
-        name: attribute of ``sys``.
-        needed: whether the stream carries the result. If so, ``OutputLostError`` is raised; otherwise the text is
-            dropped and the work continues.
+    Text that cannot be written is dropped, unless the stream is ``needed`` because it carries the result.
 
     Raises:
         OutputLostError: the stream is needed and cannot be written.
@@ -47,9 +44,9 @@ def guarded(name: Name, *, needed: bool = False) -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Open the null device instead of each standard stream that the caller closed (``>&-``).
+    """Open the null device for each standard stream that the caller closed (``>&-``).
 
-    Otherwise the next file to be opened, such as a checkpoint, would get the descriptor and everything that is printed.
+    Otherwise the next file to be opened, such as a checkpoint, would get its descriptor, and so all text printed to it.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -66,7 +63,7 @@ def open_standard_streams() -> None:
 
 
 class _Guarded:
-    """A text stream that ignores failures, or raises ``OutputLostError``."""
+    """A text stream that ignores write errors, or raises ``OutputLostError`` if it is needed."""
 
     def __init__(self, stream: TextIO, needed: bool) -> None:
         self._stream, self._needed = stream, needed
@@ -97,7 +94,7 @@ class _Guarded:
 
 
 def _settle(stream: TextIO) -> None:
-    """Discard what cannot be written. Python would otherwise try again at exit, and exit with code 120."""
+    """Discard text that cannot be written. Python would try again to write it at exit, and exit with code 120."""
     try:
         stream.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""The look of OpenMAE's figures: one palette, one typeface, and nothing that is not data."""
+"""The style of OpenMAE's figures: palette, font, and helpers for drawing."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ INK, MUTED, HAIRLINE, EMPTY, PAPER = "#1c2127", "#69717d", "#dfe2e6", "#f3f4f6",
 BLUE, RUST, TEAL, PLUM, GREY = "#2160a6", "#c4532a", "#23857a", "#84529a", "#bcc2ca"
 SERIES = (BLUE, RUST, TEAL, PLUM)
 DPI = 200
-# Matplotlib's own font: figures are the same on every machine, and texts are as wide as the layout expects.
+# Matplotlib ships this font, so figures are the same on every machine and texts are as wide as the layout expects.
 _FONT = "DejaVu Sans"
-_MARGIN = 0.1  # inches, around what extends beyond the figure
+_MARGIN = 0.1  # inches, around content that extends beyond the figure
 _SETTINGS: dict[Any, Any] = {
     "font.family": _FONT,
     "font.size": 9,
@@ -50,13 +50,13 @@ def drawing() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
-        # Names in a script that the font does not cover are drawn as boxes.
+        # Characters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of ``width`` x ``height`` inches, outside pyplot's global state."""
+    """Return an empty figure of ``width`` x ``height`` inches, independent of pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -66,26 +66,22 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Add axes placed in inches from the figure's top left corner."""
+    """Add axes, with all lengths in inches, from the top left corner of the figure."""
     w, h = figure.get_size_inches()
     return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
 
 def headline(figure: Figure, title: str, subtitle: str = "") -> None:
-    """Write a title and a quieter second line at the figure's top left corner."""
+    """Write a title, and a grey subtitle below it, at the top left corner of the figure."""
     w, h = figure.get_size_inches()
     figure.text(0.25 / w, 1 - 0.2 / h, title, size=12, weight="bold", va="top")
     figure.text(0.25 / w, 1 - 0.45 / h, subtitle, size=9, color=MUTED, va="top")
 
 
 def save_bars(path: Path, title: str, subtitle: str, bars: Sequence[tuple[str, float, str, str]]) -> Path:
-    """Draw horizontal bars and return ``path``.
+    """Draw horizontal bars to a PNG and return ``path``.
 
-    Args:
-        path: PNG to write.
-        title: headline of the figure.
-        subtitle: quieter second line.
-        bars: name, length, text at the end and colour of each bar, from the top.
+    ``bars`` are (name, length, text at the end, colour), from top to bottom.
     """
     names, lengths, texts, colours = zip(*bars, strict=True)
     left, top, width, height = max(1.35, 0.3 + text_width(names, 9)), 0.8, 4.0, 0.32 * len(bars)
@@ -113,7 +109,7 @@ def value_grid(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG, enlarged by whatever extends beyond it, and return the path."""
+    """Write the figure as a PNG, enlarged to include content beyond its edges, and return ``path``."""
     from matplotlib.transforms import Bbox
 
     drawn = figure.get_tightbbox()
@@ -129,18 +125,18 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def one_line(name: str) -> str:
-    """Return a name on one line, with ``?`` for bytes that are not text."""
+    """Return a name on one line, with ``?`` for bytes that are not UTF-8."""
     return " ".join(name.encode("utf-8", "replace").decode("utf-8").split())
 
 
 def plural(number: int, noun: str) -> str:
-    """Return a number with a noun, such as ``1 step`` or ``1,200 steps``."""
+    """Return a number with its noun, such as ``1 step`` or ``1,200 steps``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights as little as needed to be ``gap`` apart."""
-    clusters: list[list[float]] = []  # a cluster is stacked around the mean of its heights
+    """Move ascending heights by as little as possible, so that they are at least ``gap`` apart."""
+    clusters: list[list[float]] = []  # each is stacked around the mean of its heights
     for height in heights:
         cluster = [height]
         while clusters and _bottom(cluster, gap) - _bottom(clusters[-1], gap) < gap * len(clusters[-1]):
@@ -154,16 +150,16 @@ def _bottom(cluster: Sequence[float], gap: float) -> float:
 
 
 def text_width(texts: Iterable[str], size: float, bold: bool = False) -> float:
-    """Return the width of the widest text in inches, for a font size in points; 0 without a text."""
+    """Return the width of the widest text in inches, for a font size in points; 0 without texts."""
     font = text_font(100, bold)
     return max((font.getlength(line) for text in texts for line in text.split("\n")), default=0.0) / 100 * size / 72
 
 
 @lru_cache
 def text_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return the figures' typeface for Pillow, ``size`` in pixels."""
+    """Return the font of the figures for Pillow, with ``size`` in pixels."""
     from matplotlib.font_manager import FontProperties, findfont
 
     path = findfont(FontProperties(family=_FONT, weight="bold" if bold else "regular"))
-    # The other layout engine, which is not in every Pillow, spaces letters differently.
+    # Raqm, which not every Pillow has, spaces letters differently.
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)

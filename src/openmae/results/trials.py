@@ -1,4 +1,4 @@
-"""The trials of a search as figures show them: results, the best trial, and places on axes."""
+"""Prepare the trials of a search for figures and tables: results, the best trial, axes and texts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from openmae.spec.metrics import is_share
 Floats = NDArray[np.float64]
 State = Literal["complete", "stopped early", "failed", "running"]
 
-_CLIP_FROM = 8  # results from which values far behind the others are drawn at the edge
-_MAX_NAMES = 12  # categories with a name on an axis
-UNSET = -0.17  # place of trials without the parameter on its axis, which runs from 0 to 1
+_CLIP_FROM = 8  # number of results from which values much worse than the others are drawn at the edge
+_MAX_NAMES = 12  # tick labels on an axis of categories
+UNSET = -0.17  # place on a parameter's axis, from 0 to 1, of trials without that parameter
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,13 @@ class TrialSummary:
     """A trial, for figures and tables.
 
     Attributes:
-        number: number of the trial; the lowest one has the user's own values.
-        value: final metric; None or not finite: the trial has no result.
-        state: how it ended; the value of a trial stopped early is that of its last epoch.
-        epochs: epochs that it trained.
-        params: dotted key of the spec -> value; a key that depends on another one may be absent.
-        seconds: time that it took.
+        number: number of the trial; the trial with the lowest one has the user's own values.
+        value: final metric, or that after the last epoch if the trial was stopped early; None or not finite without a
+            result.
+        state: its state, or how it ended.
+        epochs: number of epochs trained.
+        params: dotted key of the spec -> value; a key that depends on another one may be missing.
+        seconds: duration.
         cause: why it failed.
     """
 
@@ -47,7 +48,7 @@ class TrialSummary:
 
     @property
     def outcome(self) -> State:
-        """The state; a trial that ended without a finite value has failed."""
+        """The state, or "failed" if the trial ended without a finite value."""
         finite = self.value is not None and math.isfinite(self.value)
         return self.state if finite or self.state == "running" else "failed"
 
@@ -60,8 +61,8 @@ class SearchResults:
         tried: all trials.
         trials: trials with a result.
         values: their values [N].
-        best: index of the best trial.
-        own: index of the trial with the user's own values; None if it has no result.
+        best: index in ``trials`` of the best one.
+        own: index in ``trials`` of the one with the user's own values; None if it has no result.
         low, high: range of values to show.
         metric: name of the metric.
         maximize: whether larger is better.
@@ -79,29 +80,29 @@ class SearchResults:
 
     @property
     def clipped(self) -> NDArray[np.bool_]:
-        """True for each value outside the range [N]."""
+        """Mask [N] of the values outside the range."""
         return (self.values < self.low) | (self.values > self.high)
 
     @property
     def places(self) -> Floats:
-        """Values scaled from ``low`` to ``high`` as 0 to 1."""
+        """Values scaled so that ``low`` is 0 and ``high`` is 1, and clipped."""
         if self.high == self.low:
             return np.full(len(self.values), 0.5)
         return np.clip((self.values - self.low) / (self.high - self.low), 0, 1)
 
     @property
     def beyond(self) -> str:
-        """Name of the values outside the range."""
+        """Description of the values outside the range."""
         return f"below {self.text(self.low)}" if self.maximize else f"above {self.text(self.high)}"
 
     def text(self, value: float) -> str:
-        """Return a value as text, with the decimals that distinguish the results."""
+        """Return a value as text, with enough decimals to distinguish the results."""
         if not is_share(self.metric):
             return number_text(value, 4)
         return f"{100 * value:.{2 if 0 < self.high - self.low < 0.01 else 1}f} %"
 
     def ticks(self, low: float, high: float) -> list[tuple[float, str]]:
-        """Return places and labels of ticks in a range."""
+        """Return the places and labels of ticks in a range."""
         if low == high:
             return [(low, self.text(low))]
         if is_share(self.metric):
@@ -120,13 +121,13 @@ class ParameterAxis:
 
 
 def best_trial(trials: Sequence[TrialSummary], *, maximize: bool) -> TrialSummary | None:
-    """Return the best complete trial, or the best one stopped early if none is complete; None without a result."""
+    """Return the best complete trial, or the best one stopped early if none is complete; None if there is neither."""
     steps = best_so_far(trials, maximize)
     return steps[-1] if steps else None
 
 
 def best_so_far(trials: Sequence[TrialSummary], maximize: bool) -> list[TrialSummary]:
-    """Return the trials, by number, that were better than all before them."""
+    """Return the trials, by number, that are better than all before them, of the complete ones if there are any."""
     sign = 1 if maximize else -1
     for state in ("complete", "stopped early"):
         found: list[TrialSummary] = []
@@ -154,7 +155,7 @@ def read_search(trials: Sequence[TrialSummary], metric: str, maximize: bool) -> 
 
 
 def _limits(values: Floats, maximize: bool, own: float | None) -> tuple[float, float]:
-    """Return the range of values without those so far behind that the good ones would look alike."""
+    """Return the range of values to show, without values so bad that the good ones could not be distinguished."""
     sign = 1 if maximize else -1
     signed = sign * values
     best, middle, floor = float(signed.max()), float(np.median(signed)), float(signed.min())
@@ -168,7 +169,7 @@ def _limits(values: Floats, maximize: bool, own: float | None) -> tuple[float, f
 def read_axis(
     key: str, name: str, trials: Sequence[TrialSummary], spread: Floats, log: Collection[str]
 ) -> ParameterAxis:
-    """Return the axis of a parameter; ``spread`` [N] in [-0.5, 0.5] moves trials of one category apart."""
+    """Return the axis of a parameter; ``spread`` [N] in [-0.5, 0.5] separates the trials of a category."""
     given = np.array([key in trial.params for trial in trials])
     values = [trial.params[key] for trial in trials if key in trial.params]
     places = np.full(len(trials), UNSET)
@@ -184,7 +185,7 @@ def read_axis(
 
 
 def _scale(values: Sequence[float], log: bool) -> tuple[Floats, list[tuple[float, str]]]:
-    """Return places from 0 to 1 and ticks; on a logarithmic axis, 0 has a place below the other values."""
+    """Return places from 0 to 1 and ticks; on a logarithmic axis, zeros are placed below the other values."""
     x = np.array(values, dtype=np.float64)
     if not log or x.min() < 0 or x.max() <= 0:
         whole = all(isinstance(value, int) for value in values)
@@ -215,7 +216,7 @@ def linear_ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return a few round numbers, powers of ten if these suffice; both ends if there is no round number between."""
+    """Return a few round numbers, powers of ten if there are enough; both ends if there are too few round numbers."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for digits in ((1,), (1, 3), (1, 2, 5)):
@@ -227,12 +228,12 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _natural(text: str) -> list[int | str]:
-    """Return a sort key by which ``vit_tiny_patch4`` comes before ``vit_tiny_patch16``."""
+    """Return a sort key that puts ``vit_tiny_patch4`` before ``vit_tiny_patch16``."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return the fewest last parts of each key that distinguish it from the others (``train.optim.lr`` -> ``lr``)."""
+    """Map each key to its shortest unique ending (``train.optim.lr`` -> ``lr``)."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -243,19 +244,19 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def format_value(value: Any) -> str:
-    """Return the value of a parameter as text."""
+    """Return a parameter value as text."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return number_text(value) if isinstance(value, int | float) else str(value)
 
 
 def shorten(text: str) -> str:
-    """Return a text with at most 18 characters."""
+    """Shorten a text to at most 18 characters."""
     return text if len(text) <= 18 else f"{text[:10]}…{text[-7:]}"
 
 
 def number_text(value: float, digits: int = 3) -> str:
-    """Return a number in few characters: 0.05, 3.1e-4, 2e6."""
+    """Format a number in few characters, such as 0.05, 3.1e-4 or 2e6."""
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -263,12 +264,12 @@ def number_text(value: float, digits: int = 3) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as text, such as ``0:03:20``."""
+    """Format a duration, such as ``0:03:20``."""
     return str(timedelta(seconds=round(seconds)))
 
 
 def summarize_states(trials: Sequence[TrialSummary]) -> str:
-    """Return how many trials there are, how they ended and what they cost."""
+    """Return a line with the number of trials, their states, epochs and time."""
     states: tuple[State, ...] = ("complete", "stopped early", "failed", "running")
     counts = {state: sum(trial.outcome == state for trial in trials) for state in states}
     parts = [plural(len(trials), "trial"), ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)]

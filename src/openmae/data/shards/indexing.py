@@ -1,4 +1,4 @@
-"""From the names of shards to an index of their images."""
+"""Index the images of shards, given the names of the shards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from openmae.storage.urls import checked, is_remote, join, parent_of, redact
 
 log = logging.getLogger("openmae")
 
-_LOOKUPS = 16  # at the same time
+_LOOKUPS = 16  # concurrent requests
 _INDEXES = "indexes.jsonl"
 
 _Status = tuple[str, int, bool]  # stamp, size in bytes and whether there is an index next to a shard
@@ -34,15 +34,16 @@ def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> 
     """Index the images of tar files.
 
     Labels come from .cls and .json members (see ``scan_tar``); if there are none at all, from class folders in the
-    names of the images. Classes are numbered as ``mae dataset pack`` wrote them, otherwise by their sorted names.
+    names of the images. Classes keep the numbers that ``mae dataset pack`` gave them, otherwise they are numbered in
+    the order of their sorted names.
 
     Args:
         places: local paths or URLs, in order.
-        labelled: True demands a label for every image, False ignores labels, None uses the existing labels.
+        labelled: True requires a label for every image, False ignores labels, None uses labels if there are any.
         pattern: the source as the user wrote it, for messages.
 
     Raises:
-        DataError: a shard is missing, named twice, damaged or empty, or labels are demanded and missing.
+        DataError: a shard is missing, named twice, damaged or empty, or labels are required but missing.
     """
     places = [checked(place) if "://" in place else os.path.abspath(os.path.expanduser(place)) for place in places]
     _check_names(places, pattern)
@@ -86,7 +87,7 @@ def _check_names(places: Sequence[str], pattern: str) -> None:
 
 
 def _look_up(places: Sequence[str], pattern: str) -> tuple[Shard, ...]:
-    """Return the shards with their sizes and stamps; raise one error for all that are missing."""
+    """Return the shards with their sizes and stamps; raise a single error for all missing ones."""
     start = os.path.commonprefix([min(places), max(places)]).rfind("/") + 1  # noqa: RUF071
     found = _remote_status(places) if is_remote(places[0]) else [_local_status(place) for place in places]
     if missing := [redact(place) for place, status in zip(places, found, strict=True) if status is None]:
@@ -113,7 +114,7 @@ def _local_status(place: str) -> _Status | None:
 
 
 def _remote_status(places: Sequence[str]) -> list[_Status | None]:
-    """List each folder once if the store has listings, otherwise ask for each file."""
+    """List each folder once if the store supports it, otherwise look up each file."""
     from openmae.storage.listing import RemoteFile, list_files, look
 
     found: dict[str, RemoteFile] = {}
@@ -134,7 +135,7 @@ def _remote_status(places: Sequence[str]) -> list[_Status | None]:
 
 
 def _indexes_of(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:
-    """Use the index next to a local shard; for other shards one in the cache, which is made if necessary."""
+    """Return the index next to each local shard, otherwise one from the cache, which is made if necessary."""
     found = [_index_beside(shard) for shard in shards]
     lacking = [shard for shard, index in zip(shards, found, strict=True) if index is None]
     if lacking:
@@ -151,9 +152,9 @@ def _index_beside(shard: Shard) -> TarIndex | None:
 
 
 def _cached_indexes(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:
-    """Return the indexes of all shards of a source from one cache entry."""
+    """Return the indexes of shards from one common cache entry."""
     stamps = "".join(f"{redact(shard.place)}\0{shard.stamp}\0" for shard in shards)
-    kinds = " ".join(sorted(IMAGE_SUFFIXES))  # depend on the installed decoders
+    kinds = " ".join(sorted(IMAGE_SUFFIXES))  # depends on the installed decoders
     key = hashlib.sha256(f"{FORMAT}\0{kinds}\0{stamps}".encode("utf-8", "surrogateescape")).hexdigest()[:20]
     entry = cache.root() / cache.SOURCES / f"shards-{key}"
 
@@ -167,7 +168,7 @@ def _cached_indexes(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:
     with cache.holding():
         try:
             cache.obtain(entry, f"{pattern} (index)", build)
-        except OSError as error:  # of the cache; an unreadable shard is a DataError
+        except OSError as error:  # the cache cannot be written; an unreadable shard is a DataError
             log.warning(
                 "The index of %s cannot be written to %s (%s), so the next run will make it again. Set %s to a "
                 "writable folder to avoid that.",
@@ -199,7 +200,6 @@ def _new_index(shard: Shard) -> TarIndex:
 
 
 def _skipped(shards: Sequence[Shard], indexes: Sequence[TarIndex]) -> tuple[SkippedFiles, ...]:
-    """Return what the shards hold in addition to images and labels."""
     counter = SkippedCounter()
     for shard, index in zip(shards, indexes, strict=True):
         for kind, (count, example) in index.skipped.items():
@@ -248,7 +248,7 @@ def _labels(
 
 
 def _unwrapped(members: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Return the folders that all members are in, except a single class folder, and the names without them."""
+    """Return the common parent folders of all members, except a single class folder, and the names without them."""
     wrapper = ""
     while True:
         first, _, rest = members[0].partition("/")

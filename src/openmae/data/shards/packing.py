@@ -1,4 +1,4 @@
-"""Packing of an index into WebDataset shards, with an index next to each."""
+"""Pack the images of an index into WebDataset shards, with an index file next to each."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _LOCK = ".packing.lock"
 
 @dataclass(frozen=True)
 class PackOptions:
-    """Storage of the packed images.
+    """Options for the packed images.
 
     Attributes:
-        size: the shorter side that larger images are scaled down to, in pixels; None stores every file unchanged.
+        size: scale larger images down to this shorter side in pixels; None stores every file unchanged.
         shard_bytes: approximate size of a shard.
         quality: JPEG quality of scaled images, 1 to 100.
     """
@@ -48,7 +48,7 @@ class PackOptions:
 
 @dataclass
 class PackResult:
-    """The shards written, the number of images in them, and the files left out as (name, reason)."""
+    """The shards written, their number of images, and the files left out as (name, reason)."""
 
     shards: list[Path] = field(default_factory=list)
     images: int = 0
@@ -56,7 +56,7 @@ class PackResult:
 
     @property
     def pattern(self) -> str:
-        """The shards, as ``dataset.train_data_sources`` takes them."""
+        """The shards as a pattern for ``dataset.train_data_sources``."""
         last = self.shards[-1]
         head, number = last.stem.rsplit("-", 1)
         first = "0" * len(number)
@@ -71,22 +71,16 @@ def pack(
     overwrite: bool = False,
     advance: Callable[[], object] = lambda: None,
 ) -> PackResult:
-    """Write the images of ``index`` to ``out``/NAME-000000.tar, NAME-000001.tar, ..., where NAME is that of the folder.
+    """Write the images of ``index`` to ``out``/NAME-000000.tar and so on, where NAME is the name of ``out``.
 
-    Images keep their order. The key of an image is its path, with underscores for dots in the name, since WebDataset
-    ends a key at the first dot. Its .cls holds the number of its class, whose name is in the index next to the shard.
-    The same images give the same bytes. Every image is decoded once; corrupt ones are left out and listed in
-    ``corrupt_files.txt``. Shards have temporary names until all of them are complete.
-
-    Args:
-        index: the images.
-        out: a folder; created if necessary.
-        options: how images are stored.
-        overwrite: replace the shards in ``out``.
-        advance: called after each image.
+    Images keep their order, and the same images give the same bytes. The key of an image is its path, with underscores
+    for dots in the file name, since WebDataset ends a key at the first dot. Its .cls holds its class number; the class
+    names are in the index file next to the shard. Every image is decoded once; corrupt ones are left out and listed in
+    ``corrupt_files.txt``. Shards are moved to ``out`` when all of them are complete. ``advance`` is called after each
+    image.
 
     Raises:
-        UserError: ``out`` cannot be written, holds shards already, or is in use by another process.
+        UserError: ``out`` cannot be written, contains shards already, or is in use by another process.
         DataError: every image is corrupt.
         RunError: the disk is full.
     """
@@ -114,7 +108,7 @@ def _pack(
             f"{out} already holds {len(old)} files of packed shards, such as {old[0].name}.",
             "Name another folder, or pass --overwrite.",
         )
-    for leftover in out.glob(".packing-*/"):  # from a process that was killed; the lock is held
+    for leftover in out.glob(".packing-*/"):  # of a killed process, since this one holds the lock
         shutil.rmtree(leftover)
     result, warned = PackResult(), False
     with tempfile.TemporaryDirectory(prefix=".packing-", dir=out) as folder:
@@ -152,8 +146,6 @@ def _pack(
 
 
 class _Stored(NamedTuple):
-    """An image as it is stored in a shard."""
-
     content: bytes
     suffix: str
     further: str
@@ -167,14 +159,14 @@ def _stored(index: ImageIndex, options: PackOptions, number: int) -> _Stored | C
             if options.size is not None and min(image.size) > options.size:
                 content, suffix = _scaled_down(image, options.size, options.quality)
             else:
-                image.pixels(at_least=(1, 1))  # reads a JPEG completely, at the lowest resolution
+                image.pixels(at_least=(1, 1))  # reads all of a JPEG, but decodes it at the lowest resolution
             return _Stored(content, suffix, image.further_images)
     except CorruptImage as error:
         return error
 
 
 def _scaled_down(file: ImageFile, size: int, quality: int) -> tuple[bytes, str]:
-    """Return the upright image with a shorter side of ``size``: a JPEG, or a PNG for transparency and 16 bits."""
+    """Scale the upright image to a shorter side of ``size``; return a JPEG, or a PNG for transparency or 16 bits."""
     height, width = file.size
     scale = size / min(height, width)
     target = max(size, round(width * scale)), max(size, round(height * scale))
@@ -195,7 +187,7 @@ def _scaled_down(file: ImageFile, size: int, quality: int) -> tuple[bytes, str]:
 
 
 class _ShardWriter:
-    """Writes samples to numbered tar files, and an index next to each."""
+    """Writes samples to numbered tar files, with an index file next to each."""
 
     def __init__(self, folder: Path, name: str, classes: tuple[str, ...], shard_bytes: int) -> None:
         self._folder, self._name, self._classes, self._shard_bytes = folder, name, list(classes), shard_bytes
@@ -205,7 +197,7 @@ class _ShardWriter:
         self._shards: list[Path] = []
 
     def add(self, path: str, content: bytes, extension: str, label: int) -> None:
-        """Write an image and its label (-1: none)."""
+        """Write an image and its label (-1 for none)."""
         size = len(content) + 3 * BLOCK
         if self._tar is None or (self._index.names and self._tar.offset + size > self._shard_bytes):
             self._next_shard()
@@ -241,7 +233,7 @@ class _ShardWriter:
         write_atomically(Path(index_file(str(path))), index.to_json())
 
     def _add_member(self, name: str, content: bytes) -> int:
-        """Write a member without owner or time, and return the offset of its data."""
+        """Write a member without owner or time; return the offset of its data."""
         assert self._tar is not None
         member = tarfile.TarInfo(name)
         member.size = len(content)
@@ -249,7 +241,7 @@ class _ShardWriter:
         return self._tar.offset - -(-len(content) // BLOCK) * BLOCK
 
     def _key(self, path: str) -> str:
-        """Return a unique key; a.png and a.jpg may be in the same folder."""
+        """Return a unique key, since a folder may contain both a.png and a.jpg."""
         folder, slash, name = os.path.splitext(path)[0].rpartition("/")
         stem = f"{folder}{slash}{name.replace('.', '_')}"
         key, count = stem, 1

@@ -1,4 +1,4 @@
-"""Patterns of shard names, as a shell would expand them: ``train-{000000..000099}.tar``."""
+"""Patterns of shard names with braces, as in a shell: ``train-{000000..000099}.tar``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def is_shard_pattern(source: str) -> bool:
-    """Return whether ``source`` is a pattern of shards, not one folder or file whose name contains braces."""
+    """Return whether ``source`` is a pattern of shards, and not an existing path whose name contains braces."""
     return _first_group(source) is not None and not os.path.exists(os.path.expanduser(source))
 
 
@@ -20,7 +20,7 @@ def expand_braces(pattern: str) -> list[str]:
     """Expand ``{a,b}`` and ``{000..099}`` as a shell does; the first group varies slowest.
 
     Raises:
-        DataError: a range that runs backwards, or more than a million names.
+        DataError: a range is descending, or there are more than a million names.
     """
     group = _first_group(pattern)
     if group is None:
@@ -49,7 +49,7 @@ def _numbers(pattern: str, ends: re.Match[str]) -> list[str]:
 
 
 def _first_group(pattern: str) -> tuple[int, int, list[str]] | None:
-    """Return start, end and parts of the first group; braces without a comma or a range are literal."""
+    """Return the start, end and parts of the first group; braces without a comma or a range are literal."""
     for start in (place for place, char in enumerate(pattern) if char == "{"):
         depth, parts, begin = 0, [], start + 1
         for place in range(start, len(pattern)):

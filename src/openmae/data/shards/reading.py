@@ -1,18 +1,18 @@
-"""Images in WebDataset shards, read without unpacking.
+"""Read images from WebDataset shards without unpacking them.
 
-With its index (``tar_index``), a shard supports random access: one ``pread`` per image. A ``ShardedIndex`` is therefore
-an ``ImageIndex`` like any other, with the same guarantees: order and augmentation are addressed by (seed, epoch,
-index), ranks and workers split the batches, and a resumed run equals an uninterrupted one bit for bit.
+An index (see ``tar_index``) gives random access to a shard: one ``pread`` per image. A ``ShardedIndex`` is therefore an
+``ImageIndex`` like any other: order and augmentation follow from (seed, epoch, index), ranks and workers split the
+batches, and a resumed run is bit-identical to an uninterrupted one.
 
-Local shards are shuffled like files: the same images give the same run from either. Random reads cost no more than
-with separate files (one seek per image, and one open file per shard).
+Local shards are shuffled like files, so the same images give the same run from either. Random reads cost no more than
+with separate files: one seek per image, and one open file per shard.
 
-Remote shards are downloaded completely, one at a time, into the cache, and read there: single images would cost one
-billed request each, and a stream cannot be resumed at a sample. A random order over all images would need all shards at
-once. Instead, the shards are permuted, and the images of a shard are spread at random over ``WINDOW`` shards' worth of
-images from the shard's position on. This order, too, is a permutation that follows from (seed, epoch). While a batch is
-made, a thread downloads the next shards. Every node downloads every shard, since a step takes the same images on one
-rank as on several. The cache needs space for about ``WINDOW`` + 3 shards, otherwise shards are downloaded repeatedly.
+Remote shards are downloaded completely, one at a time, into the cache, and read there. (Reading single images would
+need one billed request each, and a stream cannot be resumed at a sample.) A random order over all images would need all
+shards at once. Instead, the shards are permuted, and the images of each are spread at random over the next ``WINDOW``
+shards' worth of images. This order is also a permutation that follows from (seed, epoch). Threads download the next
+shards in the background. Every node downloads every shard, since the order does not depend on the number of nodes. The
+cache needs space for about ``WINDOW`` + 3 shards; with less, shards are downloaded repeatedly.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from openmae.storage.printable import printable_name
 from openmae.storage.urls import redact
 
 WINDOW = 8  # remote shards whose images are shuffled together
-MEMBER = "!"  # separates the names of a shard and of an image in it
+MEMBER = "!"  # separates the name of a shard from that of an image in it
 
 
 @dataclass(frozen=True, eq=False)
 class ShardedIndex(ImageIndex):
-    """The images of shards, in the order of the shards and of the members of each.
+    """The images of shards, in the order of the shards and of their members.
 
-    Paths are ``NAME.tar!cat/1.jpg``; ``root`` is the folder of the shards, empty for remote ones.
+    Paths are ``NAME.tar!cat/1.jpg``; ``root`` is the folder of local shards and empty for remote ones.
 
     Attributes:
         pattern: the source as the user wrote it, without secrets.
         shards: the tar files.
         shard_of: int32 [N], the shard of each image.
-        offsets: int64 [N], the first byte of each image.
-        sizes: int64 [N], the bytes of each image.
+        offsets: int64 [N], the offset of each image in its shard, in bytes.
+        sizes: int64 [N], the size of each image in bytes.
         prefetcher: downloads remote shards; None for local ones.
     """
 
@@ -62,31 +62,31 @@ class ShardedIndex(ImageIndex):
 
     @property
     def place(self) -> str:
-        """The source, as messages name it."""
+        """Name of the source in messages."""
         return self.pattern
 
     def full_name(self, path: str) -> str:
-        """Return the printable name of one of ``paths`` in lists that span several data sets."""
+        """Return the printable name of one of ``paths``, unambiguous among several data sets."""
         shard, _, member = path.partition(MEMBER)
         return f"{self._shard_names()[shard]}{MEMBER}{printable_name(member)}"
 
     def holds(self, full_name: str) -> bool:
-        """Return whether ``full_name`` may belong to this data set."""
+        """Return whether ``full_name`` is in one of these shards."""
         return any(full_name.startswith(f"{name}{MEMBER}") for name in self._shard_names().values())
 
     def _shard_names(self) -> dict[str, str]:
         return {shard.name: printable_name(redact(shard.place)) for shard in self.shards}
 
     def file(self, number: int) -> Path:
-        """Return the name of image ``number``, which is not a file."""
+        """Return the name of image ``number``, which is not the path of a file."""
         return self.root / self.paths[number]
 
     def open(self, number: int) -> ImageFile:
-        """Open image ``number``; raises CorruptImage if its header cannot be read."""
+        """Open image ``number``; raise CorruptImage if its header cannot be read."""
         return ImageFile(self.file(number), io.BytesIO(self.read(number)), self.max_pixels)
 
     def read(self, number: int) -> bytes:
-        """Return the encoded bytes of image ``number``; raises CorruptImage if they cannot be read."""
+        """Return the encoded bytes of image ``number``; raise CorruptImage if they cannot be read."""
         shard = self.shards[self.shard_of[number]]
         content = read_member(shard, int(self.offsets[number]), int(self.sizes[number]))
         if content is None:
@@ -94,11 +94,11 @@ class ShardedIndex(ImageIndex):
         return content
 
     def key(self, number: int) -> str:
-        """Return the path of image ``number`` within the data set, without the shard."""
+        """Return the path of image ``number`` in its shard."""
         return self.paths[number].partition(MEMBER)[2]
 
     def subset(self, numbers: Numbers) -> Self:
-        """Return an index of the images ``numbers``, in that order."""
+        """Return an index of only the images ``numbers``, in that order."""
         chosen = super().subset(numbers)
         places = np.asarray(numbers, dtype=np.int64)
         return replace(chosen, shard_of=self.shard_of[places], offsets=self.offsets[places], sizes=self.sizes[places])
@@ -110,7 +110,7 @@ class ShardedIndex(ImageIndex):
         return windowed_order(self.shard_of, len(self.shards), rng)
 
     def prepare(self, now: Numbers, soon: Numbers) -> None:
-        """Download the shards of the images ``now``, and start with those needed ``soon``."""
+        """Download the shards of the images ``now``, and start to download those needed ``soon``."""
         if self.prefetcher is not None:
             reach = 2 * len(self) // len(self.shards)
             first = self.shard_of[np.asarray(now, dtype=np.int64)]
@@ -119,12 +119,9 @@ class ShardedIndex(ImageIndex):
 
 
 def windowed_order(shard_of: npt.NDArray[np.int32], shards: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return a permutation of images that needs about ``WINDOW`` shards at any position, int64 [N].
+    """Return a permutation of images, int64 [N], that needs about ``WINDOW`` shards at any position.
 
-    Args:
-        shard_of: [N], the shard of each image.
-        shards: number of shards.
-        rng: of the epoch.
+    ``shard_of`` [N] is the shard of each image, and ``shards`` is the number of shards.
     """
     queue = rng.permutation(shards)
     counts = np.bincount(shard_of, minlength=shards)[queue]
@@ -135,25 +132,25 @@ def windowed_order(shard_of: npt.NDArray[np.int32], shards: int, rng: np.random.
 
 
 class ShardPrefetcher:
-    """Downloads remote shards, one at a time, in threads of the process that knows the order.
+    """Downloads remote shards, one at a time, in threads of the process that runs the sampler.
 
-    The threads are daemons, not those of a pool: waiting for a slow store must not delay the end of the program.
+    These are daemon threads and not a pool, so that a slow store does not delay the end of the program.
     """
 
     def __init__(self) -> None:
         self._fetched: dict[Shard, Future[None]] = {}
 
     def __reduce__(self) -> tuple[type[ShardPrefetcher], tuple[()]]:
-        return ShardPrefetcher, ()  # the threads stay in this process
+        return ShardPrefetcher, ()  # threads are not copied to other processes
 
     def fetch(self, now: Sequence[Shard], soon: Sequence[Shard]) -> None:
-        """Download shards, and wait for those that are needed ``now``.
+        """Start to download all shards, and wait for those needed ``now``.
 
         Raises:
-            DataError: one of these cannot be downloaded.
+            DataError: a shard needed ``now`` cannot be downloaded.
         """
         wanted = list(dict.fromkeys((*now, *soon)))
-        # Forget all others: the cache may have deleted them by the time they are needed again.
+        # Forget the other shards, since the cache may delete them before they are needed again.
         self._fetched = {shard: self._fetched[shard] for shard in wanted if shard in self._fetched}
         for shard in wanted:
             if shard not in self._fetched:
@@ -168,4 +165,4 @@ class ShardPrefetcher:
             shard.fetch()
             future.set_result(None)
         except BaseException as error:
-            future.set_exception(error)  # raised to those who wait for the shard
+            future.set_exception(error)  # raised where the shard is waited for

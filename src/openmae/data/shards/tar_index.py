@@ -1,6 +1,6 @@
-"""The index of a shard: which images a tar file holds and where, so that each can be read without unpacking.
+"""The index of a shard: the names and offsets of its images, so that each can be read without unpacking the tar file.
 
-An index is made by one pass over the headers of the tar file and kept as JSON: next to the shard if
+An index is made in one pass over the headers of the tar file and stored as JSON: next to the shard if
 ``mae dataset pack`` wrote it, otherwise in the cache.
 """
 
@@ -26,10 +26,10 @@ from openmae.storage.printable import printable_name
 from openmae.storage.urls import is_remote, redact
 
 FORMAT = "openmae-shard-1"
-BLOCK = 512  # a member's header is one block, right before its data
+BLOCK = 512  # the header of a member is one block, immediately before its data
 _MAX_LABEL_BYTES = 1 << 20
 _OPEN_LOCAL = 64  # shards that a process keeps open
-_OPEN_REMOTE = 12  # fewer: an open file takes disk space even after the cache has deleted it
+_OPEN_REMOTE = 12  # fewer, since an open file takes disk space even after the cache has deleted it
 _downloading = threading.RLock()
 
 
@@ -47,14 +47,10 @@ class NoImagesError(DataError):
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file.
+    """A tar file at ``place``, a local path or a URL.
 
-    Attributes:
-        name: as in the paths of its images.
-        place: a local path or a URL.
-        stamp: changes whenever the shard does.
-        bytes: its size.
-        indexed: there is an index next to it.
+    ``name`` is its name in the paths of its images. ``stamp`` changes whenever the file does. ``indexed`` is true if
+    there is an index file next to it.
     """
 
     name: str
@@ -65,24 +61,23 @@ class Shard:
 
     @property
     def remote(self) -> bool:
-        """True for a shard at a URL."""
+        """True if ``place`` is a URL."""
         return is_remote(self.place)
 
     def fetch(self) -> None:
-        """Download a remote shard into the cache, where it stays until space is needed.
+        """Download a remote shard into the cache, where it stays until the space is needed.
 
         Raises:
-            DataError: it cannot be downloaded.
+            DataError: the shard cannot be downloaded.
         """
         with self.local():
             pass
 
     @contextmanager
     def local(self, *, quiet: bool = True) -> Iterator[Path]:
-        """Yield the local file, downloaded if necessary, which exists at least until the end of the block.
+        """Yield the local file, downloaded if necessary; it exists at least until the end of the block.
 
-        Args:
-            quiet: show no progress bar; during a run the terminal shows the progress of the run.
+        ``quiet`` hides the progress bar of the download, since a run shows its own progress.
         """
         if not self.remote:
             yield Path(self.place)
@@ -90,7 +85,7 @@ class Shard:
         from openmae.storage import cache
         from openmae.storage.download import fetch
 
-        # One download at a time: it uses enough connections and memory on its own.
+        # One download at a time, since each uses many connections and much memory.
         with _downloading, cache.holding():
             yield fetch(self.place, quiet=quiet)
 
@@ -101,16 +96,16 @@ class TarIndex:
 
     Attributes:
         bytes: size of the shard.
-        names: of the images, as in the shard.
-        offsets: first byte of each image.
-        sizes: bytes of each image.
+        names: member names of the images.
+        offsets: offset of each image in bytes.
+        sizes: size of each image in bytes.
         labels: position of each image's class in ``classes``; -1 without a label.
-        classes: class names: of the entire data set if ``mae dataset pack`` wrote the shard, otherwise those in the
-            .cls and .json members of the shard.
-        skipped: members that are neither an image nor a label, by kind, with their number and an example.
-        faults: images whose .cls or .json cannot be read, and that have no other label.
+        classes: class names of the entire data set if ``mae dataset pack`` wrote the shard, otherwise those in the .cls
+            and .json members of the shard.
+        skipped: members that are neither an image nor a label: kind -> (number, example).
+        faults: number of images whose .cls or .json cannot be read and that have no other label.
         fault: the reason for the first of them.
-        shared: images that share the label of a sample with other images.
+        shared: number of images that share a label with other images of the same sample.
     """
 
     bytes: int
@@ -125,16 +120,16 @@ class TarIndex:
     shared: int = 0
 
     def to_json(self) -> str:
-        """Return the index as one line; equal indexes have equal lines."""
+        """Return the index as one line of JSON; equal indexes have equal lines."""
         content = asdict(self)
-        for name in ("skipped", "faults", "fault", "shared"):  # unknown to older versions of OpenMAE
+        for name in ("skipped", "faults", "fault", "shared"):  # older versions of OpenMAE do not know these
             if not content[name]:
                 del content[name]
         return json.dumps({"format": FORMAT, **content}, separators=(",", ":")) + "\n"
 
     @classmethod
     def from_json(cls, text: str, bytes: int) -> TarIndex | None:
-        """Read a line of ``to_json``; None if its format or the size of the shard is another."""
+        """Read a line of ``to_json``; None if it is invalid, or of another format or shard size than ``bytes``."""
         try:
             content = json.loads(text)
             if content.pop("format") != FORMAT or content["bytes"] != bytes:
@@ -143,7 +138,7 @@ class TarIndex:
             skipped = {str(kind): (int(n), str(example)) for kind, (n, example) in content.pop("skipped", {}).items()}
             index = cls(**content, skipped=skipped)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None  # the shard is indexed again
+            return None
         columns = (index.names, index.offsets, index.sizes, index.labels)
         return index if len({len(column) for column in columns}) == 1 else None
 
@@ -155,21 +150,21 @@ def index_file(shard: str) -> str:
 
 
 def fits(index: TarIndex, shard: Shard) -> bool:
-    """Return whether the first and the last image are where ``index`` says; the others are not checked."""
+    """Return whether the first and the last image are at their offsets in ``index``; the others are not checked."""
     ends = {0, len(index.names) - 1} if index.names else set()
     return all(read_member(shard, index.offsets[number], index.sizes[number]) is not None for number in ends)
 
 
 def scan_tar(shard: Shard) -> TarIndex:
-    """Index a shard by one pass over its headers.
+    """Index a shard in one pass over its headers.
 
     Images are the members with an image suffix. The label of ``a/b.c.jpg`` is in ``a/b.c.cls`` or ``a/b.c.json`` (key
-    "label"), otherwise in ``a/b.cls`` or ``a/b.json``, since WebDataset ends a key at the first dot; .cls has
-    precedence. Labels that cannot be read are counted: not every run needs them. Hidden members and ``__MACOSX`` are
-    skipped. Several tar files that were concatenated into one are all read.
+    "label"), otherwise in ``a/b.cls`` or ``a/b.json``, since WebDataset ends a key at the first dot; .cls takes
+    precedence over .json. Labels that cannot be read are only counted, since not every run needs them. Hidden members
+    and ``__MACOSX`` are skipped. Concatenated tar files are all read.
 
     Raises:
-        DataError: the shard is not a plain tar file, is truncated, has no images or contains links, or cannot be read.
+        DataError: the shard cannot be read, is not a plain tar file, is truncated, has no images or contains links.
     """
     place = printable_name(redact(shard.place))
     try:
@@ -238,7 +233,7 @@ def _scan(shard: str, stream: BinaryIO) -> TarIndex:
 
 
 class _Labels:
-    """The .cls and .json members of a shard, by the name of their sample."""
+    """The labels in the .cls and .json members of a shard, by member name without suffix."""
 
     def __init__(self) -> None:
         self._class_of: dict[str, str] = {}
@@ -277,14 +272,14 @@ class _Labels:
         return next((self._fault_of[key] for key in _keys(image) if key in self._fault_of), None)
 
     def shared(self, images: list[str]) -> int:
-        """Return how many images share a label with others, by a key that ends at the first dot."""
+        """Return how many images share a label, because their names are equal up to the first dot."""
         keys = ((exact, key) for exact, key in map(_keys, images) if exact not in self._class_of)
         counts = Counter(key for _, key in keys if key in self._class_of)
         return sum(count for count in counts.values() if count > 1)
 
 
 def _keys(image: str) -> tuple[str, str]:
-    """Return the names, without suffix, that the label of an image may have."""
+    """Return the names without suffix that the label member of an image may have."""
     folder, slash, name = image.rpartition("/")
     return os.path.splitext(image)[0], f"{folder}{slash}{name.split('.', 1)[0]}"
 
@@ -296,7 +291,7 @@ _NOT_A_LABEL = {
 
 
 def _read_label(content: bytes, suffix: str) -> str | None:
-    """Return the class in a .cls or .json member; None for a .json without "label"; raise ValueError for any other."""
+    """Return the class in a .cls or .json member; None for a .json without "label". Raise ValueError if invalid."""
     if len(content) > _MAX_LABEL_BYTES:
         raise ValueError(_NOT_A_LABEL[suffix])
     text = content.decode("utf-8").strip()
@@ -316,7 +311,7 @@ def _read_label(content: bytes, suffix: str) -> str | None:
 
 
 class _OpenFile:
-    """A file that is open as long as it is referenced. Reads have no position, so threads and forks can share it."""
+    """A file that stays open while it is referenced. Threads and forks can share it: reads do not move a position."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -344,14 +339,10 @@ _open_remote = lru_cache(maxsize=_OPEN_REMOTE)(_open)
 
 
 def read_member(shard: Shard, offset: int, size: int) -> bytes | None:
-    """Return the bytes of a member; None if the shard has changed and no member of that size is there.
+    """Return the bytes of a member; None if the shard has changed and there is no member of that size at the offset.
 
-    The shard stays open for the next read.
-
-    Args:
-        shard: a remote one is downloaded if it is not in the cache.
-        offset: of the member's data in bytes.
-        size: of the member's data in bytes.
+    ``offset`` and ``size`` are those of the member's data, in bytes. A remote shard is downloaded if it is not in the
+    cache. The shard stays open for the next read.
     """
     file = _open_remote(shard) if shard.remote else _open_local(shard)
     content = file.read(offset - BLOCK, BLOCK + size)
