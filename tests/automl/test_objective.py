@@ -73,7 +73,7 @@ def test_best_epoch_counts_only_if_its_checkpoint_is_kept() -> None:
             True,
             {"metric": "ACC_all"},
             "automl.metric: pretrain has no metric 'ACC_all'.",
-            "Use one of: probe_acc, knn_acc, train_loss, val_loss.",
+            "Use one of: probe_acc, knn_acc, val_loss, train_loss.",
         ),
         (
             "finetune",

@@ -42,6 +42,11 @@ def test_preview_shows_the_first_trials(tmp_path: Path) -> None:
     assert preview(study) == [trial and trial.params for trial in held]
 
 
+def test_preview_of_a_population_shows_its_first_generation(tmp_path: Path) -> None:
+    settings = {"algorithm": "pbt", "population_size": 2, "max_recommendations": 6}
+    assert len(preview(open_study(make_spec(tmp_path, **settings)))) == 2
+
+
 def test_show_review(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     study = open_study(make_spec(tmp_path, parameters=["train.optim.lr", "model.mask_ratio"]))
     with caplog.at_level("INFO", logger="openmae"):
@@ -49,5 +54,5 @@ def test_show_review(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog:
     text = capsys.readouterr().err
     assert "train.optim.lr    2e-05 to 0.005, log  0.0002" in text
     assert "0  lr 2e-4, mask_ratio 0.75   (yours)" in text
-    assert "train_loss only compares reconstructions of the same difficulty" in caplog.text
+    assert "Reconstruction losses can be compared only at the same difficulty" in caplog.text
     assert "The validation images have 2 classes: automl.metric=knn_acc" in caplog.text

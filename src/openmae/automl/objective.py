@@ -15,9 +15,9 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 
 MISLEADING = (
-    "train_loss only compares reconstructions of the same difficulty: a lower mask ratio leaves more to copy from, so "
-    "the loss is lower whether or not the features are better. Across mask ratios, decoders or norm_pix_loss, use "
-    "validation images with classes and automl.metric=knn_acc."
+    "Reconstruction losses can be compared only at the same difficulty: with a lower mask ratio more of the image is "
+    "visible, so the loss is lower whether or not the features are better. To search mask ratios, decoders or "
+    "norm_pix_loss, use validation images with classes and automl.metric=knn_acc."
 )
 
 

@@ -165,7 +165,8 @@ def preview(study: Study) -> list[dict[str, Any]]:
     rehearsal = optuna.create_study(direction=study.objective.direction)
     rehearsal.enqueue_trial(study.space.own)
     found = []
-    for number in range(min(_PREVIEW, study.algorithm.trials)):
+    independent = study.algorithm.trials // study.algorithm.generations  # later generations depend on results
+    for number in range(min(_PREVIEW, independent)):
         rehearsal.sampler = study.algorithm.sampler(number)
         found.append(study.space.suggest(rehearsal.ask()))
     return found
