@@ -159,7 +159,7 @@ CHECKPOINT_MISTAKES = [
     (
         "evaluate",
         (*EVALUATE, "evaluate.checkpoint={made}/timm.pth"),
-        ("evaluate.checkpoint: ", "holds weights of another program", "train.pretrained_model_path"),
+        ("evaluate.checkpoint: ", "holds weights written by another program", "train.pretrained_model_path"),
     ),
     (
         "evaluate",

@@ -118,20 +118,20 @@ def test_without_the_key_and_with_another(chain, photos, refused):
     for key, file in (("evaluate.checkpoint", "train/model_best.pth"), ("evaluate.trt_engine", "model.onnx")):
         path = chain / file
         text = refused("evaluate", [*sources, f"{key}={path}"])
-        assert f"{key}: {path} is encrypted, and there is no key." in text
+        assert f"{key}: {path} is encrypted, but encryption_key is not set." in text
         assert "Fix: Set encryption_key to the key that it was written with" in text
         text = refused("evaluate", [*sources, f"{key}={path}", "encryption_key=another"])
         assert f"{key}: {path} cannot be decrypted: encryption_key is not the key" in text
     text = refused("export", [f"export.checkpoint={chain / 'train/backbone.safetensors'}", "export.onnx_file=a.onnx"])
-    assert "is encrypted, and there is no key" in text
+    assert "is encrypted, but encryption_key is not set" in text
     text = refused(
         "gen_trt_engine", [f"gen_trt_engine.onnx_file={chain / 'model.onnx'}", "gen_trt_engine.trt_engine=e.engine"]
     )
     assert "gen_trt_engine.onnx_file: " in text
-    assert "is encrypted, and there is no key" in text
+    assert "is encrypted, but encryption_key is not set" in text
     overrides = [*train_arguments(photos, "vit", "finetune"), f"results_dir={chain}", "train.num_epochs=2"]
     assert "results_dir: " in (text := refused("train", overrides))
-    assert "is encrypted, and there is no key" in text
+    assert "is encrypted, but encryption_key is not set" in text
 
 
 def test_a_missing_key_is_named_before_anything_is_done(photos, tmp_path, refused):
@@ -229,7 +229,7 @@ def test_the_python_api_decrypts(chain, monkeypatch, tmp_path):
     for file in files[:2]:
         backbone = openmae.load_backbone(chain / file, encryption_key=f"file:{tmp_path / 'key'}")
         assert backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
-        with pytest.raises(CheckpointError, match="is encrypted, and there is no key"):
+        with pytest.raises(CheckpointError, match="is encrypted, but encryption_key is not set"):
             openmae.load_backbone(chain / file)
     with pytest.raises(SpecError, match="'NO_KEY' is not set"):
         openmae.load_backbone(chain / files[0], encryption_key="env:NO_KEY")
@@ -298,4 +298,4 @@ def test_serve_takes_no_key_itself(chain, capsys):
     assert "--encryption-key takes env:NAME or file:PATH, not the key" in err
     assert_nowhere(chain, out, err)
     assert main(["serve", "-m", str(chain / "model.onnx"), "--port", "0"]) == 2
-    assert "is encrypted, and there is no key" in capsys.readouterr().err
+    assert "is encrypted, but encryption_key is not set" in capsys.readouterr().err

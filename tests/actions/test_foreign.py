@@ -186,12 +186,14 @@ def test_a_classifier_that_does_not_fit_the_request_is_refused(photos: Any, tmp_
     two = refused("evaluate", [*common, f"dataset.val_data_sources={photos.two_classes}"])
     assert f"dataset.val_data_sources has 2 classes, but {path} has 3 classes" in two
     said = refused("evaluate", [*common, source, "train.stage=pretrain"])
-    assert "weights of another program" in said
+    assert "weights written by another program" in said
 
 
 def test_a_backbone_of_another_program_is_not_evaluated(tmp_path: Path) -> None:
     torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0).state_dict(), tmp_path / "f.pth")
-    with pytest.raises(CheckpointError, match=r"weights of another program \(timm ViT layout\).*\n.*pretrained_model"):
+    with pytest.raises(
+        CheckpointError, match=r"weights written by another program \(timm ViT layout\).*\n.*pretrained_model"
+    ):
         read_trained(load_spec(None), tmp_path / "f.pth", None)
 
 

@@ -198,12 +198,12 @@ def test_mixup_switch_needs_mixup() -> None:
         (
             "pretrain",
             "train.precision",
-            "it cannot be searched: it decides what is trained and where, not how well. Set it in the spec.",
+            "it cannot be searched: it sets what is trained and where, not how well. Set it in the spec.",
         ),
         (
             "pretrain",
             "evaluate.batch_size",
-            "it cannot be searched: it decides what is trained and where, not how well. Set it in the spec.",
+            "it cannot be searched: it sets what is trained and where, not how well. Set it in the spec.",
         ),
         ("pretrain", "train.optim.layer_decay", "it has no effect in the pretrain stage."),
         ("finetune", "model.mask_ratio", "it has no effect in the finetune stage."),
@@ -215,7 +215,7 @@ def test_options_that_cannot_be_searched_are_rejected_with_the_reason(stage: str
 
 
 def test_base_lr_replaces_lr() -> None:
-    why = "train.optim.base_lr replaces it. Search train.optim.base_lr instead, with a range of your own."
+    why = "train.optim.base_lr replaces it. Search train.optim.base_lr instead, and set its range in automl.ranges."
     assert (
         _refused("train.optim.base_lr=1e-3", parameters=[OPTIM + "lr"]) == f"automl.parameters: train.optim.lr: {why}"
     )
@@ -233,7 +233,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert problem.splitlines() == [
         "automl.ranges.train.optim.momentum: it is not in automl.parameters. Add it there, or remove it.",
         "automl.parameters: nothing: there is no such option.",
-        "automl.parameters: train.precision: it cannot be searched: it decides what is trained and where, not how "
+        "automl.parameters: train.precision: it cannot be searched: it sets what is trained and where, not how "
         "well. Set it in the spec.",
         "automl.ranges.train.optim.lr: 2.0 is not a legal value of train.optim.lr: input should be less than or equal "
         "to 1.",
@@ -251,7 +251,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         (OPTIM + "warmup_epochs", [0.5, 2], "0.5 is not a legal value of train.optim.warmup_epochs"),
         (OPTIM + "warmup_epochs", [0, 30], "must stay below the 30 epochs of a trial, got 0 to 30."),
         (OPTIM + "lr_scheduler", ["cosine", "linear"], "'linear' is not a legal value of train.optim.lr_scheduler"),
-        (OPTIM + "lr_scheduler", ["cosine", "cosine"], "contains a choice twice: cosine, cosine."),
+        (OPTIM + "lr_scheduler", ["cosine", "cosine"], "lists a choice twice: cosine, cosine."),
         (
             "model.arch",
             ["vit_tiny_patch16", "vit_tiny_patch17"],

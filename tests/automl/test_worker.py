@@ -175,7 +175,7 @@ def test_hanging_trial_fails_after_the_timeout(tmp_path: Path, monkeypatch: pyte
     worker.run()
     assert _states(worker) == {"COMPLETE": 2, "FAIL": 1}
     failed = worker.study.trials()[1]
-    assert failed.user_attrs["cause"] == "timeout: it was not done after 3 seconds (automl.timeout)"
+    assert failed.user_attrs["cause"] == "timeout: it did not finish within 3 seconds (automl.timeout)"
     assert len(jobs.canceled) == 1
     assert failed.user_attrs["seconds"] >= 3
 
@@ -275,7 +275,7 @@ def test_trial_whose_job_is_canceled_fails(tmp_path: Path) -> None:
     worker.turn()
     jobs.cancel_job(worker.running[0].job.id)
     worker.run()
-    assert worker.study.trials()[0].user_attrs["cause"] == "canceled: its job was canceled from outside the search"
+    assert worker.study.trials()[0].user_attrs["cause"] == "canceled: its job was canceled, but not by the search"
 
 
 def test_preempted_trial_resumes_from_its_checkpoint(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_weights_of_another_function_are_always_refused(
             load_into(model, read_checkpoint(tmp_path / "f.pth"), part="backbone", allow_partial=allowed)
         assert "100 %" not in str(caught.value)
     assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], before)
-    with pytest.raises(CheckpointError, match=r"fit no supported architecture|another function"):
+    with pytest.raises(CheckpointError, match=r"fit no supported architecture|a different function"):
         load_backbone(tmp_path / "f.pth")
 
 
@@ -185,7 +185,7 @@ def test_file_of_another_family_is_always_refused(
     with pytest.raises(CheckpointError) as caught:
         load_into(model, read_checkpoint(files[other]), part="backbone", allow_partial=True)
     assert str(caught.value) == (
-        f"{files[other]} holds {CONFIGS[other].arch} (OpenMAE layout), which is of another family than "
+        f"{files[other]} holds {CONFIGS[other].arch} (OpenMAE layout), which is of a different family from "
         f"{CONFIGS[family].arch}.\n  Fix: Set model.arch={CONFIGS[other].arch}."
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

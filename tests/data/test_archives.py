@@ -196,7 +196,7 @@ def test_hostile_zip(tmp_path: Path, cache: Path, member: zipfile.ZipInfo | str,
 def test_damaged_archives(tmp_path: Path, cache: Path) -> None:
     whole = tar_of(tmp_path / "set.tar.gz", *(regular(f"{i}.png", os.urandom(9999)) for i in range(5)))
     whole.write_bytes(whole.read_bytes()[:25_000])
-    with pytest.raises(DataError, match=r"set.tar.gz is damaged or cut short after 2 files") as caught:
+    with pytest.raises(DataError, match=r"set.tar.gz is damaged or truncated after 2 files") as caught:
         resolve_source(str(whole), cache)
     assert "Fix: Copy or pack it again." in str(caught.value)
     assert not [p for p in cache.iterdir() if p.is_dir()]
@@ -206,7 +206,7 @@ def test_damaged_archives(tmp_path: Path, cache: Path) -> None:
 def test_truncated_tar(tmp_path: Path, cache: Path, kept: int) -> None:
     archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png", b"x" * 512), regular("3.png"))
     archive.write_bytes(archive.read_bytes()[:kept])
-    with pytest.raises(DataError, match=r"set.tar is damaged or cut short"):
+    with pytest.raises(DataError, match=r"set.tar is damaged or truncated"):
         resolve_source(str(archive), cache)
 
 
@@ -215,7 +215,7 @@ def test_tar_with_a_broken_header(tmp_path: Path, cache: Path) -> None:
     content = bytearray(archive.read_bytes())
     content[1024 + 100] ^= 0xFF
     archive.write_bytes(content)
-    with pytest.raises(DataError, match=r"set.tar is damaged or cut short after 1 files"):
+    with pytest.raises(DataError, match=r"set.tar is damaged or truncated after 1 files"):
         resolve_source(str(archive), cache)
 
 
@@ -340,7 +340,7 @@ def test_huge_tar_header_is_refused(tmp_path: Path, cache: Path, kind: bytes) ->
         member = tarfile.TarInfo("x")
         member.type, member.size = kind, 20 << 20
         tar.addfile(member, Zeros())
-    with pytest.raises(DataError, match=r"damaged or cut short after 1 files \(a header of 20,971,520 bytes\)"):
+    with pytest.raises(DataError, match=r"damaged or truncated after 1 files \(a header of 20,971,520 bytes\)"):
         resolve_source(str(tmp_path / "set.tar.gz"), cache)
 
 
@@ -467,7 +467,7 @@ def test_trailing_data_is_reported(
 def test_truncated_concatenated_archive(tmp_path: Path, cache: Path, cut: int) -> None:
     content = gzip.compress(packed("a/1.png")) + gzip.compress(packed("b/1.png"))
     (tmp_path / "a.tar.gz").write_bytes(content[:-cut])
-    with pytest.raises(DataError, match=r"damaged or cut short after . files"):
+    with pytest.raises(DataError, match=r"damaged or truncated after . files"):
         resolve_source(tmp_path / "a.tar.gz", cache)
 
 

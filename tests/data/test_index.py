@@ -56,7 +56,7 @@ def test_loose_images_have_no_labels(tmp_path: Path, make_images: MakeImages, ca
         (["100CANON/a", "101CANON/b"], "the folders 100CANON, 101CANON are named by a camera"),
         (
             ["train/cat/a", "val/cat/b"],
-            "the folders train, val look like splits of a data set, each of which is a source",
+            "the folders train, val look like splits of a data set; use each split as a separate source",
         ),
     ],
 )

@@ -49,7 +49,8 @@ BAD_TABLES = {
     "outside": ("path,label\n../1.png,a\n", "line 2: ../1.png is not below the folder of the table"),
     "not utf-8": (
         "path,label\n1.png,k\u00e4se\n".encode("latin1"),
-        "is not a UTF-8 table: line 2 holds the byte 0xe4; in Windows-1252 or Latin-1 it would read '1.png,k\u00e4se'.",
+        "is not a UTF-8 table: line 2 contains the byte 0xe4; in Windows-1252 or Latin-1 "
+        "it would read '1.png,k\u00e4se'.",
     ),
     "utf-16 without a mark": ("path,label\n1.png,a\n".encode("utf-16-le"), "perhaps UTF-16 without a byte order mark"),
     "windows path": ("path,label\nC:\\x\\1.png,a\n", "line 2: C:\\x\\1.png is not below the folder of the table"),
@@ -57,11 +58,11 @@ BAD_TABLES = {
     "absolute": ("path,label\n/1.png,a\n", "line 2: /1.png is not below the folder of the table"),
     "case differs": (
         "path,label\n1.PNG,a\n",
-        "do not exist: 1.PNG. 1.png, which exists, differs in upper and lower case or Unicode form.\n"
+        "do not exist: 1.PNG. 1.png exists, but its upper and lower case or Unicode form differs.\n"
         "  Fix: Write 1.png instead of 1.PNG, and so on.",
     ),
-    "no suffix": ("path,label\n1,a\n", "do not exist: 1. 1.png, which exists, differs in its suffix."),
-    "no folder": ("path,label\nin.png,a\n", "do not exist: in.png. x/in.png, which exists, is in a folder."),
+    "no suffix": ("path,label\n1,a\n", "do not exist: 1. 1.png exists, but its suffix differs."),
+    "no folder": ("path,label\nin.png,a\n", "do not exist: in.png. x/in.png exists, but it is in a folder."),
     "other columns": (
         "image_id,label\n1,a\n",
         "found: image_id, label.\n  Fix: Rename the column of image paths (with suffix: cat/1.jpg) to path",

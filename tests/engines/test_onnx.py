@@ -216,5 +216,5 @@ def test_a_file_of_another_program_is_an_error(small, tmp_path):
     other.CopyFrom(proto)
     del other.metadata_props[:]
     onnx.save_model(other, tmp_path / "model.onnx")
-    with pytest.raises(CheckpointError, match="has no metadata of OpenMAE"):
+    with pytest.raises(CheckpointError, match="has no OpenMAE metadata"):
         read_onnx_card(tmp_path / "model.onnx")

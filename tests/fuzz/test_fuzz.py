@@ -200,7 +200,7 @@ def test_zip_name_that_is_not_utf8(header: bytes, tmp_path: Path) -> None:
     content = bytearray((tmp_path / "a.zip").read_bytes())
     content[content.index("\u00e9".encode(), content.index(header)) + 1] = 0xE9
     (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(DataError, match=r"is damaged or cut short after 0 files \(.*invalid continuation byte"):
+    with pytest.raises(DataError, match=r"is damaged or truncated after 0 files \(.*invalid continuation byte"):
         resolve_source(tmp_path / "a.zip", tmp_path / "cache")
 
 

@@ -71,7 +71,7 @@ def test_advice_for_data_loading():
 
 
 def test_advice_for_computation():
-    keys = "forward and backward, as they should be. What would help:"
+    keys = "forward and backward, which is normal. What would help:"
     lines = advice(breakdown({"forward": 40.0, "backward": 50.0, "data wait": 9.0, "optimizer": 1.0}))
     assert lines[0] == "Computation (forward and backward) limits the speed of this run: 90% of its time."
     assert lines[1:] == [

@@ -260,7 +260,7 @@ def test_answer_that_is_no_object_is_an_error(web, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", web.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
-    match = r"s3://bucket/m\.pth: the answer does not come from an object store: 19 bytes of .*, without an ETag\."
+    match = r"s3://bucket/m\.pth: the response is not from an object store: 19 bytes of .*, without an ETag\."
     with pytest.raises(DataError, match=match) as caught:
         fetch("s3://bucket/m.pth")
     assert "AWS_ENDPOINT_URL" in caught.value.fix

@@ -225,7 +225,7 @@ def test_a_change_after_authentication_is_detected(sealed):
 def test_no_key(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         unlocked(encrypt(tmp_path / "f", b"x"), None)
-    assert caught.value.problem == f"{tmp_path / 'f'} is encrypted, and there is no key."
+    assert caught.value.problem == f"{tmp_path / 'f'} is encrypted, but encryption_key is not set."
     assert caught.value.fix.startswith("Set encryption_key to the key that it was written with: env:NAME, file:PATH")
 
 
@@ -318,7 +318,7 @@ def _large(folder: Path) -> str:
         (_missing, "no' cannot be read (No such file or directory)."),
         (lambda folder: f"file:{folder}", "cannot be read (Is a directory)."),
         (_empty, "empty' is empty."),
-        (_large, "large' is no key: it is larger than 64 KiB."),
+        (_large, "large' is not a key: it is larger than 64 KiB."),
     ],
 )
 def test_a_missing_key_is_an_error(tmp_path, monkeypatch, text: Callable[[Path], str], message):

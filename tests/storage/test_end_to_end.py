@@ -149,7 +149,7 @@ def test_encrypted_results_in_a_store(store, bucket, capfd, monkeypatch, tmp_pat
     for action, command in commands.items():
         results = [] if action == "train" else [f"results_dir={tmp_path / action}"]
         assert main([*command, *results]) == 2, action
-        assert "is encrypted, and there is no key" in capfd.readouterr().err
+        assert "is encrypted, but encryption_key is not set" in capfd.readouterr().err
         assert main([*command, *results, "encryption_key=env:WRONG_KEY"]) == 2, action
         assert "cannot be decrypted: encryption_key is not the key" in capfd.readouterr().err
     assert store.get(bucket, "results/run1/train/model_best.pth") == written["results/run1/train/model_best.pth"]

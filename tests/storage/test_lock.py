@@ -158,7 +158,7 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once(store, bucket, url, mo
     monkeypatch.setattr(lock.time, "sleep", never)
     with caplog.at_level(logging.WARNING, "openmae"), StoreLock(url, "results_dir", never):
         assert body(store, bucket)["token"] != "theirs"
-    assert f"{url} was left locked by process {os.getpid()} on " in caplog.text
+    assert f"{url} was locked by process {os.getpid()} on " in caplog.text
     assert store.names(bucket) == []
 
 

@@ -196,7 +196,7 @@ def _finish(
     if best is None or best.value is None:
         causes = sorted({trial.cause for trial in study.summaries()})
         raise RunError(
-            f"None of the {len(study.trials())} trials was trained to its end: {'; '.join(causes)}",
+            f"None of the {len(study.trials())} trials completed: {'; '.join(causes)}",
             "Fix the cause, and set another results_dir.",
         )
     copy_best(jobs.folder_of(best.user_attrs[FOLDER]), folder, of_best_epoch=study.objective.of_best_epoch)

@@ -181,7 +181,7 @@ def _not_searchable(key: str) -> str:
     if key == _EPOCHS:
         return "it is the length of a trial and cannot be searched. Set automl.max_epochs."
     if not key.startswith(_SECTIONS) or traits(key).automl is False:
-        return "it cannot be searched: it decides what is trained and where, not how well. Set it in the spec."
+        return "it cannot be searched: it sets what is trained and where, not how well. Set it in the spec."
     return ""
 
 
@@ -190,7 +190,9 @@ def _without_effect(spec: ExperimentSpec, key: str, wanted: list[str]) -> str:
     if key in unused_by(spec.train.stage):
         return f"it has no effect in the {spec.train.stage} stage."
     if key == "train.optim.lr" and spec.train.optim.base_lr is not None:
-        return "train.optim.base_lr replaces it. Search train.optim.base_lr instead, with a range of your own."
+        return (
+            "train.optim.base_lr replaces it. Search train.optim.base_lr instead, and set its range in automl.ranges."
+        )
     other, values = traits(key).condition
     if other in wanted:
         return ""
@@ -216,7 +218,7 @@ def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wa
             return f"automl.ranges.{key}: list the architectures, such as [vit_tiny_patch16, vit_small_patch16]."
         values = given or known
         if len(set(map(str, values))) < len(values):
-            return f"automl.ranges.{key}: contains a choice twice: {', '.join(map(str, values))}."
+            return f"automl.ranges.{key}: lists a choice twice: {', '.join(map(str, values))}."
         weights = tuple(search.weights.get(str(value), 1.0) for value in values) if search.weights else ()
         return Parameter(key, choices=values, weights=weights, own=own if own in values else None, needs=needs)
     if given is None and search.low is None:

@@ -345,7 +345,7 @@ def _check_folder(folder: Path, name: str, *, known: bool) -> None:
     mark, used = folder / _STUDY_NAME, (folder / TRIALS).is_dir() and any((folder / TRIALS).iterdir())
     if used and not known:
         raise SpecError(
-            f"automl: {folder / TRIALS} holds trials of a search, but its study is gone or is another one.",
+            f"automl: {folder / TRIALS} holds trials of a search whose study is missing or is another one.",
             "Set another results_dir for this search, restore the study or the settings that it was created with, or "
             f"remove {folder}.",
         )

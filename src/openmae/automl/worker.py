@@ -129,12 +129,12 @@ class Worker:
         if not self.study.note(held, SECONDS, seconds):
             return  # another worker has taken it over
         if running.timed_out:
-            self._fail(held, f"timeout: it was not done after {limit:g} seconds (automl.timeout)")
+            self._fail(held, f"timeout: it did not finish within {limit:g} seconds (automl.timeout)")
         elif job.status == "CANCELED" and job.exit_code == Preempted.exit_code:
             log.warning("Trial %d was preempted; it continues from its checkpoint.", held.number)
             self._start(held, seconds)
         elif job.status == "CANCELED":
-            self._fail(held, "canceled: its job was canceled from outside the search")
+            self._fail(held, "canceled: its job was canceled, but not by the search")
         elif job.status == "ERROR":
             failure = client.get_failure_analysis(job.id)
             cause = f"{failure.category}: {first_line(failure.error)}" if failure else job.message

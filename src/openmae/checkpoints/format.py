@@ -155,7 +155,9 @@ class Checkpoint:
         fix = "Give it to mae train as train.pretrained_model_path first."
         if self.num_classes:
             fix = "Export it with mae export first, or give it to mae train as train.pretrained_model_path."
-        raise CheckpointError(f"{self.path} holds weights of another program ({self.weights.layout} layout).", fix)
+        raise CheckpointError(
+            f"{self.path} holds weights written by another program ({self.weights.layout} layout).", fix
+        )
 
     def config(self, arch: str | None = None) -> ModelConfig:
         """Return the model's configuration from the file's header, or else from the shapes of its tensors.

@@ -137,7 +137,7 @@ def complaint(report: LoadReport, weights: NamedWeights, source: ModelConfig | N
     if not report.same_family:
         return CheckpointError(
             f"{path} holds {likely or f'a backbone of the {weights.family} family'} ({weights.layout} layout), which "
-            f"is of another family than {report.arch}.",
+            f"is of a different family from {report.arch}.",
             f"Set model.arch={likely}." if likely else "Use a checkpoint of this architecture.",
         )
     if report.foreign:
@@ -172,8 +172,8 @@ def _foreign_complaint(report: LoadReport, path: Path) -> CheckpointError:
     more = f" and {len(report.foreign) - len(shown)} more" if len(report.foreign) > len(shown) else ""
     count, them = ("a tensor", "it") if len(report.foreign) == 1 else (f"{len(report.foreign)} tensors", "them")
     return CheckpointError(
-        f"{path} holds {count} that {report.arch} has no place for{named}: {', '.join(shown)}{more}. Without {them} "
-        f"the model would compute another function than the one that was trained ({report.layout} layout).",
+        f"{path} holds {count} that {report.arch} does not have{named}: {', '.join(shown)}{more}. Without {them} "
+        f"the model would compute a different function from the trained one ({report.layout} layout).",
         OTHER_ARCHITECTURES,
     )
 

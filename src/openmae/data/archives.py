@@ -216,7 +216,7 @@ def _extract_members(archive: Path, folder: Path) -> None:
             count += 1
     except _DAMAGE as error:
         raise DataError(
-            f"The archive {archive} is damaged or cut short after {count} files ({error}).",
+            f"The archive {archive} is damaged or truncated after {count} files ({error}).",
             "Copy or pack it again.",
         ) from error
     if count == 0:

@@ -278,7 +278,7 @@ def _why_no_classes(names: Sequence[str], parent: str) -> str:
     if all(map(_CAMERA.fullmatch, names)):
         return f"{some} are named by a camera"
     if all(name.lower().removeprefix("images_") in _SPLITS for name in names):
-        return f"{some} look like splits of a data set, each of which is a source"
+        return f"{some} look like splits of a data set; use each split as a separate source"
     return ""
 
 

@@ -126,9 +126,9 @@ def _resolve(table: Path, row: _Row, known: set[str]) -> str | None:
 def _no_such_files(table: Path, missing: Sequence[str], count: int, images: set[str]) -> DataError:
     problem = f"{table} names {len(missing):,} of {count:,} files that do not exist: {first_names(missing)}."
     alternatives: tuple[tuple[str, Callable[[str], str]], ...] = (
-        ("differs in upper and lower case or Unicode form", same_name),
-        ("differs in its suffix", lambda path: os.path.splitext(path)[0]),
-        ("is in a folder", os.path.basename),
+        ("its upper and lower case or Unicode form differs", same_name),
+        ("its suffix differs", lambda path: os.path.splitext(path)[0]),
+        ("it is in a folder", os.path.basename),
     )
     for why, key in alternatives:
         by_key = {key(image): image for image in sorted(images, reverse=True)}
@@ -137,7 +137,7 @@ def _no_such_files(table: Path, missing: Sequence[str], count: int, images: set[
             if image := by_key.get(posix) or by_key.get(key(posix)):
                 name = printable_name(image)
                 return DataError(
-                    f"{problem} {name}, which exists, {why}.",
+                    f"{problem} {name} exists, but {why}.",
                     f"Write {name} instead of {printable_name(path)}, and so on.",
                 )
     return DataError(
@@ -201,8 +201,8 @@ def _text(table: Path) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         guess = content.split(b"\n")[line - 1].decode("cp1252", "replace").strip()
         raise DataError(
-            f"{table} is not a UTF-8 table: line {line} holds the byte {content[error.start]:#x}; in Windows-1252 or "
-            f"Latin-1 it would read {guess[:40]!r}.",
+            f"{table} is not a UTF-8 table: line {line} contains the byte {content[error.start]:#x}; in Windows-1252 "
+            f"or Latin-1 it would read {guess[:40]!r}.",
             "Save it as CSV in UTF-8 (in Excel: 'CSV UTF-8'), or convert it: "
             "iconv -f WINDOWS-1252 -t UTF-8 labels.csv > new.csv",
         ) from error

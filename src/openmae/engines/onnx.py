@@ -254,7 +254,7 @@ def read_onnx_card(path: Path, key: Key | None = None) -> ModelCard:
         )
     if card is None:
         raise CheckpointError(
-            f"{path} has no metadata of OpenMAE (classes, mean, deviation), so its outputs cannot be interpreted.",
+            f"{path} has no OpenMAE metadata (classes, mean, standard deviation): its outputs cannot be interpreted.",
             "Export the checkpoint with mae export.",
         )
     return card

@@ -172,7 +172,7 @@ def _loop(measured: Breakdown) -> str:
 def _compute(measured: Breakdown) -> str:
     keys = measured.keys
     compute = measured.mean_ms("forward", "backward")
-    text = f"{compute:.1f} of {measured.step_ms:.1f} ms of a step are forward and backward, as they should be."
+    text = f"{compute:.1f} of {measured.step_ms:.1f} ms of a step are forward and backward, which is normal."
     decoder = ["model.decoder_attention=cross"] if keys.get("model.decoder_attention") == "self" else []
     decoder += ["a lower model.decoder_targets"] if keys.get("model.decoder_targets") == 1 else []
     less = f" A lighter decoder is faster, but learns from less: {' or '.join(decoder)}." if decoder else ""

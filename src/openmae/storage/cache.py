@@ -310,7 +310,7 @@ def _built_once(entry: Path, origin: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.2)
     except Timeout:
-        log.info("Waiting for another process that fetches %s.", origin)
+        log.info("Waiting for another process that is downloading or extracting %s.", origin)
         lock.acquire()
     try:
         yield

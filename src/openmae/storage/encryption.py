@@ -135,7 +135,7 @@ def _read_secret(path: Path) -> bytes:
         ) from error
     if len(secret) > _LARGEST_KEY:
         raise SpecError(
-            f"encryption_key: the file {str(path)!r} is no key: it is larger than 64 KiB.",
+            f"encryption_key: the file {str(path)!r} is not a key: it is larger than 64 KiB.",
             "Name the file of the key.",
         )
     secret = secret.rstrip(b"\r\n")
@@ -185,7 +185,7 @@ def unlocked(path: Path, key: Key | None) -> BinaryIO | None:
         return None
     if key is None:
         raise CheckpointError(
-            f"{path} is encrypted, and there is no key.",
+            f"{path} is encrypted, but encryption_key is not set.",
             "Set encryption_key to the key that it was written with: env:NAME, file:PATH, or the key itself.",
         )
     return io.BufferedReader(_Opening(path, key))

@@ -167,7 +167,7 @@ def _explain_connection(error: BaseException, kinds: set[str], code: str, url: s
         return DataError(f"{shown}: the server did not answer in time.", f"{check}, the network and any proxy.")
     if is_transient(error):
         return DataError(
-            f"{shown}: the server cannot be reached, or breaks the connection.", f"{check}, and the network."
+            f"{shown}: the server cannot be reached, or closes the connection.", f"{check}, and the network."
         )
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return DataError(

@@ -257,8 +257,8 @@ def _s3_file(path: str, reply: Mapping[str, Any]) -> RemoteFile:
     if not etag:
         url, kind = f"s3://{path}", str(reply.get("ContentType") or "no content type").partition(";")[0]
         raise DataError(
-            f"{redact(url)}: the answer does not come from an object store: {size:,} bytes of {kind}, without an ETag.",
-            f"Check {endpoint(url)}, and whether a proxy or a login page answers in its place.",
+            f"{redact(url)}: the response is not from an object store: {size:,} bytes of {kind}, without an ETag.",
+            f"Check {endpoint(url)}, and whether a proxy or a login page responds instead.",
         )
     return RemoteFile(
         path.rpartition("/")[2], path, size, etag, etag if _is_md5(etag) and has_plain_etag(reply) else ""

@@ -144,7 +144,11 @@ class StoreLock:
             stale = content == seen and time.monotonic() - since > STALE
             if (here and _is_dead(holder)) or stale:
                 if self._write(version):
-                    log.warning("%s was left locked by %s, which has ended.", redact(self.url), _describe(holder))
+                    log.warning(
+                        "%s was locked by %s, which has ended or stopped responding; the lock was taken over.",
+                        redact(self.url),
+                        _describe(holder),
+                    )
                     return
             elif here or (seen and content != seen):
                 raise _taken(holder, redact(self.url), self.key)

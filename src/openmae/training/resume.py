@@ -66,7 +66,7 @@ def look_for_checkpoint(folder: Path, key: Key | None) -> tuple[Resumable | None
     """Return the checkpoint to resume from, or None, and the errors of the newer ones. Nothing is renamed.
 
     Raises:
-        CheckpointError: A checkpoint is encrypted and there is no key.
+        CheckpointError: A checkpoint is encrypted but encryption_key is not set.
     """
     refused: dict[Path, CheckpointError] = {}
     for path in _candidates(folder):

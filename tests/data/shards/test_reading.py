@@ -254,12 +254,12 @@ def link(path: Path) -> None:
     [
         (lambda path: path.unlink(), r"names 3 shards, but 1 of them do not exist: .*s-1.tar"),
         (lambda path: path.write_bytes(b""), r"The shard .*s-1.tar is empty \(0 bytes\)"),
-        (lambda path: cut(path, 1000), r"The shard .*s-1.tar is damaged or cut short"),
-        (lambda path: cut(path, 3000), r"The shard .*s-1.tar is damaged or cut short"),
+        (lambda path: cut(path, 1000), r"The shard .*s-1.tar is damaged or truncated"),
+        (lambda path: cut(path, 3000), r"The shard .*s-1.tar is damaged or truncated"),
         (lambda path: write_tar(path, {}), r"The shard .*s-1.tar holds no images \(0 other files\)"),
         (lambda path: write_tar(path, {"1.txt": b""}), r"The shard .*s-1.tar holds no images \(1 other files\)"),
         (lambda path: path.write_bytes(b"\x1f\x8b\x08\0" * 200), r"The shard .*s-1.tar is compressed"),
-        (lambda path: path.write_bytes(b"no tar" * 200), r"The shard .*s-1.tar is damaged or cut short"),
+        (lambda path: path.write_bytes(b"no tar" * 200), r"The shard .*s-1.tar is damaged or truncated"),
         (link, r"s-1.tar: member '1.png' is a link"),
     ],
     ids=["missing", "empty", "cut early", "cut late", "no members", "no images", "compressed", "no tar", "link"],
@@ -298,7 +298,7 @@ def test_concatenated_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert f"{joined}: the data after the end of the tar file is not read." in caplog.text
     cut = joined.read_bytes()[: parts[0].stat().st_size + 700]
     joined.write_bytes(cut)
-    with pytest.raises(DataError, match="is damaged or cut short"):
+    with pytest.raises(DataError, match="is damaged or truncated"):
         open_index(str(joined.parent), None)
 
 

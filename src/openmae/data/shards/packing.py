@@ -93,7 +93,7 @@ def pack(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunError(f"{out} has no room for the shards ({error.strerror}).", "Free space there.") from error
+        raise RunError(f"{out} has too little space for the shards ({error.strerror}).", "Free space there.") from error
 
 
 def _pack(

@@ -188,7 +188,7 @@ def _not_a_tar(shard: str, start: bytes, error: tarfile.TarError) -> DataError:
             f"The shard {shard} is compressed; images can only be read from a plain .tar.",
             "Decompress it (images hardly shrink), or name it as the only source to have it extracted.",
         )
-    return DataError(f"The shard {shard} is damaged or cut short ({error}).", "Write or copy it again.")
+    return DataError(f"The shard {shard} is damaged or truncated ({error}).", "Write or copy it again.")
 
 
 def _scan(shard: str, stream: BinaryIO) -> TarIndex:
