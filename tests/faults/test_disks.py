@@ -138,7 +138,7 @@ def test_an_archive_replaced_between_runs_is_reported(server: Server, photos: Pa
         (photos / "cat" / "0.png").rename(photos / "cat" / "other.png")
         _zip(photos, archive)
     training = server.finish(folder, archive)
-    assert "other images than the checkpoint" in training.text
+    assert "are not those that checkpoint" in training.text
     assert newest(folder)["progress"]["epoch"] == 3
 
 
