@@ -13,16 +13,16 @@ from openmae.errors import OpenMAEError
 from .report import RESULTS
 
 BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
-    "pretrain": "images/s of a pretraining step beside dense ConvNeXt V2, transformers and timm",
-    "input": "images/s from JPEG files to batches, beside torchvision and timm on PIL",
-    "memory": "peak memory of a pretraining step, beside the same",
+    "pretrain": "images/s of a pretraining step, compared with dense ConvNeXt V2, transformers and timm",
+    "input": "images/s from JPEG files to batches, compared with torchvision and timm on PIL",
+    "memory": "peak memory of a pretraining step, compared with the same",
     "startup": "seconds until commands answer, and until the first step of a training",
     "scaling": "how the time of a step grows with batch, resolution, visible units and depth",
-    "checkpoints": "what writing checkpoints beside the training costs its steps",
-    "decoding": "a pretraining step with fewer targets and with cross-attention, beside the paper's decoder",
+    "checkpoints": "what writing checkpoints during training costs its steps",
+    "decoding": "a pretraining step with fewer targets and with cross-attention, compared with the paper's decoder",
     "decoding_cost": "what these cost in accuracy on the quickstart's digits",
     "plan": "what a large pretraining needs: operations, memory, hours at stated rates of GPUs",
-    "deploy": "images/s of ONNX Runtime fp32 and int8 beside torch, on the CPU",
+    "deploy": "images/s of ONNX Runtime fp32 and int8, compared with torch, on the CPU",
     "serve": "latency and requests/s of `mae serve` at 1 and 8 clients",
     "automl": "what 20 trials find, and the epochs they take, by algorithm",
 }

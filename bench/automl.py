@@ -1,8 +1,8 @@
-"""What a search is worth: the best accuracy of 20 trainings beside the spec's own values, and the epochs they take.
+"""The gain of a search: the best accuracy of 20 trials, compared with the values of the spec, and the epochs used.
 
-Study and worker are those of ``mae automl``; only the jobs are not: trainings run in this process, one after another.
-A training is the same to the last bit whoever asks for it, and whether it paused on its way, so that what one search
-has had trained is looked up by the next one. The table of values is kept: a run that was cut goes on.
+Study and worker are those of ``mae automl``, but the jobs run in this process in sequence. A trial gives the
+same values bit for bit in every search, and whether or not it was paused, so a search looks up what an earlier one has
+trained. The table of values is kept, so that an interrupted benchmark continues.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ALGORITHMS = ("asha", "hyperband", "random", "bayesian", "bohb")
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is trained.
+    """The size of the benchmark.
 
     Attributes:
         epochs: of a full training.
@@ -74,12 +74,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search did.
+    """The steps and the cost of a search.
 
     Attributes:
-        steps: in their order.
-        epochs: that it spent, as the study has counted them.
-        full: epochs of a training that may win.
+        steps: in order.
+        epochs: total, as counted by the study.
+        full: epochs of a complete trial.
     """
 
     steps: tuple[Step, ...]
@@ -88,16 +88,16 @@ class Search:
 
     @property
     def best(self) -> float:
-        """Of the trainings that came to their end, a share in [0, 1]."""
+        """Return the best accuracy of the complete trials, in [0, 1]."""
         return max(step.value for step in self._ended() if step.value is not None)
 
     @property
     def own(self) -> float:
-        """Of the spec's own values, which every search begins with."""
+        """Return the accuracy with the values of the spec, which every search starts with."""
         return next(step.value for step in self._ended() if step.number == 0 and step.value is not None)
 
     def epochs_until(self, value: float) -> int | None:
-        """Epochs spent until a training ended with this value or a better one; None: none did."""
+        """Return the epochs until a trial completed with at least this value; None if none did."""
         done: dict[int, int] = {}
         for step in self.steps:
             done[step.number] = step.epoch
@@ -140,7 +140,7 @@ class Table:
         return known[str(epoch)]
 
     def tidy(self) -> None:
-        """Delete the checkpoints of what nobody trains on."""
+        """Delete checkpoints that no trial continues."""
         shutil.rmtree(self._trained, ignore_errors=True)
 
     @property
@@ -181,7 +181,7 @@ class InProcess(TrialJobs):
         self._jobs: dict[str, Job] = {}
 
     def train(self, held: HeldTrial, until: int) -> Job:
-        """A job that has ended already; its status tells of its last epoch alone, which is all that was validated."""
+        """Return a finished job; its status has only the last epoch, the only one that was validated."""
         value = self.table.value(held.params, until)
         self.steps.append(Step(held.number, until, value))
         folder = self.folder_of(held.folder)
@@ -203,7 +203,7 @@ class InProcess(TrialJobs):
     cancel_job = wait = get_job_status
 
     def get_failure_analysis(self, job: str) -> None:
-        """Nothing is known besides that it failed."""
+        """Return None: only the failure itself is known."""
 
 
 def run(quick: bool) -> Report:
@@ -320,16 +320,16 @@ _COLUMNS = (
 
 def _notes(budget: Budget, seconds: float) -> list[str]:
     return [
-        f"Fine-tuning of mae quickstart's pretrained ViT-tiny (32 px) on 10 labels a digit, {METRIC} on the 500 "
-        f"held-out digits; {budget.trials} trials, {len(budget.seeds)} seeds of the search. Of the "
-        "seeds: the mean, the smallest to the largest, the standard deviation (sd).",
-        f"A training takes {budget.epochs} epochs instead of {quickstart.FINETUNE_EPOCHS}, with the own warmup "
-        "shortened alike, and is validated only where it is judged. The accuracy is of the digits that the search "
-        "judged by: it flatters every search, and not the own values.",
-        "'epochs' are those of a whole search. 'reached' counts the seeds in which a training ended at least as well "
-        "as the best of random with the same seed; 'epochs until then' are a share of all that random spent, over "
-        "those seeds. With one seed, random and asha draw the same values.",
-        f"{torch.get_num_threads()} thread(s); {seconds / 60:.0f} minutes besides what an earlier run had trained.",
+        f"Fine-tuning of mae quickstart's pretrained ViT-tiny (32 px) on 10 labelled images per digit, {METRIC} on the "
+        f"500 held-out digits; {budget.trials} trials, {len(budget.seeds)} seeds of the search. Over the "
+        "seeds: mean, smallest to largest, and standard deviation (sd).",
+        f"A trial takes {budget.epochs} epochs instead of {quickstart.FINETUNE_EPOCHS}, with the warmup shortened in "
+        "proportion, and is validated only where it is compared. The accuracy is measured on the digits that the "
+        "search optimized for: it is optimistic for every search, but not for the values of the spec.",
+        "'epochs' are those of a complete search. 'reached' counts the seeds in which a trial ended at least as well "
+        "as the best of random with the same seed; 'epochs until then' are a share of all epochs that random used, "
+        "over those seeds. With one seed, random and asha draw the same values.",
+        f"{torch.get_num_threads()} thread(s); {seconds / 60:.0f} minutes, without what an earlier run had trained.",
     ]
 
 

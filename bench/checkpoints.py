@@ -1,4 +1,4 @@
-"""What checkpoints cost a training: none, written while it waits, and written beside it as OpenMAE does."""
+"""The cost of checkpoints: without any, written while training waits, and written during training as OpenMAE does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import steps
 from .measure import compare
 from .report import RESULTS, Report
 
-NONE, WAITING, BESIDE = "no checkpoint", "written while the training waits", "written beside it"
+NONE, WAITING, BESIDE = "no checkpoint", "written while the training waits", "written during training"
 _BATCH, _MASK_RATIO = 8, 0.75
 _STEPS = {False: 5, True: 2}  # from one checkpoint to the next, by quick
 _TURNS = {False: 3, True: 1}
@@ -29,7 +29,7 @@ def run(quick: bool) -> Report:
     """Time the steps from one checkpoint to the next; files go where results of benchmarks do."""
     arch, side = ("vit_tiny_patch16", 32) if quick else ("vit_base_patch16", 224)
     model = steps.build(arch, side, _MASK_RATIO)
-    step = steps.our_step(model, steps.random_images(_BATCH, side), _MASK_RATIO)
+    step = steps.openmae_step(model, steps.random_images(_BATCH, side), _MASK_RATIO)
     payload = _payload(model)
     held: dict[str, list[float]] = {WAITING: [], BESIDE: []}
     RESULTS.mkdir(parents=True, exist_ok=True)  # on the disk: the system's folder may be memory
@@ -69,7 +69,7 @@ def run(quick: bool) -> Report:
 
 
 def _steps(step: steps.Step, count: int, first: Callable[[], None], last: Callable[[], None] = lambda: None) -> None:
-    """``count`` updates; what is written beside them ends with them, so that it is in nobody else's turn."""
+    """Run ``count`` updates, and wait for what is written during them: no other contestant's turn contains it."""
     first()
     for _ in range(count):
         step()
@@ -77,7 +77,7 @@ def _steps(step: steps.Step, count: int, first: Callable[[], None], last: Callab
 
 
 def _payload(model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint is large by: weights, and two moments for each."""
+    """Return the large parts of a checkpoint: the weights, and two moments for each."""
     optimizer = build_adamw(pretraining_groups(model, 0.05), 1e-4, 0.9, 0.95)
     for parameter in model.parameters():
         parameter.grad = parameter.detach().clone()

@@ -1,4 +1,4 @@
-"""Whether a fast step learns what a slow one learns: the losses of both, from the same weights, images and masks."""
+"""Loss curves of OpenMAE's step and of a slow reference, from the same weights, images and masks."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ STEPS = 100
 
 @dataclass(frozen=True)
 class Curves:
-    """Losses of one training by two models.
+    """Losses of two models that are trained alike.
 
     Attributes:
-        ours, reference: before each update.
+        openmae, reference: the loss before each update.
     """
 
-    ours: tuple[float, ...]
+    openmae: tuple[float, ...]
     reference: tuple[float, ...]
 
     @property
     def difference(self) -> float:
-        """The largest of a step, as a share of the reference's loss."""
-        ours, reference = np.array(self.ours), np.array(self.reference)
-        return float(np.max(np.abs(ours - reference) / reference))
+        """Return the largest difference of a step, as a share of the reference's loss."""
+        openmae, reference = np.array(self.openmae), np.array(self.reference)
+        return float(np.max(np.abs(openmae - reference) / reference))
 
     @property
     def learned(self) -> float:
-        """By how much the reference's loss fell from the first tenth of its steps to the last, as a share."""
+        """Return the share by which the reference's loss fell from the first tenth of its steps to the last."""
         tenth = max(1, len(self.reference) // 10)
         return 1 - float(np.mean(self.reference[-tenth:]) / np.mean(self.reference[:tenth]))
 
 
 def train_both(
-    ours: MaskedAutoencoder,
+    openmae: MaskedAutoencoder,
     reference: Callable[[MaskedAutoencoder], nn.Module],
     mask_ratio: float,
     lr: float,
     updates: int = STEPS,
     bf16: bool = False,
 ) -> Curves:
-    """Train ours and a reference made of it, each with its own optimizer.
+    """Train a model and a reference built from it, each with its own optimizer.
 
     Args:
-        ours: it is trained.
-        reference: makes a model that gives the loss, with the weights of ours.
+        openmae: the model; it is trained.
+        reference: builds a model that returns the loss, with the same weights.
         mask_ratio: share of masked units.
         lr: learning rate of all updates.
-        updates: how many.
-        bf16: ours; the reference computes in float32.
+        updates: number of updates.
+        bf16: for OpenMAE; the reference computes in float32.
     """
-    images = photographs(4, ours.encoder.grid[0] * ours.encoder.unit)
-    theirs = steps.reference_step(reference(ours), steps.normalised(images), mask_ratio, ours.num_units, lr)
-    mine = steps.our_step(ours, images, mask_ratio, lr, bf16=bf16)
+    images = photographs(4, openmae.encoder.grid[0] * openmae.encoder.unit)
+    theirs = steps.reference_step(reference(openmae), steps.normalised(images), mask_ratio, openmae.num_units, lr)
+    mine = steps.openmae_step(openmae, images, mask_ratio, lr, bf16=bf16)
     return Curves(*(tuple(float(step()) for _ in range(updates)) for step in (mine, theirs)))
 
 
 def photographs(batch: int, side: int) -> Tensor:
-    """``[B, 3, side, side]`` in uint8, cut from scikit-learn's photographs: something can be learned of them."""
+    """Return uint8 images ``[B, 3, side, side]``, crops of scikit-learn's photos."""
     rng = np.random.default_rng(0)
     cuts = []
     for number in range(batch):

@@ -49,7 +49,7 @@ def decoders_of(arch: str) -> list[Decoder]:
 
 
 def run(quick: bool) -> Report:
-    """Time every decoder of each architecture, by turns."""
+    """Time the decoders of each architecture alternately."""
     batch, side = (2, 64) if quick else (BATCH, SIDE)
     rows, data = [], []
     for arch in QUICK_ARCHES if quick else ARCHES:
@@ -78,7 +78,7 @@ def run(quick: bool) -> Report:
 
 
 def operations(arch: str, decoder: Decoder, side: int) -> float:
-    """Of a forward pass, an image."""
+    """Return the operations of a forward pass, per image."""
     mask_ratio = get_architecture(arch).mask_ratio
     return plan.forward_operations(
         steps.build(arch, side, mask_ratio, decoder.attention), side, mask_ratio, decoder.targets
@@ -89,7 +89,7 @@ def measure(arch: str, decoders: Sequence[Decoder], batch: int, side: int, quick
     """Time the steps with these decoders; the first is the reference."""
     images, mask_ratio = steps.random_images(batch, side), get_architecture(arch).mask_ratio
     contestants = {
-        str(one): steps.our_step(
+        str(one): steps.openmae_step(
             steps.build(arch, side, mask_ratio, one.attention), images, mask_ratio, targets=one.targets
         )
         for one in decoders

@@ -1,7 +1,7 @@
-"""What a decoder that does less costs: the quickstart's accuracies with each decoder, over seeds.
+"""The cost of cheaper decoders: the quickstart's accuracies with each decoder, over seeds.
 
-The quickstart's model is pretrained with a decoder, probed, and fine-tuned by the quickstart's specs. Every training is
-kept in a table once it has ended, and goes on from its last checkpoint: a run that was cut goes on.
+The quickstart's model is pretrained with a decoder, probed, and fine-tuned with the quickstart's specs. Finished runs
+are kept in a table, and unfinished ones resume from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Train = Callable[[dict[str, Any]], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained.
+    """The size of the benchmark.
 
     Attributes:
         decoders: the first is what the others are compared with.
@@ -116,7 +116,7 @@ class Table:
         return self._place(decoder, seed) / PRETRAIN / "train" / "backbone.safetensors"
 
     def _spec(self, decoder: Decoder, seed: int, stage: str) -> dict[str, Any]:
-        """The quickstart's, as a tree; the digits lie beside the trainings of all decoders."""
+        """Return the quickstart's spec as a tree; all decoders share the folder of digits."""
         place, backbone = self._place(decoder, seed), self._backbone(decoder, seed)
         pretraining = quickstart._pretrain_spec(place, seed)
         pretraining["model"] |= {"decoder_attention": decoder.attention, "decoder_targets": decoder.targets}
@@ -130,7 +130,7 @@ class Table:
         return tree
 
     def _make_sure_of(self, decoder: Decoder, seed: int, stage: str) -> None:
-        """What a training starts from: the digits, and the backbone of the same decoder and seed."""
+        """Create what a run needs: the digits, and the backbone of the same decoder and seed."""
         if not (self.folder / "images").is_dir():
             parts = self.folder / "images.part"
             shutil.rmtree(parts, ignore_errors=True)
@@ -141,7 +141,7 @@ class Table:
 
 
 def _trained(tree: dict[str, Any]) -> Mapping[str, float]:
-    """``mae train`` in this process, going on from what there is; without pictures."""
+    """Run ``mae train`` in this process, resuming if possible, without its report and figures."""
     with patch.object(train, "train_report"), patch.object(train, "show_table"):
         return train.run(load_spec(tree, action="train"))
 

@@ -75,7 +75,7 @@ def build(arch: str, side: int) -> tuple[DeployedModel, ModelCard]:
 
 
 def export(model: DeployedModel, card: ModelCard, path: Path) -> onnx.ModelProto:
-    """Write ``model`` as ``mae export`` does by default, proven equal to torch; the model is not changed."""
+    """Write ``model`` as ``mae export`` does by default, verified against torch; the model is not changed."""
     opset = ExportSpec().opset_version
     proto = engine.trace(copy.deepcopy(model), card, opset, device=torch.device("cpu"))  # tracing unfuses attention
     with engine.writing(proto, path) as file:

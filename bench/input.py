@@ -32,7 +32,7 @@ from .measure import Comparison, compare
 from .pretrain import told
 from .report import Report
 
-OURS, TORCHVISION, TIMM = "OpenMAE", "torchvision on PIL", "timm on PIL"
+OPENMAE, TORCHVISION, TIMM = "OpenMAE", "torchvision on PIL", "timm on PIL"
 SIZES = {(500, 375): 2.5, (1920, 1080): 5.0}  # width x height: how many times as fast, for pretraining
 SIDE = 224
 PACKED = 512  # pixels of the shorter side: the smallest crops of it still have the input's
@@ -87,7 +87,7 @@ def run(quick: bool) -> Report:
         for what, comparison in found.items():
             judged = not what.startswith(("fine-tuning", ONLY_OURS_PACKED, BOTH_PACKED))
             wanted = target if judged and not quick else None
-            ratio = comparison.ratio(OURS)
+            ratio = comparison.ratio(OPENMAE)
             verdict = {"ratio": ratio, "target": wanted, "met": None if wanted is None else ratio >= wanted}
             rows.append(_row(size, what, comparison, verdict))
             data.append({"size": list(size), "what": what, **verdict, **comparison.to_dict()})
@@ -96,10 +96,10 @@ def run(quick: bool) -> Report:
 
 
 def write_photographs(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
-    """JPEG files of ``size`` (width, height) with the detail of real photographs, no two alike.
+    """Write JPEG files of ``size`` (width, height) with the detail of real photos, each a different image.
 
-    They are cut from scikit-learn's two (640x427), shrunk to small sizes, continued by their mirror images to large
-    ones: enlarged ones would be smoother than a photograph, and quicker to decode.
+    They are crops of scikit-learn's two photos (640x427), reduced for small sizes and extended by reflection for large
+    ones: enlarged photos would be smoother than real ones, and faster to decode.
     """
     rng = np.random.default_rng(0)
     paths = []
@@ -197,21 +197,21 @@ def _finetuning(paths: list[Path], quick: bool) -> Contestants:
 def _transforms(
     name: str,
     theirs: Callable[[Image.Image], Tensor],
-    ours: Transform,
+    transform: Transform,
     paths: list[Path],
     quick: bool,
     index: ImageIndex | None = None,
 ) -> Contestants:
-    """A batch in this process; each call takes another one, with other random numbers.
+    """Compare batches made in this process; each call takes the next one, with other random numbers.
 
     Args:
         name: of the reference.
-        theirs, ours: transforms.
+        theirs, transform: the transforms of the reference and of OpenMAE.
         paths: of the images.
         quick: small batches.
-        index: the same images for ours, where they lie elsewhere.
+        index: the same images for OpenMAE, if they are stored elsewhere.
     """
-    dataset, files = ImageDataset(index or _index(paths), ours), _Files(paths, theirs)
+    dataset, files = ImageDataset(index or _index(paths), transform), _Files(paths, theirs)
     wanted = [number % len(paths) for number in range(_batch(quick))]
     epoch = 0
 
@@ -223,7 +223,7 @@ def _transforms(
         epoch += 1
         return normalised(dataset.collate([dataset[epoch, number] for number in wanted]))
 
-    return {name: reference, OURS: openmae}
+    return {name: reference, OPENMAE: openmae}
 
 
 def _loaders(folder: Path, paths: list[Path], batch: int) -> Contestants:
@@ -237,15 +237,15 @@ def _loaders(folder: Path, paths: list[Path], batch: int) -> Contestants:
         persistent_workers=True,
     )
     settings = LoaderSettings(batch, folder, max_corrupt_fraction=0.0, num_workers=WORKERS)
-    ours = TrainingLoader(_index(paths), our_transform(finetuning=False), settings, seed=0)
+    loader = TrainingLoader(_index(paths), our_transform(finetuning=False), settings, seed=0)
     epoch = 0
 
     def openmae() -> int:
         nonlocal epoch
         epoch += 1
-        return sum(len(normalised(batch)) for batch in ours.from_position(epoch, 0))
+        return sum(len(normalised(batch)) for batch in loader.from_position(epoch, 0))
 
-    return {TORCHVISION: lambda: sum(map(len, theirs)), OURS: openmae}
+    return {TORCHVISION: lambda: sum(map(len, theirs)), OPENMAE: openmae}
 
 
 def _race(reference: str, contestants: Contestants, items: int, quick: bool) -> Comparison:
@@ -261,7 +261,7 @@ def _batch(quick: bool) -> int:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """What a worker of a loader has."""
+    """Use one thread, as a worker of a loader does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -277,7 +277,7 @@ def _row(size: tuple[int, int], what: str, found: Comparison, verdict: dict[str,
         what,
         found.reference,
         told(found.timings[found.reference]),
-        told(found.timings[OURS]),
+        told(found.timings[OPENMAE]),
         f"{verdict['ratio']:.2f}",
         "" if target is None else f"{target:g}x: {'met' if verdict['met'] else 'MISSED'}",
     )
@@ -285,13 +285,13 @@ def _row(size: tuple[int, int], what: str, found: Comparison, verdict: dict[str,
 
 def _notes(data: list[dict[str, Any]]) -> list[str]:
     return [
-        f"JPEG files of quality 90 cut from photographs, read from memory, to normalised float32 batches of {SIDE} px; "
+        f"JPEG files of quality 90, crops of photos, read from memory, to normalized float32 batches of {SIDE} px; "
         f"random crops of {_SCALE[0]:g} to {_SCALE[1]:g} of the area, bilinear. Contestants take turns in one process.",
         f"'{TORCHVISION}': RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize. '{TIMM}': the same by timm's "
         f"create_transform, with {_POLICY} and erasing; OpenMAE's fine-tuning has both too. 1 core: one process with "
         f"one thread; loader: {WORKERS} workers on {os.cpu_count()} cores, an epoch of "
-        f"{data[-1]['contestants'][OURS]['items']} images, workers started before.",
+        f"{data[-1]['contestants'][OPENMAE]['items']} images, workers started before.",
         f"Packed: mae dataset pack --size {PACKED} has scaled the images down once, to JPEG of quality 95; that time "
-        "is not in it. Crops then come from fewer pixels, and none is enlarged for it.",
+        "is not included. Crops then come from fewer pixels, and none is enlarged for it.",
         f"Load before the first call: {data[0]['load']}; above 1 others were at work, and the figures are noisy.",
     ]

@@ -1,4 +1,4 @@
-"""How long calls take, contestants side by side under the same conditions."""
+"""Times of calls, measured alternately under the same conditions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one contestant.
+    """Times of one contestant.
 
     Attributes:
         seconds: of one call; one value a turn, the mean of the calls in it.
@@ -42,7 +42,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Contestants that ran by turns.
+    """Times of contestants that were run alternately.
 
     Attributes:
         timings: by contestant, in the order of running.
@@ -57,7 +57,7 @@ class Comparison:
     load: float | None
 
     def ratio(self, name: str, reference: str | None = None) -> float:
-        """How many times as fast as the reference (or another contestant), of the medians."""
+        """Return the speed relative to the reference (or another contestant), from the medians."""
         return self.timings[name].rate / self.timings[reference or self.reference].rate
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def compare(
     turn_seconds: float = 0.2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
-    """Time contestants by turns (A B C A B C ...), so that a machine that slows down slows all of them.
+    """Time contestants alternately (A B C A B C ...), so that a machine that slows down slows all of them.
 
     A turn begins with a call that is not timed: it brings weights back into the caches, and outlasts the threads of
     the contestant before, which wait for more work in a busy loop. Contestants run on ``torch.get_num_threads()``

@@ -1,4 +1,4 @@
-"""Peak memory of a pretraining step, each in a process of its own: ``python -m bench.memory`` is that process."""
+"""Peak memory of a pretraining step, each in a separate process, which ``python -m bench.memory`` runs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import torch
 from openmae.errors import RunError
 
 from . import steps
-from .pretrain import DENSE, OURS, QUICK_RACES, RACES, Race
+from .pretrain import DENSE, OPENMAE, QUICK_RACES, RACES, Race
 from .report import Report
 
 TARGET = 0.5  # of the reference's, for ConvNeXt V2
-_UPDATES = 2  # the first one allocates the optimizer's moments, the second has them beside its activations
+_UPDATES = 2  # the first one allocates the optimizer's moments, the second has them in addition to its activations
 _AT_ONCE = 2  # processes, to save time
 _MIB = 2**20
 
@@ -45,14 +45,14 @@ def run(quick: bool) -> Report:
     rows, data = [], []
     for number, race in enumerate(races):
         for mask_ratio in race.targets:
-            ours = peaks[number, OURS, mask_ratio]
+            openmae = peaks[number, OPENMAE, mask_ratio]
             for name in race.references:
                 reference = peaks[number, name, next(iter(race.targets))]
-                verdict = judge(ours, reference, TARGET if name == DENSE and not quick else None)
-                rows.append(_row(race, mask_ratio, name, reference, ours, verdict))
+                verdict = judge(openmae, reference, TARGET if name == DENSE and not quick else None)
+                rows.append(_row(race, mask_ratio, name, reference, openmae, verdict))
                 data.append(
                     {"arch": race.arch, "side": race.side, "batch": race.batch, "mask_ratio": mask_ratio}
-                    | {"reference": name, "reference_bytes": reference, "openmae_bytes": ours, **verdict}
+                    | {"reference": name, "reference_bytes": reference, "openmae_bytes": openmae, **verdict}
                 )
     columns = ("model", "mask ratio", "reference", "reference [MiB]", "OpenMAE [MiB]", "share", "target")
     return Report("Peak memory of a pretraining step", columns, rows, data, _notes())
@@ -61,15 +61,15 @@ def run(quick: bool) -> Report:
 def _contestants(race: Race) -> list[tuple[str, float]]:
     """Each with a mask ratio; a reference holds the same at all of them."""
     first = next(iter(race.targets))
-    return [(name, first) for name in race.references] + [(OURS, mask_ratio) for mask_ratio in race.targets]
+    return [(name, first) for name in race.references] + [(OPENMAE, mask_ratio) for mask_ratio in race.targets]
 
 
 def peak(number: int, contestant: str, mask_ratio: float, quick: bool) -> dict[str, int]:
-    """Bytes that a process held at most: ``total``, and ``step``, without what it held before the model was built.
+    """Return the peak memory of a process in bytes: ``total``, and ``step``, without the memory before the model.
 
     Args:
         number: of the race in ``RACES``.
-        contestant: ``OURS``, or the name of a reference of the race.
+        contestant: ``OPENMAE``, or the name of a reference of the race.
         mask_ratio: of the step.
         quick: count in ``QUICK_RACES``.
 
@@ -92,9 +92,9 @@ def peak(number: int, contestant: str, mask_ratio: float, quick: bool) -> dict[s
     return values
 
 
-def judge(ours: dict[str, int], reference: dict[str, int], target: float | None) -> dict[str, Any]:
+def judge(openmae: dict[str, int], reference: dict[str, int], target: float | None) -> dict[str, Any]:
     """OpenMAE's share of the reference's memory, and whether that was the target."""
-    share = ours["step"] / reference["step"]
+    share = openmae["step"] / reference["step"]
     return {"share": share, "target": target, "met": None if target is None else share <= target}
 
 
@@ -111,7 +111,9 @@ def main() -> None:
     if args.contestant.startswith("transformers"):
         import transformers  # noqa: F401  (its modules are no part of the step)
     with torch.enable_grad():
-        torch.ones(1, requires_grad=True).sum().backward()  # the autograd engine's threads, likewise
+        torch.ones(
+            1, requires_grad=True
+        ).sum().backward()  # the autograd engine's threads are not part of the step either
     before = _held()
     step = _step(race, args.contestant, images, args.mask_ratio)
     gc.collect()
@@ -123,12 +125,12 @@ def main() -> None:
 
 
 def _step(race: Race, contestant: str, images: torch.Tensor, mask_ratio: float) -> steps.Step:
-    ours = steps.build(race.arch, race.side, mask_ratio)
-    if contestant == OURS:
-        return steps.our_step(ours, images, mask_ratio)
+    openmae = steps.build(race.arch, race.side, mask_ratio)
+    if contestant == OPENMAE:
+        return steps.openmae_step(openmae, images, mask_ratio)
     make, fused = race.references[contestant]
     seen = steps.normalised(images)
-    return steps.reference_step(make(ours), seen, mask_ratio, ours.num_units, fused=fused)
+    return steps.reference_step(make(openmae), seen, mask_ratio, openmae.num_units, fused=fused)
 
 
 def _held() -> int:
@@ -162,7 +164,12 @@ def _status(name: str) -> int | None:
 
 
 def _row(
-    race: Race, mask_ratio: float, name: str, reference: dict[str, int], ours: dict[str, int], verdict: dict[str, Any]
+    race: Race,
+    mask_ratio: float,
+    name: str,
+    reference: dict[str, int],
+    openmae: dict[str, int],
+    verdict: dict[str, Any],
 ) -> tuple[str, ...]:
     target = verdict["target"]
     return (
@@ -170,7 +177,7 @@ def _row(
         f"{mask_ratio:g}",
         name,
         _told(reference),
-        _told(ours),
+        _told(openmae),
         f"{verdict['share']:.2f}",
         "" if target is None else f"{target:g}: {'met' if verdict['met'] else 'MISSED'}",
     )

@@ -1,4 +1,4 @@
-"""What a large pretraining needs: work, memory and hours, from counted operations and stated rates of GPUs."""
+"""Resources for a large pretraining run: work, memory and hours, from counted operations and stated rates of GPUs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DATA = {"ImageNet-1k, 800 epochs, 8 GPUs": (1.281e6 * 800, 8), "ImageNet-22k, 9
 
 @dataclass(frozen=True)
 class Work:
-    """Of a pretraining step with the paper's mask ratio and decoder.
+    """Work of a pretraining step with the paper's mask ratio and decoder.
 
     Attributes:
         arch: of the encoder.
@@ -52,7 +52,7 @@ class Work:
 
     @property
     def family(self) -> str:
-        """Of the encoder."""
+        """Return the family of the encoder."""
         return get_architecture(self.arch).family
 
     def rate(self, gpu: str) -> float:

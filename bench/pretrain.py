@@ -16,7 +16,7 @@ from . import references, steps
 from .measure import Comparison, Timing, compare
 from .report import Report
 
-OURS = "OpenMAE"
+OPENMAE = "OpenMAE"
 DENSE, PLAIN, TRANSFORMERS = "dense, masked once", "plain", "transformers"
 BATCH, SIDE = 8, 224
 _CHECKED = 2  # images in the check that two models are the same
@@ -73,7 +73,7 @@ def run(quick: bool) -> Report:
     """Run all races, on ``torch.get_num_threads()`` threads, or on the GPU where there is one.
 
     Raises:
-        RunError: a reference is not the same model as ours.
+        RunError: a reference is not the same model as OpenMAE's.
     """
     rows, data = [], []
     for race in QUICK_RACES if quick else RACES:
@@ -89,23 +89,23 @@ def run(quick: bool) -> Report:
 
 
 def measure(race: Race, quick: bool) -> Comparison:
-    """Time the references, then OpenMAE at each mask ratio, by turns.
+    """Time the references and OpenMAE at each mask ratio, alternately.
 
     Raises:
-        RunError: a reference is not the same model as ours.
+        RunError: a reference is not the same model as OpenMAE's.
     """
     images = steps.random_images(race.batch, race.side)
     seen = steps.normalised(images)
     contestants: dict[str, steps.Step] = {}
     ratio = next(iter(race.targets))
-    ours = steps.build(race.arch, race.side, ratio)
+    openmae = steps.build(race.arch, race.side, ratio)
     for name, (make, fused) in race.references.items():
-        check = references.DenseConvNeXtV2(ours, exact=True) if name == DENSE else make(ours)
-        references.check_same_start(ours, check, seen[:_CHECKED], ratio)
-        contestants[name] = steps.reference_step(make(ours), seen, ratio, ours.num_units, fused=fused)
-    del ours, check
+        check = references.DenseConvNeXtV2(openmae, exact=True) if name == DENSE else make(openmae)
+        references.check_same_start(openmae, check, seen[:_CHECKED], ratio)
+        contestants[name] = steps.reference_step(make(openmae), seen, ratio, openmae.num_units, fused=fused)
+    del openmae, check
     for ratio in race.targets:
-        contestants[_ours(ratio)] = steps.our_step(steps.build(race.arch, race.side, ratio), images, ratio)
+        contestants[_openmae_label(ratio)] = steps.openmae_step(steps.build(race.arch, race.side, ratio), images, ratio)
     seconds = 0.0 if quick else 0.2
     return compare(contestants, items=race.batch, turns=race.turns, warm_up=1, turn_seconds=seconds)
 
@@ -115,7 +115,7 @@ def judge(race: Race, found: Comparison) -> list[dict[str, Any]]:
     verdicts = []
     for mask_ratio, target in race.targets.items():
         for name in race.references:
-            ratio = found.ratio(_ours(mask_ratio), name)
+            ratio = found.ratio(_openmae_label(mask_ratio), name)
             met = None if target is None else ratio >= target
             verdicts.append({"mask_ratio": mask_ratio, "reference": name, "ratio": ratio, "target": target, "met": met})
     return verdicts
@@ -127,8 +127,8 @@ def told(timing: Timing) -> str:
     return f"{timing.rate:.{digits}f} ({timing.slowest:.{digits}f} to {timing.fastest:.{digits}f})"
 
 
-def _ours(mask_ratio: float) -> str:
-    return f"{OURS} {mask_ratio:g}"
+def _openmae_label(mask_ratio: float) -> str:
+    return f"{OPENMAE} {mask_ratio:g}"
 
 
 def _row(race: Race, found: Comparison, verdict: dict[str, Any]) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ def _row(race: Race, found: Comparison, verdict: dict[str, Any]) -> tuple[str, .
         f"{verdict['mask_ratio']:g}",
         verdict["reference"],
         told(found.timings[verdict["reference"]]),
-        told(found.timings[_ours(verdict["mask_ratio"])]),
+        told(found.timings[_openmae_label(verdict["mask_ratio"])]),
         f"{verdict['ratio']:.2f}",
         "" if target is None else f"{target:g}x: {'met' if verdict['met'] else 'MISSED'}",
     )

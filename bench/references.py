@@ -1,4 +1,4 @@
-"""What OpenMAE is measured against: the same autoencoders, with the same weights, run as others run them.
+"""References for OpenMAE's speed: the same autoencoders, with the same weights, run by other code.
 
 Each reference copies the weights of an OpenMAE model, takes the same images and mask, and returns the loss. All of
 them predict every token, as the published codes do, and leave the visible ones out of the loss.
@@ -29,14 +29,14 @@ class Reference(nn.Module):
     """An autoencoder whose ``forward(images, mask)`` gives the loss.
 
     Args:
-        ours: its weights are copied.
+        openmae: the model whose weights are copied.
     """
 
-    def __init__(self, ours: MaskedAutoencoder) -> None:
+    def __init__(self, openmae: MaskedAutoencoder) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(ours.encoder)
-        self.decoder = copy.deepcopy(ours.decoder)
-        self.norm_pix_loss = ours.norm_pix_loss
+        self.encoder = copy.deepcopy(openmae.encoder)
+        self.decoder = copy.deepcopy(openmae.decoder)
+        self.norm_pix_loss = openmae.norm_pix_loss
 
     def loss(self, images_BCHW: Tensor, predicted_BLP: Tensor, tokens: Mask) -> Tensor:
         """Mean squared error of the masked tokens, from predictions of all, as in MAE's ``forward_loss``."""
@@ -54,13 +54,13 @@ class DenseConvNeXtV2(Reference):
     Blocks and norms are those of the official ConvNeXt V2 code, not timm's, which would drift to channels_last.
 
     Args:
-        ours: its weights are copied.
-        exact: zero the masked sites before every spatial operator, which makes it equal to ours; otherwise once, after
-            the stem.
+        openmae: the model whose weights are copied.
+        exact: zero the masked sites before every spatial operator, which makes it equal to OpenMAE's; otherwise once,
+            after the stem.
     """
 
-    def __init__(self, ours: MaskedAutoencoder, exact: bool = False) -> None:
-        super().__init__(ours)
+    def __init__(self, openmae: MaskedAutoencoder, exact: bool = False) -> None:
+        super().__init__(openmae)
         self.exact = exact
 
     def forward(self, images_BCHW: Tensor, mask: Mask) -> Tensor:
@@ -122,33 +122,33 @@ class PlainHiera(Reference):
 
 
 class TransformersViT(nn.Module):
-    """``transformers.ViTMAEForPreTraining`` with our weights, as it is installed.
+    """``transformers.ViTMAEForPreTraining`` with the same weights, as it is installed.
 
     Args:
-        ours: a ViT.
+        openmae: a ViT.
     """
 
-    def __init__(self, ours: MaskedAutoencoder) -> None:
+    def __init__(self, openmae: MaskedAutoencoder) -> None:
         super().__init__()
         import transformers
 
-        vit, decoder = ours.encoder.backbone, ours.decoder
+        vit, decoder = openmae.encoder.backbone, openmae.decoder
         config = transformers.ViTMAEConfig(
-            hidden_size=ours.encoder.dim,
+            hidden_size=openmae.encoder.dim,
             num_hidden_layers=len(vit.blocks),
             num_attention_heads=vit.blocks[0].attn.num_heads,
             intermediate_size=vit.blocks[0].mlp.fc1.out_features,
-            image_size=ours.encoder.grid[0] * ours.encoder.unit,
-            patch_size=ours.encoder.unit,
+            image_size=openmae.encoder.grid[0] * openmae.encoder.unit,
+            patch_size=openmae.encoder.unit,
             decoder_hidden_size=decoder.embed.out_features,
             decoder_num_hidden_layers=len(decoder.blocks),
             decoder_num_attention_heads=decoder.blocks[0].attn.num_heads,
             decoder_intermediate_size=decoder.blocks[0].mlp.fc1.out_features,
             layer_norm_eps=vit.norm.eps,
-            norm_pix_loss=ours.norm_pix_loss,
+            norm_pix_loss=openmae.norm_pix_loss,
         )
         self.model = transformers.ViTMAEForPreTraining(config)
-        self.model.load_state_dict(_transformers_names(ours.state_dict()))
+        self.model.load_state_dict(_transformers_names(openmae.state_dict()))
         self.to(vit.cls_token.device)
 
     def forward(self, images_BCHW: Tensor, mask: Mask) -> Tensor:
@@ -159,25 +159,25 @@ class TransformersViT(nn.Module):
         return self.model(images_BCHW, noise=noise.scatter(1, mask.visible_BV, 0.0)).loss
 
 
-def check_same_start(ours: MaskedAutoencoder, reference: nn.Module, images_BCHW: Tensor, mask_ratio: float) -> None:
+def check_same_start(openmae: MaskedAutoencoder, reference: nn.Module, images_BCHW: Tensor, mask_ratio: float) -> None:
     """See that two models are the same one: as many weights to train, and the same loss.
 
     Raises:
         RunError: they are not, and a comparison of their speed would mean nothing.
     """
     count, expected_count = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (reference, ours)
+        sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (reference, openmae)
     )
     device = images_BCHW.device
     samples = torch.arange(len(images_BCHW), device=device)
-    mask = random_mask(samples, seed=0, epoch=0, num_units=ours.num_units, mask_ratio=mask_ratio)
+    mask = random_mask(samples, seed=0, epoch=0, num_units=openmae.num_units, mask_ratio=mask_ratio)
     with torch.no_grad():
-        loss, expected = float(reference(images_BCHW, mask)), float(ours(images_BCHW, mask).loss)
+        loss, expected = float(reference(images_BCHW, mask)), float(openmae(images_BCHW, mask).loss)
     if count != expected_count or not math.isclose(loss, expected, rel_tol=1e-4):
         raise RunError(
             f"{type(reference).__name__} has {count} weights to train and a loss of {loss:.6f}, OpenMAE "
             f"{expected_count} and {expected:.6f}: they are not the same model.",
-            "Mend bench/references.py; the versions of timm and transformers may have changed.",
+            "Fix bench/references.py; the versions of timm and transformers may have changed.",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark found, as a table and as JSON, with the machine that it holds for."""
+"""Results of a benchmark as a table and as JSON, with the machine that they hold for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _INT8_FLAGS = frozenset({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm
 
 @dataclass(frozen=True)
 class Machine:
-    """What figures depend on.
+    """Hardware and software that the figures depend on.
 
     Attributes:
         cpu: model of the processor.
@@ -46,13 +46,13 @@ class Machine:
 
     @property
     def int8(self) -> bool | None:
-        """Whether the processor multiplies int8 faster than float32 (VNNI and its like); None if unknown."""
+        """Return whether the processor multiplies int8 faster than float32 (VNNI and similar); None if unknown."""
         return None if self.flags is None else bool(_INT8_FLAGS.intersection(self.flags))
 
 
 @cache
 def this_machine() -> Machine:
-    """The machine that this runs on; its name is nobody's business."""
+    """Return this machine, without its name."""
     info = Path("/proc/cpuinfo")
     listed: dict[str, str] = {}
     if info.exists():
@@ -72,7 +72,7 @@ def this_machine() -> Machine:
 
 @dataclass(frozen=True)
 class Report:
-    """What a benchmark found.
+    """Results of a benchmark.
 
     Attributes:
         title: of the table.

@@ -1,4 +1,4 @@
-"""How the time of OpenMAE's pretraining step grows with the work, as a fitted exponent."""
+"""Growth of the time of OpenMAE's pretraining step with the work, as a fitted exponent."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ QUICK_BATCHES = Axis("batch", (1, 2), lambda batch: batch, "images")
 
 
 def mask_ratios(unit: int) -> Axis:
-    """Of images of ``SIDE`` pixels with mask units of ``unit`` pixels; what grows is what the encoder sees."""
+    """Return the axis of mask ratios for images of ``SIDE`` px and units of ``unit`` px: the visible units grow."""
     units = (SIDE // unit) ** 2
     return Axis("mask_ratio", (0.9, 0.75, 0.6, 0.4), lambda ratio: visible_units(units, ratio), "visible units")
 
@@ -67,7 +67,7 @@ ARCHES = {"convnextv2_atto": 32, "vit_tiny_patch16": 16}  # and their mask units
 
 
 def run(quick: bool) -> Report:
-    """Time steps along each axis, all of an architecture's by turns."""
+    """Time steps along each axis, those of an architecture alternately."""
     rows, data = [], []
     for arch, unit in ARCHES.items():
         print(f"{arch} ...", file=sys.stderr, flush=True)
@@ -122,7 +122,7 @@ def build(point: Point) -> MaskedAutoencoder:
 
 
 def _encoder(config: ModelConfig, depth: float) -> MaskedEncoder:
-    """What ``build_encoder`` gives, with another number of blocks."""
+    """Return the encoder of ``build_encoder`` with another number of blocks."""
     row = config.architecture
     if row.family == "vit":
         blocks = round(depth * 12)
@@ -141,4 +141,4 @@ def _at(base: Point, axis: Axis, value: float) -> Point:
 
 def _step(point: Point) -> steps.Step:
     images = steps.random_images(point.batch, point.side)
-    return steps.our_step(build(point), images, point.mask_ratio)
+    return steps.openmae_step(build(point), images, point.mask_ratio)

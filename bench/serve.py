@@ -1,4 +1,4 @@
-"""Latency and requests/s of ``mae serve`` over HTTP, beside the model's own time."""
+"""Latency and requests/s of ``mae serve`` over HTTP, compared with the time of the model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _TIMEOUT = 60  # seconds for an answer
 
 @dataclass(frozen=True)
 class Load:
-    """What clients saw.
+    """Response times that clients measured.
 
     Attributes:
         milliseconds: of each request, from its first byte until the answer was read.
@@ -58,20 +58,20 @@ class Load:
 
 
 def run(quick: bool) -> Report:
-    """Measure a server in a process of its own, with clients in this one.
+    """Measure a server in a separate process, with clients in this one.
 
     Raises:
         RunError: the server does not start, or does not answer with predictions.
     """
     requests = 10 if quick else _REQUESTS
-    picture, load = photograph(), load_average()
+    image, load = photograph(), load_average()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         model, card = build(ARCH, SIDE)
         export(model, card, path)
         own = _own_time(path, quick)
         with serving(path) as port:
-            found = {clients: ask(port, picture, clients, requests) for clients in CLIENTS}
+            found = {clients: ask(port, image, clients, requests) for clients in CLIENTS}
     rows, data = [], []
     for clients, seen in found.items():
         p50, p99 = seen.percentile(50), seen.percentile(99)
@@ -81,28 +81,28 @@ def run(quick: bool) -> Report:
             | {"requests_per_second": seen.rate, "model_ms_per_image": own[clients]}
         )
     notes = [
-        f"{ARCH} at {SIDE} px in ONNX Runtime, one JPEG of {_SIZE[0]}x{_SIZE[1]} px ({len(picture) // 1000} kB) a "
+        f"{ARCH} at {SIDE} px in ONNX Runtime, one JPEG of {_SIZE[0]}x{_SIZE[1]} px ({len(image) // 1000} kB) per "
         f"request; {requests} requests a client over a connection that stays open, after {_WARM_UP} that do not count.",
-        "'model alone' is the time per image of the model in a batch as large as there are clients, normalising "
+        "'model only' is the time per image of the model in a batch as large as there are clients, normalizing "
         "included, without HTTP, decoding and resizing.",
         f"{torch.get_num_threads()} threads; clients and server share the cores. Load before the start: {load}; "
         "above 1 others were at work, and the figures are noisy.",
     ]
-    columns = ("clients", "p50 [ms]", "p99 [ms]", "requests/s", "model alone [ms/image]")
+    columns = ("clients", "p50 [ms]", "p99 [ms]", "requests/s", "model only [ms/image]")
     values = {"arch": ARCH, "side": SIDE, "threads": torch.get_num_threads(), "load": load, "clients": data}
     return Report("mae serve on the CPU", columns, rows, values, notes)
 
 
 def photograph() -> bytes:
-    """A JPEG with the detail of a photograph."""
+    """Return a JPEG file with the detail of a photo."""
     rng = np.random.default_rng(0)
     width, height = _SIZE
-    picture = np.zeros((height, width, 3), np.float32)
+    image = np.zeros((height, width, 3), np.float32)
     for cells in (4, 16, 64):
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        picture += np.asarray(noise.resize(_SIZE, Image.Resampling.BICUBIC), np.float32) / 3
+        image += np.asarray(noise.resize(_SIZE, Image.Resampling.BICUBIC), np.float32) / 3
     buffer = io.BytesIO()
-    Image.fromarray(picture.astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    Image.fromarray(image.astype(np.uint8)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
@@ -146,20 +146,20 @@ def serving(path: Path) -> Iterator[int]:
             server.stdout.close()
 
 
-def ask(port: int, picture: bytes, clients: int, requests: int) -> Load:
-    """Send ``requests`` pictures from each of ``clients`` threads, each over one connection.
+def ask(port: int, image: bytes, clients: int, requests: int) -> Load:
+    """Send ``requests`` images from each of ``clients`` threads, each over one connection.
 
     Raises:
-        RunError: an answer is no prediction.
+        RunError: a response is not a prediction.
     """
 
     def client() -> tuple[float, float, list[float]]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT)
         try:
             for _ in range(_WARM_UP):
-                _post(connection, picture)
+                _post(connection, image)
             start = time.perf_counter()
-            times = [_post(connection, picture) for _ in range(requests)]
+            times = [_post(connection, image) for _ in range(requests)]
             return start, time.perf_counter(), times
         finally:
             connection.close()
@@ -170,10 +170,10 @@ def ask(port: int, picture: bytes, clients: int, requests: int) -> Load:
     return Load(tuple(1000 * second for _, _, times in seen for second in times), wall)
 
 
-def _post(connection: http.client.HTTPConnection, picture: bytes) -> float:
+def _post(connection: http.client.HTTPConnection, image: bytes) -> float:
     """Seconds until the answer."""
     start = time.perf_counter()
-    connection.request("POST", "/predict", picture, {"Content-Type": "image/jpeg"})
+    connection.request("POST", "/predict", image, {"Content-Type": "image/jpeg"})
     answer = connection.getresponse()
     text = answer.read()
     seconds = time.perf_counter() - start

@@ -51,7 +51,7 @@ def run(quick: bool) -> Report:
         rows.append((what, f"{median:.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}", verdict))
         data.append({"what": what, "seconds": list(seconds), "median": median, "target": target, "met": met})
     notes = [
-        f"Wall time of new processes, by turns; median of {_TURNS[quick]} ({_TRAININGS[quick]} trainings). The "
+        f"Wall time of new processes, run alternately; median of {_TURNS[quick]} ({_TRAININGS[quick]} trainings). The "
         "files are in memory, as after the first time.",
         f"First step: {_arch(quick)}, {_side(quick)} px, batch {_BATCH}, {torch.get_num_threads()} threads, two "
         "workers that load JPEG files, from the start of the process to the first row of metrics.csv.",
@@ -62,7 +62,7 @@ def run(quick: bool) -> Report:
 
 
 def write_spec(folder: Path, quick: bool) -> Path:
-    """A pretraining of two batches of photographs."""
+    """Write the images and the spec of a pretraining run of two batches."""
     (folder / "images").mkdir()
     write_photographs(folder / "images", (500, 375), 2 * _BATCH)
     tree = {

@@ -55,11 +55,11 @@ def random_images(batch: int, side: int) -> Tensor:
 
 
 def normalised(images_BCHW: Tensor) -> Tensor:
-    """What a model sees of uint8 images."""
+    """Return uint8 images as a model takes them."""
     return _NORMALISER(images_BCHW)
 
 
-def our_step(
+def openmae_step(
     model: MaskedAutoencoder,
     images_BCHW: Tensor,
     mask_ratio: float,
@@ -88,7 +88,7 @@ def our_step(
 def our_loss(
     model: MaskedAutoencoder, images_BCHW: Tensor, mask_ratio: float, *, bf16: bool = False, targets: float = 1.0
 ) -> Callable[[int], Tensor]:
-    """The forward pass of ``our_step``: the loss with an epoch's masks."""
+    """The forward pass of ``openmae_step``: the loss with an epoch's masks."""
     task = PretrainTask(
         model.train(), _NORMALISER, mask_ratio=mask_ratio, seed=0, monitor="train_loss", targets=targets
     )
@@ -110,7 +110,7 @@ def reference_step(
     lr: float = LEARNING_RATE,
     fused: bool = False,
 ) -> Step:
-    """A reference's update from images that are normalised already; the masks are those of ``our_step``.
+    """A reference's update from images that are normalised already; the masks are those of ``openmae_step``.
 
     Args:
         model: ``model(images, mask)`` gives the loss.

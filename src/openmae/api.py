@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openmae.storage import layout
+
 if TYPE_CHECKING:
     from openmae.models.mae import MaskedAutoencoder
     from openmae.spec.architectures import Family
@@ -41,22 +43,22 @@ class TrainResult(Mapping[str, float]):
     @property
     def backbone(self) -> str:
         """The backbone with timm's parameter names, written after the last epoch."""
-        return f"{self.folder}/backbone.safetensors"
+        return f"{self.folder}/{layout.BACKBONE}"
 
     @property
     def best_checkpoint(self) -> str:
         """The checkpoint with the best monitored metric."""
-        return f"{self.folder}/model_best.pth"
+        return f"{self.folder}/{layout.BEST}"
 
     @property
     def last_checkpoint(self) -> str:
         """The newest checkpoint."""
-        return f"{self.folder}/{self.arch}_latest.pth"
+        return f"{self.folder}/{layout.latest_name(self.arch)}"
 
     @property
     def report(self) -> str:
         """The HTML report."""
-        return f"{self.folder}/report.html"
+        return f"{self.folder}/{layout.REPORT}"
 
     def __getitem__(self, name: str) -> float:
         return self.metrics[name]

@@ -44,7 +44,7 @@ def test_a_step_predicts_what_the_decoder_is_to() -> None:
     model = steps.build("vit_tiny_patch16", 64, 0.75, "cross")
     predicted: list[int] = []
     model.register_forward_hook(lambda module, inputs, output: predicted.append(output.predicted_BMP.shape[1]))
-    loss = steps.our_step(model, steps.random_images(2, 64), 0.75, targets=CROSS.targets)()
+    loss = steps.openmae_step(model, steps.random_images(2, 64), 0.75, targets=CROSS.targets)()
     assert predicted == [3], "a quarter of 12"
     assert torch.isfinite(loss)
 

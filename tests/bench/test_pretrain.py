@@ -33,55 +33,57 @@ def randomised(arch: str) -> MaskedAutoencoder:
 @pytest.mark.parametrize(
     ("arch", "make"),
     [
-        ("convnextv2_atto", lambda ours: references.DenseConvNeXtV2(ours, exact=True)),
+        ("convnextv2_atto", lambda openmae: references.DenseConvNeXtV2(openmae, exact=True)),
         ("vit_tiny_patch16", references.PlainViT),
         ("vit_tiny_patch16", references.TransformersViT),
         ("hiera_tiny_224", references.PlainHiera),
     ],
 )
 def test_a_reference_has_our_loss_and_gradients(arch, make) -> None:
-    ours = randomised(arch)
-    reference = make(ours)
+    openmae = randomised(arch)
+    reference = make(openmae)
     images = torch.randn(2, 3, SIDE, SIDE)
-    mask = random_mask(torch.arange(2), seed=3, epoch=0, num_units=ours.num_units, mask_ratio=SMALL[arch])
-    expected, actual = ours(images, mask).loss, reference(images, mask)
+    mask = random_mask(torch.arange(2), seed=3, epoch=0, num_units=openmae.num_units, mask_ratio=SMALL[arch])
+    expected, actual = openmae(images, mask).loss, reference(images, mask)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     for loss in (actual, expected):
         loss.backward()
     norms = [
-        sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None) for model in (reference, ours)
+        sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None) for model in (reference, openmae)
     ]
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=0)
 
 
 def test_the_dense_model_equals_ours_where_nothing_is_masked() -> None:
-    ours = randomised("convnextv2_atto")
-    images, visible = torch.randn(2, 3, SIDE, SIDE), all_visible(2, ours.num_units).visible_BV
-    dense = references.DenseConvNeXtV2(ours).encode(images, torch.ones(2, 1, *ours.encoder.grid))
-    torch.testing.assert_close(dense.flatten(2).transpose(1, 2), ours.encoder(images, visible), rtol=1e-3, atol=1e-3)
+    openmae = randomised("convnextv2_atto")
+    images, visible = torch.randn(2, 3, SIDE, SIDE), all_visible(2, openmae.num_units).visible_BV
+    dense = references.DenseConvNeXtV2(openmae).encode(images, torch.ones(2, 1, *openmae.encoder.grid))
+    torch.testing.assert_close(dense.flatten(2).transpose(1, 2), openmae.encoder(images, visible), rtol=1e-3, atol=1e-3)
 
 
 def test_a_reference_that_is_another_model_is_an_error() -> None:
-    ours = randomised("convnextv2_atto")
+    openmae = randomised("convnextv2_atto")
     images = torch.randn(2, 3, SIDE, SIDE)
-    references.check_same_start(ours, references.DenseConvNeXtV2(ours, exact=True), images, 0.6)
+    references.check_same_start(openmae, references.DenseConvNeXtV2(openmae, exact=True), images, 0.6)
     with pytest.raises(RunError, match="not the same model"):
-        references.check_same_start(ours, references.DenseConvNeXtV2(ours), images, 0.6)  # masked once: another loss
-    larger = references.DenseConvNeXtV2(ours, exact=True)
+        references.check_same_start(
+            openmae, references.DenseConvNeXtV2(openmae), images, 0.6
+        )  # masked once: another loss
+    larger = references.DenseConvNeXtV2(openmae, exact=True)
     larger.more = nn.Linear(2, 2)
     with pytest.raises(RunError, match="weights to train"):
-        references.check_same_start(ours, larger, images, 0.6)
+        references.check_same_start(openmae, larger, images, 0.6)
 
 
 @pytest.mark.parametrize(("arch", "mask_ratio"), SMALL.items())
 def test_our_step_and_the_references_make_the_same_updates(arch, mask_ratio) -> None:
     make = {
-        "convnextv2_atto": lambda ours: references.DenseConvNeXtV2(ours, exact=True),
+        "convnextv2_atto": lambda openmae: references.DenseConvNeXtV2(openmae, exact=True),
         "vit_tiny_patch16": references.PlainViT,
         "hiera_tiny_224": references.PlainHiera,
     }[arch]
     found = curves.train_both(steps.build(arch, 64, mask_ratio), make, mask_ratio, lr=3e-4, updates=3)
-    assert len(found.ours) == 3
+    assert len(found.openmae) == 3
     assert found.difference < 1e-4
 
 
@@ -95,7 +97,7 @@ def test_curves_are_compared_step_by_step() -> None:
 @pytest.mark.parametrize(
     ("arch", "side", "make"),
     [
-        ("convnextv2_atto", 128, lambda ours: references.DenseConvNeXtV2(ours, exact=True)),
+        ("convnextv2_atto", 128, lambda openmae: references.DenseConvNeXtV2(openmae, exact=True)),
         ("vit_tiny_patch16", 64, references.TransformersViT),
         ("hiera_tiny_224", 64, references.PlainHiera),
     ],
@@ -106,7 +108,7 @@ def test_a_hundred_steps_learn_what_the_reference_learns(arch, side, make, preci
     # at a higher rate, with four images, the curve doubles every rounding: Hiera's in float32 too
     lr = 3e-5 if arch.startswith("hiera") or bf16 else 3e-4
     found = curves.train_both(steps.build(arch, side, mask_ratio), make, mask_ratio, lr=lr, bf16=bf16)
-    assert len(found.ours) == 100
+    assert len(found.openmae) == 100
     assert found.learned > 0.3, "a loss that does not fall proves nothing"
     assert found.difference < (5e-2 if bf16 else 1e-3)
 
@@ -157,9 +159,9 @@ def test_memory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_judged_without_the_libraries() -> None:
-    ours, reference = {"step": 40, "total": 140}, {"step": 100, "total": 200}
-    assert memory.judge(ours, reference, 0.5) == {"share": 0.4, "target": 0.5, "met": True}
-    assert memory.judge(reference, ours, 0.5)["met"] is False
+    openmae, reference = {"step": 40, "total": 140}, {"step": 100, "total": 200}
+    assert memory.judge(openmae, reference, 0.5) == {"share": 0.4, "target": 0.5, "met": True}
+    assert memory.judge(reference, openmae, 0.5)["met"] is False
 
 
 def test_a_contestant_that_fails_is_an_error() -> None:

@@ -19,20 +19,10 @@ from PIL import Image
 
 from openmae.checkpoints.folder import list_checkpoints
 from openmae.results.status import read_status
+from tests.helpers.training import TINY
 
 LIMIT = 120.0  # seconds until something hangs
-_TINY = {
-    "model.arch": "vit_tiny_patch16",
-    "model.decoder_depth": 1,
-    "model.decoder_embed_dim": 32,
-    "dataset.augmentation.input_size": 32,
-    "dataset.batch_size": 4,
-    "dataset.num_workers_per_gpu": 0,
-    "train.num_epochs": 3,
-    "train.keep_checkpoints": 2,
-    "train.optim.lr": 1e-3,
-    "wandb.enable": False,
-}
+_SETTINGS = {**TINY, "train.num_epochs": 3, "train.keep_checkpoints": 2}
 #: Half of such a run's time, and tested elsewhere.
 PLAIN = {"openmae.actions.train:PICTURES": 1}
 
@@ -94,7 +84,7 @@ class Server:
     ) -> Training:
         """A training; ``more`` goes to the fork server."""
         values = {
-            **_TINY,
+            **_SETTINGS,
             "dataset.train_data_sources": source,
             "train.results_dir": results,
             **(changes or {}),

@@ -18,7 +18,7 @@ from openmae.spec.load import load_spec
 
 Train = Callable[..., dict[str, float]]
 
-_TINY = {
+TINY = {
     "model.arch": "vit_tiny_patch16",
     "model.decoder_depth": 1,
     "model.decoder_embed_dim": 32,
@@ -57,7 +57,7 @@ def tiny_overrides(photos: Path) -> Callable[..., list[str]]:
 
     def overrides(folder: Path, changes: dict[str, Any] | None = None) -> list[str]:
         sources = {"dataset.train_data_sources": photos / "train", "dataset.val_data_sources": photos / "val"}
-        values = {**_TINY, **sources, "train.results_dir": folder, **(changes or {})}
+        values = {**TINY, **sources, "train.results_dir": folder, **(changes or {})}
         return [f"{key}={value}" for key, value in values.items() if value is not None]
 
     return overrides

@@ -73,7 +73,7 @@ def train_report(
     last = {name: row[name] for row in rows for name in _SHOWN if name in row}
     sections: list[Section] = [_numbers("Final metrics", last)] if last else []
     if rows:
-        curves = save_curves(rows, folder / "curves.png")
+        curves = save_curves(rows, folder / layout.CURVES)
         sections.append(Figure("Curves", curves, "Losses, accuracies, learning rate and speed over the steps."))
     if picture is not None:
         sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
@@ -88,7 +88,7 @@ def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
     gpu = " Phases are GPU times: work of the CPU at the same time is not counted." if breakdown.on_gpu else ""
     return [
         Text("Profile", "\n\n".join(advice(breakdown))),
-        Figure("", save_breakdown(breakdown, folder / "profile.png"), f"{breakdown.summary}.{gpu}"),
+        Figure("", save_breakdown(breakdown, folder / layout.PROFILE_CHART), f"{breakdown.summary}.{gpu}"),
         Table(
             "",
             ("phase", "mean, ms per step", "median", "95th percentile", "% of the time"),

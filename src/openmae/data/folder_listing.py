@@ -23,9 +23,16 @@ _SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Info
 _STATUS_KEYS = {"date", "time", "status"}
 # Images that actions write into their results folders; other images there belong to the user.
 _RESULT_NAMES = frozenset(
-    f"{name}.png"
-    for name in ("accuracies", "confusion_matrix", "curves", "dataset", "history", "predictions", "profile")
-) | {"reconstructions", "pictures"}
+    {
+        *(layout.CONFUSION_MATRIX, layout.CURVES, layout.DATASET_CHART, layout.PREDICTIONS_SHEET, layout.PROFILE_CHART),
+        *(
+            layout.RECONSTRUCTIONS,
+            layout.CHARTS,
+            "accuracies.png",
+            "history.png",
+        ),  # quickstart, automl
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -173,11 +180,11 @@ def _results_writer(folder: Path, names: Iterable[str]) -> str:
         return "job"
     if "README.txt" in names and b"made by mae quickstart" in _first_bytes(folder / "README.txt"):
         return "quickstart"
-    if "report.html" in names and b'name="generator" content="OpenMAE' in _first_bytes(folder / "report.html"):
+    if layout.REPORT in names and b'name="generator" content="OpenMAE' in _first_bytes(folder / layout.REPORT):
         return "action"
-    if "status.json" in names:
+    if layout.STATUS in names:
         try:
-            entry = json.loads(_first_bytes(folder / "status.json").partition(b"\n")[0])
+            entry = json.loads(_first_bytes(folder / layout.STATUS).partition(b"\n")[0])
         except (ValueError, RecursionError):
             return ""
         return "action" if isinstance(entry, dict) and entry.keys() >= _STATUS_KEYS else ""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,6 @@ from pathlib import Path
 from openmae.errors import OpenMAEError, RunError, UserError
 from openmae.storage.printable import encodable
 
-_TRIES = 20  # to delete a folder that another process is deleting too
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _FAULTY = frozenset({errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO})
@@ -41,20 +39,6 @@ def make_folder(folder: Path, key: str = "results_dir") -> Path:
             f"{key}: cannot write to {str(folder)!r} ({reason}).", f"Set {key} to a folder that you may write to."
         )
     return folder
-
-
-def delete_folder(folder: Path) -> None:
-    """Delete a folder and its content, even if it is missing or another process is deleting it too.
-
-    Raises:
-        OSError: it cannot be deleted.
-    """
-    for _ in range(_TRIES):
-        with suppress(FileNotFoundError):
-            shutil.rmtree(folder)
-        if not folder.exists():
-            return
-    shutil.rmtree(folder)
 
 
 def complete_lines(path: Path) -> list[str]:

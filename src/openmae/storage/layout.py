@@ -40,7 +40,6 @@ PREDICTIONS = "results.csv"
 PREDICTIONS_SHEET = "predictions.png"
 EMBEDDINGS = "embeddings.parquet"
 CONFUSION_MATRIX = "confusion_matrix.png"
-ONNX_MODEL, ENGINE = "model.onnx", "model.engine"
 COMPANIONS = {  # suffix of a model file -> suffixes appended to its name for files that belong to it
     ".onnx": (".data",),
     ".engine": (".json",),
