@@ -164,7 +164,7 @@ def test_searches_in_one_database_do_not_mix(server: str, tmp_path: Path) -> Non
         assert len(worker.study.trials()) == 2
     with pytest.raises(SpecError) as caught:
         open_study(make_spec(tmp_path / "first", storage=server, algorithm="random", max_recommendations=2, seed=7))
-    assert "holds trials of a search, but its study is gone or is another one" in caught.value.problem
+    assert "holds trials of a search whose study is missing or is another one" in caught.value.problem
 
 
 def test_url_from_an_environment_variable(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

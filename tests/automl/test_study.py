@@ -271,7 +271,7 @@ def test_folder_with_trials_of_a_lost_study_is_rejected(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(SpecError) as caught:
             open_study(spec)
-        assert "holds trials of a search, but its study is gone" in caught.value.problem
+        assert "holds trials of a search whose study is missing" in caught.value.problem
         assert f"remove {tmp_path}/automl" in caught.value.fix
 
 

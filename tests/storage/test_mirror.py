@@ -122,7 +122,7 @@ def test_failed_uploads_are_reported(store, bucket, folder, monkeypatch, wire, c
         wire.cuts, wire.after = 1000, 0
         with pytest.raises(RunError, match=rf"model\.pth could not be uploaded to s3://{bucket}/run: ") as caught:
             mirror.finish()
-        assert "the server cannot be reached, or breaks the connection" in caught.value.problem
+        assert "the server cannot be reached, or closes the connection" in caught.value.problem
         assert f"Everything is still in {folder}: run the command again" in caught.value.fix
         wire.cuts = 0
     assert store.get(bucket, "run/model.pth") == b"x" * 1000, "it is not tried again at the end"
