@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import re
 import signal
 from typing import Any
@@ -137,6 +138,14 @@ def test_workers_change_nothing(changes, train, assert_same_run, tmp_path):
     train(tmp_path / "alone", changes)
     train(tmp_path / "workers", {**changes, "dataset.num_workers_per_gpu": 2})
     assert_same_run(tmp_path / "alone", tmp_path / "workers")
+    assert multiprocessing.active_children() == [], "the run left its workers"
+
+
+def test_a_run_that_fails_ends_its_workers(train, at_batch, tmp_path):
+    at_batch(PretrainTask, 2, crash)
+    with pytest.raises(Crash):
+        train(tmp_path, {"dataset.num_workers_per_gpu": 1})
+    assert multiprocessing.active_children() == []
 
 
 def test_accumulation_equals_a_larger_batch(train, payload_of, tmp_path):

@@ -135,6 +135,8 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     try:
         metrics = trainer.fit() or _last_metrics(plan.folder)
     finally:
+        for loader in filter(None, (train_loader, val_loader)):
+            loader.close()
         if outputs.loggers:
             outputs.loggers.close()
         if outputs.clock is not None and not isinstance(sys.exception(), Exception):  # also after Ctrl-C

@@ -67,6 +67,16 @@ class _RecordingLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
+    def close(self) -> None:
+        """End the workers.
+
+        If the garbage collector finds the loader in a cycle instead, it closes the queues of the workers first. They
+        then get no message to end, and the collector waits five seconds for each.
+        """
+        if self._loader._iterator is not None:  # torch has no public way to end persistent workers
+            self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._loader._iterator = None
+
     def _batches(self) -> Iterator[Batch]:
         for batch in self._loaded():
             self._corrupt.record(batch.corrupt)
