@@ -81,6 +81,7 @@ def arguments(images: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow(reason="three commands whose workers import torch again")
 def test_actions_run_with_workers_that_are_spawned(images, tmp_path):
     common = arguments(images, f"results_dir={tmp_path}", "train.stage=finetune", "dataset.num_workers_per_gpu=1")
     mae(tmp_path, "train", *common)
@@ -99,6 +100,7 @@ def test_a_system_without_fcntl(images, tmp_path):
     mae(tmp_path, "cache", "clear", system=_NO_FCNTL)
 
 
+@pytest.mark.slow(reason="a job of two processes that are spawned")
 def test_a_job_runs_and_is_seen(images, tmp_path):
     root = ["--root", str(tmp_path / "jobs")]
     spec = arguments(images, f"results_dir={tmp_path}", "train.num_gpus=2", "dataset.num_workers_per_gpu=0")

@@ -239,6 +239,7 @@ def test_equal_seeds_draw_equal_values_even_if_interrupted(name: str, tmp_path: 
         assert len({tuple(params.values()) for params in complete}) >= len(complete) - 1, "values are repeated"
 
 
+@pytest.mark.slow(reason="simulates many searches")
 def test_bayesian_beats_random(tmp_path: Path) -> None:
     def best(name: str) -> float:
         spec = make_spec(tmp_path / name, algorithm=name, max_recommendations=18)

@@ -75,6 +75,7 @@ def _worker(folder: Path, settings: dict[str, Any], pause: float) -> subprocess.
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow(reason="starts a search twice")
 def test_search_survives_a_killed_worker(server: str, tmp_path: Path) -> None:
     settings = {"storage": server, "algorithm": "asha", "max_recommendations": 12}
     workers = [_worker(tmp_path, settings, 0.05) for _ in range(3)]

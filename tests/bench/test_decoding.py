@@ -18,6 +18,7 @@ from openmae import quickstart
 SELF, PART, CROSS = Decoder("self", 1.0), Decoder("self", 0.5), Decoder("cross", 0.25)
 
 
+@pytest.mark.slow(reason="trains pairs of models")
 def test_decoding_runs(tmp_path: Path) -> None:
     text = decoding.run(quick=True).write(tmp_path, "decoding", quick=True)
     found = json.loads((tmp_path / "decoding-quick.json").read_text())["results"]

@@ -66,12 +66,14 @@ def test_packed_photographs_are_smaller_and_give_the_same_batches(tmp_path: Path
         assert image.size == (910, 512)
 
 
+@pytest.mark.slow(reason="starts a training run")
 def test_a_training_that_fails_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text("dataset: {train_data_sources: nowhere}\n")
     with pytest.raises(RunError, match=r"mae train made no step: (?s:.)*nowhere"):
         startup.first_step(tmp_path / "spec.yaml", tmp_path / "run")
 
 
+@pytest.mark.slow(reason="starts every command")
 def test_startup_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(startup._TURNS, True, 1)
     text = startup.run(quick=True).write(tmp_path, "startup", quick=True)

@@ -138,6 +138,7 @@ def test_the_targets_at_a_ratio_of_point_6_are_60_per_cent() -> None:
     assert targets["convnextv2_tiny"] == {0.75: 5.5, 0.6: 3.3}
 
 
+@pytest.mark.slow(reason="trains pairs of models")
 def test_pretrain_runs(tmp_path: Path) -> None:
     text = pretrain.run(quick=True).write(tmp_path, "pretrain", quick=True)
     races = json.loads((tmp_path / "pretrain-quick.json").read_text())["results"]
@@ -148,6 +149,7 @@ def test_pretrain_runs(tmp_path: Path) -> None:
     assert "| convnextv2_atto  | 0.6" in text
 
 
+@pytest.mark.slow(reason="starts a process per model")
 def test_memory_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "QUICK_RACES", pretrain.QUICK_RACES[:1])
     text = memory.run(quick=True).write(tmp_path, "memory", quick=True)
@@ -164,6 +166,7 @@ def test_memory_is_judged_without_the_libraries() -> None:
     assert memory.judge(reference, openmae, 0.5)["met"] is False
 
 
+@pytest.mark.slow(reason="starts training runs")
 def test_a_contestant_that_fails_is_an_error() -> None:
     with pytest.raises(RunError, match="The step of nobody failed"):
         memory.peak(0, "nobody", 0.75, quick=True)
@@ -184,6 +187,7 @@ def test_depth_multiplies_the_encoders_blocks() -> None:
     assert [len(stage.blocks) for stage in convnext.encoder.backbone.stages] == [4, 4, 12, 4]
 
 
+@pytest.mark.slow(reason="starts training runs")
 def test_scaling_runs(tmp_path: Path) -> None:
     scaling.run(quick=True).write(tmp_path, "scaling", quick=True)
     found = json.loads((tmp_path / "scaling-quick.json").read_text())["results"]
@@ -191,6 +195,7 @@ def test_scaling_runs(tmp_path: Path) -> None:
     assert all(line["values"] == [1, 2] for line in found)
 
 
+@pytest.mark.slow(reason="starts training runs")
 def test_checkpoints_runs(tmp_path: Path) -> None:
     checkpoints.run(quick=True).write(tmp_path, "checkpoints", quick=True)
     found = json.loads((tmp_path / "checkpoints-quick.json").read_text())["results"]

@@ -74,6 +74,7 @@ def test_fsdp_trains_as_one_process_and_one_process_resumes(one, train, tiny_ove
 
 
 @several_processes
+@pytest.mark.slow(reason="two processes train four epochs")
 def test_fsdp_keeps_the_best_between_two_checkpoints(tiny_overrides, tmp_path):
     changes = {"train.checkpoint_interval": 2, "train.optim.monitor_name": "val_loss"}
     assert main(["train", *tiny_overrides(tmp_path, {**FSDP, **changes})]) == 0

@@ -49,6 +49,7 @@ def test_an_error_of_a_single_process_is_raised():
 
 
 @several_processes
+@pytest.mark.slow(reason="starts two processes twice")
 def test_two_processes_measure_as_one_and_raise_an_error(work, tmp_path):
     with pytest.raises(DataError) as caught:
         launch(build_fabric("train", 2, [0, 1], 1), work.measure_then_fail, tmp_path)
@@ -149,6 +150,7 @@ def test_a_process_that_ends_early_is_not_reported_as_out_of_memory():
 
 
 @several_processes
+@pytest.mark.slow(reason="starts two processes")
 def test_the_scaler_of_fp16_handles_sharded_gradients(work, tmp_path, monkeypatch):
     """The code path of a GPU under fsdp, with the CPU's scaler."""
     monkeypatch.setattr(launch_module, "_possible_precision", lambda *_: "fp16")

@@ -51,6 +51,7 @@ def test_a_script_without_a_guard_gets_one_short_message(tiny_overrides, tmp_pat
     assert read_status(tmp_path / "run" / "status.json")[-1]["status"] == "FAILURE"
 
 
+@pytest.mark.slow(reason="five processes import torch")
 def test_a_script_with_a_guard_runs_where_processes_are_spawned(tiny_overrides, tmp_path):
     script = tmp_path / "script.py"
     changes = {"train.num_gpus": 2, "dataset.num_workers_per_gpu": 1, "train.num_epochs": 1}

@@ -138,7 +138,10 @@ def uninterrupted(train, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("number", "code", "said", "status"),
     [
-        (signal.SIGINT, 130, "Interrupted: writing a checkpoint after this step.", "train was interrupted"),
+        pytest.param(
+            signal.SIGINT, 130, "Interrupted: writing a checkpoint after this step.", "train was interrupted",
+            marks=pytest.mark.slow,
+        ),
         (signal.SIGTERM, 75, "SIGTERM: writing a checkpoint after this step.", "train was preempted"),
         pytest.param(
             signal.SIGUSR1, 75, "SIGUSR1: writing a checkpoint after this step.", "train was preempted",

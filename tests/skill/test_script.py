@@ -81,6 +81,7 @@ def test_the_exit_code_without_a_results_folder(text, tmp_path):
     assert not list(tmp_path.rglob("status.json"))
 
 
+@pytest.mark.slow(reason="starts a training run")
 def test_sigterm_writes_a_checkpoint_first(place):
     spec = {
         "results_dir": str(place / "out"),

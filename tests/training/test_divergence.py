@@ -81,7 +81,14 @@ def finite(path: Path) -> bool:
     ("changes", "step", "left", "deferred"),
     [
         pytest.param(PRETRAIN, 11, "model_epoch_002_step_00010.pth", False, id="pretrain"),
-        pytest.param({**FINETUNE, **ACCUMULATE}, 7, "model_epoch_002_step_00006.pth", True, id="finetune, deferred"),
+        pytest.param(
+            {**FINETUNE, **ACCUMULATE},
+            7,
+            "model_epoch_002_step_00006.pth",
+            True,
+            id="finetune, deferred",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {**PRETRAIN, "train.checkpoint_interval_unit": "step", "train.keep_checkpoints": 2},
             7,
@@ -224,9 +231,8 @@ def test_a_run_whose_last_image_is_bad_succeeds(train, monkeypatch, caplog, tmp_
 
 
 @several_processes
-@pytest.mark.parametrize(
-    "strategy", ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "deferred"))]
-)
+@pytest.mark.slow(reason="starts two processes")
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp", "deferred"])
 def test_two_processes_diverge_together(strategy, tiny_overrides, photos, monkeypatch, tmp_path):
     from tests.helpers import two_process_work
 

@@ -98,6 +98,7 @@ def test_a_search_is_a_job_whose_trials_are_jobs(client: Client, submit: Submit,
     assert (tmp_path / "results" / "automl" / "report.html").is_file()
 
 
+@pytest.mark.slow(reason="starts jobs")
 def test_GPUs_and_CPUs_are_requested_FAKE_GPUS(
     client: Client, submit: Submit, run_code: RunCode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow(reason="starts a job")
 def test_a_job_that_Ray_stops_has_time_for_its_checkpoint(
     client: Client, submit: Submit, run_code: RunCode, cluster: ray_cluster.Cluster
 ) -> None:
@@ -192,6 +194,7 @@ def test_a_job_that_Ray_stops_has_time_for_its_checkpoint(
     assert (done.status, done.message) == ("CANCELED", "interrupted by another program (exit code 130)")
 
 
+@pytest.mark.slow(reason="starts a job")
 def test_if_Rays_part_of_a_job_dies_no_process_is_left(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     job = submit()

@@ -176,7 +176,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_job_at_its_time_limit_is_requeued_and_resumes(
     nodes: int, client: Client, submit: Submit, run_code: RunCode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
