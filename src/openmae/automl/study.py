@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import socket
 import time
@@ -24,7 +25,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from openmae.automl.algorithms import STOPS_EARLY, Algorithm, Member, next_member
+from openmae.automl.algorithms import STOPS_EARLY, Algorithm, next_member
 from openmae.automl.database import STORAGE_ERRORS, make_lock, open_storage, storage_url, unusable
 from openmae.automl.objective import make_objective
 from openmae.automl.space import epochs_of, make_space
@@ -162,9 +163,10 @@ class Study:
             trials = self._all()
             number = next((trial.number for trial in trials if self._is_lost(trial)), len(trials))
             if number == len(trials):
-                if number >= self.algorithm.trials or not self._is_ready(trials, number):
+                previous = self._previous_generation(trials)
+                if number >= self.algorithm.trials or not all(trial.state.is_finished() for trial in previous):
                     return None
-                self._add(trials, number)
+                self._add(number, previous)
                 trials = self._all()
             found = trials[number]
             self.study.sampler = self.algorithm.sampler(number)
@@ -246,34 +248,23 @@ class Study:
 
     # ------------------------------------------------------------------------------------------ creating
 
-    def _add(self, trials: list[FrozenTrial], number: int) -> None:
+    def _add(self, number: int, previous: list[FrozenTrial]) -> None:
         """Queue a trial with all its attributes at once, so that it is complete if this process is killed."""
-        params, sources = (self.space.own, []) if number == 0 else ({}, [])
-        if self._generation(number):
-            params, source = self._inherit(trials, number)
-            sources = [source]
+        params, sources = self.space.own if number == 0 else {}, []
+        if previous:
+            source, params = next_member(self.algorithm, previous, number, maximize=self.objective.maximize)
+            sources = [previous[source].user_attrs[FOLDER]]
         attrs = {FOLDER: f"{number:03d}", SOURCES: sources, _WORKER: None}
         if params:
             self.study.enqueue_trial(params, attrs)
         else:
             self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attrs))
 
-    def _generation(self, number: int) -> int:
-        return number // self.algorithm.settings.population_size if self.algorithm.generations > 1 else 0
-
-    def _previous(self, trials: list[FrozenTrial], number: int) -> list[FrozenTrial]:
-        return [trial for trial in trials if self._generation(trial.number) == self._generation(number) - 1]
-
-    def _is_ready(self, trials: list[FrozenTrial], number: int) -> bool:
-        return all(trial.state.is_finished() for trial in self._previous(trials, number))
-
-    def _inherit(self, trials: list[FrozenTrial], number: int) -> tuple[dict[str, Any], str]:
-        """Return the parameters of a trial of a later generation, and the folder of the weights that it starts from."""
+    def _previous_generation(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the generation before that of the next trial; empty for the first one, and if there is only one."""
         size = self.algorithm.settings.population_size
-        before = {trial.number % size: trial for trial in self._previous(trials, number)}
-        members = [Member(slot, trial.value, trial.params) for slot, trial in before.items()]
-        slot, params = next_member(self.algorithm, members, number % size, number, maximize=self.objective.maximize)
-        return params, before[slot].user_attrs[FOLDER]
+        start = len(trials) // size * size
+        return trials[max(start - size, 0) : start] if self.algorithm.generations > 1 else []
 
     def _facts(self, spec: ExperimentSpec) -> dict[str, Any]:
         """Return the values that identify the search: with other values, it is a different search."""
@@ -313,13 +304,10 @@ def resume_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
 
 
 def summarize(trial: FrozenTrial) -> TrialSummary:
-    """Convert an Optuna trial for figures and tables."""
-    value = trial.value
-    if trial.state == TrialState.PRUNED and trial.intermediate_values:
-        value = trial.intermediate_values[max(trial.intermediate_values)]
+    """Convert an Optuna trial for figures and tables; the value of a pruned trial is the last one that it reported."""
     return TrialSummary(
         number=trial.number,
-        value=value,
+        value=math.nan if trial.value is None else trial.value,
         state=_STATES.get(trial.state, "running"),
         epochs=int(trial.user_attrs.get(EPOCHS) or 0),
         params=dict(trial.params),

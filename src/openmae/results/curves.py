@@ -68,7 +68,7 @@ _PANELS = (
 )
 
 
-def save_curves(rows: Sequence[Mapping[str, float]], path: Path, *, title: str = "Training") -> Path:
+def save_curves(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
     """Draw the metrics of a run over its steps to a PNG and return ``path``.
 
     There is a panel for each kind of metric in the rows, which are as ``read_metrics`` returns them. The loss has a
@@ -84,19 +84,19 @@ def save_curves(rows: Sequence[Mapping[str, float]], path: Path, *, title: str =
     columns = min(2, len(panels))
     epochs = max(int(row.get("epoch", 1)) for row in rows)
     steps = int(max(row["step"] for row in rows))
-    with style.drawing():
-        names = [text for panel, curves in panels for _, text in _names(panel, curves)]
-        beside = max(_LABELS, _BESIDE * _WIDTH + style.text_width(names, _NAME_SIZE) + 0.15)
-        pitch_x = _LEFT + _WIDTH + beside
-        figure = style.new_figure(columns * pitch_x, _TOP + math.ceil(len(panels) / columns) * _PITCH)
-        style.headline(figure, title, f"{style.plural(epochs, 'epoch')} · {style.plural(steps, 'step')}")
+    names = [text for panel, curves in panels for _, text in _names(panel, curves)]
+    beside = max(_LABELS, _BESIDE * _WIDTH + style.text_width(names, _NAME_SIZE) + 0.15)
+    pitch_x = _LEFT + _WIDTH + beside
+    height = _TOP + math.ceil(len(panels) / columns) * _PITCH
+    subtitle = f"{style.plural(epochs, 'epoch')} · {style.plural(steps, 'step')}"
+    with style.drawing(path, columns * pitch_x, height, "Training", subtitle) as figure:
         for index, (panel, curves) in enumerate(panels):
             row, column = divmod(index, columns)
             axes = style.add_axes(figure, _LEFT + column * pitch_x, _TOP + 0.35 + row * _PITCH, _WIDTH, _HEIGHT)
             _draw(axes, panel, curves)
             _scale(axes, panel, curves, steps)
             _name_curves(axes, panel, curves)
-        return style.save_figure(figure, path)
+    return path
 
 
 def _curves(panel: _Panel, rows: Sequence[Mapping[str, float]]) -> list[_Curve]:

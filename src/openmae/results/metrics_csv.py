@@ -26,7 +26,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, append: bool) -> None:
-        self.path = make_folder(Path(folder)) / layout.METRICS
+        self.path = make_folder(folder) / layout.METRICS
         self._columns: list[str] = list(_KEYS)
         if append and self.path.exists():
             drop_torn_line(self.path)
@@ -36,13 +36,7 @@ class MetricsLog:
         self._rewrite([])
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Append a row of ``values`` by metric; ``epoch`` is counted from 1.
-
-        Raises:
-            ValueError: a metric is called ``step`` or ``epoch``.
-        """
-        if taken := [name for name in _KEYS if name in values]:
-            raise ValueError(f"a metric cannot be called {taken[0]!r}: a column has this name already")
+        """Append a row of ``values`` by metric; ``epoch`` is counted from 1."""
         row: Row = {"step": int(step), "epoch": int(epoch), **{k: float(v) for k, v in values.items()}}
         if new := [name for name in row if name not in self._columns]:
             self._columns += new
@@ -66,7 +60,7 @@ def read_metrics(path: Path) -> list[Row]:
     An incomplete last row is left out. Epochs of old files, which count from 0, are converted to count from 1.
     """
     rows: list[Row] = []
-    for cells in csv.DictReader(complete_lines(Path(path))):
+    for cells in csv.DictReader(complete_lines(path)):
         row: Row = {name: float(cell) for name, cell in cells.items() if cell}
         rows.append(row | {name: int(row[name]) for name in _KEYS})
     from_zero = any(row["epoch"] == 0 for row in rows)
