@@ -90,18 +90,18 @@ class Study:
         host = f"{socket.gethostname()} {boot_id()}"  # two machines may have the same name
         self.me = {"host": host, "process": identify(os.getpid()), "token": uuid.uuid4().hex}
         self._heartbeats: dict[int, tuple[float, float]] = {}  # last heartbeat of a trial, and when it was first read
-        facts = json.loads(json.dumps(self._facts(spec)))
+        facts = json.loads(json.dumps(self._facts()))
         name = _name(spec, facts)
         url, shown = storage_url(spec, folder)
         try:
             lock = make_lock(url, folder)
             with lock("open"):  # two processes cannot create the same tables at the same time
-                self.study = self._open(open_storage(url), folder, name, facts)
+                self.study = self._open(open_storage(url), name, facts)
         except (*STORAGE_ERRORS, ImportError) as error:
             raise unusable(shown, error) from error
         self._lock = lambda: lock(name)
 
-    def _open(self, storage: RDBStorage, folder: Path, name: str, facts: Mapping[str, Any]) -> optuna.Study:
+    def _open(self, storage: RDBStorage, name: str, facts: Mapping[str, Any]) -> optuna.Study:
         options: dict[str, Any] = {"storage": storage, "study_name": name, "pruner": self.algorithm.pruner()}
         known = name in optuna.get_all_study_names(storage)
         if known:
@@ -110,10 +110,10 @@ class Study:
             # An option that did not exist when the search was started had its default value.
             before = {key: value for key, value in facts.items() if _is_default(key, value)} | before
             if before != facts and study.get_trials(deepcopy=False):
-                raise _other_search(folder, _changes(before, facts))
+                raise _other_search(self.folder, _changes(before, facts))
             if before != facts:  # no trial was started
                 optuna.delete_study(study_name=name, storage=storage)
-        _check_folder(folder, name, known=known)
+        _check_folder(self.folder, name, known=known)
         study = optuna.create_study(**options, direction=self.objective.direction, load_if_exists=True)
         study.set_user_attr("facts", dict(facts))
         return study
@@ -266,7 +266,7 @@ class Study:
         start = len(trials) // size * size
         return trials[max(start - size, 0) : start] if self.algorithm.generations > 1 else []
 
-    def _facts(self, spec: ExperimentSpec) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         """Return the values that identify the search: with other values, it is a different search."""
         settings, name = self.algorithm.settings, self.algorithm.name
         searched = {item.key: item.range_words for item in self.space.parameters}
@@ -283,7 +283,7 @@ class Study:
             facts["automl.population_size"] = settings.population_size
         if name in ("pbt", "grid"):  # other algorithms may get more trials later
             facts["automl.max_recommendations"] = settings.max_recommendations
-        values = to_dict(spec)
+        values = to_dict(self.spec)
         for key in fields():
             value = get(values, key)
             trained = key.startswith(("model.", "dataset.", "train.")) and traits(key).in_search

@@ -138,23 +138,23 @@ def _draw(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
 
 
 def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     lowest = min(curve.values.min() for curve in curves)
     highest = max(curve.values.max() for curve in curves)
     if panel.log_axis and lowest > 0 and highest / lowest > 5:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter("")
     elif panel.from_zero and lowest >= 0:
         axes.set_ylim(0, 1.08 * highest or 1)
         axes.yaxis.set_major_locator(MaxNLocator(5))
     elif highest == lowest:
         axes.set_ylim(lowest - (abs(lowest) or 1) / 2, lowest + (abs(lowest) or 1) / 2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.text(value)))
+    axes.yaxis.set_major_formatter(lambda value, _: panel.text(value))
     axes.set_xlim(-0.02 * steps, 1.02 * steps or 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _names(panel: _Panel, curves: Sequence[_Curve]) -> list[tuple[_Curve, str]]:

@@ -134,12 +134,12 @@ def _note(axes: Axes, text: str) -> None:
 
 def _thousands(axis: Any, whole: bool = False) -> None:
     """Use few ticks, labelled as 1,000 rather than 10^3."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     low, high = axis.get_view_interval()
     if axis.get_scale() == "log":
         axis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5), numticks=6))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_formatter("")
     else:
         axis.set_major_locator(MaxNLocator(5, integer=high >= 3 or whole))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter("{x:,g}")

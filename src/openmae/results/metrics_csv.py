@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from openmae.storage import layout
 from openmae.storage.atomic import complete_lines, drop_torn_line, make_folder, write_atomically
@@ -43,15 +44,21 @@ class MetricsLog:
             self._rewrite([*read_metrics(self.path), row])
         else:
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_to_csv([row], self._columns))
+                self._writer(file).writerow(row)
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows after ``step``, where a run is resumed and writes them again."""
         self._rewrite([row for row in read_metrics(self.path) if row["step"] <= step])
 
     def _rewrite(self, rows: Iterable[Row]) -> None:
-        header = _to_csv([dict(zip(self._columns, self._columns, strict=True))], self._columns)
-        write_atomically(self.path, header + _to_csv(rows, self._columns))
+        text = io.StringIO()
+        writer = self._writer(text)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, text.getvalue())
+
+    def _writer(self, file: TextIO) -> csv.DictWriter[str]:
+        return csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -71,9 +78,3 @@ def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float],
     """Return the steps and values of a metric, from the rows that have it."""
     measured = [row for row in rows if name in row]
     return [row["step"] for row in measured], [row[name] for row in measured]
-
-
-def _to_csv(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> str:
-    text = io.StringIO()
-    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
-    return text.getvalue()
