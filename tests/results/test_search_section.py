@@ -49,7 +49,7 @@ def study(count: int) -> list[TrialSummary]:
 
 
 def results(trials: list[TrialSummary], metric: str = "ACC_all", maximize: bool = True) -> SearchResults:
-    return SearchResults(trials, metric, maximize, {LR})
+    return SearchResults(trials, metric, maximize=maximize, log_keys={LR}, has_own=True)
 
 
 class TestBest:
@@ -102,7 +102,8 @@ class TestAxes:
         tried = [
             TrialSummary(i, 0.5, "complete", 1, {} if v == "absent" else {LR: v}, 1.0) for i, v in enumerate(values)
         ]
-        search = SearchResults(tried, "ACC_all", True, {LR} if log else set())
+        log_keys = {LR} if log else set()
+        search = SearchResults(tried, "ACC_all", maximize=True, log_keys=log_keys, has_own=True)
         (axis,) = search.axes(np.zeros(len(tried)))
         return axis
 

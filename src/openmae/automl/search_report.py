@@ -28,9 +28,12 @@ def write_search_report(
     the best one, and may be empty; ``counts`` is from ``count_images``.
     """
     trials, objective, folder = study.summaries(), study.objective, study.folder
-    search = SearchResults(trials, objective.metric, objective.maximize, study.space.log_keys)
+    has_own = study.space.is_own(trials[0].params)
+    search = SearchResults(
+        trials, objective.metric, maximize=objective.maximize, log_keys=study.space.log_keys, has_own=has_own
+    )
     best = search.trials[search.best]
-    own = next((trial for trial in trials if trial.number == 0 and trial.state == "complete"), None)
+    own = trials[0] if has_own and trials[0].state == "complete" else None
     numbers = {f"best {objective.metric}": objective.shown(best.value)}
     if own is not None:
         numbers["your values"] = objective.shown(own.value)

@@ -94,12 +94,16 @@ class Space:
 
     @property
     def own(self) -> dict[str, Any]:
-        """The values in the spec, which trial 0 uses."""
+        """The values in the spec, which trial 0 uses; it draws those that are unset or not in their range."""
         params: dict[str, Any] = {}
         for item in self.parameters:
             if item.own is not None and item.has_effect(params):
                 params[item.key] = item.own
         return params
+
+    def is_own(self, params: Mapping[str, Any]) -> bool:
+        """Return whether trial 0, which has these parameters, drew none of them."""
+        return params.keys() == self.own.keys()
 
     @property
     def conditional(self) -> bool:

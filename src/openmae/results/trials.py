@@ -28,7 +28,7 @@ class TrialSummary:
     """A trial, for figures and tables.
 
     Attributes:
-        number: number of the trial; the trial with the lowest one has the user's own values.
+        number: number of the trial.
         value: final metric, or that after the last epoch if the trial was stopped early; NaN without a result.
         state: its state, or how it ended.
         epochs: number of epochs trained.
@@ -87,27 +87,28 @@ class SearchResults:
         metric: name of the metric.
         maximize: whether larger is better.
         log_keys: parameters whose axes are logarithmic.
+        has_own: whether the first trial has the user's own values.
 
     Attributes:
         trials: trials with a result.
         values: their values [N].
         steps: those that are better than all before them.
         best: index in ``trials`` of the best one.
-        own: index in ``trials`` of the one with the user's own values; None if it has no result.
+        own: index in ``trials`` of the one with the user's own values; None if there is none with a result.
         low, high: range of values to show, without values so bad that the good ones could not be distinguished.
         clipped: mask [N] of the values outside the range.
         names: short name of each parameter, by key.
     """
 
     def __init__(
-        self, tried: Sequence[TrialSummary], metric: str, maximize: bool, log_keys: Collection[str] = ()
+        self, tried: Sequence[TrialSummary], metric: str, *, maximize: bool, log_keys: Collection[str], has_own: bool
     ) -> None:
         self.tried, self.metric, self.maximize, self.log_keys = tried, metric, maximize, log_keys
         self.steps = best_so_far(tried, maximize=maximize)
         self.trials = [trial for trial in tried if trial.state in ("complete", "stopped early")]
         self.values = np.array([trial.value for trial in self.trials], dtype=np.float64)
         self.best = self.trials.index(self.steps[-1])
-        self.own = 0 if self.trials[0] is tried[0] else None
+        self.own = 0 if has_own and self.trials[0] is tried[0] else None
         signed = self.values if maximize else -self.values
         lead = signed.max() - np.median(signed)
         far = (signed < np.median(signed) - 4 * lead) & (lead > 0) & (len(signed) >= _CLIP_FROM)
