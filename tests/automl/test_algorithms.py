@@ -8,11 +8,12 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 from optuna.samplers import CmaEsSampler, GPSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from tests.helpers.simulation import loss, make_spec, make_worker, open_study
 
-from openmae.automl.algorithms import Algorithm, Member, WeightedSampler, next_member
+from openmae.automl.algorithms import Algorithm, WeightedSampler, next_member
 from openmae.automl.space import Parameter, Space, epochs_of, make_space
 from openmae.errors import SpecError
 from openmae.spec.sections.automl import AutomlSpec
@@ -125,21 +126,31 @@ def test_generations(count: int, size: int, epochs: int, generations: int, trial
     assert (algorithm.generations, algorithm.trials) == (generations, trials)
 
 
+def _member(value: float | None) -> FrozenTrial:
+    """Return a trial of a population; None: it failed."""
+    return create_trial(
+        state=TrialState.FAIL if value is None else TrialState.COMPLETE,
+        value=value,
+        params={LR: 1e-3, MOMENTUM: 0.9},
+        distributions={LR: FloatDistribution(1e-4, 1e-2, log=True), MOMENTUM: FloatDistribution(0.8, 0.98)},
+    )
+
+
 def test_population_exploits_and_explores() -> None:
     algorithm = _algorithm("pbt", population_size=8, max_recommendations=16)
-    members = [Member(slot, float(slot), {LR: 1e-3, MOMENTUM: 0.9}) for slot in range(8)]
+    members = [_member(float(slot)) for slot in range(8)]
     for slot in range(8):
-        source, params = next_member(algorithm, members, slot, 8 + slot, maximize=True)
+        source, params = next_member(algorithm, members, 8 + slot, maximize=True)
         if slot >= 2:
             assert (source, params) == (slot, members[slot].params), "a good member must continue unchanged"
         else:
             assert source in (6, 7), "the worst quarter takes the weights of the best quarter"
             assert params != members[slot].params
-        falling = next_member(algorithm, members, slot, 8 + slot, maximize=False)
+        falling = next_member(algorithm, members, 8 + slot, maximize=False)
         assert (falling[0] == slot) == (slot < 6)
     seen: Counter[str] = Counter()
     for number in range(300):
-        _, params = next_member(algorithm, members, 0, number, maximize=True)
+        _, params = next_member(algorithm, members, 8 * number, maximize=True)
         assert 1e-4 <= params[LR] <= 1e-2
         assert 0.8 <= params[MOMENTUM] <= 0.98
         factor = round(params[LR] / 1e-3, 6)
@@ -151,17 +162,16 @@ def test_population_exploits_and_explores() -> None:
 
 def test_failed_member_continues_with_the_weights_of_another() -> None:
     algorithm = _algorithm("pbt", population_size=4, max_recommendations=8)
-    values = (0.1, None, None, 0.4)
-    members = [Member(slot, value, {LR: 1e-3}) for slot, value in enumerate(values)]
-    assert [next_member(algorithm, members, slot, 4 + slot, maximize=True)[0] for slot in range(4)] == [0, 3, 3, 3]
+    members = [_member(value) for value in (0.1, None, None, 0.4)]
+    assert [next_member(algorithm, members, 4 + slot, maximize=True)[0] for slot in range(4)] == [0, 3, 3, 3]
 
 
 def test_population_rule_is_seeded_by_trial_number() -> None:
     algorithm = _algorithm("pbt", population_size=4, max_recommendations=8)
-    members = [Member(slot, float(slot), {LR: 1e-3, MOMENTUM: 0.9}) for slot in range(4)]
-    again = [next_member(algorithm, members, 0, 4, maximize=True) for _ in range(2)]
+    members = [_member(float(slot)) for slot in range(4)]
+    again = [next_member(algorithm, members, 4, maximize=True) for _ in range(2)]
     assert again[0] == again[1]
-    others = {next_member(algorithm, members, 0, number, maximize=True)[1][LR] for number in range(40)}
+    others = {next_member(algorithm, members, 4 * number, maximize=True)[1][LR] for number in range(40)}
     assert len(others) > 5
 
 

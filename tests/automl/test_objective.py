@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_values_that_are_not_finite_do_not_count(tmp_path: Path) -> None:
 
 def test_values_as_text() -> None:
     accuracy, loss = make_objective(_spec("finetune", True)), make_objective(_spec("pretrain", False))
-    assert (accuracy.shown(0.98765), loss.shown(0.98765), loss.shown(None)) == ("98.77%", "0.9877", "-")
+    assert (accuracy.shown(0.98765), loss.shown(0.98765), loss.shown(math.nan)) == ("98.77%", "0.9877", "-")
     assert (accuracy.direction, loss.direction) == ("maximize", "minimize")
 
 

@@ -54,5 +54,7 @@ def test_show_review(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog:
     text = capsys.readouterr().err
     assert "train.optim.lr    2e-05 to 0.005, log  0.0002" in text
     assert "0  lr 2e-4, mask_ratio 0.75   (yours)" in text
+    show_review(open_study(make_spec(tmp_path / "2", ranges={"train.optim.lr": [1e-3, 2e-3]})), COUNTS, None)
+    assert "(yours)" not in capsys.readouterr().err, "the first trial has another learning rate"
     assert "Reconstruction losses can be compared only at the same difficulty" in caplog.text
     assert "The validation images have 2 classes: automl.metric=knn_acc" in caplog.text

@@ -31,4 +31,13 @@ def test_report(tmp_path: Path) -> None:
         assert text in html, text
     assert "The search chose the trial by the same images" not in html, "train_loss is not of the validation images"
     figures = sorted(file.name for file in (folder / "pictures").iterdir())
+    assert ">your values<" in html
     assert figures == ["history.png", "importances.png", "parallel_coordinates.png", "slices.png"]
+
+
+def test_first_trial_without_the_values_of_the_spec_is_not_yours(tmp_path: Path) -> None:
+    worker, _ = make_worker(make_spec(tmp_path, ranges={"train.optim.lr": [1e-3, 2e-3]}, max_recommendations=2))
+    worker.run()
+    (worker.study.folder / "best.yaml").write_text("train: {}\n")
+    path = write_search_report(worker.study, {}, {}, {"train": 10, "val": 0, "classes": 0})
+    assert "your values" not in path.read_text(encoding="utf-8")

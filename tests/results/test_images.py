@@ -44,11 +44,6 @@ class TestPredictions:
         assert count_near(below[:, percent - 30 : percent - 8], INK) > 0, "the label"
         assert (below[:, percent - 7 : percent - 1] == 255).all(), "nothing between it and the probability"
 
-    def test_numbers_that_do_not_match_are_rejected(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="1 images, 2 labels and 1 probabilities do not match"):
-            save_predictions(np.zeros((1, 8, 8, 3), dtype=np.uint8), ["a", "b"], [0.1], tmp_path / "sheet.png")
-        assert not list(tmp_path.iterdir())
-
 
 class TestReconstructionGrid:
     @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -86,15 +81,6 @@ class TestReconstructionGrid:
         drawn = read_pixels(reconstruction_grid(clear, clear, clear, clear, tmp_path / "grid.png"))
         assert (drawn[150, 100] == 255).all()
 
-    def test_invalid_arrays_are_rejected(self, tmp_path: Path) -> None:
-        images, path = _images(2, 8, 8, 3), tmp_path / "grid.png"
-        with pytest.raises(ValueError, match=r"N > 0 and C 1, 3 or 4; got \(0, 8, 8, 3\)"):
-            reconstruction_grid(images[:0], images[:0], images[:0], images[:0], path)
-        with pytest.raises(ValueError, match=r"masked: expected \(2, 8, 8, 3\) uint8, got \(1, 8, 8, 3\) uint8"):
-            reconstruction_grid(images, images[:1], images, images, path)
-        with pytest.raises(ValueError, match=r"with visible part: expected .* float64"):
-            reconstruction_grid(images, images, images, images / 255, path)
-
 
 class TestBars:
     def test_best_bar_is_blue(self, tmp_path: Path) -> None:
@@ -102,21 +88,16 @@ class TestBars:
             {"pretrained": 0.9, "from scratch": 0.45},
             tmp_path / "b.png",
             title="T",
-            notes={"pretrained": "1 s"},
+            subtitle="S",
+            notes={"pretrained": "1 s", "from scratch": "2 s"},
         )
         drawn = read_pixels(path)
         assert count_near(drawn, BLUE) == pytest.approx(2 * count_near(drawn, GREY), rel=0.05)
 
-    def test_invalid_values_are_rejected(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="no accuracies"):
-            save_bar_comparison({}, tmp_path / "b.png", title="T")
-        with pytest.raises(ValueError, match=r"a: an accuracy must be in \[0, 1\], not 93"):
-            save_bar_comparison({"a": 93}, tmp_path / "b.png", title="T")
-
 
 def test_drawing_restores_the_settings(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    save_bar_comparison({"a": 0.5}, tmp_path / "b.png", title="T")
+    save_bar_comparison({"a": 0.5}, tmp_path / "b.png", title="T", subtitle="S", notes={"a": ""})
     assert dict(matplotlib.rcParams) == before
     assert [path.name for path in tmp_path.iterdir()] == ["b.png"]
 
@@ -141,7 +122,11 @@ class TestText:
     @pytest.mark.filterwarnings("error")
     def test_bars(self, tmp_path: Path) -> None:
         path = save_bar_comparison(
-            {"W" * 40: 1.0, "猫": 0.5}, tmp_path / "b.png", title="W" * 90, subtitle="s" * 300, notes={"猫": "W" * 60}
+            {"W" * 40: 1.0, "猫": 0.5},
+            tmp_path / "b.png",
+            title="W" * 90,
+            subtitle="s" * 300,
+            notes={"W" * 40: "", "猫": "W" * 60},
         )
         assert_blank_edge(path)
 

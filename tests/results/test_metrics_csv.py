@@ -68,11 +68,6 @@ def test_incomplete_last_row_is_ignored_and_removed_on_append(tmp_path: Path) ->
     assert series(read_metrics(metrics.path), "a") == ([1, 2], [0.125, 0.5])
 
 
-def test_reserved_column_names(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a metric cannot be called 'step'"):
-        MetricsLog(tmp_path, append=False).write(1, 1, {"step": 2.0})
-
-
 def test_failed_rewrite_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = MetricsLog(tmp_path, append=False)
     metrics.write(1, 1, {"a": 1.0})

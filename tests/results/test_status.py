@@ -67,14 +67,6 @@ def test_damaged_line_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.L
     assert "line 3 is not a JSON object" in caplog.text
 
 
-def test_unknown_status_and_verbosity_are_rejected(tmp_path: Path) -> None:
-    status = StatusLog(tmp_path, append=False)
-    with pytest.raises(ValueError, match=r"status must be one of STARTED, .* not 'DONE'"):
-        status.write("DONE", "")
-    with pytest.raises(ValueError, match=r"verbosity must be one of DEBUG, .* not 'LOUD'"):
-        status.write("RUNNING", "", verbosity="LOUD")
-
-
 def test_results_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=r"results_dir: cannot write to '.*taken' \(file exists\)") as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
 from openmae.distributed.topology import World, find_world, gpus_per_node
 from openmae.errors import DataError, OpenMAEError, Preempted, RunError
-from openmae.results.status import StatusLog
+from openmae.results.status import StatusLog, Verbosity
 from openmae.spec.actions import DEVICES
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import ExperimentSpec
@@ -63,15 +63,7 @@ class _NoStatus(StatusLog):
     def __init__(self) -> None:
         pass
 
-    def write(
-        self,
-        status: str,
-        message: str,
-        *,
-        verbosity: str = "INFO",
-        kpi: Mapping[str, float] | None = None,
-        progress: Mapping[str, int | str] | None = None,
-    ) -> None:
+    def write(self, *_: Any, **__: Any) -> None:
         """Write nothing."""
 
 
@@ -148,7 +140,7 @@ def _apply_topology(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, 
     return spec.replaced(values), world
 
 
-def _write_failure(status: StatusLog, message: str, verbosity: str) -> None:
+def _write_failure(status: StatusLog, message: str, verbosity: Verbosity) -> None:
     with suppress(OSError):  # a full disk must not hide the error
         status.write("FAILURE", message, verbosity=verbosity)
 

@@ -12,7 +12,7 @@ from openmae.checkpoints.format import CheckpointInfo
 from openmae.engines.metadata import ModelCard
 from openmae.results.curves import save_curves
 from openmae.results.metrics_csv import read_metrics
-from openmae.results.profile import Breakdown, advice, save_breakdown, table_rows
+from openmae.results.profile import Breakdown, advice, save_breakdown
 from openmae.results.report import Cell, Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, is_share, label
 from openmae.storage import layout
@@ -92,7 +92,10 @@ def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
         Table(
             "",
             ("phase", "mean, ms per step", "median", "95th percentile", "% of the time"),
-            list(table_rows(breakdown)),
+            [
+                (name, phase.mean_ms, phase.median_ms, phase.p95_ms, 100 * breakdown.share(name))
+                for name, phase in breakdown.phases.items()
+            ],
             caption="Data wait includes the first batch of an epoch; other includes drawing and logging.",
         ),
     ]

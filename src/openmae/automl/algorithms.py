@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,42 +160,33 @@ class WeightedSampler(RandomSampler):
         return param_distribution.choices[int(self._generator.choice(len(probabilities), p=probabilities))]
 
 
-@dataclass(frozen=True)
-class Member:
-    """A member of a population: its slot, its value (None if it failed) and its parameters."""
-
-    slot: int
-    value: float | None
-    params: Mapping[str, Any]
-
-
 def next_member(
-    algorithm: Algorithm, members: Sequence[Member], slot: int, number: int, *, maximize: bool
+    algorithm: Algorithm, previous: Sequence[FrozenTrial], number: int, *, maximize: bool
 ) -> tuple[int, dict[str, Any]]:
-    """Choose weights and parameters for a slot of the next generation (truncation selection, arXiv:1711.09846).
+    """Choose weights and parameters for a trial of the next generation (truncation selection, arXiv:1711.09846).
 
-    A member that failed or is in the worst quarter takes over the weights and parameters of one of the best quarter.
-    Each number is then multiplied by 0.8 or 1.25 or drawn again, and each choice is kept or drawn again. All other
-    members continue unchanged. ``members`` is the previous generation; ``number``, that of the trial, seeds the random
-    choices.
+    A trial continues the one in its place of the ``previous`` generation. If that one failed or is in the worst
+    quarter, it takes over the weights and parameters of one of the best quarter; each number is then multiplied by 0.8
+    or 1.25 or drawn again, and each choice is kept or drawn again. ``number``, that of the trial, seeds the choices.
 
     Returns:
-        The slot whose weights to continue with, and the parameters.
+        The place of the trial whose weights to continue with, and the parameters.
     """
     generator = np.random.default_rng([algorithm.settings.seed, number])
-    sign = 1 if maximize else -1
-    ranked = sorted(members, key=lambda m: (m.value is not None, sign * (m.value or 0.0), -m.slot), reverse=True)
+    place, sign = number % len(previous), 1 if maximize else -1
+    results = [trial.value for trial in previous]
+    ranked = sorted(range(len(previous)), key=lambda i: (results[i] is None, -sign * (results[i] or 0.0)))
     count = max(1, round(len(ranked) * _QUANTILE))
-    rank = next(index for index, member in enumerate(ranked) if member.slot == slot)
-    if rank < len(ranked) - count and ranked[rank].value is not None:
-        return slot, dict(ranked[rank].params)
+    if ranked.index(place) < len(ranked) - count and results[place] is not None:
+        return place, previous[place].params
     source = ranked[int(generator.integers(count))]
-    params = {
-        item.key: _explore(item, source.params[item.key], generator)
+    params = previous[source].params
+    explored = {
+        item.key: _explore(item, params[item.key], generator)
         for item in algorithm.space.parameters
-        if item.key in source.params
+        if item.key in params
     }
-    return source.slot, params
+    return source, explored
 
 
 def _explore(item: Parameter, value: Any, generator: np.random.Generator) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,9 +41,9 @@ class Objective:
         """The direction as Optuna names it."""
         return "maximize" if self.maximize else "minimize"
 
-    def shown(self, value: float | None) -> str:
-        """Format a value; an accuracy as a percentage."""
-        if value is None:
+    def shown(self, value: float) -> str:
+        """Format a value, an accuracy as a percentage; NaN is a missing value."""
+        if math.isnan(value):
             return "-"
         return f"{value:.2%}" if is_share(self.metric) else f"{value:.4f}"
 

@@ -107,7 +107,8 @@ def show_review(study: Study, counts: Mapping[str, int], pace: Pace | None) -> N
     console.print("\nfirst trials", style="bold")
     names = short_names([item.key for item in parameters])
     for number, params in enumerate(preview(study)):
-        console.print(f"{number}  {format_params(params, names)}{'   (yours)' if number == 0 else ''}")
+        yours = "   (yours)" if number == 0 and study.space.is_own(params) else ""
+        console.print(f"{number}  {format_params(params, names)}{yours}")
     console.print()
     if why := find_misleading(study.spec, study.objective, tuple(item.key for item in parameters)):
         log.warning("%s", why)

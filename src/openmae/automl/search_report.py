@@ -13,9 +13,8 @@ from openmae.automl.preflight import review_rows
 from openmae.automl.study import Study
 from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.results.search_section import save_history, save_importances, save_parallel_coordinates, save_slices
-from openmae.results.trials import TrialSummary, best_trial, duration, format_value, read_search, short_names
+from openmae.results.trials import SearchResults, TrialSummary, duration, format_value, short_names
 from openmae.storage import layout
-from openmae.storage.atomic import make_folder
 
 _MIN_TRIALS = 4  # complete trials needed to compute importances
 
@@ -29,9 +28,12 @@ def write_search_report(
     the best one, and may be empty; ``counts`` is from ``count_images``.
     """
     trials, objective, folder = study.summaries(), study.objective, study.folder
-    best = best_trial(trials, maximize=objective.maximize)
-    assert best is not None
-    own = next((trial for trial in trials if trial.number == 0 and trial.state == "complete"), None)
+    has_own = study.space.is_own(trials[0].params)
+    search = SearchResults(
+        trials, objective.metric, maximize=objective.maximize, log_keys=study.space.log_keys, has_own=has_own
+    )
+    best = search.trials[search.best]
+    own = trials[0] if has_own and trials[0].state == "complete" else None
     numbers = {f"best {objective.metric}": objective.shown(best.value)}
     if own is not None:
         numbers["your values"] = objective.shown(own.value)
@@ -50,7 +52,7 @@ def write_search_report(
             caption=f"From trial {best.number}; also in best.yaml.{note}",
         ),
         *_evaluation(objective.metric, baseline, final),
-        *_figures(study, trials),
+        *_figures(study, search),
     ]
     of_pixels = study.spec.train.stage == "pretrain" and objective.metric in ("train_loss", "val_loss")
     if find_misleading(study.spec, objective, tuple(keys)) or (of_pixels and counts["classes"]):
@@ -77,29 +79,19 @@ def _evaluation(metric: str, baseline: Mapping[str, float], final: Mapping[str, 
     return [Table("Evaluation", ("metric", "starting checkpoint", "best"), rows, caption=caption)]
 
 
-def _figures(study: Study, trials: Sequence[TrialSummary]) -> list[Section]:
-    folder, log = make_folder(study.folder / layout.CHARTS), study.space.log_keys
-    search = read_search(trials, study.objective.metric, study.objective.maximize)
-    assert search is not None
-    drawn = [
-        ("History", save_history(search, folder / "history.png"), "The value of each trial, and the best one so far."),
-        (
-            "Parallel coordinates",
-            save_parallel_coordinates(search, folder / "parallel_coordinates.png", log),
-            "Each line is a trial, from its parameters to its result.",
-        ),
-        (
-            "Importances",
-            save_importances(_importances(study), folder / "importances.png"),
-            "Share of the metric's variance that each option explains (fANOVA). With few trials it is only a hint.",
-        ),
-        (
-            "Slices",
-            save_slices(search, folder / "slices.png", log),
-            "The metric over the values of each option.",
-        ),
+def _figures(study: Study, search: SearchResults) -> list[Section]:
+    folder = study.folder / layout.CHARTS
+    history = save_history(search, folder / "history.png")
+    parallel = save_parallel_coordinates(search, folder / "parallel_coordinates.png")
+    importances = save_importances(_importances(study), folder / "importances.png")
+    slices = save_slices(search, folder / "slices.png")
+    share = "Share of the metric's variance that each option explains (fANOVA). With few trials it is only a hint."
+    return [
+        Figure("History", history, "The value of each trial, and the best one so far."),
+        Figure("Parallel coordinates", parallel, "Each line is a trial, from its parameters to its result."),
+        *([] if importances is None else [Figure("Importances", importances, share)]),
+        Figure("Slices", slices, "The metric over the values of each option."),
     ]
-    return [Figure(title, path, caption) for title, path, caption in drawn if path is not None]
 
 
 def _importances(study: Study) -> dict[str, float]:

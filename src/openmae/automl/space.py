@@ -32,7 +32,7 @@ class Parameter:
 
     Attributes:
         key: dotted key.
-        low, high: inclusive bounds of a number; None for choices.
+        low, high: inclusive bounds of a number.
         choices: values to choose from; empty for a number.
         weights: relative probability of each choice in a random draw; empty if all are equal.
         log: whether to search on a logarithmic scale.
@@ -43,8 +43,8 @@ class Parameter:
     """
 
     key: str
-    low: float | None = None
-    high: float | None = None
+    low: float = 0.0
+    high: float = 0.0
     choices: tuple[Any, ...] = ()
     weights: tuple[float, ...] = ()
     log: bool = False
@@ -56,8 +56,6 @@ class Parameter:
     @property
     def bounds(self) -> tuple[float, float]:
         """Lower and upper bound of a number."""
-        assert self.low is not None
-        assert self.high is not None
         return self.low, self.high
 
     @property
@@ -76,10 +74,10 @@ class Parameter:
         """Let Optuna choose a value."""
         if self.choices:
             return trial.suggest_categorical(self.key, self.choices)
-        low, high = self.bounds
         if self.integer:
-            return trial.suggest_int(self.key, int(low), int(high), log=self.log, step=int(self.step or 1))
-        return trial.suggest_float(self.key, low, high, log=self.log, step=self.step)
+            low, high, step = int(self.low), int(self.high), int(self.step or 1)
+            return trial.suggest_int(self.key, low, high, log=self.log, step=step)
+        return trial.suggest_float(self.key, self.low, self.high, log=self.log, step=self.step)
 
 
 @dataclass(frozen=True)
@@ -96,12 +94,16 @@ class Space:
 
     @property
     def own(self) -> dict[str, Any]:
-        """The values in the spec, which trial 0 uses."""
+        """The values in the spec, which trial 0 uses; it draws those that are unset or not in their range."""
         params: dict[str, Any] = {}
         for item in self.parameters:
             if item.own is not None and item.has_effect(params):
                 params[item.key] = item.own
         return params
+
+    def is_own(self, params: Mapping[str, Any]) -> bool:
+        """Return whether trial 0, which has these parameters, drew none of them."""
+        return params.keys() == self.own.keys()
 
     @property
     def conditional(self) -> bool:

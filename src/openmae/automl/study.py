@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import socket
 import time
@@ -24,7 +25,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from openmae.automl.algorithms import STOPS_EARLY, Algorithm, Member, next_member
+from openmae.automl.algorithms import STOPS_EARLY, Algorithm, next_member
 from openmae.automl.database import STORAGE_ERRORS, make_lock, open_storage, storage_url, unusable
 from openmae.automl.objective import make_objective
 from openmae.automl.space import epochs_of, make_space
@@ -89,18 +90,18 @@ class Study:
         host = f"{socket.gethostname()} {boot_id()}"  # two machines may have the same name
         self.me = {"host": host, "process": identify(os.getpid()), "token": uuid.uuid4().hex}
         self._heartbeats: dict[int, tuple[float, float]] = {}  # last heartbeat of a trial, and when it was first read
-        facts = json.loads(json.dumps(self._facts(spec)))
+        facts = json.loads(json.dumps(self._facts()))
         name = _name(spec, facts)
         url, shown = storage_url(spec, folder)
         try:
             lock = make_lock(url, folder)
             with lock("open"):  # two processes cannot create the same tables at the same time
-                self.study = self._open(open_storage(url), folder, name, facts)
+                self.study = self._open(open_storage(url), name, facts)
         except (*STORAGE_ERRORS, ImportError) as error:
             raise unusable(shown, error) from error
         self._lock = lambda: lock(name)
 
-    def _open(self, storage: RDBStorage, folder: Path, name: str, facts: Mapping[str, Any]) -> optuna.Study:
+    def _open(self, storage: RDBStorage, name: str, facts: Mapping[str, Any]) -> optuna.Study:
         options: dict[str, Any] = {"storage": storage, "study_name": name, "pruner": self.algorithm.pruner()}
         known = name in optuna.get_all_study_names(storage)
         if known:
@@ -109,10 +110,10 @@ class Study:
             # An option that did not exist when the search was started had its default value.
             before = {key: value for key, value in facts.items() if _is_default(key, value)} | before
             if before != facts and study.get_trials(deepcopy=False):
-                raise _other_search(folder, _changes(before, facts))
+                raise _other_search(self.folder, _changes(before, facts))
             if before != facts:  # no trial was started
                 optuna.delete_study(study_name=name, storage=storage)
-        _check_folder(folder, name, known=known)
+        _check_folder(self.folder, name, known=known)
         study = optuna.create_study(**options, direction=self.objective.direction, load_if_exists=True)
         study.set_user_attr("facts", dict(facts))
         return study
@@ -162,9 +163,10 @@ class Study:
             trials = self._all()
             number = next((trial.number for trial in trials if self._is_lost(trial)), len(trials))
             if number == len(trials):
-                if number >= self.algorithm.trials or not self._is_ready(trials, number):
+                previous = self._previous_generation(trials)
+                if number >= self.algorithm.trials or not all(trial.state.is_finished() for trial in previous):
                     return None
-                self._add(trials, number)
+                self._add(number, previous)
                 trials = self._all()
             found = trials[number]
             self.study.sampler = self.algorithm.sampler(number)
@@ -246,36 +248,25 @@ class Study:
 
     # ------------------------------------------------------------------------------------------ creating
 
-    def _add(self, trials: list[FrozenTrial], number: int) -> None:
+    def _add(self, number: int, previous: list[FrozenTrial]) -> None:
         """Queue a trial with all its attributes at once, so that it is complete if this process is killed."""
-        params, sources = (self.space.own, []) if number == 0 else ({}, [])
-        if self._generation(number):
-            params, source = self._inherit(trials, number)
-            sources = [source]
+        params, sources = self.space.own if number == 0 else {}, []
+        if previous:
+            source, params = next_member(self.algorithm, previous, number, maximize=self.objective.maximize)
+            sources = [previous[source].user_attrs[FOLDER]]
         attrs = {FOLDER: f"{number:03d}", SOURCES: sources, _WORKER: None}
         if params:
             self.study.enqueue_trial(params, attrs)
         else:
             self.study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attrs))
 
-    def _generation(self, number: int) -> int:
-        return number // self.algorithm.settings.population_size if self.algorithm.generations > 1 else 0
-
-    def _previous(self, trials: list[FrozenTrial], number: int) -> list[FrozenTrial]:
-        return [trial for trial in trials if self._generation(trial.number) == self._generation(number) - 1]
-
-    def _is_ready(self, trials: list[FrozenTrial], number: int) -> bool:
-        return all(trial.state.is_finished() for trial in self._previous(trials, number))
-
-    def _inherit(self, trials: list[FrozenTrial], number: int) -> tuple[dict[str, Any], str]:
-        """Return the parameters of a trial of a later generation, and the folder of the weights that it starts from."""
+    def _previous_generation(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the generation before that of the next trial; empty for the first one, and if there is only one."""
         size = self.algorithm.settings.population_size
-        before = {trial.number % size: trial for trial in self._previous(trials, number)}
-        members = [Member(slot, trial.value, trial.params) for slot, trial in before.items()]
-        slot, params = next_member(self.algorithm, members, number % size, number, maximize=self.objective.maximize)
-        return params, before[slot].user_attrs[FOLDER]
+        start = len(trials) // size * size
+        return trials[max(start - size, 0) : start] if self.algorithm.generations > 1 else []
 
-    def _facts(self, spec: ExperimentSpec) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         """Return the values that identify the search: with other values, it is a different search."""
         settings, name = self.algorithm.settings, self.algorithm.name
         searched = {item.key: item.range_words for item in self.space.parameters}
@@ -292,7 +283,7 @@ class Study:
             facts["automl.population_size"] = settings.population_size
         if name in ("pbt", "grid"):  # other algorithms may get more trials later
             facts["automl.max_recommendations"] = settings.max_recommendations
-        values = to_dict(spec)
+        values = to_dict(self.spec)
         for key in fields():
             value = get(values, key)
             trained = key.startswith(("model.", "dataset.", "train.")) and traits(key).in_search
@@ -313,13 +304,10 @@ def resume_trial(study: optuna.Study, trial: FrozenTrial) -> Trial:
 
 
 def summarize(trial: FrozenTrial) -> TrialSummary:
-    """Convert an Optuna trial for figures and tables."""
-    value = trial.value
-    if trial.state == TrialState.PRUNED and trial.intermediate_values:
-        value = trial.intermediate_values[max(trial.intermediate_values)]
+    """Convert an Optuna trial for figures and tables; the value of a pruned trial is the last one that it reported."""
     return TrialSummary(
         number=trial.number,
-        value=value,
+        value=math.nan if trial.value is None else trial.value,
         state=_STATES.get(trial.state, "running"),
         epochs=int(trial.user_attrs.get(EPOCHS) or 0),
         params=dict(trial.params),

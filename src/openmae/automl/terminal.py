@@ -49,7 +49,7 @@ class SearchProgress:
                 continue
             self._ended.add(trial.number)
             if self._status is not None:
-                kpi = {} if best is None or best.value is None else {objective.metric: best.value}
+                kpi = {objective.metric: best.value} if best else {}
                 done = f"{len(self._ended)} of {self._study.algorithm.trials} trials have ended"
                 message = f"Trial {trial.number}: {trial.state}; {done}"
                 self._status.write("RUNNING", message, kpi=kpi)

@@ -33,15 +33,9 @@ def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path
     largest mistake.
 
     ``matrix`` has counts [K, K]; rows are true classes, columns predicted ones.
-
-    Raises:
-        ValueError: the shapes do not match, or there are fewer than 2 classes.
     """
-    matrix = np.asarray(matrix)
     classes = len(class_names)
-    if matrix.shape != (classes, classes) or classes < 2:
-        raise ValueError(f"a matrix of shape {matrix.shape} does not match {classes} class names (2 or more)")
-    names = [_shorten(style.one_line(name)) for name in class_names]
+    names = [style.shorten(style.one_line(name), 24) for name in class_names]
     named, listed = classes <= _NAMES_UP_TO, classes > _COUNTS_UP_TO
     side = _side_inches(classes)
     room = style.text_width(names, _name_size(classes)) if named else 0.3  # for the names along an axis, in inches
@@ -50,9 +44,9 @@ def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path
     bottom = 0.5 + (0.2 if flat or not named else room)
     total = matrix.sum()
     share = f"{100 * np.trace(matrix) / total:.1f} % correct" if total else "no images"
-    with style.drawing():
-        figure = style.new_figure(max(left + side + (4.0 if listed else 0.75), 3.6), top + side + bottom)
-        style.headline(figure, "Confusion matrix", f"{classes:,} classes · {total:,} images · {share}")
+    subtitle = f"{classes:,} classes · {total:,} images · {share}"
+    width = max(left + side + (4.0 if listed else 0.75), 3.6)
+    with style.drawing(path, width, top + side + bottom, "Confusion matrix", subtitle) as figure:
         axes = style.add_axes(figure, left, top, side, side)
         _draw_cells(axes, matrix)
         axes.set_xlabel("predicted class", labelpad=6)
@@ -63,7 +57,7 @@ def save_confusion_matrix(matrix: Counts, class_names: Sequence[str], path: Path
             _write_counts(axes, matrix)
         else:
             _list_mistakes(figure, matrix, names, left + side + (0.85 if named else 0.4), top)
-        return style.save_figure(figure, path)
+    return path
 
 
 def _side_inches(classes: int) -> float:
@@ -163,7 +157,3 @@ def _list_mistakes(figure: Figure, matrix: Counts, names: Sequence[str], left: f
         images = style.plural(mistakes[true, predicted], "image")
         write(f"{names[true]} → {names[predicted]}", y, size=8.5)
         write(f"{images}, {100 * shares[true, predicted]:.0f} % of the class", y + 0.15, size=7.5, color=MUTED)
-
-
-def _shorten(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else f"{name[: length - 9]}…{name[-8:]}"

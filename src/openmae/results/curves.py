@@ -68,7 +68,7 @@ _PANELS = (
 )
 
 
-def save_curves(rows: Sequence[Mapping[str, float]], path: Path, *, title: str = "Training") -> Path:
+def save_curves(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
     """Draw the metrics of a run over its steps to a PNG and return ``path``.
 
     There is a panel for each kind of metric in the rows, which are as ``read_metrics`` returns them. The loss has a
@@ -84,19 +84,19 @@ def save_curves(rows: Sequence[Mapping[str, float]], path: Path, *, title: str =
     columns = min(2, len(panels))
     epochs = max(int(row.get("epoch", 1)) for row in rows)
     steps = int(max(row["step"] for row in rows))
-    with style.drawing():
-        names = [text for panel, curves in panels for _, text in _names(panel, curves)]
-        beside = max(_LABELS, _BESIDE * _WIDTH + style.text_width(names, _NAME_SIZE) + 0.15)
-        pitch_x = _LEFT + _WIDTH + beside
-        figure = style.new_figure(columns * pitch_x, _TOP + math.ceil(len(panels) / columns) * _PITCH)
-        style.headline(figure, title, f"{style.plural(epochs, 'epoch')} · {style.plural(steps, 'step')}")
+    names = [text for panel, curves in panels for _, text in _names(panel, curves)]
+    beside = max(_LABELS, _BESIDE * _WIDTH + style.text_width(names, _NAME_SIZE) + 0.15)
+    pitch_x = _LEFT + _WIDTH + beside
+    height = _TOP + math.ceil(len(panels) / columns) * _PITCH
+    subtitle = f"{style.plural(epochs, 'epoch')} · {style.plural(steps, 'step')}"
+    with style.drawing(path, columns * pitch_x, height, "Training", subtitle) as figure:
         for index, (panel, curves) in enumerate(panels):
             row, column = divmod(index, columns)
             axes = style.add_axes(figure, _LEFT + column * pitch_x, _TOP + 0.35 + row * _PITCH, _WIDTH, _HEIGHT)
             _draw(axes, panel, curves)
             _scale(axes, panel, curves, steps)
             _name_curves(axes, panel, curves)
-        return style.save_figure(figure, path)
+    return path
 
 
 def _curves(panel: _Panel, rows: Sequence[Mapping[str, float]]) -> list[_Curve]:
@@ -138,23 +138,23 @@ def _draw(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
 
 
 def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     lowest = min(curve.values.min() for curve in curves)
     highest = max(curve.values.max() for curve in curves)
     if panel.log_axis and lowest > 0 and highest / lowest > 5:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter("")
     elif panel.from_zero and lowest >= 0:
         axes.set_ylim(0, 1.08 * highest or 1)
         axes.yaxis.set_major_locator(MaxNLocator(5))
     elif highest == lowest:
         axes.set_ylim(lowest - (abs(lowest) or 1) / 2, lowest + (abs(lowest) or 1) / 2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.text(value)))
+    axes.yaxis.set_major_formatter(lambda value, _: panel.text(value))
     axes.set_xlim(-0.02 * steps, 1.02 * steps or 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _names(panel: _Panel, curves: Sequence[_Curve]) -> list[tuple[_Curve, str]]:

@@ -37,7 +37,7 @@ def save_dataset_figure(
     shows at most 4,000 images. ``name`` and ``summary`` are the headline. ``class_counts`` is empty without labels;
     ``sizes`` [N, 2] are width and height in pixels, and ``file_sizes`` [N] are in bytes.
     """
-    names = [_cut(style.one_line(label), 26) for label in class_counts]
+    names = [style.shorten(style.one_line(label), 26) for label in class_counts]
     bars = 0 < len(names) <= _MAX_BARS
     room = 0.08 + style.text_width(names, 9) if bars else 0.0
     tall = 0.26 * len(names) if bars else _HEIGHT
@@ -45,11 +45,9 @@ def save_dataset_figure(
     panels = (len(class_counts) > 0) + 2
     left = max(_LEFT, 0.25 + room)
     total = left + panels * _WIDTH + (panels - 1) * _GAP + 0.35
-    with style.drawing():
-        figure = style.new_figure(total, _TOP + height + 0.6)
-        title = style.one_line(name)
-        most = int(total * 9)
-        style.headline(figure, title if len(title) <= most else f"…{title[1 - most :]}", summary)
+    title, most = style.one_line(name), int(total * 9)
+    title = title if len(title) <= most else f"…{title[1 - most :]}"
+    with style.drawing(path, total, _TOP + height + 0.6, title, summary) as figure:
         if class_counts:
             axes = _panel(figure, left, tall, "Images per class")
             (_draw_bars if bars else _draw_ranks)(axes, names, np.array(list(class_counts.values())))
@@ -61,7 +59,7 @@ def save_dataset_figure(
         else:
             axes.set_axis_off()
             axes.text(0, 1, "no readable image", transform=axes.transAxes, va="top", color=MUTED)
-        return style.save_figure(figure, path)
+    return path
 
 
 def _panel(figure: Figure, left: float, height: float, title: str) -> Axes:
@@ -136,16 +134,12 @@ def _note(axes: Axes, text: str) -> None:
 
 def _thousands(axis: Any, whole: bool = False) -> None:
     """Use few ticks, labelled as 1,000 rather than 10^3."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     low, high = axis.get_view_interval()
     if axis.get_scale() == "log":
         axis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5), numticks=6))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_formatter("")
     else:
         axis.set_major_locator(MaxNLocator(5, integer=high >= 3 or whole))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    axis.set_major_formatter("{x:,g}")

@@ -28,23 +28,14 @@ def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels,
     Many rows are split into groups side by side. Small images are enlarged by integer factors without interpolation.
 
     Args:
-        original: [N, H, W, C] uint8 with C = 1, 3 or 4 (RGBA is composited on white).
+        original: [N, H, W, C] with C = 1, 3 or 4 (RGBA is composited on white).
         masked: the visible part, with the rest in grey; same shape, as are the next two.
         reconstructed: the model's output.
         pasted: the output with the visible part pasted over it.
         path: PNG to write.
-
-    Raises:
-        ValueError: there are no images, or the shapes or dtypes do not match.
     """
     columns = (original, masked, reconstructed, pasted)
-    shape = original.shape
-    if len(shape) != 4 or shape[0] == 0 or shape[3] not in (1, 3, 4):
-        raise ValueError(f"images must be [N, H, W, C] with N > 0 and C 1, 3 or 4; got {shape}")
-    for title, images in zip(_TITLES, columns, strict=True):
-        if images.shape != shape or images.dtype != np.uint8:
-            raise ValueError(f"{title}: expected {shape} uint8, got {images.shape} {images.dtype}")
-    count, height, width = shape[:3]
+    count, height, width = original.shape[:3]
     tile_w, tile_h = _tile_size(width, height)
     groups = 1
     while math.ceil(count / groups) * tile_h > groups * 4 * tile_w:
@@ -52,14 +43,9 @@ def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels,
     rows = math.ceil(count / groups)
     groups = math.ceil(count / rows)
     group_w = 4 * tile_w + 3 * _GAP
-    sheet = Image.new(
-        "RGB",
-        (
-            groups * (group_w + _GROUP_GAP) - _GROUP_GAP + 2 * _MARGIN,
-            rows * (tile_h + _GAP) - _GAP + _HEADER + 2 * _MARGIN,
-        ),
-        PAPER,
-    )
+    sheet_w = groups * (group_w + _GROUP_GAP) - _GROUP_GAP + 2 * _MARGIN
+    sheet_h = rows * (tile_h + _GAP) - _GAP + _HEADER + 2 * _MARGIN
+    sheet = Image.new("RGB", (sheet_w, sheet_h), PAPER)
     draw = ImageDraw.Draw(sheet)
     longest = style.text_font(20).getlength(max(_TITLES, key=len))
     font = style.text_font(max(7, min(20, int(20 * tile_w / longest))))  # so that every title fits its column
@@ -75,17 +61,11 @@ def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels,
 def save_predictions(images: Pixels, labels: Sequence[str], shares: Sequence[float], path: Path) -> Path:
     """Draw a contact sheet with the predicted label and its probability below each image, and return ``path``.
 
-    ``images`` are [N, H, W, C] uint8 with C = 1, 3 or 4; ``shares`` are N probabilities in [0, 1].
-
-    Raises:
-        ValueError: there are no images, or not as many labels or probabilities as images.
+    ``images`` are [N, H, W, C] with C = 1, 3 or 4; ``shares`` are N probabilities in [0, 1].
     """
-    count = len(images)
-    if count == 0 or len(labels) != count or len(shares) != count:
-        raise ValueError(f"{count} images, {len(labels)} labels and {len(shares)} probabilities do not match")
     tile_w, tile_h = _tile_size(images.shape[2], images.shape[1])
-    columns = min(count, _SHEET_COLUMNS)
-    rows = math.ceil(count / columns)
+    columns = min(len(images), _SHEET_COLUMNS)
+    rows = math.ceil(len(images) / columns)
     pitch = tile_h + _CAPTION + _SHEET_GAP
     size = (2 * _MARGIN + columns * (tile_w + _SHEET_GAP) - _SHEET_GAP, 2 * _MARGIN + rows * pitch - _SHEET_GAP)
     sheet = Image.new("RGB", size, PAPER)
@@ -101,9 +81,9 @@ def save_predictions(images: Pixels, labels: Sequence[str], shares: Sequence[flo
 
 
 def _save(sheet: Image.Image, path: Path) -> Path:
-    with replacing(Path(path)) as temporary:
+    with replacing(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
-    return Path(path)
+    return path
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
@@ -124,46 +104,28 @@ def _tile(pixels: Pixels, width: int, height: int) -> Image.Image:
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image)
-    enlarged = width >= image.width
-    return image.convert("RGB").resize(
-        (width, height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-    )
+    method = Image.Resampling.NEAREST if width >= image.width else Image.Resampling.LANCZOS
+    return image.convert("RGB").resize((width, height), method)
 
 
 def save_bar_comparison(
-    accuracies: Mapping[str, float],
-    path: Path,
-    *,
-    title: str,
-    subtitle: str = "",
-    notes: Mapping[str, str] | None = None,
+    accuracies: Mapping[str, float], path: Path, *, title: str, subtitle: str, notes: Mapping[str, str]
 ) -> Path:
     """Draw accuracies in [0, 1] by label as horizontal bars, the best one in colour, and return ``path``.
 
-    ``notes`` maps labels to a few words below the label, such as a time.
-
-    Raises:
-        ValueError: there are no accuracies, or one is outside [0, 1].
+    ``notes`` maps each label to a few words below it, such as a time.
     """
-    if not accuracies:
-        raise ValueError("there are no accuracies to draw")
-    for label, value in accuracies.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{label}: an accuracy must be in [0, 1], not {value}")
-    notes, best = notes or {}, max(accuracies.values())
+    best = max(accuracies.values())
     margin = 0.4 + max(style.text_width(accuracies, 10), style.text_width(notes.values(), 8))
     pitch, top, bars = 0.62, 0.85, len(accuracies)
-    with style.drawing():
-        figure = style.new_figure(margin + 5.0, top + pitch * bars + 0.25)
-        style.headline(figure, title, subtitle)
+    with style.drawing(path, margin + 5.0, top + pitch * bars + 0.25, title, subtitle) as figure:
         axes = style.add_axes(figure, margin, top, 4.1, pitch * bars)
         axes.set(xlim=(0, 1), ylim=(bars - 0.5, -0.5), xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         for row, (label, value) in enumerate(accuracies.items()):
             axes.barh(row, 1, height=0.52, color=EMPTY)
             axes.barh(row, value, height=0.52, color=BLUE if value == best else GREY)
-            note = notes.get(label, "")
-            axes.text(-0.03, row - (0.13 if note else 0), label, ha="right", va="center", size=10)
-            axes.text(-0.03, row + 0.17, note, ha="right", va="center", size=8, color=MUTED)
+            axes.text(-0.03, row - 0.13, label, ha="right", va="center", size=10)
+            axes.text(-0.03, row + 0.17, notes[label], ha="right", va="center", size=8, color=MUTED)
             axes.text(1.03, row, f"{100 * value:.1f} %", va="center", size=11, weight="bold")
-        return style.save_figure(figure, path)
+    return path

@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from openmae.storage import layout
 from openmae.storage.atomic import complete_lines, drop_torn_line, make_folder, write_atomically
@@ -26,7 +27,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, append: bool) -> None:
-        self.path = make_folder(Path(folder)) / layout.METRICS
+        self.path = make_folder(folder) / layout.METRICS
         self._columns: list[str] = list(_KEYS)
         if append and self.path.exists():
             drop_torn_line(self.path)
@@ -36,28 +37,28 @@ class MetricsLog:
         self._rewrite([])
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Append a row of ``values`` by metric; ``epoch`` is counted from 1.
-
-        Raises:
-            ValueError: a metric is called ``step`` or ``epoch``.
-        """
-        if taken := [name for name in _KEYS if name in values]:
-            raise ValueError(f"a metric cannot be called {taken[0]!r}: a column has this name already")
+        """Append a row of ``values`` by metric; ``epoch`` is counted from 1."""
         row: Row = {"step": int(step), "epoch": int(epoch), **{k: float(v) for k, v in values.items()}}
         if new := [name for name in row if name not in self._columns]:
             self._columns += new
             self._rewrite([*read_metrics(self.path), row])
         else:
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_to_csv([row], self._columns))
+                self._writer(file).writerow(row)
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows after ``step``, where a run is resumed and writes them again."""
         self._rewrite([row for row in read_metrics(self.path) if row["step"] <= step])
 
     def _rewrite(self, rows: Iterable[Row]) -> None:
-        header = _to_csv([dict(zip(self._columns, self._columns, strict=True))], self._columns)
-        write_atomically(self.path, header + _to_csv(rows, self._columns))
+        text = io.StringIO()
+        writer = self._writer(text)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, text.getvalue())
+
+    def _writer(self, file: TextIO) -> csv.DictWriter[str]:
+        return csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -66,7 +67,7 @@ def read_metrics(path: Path) -> list[Row]:
     An incomplete last row is left out. Epochs of old files, which count from 0, are converted to count from 1.
     """
     rows: list[Row] = []
-    for cells in csv.DictReader(complete_lines(Path(path))):
+    for cells in csv.DictReader(complete_lines(path)):
         row: Row = {name: float(cell) for name, cell in cells.items() if cell}
         rows.append(row | {name: int(row[name]) for name in _KEYS})
     from_zero = any(row["epoch"] == 0 for row in rows)
@@ -77,9 +78,3 @@ def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float],
     """Return the steps and values of a metric, from the rows that have it."""
     measured = [row for row in rows if name in row]
     return [row["step"] for row in measured], [row[name] for row in measured]
-
-
-def _to_csv(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> str:
-    text = io.StringIO()
-    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
-    return text.getvalue()

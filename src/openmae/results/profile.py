@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -200,12 +200,6 @@ _PHASES = {
     "checkpoints": ("Writing checkpoints", 0.1, _checkpoints),
     "other": ("The training loop itself", 0.1, _loop),
 }
-
-
-def table_rows(measured: Breakdown) -> Iterator[tuple[str, float | None, float | None, float | None, float]]:
-    """Yield phase, mean, median and 95th percentile in ms per step, and percentage of the time."""
-    for name, phase in measured.phases.items():
-        yield name, phase.mean_ms, phase.median_ms, phase.p95_ms, 100 * measured.share(name)
 
 
 def write_breakdown(measured: Breakdown, path: Path) -> Path:

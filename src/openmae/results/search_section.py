@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from openmae.results import style
-from openmae.results.style import BLUE, INK, MUTED, PAPER, RUST
+from openmae.results.style import BLUE, INK, MUTED, PAPER, RUST, plural, shorten
 from openmae.results.trials import (
     UNSET,
     Floats,
     ParameterAxis,
     SearchResults,
-    best_so_far,
+    State,
+    duration,
     format_value,
-    linear_ticks,
-    read_axis,
     short_names,
-    shorten,
-    summarize_states,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 _TICK_SIZE = 7.5  # points
@@ -41,18 +38,19 @@ def save_history(search: SearchResults, path: Path) -> Path:
     Trials stopped early are hollow, failed ones are crosses at the bottom, and running ones are only counted. Values
     much worse than the others are arrows at the edge.
     """
+    from matplotlib.ticker import MaxNLocator
+
     left, width, height = 0.85, 6.1, 3.0
-    failed = [trial.number for trial in search.tried if trial.outcome == "failed"]
-    numbers, count = [trial.number for trial in search.tried], len(search.tried)
-    first, last = min(numbers), max(numbers)
-    with style.drawing():
-        figure = style.new_figure(left + width + 1.65, 1.15 + height + 0.6)
-        style.headline(figure, "Search history", summarize_states(search.tried))
+    failed = [trial.number for trial in search.tried if trial.state == "failed"]
+    first, last, count = search.tried[0].number, search.tried[-1].number, len(search.tried)
+    with style.drawing(path, left + width + 1.65, 1.15 + height + 0.6, "Search history", _summary(search)) as figure:
         axes = style.add_axes(figure, left, 1.15, width, height)
         _value_axis(axes, search, below=0.09 if failed else 0.0)
-        steps = best_so_far(search.trials, search.maximize)
-        line = [(trial.number, trial.value or 0.0) for trial in steps] + [(last, steps[-1].value or 0.0)]
-        axes.step(*zip(*line, strict=True), where="post", color=RUST, linewidth=1.4, zorder=2, label="best so far")
+        numbers, values = [trial.number for trial in search.steps], [trial.value for trial in search.steps]
+        axes.step(
+            [*numbers, last], [*values, values[-1]], where="post", color=RUST, linewidth=1.4, zorder=2,
+            label="best so far",
+        )  # fmt: skip
         places = np.array([trial.number for trial in search.trials], dtype=np.float64)
         _draw_points(axes, search, places, size=float(np.clip(2200 / count, 9, 34)))
         if failed:
@@ -60,48 +58,40 @@ def save_history(search: SearchResults, path: Path) -> Path:
             at = axes.get_xaxis_transform()
             axes.scatter(failed, [0.035] * len(failed), marker="x", transform=at, label="failed", **look)
         _name_own_and_best(axes, search)
-        span = max(last - first, 1)
-        axes.set_xlim(first - 0.03 * span, last + 0.03 * span)
-        ticks = linear_ticks(first, last, whole=True)
-        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-        axes.set_xlabel("trial")
-        axes.set_ylabel(_direction(search))
+        margin = 0.03 * max(last - first, 1)
+        axes.set(xlim=(first - margin, last + margin), xlabel="trial", ylabel=_direction(search))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         _legend(figure, axes, without=("best", "your values", "best: your values"))  # named next to the axes
-        return style.save_figure(figure, path)
+    return path
 
 
-def save_parallel_coordinates(search: SearchResults, path: Path, log: Collection[str] = ()) -> Path | None:
-    """Draw each trial to a PNG as a line through its parameters to its value; return None without parameters.
+def save_parallel_coordinates(search: SearchResults, path: Path) -> Path:
+    """Draw each trial to a PNG as a line through its parameters to its value.
 
     Better trials are darker and on top. The best one has its own colour, and its values are written below the axes.
-    The parameters in ``log`` have a logarithmic axis.
     """
     order = np.argsort(np.argsort(search.values, kind="stable")) / len(search.values)
-    parameters = _parameter_axes(search, order - 0.5, log)
-    if not parameters:
-        return None
-    count, best = len(parameters), search.trials[search.best]
-    found = [shorten(format_value(best.params[key])) if key in best.params else "not set" for key in _keys(search)]
+    parameters, best = search.axes(order - 0.5), search.trials[search.best]
+    found = [shorten(format_value(best.params[key]), 18) if key in best.params else "not set" for key in search.names]
+    count = len(parameters)
     pitch = max(4.7 / count, min(1.9, 9.0 / count), 1.12)
     left, width, height = 0.65 + max(style.text_width(found[:1], 8, bold=True) / 2, 0.2), pitch * count, 3.1
     subtitle = _count_results(search) + (", the darker the better" if len(search.trials) > 1 else "")
     subtitle += f" · trials {search.beyond} are at the edge" if search.clipped.any() else ""
-    with style.drawing():
-        figure = style.new_figure(max(left + width + 1.1, 6.6), 1.25 + height + 0.65)
-        style.headline(figure, "Trials, from parameters to result", subtitle)
+    size = (max(left + width + 1.1, 6.6), 1.25 + height + 0.65)
+    with style.drawing(path, *size, "Trials, from parameters to result", subtitle) as figure:
         axes = style.add_axes(figure, left, 1.25, width, height)
-        axes.set(xlim=(0, count), ylim=(UNSET - 0.03 if any(map(_has_unset, parameters)) else -0.03, 1.03))
+        axes.set(xlim=(0, count), ylim=((UNSET if any(axis.has_unset for axis in parameters) else 0) - 0.03, 1.03))
         axes.set_axis_off()
-        colours = _colormap()
-        _draw_lines(axes, search, np.array([*(axis.places for axis in parameters), search.places]).T, colours)
+        _draw_lines(axes, search, np.array([*(axis.places for axis in parameters), search.places]).T)
         for place, axis in enumerate(parameters):
             _draw_axis(axes, place, axis)
-        _draw_value_bar(axes, search, colours, count, width=0.15 / pitch)
-        for place, text in enumerate([*found, search.text(float(search.values[search.best]))]):
+        _draw_value_bar(axes, search, count, width=0.15 / pitch)
+        for place, text in enumerate([*found, search.text(best.value)]):
             at = (place, axes.get_ylim()[0])
             axes.annotate(text, at, (0, -16), **_label(RUST, weight="bold", ha="center"))
         axes.annotate("best", (0, 0), (-left * 72 + 18, -16), xycoords="axes fraction", **_label(RUST, weight="bold"))
-        return style.save_figure(figure, path)
+    return path
 
 
 def save_importances(importances: Mapping[str, float], path: Path) -> Path | None:
@@ -122,53 +112,41 @@ def save_importances(importances: Mapping[str, float], path: Path) -> Path | Non
     return style.save_bars(path, "Which parameters mattered", subtitle, bars)
 
 
-def save_slices(search: SearchResults, path: Path, log: Collection[str] = ()) -> Path | None:
-    """Draw the value over each parameter to a PNG, one panel per parameter; return None without parameters.
-
-    The parameters in ``log`` have a logarithmic axis.
-    """
+def save_slices(search: SearchResults, path: Path) -> Path:
+    """Draw the value over each parameter to a PNG, one panel per parameter."""
     spread = np.array([(trial.number * 0.6180339887) % 1 - 0.5 for trial in search.trials])  # golden ratio: no clumps
-    panels = _parameter_axes(search, spread, log)
-    if not panels:
-        return None
+    panels = search.axes(spread)
     rows = math.ceil(len(panels) / 4)
     columns = math.ceil(len(panels) / rows)
     left, height, gap = 0.85, 1.9, 0.35
     width = max(2.2, 5.6 / columns - gap)
-    lengths = [[style.text_width([text], _TICK_SIZE) for _, text in panel.ticks] for panel in panels]
-    turned = [sum(texts) + 0.12 * len(texts) > width for texts in lengths]
-    room = [max(texts) / 2 * turn for texts, turn in zip(lengths, turned, strict=True)]  # sin 30° = 1/2
-    deepest = [max(room[start : start + columns]) for start in range(0, len(room), columns)]
-    tops = [1.25 + row * (height + 0.8) + sum(deepest[:row]) for row in range(rows)]
-    with style.drawing():
-        figure = style.new_figure(max(left + columns * (width + gap), 6.6), tops[-1] + height + 0.45 + deepest[-1])
-        style.headline(figure, "Result by parameter", _count_results(search))
+    turned = [sum(style.text_width([text], _TICK_SIZE) + 0.12 for _, text in axis.ticks) > width for axis in panels]
+    deep = [0.55 * any(turned[start : start + columns]) for start in range(0, len(panels), columns)]
+    tops = [1.25 + row * (height + 0.8) + sum(deep[:row]) for row in range(rows)]
+    size = (max(left + columns * (width + gap), 6.6), tops[-1] + height + 0.45 + deep[-1])
+    with style.drawing(path, *size, "Result by parameter", _count_results(search)) as figure:
         for number, panel in enumerate(panels):
             row, column = divmod(number, columns)
             axes = style.add_axes(figure, left + column * (width + gap), tops[row], width, height)
             _value_axis(axes, search, named=column == 0)
             _draw_points(axes, search, panel.places, size=float(np.clip(2200 / len(search.trials), 9, 26)))
-            axes.set_xlim(UNSET - 0.06 if _has_unset(panel) else -0.06, 1.06)
+            axes.set_xlim((UNSET if panel.has_unset else 0) - 0.06, 1.06)
             turn: dict[str, Any] = {"rotation": 30, "ha": "right"} if turned[number] else {}
             axes.set_xticks([place for place, _ in panel.ticks], [text for _, text in panel.ticks], **turn)
             axes.tick_params(axis="x", labelsize=_TICK_SIZE, labelcolor=MUTED)
             axes.set_title(panel.name, loc="left", size=9, weight="bold", pad=7)
             if number == 0:
                 _legend(figure, axes)
-        return style.save_figure(figure, path)
+    return path
 
 
-def _keys(search: SearchResults) -> list[str]:
-    return list(dict.fromkeys(key for trial in search.trials for key in trial.params))
-
-
-def _parameter_axes(search: SearchResults, spread: Floats, log: Collection[str]) -> list[ParameterAxis]:
-    names = short_names(_keys(search))
-    return [read_axis(key, name, search.trials, spread, log) for key, name in names.items()]
-
-
-def _has_unset(axis: ParameterAxis) -> bool:
-    return bool((axis.places == UNSET).any())
+def _summary(search: SearchResults) -> str:
+    """Return a line with the number of trials, their states, epochs and time."""
+    counts = Counter(trial.state for trial in search.tried)
+    states = [f"{counts[state]:,} {state}" for state in get_args(State) if counts[state]]
+    epochs = plural(sum(trial.epochs for trial in search.tried), "epoch")
+    time = duration(sum(trial.seconds for trial in search.tried))
+    return f"{plural(len(search.tried), 'trial')} · {', '.join(states)} · {epochs} in {time}"
 
 
 def _direction(search: SearchResults) -> str:
@@ -177,7 +155,7 @@ def _direction(search: SearchResults) -> str:
 
 def _count_results(search: SearchResults) -> str:
     early = sum(trial.state == "stopped early" for trial in search.trials)
-    text = f"{_direction(search)} · {style.plural(len(search.trials), 'trial')} with a result"
+    text = f"{_direction(search)} · {plural(len(search.trials), 'trial')} with a result"
     return text + (f", {early:,} of them stopped early" if early else "")
 
 
@@ -191,7 +169,7 @@ def _value_axis(axes: Axes, search: SearchResults, *, below: float = 0.0, named:
     span = search.high - search.low or abs(search.low) or 1.0
     low, high = search.low - 0.07 * span, search.high + 0.07 * span
     axes.set_ylim(low - below * (high - low) / (1 - below), high)
-    ticks = search.ticks(low, high)
+    ticks = search.ticks()
     axes.set_yticks([value for value, _ in ticks], [text if named else "" for _, text in ticks])
     style.value_grid(axes)
 
@@ -200,42 +178,41 @@ def _draw_points(axes: Axes, search: SearchResults, x: Floats, size: float) -> N
     """Draw a dot per trial at ``x`` [N], hollow if stopped early, or an arrow for values outside the axis."""
     margin = 0.045 * (search.high - search.low)
     y = np.clip(search.values, search.low - margin, search.high + margin)
-    early = np.array([trial.state == "stopped early" for trial in search.trials])
-    plain = ~search.clipped
-    plain[[search.best, *([] if search.own is None else [search.own])]] = False
-    hollow = {"facecolor": PAPER, "edgecolor": BLUE, "linewidth": 0.8, "zorder": 2.5}
-    arrow = {"color": MUTED, "linewidth": 0, "marker": "v" if search.maximize else "^", "zorder": 3}
-    filled = {"color": BLUE, "linewidth": 0, "alpha": 0.75 if len(y) < 60 else 0.5, "zorder": 3}
-    for chosen, label, look in (
-        (~early & plain, "complete", filled),
-        (early & plain, "stopped early", hollow),
-        (search.clipped, search.beyond, arrow),
-    ):
+    best = "best: your values" if search.own == search.best else "best"
+    names = np.array([trial.state for trial in search.trials], dtype=object)
+    names[search.clipped] = search.beyond
+    if search.own is not None and not search.clipped[search.own]:
+        names[search.own] = "your values"
+    names[search.best] = best
+    arrow = "v" if search.maximize else "^"
+    large, edge = 2 * max(size, 26), {"edgecolor": PAPER, "linewidth": 0.9}
+    looks: dict[str, dict[str, Any]] = {
+        "complete": {"s": size, "color": BLUE, "linewidth": 0, "alpha": 0.75 if len(y) < 60 else 0.5, "zorder": 3},
+        "stopped early": {"s": size, "facecolor": PAPER, "edgecolor": BLUE, "linewidth": 0.8, "zorder": 2.5},
+        search.beyond: {"s": size, "color": MUTED, "linewidth": 0, "marker": arrow, "zorder": 3},
+        "your values": {"s": large / 1.5, "color": INK, "marker": "D", "zorder": 4, **edge},
+        best: {"s": large, "color": RUST, "zorder": 5, **edge},
+    }
+    for name, look in looks.items():
+        chosen = names == name
         if chosen.any():
-            axes.scatter(x[chosen], y[chosen], s=size, label=label, **look)  # type: ignore[arg-type]
-    large = 2 * max(size, 26)
-    edge: dict[str, Any] = {"edgecolor": PAPER, "linewidth": 0.9}
-    best, own = search.best, search.own
-    if own is not None and own != best and not search.clipped[own]:
-        axes.scatter(x[own], y[own], marker="D", s=large / 1.5, color=INK, label="your values", zorder=4, **edge)
-    label = "best: your values" if own == best else "best"
-    axes.scatter(x[best], y[best], s=large, color=RUST, label=label, zorder=5, **edge)
+            axes.scatter(x[chosen], y[chosen], label=name, **look)
 
 
 def _name_own_and_best(axes: Axes, search: SearchResults) -> None:
+    y = np.clip(search.values, search.low, search.high)
+    names = {search.best: ("best", RUST)}
+    if search.own is not None and search.own != search.best:
+        names[search.own] = ("your values", INK)
+        axes.axhline(y[search.own], color=INK, linewidth=0.7, linestyle=(0, (4, 3)), zorder=1.5)
     low, high = axes.get_ylim()
-    best, own = search.best, search.own
-    note = "your values" if own == best else f"trial {search.trials[best].number}"
-    names = [(float(search.values[best]), best, RUST, "best", note)]
-    if own is not None and own != best:
-        shown = float(np.clip(search.values[own], search.low, search.high))
-        names.append((shown, own, INK, "your values", f"trial {search.trials[own].number}"))
-        axes.axhline(shown, color=INK, linewidth=0.7, linestyle=(0, (4, 3)), zorder=1.5)
-        names.sort(key=lambda name: (name[0], (name[1] == best) == search.maximize))
-    heights = style.spread([(value - low) / (high - low) for value, *_ in names], gap=0.16)
-    for height, (_, index, colour, name, note) in zip(heights, names, strict=True):
+    upwards = sorted(names, key=lambda index: y[index])
+    heights = style.spread([(y[index] - low) / (high - low) for index in upwards], gap=0.16)
+    for height, index in zip(heights, upwards, strict=True):
+        name, colour = names[index]
+        text = f"{name} {search.text(search.trials[index].value)}"
+        note = "your values" if search.own == search.best else f"trial {search.trials[index].number}"
         look = _label(colour, xycoords="axes fraction", va="center_baseline")
-        text = f"{name} {search.text(float(search.values[index]))}"
         axes.annotate(text, (1, height), (8, 5), **{**look, "weight": "bold"})
         axes.annotate(note, (1, height), (8, -6), **{**look, "color": MUTED, "size": 7.5})
 
@@ -256,18 +233,15 @@ def _legend(figure: Figure, axes: Axes, without: Collection[str] = ()) -> None:
             handle.set_sizes([26])
 
 
-def _colormap() -> Colormap:
+def _colours(good: Floats) -> tuple[Floats, Floats]:
+    """Return colours and their depth for results from the worst (0) to the best (1); good ones differ most."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("openmae", _SHADES)
+    depth = np.asarray(good**2.5)
+    return np.asarray(LinearSegmentedColormap.from_list("openmae", _SHADES)(depth)), depth
 
 
-def _shade(good: Floats) -> Floats:
-    """Return places in the colormap for results from the worst (0) to the best (1); good ones differ most in shade."""
-    return np.asarray(good**2.5)
-
-
-def _draw_lines(axes: Axes, search: SearchResults, places: Floats, colours: Colormap) -> None:
+def _draw_lines(axes: Axes, search: SearchResults, places: Floats) -> None:
     """Draw a line per trial through ``places`` [N, axes], horizontal at each axis, with better trials on top."""
     from matplotlib.collections import LineCollection
 
@@ -278,10 +252,10 @@ def _draw_lines(axes: Axes, search: SearchResults, places: Floats, colours: Colo
     good = search.places if search.maximize else 1 - search.places
     order = np.argsort(good, kind="stable")
     paths = [np.stack([x, y[i]], axis=1) for i in order]
-    shade, few = _shade(good[order]), min(1.0, 30 / len(paths))
-    alpha = few + (1 - few) * (0.3 + 0.6 * shade**2)
-    widths = 0.6 + 0.3 * few + (0.4 + 0.4 * few) * shade
-    axes.add_collection(LineCollection(paths, colors=colours(shade), linewidths=widths, alpha=alpha, zorder=2))
+    (colours, depth), few = _colours(good[order]), min(1.0, 30 / len(paths))
+    alpha = few + (1 - few) * (0.3 + 0.6 * depth**2)
+    widths = 0.6 + 0.3 * few + (0.4 + 0.4 * few) * depth
+    axes.add_collection(LineCollection(paths, colors=colours, linewidths=widths, alpha=alpha, zorder=2))
     for width, colour in ((4.4, PAPER), (2.4, RUST)):
         axes.plot(x, y[search.best], color=colour, linewidth=width, zorder=3, solid_capstyle="round", clip_on=False)
 
@@ -308,15 +282,15 @@ def _name_axis(axes: Axes, place: int, name: str) -> None:
     axes.annotate("\n".join(lines), (place, 1), (0, 10), **_label(INK, weight="bold", ha="center", va="bottom"))
 
 
-def _draw_value_bar(axes: Axes, search: SearchResults, colours: Colormap, place: int, width: float) -> None:
+def _draw_value_bar(axes: Axes, search: SearchResults, place: int, width: float) -> None:
     """Draw the axis of the result, which is also the colour bar; ``width`` is relative to the distance between axes."""
     good = np.linspace(0, 1, 256)[:, None]
-    shades = _shade(good if search.maximize else 1 - good)
+    colours, _ = _colours(good if search.maximize else 1 - good)
     extent, limits = (place, place + width, 0.0, 1.0), axes.get_ylim()
-    axes.imshow(colours(shades), origin="lower", extent=extent, aspect="auto", zorder=4, clip_on=False)
+    axes.imshow(colours, origin="lower", extent=extent, aspect="auto", zorder=4, clip_on=False)
     axes.set(xlim=(0, place), ylim=limits)
     span = search.high - search.low
-    for value, text in search.ticks(search.low, search.high):
+    for value, text in search.ticks():
         at = (value - search.low) / span if span else 0.5
         axes.annotate(text, (place + width, at), (4, 0), **_label(INK, va="center_baseline", zorder=5))
     _name_axis(axes, place, search.metric)

@@ -13,13 +13,13 @@ import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openmae.storage import layout
 from openmae.storage.atomic import complete_lines, drop_torn_line, make_folder
 
-STATUSES = ("STARTED", "RUNNING", "SUCCESS", "FAILURE", "SKIPPED")
-VERBOSITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE", "SKIPPED"]
+Verbosity = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 
 log = logging.getLogger("openmae")
 
@@ -32,7 +32,7 @@ class StatusLog:
     """
 
     def __init__(self, folder: Path, append: bool) -> None:
-        self.path = make_folder(Path(folder)) / layout.STATUS
+        self.path = make_folder(folder) / layout.STATUS
         if append and self.path.exists():
             drop_torn_line(self.path)
         else:
@@ -40,24 +40,17 @@ class StatusLog:
 
     def write(
         self,
-        status: str,
+        status: Status,
         message: str,
         *,
-        verbosity: str = "INFO",
+        verbosity: Verbosity = "INFO",
         kpi: Mapping[str, float] | None = None,
         progress: Mapping[str, int | str] | None = None,
     ) -> None:
         """Append a line, with ``progress`` as further fields.
 
         Metrics in ``kpi`` that are not finite are left out, and named in the message.
-
-        Raises:
-            ValueError: the status or the verbosity is unknown.
         """
-        if status not in STATUSES:
-            raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
-        if verbosity not in VERBOSITIES:
-            raise ValueError(f"verbosity must be one of {', '.join(VERBOSITIES)}, not {verbosity!r}")
         kpi = {name: float(value) for name, value in (kpi or {}).items()}
         finite = {name: value for name, value in kpi.items() if math.isfinite(value)}
         if len(finite) < len(kpi):
@@ -82,7 +75,7 @@ def read_status(path: Path) -> list[dict[str, Any]]:
     An incomplete last line is left out. Damaged lines are skipped with a warning.
     """
     entries = []
-    for number, line in enumerate(complete_lines(Path(path)), start=1):
+    for number, line in enumerate(complete_lines(path), start=1):
         try:
             entry = json.loads(line)
         except (json.JSONDecodeError, RecursionError):

@@ -45,37 +45,33 @@ _SETTINGS: dict[Any, Any] = {
 
 
 @contextmanager
-def drawing() -> Iterator[None]:
-    """Draw in OpenMAE's style while the block runs."""
+def drawing(path: Path, width: float, height: float, title: str, subtitle: str = "") -> Iterator[Figure]:
+    """Yield a figure of ``width`` x ``height`` inches with a headline, and write it as a PNG when the block ends.
+
+    The figure is independent of pyplot. It is enlarged to include content beyond its edges.
+    """
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
         # Characters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of ``width`` x ``height`` inches, independent of pyplot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DPI)
-    FigureCanvasAgg(figure)
-    return figure
+        figure = Figure(figsize=(width, height), dpi=DPI)
+        FigureCanvasAgg(figure)
+        figure.text(0.25 / width, 1 - 0.2 / height, title, size=12, weight="bold", va="top")
+        figure.text(0.25 / width, 1 - 0.45 / height, subtitle, size=9, color=MUTED, va="top")
+        yield figure
+        box = Bbox.union([figure.bbox_inches, figure.get_tightbbox().padded(_MARGIN)])
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", bbox_inches=box)
 
 
 def add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
     """Add axes, with all lengths in inches, from the top left corner of the figure."""
     w, h = figure.get_size_inches()
     return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-
-
-def headline(figure: Figure, title: str, subtitle: str = "") -> None:
-    """Write a title, and a grey subtitle below it, at the top left corner of the figure."""
-    w, h = figure.get_size_inches()
-    figure.text(0.25 / w, 1 - 0.2 / h, title, size=12, weight="bold", va="top")
-    figure.text(0.25 / w, 1 - 0.45 / h, subtitle, size=9, color=MUTED, va="top")
 
 
 def save_bars(path: Path, title: str, subtitle: str, bars: Sequence[tuple[str, float, str, str]]) -> Path:
@@ -85,9 +81,7 @@ def save_bars(path: Path, title: str, subtitle: str, bars: Sequence[tuple[str, f
     """
     names, lengths, texts, colours = zip(*bars, strict=True)
     left, top, width, height = max(1.35, 0.3 + text_width(names, 9)), 0.8, 4.0, 0.32 * len(bars)
-    with drawing():
-        figure = new_figure(left + width + 1.9, top + height + 0.2)
-        headline(figure, title, subtitle)
+    with drawing(path, left + width + 1.9, top + height + 0.2, title, subtitle) as figure:
         axes = add_axes(figure, left, top, width, height)
         axes.barh(range(len(bars)), lengths, height=0.62, color=colours)
         for row, (length, text) in enumerate(zip(lengths, texts, strict=True)):
@@ -96,7 +90,7 @@ def save_bars(path: Path, title: str, subtitle: str, bars: Sequence[tuple[str, f
         axes.set(xlim=(0, max(*lengths, 1e-9)), ylim=(len(bars) - 0.5, -0.5), xticks=[])
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="both", length=0)
-        return save_figure(figure, path)
+    return path
 
 
 def value_grid(axes: Axes) -> None:
@@ -108,25 +102,14 @@ def value_grid(axes: Axes) -> None:
     axes.tick_params(axis="x", labelsize=8, labelcolor=MUTED)
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG, enlarged to include content beyond its edges, and return ``path``."""
-    from matplotlib.transforms import Bbox
-
-    drawn = figure.get_tightbbox()
-    (width, height), box = figure.get_size_inches(), None
-    if drawn.x0 < 0 or drawn.y0 < 0 or drawn.x1 > width or drawn.y1 > height:
-        (left, bottom), (right, top) = drawn.min, drawn.max
-        box = Bbox.from_extents(
-            min(0, left - _MARGIN), min(0, bottom - _MARGIN), max(width, right + _MARGIN), max(height, top + _MARGIN)
-        )
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", bbox_inches=box)
-    return Path(path)
-
-
 def one_line(name: str) -> str:
     """Return a name on one line, with ``?`` for bytes that are not UTF-8."""
     return " ".join(name.encode("utf-8", "replace").decode("utf-8").split())
+
+
+def shorten(text: str, length: int) -> str:
+    """Cut the middle out of a text that is longer than ``length`` characters."""
+    return text if len(text) <= length else f"{text[: length - 9]}…{text[-8:]}"
 
 
 def plural(number: int, noun: str) -> str:
