@@ -27,6 +27,7 @@ from openmae.jobs.platforms.common import (
     cluster_name,
     grace_seconds,
     inherited_environment,
+    read_number,
 )
 from openmae.jobs.platforms.ray_runner import KEY, THREADS, seal, withdraw
 from openmae.jobs.store import JobStore
@@ -42,8 +43,6 @@ _Answer = TypeVar("_Answer")
 
 class RayPlatform(Platform):
     """A Ray cluster whose dashboard can be reached from this machine."""
-
-    name = "ray"
 
     def __init__(self, store: JobStore) -> None:
         try:
@@ -68,13 +67,13 @@ class RayPlatform(Platform):
                 f"gpu_count: {gpus} GPUs are requested, but the largest node of the Ray cluster has {most}.",
                 f"Request {most} or fewer.",
             )
-        _cpus_per_process()
+        read_number(CPUS, "CPUs")
 
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
         """Encrypt the job's environment and submit the job."""
         record, folder = self.store.read(job_id), self.store.folder(job_id)
         most_cpus, most_gpus = self._largest()
-        cpus = _cpus_per_process() * record.processes
+        cpus = read_number(CPUS, "CPUs") * record.processes
         cpus = min(cpus, most_cpus or cpus)  # a job runs on one node
         gpus = record.gpus if most_gpus else 0
         own = {THREADS: str(max(1, cpus // record.processes))} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
@@ -91,7 +90,7 @@ class RayPlatform(Platform):
                     entrypoint_num_cpus=cpus,
                     entrypoint_num_gpus=gpus,
                     # so that training can write a checkpoint after `ray job stop`
-                    runtime_env={"env_vars": {KEY: key, "RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_seconds()) + 5)}},
+                    runtime_env={"env_vars": {KEY: key, "RAY_JOB_STOP_WAIT_TIME_S": str(grace_seconds() + 5)}},
                 )
             )
         except RunError:
@@ -138,19 +137,17 @@ class RayPlatform(Platform):
             )
         if time.time() < (details.end_time or 0) / 1000 + _LAST_SECONDS:
             return None
-        canceled = record.cancel_requested is not None or details.status.value == "STOPPED"
-        found = conclude_without_code(record, report, canceled=canceled)
+        found = conclude_without_code(record, report, stopped=details.status.value == "STOPPED")
         return found._replace(message=f"{report}: {lines[0]}") if lines and found.state != "COMPLETE" else found
 
     def _conclude_unknown(self, record: Record) -> JobOutcome | None:
         submitted_to = record.handle.ray
         if submitted_to is None:
-            return before_submission(record, "Ray")
+            return before_submission(record, "submitted to Ray")
         if submitted_to != _address():
             return JobOutcome("UNKNOWN", f"it was submitted to the Ray cluster at {submitted_to}, not at {_address()}")
         withdraw(self.store.folder(record.id))
-        report = f"Ray no longer knows {cluster_name(record.id)}, as after a restart"
-        return conclude_without_code(record, report, canceled=record.cancel_requested is not None)
+        return conclude_without_code(record, f"Ray no longer knows {cluster_name(record.id)}, as after a restart")
 
     def _details(self, job_id: str) -> Any:
         """Return Ray's details of a job, or None if the job is unknown to Ray."""
@@ -210,10 +207,3 @@ class RayPlatform(Platform):
 
 def _address() -> str:
     return os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or _DEFAULT
-
-
-def _cpus_per_process() -> int:
-    text = os.environ.get(CPUS, "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise SpecError(f"{CPUS} must be a number of CPUs, 1 or more, got {text!r}.", f"For example, set {CPUS}=4.")
-    return int(text)
