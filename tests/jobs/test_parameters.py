@@ -62,16 +62,17 @@ def test_precedence(layers: tuple[dict[str, Any], ...]) -> None:
 @given(_typed, _typed)
 def test_merging_again_changes_nothing(specs: dict[str, Any], overrides: dict[str, Any]) -> None:
     once = merge("train", nested(specs), overrides)
-    assert merge("train", once.tree).values == once.values
-    assert merge("train", once.tree, once.tree).values == once.values
-    assert merge("train", once.tree, overrides).values == once.values
+    assert merge("train", nested(once.values)).values == once.values
+    assert merge("train", nested(once.values), nested(once.values)).values == once.values
+    assert merge("train", nested(once.values), overrides).values == once.values
 
 
 def test_missing_values_count_as_not_given() -> None:
     merged = merge("evaluate", {"evaluate": {"checkpoint": "???", "trt_engine": None}, "model": {"arch": "vit"}})
     assert merged.values == {"model.arch": "vit"}
-    # a later null does not remove an earlier value
+    # a null that has precedence does not remove a value
     assert merge("train", {"train": {"seed": 3}}, {"train.seed": None}).values == {"train.seed": 3}
+    assert merge("train", {"train": {"seed": 3}, "train.seed": None}).values == {"train.seed": 3}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_a_shorthand_without_a_meaning_is_refused() -> None:
 
 def test_a_key_below_a_plain_value_is_refused() -> None:
     with pytest.raises(SpecError, match=r"model\.arch: cannot be set, since model is 5 and not a section"):
-        _ = merge("train", {"model": 5}, {"model.arch": "vit"}).tree
+        nested(merge("train", {"model": 5}, {"model.arch": "vit"}).values)
 
 
 def _parent(tmp_path: Path, action: str, files: tuple[str, ...] = (), state: State = "COMPLETE", **more: Any) -> Record:
