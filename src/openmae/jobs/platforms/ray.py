@@ -107,11 +107,12 @@ class RayPlatform(Platform):
         details = self._details(record.id)
         if details is None:
             return self._conclude_unknown(record)
-        word = str(details.status.value)
-        if word in ("PENDING", "RUNNING"):
-            report = f"Ray job {cluster_name(record.id)}: {word}"
-            return JobOutcome("PENDING" if word == "PENDING" else "RUNNING", report)
-        return self._conclude(record, details)
+        report = f"Ray job {cluster_name(record.id)}: {details.status.value}"
+        if details.status.value == "PENDING":
+            return JobOutcome("PENDING", report)
+        if details.status.value == "RUNNING":
+            return JobOutcome("RUNNING", report)
+        return self._conclude(record, details, report)
 
     def cancel(self, job_id: str) -> None:
         """Cancel a waiting job. The runner of a running job finds the request in the record."""
@@ -121,7 +122,7 @@ class RayPlatform(Platform):
         with suppress(RunError):  # if Ray starts the job later, it ends at once
             self._ask(lambda ray: ray.stop_job(cluster_name(job_id)))
 
-    def _conclude(self, record: Record, details: Any) -> JobOutcome | None:
+    def _conclude(self, record: Record, details: Any, report: str) -> JobOutcome | None:
         """Return the outcome of a job that has ended in Ray, perhaps without writing its exit code."""
         folder = self.store.folder(record.id)
         withdraw(folder)
@@ -129,7 +130,6 @@ class RayPlatform(Platform):
         if code is None and details.driver_exit_code is not None:
             code = signal_as_minus(details.driver_exit_code)
         lines = [line for line in (details.message or "").splitlines() if line.strip()]
-        report = f"Ray job {cluster_name(record.id)}: {details.status.value}"
         if code is not None:
             outcome = conclude(record, code)
             return outcome._replace(
@@ -195,8 +195,6 @@ class RayPlatform(Platform):
             ) from error
         except OSError as error:
             raise RunError(f"platform: there is no Ray cluster at {_address()}.", fix) from error
-        except RunError:
-            raise
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip(" .")]
             reason = lines[-1].strip() if lines else type(error).__name__
