@@ -34,7 +34,6 @@ def add_arguments(parser: Parser) -> None:
     submit.add_argument("--name", help="name shown in lists")
     submit.add_argument("--gpus", type=int, metavar="N", help="GPUs per node")
     submit.add_argument("--nodes", type=int, metavar="N", help="number of nodes")
-    submit.add_argument("--image", help=argparse.SUPPRESS)
     submit.add_argument(
         "--automl",
         type=str.lower,
@@ -96,7 +95,6 @@ def _submit(args: argparse.Namespace) -> None:
         given.tree,
         parent_job_id=args.parent,
         automl_policy=args.automl,
-        image=args.image,
         gpu_count=args.gpus,
         num_nodes=args.nodes,
         env_vars={name: os.environ[name] for name in args.env},
