@@ -215,10 +215,11 @@ def test_stage_architecture_classes_and_size_are_carried_forward(tmp_path: Path)
     assert child.origins["model.num_classes"].why == "the data of this job decides (the parent's: 3)"
 
 
-def test_a_damaged_spec_of_the_parent_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["experiment.yaml", "best.yaml"])
+def test_a_damaged_spec_of_the_parent_is_named(tmp_path: Path, name: str) -> None:
     parent = _parent(tmp_path, "train", ("model_best.pth",))
-    Path(parent.results_folder, "experiment.yaml").write_text("model: {", encoding="utf-8")
-    with pytest.raises(SpecError, match=r"experiment\.yaml of job p1 is damaged: .*\n  Fix: Restore it"):
+    Path(parent.results_folder, name).write_text("model: {", encoding="utf-8")
+    with pytest.raises(SpecError, match=rf"{name} of job p1 is damaged: .*\n  Fix: Restore it"):
         _filled("evaluate", {}, parent)
 
 

@@ -233,12 +233,14 @@ def _read_parent_spec(parent: Record) -> tuple[dict[str, Any], str]:
     """Return a parent's spec by dotted key (the resolved spec of a training run, else the given one) and its name."""
     if parent.action == "train":
         folder = parent.results_folder
-        text = read_text(below(folder, layout.BEST_SPEC)) or read_text(below(folder, layout.SPEC))
+        for name in (layout.BEST_SPEC, layout.SPEC):
+            if text := read_text(below(folder, name)):
+                break
         try:
             tree = yaml.safe_load(text) if text else None
         except (yaml.YAMLError, RecursionError) as error:
             raise SpecError(
-                f"parent_job_id: experiment.yaml of job {parent.id} is damaged: {str(error).splitlines()[0]}.",
+                f"parent_job_id: {name} of job {parent.id} is damaged: {str(error).splitlines()[0]}.",
                 "Restore it, or remove it and set model.arch and train.stage in the spec.",
             ) from error
         if isinstance(tree, dict):
