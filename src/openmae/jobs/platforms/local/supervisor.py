@@ -30,9 +30,8 @@ _GATE = ["/bin/sh", "-c", 'read -r go || exit 125; exec "$@" </dev/null', "job"]
 
 def main(root: str, job_id: str) -> None:
     """Run one job to its end."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a shell's background jobs ignore it, and the action would inherit this
+    # background jobs of a shell ignore SIGINT, and the action would inherit this
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     store = JobStore(root)
     me = identify(os.getpid())
     assert me is not None
