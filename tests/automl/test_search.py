@@ -121,7 +121,7 @@ def test_search_continues_after_kill_and_adopts_the_running_job(tmp_path: Path, 
 
     def training() -> Any:
         jobs = [job for job in client.list_jobs() if job.name == "001 to epoch 2" and job.status == "RUNNING"]
-        return jobs and client.store.read(jobs[0].id)["handle"].get("process")
+        return jobs and client.store.read(jobs[0].id).handle.process
 
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = _until(training, "the second training")

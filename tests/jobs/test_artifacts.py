@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmae.errors import CheckpointError
-from openmae.jobs.artifacts import Artifact, artifact, choose_model, list_folder, newest_checkpoint, remove
+from openmae.jobs.artifacts import (
+    Artifact,
+    artifact,
+    choose_model,
+    list_folder,
+    list_outputs,
+    newest_checkpoint,
+    remove,
+)
 
 _numbered = st.builds("model_epoch_{:03d}_step_{:05d}.pth".format, st.integers(0, 2000), st.integers(0, 10**7))
 _noise = st.sampled_from(
@@ -64,6 +73,18 @@ def test_a_folder_is_listed_without_incomplete_files(tmp_path: Path) -> None:
     ]
     remove(found)
     assert list_folder(str(tmp_path)) == []
+
+
+def test_only_the_results_folder_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output file may be in the user's home folder."""
+    (tmp_path / "results").mkdir()
+    for name in ("results/status.json", "mine.onnx", "other.onnx"):
+        (tmp_path / name).touch()
+    walk, seen = os.walk, []
+    monkeypatch.setattr("os.walk", lambda folder: seen.append(folder) or walk(folder))
+    outputs = [str(tmp_path / name) for name in ("mine.onnx", "missing.onnx", "results/status.json")]
+    assert [item.name for item in list_outputs(str(tmp_path / "results"), outputs)] == ["status.json", "mine.onnx"]
+    assert seen == [tmp_path / "results"]
 
 
 @given(st.lists(_numbered | _noise, unique=True), st.booleans())

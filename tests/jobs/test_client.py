@@ -249,7 +249,8 @@ def test_a_results_folder_of_the_job_is_deleted_completely(
         "import sys, yaml, pathlib, os\nfolder = pathlib.Path('.').resolve()\n"
         f"for base in pathlib.Path({str(client.store.root)!r}).glob('*/spec.yaml'):\n"
         "    out = pathlib.Path(yaml.safe_load(base.read_text())['results_dir'], 'train'); out.mkdir(parents=True)\n"
-        "    for name in ('model_best.pth', 'notes.txt'): (out / name).write_text('x')"
+        "    for name in ('model_best.pth', 'notes.txt'): (out / name).write_text('x')\n"
+        "    (out / '.openmae.lock').touch()"
     )
     job = client.wait(submit().id, 20)
     assert [item.name for item in client.list_results(job.id)] == ["model_best.pth", "notes.txt"]

@@ -57,7 +57,7 @@ def _write(client: Client, job_id: str, text: str | bytes) -> Path:
         ({"version": "1"}, "version must be an integer, but is a string"),
         ({"id": _OTHER[:-1] + "2"}, r"it is the record of job 0a1b.*2 in the folder of job 0a1b.*1"),
         ({"transitions": []}, "transitions is empty"),
-        ({"transitions": [1]}, "a transition must be an object, but is an integer"),
+        ({"transitions": [1]}, r"transitions\[0\] must be an object, but is an integer"),
         ({"transitions": [{"at": "today", "state": "PENDING", "message": ""}]}, "'today' is not a date and time"),
         ({"transitions": [{"at": "2026-01-01", "state": "DONE", "message": ""}]}, "there is no state 'DONE'"),
         ({"handle": {"supervisor": {"pid": "1"}}}, "handle.supervisor.pid must be an integer, but is a string"),
@@ -130,7 +130,7 @@ def test_a_copy_of_a_jobs_folder_is_not_a_job(client: Client, job: Job, caplog: 
     copy.mkdir()
     (copy / "job.json").write_text(json.dumps(client.store.read(job.id).to_dict()))
     assert [one.id for one in client.list_jobs()] == [job.id]
-    assert f"{copy / 'job.json'} is not a job: the name of its folder is not a job id." in caplog.text
+    assert f"{copy / 'job.json'} cannot be read (it is the record of job {job.id} in the folder of job" in caplog.text
 
 
 def test_a_name_that_no_terminal_can_print_is_listed(

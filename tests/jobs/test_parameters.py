@@ -62,16 +62,17 @@ def test_precedence(layers: tuple[dict[str, Any], ...]) -> None:
 @given(_typed, _typed)
 def test_merging_again_changes_nothing(specs: dict[str, Any], overrides: dict[str, Any]) -> None:
     once = merge("train", nested(specs), overrides)
-    assert merge("train", once.tree).values == once.values
-    assert merge("train", once.tree, once.tree).values == once.values
-    assert merge("train", once.tree, overrides).values == once.values
+    assert merge("train", nested(once.values)).values == once.values
+    assert merge("train", nested(once.values), nested(once.values)).values == once.values
+    assert merge("train", nested(once.values), overrides).values == once.values
 
 
 def test_missing_values_count_as_not_given() -> None:
     merged = merge("evaluate", {"evaluate": {"checkpoint": "???", "trt_engine": None}, "model": {"arch": "vit"}})
     assert merged.values == {"model.arch": "vit"}
-    # a later null does not remove an earlier value
+    # a null that has precedence does not remove a value
     assert merge("train", {"train": {"seed": 3}}, {"train.seed": None}).values == {"train.seed": 3}
+    assert merge("train", {"train": {"seed": 3}, "train.seed": None}).values == {"train.seed": 3}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_a_shorthand_without_a_meaning_is_refused() -> None:
 
 def test_a_key_below_a_plain_value_is_refused() -> None:
     with pytest.raises(SpecError, match=r"model\.arch: cannot be set, since model is 5 and not a section"):
-        _ = merge("train", {"model": 5}, {"model.arch": "vit"}).tree
+        nested(merge("train", {"model": 5}, {"model.arch": "vit"}).values)
 
 
 def _parent(tmp_path: Path, action: str, files: tuple[str, ...] = (), state: State = "COMPLETE", **more: Any) -> Record:
@@ -214,10 +215,11 @@ def test_stage_architecture_classes_and_size_are_carried_forward(tmp_path: Path)
     assert child.origins["model.num_classes"].why == "the data of this job decides (the parent's: 3)"
 
 
-def test_a_damaged_spec_of_the_parent_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["experiment.yaml", "best.yaml"])
+def test_a_damaged_spec_of_the_parent_is_named(tmp_path: Path, name: str) -> None:
     parent = _parent(tmp_path, "train", ("model_best.pth",))
-    Path(parent.results_folder, "experiment.yaml").write_text("model: {", encoding="utf-8")
-    with pytest.raises(SpecError, match=r"experiment\.yaml of job p1 is damaged: .*\n  Fix: Restore it"):
+    Path(parent.results_folder, name).write_text("model: {", encoding="utf-8")
+    with pytest.raises(SpecError, match=rf"{name} of job p1 is damaged: .*\n  Fix: Restore it"):
         _filled("evaluate", {}, parent)
 
 

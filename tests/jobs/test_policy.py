@@ -85,8 +85,11 @@ def test_other_actions_are_never_routed(action: str, explicit: str | None) -> No
 
 
 @pytest.fixture
-def skill(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(SKILL, tmp_path / "skill"))
+def skill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of the skill, which is used instead of it."""
+    folder = Path(shutil.copytree(SKILL, tmp_path / "skill"))
+    monkeypatch.setattr("openmae.jobs.policy.SKILL", folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -103,19 +106,19 @@ def skill(tmp_path: Path) -> Path:
     ],
 )
 def test_without_its_schemas_a_training_job_trains_once(skill: Path, name: str, text: str | None, why: str) -> None:
-    assert route("train", skill=skill).where == "automl"
+    assert route("train").where == "automl"
     if text is None:
         (skill / name).unlink()
     else:
         (skill / name).write_text(text)
-    assert route("train", skill=skill) == Route("auto", "train", f"{NOT_RUNNABLE} ({name} {why}). It trains once.")
-    assert route("train", "off", skill=skill).policy == "off"
+    assert route("train") == Route("auto", "train", f"{NOT_RUNNABLE} ({name} {why}). It trains once.")
+    assert route("train", "off").policy == "off"
 
 
 def test_a_model_that_is_not_enabled_trains_once(skill: Path) -> None:
     path = skill / "references/skill_info.yaml"
     path.write_text(path.read_text().replace("automl_enabled: true", "automl_enabled: false"))
-    assert route("train", "on", skill=skill).reason.startswith("It trains once: AutoML is not enabled")
+    assert route("train", "on").reason.startswith("It trains once: AutoML is not enabled")
 
 
 def test_the_text_of_the_contract() -> None:

@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,10 @@ import sys
 from openmae.jobs.job import Transition, now
 from openmae.jobs.store import JobStore
 store = JobStore(sys.argv[1])
-print("on", flush=True)
 while True:
     with store.update(sys.argv[2]) as record:
         record.transitions.append(Transition(now(), "PENDING", "x" * 2000))
+    print("written", flush=True)
 """
 
 
@@ -77,7 +76,7 @@ def test_a_killed_writer_leaves_a_complete_record_and_no_lock(store: JobStore) -
             [sys.executable, "-c", _WRITER, str(store.root), first], stdout=subprocess.PIPE, text=True
         )
         assert writer.stdout is not None
-        assert writer.stdout.readline() == "on\n"
+        assert writer.stdout.readline() == "written\n"
         time.sleep(chance.uniform(0, 0.05))
         writer.send_signal(signal.SIGKILL)
         writer.wait()
@@ -86,12 +85,10 @@ def test_a_killed_writer_leaves_a_complete_record_and_no_lock(store: JobStore) -
             assert len(record.transitions) >= count, "a transition was lost"
             record.transitions.append(Transition(now(), "PENDING", "after a kill"))
         count = len(store.read(first).transitions)
-    assert count > 16, "the writers were killed before they wrote anything"
+    assert count >= 17
 
 
-def test_transitions_are_append_only(store: JobStore) -> None:
-    with pytest.raises(ValueError, match="append-only"), store.update(_ID.format(1)) as record:
-        record.transitions[0] = replace(record.transitions[0], message="rewritten")
+def test_an_update_that_fails_writes_nothing(store: JobStore) -> None:
     with pytest.raises(KeyError), store.update(_ID.format(1)) as record:
         record.notices = record.spec["no such"]
     assert store.read(_ID.format(1)).notices == []

@@ -120,7 +120,7 @@ class TrialJobs:
                 folder.mkdir(parents=True, exist_ok=True)
                 for name in _COPIED:
                     if (source / name).is_file():
-                        shutil.copyfile(source / name, folder / name)
+                        shutil.copy2(source / name, folder / name)
             return {"train.resume_training_checkpoint_path": checkpoint.path}
         return {}
 

@@ -34,7 +34,6 @@ def add_arguments(parser: Parser) -> None:
     submit.add_argument("--name", help="name shown in lists")
     submit.add_argument("--gpus", type=int, metavar="N", help="GPUs per node")
     submit.add_argument("--nodes", type=int, metavar="N", help="number of nodes")
-    submit.add_argument("--image", help=argparse.SUPPRESS)
     submit.add_argument(
         "--automl",
         type=str.lower,
@@ -96,7 +95,6 @@ def _submit(args: argparse.Namespace) -> None:
         given.tree,
         parent_job_id=args.parent,
         automl_policy=args.automl,
-        image=args.image,
         gpu_count=args.gpus,
         num_nodes=args.nodes,
         env_vars={name: os.environ[name] for name in args.env},
@@ -120,9 +118,6 @@ def _raise_failure(client: Client, job: Job) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     jobs = _client(args).list_jobs(args.status, args.action)
-    if args.json:
-        _print_json([job.to_dict() for job in jobs])
-        return
     rows = [
         (
             *(job.id[:8], job.name, job.action, _styled(job.status), job.created_at[:19]),
@@ -130,7 +125,8 @@ def _list(args: argparse.Namespace) -> None:
         )
         for job in jobs
     ]
-    _print_table(("job", "name", "action", "state", "created (UTC)", "parent", "message"), rows)
+    heads = ("job", "name", "action", "state", "created (UTC)", "parent", "message")
+    _print(args, [job.to_dict() for job in jobs], heads, rows)
 
 
 def _status(args: argparse.Namespace) -> None:
@@ -138,7 +134,7 @@ def _status(args: argparse.Namespace) -> None:
     job = client.get_job_status(args.job)
     failure = client.get_failure_analysis(job.id)
     if args.json:
-        _print_json({**job.to_dict(), "failure": asdict(failure) if failure else None})
+        print(json.dumps({**job.to_dict(), "failure": asdict(failure) if failure else None}, indent=1))
         return
     _show_job(args, job)
     _print_table(("at (UTC)", "state", "message"), [(t.at[:23], _styled(t.state), t.message) for t in job.transitions])
@@ -170,29 +166,20 @@ def _cancel(args: argparse.Namespace) -> None:
 
 def _explain(args: argparse.Namespace) -> None:
     explanation = _client(args).explain_job(args.job)
-    if args.json:
-        _print_json(explanation)
-        return
     rows = [
         (item["key"], "" if item["value"] is None else str(item["value"]), item["function"], item["why"])
         for item in explanation
     ]
-    _print_table(("key", "value", "from", "why"), rows)
+    _print(args, explanation, ("key", "value", "from", "why"), rows)
 
 
 def _results(args: argparse.Namespace) -> None:
     found = _client(args).list_results(args.job)
-    if args.json:
-        _print_json([asdict(item) for item in found])
-        return
     rows = [(item.kind, f"{item.size:,}", "best" if item.best else "", item.path) for item in found]
-    _print_table(("kind", "bytes", "", "path"), rows)
+    _print(args, [asdict(item) for item in found], ("kind", "bytes", "", "path"), rows)
 
 
 def _show_job(args: argparse.Namespace, job: Job) -> None:
-    if args.json:
-        _print_json(job.to_dict())
-        return
     rows = [
         *(("job", job.id), ("name", job.name), ("action", job.action), ("state", _styled(job.status))),
         *(("message", job.message), ("platform", job.platform), ("parent", job.parent_job_id or "")),
@@ -200,7 +187,7 @@ def _show_job(args: argparse.Namespace, job: Job) -> None:
         ("exit code", "" if job.exit_code is None else str(job.exit_code)),
         *(("notice", notice) for notice in job.notices),
     ]
-    _print_table(None, [row for row in rows if row[1]])
+    _print(args, job.to_dict(), None, [row for row in rows if row[1]])
 
 
 def _styled(state: str) -> Any:
@@ -209,8 +196,12 @@ def _styled(state: str) -> Any:
     return Text(state, style=_STYLES.get(state, ""))
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+def _print(args: argparse.Namespace, value: Any, heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
+    """Print ``value`` as JSON if ``--json`` is given, otherwise a table."""
+    if args.json:
+        print(json.dumps(value, indent=1))
+    else:
+        _print_table(heads, rows)
 
 
 def _print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,9 +113,21 @@ def list_outputs(folder: str, outputs: Iterable[str]) -> list[Artifact]:
     found = list_folder(folder)
     listed = {item.path for item in found}
     for path in outputs:
-        if path not in listed:
-            found += [item for item in list_folder(path.rpartition("/")[0]) if item.path == path]
+        if path not in listed and (item := find_file(path)) is not None:
+            found.append(item)
     return found
+
+
+def find_file(path: str) -> Artifact | None:
+    """Return a local or remote file, or None if it does not exist.
+
+    Raises:
+        DataError: The store cannot be reached or read.
+    """
+    if not is_remote(path):
+        return _local_file(Path(path)) if os.path.isfile(path) else None
+    facts = _ask(path, "_info")
+    return None if facts is None else artifact(path, int(facts.get("size") or 0), _time_of(facts))
 
 
 def read_text(path: str) -> str | None:
@@ -127,27 +139,8 @@ def read_text(path: str) -> str | None:
     if not is_remote(path):
         file = Path(path)
         return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
-    from openmae.storage.filesystem import ask, open_filesystem  # fsspec is slow to import
-
-    try:
-        data = ask(path, open_filesystem(path)._cat_file(path))
-    except DataError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
-    return bytes(data).decode("utf-8", errors="replace")
-
-
-def modified(path: str) -> float:
-    """Return the modification time of a file in seconds since 1970, or 0 if unknown."""
-    if not is_remote(path):
-        try:
-            return os.stat(path).st_mtime
-        except OSError:
-            return 0.0
-    from openmae.storage.filesystem import ask, open_filesystem
-
-    return _time_of(ask(path, open_filesystem(path)._info(path)))
+    data = _ask(path, "_cat_file")
+    return None if data is None else bytes(data).decode("utf-8", errors="replace")
 
 
 def remove(items: Iterable[Artifact]) -> None:
@@ -237,8 +230,12 @@ def _list_local(folder: Path) -> Iterable[Artifact]:
         for name in names:
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():
-                stat = path.stat()
-                yield artifact(str(path), stat.st_size, stat.st_mtime, path.is_symlink())
+                yield _local_file(path)
+
+
+def _local_file(path: Path) -> Artifact:
+    stat = path.stat()
+    return artifact(str(path), stat.st_size, stat.st_mtime, path.is_symlink())
 
 
 def _list_remote(folder: str) -> list[Artifact]:
@@ -253,8 +250,18 @@ def _list_remote(folder: str) -> list[Artifact]:
     ]
 
 
+def _ask(path: str, method: str) -> Any:
+    """Return what a method of the remote file system answers about a file, or None if the file does not exist."""
+    from openmae.storage.filesystem import ask, open_filesystem  # fsspec is slow to import
+
+    try:
+        return ask(path, getattr(open_filesystem(path), method)(path))
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
 def _time_of(facts: dict[str, Any]) -> float:
-    value = facts.get("LastModified") or facts.get("mtime") or facts.get("created") or 0.0
-    if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    return float(value) if isinstance(value, int | float) else 0.0
+    value = facts.get("LastModified") or facts.get("mtime") or facts.get("created")
+    return value.timestamp() if isinstance(value, datetime) else 0.0

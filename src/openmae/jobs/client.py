@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import platformdirs
+
 from openmae.errors import OpenMAEError, RunError, SpecError
 from openmae.jobs import artifacts
 from openmae.jobs.artifacts import Artifact
@@ -20,15 +23,13 @@ from openmae.jobs.job import FINAL, STATES, Job, Record, now
 from openmae.jobs.logs import follow_log, read_log
 from openmae.jobs.outcome import FailureAnalysis, JobOutcome, analyse
 from openmae.jobs.platforms import PLATFORMS, open_platform
-from openmae.jobs.platforms.common import Platform
+from openmae.jobs.platforms.common import Platform, grace_seconds
 from openmae.jobs.platforms.local.queue import orphans
 from openmae.jobs.prepare import JobRequest, prepare
 from openmae.jobs.store import JobStore
 from openmae.storage import layout
 from openmae.storage.atomic import disk_error, write_durably
-from openmae.storage.urls import is_remote
 
-ROOT = "OPENMAE_JOBS"
 TRAININGS = "jobs"  # folder in the results of a search with the roots of its trials, one per machine
 _POLL = 0.1
 _WRITERS = 16
@@ -36,19 +37,13 @@ _WRITERS = 16
 log = logging.getLogger("openmae")
 
 
-def default_root() -> Path:
-    """Return the default root: OPENMAE_JOBS, or a folder in the user's data directory."""
-    import platformdirs
-
-    return Path(os.environ.get(ROOT) or platformdirs.user_data_path("openmae") / "jobs")
-
-
 class Client:
     """Submits, watches and cancels jobs. Jobs continue without a client, and several clients may share a root.
 
     Args:
         platform: Where new jobs run: ``local``, ``slurm`` or ``ray``. Existing jobs stay on their platform.
-        root: Local folder for records, logs and (unless set in the spec) results. None: see ``default_root``.
+        root: Local folder for records, logs and (unless set in the spec) results. None: the environment variable
+            OPENMAE_JOBS, or else a folder in the user's data directory.
 
     Raises:
         SpecError: The platform is unknown, or the root cannot be used.
@@ -58,7 +53,9 @@ class Client:
         if platform not in PLATFORMS:
             raise SpecError(f"platform: there is no {platform!r}.", f"Use one of: {', '.join(PLATFORMS)}.")
         self.platform = platform
-        self.store = JobStore(root if root is not None else default_root())
+        if root is None:
+            root = os.environ.get("OPENMAE_JOBS") or platformdirs.user_data_path("openmae") / "jobs"
+        self.store = JobStore(root)
         self._platforms: dict[str, Platform] = {}
 
     def create_job(
@@ -105,6 +102,7 @@ class Client:
         prepared = prepare(request, parent, job_id, folder)
         platform = self._platform(self.platform)
         platform.check(prepared.record.gpus, prepared.record.nodes)
+        grace_seconds()  # raises now, and not when the job is canceled, if it is invalid
         for notice in prepared.record.notices:
             log.warning("%s", notice)
         self.store.create(prepared.record)
@@ -175,7 +173,7 @@ class Client:
 
         Raises:
             SpecError: There is no such job.
-            RunError: Its record cannot be read, or its platform cannot be reached.
+            RunError: Its record cannot be read, or its platform cannot be reached or used from this machine.
         """
         job = self.get_job_status(job_id)
         if job.finished:
@@ -185,7 +183,14 @@ class Client:
                 record.cancel_requested = record.cancel_requested or now()
         except RunError as error:  # a full disk or a held lock must not keep a job running
             log.warning("The cancellation of job %s could not be recorded; it is stopped anyway. %s", job.id, error)
-        self._platform(job.platform).cancel(job.id)
+        try:
+            platform = self._platform(job.platform)
+        except SpecError as error:  # a program or a package is missing
+            raise RunError(
+                f"Job {job.id} cannot be canceled from this machine. {error.problem}",
+                "Install what is missing, or cancel the job on the machine on which it was submitted.",
+            ) from error
+        platform.cancel(job.id)
         return self._refresh(job.id)
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
@@ -257,10 +262,8 @@ class Client:
         own = self.store.read(job.id).own_results
         deleted = [item for item in self.list_results(job.id) if own or item.kind != "other"]
         artifacts.remove(deleted)
-        if own and not is_remote(job.results_dir):
-            for parent, _, _ in os.walk(job.results_dir, topdown=False):
-                if not os.listdir(parent):
-                    os.rmdir(parent)
+        if own:  # a local folder, whose hidden files are not listed
+            shutil.rmtree(job.results_dir, ignore_errors=True)
         return deleted
 
     def _platform(self, name: str) -> Platform:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from openmae.machine import Identity
 
+Time = Annotated[str, "ISO 8601; in UTC if it has no time zone"]
 State = Literal["PENDING", "RUNNING", "COMPLETE", "ERROR", "CANCELED", "UNKNOWN"]
 STATES: tuple[State, ...] = get_args(State)
 FINAL = frozenset({"COMPLETE", "ERROR", "CANCELED"})
@@ -25,9 +27,9 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Transition:
-    """A change of state: its time (ISO 8601, UTC), the new state, and the platform's message."""
+    """A change of state: its time, the new state, and the platform's message."""
 
-    at: str
+    at: Time
     state: State
     message: str
 
@@ -116,7 +118,7 @@ class Record:
     action: str
     name: str
     platform: str
-    created_at: str
+    created_at: Time
     results_dir: str
     results_folder: str
     parent_job_id: str | None
@@ -133,7 +135,7 @@ class Record:
     outputs: list[str] = field(default_factory=list)
     spec: dict[str, Any] = field(default_factory=dict)
     explanation: list[dict[str, Any]] = field(default_factory=list)
-    cancel_requested: str | None = None
+    cancel_requested: Time | None = None
     gpus: int = 0
     nodes: int = 1
     processes: int = 1
@@ -167,10 +169,10 @@ class Record:
 
     def to_job(self) -> Job:
         """Return the public view of this record."""
-        shared = {name: getattr(self, name) for name in _SHARED}
+        values = {item.name: getattr(self, item.name) for item in fields(Job) if item.name != "status"}
         transitions = tuple(Transition(_utc(item.at), item.state, item.message) for item in self.transitions)
-        shared |= {"created_at": _utc(self.created_at), "notices": tuple(self.notices), "transitions": transitions}
-        return Job(**shared, status=self.state, message=self.message)
+        values |= {"created_at": _utc(self.created_at), "notices": tuple(self.notices), "transitions": transitions}
+        return Job(**values, status=self.state)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``job.json``."""
@@ -184,49 +186,60 @@ class Record:
         Raises:
             ValueError: The record is invalid or was written by a newer version; the message has the reason.
         """
-        _check_type("the record", values, dict)
+        from_json(values, dict, "the record")
         version = values.get("version", VERSION)
         if isinstance(version, int) and version > VERSION:
             raise ValueError(
                 f"a newer version of OpenMAE wrote it (record version {version}, this one reads {VERSION})"
             )
-        known = {name: values[name] for name in _TYPES if name in values}
-        try:
-            record = cls(**known)
-        except TypeError:
-            missing = [name for name in _REQUIRED if name not in known]
-            raise ValueError(f"it has no {', '.join(missing)}") from None
-        for name, value in known.items():
-            _check_type(name, value, _TYPES[name])
+        known = {name: from_json(values[name], hint, name) for name, hint in _TYPES.items() if name in values}
+        if missing := [name for name in _REQUIRED if name not in known]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        record = cls(**known, later={name: value for name, value in values.items() if name not in _TYPES})
         if record.id != job_id:
             raise ValueError(f"it is the record of job {record.id} in the folder of job {job_id}")
         if not record.transitions:
             raise ValueError("transitions is empty")
-        record.transitions = [_transition(item) for item in record.transitions]
-        for time in (record.created_at, record.cancel_requested):
-            if time is not None:
-                parse_time(time)
-        if "handle" in known:
-            record.handle = _handle(known["handle"])
-        check_identity("submitter", record.submitter)
-        record.later = {name: value for name, value in values.items() if name not in _TYPES}
         return record
 
 
-_TYPES = {name: hint for name, hint in get_type_hints(Record).items() if name != "later"}
-_REQUIRED = [item.name for item in fields(Record)][: list(_TYPES).index("version")]
-_SHARED = [name for name in _REQUIRED if name != "transitions"]
+@functools.cache
+def _types_of(dataclass_type: type) -> dict[str, Any]:
+    return get_type_hints(dataclass_type, include_extras=True)
 
 
-def check_identity(name: str, value: Any) -> None:
-    """Check that a value from a file is None or identifies a process by an integer pid.
+_TYPES = {name: hint for name, hint in _types_of(Record).items() if name != "later"}
+_REQUIRED = list(_TYPES)[: list(_TYPES).index("version")]
+
+
+def from_json(value: Any, hint: Any, name: str) -> Any:
+    """Return a JSON value as the type of a field. An object becomes a dataclass, without its unknown fields.
+
+    Of lists and objects that are no dataclass, the content is not checked, except for transitions and identities.
 
     Raises:
-        ValueError: The value is not an object, or its pid is not an integer.
+        ValueError: The value has another type, or is not a time or a state; the message has ``name``.
     """
-    _check_type(name, value, dict | None)
-    if value is not None:
-        _check_type(f"{name}.pid", value.get("pid"), int)
+    optional = NoneType in get_args(hint)
+    if optional and value is None:
+        return None
+    kind = get_args(hint)[0] if optional else hint
+    plain = str if kind in (Time, State) else get_origin(kind) or kind
+    stored, found = plain if plain in _KINDS else dict, type(value)
+    if found is not stored:
+        wanted = f"{_KINDS[stored]} or null" if optional else _KINDS[stored]
+        raise ValueError(f"{name} must be {wanted}, but is {_KINDS.get(found, 'a number')}")
+    if kind == Time:
+        parse_time(value)
+    elif kind == State and value not in STATES:
+        raise ValueError(f"there is no state {value!r}")
+    elif kind == list[Transition]:
+        return [from_json(item, Transition, f"{name}[{index}]") for index, item in enumerate(value)]
+    elif kind is Identity:
+        from_json(value.get("pid"), int, f"{name}.pid")
+    elif plain is not stored and stored is dict:  # a dataclass
+        return kind(**{key: from_json(value.get(key), hint, f"{name}.{key}") for key, hint in _types_of(kind).items()})
+    return value
 
 
 def parse_time(text: str) -> datetime:
@@ -249,31 +262,3 @@ def now() -> str:
 
 def _utc(text: str) -> str:
     return parse_time(text).astimezone(UTC).isoformat(timespec="microseconds")
-
-
-def _transition(item: Any) -> Transition:
-    _check_type("a transition", item, dict)
-    for name in ("at", "state", "message"):
-        _check_type(f"{name} of a transition", item.get(name), str)
-    if item["state"] not in STATES:
-        raise ValueError(f"there is no state {item['state']!r}")
-    parse_time(item["at"])
-    return Transition(item["at"], item["state"], item["message"])
-
-
-def _handle(values: Any) -> Handle:
-    handle = Handle(*(values.get(item.name) for item in fields(Handle)))
-    for name in ("supervisor", "process"):
-        check_identity(f"handle.{name}", getattr(handle, name))
-    for name in ("slurm_job", "ray"):
-        _check_type(f"handle.{name}", getattr(handle, name), str | None)
-    return handle
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Check the outermost type of a JSON value; dataclasses are stored as objects."""
-    wanted = [get_origin(one) or one for one in (get_args(hint) if NoneType in get_args(hint) else (hint,))]
-    wanted = [one if one in _KINDS else dict for one in wanted]
-    if type(value) not in wanted:
-        names = " or ".join(_KINDS[one] for one in wanted)
-        raise ValueError(f"{name} must be {names}, but is {_KINDS.get(type(value), 'a number')}")

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from openmae.errors import Preempted
-from openmae.jobs.artifacts import below, modified, read_text
+from openmae.jobs.artifacts import below, find_file, read_text
 from openmae.jobs.job import Record, State, parse_time
 from openmae.storage import layout
 
 EXIT = "exit_code"  # file in the folder of a SLURM or Ray job
-_QUARTER = 15 * 60.0  # seconds
+_CLOCK_SKEW = 2.0  # seconds by which the clock of a file server may be behind
 _TAIL = 64 * 1024  # bytes to analyse at the end of a log
 
 Category = Literal["data", "spec", "out of memory", "infrastructure", "unknown"]
@@ -47,14 +46,15 @@ def conclude(record: Record, code: int) -> JobOutcome:
     return JobOutcome("ERROR", f"{meaning} ({how})", code)
 
 
-def conclude_without_code(record: Record, report: str, *, canceled: bool) -> JobOutcome:
-    """Return the outcome of a job without an exit code: from ``status.json``, or else from ``canceled``.
+def conclude_without_code(record: Record, report: str, *, stopped: bool = False) -> JobOutcome:
+    """Return the outcome of a job without an exit code, from ``status.json`` or else from the request to cancel it.
 
-    ``report`` is the platform's message about the job.
+    ``report`` is the platform's message about the job; ``stopped`` is True if it was stopped through the platform.
     """
-    if last_status(record) in ("SUCCESS", "SKIPPED"):
+    lines = status_lines(record)
+    if lines and lines[-1]["status"] in ("SUCCESS", "SKIPPED"):
         return JobOutcome("COMPLETE", f"finished; {report}", 0)
-    return JobOutcome("CANCELED" if canceled else "ERROR", report)
+    return JobOutcome("CANCELED" if record.cancel_requested or stopped else "ERROR", report)
 
 
 def read_exit_code(folder: Path) -> int | None:
@@ -78,60 +78,28 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def last_status(record: Record) -> str | None:
-    """Return the last status of the run if it is SUCCESS, SKIPPED or FAILURE, else None."""
-    lines = status_lines(record)
-    last = str(lines[-1].get("status")) if lines else None
-    return last if last in ("SUCCESS", "SKIPPED", "FAILURE") else None
-
-
 def status_lines(record: Record) -> list[dict[str, Any]]:
-    """Return the complete lines of ``status.json`` written by this job, not by earlier runs; oldest first.
+    """Return the lines of the last run in ``status.json``, oldest first; none if this job has not written to the file.
 
     Raises:
         DataError: The results are in a remote store that cannot be read.
     """
     began = next((item.at for item in record.transitions if item.state == "RUNNING"), None)
     path = below(record.results_folder, layout.STATUS)
-    text = read_text(path) if began else None
-    if not began or text is None:
+    file = find_file(path) if began else None
+    if not began or file is None or 0 < file.modified < parse_time(began).timestamp() - _CLOCK_SKEW:
         return []
-    # times in status.json are rounded down to seconds, and the clock of a file server may be slightly behind
-    earliest = parse_time(began) - timedelta(seconds=2)
-    entries = [entry for line in text.split("\n")[:-1] if (entry := _parse(line)) is not None]
-    zone = _time_zone(entries, path)
-    return [entry for entry in entries if (when := _time_of(entry, zone)) is not None and when >= earliest]
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
-def _time_of(entry: Mapping[str, Any], zone: tzinfo | None) -> datetime | None:
-    """Return the time of a line, which was written in ``zone`` (None: the local time zone)."""
-    try:
-        when = datetime.strptime(f"{entry['date']} {entry['time']}", "%m/%d/%Y %H:%M:%S")
-        return when.replace(tzinfo=zone) if zone else when.astimezone()
-    except (ValueError, KeyError, OverflowError):
-        return None
-
-
-def _time_zone(entries: Sequence[Mapping[str, Any]], path: str) -> tzinfo | None:
-    """Return the time zone of a run, or None if it cannot be determined.
-
-    The lines have local times without a zone (TAO's format). The offset from UTC is the difference between the time of
-    the last line and the modification time of the file.
-    """
-    last = next((when for entry in reversed(entries) if (when := _time_of(entry, UTC)) is not None), None)
-    written = modified(path)
-    if last is None or not written:
-        return None
-    quarters = round((last.timestamp() - written) / _QUARTER)  # time zones are multiples of a quarter of an hour
-    return timezone(timedelta(seconds=quarters * _QUARTER)) if -48 <= quarters <= 56 else None
+    found: list[dict[str, Any]] = []
+    for line in (read_text(path) or "").split("\n")[:-1]:  # the last line may be incomplete
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and "status" in entry:
+            if entry["status"] == "STARTED":
+                found.clear()
+            found.append(entry)
+    return found
 
 
 @dataclass(frozen=True)
@@ -166,25 +134,22 @@ class _Rule(NamedTuple):
 
 _DIVERGED = r"not finite|diverged|\bNaN\b"
 _SMALLER = "Lower dataset.batch_size and raise train.accum_grad_batches by the same factor, or use bf16 or fp16."
-_RULES = tuple(
-    _Rule(*row)
-    for row in (
-        (r"bus error|insufficient shared memory|/dev/shm", "out of memory",
-         "Set dataset.num_workers_per_gpu=0, or give the machine more shared memory (/dev/shm)."),
-        (r"out of memory|outofmemory|can't allocate memory|cannot allocate memory|MemoryError|oom[-_ ]kill",
-         "out of memory", _SMALLER),
-        (r"no space left|disk is full|disk quota|could not be written", "infrastructure",
-         "Free space, or set results_dir to another disk; the same job resumes from its newest checkpoint."),
-        (r"NCCL|gloo|connection (refused|reset|closed)|timed? ?out|could not connect|EndpointConnection|name resolution"
-         r"|network is unreachable|CUDA (driver|error)|no CUDA|cuInit|NVML|NODE_FAIL|PREEMPTED|BOOT_FAIL|DEADLINE"
-         r"|supervisor|client died|no longer knows|stale file handle|Input/output error", "infrastructure",
-         "Submit it again; if it fails again, check the machine, the network and the driver."),
-        (r"\bDataError\b|corrupt|unreadable image|images are at fault|dataset\.\w+_data_sources", "data",
-         "Check the data source: `mae dataset check` counts images, classes and broken files."),
-        (r"\bSpecError\b|\bCheckpointError\b|has (a mistake|\d+ mistakes)", "spec",
-         "Fix the spec; `mae spec check -e SPEC --action ACTION` prints every mistake."),
-        (_DIVERGED, "spec", "Lower train.optim.lr, raise train.optim.warmup_epochs, or set train.clip_grad_norm."),
-    )
+_RULES = (
+    _Rule(r"bus error|insufficient shared memory|/dev/shm", "out of memory",
+          "Set dataset.num_workers_per_gpu=0, or give the machine more shared memory (/dev/shm)."),
+    _Rule(r"out of memory|outofmemory|can't allocate memory|cannot allocate memory|MemoryError|oom[-_ ]kill",
+          "out of memory", _SMALLER),
+    _Rule(r"no space left|disk is full|disk quota|could not be written", "infrastructure",
+          "Free space, or set results_dir to another disk; the same job resumes from its newest checkpoint."),
+    _Rule(r"NCCL|gloo|connection (refused|reset|closed)|timed? ?out|could not connect|EndpointConnection"
+          r"|name resolution|network is unreachable|CUDA (driver|error)|no CUDA|cuInit|NVML|NODE_FAIL|PREEMPTED"
+          r"|BOOT_FAIL|DEADLINE|supervisor|client died|no longer knows|stale file handle|Input/output error",
+          "infrastructure", "Submit it again; if it fails again, check the machine, the network and the driver."),
+    _Rule(r"\bDataError\b|corrupt|unreadable image|images are at fault|dataset\.\w+_data_sources", "data",
+          "Check the data source: `mae dataset check` counts images, classes and broken files."),
+    _Rule(r"\bSpecError\b|\bCheckpointError\b|has (a mistake|\d+ mistakes)", "spec",
+          "Fix the spec; `mae spec check -e SPEC --action ACTION` prints every mistake."),
+    _Rule(_DIVERGED, "spec", "Lower train.optim.lr, raise train.optim.warmup_epochs, or set train.clip_grad_norm."),
 )  # fmt: skip
 
 
@@ -194,7 +159,7 @@ def analyse(record: Record, log: Path) -> FailureAnalysis:
     Raises:
         DataError: The results are in a remote store that cannot be read.
     """
-    failures = [str(line.get("message", "")) for line in status_lines(record) if line.get("status") == "FAILURE"]
+    failures = [str(line.get("message", "")) for line in status_lines(record) if line["status"] == "FAILURE"]
     tail = log_tail(log)
     if failures:
         error, evidence = failures[-1], layout.STATUS

@@ -19,8 +19,9 @@ from openmae.jobs.job import Record
 from openmae.spec.actions import SHORTHANDS, TABLE, expand_shorthand
 from openmae.spec.option import SECRET_MARK, is_secret
 from openmae.spec.tree import NotASectionError, Tree, flatten, get, put
+from openmae.spec.yaml_reader import MISSING
 from openmae.storage import layout
-from openmae.storage.urls import is_remote
+from openmae.storage.urls import is_remote, redact
 
 KEY_VARIABLE = "OPENMAE_ENCRYPTION_KEY"
 CARRIED = ("train.stage", "model.arch", "model.num_classes", "dataset.augmentation.input_size")
@@ -32,7 +33,7 @@ class Origin:
     """The origin of a value.
 
     Attributes:
-        value: The value; None if the key was left unset.
+        value: The value, without secrets; None if the key was left unset.
         function: A function in the action table, or ``specs``, ``spec_overrides``, ``carried``, ``gpu_count``, ...
         why: An explanation for the user.
     """
@@ -62,30 +63,22 @@ class JobSpec:
         """Set a key and record its origin; None leaves the key unset and only records the reason."""
         if value is not None:
             self.values[key] = value
-        self.origins[key] = Origin(key, value, function, why)
+        literal_key = key == "encryption_key" and is_secret(str(value or ""))
+        self.origins[key] = Origin(key, SECRET_MARK if literal_key else without_password(value), function, why)
 
     def is_set(self, key: str) -> bool:
         """Return whether a key has a value other than an empty string."""
         return self.values.get(key) not in (None, "")
 
     @property
-    def tree(self) -> Tree:
-        """The values as nested sections."""
-        return nested(self.values)
-
-    @property
     def folder(self) -> str:
         """The results folder of the action: ``<action>.results_dir``, else ``<results_dir>/<action>``."""
         own = self.values.get(f"{self.action}.results_dir")
-        return _absolute(own) if own else below(self.values["results_dir"], self.action)
+        return absolute(own) if own else below(self.values["results_dir"], self.action)
 
     def explanation(self) -> list[dict[str, Any]]:
-        """Return the origins as dicts, sorted by key, with a literal encryption key masked."""
-        found = [asdict(self.origins[key]) for key in sorted(self.origins)]
-        for item in found:
-            if item["key"] == "encryption_key" and is_secret(str(item["value"] or "")):
-                item["value"] = SECRET_MARK
-        return found
+        """Return the origins as dicts, sorted by key."""
+        return [asdict(self.origins[key]) for key in sorted(self.origins)]
 
 
 def merge(
@@ -98,23 +91,20 @@ def merge(
     """
     spec = JobSpec(action)
     for source, given in (("specs", specs or {}), ("spec_overrides", spec_overrides or {})):
-        short: dict[str, tuple[Any, str]] = {}
-        nested_keys: dict[str, tuple[Any, str]] = {}
-        dotted: dict[str, tuple[Any, str]] = {}
-        for name, value in given.items():
-            key = str(name)
-            if key in SHORTHANDS:
-                short |= {
-                    k: (v, f"shorthand {key} in {source}") for k, v in expand_shorthand(action, key, value).items()
-                }
+        for name, value in sorted(given.items(), key=lambda item: _precedence(str(item[0]))):
+            name = str(name)
+            if name in SHORTHANDS:
+                found, why = expand_shorthand(action, name, value), f"shorthand {name} in {source}"
             else:
-                found = {k: (v, f"given in {source}") for k, v in flatten({key: value}).items()}
-                (dotted if "." in key else nested_keys).update(found)
-        for layer in (short, nested_keys | dotted):
-            for key, (value, why) in layer.items():
-                if value is not None and value != "???":
-                    spec.put(key, value, source, why)
+                found, why = flatten({name: value}), f"given in {source}"
+            for key, one in found.items():
+                if one is not None and one != MISSING:
+                    spec.put(key, one, source, why)
     return spec
+
+
+def _precedence(name: str) -> int:
+    return 0 if name in SHORTHANDS else 2 if "." in name else 1
 
 
 def fill(spec: JobSpec, parent: Record | None, own_results: str) -> None:
@@ -134,7 +124,7 @@ def fill(spec: JobSpec, parent: Record | None, own_results: str) -> None:
     if not spec.is_set("results_dir"):
         spec.put("results_dir", own_results, "output_dir", "this job's results folder")
     else:
-        spec.values["results_dir"] = _absolute(spec.values["results_dir"])
+        spec.values["results_dir"] = absolute(spec.values["results_dir"])
     if parent is not None and not TABLE[parent.action].produces:
         raise SpecError(
             f"parent_job_id: {parent.id} is a job of {parent.action}, whose results have no model.",
@@ -243,12 +233,14 @@ def _read_parent_spec(parent: Record) -> tuple[dict[str, Any], str]:
     """Return a parent's spec by dotted key (the resolved spec of a training run, else the given one) and its name."""
     if parent.action == "train":
         folder = parent.results_folder
-        text = read_text(below(folder, layout.BEST_SPEC)) or read_text(below(folder, layout.SPEC))
+        for name in (layout.BEST_SPEC, layout.SPEC):
+            if text := read_text(below(folder, name)):
+                break
         try:
             tree = yaml.safe_load(text) if text else None
         except (yaml.YAMLError, RecursionError) as error:
             raise SpecError(
-                f"parent_job_id: experiment.yaml of job {parent.id} is damaged: {str(error).splitlines()[0]}.",
+                f"parent_job_id: {name} of job {parent.id} is damaged: {str(error).splitlines()[0]}.",
                 "Restore it, or remove it and set model.arch and train.stage in the spec.",
             ) from error
         if isinstance(tree, dict):
@@ -256,8 +248,14 @@ def _read_parent_spec(parent: Record) -> tuple[dict[str, Any], str]:
     return flatten(parent.spec), "spec"
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
+    """Return an absolute path; a URL or a reference such as ``${oc.env:NAME}`` is returned unchanged."""
     return path if is_remote(path) or "${" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def without_password(value: Any) -> Any:
+    """Return a value without the password or the signature of a URL."""
+    return redact(value) if isinstance(value, str) and is_remote(value) else value
 
 
 def nested(values: Mapping[str, Any]) -> Tree:

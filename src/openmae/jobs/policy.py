@@ -59,10 +59,10 @@ def resolve_policy(explicit: str | bool | None, words: str = "") -> tuple[Policy
     return ("off", f"{found[0]!r} turns AutoML off") if found else ("auto", "auto is the default")
 
 
-def route(action: str, explicit: str | bool | None = None, words: str = "", skill: Path | None = None) -> Route:
+def route(action: str, explicit: str | bool | None = None, words: str = "") -> Route:
     """Return where an action runs: ``train`` with the policy auto becomes a search, if that is possible.
 
-    ``explicit`` and ``words`` are those of ``resolve_policy``; ``skill`` is the folder of the skill package.
+    ``explicit`` and ``words`` are those of ``resolve_policy``.
 
     Raises:
         SpecError: ``explicit`` is not auto, on or off.
@@ -73,10 +73,10 @@ def route(action: str, explicit: str | bool | None = None, words: str = "", skil
     if policy == "off":
         return Route(policy, action, f"It trains once, for this run only: {why}.")
     try:
-        enabled = _read(skill or SKILL, _INFO).get("automl_enabled") is True
+        enabled = _read(_INFO).get("automl_enabled") is True
         if enabled:
-            _read(skill or SKILL, _TEMPLATE)
-            if not isinstance(_read(skill or SKILL, _SCHEMA).get("properties"), dict):
+            _read(_TEMPLATE)
+            if not isinstance(_read(_SCHEMA).get("properties"), dict):
                 raise ValueError(f"{_SCHEMA} has no properties")
     except ValueError as error:
         return Route(policy, action, f"{NOT_RUNNABLE} ({error}). It trains once.")
@@ -85,12 +85,12 @@ def route(action: str, explicit: str | bool | None = None, words: str = "", skil
     return Route(policy, "automl", f"It becomes a hyperparameter search: {why}.")
 
 
-def _read(skill: Path, name: str) -> dict[str, Any]:
-    """Return the content of a JSON or YAML file; raise a ValueError if it is missing or cannot be parsed."""
+def _read(name: str) -> dict[str, Any]:
+    """Return the content of a file of the skill; raise a ValueError if it is missing or cannot be parsed."""
     import yaml
 
     try:
-        text = (skill / name).read_text(encoding="utf-8")
+        text = (SKILL / name).read_text(encoding="utf-8")
         tree = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
     except FileNotFoundError:
         raise ValueError(f"{name} is missing") from None

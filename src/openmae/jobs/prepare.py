@@ -13,7 +13,7 @@ from typing import Any
 from openmae.data.presence import missing_files, missing_sources
 from openmae.errors import DataError, SpecError, blaming
 from openmae.jobs.job import Record, Transition, now
-from openmae.jobs.parameters import KEY_VARIABLE, JobSpec, fill, merge, nested
+from openmae.jobs.parameters import KEY_VARIABLE, JobSpec, absolute, fill, merge, nested, without_password
 from openmae.jobs.policy import Route, route
 from openmae.machine import identify
 from openmae.spec.actions import ACTIONS, DEVICES, get_action
@@ -23,7 +23,7 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.spec.yaml_reader import write_text
 from openmae.storage import layout
-from openmae.storage.urls import is_remote, redact
+from openmae.storage.urls import is_remote
 
 _STOPS_EARLY = ("asha", "hyperband", "bohb")
 
@@ -70,14 +70,14 @@ def prepare(request: JobRequest, parent: Record | None, job_id: str, folder: Pat
     replaced = _set_counts(draft, request)
     fill(draft, parent, str(folder / "results"))
     environment = dict(request.env_vars or {})
-    literal_key = _move_key(draft, environment)
-    tree = draft.tree
+    literal_key = _prepare_key(draft, environment)
+    tree = nested(draft.values)
     spec = load_spec(tree, action=routed.where)
     check_sources(spec, action)
-    check_key(spec.encryption_key, environment)
     gpus, nodes = _resources(spec, request, draft.searching)
     if literal_key:
         draft.values["encryption_key"] = SECRET_MARK
+    output = get_action(action).output
     command = command_of(routed.where, folder / layout.JOB_SPEC)
     if draft.searching:
         command += ["--platform", request.platform]
@@ -88,7 +88,7 @@ def prepare(request: JobRequest, parent: Record | None, job_id: str, folder: Pat
         platform=request.platform,
         created_at=now(),
         results_dir=spec.results_dir,
-        results_folder=_absolute(spec.results_folder(routed.where)),
+        results_folder=absolute(spec.results_folder(routed.where)),
         parent_job_id=parent.id if parent else None,
         exit_code=None,
         notices=_notices(request, parent, literal_key, routed, spec, replaced),
@@ -98,9 +98,9 @@ def prepare(request: JobRequest, parent: Record | None, job_id: str, folder: Pat
         command=command,
         cwd=os.getcwd(),
         own_results=own_results,
-        outputs=_outputs(spec, action),
-        spec=nested({key: _without_password(value) for key, value in draft.values.items()}),
-        explanation=[{**item, "value": _without_password(item["value"])} for item in draft.explanation()],
+        outputs=[absolute(value_of(spec, output.key))] if output else [],
+        spec=nested({key: without_password(value) for key, value in draft.values.items()}),
+        explanation=draft.explanation(),
         gpus=gpus,
         nodes=nodes,
         processes=getattr(spec, action).num_gpus if action in DEVICES else 1,
@@ -133,22 +133,6 @@ def check_sources(spec: ExperimentSpec, action: str) -> None:
                 require(source)
 
 
-def check_key(text: str, env_vars: Mapping[str, str]) -> None:
-    """Check that the job can read its encryption key.
-
-    Raises:
-        SpecError: The key's environment variable is not set, or its file does not exist.
-    """
-    name = text.removeprefix(KEY_IN_ENVIRONMENT)
-    if text.startswith(KEY_IN_ENVIRONMENT) and not (env_vars.get(name) or os.environ.get(name)):
-        raise SpecError(
-            f"encryption_key: the environment variable {name!r} is not set.", "Set it, or pass it in env_vars."
-        )
-    path = os.path.expanduser(text.removeprefix(KEY_IN_FILE))
-    if text.startswith(KEY_IN_FILE) and not os.path.isfile(path):
-        raise SpecError(f"encryption_key: there is no file {path!r}.", "Write the key to it.")
-
-
 def _check_arguments(request: JobRequest) -> None:
     if request.action not in ACTIONS:
         raise SpecError(f"action: there is no action {request.action!r}.", f"Use one of: {', '.join(ACTIONS)}.")
@@ -174,40 +158,41 @@ def _check_arguments(request: JobRequest) -> None:
 
 def _set_counts(draft: JobSpec, request: JobRequest) -> list[str]:
     """Apply ``gpu_count`` and ``num_nodes`` to the section of the action; return the values that they replace."""
-    action, replaced = draft.action, []
-
-    def replace(key: str, value: Any, argument: str, why: str) -> None:
-        replaced.append(f"{key}={draft.values[key]}")
+    action, gpus, nodes = request.action, request.gpu_count, request.num_nodes
+    ids, numbers = (f"{action}.gpu_ids", list(range(gpus or 0))) if action in DEVICES else (f"{action}.gpu_id", 0)
+    changes: list[tuple[str, Any, str, str]] = []  # key, value, argument, reason
+    if gpus and action in DEVICES:
+        changes.append((f"{action}.num_gpus", gpus, "gpu_count", "the argument gpu_count"))
+    if gpus and draft.is_set(ids):
+        changes.append((ids, numbers, "gpu_count", "the platform decides which GPUs are used"))
+    if nodes and action in DEVICES:
+        changes.append((f"{action}.num_nodes", nodes, "num_nodes", "the argument num_nodes"))
+    replaced = []
+    for key, value, argument, why in changes:
+        given = draft.values.get(key)
+        if draft.is_set(key) and str(list(given) if isinstance(given, tuple) else given) != str(value):
+            replaced.append(f"{key}={given}")
         draft.put(key, value, argument, why)
-
-    if action not in DEVICES:
-        key = f"{action}.gpu_id"
-        if request.gpu_count and draft.values.get(key) not in (None, 0):
-            replace(key, 0, "gpu_count", "the platform decides which GPU is used")
-        return replaced
-    given = {"num_gpus": ("gpu_count", request.gpu_count or None), "num_nodes": ("num_nodes", request.num_nodes)}
-    for name, (argument, count) in given.items():
-        if count is None:
-            continue
-        key, ids, wanted = f"{action}.{name}", f"{action}.gpu_ids", list(range(count))
-        if draft.is_set(key) and str(draft.values[key]) != str(count):
-            replaced.append(f"{key}={draft.values[key]}")
-        draft.put(key, count, argument, f"the argument {argument}")
-        if name == "num_gpus" and draft.is_set(ids) and draft.values[ids] not in (wanted, tuple(wanted)):
-            replace(ids, wanted, argument, f"the argument {argument}: the platform decides which GPUs are used")
     return replaced
 
 
-def _move_key(draft: JobSpec, environment: dict[str, str]) -> bool:
-    """Move a literal encryption key to the environment; return whether there was one."""
+def _prepare_key(draft: JobSpec, environment: dict[str, str]) -> bool:
+    """Move a literal encryption key to the environment, or check that the job can read the key; return if it moved."""
     key = str(draft.values.get("encryption_key") or "")
     if "${" in key:  # resolve the reference; otherwise its text would become the key
         key = load_spec({"encryption_key": key}).encryption_key
-    if not is_secret(key):
-        return False
-    environment[KEY_VARIABLE] = key
-    draft.values["encryption_key"] = f"{KEY_IN_ENVIRONMENT}{KEY_VARIABLE}"
-    return True
+    if is_secret(key):
+        environment[KEY_VARIABLE] = key
+        draft.values["encryption_key"] = f"{KEY_IN_ENVIRONMENT}{KEY_VARIABLE}"
+        return True
+    variable, path = key.removeprefix(KEY_IN_ENVIRONMENT), os.path.expanduser(key.removeprefix(KEY_IN_FILE))
+    if key.startswith(KEY_IN_ENVIRONMENT) and not (environment.get(variable) or os.environ.get(variable)):
+        raise SpecError(
+            f"encryption_key: the environment variable {variable!r} is not set.", "Set it, or pass it in env_vars."
+        )
+    if key.startswith(KEY_IN_FILE) and not os.path.isfile(path):
+        raise SpecError(f"encryption_key: there is no file {path!r}.", "Write the key to it.")
+    return False
 
 
 def _resources(spec: ExperimentSpec, request: JobRequest, searching: bool) -> tuple[int, int]:
@@ -229,19 +214,6 @@ def _resources(spec: ExperimentSpec, request: JobRequest, searching: bool) -> tu
     if searching:  # on a cluster, its trials are separate jobs that request resources themselves
         return (gpus * spec.automl.max_concurrent, nodes) if request.platform == "local" else (0, 1)
     return gpus, nodes
-
-
-def _absolute(path: str) -> str:
-    return path if is_remote(path) else os.path.abspath(path)
-
-
-def _outputs(spec: ExperimentSpec, action: str) -> list[str]:
-    output = get_action(action).output
-    return [_absolute(value_of(spec, output.key))] if output else []
-
-
-def _without_password(value: Any) -> Any:
-    return redact(value) if isinstance(value, str) and is_remote(value) else value
 
 
 def _describe_search(spec: ExperimentSpec) -> str:

@@ -1,12 +1,14 @@
-"""Find and stop all processes of a job. Each job runs in its own session (``setsid``)."""
+"""Start, find and stop the processes of a job. Each job runs in its own session (``setsid``)."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,9 +18,25 @@ from openmae.machine import boot_id, inspect, is_running, is_same
 _POLL = 0.05
 
 
-def living_sessions() -> set[int]:
-    """Return the ids of all sessions on this machine."""
-    return {session for pid in psutil.pids() if (session := _session(pid)) is not None}
+def start_session(
+    command: Sequence[str],
+    log: Path,
+    stdin: int = subprocess.DEVNULL,
+    *,
+    cwd: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a process in a new session, with its output appended to ``log``."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def session_members(leader: Mapping[str, Any]) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from openmae.errors import RunError, SpecError
+from openmae.inputs import open_regular
 from openmae.jobs.job import FINAL, Record, parse_time
 from openmae.storage import layout
 from openmae.storage.atomic import FULL, UNWRITTEN, disk_error, disk_errors, write_durably
@@ -90,20 +91,14 @@ class JobStore:
             RunError: The file is damaged, belongs to another job, or was written by a newer version.
         """
         path = self.folder(job_id) / layout.JOB_RECORD
-        absent = SpecError(f"There is no job {job_id!r} in {self.root}.", _LIST)
-        if not _ID.fullmatch(job_id) or not path.parent.is_dir() or not os.path.lexists(path):
-            raise absent
         try:
             return Record.from_dict(read_json(path), job_id)
-        except FileNotFoundError:  # removed a moment ago
-            raise absent from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._no_job(job_id) from None
         except (ValueError, OSError) as error:
-            reason = str(error.strerror) if isinstance(error, OSError) else str(error)
-            fix = (
-                "Use that version for this job."
-                if "newer version" in reason
-                else f"Restore it, or remove {path.parent}."
-            )
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            newer = "newer version" in str(reason)
+            fix = "Use that version for this job." if newer else f"Restore it, or remove {path.parent}."
             raise RunError(
                 f"The record {path} cannot be read ({reason}).", f"{fix} Other jobs are not affected."
             ) from error
@@ -123,7 +118,7 @@ class JobStore:
             raise SpecError(
                 f"{len(found)} jobs begin with {text!r}: {', '.join(found[:4])}.", "Give more characters of the id."
             )
-        raise SpecError(f"There is no job {text!r} in {self.root}.", _LIST)
+        raise self._no_job(text)
 
     def ids(self) -> list[str]:
         """Return the ids of all jobs, in any order.
@@ -141,11 +136,6 @@ class JobStore:
         """Return all records, oldest first. Records that cannot be read are skipped with a warning."""
         found = []
         for job_id in self.ids():
-            if not _ID.fullmatch(job_id):
-                log.warning(
-                    "%s is not a job: the name of its folder is not a job id.", self.folder(job_id) / layout.JOB_RECORD
-                )
-                continue
             try:
                 found.append(self.read(job_id))
             except RunError as error:
@@ -159,16 +149,12 @@ class JobStore:
         """Lock a record and yield it for changes, which are written if the block ends without an error.
 
         Raises:
-            ValueError: The block has changed or removed a transition.
             SpecError: There is no such job.
             RunError: The record cannot be read or written, or another process holds its lock.
         """
         with locked(self.folder(job_id) / ".lock"):
             record = self.read(job_id)
-            before = list(record.transitions)
             yield record
-            if record.transitions[: len(before)] != before:
-                raise ValueError(f"transitions of job {job_id} are append-only")
             self._write(record)
 
     def try_to_write(self, job_id: str) -> None:
@@ -183,7 +169,7 @@ class JobStore:
             (self.folder(job_id) / _RESERVE).write_bytes(os.urandom(_RESERVED))
 
     def _write(self, record: Record) -> None:
-        text = json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n"
+        text = json.dumps(record.to_dict(), indent=1) + "\n"
         path, reserve = self.folder(record.id) / layout.JOB_RECORD, self.folder(record.id) / _RESERVE
         try:
             write_durably(path, text)
@@ -195,6 +181,9 @@ class JobStore:
             write_durably(path, text)
         if record.state in FINAL:
             reserve.unlink(missing_ok=True)
+
+    def _no_job(self, job_id: str) -> SpecError:
+        return SpecError(f"There is no job {job_id!r} in {self.root}.", _LIST)
 
 
 @contextmanager
@@ -226,17 +215,12 @@ def read_json(path: Path) -> Any:
     """Return the content of a small JSON file.
 
     Raises:
-        ValueError: The file is not a regular file, or not JSON.
-        OSError: The file cannot be read.
+        ValueError: The file is not JSON.
+        OSError: The file cannot be read, or is not a regular file.
     """
-    if not path.is_file():
-        path.stat()
-        raise ValueError("it is not a regular file")  # reading a pipe would never end
+    with open_regular(path) as file:
+        text = file.read().decode("utf-8")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"JSON has no {name}")

@@ -15,9 +15,9 @@ import pytest
 from tests.helpers.job_records import make_record
 from tests.helpers.platform_contract import PlatformContract, RunCode, Submit, until
 
-from openmae.errors import SpecError
-from openmae.jobs import Client, Job, processes, store
-from openmae.jobs.job import Handle, State, now
+from openmae.errors import RunError, SpecError
+from openmae.jobs import Client, Job, store
+from openmae.jobs.job import Handle
 from openmae.jobs.platforms.local.queue import Machine, Queue
 from openmae.jobs.processes import session_members
 from openmae.jobs.store import locked
@@ -127,6 +127,7 @@ def test_the_success_of_an_earlier_run_is_ignored(
     folder.mkdir(parents=True)
     old = {"date": "1/2/2020", "time": "3:4:5", "status": "SUCCESS", "message": "train finished"}
     (folder / "status.json").write_text(json.dumps(old) + "\n", encoding="utf-8")
+    os.utime(folder / "status.json", (1.6e9, 1.6e9))
     job = submit(spec_overrides={"results_dir": str(tmp_path / "results")})
     process = _running(client, job)
     _kill(_process(client, job, "supervisor"))
@@ -255,9 +256,16 @@ def test_what_the_machine_does_not_have_is_refused(
         SpecError, match=r"train.gpu_ids: a platform numbers the GPUs that it gives to a job from 0, got 1"
     ):
         submit(spec_overrides={"train.gpu_ids": [1]})
-    monkeypatch.setenv("OPENMAE_JOB_SLOTS", "many")
-    with pytest.raises(SpecError, match=r"OPENMAE_JOB_SLOTS must be a number of jobs, 1 or more, got 'many'"):
-        submit()
+    with monkeypatch.context() as patch:
+        patch.setenv("OPENMAE_JOB_SLOTS", "many")
+        with pytest.raises(SpecError, match=r"OPENMAE_JOB_SLOTS must be a number of jobs, 1 or more, got 'many'"):
+            submit()
+    for grace in ("a minute", "-1", "nan"):
+        monkeypatch.setenv("OPENMAE_JOB_GRACE", grace)
+        with pytest.raises(
+            SpecError, match=rf"OPENMAE_JOB_GRACE must be a number of seconds, 0 or more, got '{grace}'"
+        ):
+            submit()
     assert client.list_jobs() == []
 
 
@@ -278,6 +286,20 @@ def test_a_job_of_another_machine_is_unknown_here(client: Client, submit: Submit
         record.host = here
     client.cancel_job(job.id)
     client.wait(job.id, 20)
+
+
+def test_a_job_of_a_platform_that_is_missing_here_is_not_canceled(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    record = make_record("a" * 32, ("PENDING", "RUNNING"), platform="slurm")
+    client.store.create(record)
+    with pytest.raises(
+        RunError, match=rf"Job {record.id} cannot be canceled from this machine\. .*sbatch, squeue, .*\n  Fix: Install"
+    ):
+        client.cancel_job(record.id)
+    assert client.get_job_status(record.id).status == "UNKNOWN"
+    assert client.store.read(record.id).cancel_requested, "a Ray job finds the request there"
 
 
 def test_a_client_killed_before_the_start_leaves_an_error(client: Client, submit: Submit, run_code: RunCode) -> None:
@@ -432,27 +454,9 @@ def test_a_lock_that_a_stopped_process_holds_fails_no_waiting_job(
 ) -> None:
     monkeypatch.setattr(store, "PATIENCE", 0.05)
     queue = Queue(client.store, Machine((), 1))
-    queue.enter("7f", now(), 0, identify(os.getpid()) or {})
+    client.store.create(make_record("7f", handle=Handle(identify(os.getpid()))))
+    queue.folder.mkdir()
     with locked(client.store.root / ".queue" / ".lock"):
         assert queue.claim("7f") is None
     assert "Another process has held the lock" in caplog.text
     assert queue.claim("7f") == []
-
-
-def test_many_dead_jobs_are_checked_with_one_look_at_the_processes(
-    client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    me = identify(os.getpid())
-    assert me is not None
-    dead = {**me, "start": me["start"] - 1000}
-    for number in range(30):
-        states: tuple[State, ...] = ("PENDING", "RUNNING")
-        client.store.create(make_record(f"{number:032x}", states, submitter=dead, handle=Handle(dead, dead)))
-    looks = []
-    monkeypatch.setattr(
-        "openmae.jobs.platforms.local.platform.living_sessions", lambda: looks.append(1) or processes.living_sessions()
-    )
-    monkeypatch.setattr("openmae.jobs.platforms.common._FRESH", 60.0)
-    assert [job.status for job in client.list_jobs()] == ["ERROR"] * 30
-    assert len(looks) <= 1, "the processes were listed for each job"
-    assert [record.state for record in client.store.records()] == ["ERROR"] * 30

@@ -59,7 +59,8 @@ def test_a_running_job_with_a_damaged_entry_claims_all_gpus(client: Client) -> N
     with client.store.update(job.id) as record:
         record.gpus, record.handle = 1, Handle(me, me)
     queue = Queue(client.store, Machine(("0", "1"), 1))
-    queue.enter(_OTHER, job.created_at, 1, me)
+    client.store.create(make_record(_OTHER, gpus=1, handle=Handle(me)))
+    queue.folder.mkdir()
     (queue.folder / f"{job.id}.json").write_text("broken")
     assert queue.claim(_OTHER) is None
     queue.leave(job.id)

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from openmae.distributed.topology import LAUNCHERS
 from openmae.errors import RunError, SpecError
@@ -28,8 +28,6 @@ _Answer = TypeVar("_Answer")
 
 class Platform(ABC):
     """A place where jobs run: this machine or a cluster."""
-
-    name: ClassVar[str]
 
     def __init__(self, store: JobStore) -> None:
         self.store = store
@@ -67,16 +65,13 @@ class Fresh(Generic[_Answer]):
     """A cache of slow queries whose entries expire after a second, so that listing many jobs is fast."""
 
     def __init__(self) -> None:
-        self._answers: dict[str, tuple[float, _Answer]] = {}
+        self._answers: dict[str, tuple[_Answer, float]] = {}
 
     def get(self, key: str, ask: Callable[[], _Answer]) -> _Answer:
         """Return the cached answer for ``key``; call ``ask`` if there is none or it has expired."""
-        when, *known = self._answers.get(key, (0.0,))
-        if known and time.monotonic() - when < _FRESH:
-            return known[0]
-        answer = ask()
-        self._answers[key] = (time.monotonic(), answer)
-        return answer
+        if key not in self._answers or time.monotonic() - self._answers[key][1] >= _FRESH:
+            self._answers[key] = ask(), time.monotonic()
+        return self._answers[key][0]
 
     def forget(self, key: str) -> None:
         """Remove the answer for ``key``."""
@@ -88,9 +83,24 @@ def inherited_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
 
 
-def grace_seconds() -> float:
+def read_number(variable: str, unit: str, default: int = 1, least: int = 1) -> int:
+    """Return the number in an environment variable.
+
+    Raises:
+        SpecError: It is not an integer, or too small.
+    """
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise SpecError(
+            f"{variable} must be a number of {unit}, {least} or more, got {text!r}.",
+            f"Set it to an integer, or unset it for {default}.",
+        )
+    return int(text)
+
+
+def grace_seconds() -> int:
     """Return the seconds that a canceled job may take to write its checkpoint: OPENMAE_JOB_GRACE, or 60."""
-    return float(os.environ.get(GRACE, "60"))
+    return read_number(GRACE, "seconds", default=60, least=0)
 
 
 def cluster_name(job_id: str) -> str:
@@ -98,11 +108,11 @@ def cluster_name(job_id: str) -> str:
     return f"mae-{job_id}"
 
 
-def before_submission(record: Record, cluster: str) -> JobOutcome | None:
-    """Return the outcome of a job that is unknown to the cluster and was perhaps never submitted to it."""
+def before_submission(record: Record, step: str = "started") -> JobOutcome | None:
+    """Return the outcome of a job that is not known to its platform, since ``step`` has not happened yet."""
     if is_running(record.submitter):
         return None
-    return JobOutcome("ERROR", f"the client died before the job was submitted to {cluster}")
+    return JobOutcome("ERROR", f"the client died before the job was {step}")
 
 
 def cancel_pending(store: JobStore, job_id: str) -> bool:

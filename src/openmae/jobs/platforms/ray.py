@@ -27,6 +27,7 @@ from openmae.jobs.platforms.common import (
     cluster_name,
     grace_seconds,
     inherited_environment,
+    read_number,
 )
 from openmae.jobs.platforms.ray_runner import KEY, THREADS, seal, withdraw
 from openmae.jobs.store import JobStore
@@ -42,8 +43,6 @@ _Answer = TypeVar("_Answer")
 
 class RayPlatform(Platform):
     """A Ray cluster whose dashboard can be reached from this machine."""
-
-    name = "ray"
 
     def __init__(self, store: JobStore) -> None:
         try:
@@ -68,13 +67,13 @@ class RayPlatform(Platform):
                 f"gpu_count: {gpus} GPUs are requested, but the largest node of the Ray cluster has {most}.",
                 f"Request {most} or fewer.",
             )
-        _cpus_per_process()
+        read_number(CPUS, "CPUs")
 
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
         """Encrypt the job's environment and submit the job."""
         record, folder = self.store.read(job_id), self.store.folder(job_id)
         most_cpus, most_gpus = self._largest()
-        cpus = _cpus_per_process() * record.processes
+        cpus = read_number(CPUS, "CPUs") * record.processes
         cpus = min(cpus, most_cpus or cpus)  # a job runs on one node
         gpus = record.gpus if most_gpus else 0
         own = {THREADS: str(max(1, cpus // record.processes))} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
@@ -91,7 +90,7 @@ class RayPlatform(Platform):
                     entrypoint_num_cpus=cpus,
                     entrypoint_num_gpus=gpus,
                     # so that training can write a checkpoint after `ray job stop`
-                    runtime_env={"env_vars": {KEY: key, "RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_seconds()) + 5)}},
+                    runtime_env={"env_vars": {KEY: key, "RAY_JOB_STOP_WAIT_TIME_S": str(grace_seconds() + 5)}},
                 )
             )
         except RunError:
@@ -108,11 +107,12 @@ class RayPlatform(Platform):
         details = self._details(record.id)
         if details is None:
             return self._conclude_unknown(record)
-        word = str(details.status.value)
-        if word in ("PENDING", "RUNNING"):
-            report = f"Ray job {cluster_name(record.id)}: {word}"
-            return JobOutcome("PENDING" if word == "PENDING" else "RUNNING", report)
-        return self._conclude(record, details)
+        report = f"Ray job {cluster_name(record.id)}: {details.status.value}"
+        if details.status.value == "PENDING":
+            return JobOutcome("PENDING", report)
+        if details.status.value == "RUNNING":
+            return JobOutcome("RUNNING", report)
+        return self._conclude(record, details, report)
 
     def cancel(self, job_id: str) -> None:
         """Cancel a waiting job. The runner of a running job finds the request in the record."""
@@ -122,7 +122,7 @@ class RayPlatform(Platform):
         with suppress(RunError):  # if Ray starts the job later, it ends at once
             self._ask(lambda ray: ray.stop_job(cluster_name(job_id)))
 
-    def _conclude(self, record: Record, details: Any) -> JobOutcome | None:
+    def _conclude(self, record: Record, details: Any, report: str) -> JobOutcome | None:
         """Return the outcome of a job that has ended in Ray, perhaps without writing its exit code."""
         folder = self.store.folder(record.id)
         withdraw(folder)
@@ -130,7 +130,6 @@ class RayPlatform(Platform):
         if code is None and details.driver_exit_code is not None:
             code = signal_as_minus(details.driver_exit_code)
         lines = [line for line in (details.message or "").splitlines() if line.strip()]
-        report = f"Ray job {cluster_name(record.id)}: {details.status.value}"
         if code is not None:
             outcome = conclude(record, code)
             return outcome._replace(
@@ -138,19 +137,17 @@ class RayPlatform(Platform):
             )
         if time.time() < (details.end_time or 0) / 1000 + _LAST_SECONDS:
             return None
-        canceled = record.cancel_requested is not None or details.status.value == "STOPPED"
-        found = conclude_without_code(record, report, canceled=canceled)
+        found = conclude_without_code(record, report, stopped=details.status.value == "STOPPED")
         return found._replace(message=f"{report}: {lines[0]}") if lines and found.state != "COMPLETE" else found
 
     def _conclude_unknown(self, record: Record) -> JobOutcome | None:
         submitted_to = record.handle.ray
         if submitted_to is None:
-            return before_submission(record, "Ray")
+            return before_submission(record, "submitted to Ray")
         if submitted_to != _address():
             return JobOutcome("UNKNOWN", f"it was submitted to the Ray cluster at {submitted_to}, not at {_address()}")
         withdraw(self.store.folder(record.id))
-        report = f"Ray no longer knows {cluster_name(record.id)}, as after a restart"
-        return conclude_without_code(record, report, canceled=record.cancel_requested is not None)
+        return conclude_without_code(record, f"Ray no longer knows {cluster_name(record.id)}, as after a restart")
 
     def _details(self, job_id: str) -> Any:
         """Return Ray's details of a job, or None if the job is unknown to Ray."""
@@ -198,8 +195,6 @@ class RayPlatform(Platform):
             ) from error
         except OSError as error:
             raise RunError(f"platform: there is no Ray cluster at {_address()}.", fix) from error
-        except RunError:
-            raise
         except Exception as error:
             lines = [line for line in str(error).splitlines() if line.strip(" .")]
             reason = lines[-1].strip() if lines else type(error).__name__
@@ -210,10 +205,3 @@ class RayPlatform(Platform):
 
 def _address() -> str:
     return os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or _DEFAULT
-
-
-def _cpus_per_process() -> int:
-    text = os.environ.get(CPUS, "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise SpecError(f"{CPUS} must be a number of CPUs, 1 or more, got {text!r}.", f"For example, set {CPUS}=4.")
-    return int(text)

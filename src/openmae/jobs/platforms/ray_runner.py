@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from cryptography.fernet import Fernet
 from openmae.errors import OpenMAEError, Preempted, SpecError
 from openmae.jobs.outcome import EXIT
 from openmae.jobs.platforms.common import wait
-from openmae.jobs.processes import signal_session
+from openmae.jobs.processes import signal_session, start_session
 from openmae.jobs.store import JobStore
 from openmae.machine import identify
 from openmae.storage import layout
@@ -104,15 +103,7 @@ def _take_environment(folder: Path) -> bool:
 def _run(store: JobStore, job_id: str, first: int, signals: list[int]) -> int | None:
     """Return the job's exit code, or None if the process ``first`` was killed; forward an earlier signal to the job."""
     record = store.read(job_id)
-    with Path(store.folder(job_id), layout.JOB_LOG).open("ab") as log:
-        job = subprocess.Popen(
-            record.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=record.cwd,
-            start_new_session=True,
-        )
+    job = start_session(record.command, store.folder(job_id) / layout.JOB_LOG, cwd=record.cwd)
     identity = identify(job.pid)
     if identity is None:
         return job.wait()

@@ -5,6 +5,7 @@ Partition, account and time limit are set by SLURM's variables SBATCH_PARTITION,
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from openmae.jobs.platforms.common import (
     grace_seconds,
     inherited_environment,
 )
+from openmae.jobs.processes import start_session
 from openmae.jobs.store import JobStore
 from openmae.storage import layout
 from openmae.storage.atomic import write_durably
@@ -50,8 +52,6 @@ _REQUEUE = f'[ $code = {Preempted.exit_code} ] && scontrol requeue "$SLURM_JOB_I
 
 class SlurmPlatform(Platform):
     """A SLURM cluster, used from a login node."""
-
-    name = "slurm"
 
     def __init__(self, store: JobStore) -> None:
         missing = [name for name in _NEEDED if shutil.which(name) is None]
@@ -96,9 +96,8 @@ class SlurmPlatform(Platform):
         answer = self._find(record.id)  # by name, since a client killed after sbatch has not recorded the number
         if not answer and code is None:
             if record.handle.slurm_job is None:
-                return before_submission(record, "SLURM")
-            report = f"SLURM no longer knows job {record.handle.slurm_job}"
-            return conclude_without_code(record, report, canceled=record.cancel_requested is not None)
+                return before_submission(record, "submitted to SLURM")
+            return conclude_without_code(record, f"SLURM no longer knows job {record.handle.slurm_job}")
         number, word, reason = (answer or [record.handle.slurm_job or "?", "ended", ""])[:3]
         report = f"SLURM job {number}: {word}" + (f" ({reason})" if reason not in ("", "None") else "")
         if word in _PENDING:
@@ -118,13 +117,8 @@ class SlurmPlatform(Platform):
         answer, name = self._find(job_id), f"--jobname={cluster_name(job_id)}"
         if answer and answer[1] in _RUNNING:
             _run(["scancel", "--signal=INT", name])
-            subprocess.Popen(
-                ["/bin/sh", "-c", f"sleep {grace_seconds():g}; exec scancel {shlex.quote(name)}"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            later = f"sleep {grace_seconds()}; exec scancel {shlex.quote(name)}"
+            start_session(["/bin/sh", "-c", later], Path(os.devnull))
             return
         _run(["scancel", name])
         if not answer or answer[1] in _PENDING:

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,10 +16,15 @@ from datetime import UTC, datetime
 from openmae.errors import RunError, SpecError
 from openmae.jobs.job import Record, parse_time
 from openmae.jobs.outcome import JobOutcome, conclude_without_code
-from openmae.jobs.platforms.common import Fresh, Platform, cancel_pending, grace_seconds, inherited_environment
+from openmae.jobs.platforms.common import (
+    Platform,
+    before_submission,
+    cancel_pending,
+    grace_seconds,
+    inherited_environment,
+)
 from openmae.jobs.platforms.local.queue import this_machine
-from openmae.jobs.processes import living_sessions, signal_session, stop_session
-from openmae.jobs.store import JobStore
+from openmae.jobs.processes import signal_session, start_session, stop_session
 from openmae.machine import is_running, is_stopped
 from openmae.storage import layout
 from openmae.storage.atomic import disk_errors
@@ -33,12 +37,6 @@ log = logging.getLogger("openmae")
 
 class LocalPlatform(Platform):
     """This machine. Its jobs queue for GPUs, or for slots if they use none."""
-
-    name = "local"
-
-    def __init__(self, store: JobStore) -> None:
-        super().__init__(store)
-        self._sessions: Fresh[set[int]] = Fresh()
 
     def check(self, gpus: int, nodes: int) -> None:
         """Raise an error for more than one node, or more GPUs than this machine has."""
@@ -54,15 +52,9 @@ class LocalPlatform(Platform):
     def submit(self, job_id: str, environment: Mapping[str, str]) -> None:
         """Start the job's supervisor, and wait until it has recorded itself."""
         path = self.store.folder(job_id) / layout.JOB_LOG
-        with disk_errors(path), path.open("ab") as output:
-            supervisor = subprocess.Popen(
-                [sys.executable, "-m", "openmae.jobs.platforms.local.supervisor", str(self.store.root), job_id],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**inherited_environment(), **environment},
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "openmae.jobs.platforms.local.supervisor", str(self.store.root), job_id]
+        with disk_errors(path):
+            supervisor = start_session(command, path, environment={**inherited_environment(), **environment})
         # reap the supervisor, so that a long-lived client does not accumulate zombies
         threading.Thread(target=supervisor.wait, daemon=True, name=f"supervisor of {job_id}").start()
         deadline = time.monotonic() + _PATIENCE
@@ -82,17 +74,14 @@ class LocalPlatform(Platform):
         if is_running(supervisor):
             return self._end_overdue(record)
         if supervisor is None:
-            if is_running(record.submitter):
-                return None
-            return JobOutcome("ERROR", "the client died before the job was started")
+            return before_submission(record)
         if process is None:
             return JobOutcome("ERROR", "its supervisor was killed before the job was started")
         if is_running(process):
             return None
-        if process["pid"] in self._sessions.get("all", living_sessions):
-            signal_session(process, signal.SIGKILL)  # its workers
+        signal_session(process, signal.SIGKILL)  # its workers
         report = "its supervisor was killed"
-        found = conclude_without_code(record, report, canceled=record.cancel_requested is not None)
+        found = conclude_without_code(record, report)
         messages = {
             "CANCELED": f"canceled; {report}",
             "ERROR": "its processes died with their supervisor; the exit code is unknown",

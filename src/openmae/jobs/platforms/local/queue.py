@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from openmae.errors import OpenMAEError, SpecError
-from openmae.jobs.job import check_identity, parse_time
+from openmae.jobs.job import Time, from_json, parse_time
+from openmae.jobs.platforms.common import read_number
 from openmae.jobs.processes import session_members
 from openmae.jobs.store import JobStore, LockHeldError, locked, read_json
 from openmae.machine import Identity, is_running, is_stopped
@@ -47,7 +48,7 @@ class QueueEntry:
     """
 
     id: str
-    created_at: str
+    created_at: Time
     gpus: int
     supervisor: Identity
     claim: list[str] | None = None
@@ -60,15 +61,10 @@ class QueueEntry:
         Raises:
             ValueError: The file is damaged; the message has the reason.
         """
-        if not isinstance(values, dict) or values.get("id") != job_id:
+        entry: QueueEntry = from_json(values, cls, "the entry")
+        if entry.id != job_id:
             raise ValueError(f"it is not an entry of job {job_id}")
-        created_at, gpus, claim = values.get("created_at"), values.get("gpus"), values.get("claim")
-        if not isinstance(created_at, str) or not isinstance(gpus, int) or not isinstance(claim, list | None):
-            raise ValueError("created_at, gpus or claim is missing or has a wrong type")
-        parse_time(created_at)
-        check_identity("supervisor", values.get("supervisor") or 0)
-        check_identity("process", values.get("process"))
-        return cls(job_id, created_at, gpus, values["supervisor"], claim, values.get("process"))
+        return entry
 
 
 def this_machine() -> Machine:
@@ -77,15 +73,13 @@ def this_machine() -> Machine:
     Raises:
         SpecError: OPENMAE_JOB_SLOTS is not a positive integer.
     """
-    text = os.environ.get(SLOTS, "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise SpecError(f"{SLOTS} must be a number of jobs, 1 or more, got {text!r}.", f"Set {SLOTS}=1.")
+    slots = read_number(SLOTS, "jobs")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         gpus = tuple(part.strip() for part in visible.split(",") if part.strip() not in ("", "-1"))
     else:
         gpus = _nvidia_smi()
-    return Machine(gpus, int(text))
+    return Machine(gpus, slots)
 
 
 def _nvidia_smi() -> tuple[str, ...]:
@@ -108,13 +102,8 @@ class Queue:
         self.machine = machine
         self._store = store
 
-    def enter(self, job_id: str, created_at: str, gpus: int, supervisor: Identity) -> None:
-        """Add a waiting job."""
-        with self._locked():
-            self._write(QueueEntry(job_id, created_at, gpus, supervisor))
-
     def claim(self, job_id: str) -> list[str] | None:
-        """Assign GPUs or a slot (an empty list) to a job, and return them; None if the job must wait.
+        """Assign GPUs or a slot (an empty list) to a job, and return them; None if the job must wait in the queue.
 
         The oldest waiting job comes first, even if a later one would fit. A job whose supervisor is stopped (SIGSTOP)
         is skipped until the supervisor continues.
@@ -129,11 +118,11 @@ class Queue:
 
     def _claim(self, job_id: str) -> list[str] | None:
         with self._locked():
+            if not self._path(job_id).exists():  # the first call, or its file was deleted
+                self._create_entry(job_id)
             entries = [entry for entry in self._entries() if self._holds(entry)]
             waiting = [entry for entry in entries if entry.claim is None and not is_stopped(entry.supervisor)]
             if not waiting or waiting[0].id != job_id:
-                if not any(entry.id == job_id for entry in entries):
-                    self._rebuild(job_id)  # its file was deleted
                 return None
             mine = waiting[0]
             claims = [entry.claim for entry in entries if entry.claim is not None]
@@ -190,7 +179,7 @@ class Queue:
         except FileNotFoundError:  # it has just left
             return None
         except (ValueError, OSError) as error:
-            entry, aside = self._rebuild(job_id), path.with_suffix(".broken")
+            entry, aside = self._create_entry(job_id), path.with_suffix(".broken")
             if entry is None:
                 with suppress(OSError):
                     os.replace(path, aside)
@@ -198,7 +187,7 @@ class Queue:
             log.warning("The queue entry %s cannot be read (%s): it was %s.", path, error, done)
             return entry
 
-    def _rebuild(self, job_id: str) -> QueueEntry | None:
+    def _create_entry(self, job_id: str) -> QueueEntry | None:
         """Create an entry from a job's record. A running job claims all GPUs, as the record does not list its GPUs."""
         try:
             record = self._store.read(job_id)

@@ -11,14 +11,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from openmae.errors import OpenMAEError, SpecError
 from openmae.jobs.job import FINAL
 from openmae.jobs.outcome import conclude
 from openmae.jobs.platforms.common import grace_seconds, wait
 from openmae.jobs.platforms.local.queue import Queue, this_machine
-from openmae.jobs.processes import signal_session, stop_session
+from openmae.jobs.processes import signal_session, start_session, stop_session
 from openmae.jobs.store import JobStore
 from openmae.machine import Identity, identify
 from openmae.storage import layout
@@ -31,9 +30,8 @@ _GATE = ["/bin/sh", "-c", 'read -r go || exit 125; exec "$@" </dev/null', "job"]
 
 def main(root: str, job_id: str) -> None:
     """Run one job to its end."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # background jobs of a shell ignore SIGINT, and the action would inherit this
+    # background jobs of a shell ignore SIGINT, and the action would inherit this
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     store = JobStore(root)
     me = identify(os.getpid())
     assert me is not None
@@ -42,7 +40,6 @@ def main(root: str, job_id: str) -> None:
     store.keep_reserve(job_id)
     queue = Queue(store, this_machine())
     try:
-        queue.enter(job_id, record.created_at, record.gpus, me)
         _run(store, queue, job_id)
     except BaseException as error:
         text = error.problem if isinstance(error, OpenMAEError) else f"{type(error).__name__}: {error}"
@@ -85,16 +82,8 @@ def _start(
     with store.update(job_id) as record:
         if record.state != "PENDING":
             return None
-        with Path(store.folder(job_id), layout.JOB_LOG).open("ab") as log:
-            job = subprocess.Popen(
-                [*_GATE, *record.command],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=record.cwd,
-                env=environment,
-                start_new_session=True,
-            )
+        log = store.folder(job_id) / layout.JOB_LOG
+        job = start_session([*_GATE, *record.command], log, subprocess.PIPE, cwd=record.cwd, environment=environment)
         identity = identify(job.pid)
         assert identity is not None
         record.handle.process = identity
