@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from openmae.errors import Preempted
 from openmae.jobs.artifacts import below, modified, read_text
 from openmae.jobs.job import Record, State, parse_time
 from openmae.storage import layout
+from openmae.storage.atomic import parse_object
 
 EXIT = "exit_code"  # file in the folder of a SLURM or Ray job
 _QUARTER = 15 * 60.0  # seconds
@@ -98,17 +98,9 @@ def status_lines(record: Record) -> list[dict[str, Any]]:
         return []
     # times in status.json are rounded down to seconds, and the clock of a file server may be slightly behind
     earliest = parse_time(began) - timedelta(seconds=2)
-    entries = [entry for line in text.split("\n")[:-1] if (entry := _parse(line)) is not None]
+    entries = [entry for line in text.split("\n")[:-1] if (entry := parse_object(line))]
     zone = _time_zone(entries, path)
     return [entry for entry in entries if (when := _time_of(entry, zone)) is not None and when >= earliest]
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return entry if isinstance(entry, dict) else None
 
 
 def _time_of(entry: Mapping[str, Any], zone: tzinfo | None) -> datetime | None:

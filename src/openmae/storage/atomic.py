@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from openmae.errors import OpenMAEError, RunError, UserError
 from openmae.storage.printable import encodable
@@ -45,6 +47,15 @@ def complete_lines(path: Path) -> list[str]:
     """Return the lines of a file; a last line without a line break is left out."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1].split("\n")[:-1]
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one if the text is damaged, incomplete or other JSON."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def drop_torn_line(path: Path) -> None:
@@ -184,12 +195,12 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = False, private: bool = False) -> Path:
+def write_atomically(path: Path, text: str) -> Path:
     """Write ``text`` to ``path`` with ``replacing``, and return the path.
 
     Surrogates from file names that are not valid UTF-8 are escaped; see ``encodable``.
     """
-    with replacing(path, durable=durable, private=private) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(encodable(text), encoding="utf-8", newline="")
     return path
 
@@ -200,5 +211,5 @@ def write_durably(path: Path, text: str) -> None:
     Raises:
         RunError: the disk is full or faulty, or the user may not write there; the old file is unchanged.
     """
-    with disk_errors(path):
-        write_atomically(path, text, durable=True, private=True)
+    with disk_errors(path), replacing(path, durable=True, private=True) as temporary:
+        temporary.write_text(encodable(text), encoding="utf-8", newline="")

@@ -23,7 +23,7 @@ T = TypeVar("T")
 ANSWER_LIMIT = 20.0  # seconds for a request; a command, which also takes time to start, should fail within 30
 CONNECTIONS = 32
 
-_PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "http": ("aiohttp", "s3"), "https": ("aiohttp", "s3")}
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # each is installed with the extra of that name
 _CREDENTIALS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("ACCESS_KEY", "SECRET_KEY"))
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_REGION")
@@ -54,17 +54,18 @@ def open_filesystem(url: str) -> AsyncFileSystem:
     Raises:
         DataError: the URL or the credentials are incomplete, or a package is missing.
     """
+    import fsspec
+
     url = checked(url)
     scheme = scheme_of(url)
-    package, extra = _PACKAGES[scheme]
-    try:
-        import fsspec
-
-        importlib.import_module(package)
-    except ImportError as error:
-        raise DataError(
-            f"{redact(url)}: {scheme}:// needs {package}; missing: {error.name}.", f"pip install 'openmae[{extra}]'"
-        ) from error
+    if package := _PACKAGES.get(scheme):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise DataError(
+                f"{redact(url)}: {scheme}:// needs {package}; missing: {error.name}.",
+                f"pip install 'openmae[{scheme}]'",
+            ) from error
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
         options |= _s3_options(url)

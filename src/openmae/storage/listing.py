@@ -247,7 +247,7 @@ async def _ask_other(filesystem: Any, path: str) -> RemoteFile:
     info = await filesystem._info(path)
     if info.get("type") == "directory":
         raise FileNotFoundError(path)
-    return _listed_file(name_of(path), info)
+    return listed_file(name_of(path), info)
 
 
 def _s3_file(path: str, reply: Mapping[str, Any]) -> RemoteFile:
@@ -278,7 +278,8 @@ def _web_file(url: str, response: Any) -> RemoteFile:
     return RemoteFile(unquote(name_of(url)), url, size, version, md5, response.status == 206 and size is not None)
 
 
-def _listed_file(name: str, info: Mapping[str, Any]) -> RemoteFile:
+def listed_file(name: str, info: Mapping[str, Any]) -> RemoteFile:
+    """Return a file from fsspec's ``info`` about it."""
     etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
     modified = str(info.get("LastModified") or info.get("mtime") or info.get("updated") or "")
     md5 = base64.b64decode(info["md5Hash"]).hex() if info.get("md5Hash") else ""
@@ -293,7 +294,7 @@ async def _list_prefix(filesystem: Any, folder: str) -> list[RemoteFile]:
     root = filesystem._strip_protocol(folder).rstrip("/") + "/"
     found: Mapping[str, Any] = await filesystem._find(root, detail=True)
     return [
-        _listed_file(path.removeprefix(root), info)
+        listed_file(path.removeprefix(root), info)
         for path, info in found.items()
         if path.startswith(root) and path != root and not path.endswith("/") and info.get("type") != "directory"
     ]

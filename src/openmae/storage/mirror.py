@@ -19,10 +19,10 @@ from typing import Any, Self
 
 from openmae.errors import DataError, RunError, StoppedAtOnce
 from openmae.storage import layout
-from openmae.storage.atomic import write_atomically
+from openmae.storage.atomic import parse_object, write_atomically
 from openmae.storage.download import download
 from openmae.storage.filesystem import ask, is_missing, is_transient, open_filesystem
-from openmae.storage.listing import Found, list_files
+from openmae.storage.listing import Found, list_files, listed_file
 from openmae.storage.transfer import ChangedError
 from openmae.storage.urls import join, redact, scheme_of
 
@@ -240,7 +240,7 @@ class Mirror:
             options = {"max_concurrency": _PARTS_AT_ONCE} if scheme_of(self.url) == "s3" else {}
             await self._filesystem._put_file(str(path), there, chunksize=_PART, **options)
         info = await self._filesystem._info(there)
-        return str(info.get("ETag") or info.get("etag") or info.get("mtime") or "").strip('"')
+        return listed_file(name, info).version
 
     def _forget_removed(self) -> None:
         """Delete from the store what was deleted locally, and older files of the series that were not downloaded."""
@@ -303,10 +303,7 @@ class _Record:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / layout.UPLOAD_RECORD
-        try:
-            facts = json.loads(self._path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError, RecursionError):
-            facts = {}
+        facts = parse_object(self._path.read_bytes() if self._path.exists() else b"")
         self.marks: dict[str, dict[str, Any]] = facts.get("marks", {})
         self.left: list[str] = facts.get("left", [])
 

@@ -53,11 +53,6 @@ def spreadsheet_cell(text: str) -> str:
     return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
 
 
-def cell_text(cell: str) -> str:
-    """Invert ``spreadsheet_cell``."""
-    return cell.removeprefix("'")
-
-
 def same_name(name: str) -> str:
     """Return a key that is equal for names that differ only in case or Unicode normalization."""
     return unicodedata.normalize("NFC", name).casefold()
