@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from openmae.errors import OpenMAEError, RunError, UserError
+from openmae.errors import OpenMAEError, RunError, UserError, causes_of
 from openmae.storage.printable import encodable
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -89,8 +89,7 @@ def disk_errors(path: str | os.PathLike[str], errors: Collection[int] = UNWRITTE
 
 def fault_of_disk(error: Exception) -> OSError | None:
     """Return the disk error that an exception is or was caused by, whichever library raised it; else None."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes_of(error):
         # without a file name, permission is denied for something else, such as sending a signal
         of_a_file = isinstance(cause, OSError) and (cause.errno not in _UNWRITABLE or cause.filename is not None)
         if isinstance(cause, OSError) and cause.errno in UNWRITTEN and of_a_file:
@@ -101,7 +100,6 @@ def fault_of_disk(error: Exception) -> OSError | None:
         if "No usable temporary directory" in str(cause):  # tempfile has tried all of its folders
             reason = "no temporary folder can be written; TMPDIR names one"
             return OSError(errno.ENOSPC, reason, tempfile.tempdir or "/tmp")
-        cause = cause.__cause__ or cause.__context__
     return None
 
 
