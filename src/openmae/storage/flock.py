@@ -10,7 +10,8 @@ from pathlib import Path
 def acquire(path: Path, flags: int = os.O_RDONLY, *, shared: bool = False) -> int | None:
     """Open a file or folder and lock it until the returned descriptor is closed.
 
-    A ``shared`` lock permits other shared locks; it waits for an exclusive one, which does not wait.
+    A ``shared`` lock permits other shared locks, and waits while another process holds an exclusive one. An exclusive
+    lock is taken at once or not at all.
 
     Returns:
         The descriptor; None if another process holds the lock, or if the path is gone or was replaced meanwhile.
