@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +36,6 @@ def hide(name):
 for name in ("is_dir", "is_file", "exists", "read_text", "open"):
     hide(name)
 """
-_NO_FCNTL = "import sys; sys.modules['fcntl'] = None"
 
 
 @pytest.fixture
@@ -51,11 +49,11 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def mae(tmp_path: Path, *arguments: str, system: str = _SYSTEM) -> str:
+def mae(tmp_path: Path, *arguments: str) -> str:
     """Run ``mae`` there, and return what it printed."""
     folder = tmp_path / "system"
     folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(system)
+    (folder / "sitecustomize.py").write_text(_SYSTEM)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OPENMAE_CACHE": str(tmp_path / "cache"),
@@ -90,14 +88,6 @@ def test_actions_run_with_workers_that_are_spawned(images, tmp_path):
     mae(tmp_path, "evaluate", *common, in_one, f"evaluate.checkpoint={checkpoint}")
     mae(tmp_path, "inference", *common, in_one, f"inference.checkpoint={checkpoint}")
     assert (tmp_path / "inference" / "results.csv").is_file()
-
-
-def test_a_system_without_fcntl(images, tmp_path):
-    archive = shutil.make_archive(str(tmp_path / "images"), "tar", images)
-    common = arguments(Path(archive), f"results_dir={tmp_path}", "dataset.num_workers_per_gpu=0")
-    mae(tmp_path, "train", *common, system=_NO_FCNTL)
-    assert str(tmp_path / "cache") in mae(tmp_path, "cache", "list", system=_NO_FCNTL)
-    mae(tmp_path, "cache", "clear", system=_NO_FCNTL)
 
 
 @pytest.mark.slow(reason="a job of two processes that are spawned")

@@ -73,3 +73,13 @@ def blaming(key: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise type(error)(f"{key}: {error.problem}", error.fix) from error
+
+
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, the error that it was raised from or while handling, and so on."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        yield cause
+        cause = cause.__cause__ or cause.__context__

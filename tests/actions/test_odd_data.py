@@ -14,7 +14,7 @@ import torch
 
 from openmae.cli.main import main
 from openmae.results.metrics_csv import read_metrics
-from openmae.storage.printable import cell_text, original_name
+from openmae.storage.printable import original_name
 
 from .conftest import FAMILIES, SMALL, SMALL_DECODER
 
@@ -63,7 +63,7 @@ def paths_below(folder: Path) -> set[str]:
 
 def table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as stream:
-        return [{name: cell_text(cell) for name, cell in row.items()} for row in csv.DictReader(stream)]
+        return [{name: cell.removeprefix("'") for name, cell in row.items()} for row in csv.DictReader(stream)]
 
 
 def test_odd_names_from_training_to_inference(odd: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from openmae.actions.sources import class_count, open_images, shorten
+from openmae.actions.sources import class_count, open_images
 from openmae.errors import DataError, SpecError
 from openmae.spec.load import load_spec
 
@@ -33,8 +33,3 @@ def test_the_number_of_classes_comes_from_the_data(photos, caplog):
         class_count(load_spec(None, ["model.num_classes=4"]), index)
     with pytest.raises(DataError, match=r"two classes or more, but .* has one: red"):
         class_count(load_spec(None), open_images(str(photos.one_class), "k", labelled=True))
-
-
-def test_shorten():
-    assert shorten(("a", "b")) == "a, b"
-    assert shorten(tuple("abcdefgh")) == "a, b, c, d, e, f and 2 more"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -44,6 +45,12 @@ def test_check_of_a_folder(photos: Path, tmp_path: Path, capsys: Any, monkeypatc
     assert all(text in page for text in ("Corrupt files", "Duplicates", "dog/again.png", "data:image/png"))
     with Image.open(results / "dataset.png") as image_file:
         assert image_file.width > 1.5 * image_file.height
+
+
+def test_class_names_that_are_not_utf8_are_escaped_once(photos: Path, tmp_path: Path, capsys: Any) -> None:
+    (photos / "cat").rename(photos / os.fsdecode(b"c\xe9"))
+    assert main(["dataset", "check", str(photos), "--results_dir", str(tmp_path)]) == 0
+    assert "c\\xe9, dog" in " ".join(capsys.readouterr().out.split())
 
 
 def test_check_of_shards(photos: Path, tmp_path: Path, capsys: Any) -> None:

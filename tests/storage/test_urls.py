@@ -14,7 +14,7 @@ def test_urls_are_distinguished_from_paths():
 
 
 def test_parts_of_urls():
-    assert join("s3://b/a/", "c", "d.txt") == "s3://b/a/c/d.txt"
+    assert join("s3://b/a/", "c/d.txt") == "s3://b/a/c/d.txt"
     assert join("https://h/a?sig=1", "c") == "https://h/a/c?sig=1"
     assert join("s3://b/what?", "c") == "s3://b/what?/c", "a key may hold a question mark"
     assert name_of("https://u:p@h/a/set.tar.gz?sig=a/b") == "set.tar.gz"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from openmae.errors import CheckpointError, RunError, SpecError, blaming
 from openmae.spec.actions import ROWS
@@ -20,12 +19,12 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.storage import cache, layout
 from openmae.storage.atomic import make_folder
-from openmae.storage.encryption import Key, resolve_key
+from openmae.storage.download import fetch
+from openmae.storage.encryption import Key, is_encrypted, resolve_key
+from openmae.storage.listing import exists
 from openmae.storage.lock import GRACE, StoreLock, locked_folder
+from openmae.storage.mirror import Mirror, pull
 from openmae.storage.urls import is_remote, name_of, parent_of, redact
-
-if TYPE_CHECKING:
-    from openmae.storage.mirror import Mirror  # imports fsspec, which most runs do not need
 
 EXCLUDES_VARIABLE = "OPENMAE_UPLOAD_EXCLUDES"
 
@@ -70,10 +69,6 @@ class Place:
         Raises:
             DataError: the store cannot be written.
         """
-        if not self._copies:
-            return
-        from openmae.storage.mirror import Mirror
-
         variable = os.environ.get(EXCLUDES_VARIABLE, "").split(",")
         excludes = [*self._excludes, *(item.strip() for item in variable if item.strip())]
         for key, url, folder in self._copies:
@@ -169,8 +164,6 @@ def _download_earlier(
     spec: ExperimentSpec, url: str, folder: Path, action: str, key: Key | None, *, leads: bool
 ) -> None:
     """Download the results of an earlier run that this action continues."""
-    from openmae.storage.mirror import pull
-
     if action == "train":
         only_newest = bool(spec.train.resume_training_checkpoint_path)
         files = _all_but_models if leads else _final_files
@@ -205,8 +198,6 @@ def _download_checkpoint(
     With ``only_newest``, the user has named the checkpoint to resume from, so older ones are not needed.
     """
     from openmae.checkpoints.folder import list_checkpoints
-    from openmae.storage.encryption import is_encrypted
-    from openmae.storage.mirror import pull
     from openmae.training.resume import NotFiniteError, look_for_checkpoint
 
     available: list[str] = []
@@ -232,8 +223,6 @@ def _download_checkpoint(
 
 
 def _downloaded(key: str, url: str) -> str:
-    from openmae.storage.download import fetch
-
     suffix = os.path.splitext(name_of(url))[1].lower()
     with blaming(key):
         path = fetch(url, layout.COMPANIONS.get(suffix, ()))
@@ -243,8 +232,6 @@ def _downloaded(key: str, url: str) -> str:
 
 def _path_to_write(spec: ExperimentSpec, key: str, url: str, action: str, place: Place, stack: ExitStack) -> str:
     """Return the local path of a file for a store: in the results folder if its URL is below that of the results."""
-    from openmae.storage.listing import exists
-
     with blaming(key):
         there = exists(url)
     if there and key == "export.onnx_file" and not spec.export.overwrite:

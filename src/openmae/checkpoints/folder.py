@@ -19,7 +19,7 @@ from typing import Any, Self
 from openmae.checkpoints.damage import sharded
 from openmae.checkpoints.format import read_training_state, write_checkpoint
 from openmae.checkpoints.writer import BackgroundWorker, HostCopy
-from openmae.errors import CheckpointError, RunError, StoppedAtOnce
+from openmae.errors import CheckpointError, RunError, StoppedAtOnce, causes_of
 from openmae.storage import layout
 from openmae.storage.atomic import replacing
 from openmae.storage.encryption import Key
@@ -218,11 +218,9 @@ def _explaining(path: Path) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """Return the operating system's description of an error, which torch wraps in its own message."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes_of(error):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
-        cause = cause.__cause__ or cause.__context__
     return str(error).partition("\n")[0] or type(error).__name__
 
 

@@ -22,12 +22,12 @@ from openmae.models.decoders import ConvNeXtDecoder
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.positions import resize_position_embedding
 from openmae.spec.architectures import ARCHITECTURES
+from openmae.storage.printable import shorten
 
 REQUIRED_PERCENT = 95
 _CLASSIFIER = frozenset({"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"})
 _FINAL_NORMS = ("norm.", "fc_norm.", "head.norm.")
 _FIRST_CONVOLUTIONS = ("patch_embed.proj.weight", "stem.0.weight")
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ def complaint(report: LoadReport, weights: NamedWeights, source: ModelConfig | N
     )
     for title, names in (("Missing", report.missing), ("Not in the model", report.unexpected)):
         if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            problem += f" {title}: {', '.join(names[:_SHOWN])}{more}."
+            problem += f" {title}: {shorten(names)}."
     fixes = []
     if likely and likely != report.arch:
         problem += f" The file looks like {likely}."
@@ -168,11 +167,10 @@ def _foreign_complaint(report: LoadReport, path: Path) -> CheckpointError:
     """Return the error for a file whose model has the same names but computes a different function."""
     parts = foreign_parts(report.foreign)
     named = f" ({', '.join(parts)})" if parts else ""
-    shown = [text for text in report.unexpected if text.split(" ")[0] in report.foreign][:_SHOWN]
-    more = f" and {len(report.foreign) - len(shown)} more" if len(report.foreign) > len(shown) else ""
+    names = shorten([text for text in report.unexpected if text.split(" ")[0] in report.foreign])
     count, them = ("a tensor", "it") if len(report.foreign) == 1 else (f"{len(report.foreign)} tensors", "them")
     return CheckpointError(
-        f"{path} holds {count} that {report.arch} does not have{named}: {', '.join(shown)}{more}. Without {them} "
+        f"{path} holds {count} that {report.arch} does not have{named}: {names}. Without {them} "
         f"the model would compute a different function from the trained one ({report.layout} layout).",
         OTHER_ARCHITECTURES,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openmae.checkpoints.unpickling import NumpyArray
 from openmae.errors import CheckpointError
+from openmae.storage.printable import shorten
 
 State = dict[str, Tensor]
 
@@ -59,9 +60,9 @@ class Wrapped:
         chosen = ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part)
         note = f"using the weights under {chosen!r}"
         if self.others:
-            note += f"; the file also has {_list(self.others)} (choose with train.pretrained_weights_key)"
+            note += f"; the file also has {shorten(self.others, _SHOWN)} (choose with train.pretrained_weights_key)"
         if self.unused:
-            note += f"; not used: {_list(self.unused)}"
+            note += f"; not used: {shorten(self.unused, _SHOWN)}"
         return note
 
 
@@ -188,8 +189,3 @@ def _check_tensors(state: State) -> None:
                 f"{name} is empty: the file is one process's part of a sharded model (DeepSpeed ZeRO-3, FSDP).",
                 "Join the parts first; for DeepSpeed use zero_to_fp32.py.",
             )
-
-
-def _list(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

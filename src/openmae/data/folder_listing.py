@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
 from openmae.errors import DataError
 from openmae.storage import layout
+from openmae.storage.atomic import parse_object
 from openmae.storage.printable import printable_name
 
 LABELS_FILE = "labels.csv"
@@ -183,11 +183,8 @@ def _results_writer(folder: Path, names: Iterable[str]) -> str:
     if layout.REPORT in names and b'name="generator" content="OpenMAE' in _first_bytes(folder / layout.REPORT):
         return "action"
     if layout.STATUS in names:
-        try:
-            entry = json.loads(_first_bytes(folder / layout.STATUS).partition(b"\n")[0])
-        except (ValueError, RecursionError):
-            return ""
-        return "action" if isinstance(entry, dict) and entry.keys() >= _STATUS_KEYS else ""
+        entry = parse_object(_first_bytes(folder / layout.STATUS).partition(b"\n")[0])
+        return "action" if entry.keys() >= _STATUS_KEYS else ""
     return ""
 
 

@@ -27,6 +27,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from openmae.distributed.topology import World
 from openmae.errors import RunError, SpecError
 from openmae.results.status import StatusLog
+from openmae.storage.printable import shorten
 
 ANSWER_VARIABLE = "OPENMAE_ANSWER_SECONDS"
 _ANSWER_SECONDS = 1800.0
@@ -146,9 +147,8 @@ class Watchdog:
         print(error, file=sys.stderr, flush=True)
 
     def _error(self, late: list[int]) -> RunError:
-        names = ", ".join(f"{rank} (node {rank // self._world.per_node})" for rank in late[:_MOST_NAMED])
-        more = f" and {len(late) - _MOST_NAMED} more" if len(late) > _MOST_NAMED else ""
-        who = f"Process {names} has" if len(late) == 1 else f"Processes {names}{more} have"
+        names = shorten([f"{rank} (node {rank // self._world.per_node})" for rank in late], _MOST_NAMED)
+        who = f"Process {names} has" if len(late) == 1 else f"Processes {names} have"
         return RunError(
             f"{who} not responded for {self._limit:g} s.",
             "Look for what blocks it: a process that was stopped, a disk or object store that does not respond, a GPU, "

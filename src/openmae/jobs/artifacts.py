@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from openmae.errors import CheckpointError, DataError
 from openmae.storage import layout
+from openmae.storage.printable import shorten
 from openmae.storage.urls import is_remote, join, redact
 
 Kind = Literal[
@@ -216,9 +217,7 @@ def choose_model(
 def _describe(items: Sequence[Artifact]) -> str:
     if not items:
         return "It is empty."
-    names = ", ".join(f"{item.name} ({item.kind})" for item in items[:_SHOWN])
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return f"It has {names}{more}."
+    return f"It has {shorten([f'{item.name} ({item.kind})' for item in items], _SHOWN)}."
 
 
 def _order(item: Artifact) -> tuple[int, int, float, str]:

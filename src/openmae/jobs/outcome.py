@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from openmae.errors import Preempted
 from openmae.jobs.artifacts import below, find_file, read_text
 from openmae.jobs.job import Record, State, parse_time
 from openmae.storage import layout
+from openmae.storage.atomic import parse_object
 
 EXIT = "exit_code"  # file in the folder of a SLURM or Ray job
 _CLOCK_SKEW = 2.0  # seconds by which the clock of a file server may be behind
@@ -91,11 +91,8 @@ def status_lines(record: Record) -> list[dict[str, Any]]:
         return []
     found: list[dict[str, Any]] = []
     for line in (read_text(path) or "").split("\n")[:-1]:  # the last line may be incomplete
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and "status" in entry:
+        entry = parse_object(line)
+        if "status" in entry:
             if entry["status"] == "STARTED":
                 found.clear()
             found.append(entry)

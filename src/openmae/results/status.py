@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openmae.storage import layout
-from openmae.storage.atomic import complete_lines, drop_torn_line, make_folder
+from openmae.storage.atomic import complete_lines, drop_torn_line, make_folder, parse_object
 
 Status = Literal["STARTED", "RUNNING", "SUCCESS", "FAILURE", "SKIPPED"]
 Verbosity = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -76,11 +76,7 @@ def read_status(path: Path) -> list[dict[str, Any]]:
     """
     entries = []
     for number, line in enumerate(complete_lines(path), start=1):
-        try:
-            entry = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            entry = None
-        if isinstance(entry, dict):
+        if entry := parse_object(line):
             entries.append(entry)
         else:
             log.warning("%s: line %d is not a JSON object and is skipped", path, number)

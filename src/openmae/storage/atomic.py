@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from openmae.errors import OpenMAEError, RunError, UserError
+from openmae.errors import OpenMAEError, RunError, UserError, causes_of
 from openmae.storage.printable import encodable
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -47,6 +49,15 @@ def complete_lines(path: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].split("\n")[:-1]
 
 
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one if the text is damaged, incomplete or other JSON."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def drop_torn_line(path: Path) -> None:
     """Remove an incomplete last line, left by a killed process, so that the file can be appended to."""
     with path.open("rb+") as file:
@@ -78,8 +89,7 @@ def disk_errors(path: str | os.PathLike[str], errors: Collection[int] = UNWRITTE
 
 def fault_of_disk(error: Exception) -> OSError | None:
     """Return the disk error that an exception is or was caused by, whichever library raised it; else None."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes_of(error):
         # without a file name, permission is denied for something else, such as sending a signal
         of_a_file = isinstance(cause, OSError) and (cause.errno not in _UNWRITABLE or cause.filename is not None)
         if isinstance(cause, OSError) and cause.errno in UNWRITTEN and of_a_file:
@@ -90,7 +100,6 @@ def fault_of_disk(error: Exception) -> OSError | None:
         if "No usable temporary directory" in str(cause):  # tempfile has tried all of its folders
             reason = "no temporary folder can be written; TMPDIR names one"
             return OSError(errno.ENOSPC, reason, tempfile.tempdir or "/tmp")
-        cause = cause.__cause__ or cause.__context__
     return None
 
 
@@ -184,12 +193,12 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = False, private: bool = False) -> Path:
+def write_atomically(path: Path, text: str) -> Path:
     """Write ``text`` to ``path`` with ``replacing``, and return the path.
 
     Surrogates from file names that are not valid UTF-8 are escaped; see ``encodable``.
     """
-    with replacing(path, durable=durable, private=private) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(encodable(text), encoding="utf-8", newline="")
     return path
 
@@ -200,5 +209,5 @@ def write_durably(path: Path, text: str) -> None:
     Raises:
         RunError: the disk is full or faulty, or the user may not write there; the old file is unchanged.
     """
-    with disk_errors(path):
-        write_atomically(path, text, durable=True, private=True)
+    with disk_errors(path), replacing(path, durable=True, private=True) as temporary:
+        temporary.write_text(encodable(text), encoding="utf-8", newline="")

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from openmae.errors import DataError
 from openmae.storage import flock
-from openmae.storage.atomic import write_atomically
+from openmae.storage.atomic import parse_object, write_atomically
 
 CACHE_VARIABLE = "OPENMAE_CACHE"
 SIZE_VARIABLE = "OPENMAE_CACHE_GB"
@@ -35,18 +35,16 @@ _PART, _TRASH = ".part", ".trash-"
 
 log = logging.getLogger("openmae")
 
-_Locks = dict[Path, int]  # folder -> descriptor that holds the shared lock
-_process_locks: _Locks = {}
+_process_locks: dict[Path, int] = {}  # folder -> descriptor of a lock that is held until the process ends
 
 
-class _Holds(threading.local):
-    """The locks of the process, followed by those of each ``holding`` block that the thread is in."""
+class _Locks(threading.local):
+    """The locks of the innermost ``holding`` block that a thread is in; outside of any, those of the process."""
 
-    def __init__(self) -> None:
-        self.blocks = [_process_locks]
+    held = _process_locks
 
 
-_holds = _Holds()
+_locks = _Locks()
 
 
 @dataclass(frozen=True)
@@ -121,15 +119,17 @@ def obtain(entry: Path, origin: str, build: Callable[[Path], None], *, size: int
     if use(entry):
         return entry
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with _built_once(entry, origin):
+    with _lock_to_build(entry, origin):
         if use(entry):
             return entry
         make_room(size, origin)
         part = entry.with_name(f"{entry.name}{_PART}")
         for leftover in {entry, *([] if resumes else entry.parent.glob(f"{entry.name}{_PART}*"))}:
             shutil.rmtree(leftover, ignore_errors=True)
-        part.mkdir(exist_ok=True)
-        _hold(part)
+        lock = None
+        while lock is None:  # another process may delete the unfinished entry before it is locked
+            part.mkdir(exist_ok=True)
+            lock = flock.acquire(part, shared=True)
         try:
             build(part)
             mark_complete(part, origin)
@@ -140,7 +140,7 @@ def obtain(entry: Path, origin: str, build: Callable[[Path], None], *, size: int
                 shutil.rmtree(part, ignore_errors=True)
             raise
         finally:
-            _release(part)
+            os.close(lock)
     make_room(0, origin)
     return entry
 
@@ -151,9 +151,6 @@ def use(entry: Path) -> bool:
         return False
     try:
         os.utime(entry / MARKER)
-    except FileNotFoundError:  # deleted meanwhile
-        _release(entry)
-        return False
     except OSError:  # another user's, in a shared cache
         log.debug("The time of use of %s could not be noted.", entry)
     return True
@@ -162,14 +159,13 @@ def use(entry: Path) -> bool:
 @contextmanager
 def holding() -> Iterator[None]:
     """Release the locks that this thread takes in the block when the block ends, not when the process ends."""
-    locks: _Locks = {}
-    _holds.blocks.append(locks)
+    outer, _locks.held = _locks.held, {}
     try:
         yield
     finally:
-        _holds.blocks.pop()
-        for descriptor in locks.values():
+        for descriptor in _locks.held.values():
             os.close(descriptor)
+        _locks.held = outer
 
 
 @contextmanager
@@ -183,23 +179,18 @@ def workspace(entry: Path, origin: str, patience: float = 0.0) -> Iterator[Path]
         DataError: another process uses the folder.
     """
     entry.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{entry}.lock")
     try:
-        lock.acquire(timeout=patience)
+        lock = FileLock(f"{entry}.lock").acquire(timeout=patience)
     except Timeout as error:
         raise DataError(
             f"{origin}: another process on this machine writes its results there.",
             "Wait for it to end, or set another results_dir.",
         ) from error
-    try:
-        with holding():
-            if not entry.exists():
-                entry.mkdir()
-                mark_complete(entry, origin)
-            _hold(entry)
-            yield entry
-    finally:
-        lock.release()
+    with lock, holding():
+        while not _hold(entry):
+            entry.mkdir(exist_ok=True)
+            mark_complete(entry, origin)
+        yield entry
 
 
 def mark_pending(entry: Path, origin: str) -> None:
@@ -283,18 +274,14 @@ def clear() -> tuple[int, list[Entry]]:
 
 def remove(path: Path) -> bool:
     """Delete an entry unless a process uses it; return whether it is gone."""
+    lock = flock.acquire(path)
+    if lock is None:
+        return not path.exists()
+    trash = path.with_name(f"{_TRASH}{os.getpid()}-{path.name}")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return True
-    try:
-        flock.lock(descriptor)
-        trash = path.with_name(f"{_TRASH}{os.getpid()}-{path.name}")
         os.rename(path, trash)
-    except (BlockingIOError, FileNotFoundError):
-        return False
     finally:
-        os.close(descriptor)
+        os.close(lock)
     shutil.rmtree(trash, ignore_errors=True)
     return True
 
@@ -304,34 +291,28 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB"
 
 
-@contextmanager
-def _built_once(entry: Path, origin: str) -> Iterator[None]:
+def _lock_to_build(entry: Path, origin: str) -> AcquireReturnProxy:
     lock = FileLock(f"{entry}.lock")
     try:
-        lock.acquire(timeout=0.2)
+        return lock.acquire(timeout=0.2)
     except Timeout:
         log.info("Waiting for another process that is downloading or extracting %s.", origin)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _read_entry(path: Path) -> Entry:
     marker = path / MARKER
     complete = marker.is_file()
-    facts: Any = {}
-    with suppress(ValueError, RecursionError, OSError):  # unfinished, damaged, or another user's in a shared cache
-        facts = json.loads(marker.read_text(encoding="utf-8"))
-    facts = facts if isinstance(facts, dict) else {}
+    facts: dict[str, Any] = {}
+    with suppress(OSError):  # unfinished, or another user's in a shared cache
+        facts = parse_object(marker.read_bytes())
     if "origin" not in facts:
         with suppress(OSError):
             facts["origin"] = (path / "origin").read_text(encoding="utf-8")
     used = (marker if complete else path).stat().st_mtime
     size = facts.get("size")
     size = size if isinstance(size, int) else _size_below(path)
-    return Entry(path, str(facts.get("origin") or path.name), size, used, complete, not _is_free(path))
+    return Entry(path, str(facts.get("origin") or path.name), size, used, complete, _is_in_use(path))
 
 
 def _size_below(folder: Path) -> int:
@@ -346,37 +327,18 @@ def _size_below(folder: Path) -> int:
 
 def _hold(path: Path) -> bool:
     """Take the shared lock of a folder; return False if the folder is gone."""
-    if not flock.AVAILABLE or any(path in locks for locks in _holds.blocks):
-        return path.is_dir()
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return False
-    flock.lock(descriptor, shared=True, wait=True)
-    if not path.is_dir() or os.fstat(descriptor).st_ino != path.stat().st_ino:  # deleted while waiting
-        os.close(descriptor)
-        return False
-    _holds.blocks[-1][path] = descriptor
+    if path not in _locks.held:
+        if (lock := flock.acquire(path, shared=True)) is None:
+            return False
+        _locks.held[path] = lock
     return True
 
 
-def _release(path: Path) -> None:
-    for locks in _holds.blocks:
-        if (descriptor := locks.pop(path, None)) is not None:
-            os.close(descriptor)
-
-
-def _is_free(path: Path) -> bool:
-    if not flock.AVAILABLE:  # it may be in use
-        return False
+def _is_in_use(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        lock = flock.acquire(path)
     except PermissionError:  # another user's
-        return False
-    try:
-        flock.lock(descriptor)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+        return True
+    if lock is not None:
+        os.close(lock)
+    return lock is None

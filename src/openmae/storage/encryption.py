@@ -289,9 +289,6 @@ class _Opening(io.RawIOBase):
         self._place = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence])
         return self._place
 
-    def tell(self) -> int:
-        return self._place
-
     def readinto(self, buffer: Any) -> int:
         number, start = divmod(self._place, _CHUNK)
         if number >= self._chunks:
@@ -300,11 +297,6 @@ class _Opening(io.RawIOBase):
         buffer[: len(part)] = part
         self._place += len(part)
         return len(part)
-
-    def readall(self) -> bytes:
-        first, start = divmod(self._place, _CHUNK)
-        self._place = max(self._place, self._size)
-        return b"".join(self._open(number) for number in range(first, self._chunks))[start:]
 
     def close(self) -> None:
         self._file.close()

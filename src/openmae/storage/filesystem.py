@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import errno
 import importlib
 import math
 import os
-import ssl
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from openmae.errors import DataError
+from openmae.errors import DataError, causes_of
+from openmae.storage.atomic import UNWRITTEN
 from openmae.storage.urls import checked, is_web, redact, scheme_of
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ T = TypeVar("T")
 ANSWER_LIMIT = 20.0  # seconds for a request; a command, which also takes time to start, should fail within 30
 CONNECTIONS = 32
 
-_PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "http": ("aiohttp", "s3"), "https": ("aiohttp", "s3")}
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # each is installed with the extra of that name
 _CREDENTIALS = (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ("ACCESS_KEY", "SECRET_KEY"))
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION", "CLOUD_REGION")
@@ -41,7 +40,6 @@ _CONNECTION_ERRORS = {
     *("ConnectionError", "TimeoutError", "gaierror", "HTTPClientError", "IncompleteReadError"),
     *("ResponseStreamingError", "ClientConnectionError", "ClientPayloadError", "FSTimeoutError"),
 }
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def open_filesystem(url: str) -> AsyncFileSystem:
@@ -54,17 +52,18 @@ def open_filesystem(url: str) -> AsyncFileSystem:
     Raises:
         DataError: the URL or the credentials are incomplete, or a package is missing.
     """
+    import fsspec
+
     url = checked(url)
     scheme = scheme_of(url)
-    package, extra = _PACKAGES[scheme]
-    try:
-        import fsspec
-
-        importlib.import_module(package)
-    except ImportError as error:
-        raise DataError(
-            f"{redact(url)}: {scheme}:// needs {package}; missing: {error.name}.", f"pip install 'openmae[{extra}]'"
-        ) from error
+    if package := _PACKAGES.get(scheme):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise DataError(
+                f"{redact(url)}: {scheme}:// needs {package}; missing: {error.name}.",
+                f"pip install 'openmae[{scheme}]'",
+            ) from error
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
         options |= _s3_options(url)
@@ -129,7 +128,7 @@ def explain(error: BaseException, url: str) -> DataError:
     if isinstance(error, DataError):
         return error
     code, shown = error_code(error), redact(url)
-    kinds = {type(cause).__name__ for cause in _causes(error)}
+    kinds = _kinds(error)
     bucket = url.partition("://")[2].partition("/")[0]
     if code == "NoSuchBucket":
         return DataError(f"{shown}: there is no bucket {bucket!r}.", f"Check the bucket's name and {endpoint(url)}.")
@@ -160,16 +159,15 @@ def explain(error: BaseException, url: str) -> DataError:
 
 def _explain_connection(error: BaseException, kinds: set[str], code: str, url: str) -> DataError:
     shown, check = redact(url), f"Check {endpoint(url)}"
-    causes = list(_causes(error))
-    if any(isinstance(cause, ssl.SSLError) for cause in causes) or any("SSL" in k or "Certificate" in k for k in kinds):
+    if any("SSL" in kind or "Certificate" in kind for kind in kinds):
         return DataError(f"{shown}: the server's certificate is not trusted.", f"{check}.")
-    if any(isinstance(cause, TimeoutError) for cause in causes) or any("Timeout" in kind for kind in kinds):
+    if any("Timeout" in kind for kind in kinds):
         return DataError(f"{shown}: the server did not answer in time.", f"{check}, the network and any proxy.")
     if is_transient(error):
         return DataError(
             f"{shown}: the server cannot be reached, or closes the connection.", f"{check}, and the network."
         )
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno in UNWRITTEN:
         return DataError(
             f"{shown} could not be stored: {os.strerror(error.errno or 0).lower()}.",
             "Free some space on the cache's disk, or set OPENMAE_CACHE to another folder.",
@@ -184,7 +182,7 @@ def _explain_connection(error: BaseException, kinds: set[str], code: str, url: s
 
 def error_code(error: BaseException) -> str:
     """Return the store's code (``NoSuchKey``) or the HTTP status in an error; empty if it has none."""
-    for cause in _causes(error):
+    for cause in causes_of(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict) and response.get("Error"):
             return str(response["Error"].get("Code", ""))
@@ -198,16 +196,12 @@ def is_transient(error: BaseException) -> bool:
     """Return whether the same request may succeed a moment later."""
     if code := error_code(error):
         return code in _BUSY
-    return any(base.__name__ in _CONNECTION_ERRORS for cause in _causes(error) for base in type(cause).__mro__)
+    return not _kinds(error).isdisjoint(_CONNECTION_ERRORS)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        seen.append(cause)
-        yield cause
-        cause = cause.__cause__ or cause.__context__
+def _kinds(error: BaseException) -> set[str]:
+    """Return the names of the classes of an error and its causes; the classes of optional packages are not imported."""
+    return {kind.__name__ for cause in causes_of(error) for kind in type(cause).__mro__}
 
 
 def _first_set(names: tuple[str, ...]) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from openmae.errors import DataError
 from openmae.storage.checksums import has_plain_etag
 from openmae.storage.filesystem import CONNECTIONS, ask, endpoint, is_missing, missing, open_filesystem
-from openmae.storage.urls import append_suffix, checked, is_web, join, name_of, redact, scheme_of
+from openmae.storage.urls import append_suffix, checked, is_web, name_of, redact, scheme_of
 
 if TYPE_CHECKING:
     from fsspec.asyn import AsyncFileSystem
@@ -137,10 +137,10 @@ def require(url: str) -> None:
     """
     url = checked(url)
     filesystem = open_filesystem(url)
-    may_be_folder = url.partition("?")[0].endswith("/")
-    if not may_be_folder and _file_at(filesystem, url) is not None:
+    is_folder = url.endswith("/")
+    if not is_folder and _file_at(filesystem, url) is not None:
         return
-    if (is_web(url) and not may_be_folder) or not ask(url, _holds_any(filesystem, url)):
+    if (is_web(url) and not is_folder) or not ask(url, _holds_any(filesystem, url)):
         raise missing(url)
 
 
@@ -151,7 +151,7 @@ def list_files(url: str) -> tuple[RemoteFile, ...]:
         DataError: access is denied, a name would lead out of the folder, or a name is both a file and a folder.
     """
     url = checked(url)
-    folder = join(url, "").rstrip("/") + "/"
+    folder = url.rstrip("/") + "/"
     filesystem = open_filesystem(url)
     if not ask(url, _holds_any(filesystem, folder)):  # detects an unresponsive store long before _LISTING_LIMIT
         return ()
@@ -247,7 +247,7 @@ async def _ask_other(filesystem: Any, path: str) -> RemoteFile:
     info = await filesystem._info(path)
     if info.get("type") == "directory":
         raise FileNotFoundError(path)
-    return _listed_file(name_of(path), info)
+    return listed_file(name_of(path), info)
 
 
 def _s3_file(path: str, reply: Mapping[str, Any]) -> RemoteFile:
@@ -278,7 +278,8 @@ def _web_file(url: str, response: Any) -> RemoteFile:
     return RemoteFile(unquote(name_of(url)), url, size, version, md5, response.status == 206 and size is not None)
 
 
-def _listed_file(name: str, info: Mapping[str, Any]) -> RemoteFile:
+def listed_file(name: str, info: Mapping[str, Any]) -> RemoteFile:
+    """Return a file from fsspec's ``info`` about it."""
     etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
     modified = str(info.get("LastModified") or info.get("mtime") or info.get("updated") or "")
     md5 = base64.b64decode(info["md5Hash"]).hex() if info.get("md5Hash") else ""
@@ -293,7 +294,7 @@ async def _list_prefix(filesystem: Any, folder: str) -> list[RemoteFile]:
     root = filesystem._strip_protocol(folder).rstrip("/") + "/"
     found: Mapping[str, Any] = await filesystem._find(root, detail=True)
     return [
-        _listed_file(path.removeprefix(root), info)
+        listed_file(path.removeprefix(root), info)
         for path, info in found.items()
         if path.startswith(root) and path != root and not path.endswith("/") and info.get("type") != "directory"
     ]
@@ -301,19 +302,18 @@ async def _list_prefix(filesystem: Any, folder: str) -> list[RemoteFile]:
 
 async def _list_web_folder(filesystem: Any, folder: str) -> list[RemoteFile]:
     """Return the files linked from the index pages at and below ``folder``."""
-    base, _, query = folder.partition("?")
     gate = asyncio.Semaphore(CONNECTIONS)
 
     async def ask_for(url: str) -> RemoteFile:
         async with gate:
-            return replace(await _ask_web(filesystem, url), name=unquote(url.removeprefix(base)))
+            return replace(await _ask_web(filesystem, url), name=unquote(url.removeprefix(folder)))
 
-    pages, seen = [base], {base}
+    pages, seen = [folder], {folder}
     urls: set[str] = set()
     while pages:
-        for link in await filesystem._ls(pages.pop() + (f"?{query}" if query else ""), detail=False):
+        for link in await filesystem._ls(pages.pop(), detail=False):
             link = link.partition("?")[0].partition("#")[0]
-            if not link.startswith(base) or link in seen or "/../" in link:
+            if not link.startswith(folder) or link in seen or "/../" in link:
                 continue
             seen.add(link)
             (pages.append if link.endswith("/") else urls.add)(link)

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from openmae.errors import DataError, RunError, UserError, blaming
-from openmae.machine import identify, is_running
+from openmae.machine import boot_id, identify, is_running
 from openmae.storage import flock, layout
-from openmae.storage.atomic import disk_error
+from openmae.storage.atomic import disk_error, parse_object
 from openmae.storage.filesystem import ask, error_code, is_missing, open_filesystem
 from openmae.storage.urls import join, redact, scheme_of
 
@@ -66,7 +66,7 @@ def _acquire(folder: Path, key: str) -> int | None:
     deadline = time.monotonic() + GRACE
     while True:
         try:
-            descriptor = _try_lock(folder / layout.LOCK)
+            descriptor = flock.acquire(folder / layout.LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise disk_error(error, folder / layout.LOCK, key) from error
@@ -76,27 +76,11 @@ def _acquire(folder: Path, key: str) -> int | None:
             return descriptor
         holder: dict[str, Any] = {}
         with suppress(OSError):
-            holder = _parse((folder / layout.LOCK_HOLDER).read_bytes())
+            holder = parse_object((folder / layout.LOCK_HOLDER).read_bytes())
         if (holder and not _is_dead(holder)) or time.monotonic() > deadline:
             with blaming(key):
                 raise _taken(holder, str(folder), key)
         time.sleep(_LOOK)
-
-
-def _try_lock(path: Path) -> int | None:
-    """Lock a file; return None if another process holds it, or has just deleted it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        flock.lock(descriptor)
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
 
 
 class StoreLock:
@@ -139,7 +123,7 @@ class StoreLock:
             if found is None:
                 continue
             content, version = found
-            holder = _parse(content)
+            holder = parse_object(content)
             here = holder.get("machine") == self._me["machine"]
             stale = content == seen and time.monotonic() - since > STALE
             if (here and _is_dead(holder)) or stale:
@@ -179,7 +163,7 @@ class StoreLock:
                     continue
                 found = self._read()
                 if found is not None:
-                    taken = _taken(_parse(found[0]), redact(self.url), self.key)
+                    taken = _taken(parse_object(found[0]), redact(self.url), self.key)
                     problem = f"{self.key}: {taken.problem} It has taken the folder over from this run."
                     self._on_lost(RunError(problem, taken.fix))
                     return
@@ -188,7 +172,7 @@ class StoreLock:
     def _holds(self) -> bool:
         """Return whether the object is this run's; if so, store its version."""
         found = self._read()
-        if found is None or _parse(found[0]).get("token") != self._me["token"]:
+        if found is None or parse_object(found[0]).get("token") != self._me["token"]:
             return False
         self._version = found[1]
         return True
@@ -249,14 +233,6 @@ def _describe(holder: dict[str, Any]) -> str:
     return f"process {holder.get('pid')} on {holder.get('host')}, started at {holder.get('since')}"
 
 
-def _parse(content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
@@ -268,9 +244,8 @@ def _this_process() -> dict[str, Any]:
 
 def _machine() -> str:
     """Return an identifier of the scope in which a pid is unique: a machine until it reboots, or a container on it."""
-    parts = [socket.gethostname()]
+    parts = [socket.gethostname(), boot_id()]
     with suppress(OSError):  # macOS
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 

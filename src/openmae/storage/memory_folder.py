@@ -24,7 +24,10 @@ _WAIT_AND_REMOVE = ["/bin/sh", "-c", 'read -r _; exec rm -rf -- "$1"', "openmae-
 @contextmanager
 def memory_folder() -> Iterator[Path]:
     """Yield a new folder in ``MEMORY`` that only this user can read; it is removed when the block ends."""
-    folder, lock = _locked_folder()
+    lock = None
+    while lock is None:  # another process may remove the folder as abandoned before it is locked
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=MEMORY))
+        lock = flock.acquire(folder)
     cleanup = subprocess.Popen(
         [*_WAIT_AND_REMOVE, str(folder)],
         stdin=subprocess.PIPE,
@@ -42,32 +45,9 @@ def memory_folder() -> Iterator[Path]:
 
 def remove_abandoned() -> None:
     """Remove the folders of processes that were killed together with their cleanup shell."""
-    with suppress(OSError):
-        for folder in MEMORY.glob(f"{_PREFIX}*"):
-            if (lock := _lock(folder)) is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+    for folder in MEMORY.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another user's
+            if (lock := flock.acquire(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)) is not None:
+                if os.fstat(lock).st_uid == os.getuid():
+                    shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
-
-
-def _locked_folder() -> tuple[Path, int]:
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=MEMORY))
-        lock = _lock(folder)
-        if lock is not None and folder.is_dir():  # else another process removed it as abandoned before it was locked
-            return folder, lock
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder without waiting; return None if it is locked, gone, or another user's."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    with suppress(OSError):
-        if os.fstat(descriptor).st_uid == os.getuid():
-            flock.lock(descriptor)
-            return descriptor
-    os.close(descriptor)
-    return None

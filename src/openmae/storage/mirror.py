@@ -19,10 +19,11 @@ from typing import Any, Self
 
 from openmae.errors import DataError, RunError, StoppedAtOnce
 from openmae.storage import layout
-from openmae.storage.atomic import write_atomically
+from openmae.storage.atomic import parse_object, write_atomically
 from openmae.storage.download import download
 from openmae.storage.filesystem import ask, is_missing, is_transient, open_filesystem
-from openmae.storage.listing import Found, list_files
+from openmae.storage.listing import Found, list_files, listed_file
+from openmae.storage.printable import shorten
 from openmae.storage.transfer import ChangedError
 from openmae.storage.urls import join, redact, scheme_of
 
@@ -68,7 +69,6 @@ class Mirror:
         self._patience = 0.0  # seconds from a successful upload to the new deadline
         self._abandoned = False
         self._stop = threading.Event()
-        self._busy = threading.RLock()
         self._thread = threading.Thread(target=self._watch, name="openmae-upload", daemon=True)
 
     def __enter__(self) -> Self:
@@ -114,10 +114,9 @@ class Mirror:
             self._thread.join()
         self._patience = _PATIENCE_SECONDS if patiently else 0.0
         self._deadline = time.monotonic() + self._patience
-        with self._busy:
-            self._failed.clear()
-            self._send_changed(name for name in self._names() if name != layout.STATUS)
-            self._forget_removed()
+        self._failed.clear()
+        self._send_changed(name for name in self._names() if name != layout.STATUS)
+        self._forget_removed()
         if self._failed:
             raise self._failure()
 
@@ -129,20 +128,18 @@ class Mirror:
     def _failure(self) -> RunError:
         names = sorted(self._failed)
         reason = self._failed[names[0]][1]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return RunError(
-            f"{', '.join(names[:3])}{more} could not be uploaded to {redact(self.url)}: {reason.problem}",
+            f"{shorten(names)} could not be uploaded to {redact(self.url)}: {reason.problem}",
             f"{reason.fix} Everything is still in {self.local}: run the command again, or copy it from there.",
         )
 
     def _watch(self) -> None:
         while not self._stop.wait(_LOOK_SECONDS):
-            with self._busy:
-                try:
-                    self._send_changed(self._due())
-                    self._forget_removed()  # last: keeps an older checkpoint until the newer one is uploaded
-                except (DataError, OSError) as error:  # OSError: a file was deleted, or the disk is full
-                    log.debug("Looking for files to upload: %s", error)
+            try:
+                self._send_changed(self._due())
+                self._forget_removed()  # last: keeps an older checkpoint until the newer one is uploaded
+            except (DataError, OSError) as error:  # OSError: a file was deleted, or the disk is full
+                log.debug("Looking for files to upload: %s", error)
 
     def _due(self) -> list[str]:
         """Return the files to upload now. A checkpoint is accompanied by all other files, however recently sent."""
@@ -240,7 +237,7 @@ class Mirror:
             options = {"max_concurrency": _PARTS_AT_ONCE} if scheme_of(self.url) == "s3" else {}
             await self._filesystem._put_file(str(path), there, chunksize=_PART, **options)
         info = await self._filesystem._info(there)
-        return str(info.get("ETag") or info.get("etag") or info.get("mtime") or "").strip('"')
+        return listed_file(name, info).version
 
     def _forget_removed(self) -> None:
         """Delete from the store what was deleted locally, and older files of the series that were not downloaded."""
@@ -303,10 +300,7 @@ class _Record:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / layout.UPLOAD_RECORD
-        try:
-            facts = json.loads(self._path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError, RecursionError):
-            facts = {}
+        facts = parse_object(self._path.read_bytes() if self._path.exists() else b"")
         self.marks: dict[str, dict[str, Any]] = facts.get("marks", {})
         self.left: list[str] = facts.get("left", [])
 

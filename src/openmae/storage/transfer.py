@@ -14,16 +14,12 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from openmae.errors import DataError
 from openmae.storage.checksums import content_matches
 from openmae.storage.filesystem import ask, explain, is_transient, open_filesystem
 from openmae.storage.listing import Answer, RemoteFile, reading
 from openmae.storage.urls import redact
-
-if TYPE_CHECKING:
-    from fsspec.asyn import AsyncFileSystem
 
 PIECE = 16 << 20  # bytes of a file per request
 STREAMS = 16  # requests at once
@@ -52,9 +48,9 @@ class Transfer:
         self.files = files
         self.folder = folder
         self.arrived = arrived
-        self._filesystem: AsyncFileSystem
-        self._streams: asyncio.Semaphore
-        self._last_arrival = 0.0
+        self._filesystem = open_filesystem(url)
+        self._streams = asyncio.Semaphore(STREAMS)
+        self._last_arrival = time.monotonic()
 
     def run(self) -> None:
         """Copy all files.
@@ -63,12 +59,9 @@ class Transfer:
             ChangedError: a file has changed since it was listed.
             DataError: requests were refused or kept failing, or a checksum does not match.
         """
-        self._filesystem = open_filesystem(self.url)
-        self._last_arrival = time.monotonic()
         ask(self.url, self._copy_all(), limit=math.inf)
 
     async def _copy_all(self) -> None:
-        self._streams = asyncio.Semaphore(STREAMS)
         waiting = iter(self.files)
 
         async def worker() -> None:

@@ -24,10 +24,10 @@ def scheme_of(text: str) -> str:
     return scheme.lower() if found else ""
 
 
-def join(url: str, *parts: str) -> str:
+def join(url: str, name: str) -> str:
     """Return the URL of a name below ``url``; a query stays at the end."""
     base, query = _split_query(url)
-    return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)]) + query
+    return f"{base.rstrip('/')}/{name.strip('/')}{query}"
 
 
 def append_suffix(url: str, suffix: str) -> str:
