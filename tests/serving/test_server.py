@@ -70,10 +70,13 @@ def test_the_command_returns_the_probabilities_of_inference(checkpoint: Path, tm
         assert address.startswith("http://127.0.0.1:")
         files = [("images", (row["path"], (images / row["path"]).read_bytes())) for row in rows]
         found = httpx.post(f"{address}/predict", files=files, timeout=30).json()["predictions"]
+        page = httpx.get(f"{address}/", timeout=30)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     finally:
         process.kill()
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["referrer-policy"] == "no-referrer"
     for row, one in zip(rows, found, strict=True):
         places = [row["class"], *(row[f"class_{place}"] for place in range(2, 6))]
         assert [share["class"] for share in one["top"]] == places

@@ -92,6 +92,7 @@ def _configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
         http=limited(settings, most),
         ws="none",
         backlog=backlog,
+        headers=[("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")],
         log_level="warning",
         timeout_graceful_shutdown=_GRACE,
     )
