@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from openmae.checkpoints.format import Checkpoint
 from openmae.checkpoints.weights import load_into
 from openmae.engines.metadata import ModelCard
-from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
+from openmae.models.build import build_classifier, build_feature_extractor
 
 
 class DeployedModel(nn.Module):
@@ -65,7 +65,7 @@ def build_deployed(checkpoint: Checkpoint, card: ModelCard) -> DeployedModel:
 
 def example_input(card: ModelCard, batch: int, seed: int = 0) -> Tensor:
     """Return random images in the form of the model's input."""
-    config: ModelConfig = card.model
+    config = card.model
     generator = torch.Generator().manual_seed(seed)
     if card.preprocessing:
         return torch.randint(

@@ -63,14 +63,14 @@ class Intake:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._bodies: dict[_Body, int] = {}
+        self._bodies: set[_Body] = set()
 
-    def add(self, body: _Body, size: int) -> None:
-        """Count more bytes of a body; refuse the largest incomplete one (503) if the limit is exceeded."""
-        self._bodies[body] = self._bodies.get(body, 0) + size
-        while sum(self._bodies.values()) > self._limit:
+    def add(self, body: _Body) -> None:
+        """Count the bytes of a body so far; refuse the largest incomplete one (503) if the limit is exceeded."""
+        self._bodies.add(body)
+        while sum(one.size for one in self._bodies) > self._limit:
             incomplete = [one for one in self._bodies if one.timer is not None]
-            largest = max(incomplete, key=self._bodies.__getitem__, default=body)
+            largest = max(incomplete, key=lambda one: one.size, default=body)
             if largest is body:
                 raise _out_of_memory()
             self.remove(largest)
@@ -78,13 +78,14 @@ class Intake:
 
     def remove(self, body: _Body) -> None:
         """Stop counting a body that has been answered or refused."""
-        self._bodies.pop(body, None)
+        self._bodies.discard(body)
 
 
 class _Body:
     """The body of a request while it arrives, with or without a content length.
 
     Attributes:
+        size: The number of bytes that have arrived.
         timer: The time limit for its arrival; None once it is complete.
         gave_way: True if it was refused to make room for others.
     """
@@ -95,7 +96,7 @@ class _Body:
         self._intake = intake
         length = request.headers.get("content-length", "")
         self._length = int(length) if length.isdecimal() else 0
-        self._seen = 0
+        self.size = 0
         self.timer: asyncio.Timeout | None = None
         self.gave_way = False
 
@@ -108,11 +109,10 @@ class _Body:
         if self._length > self._limit:
             raise self._too_large(f"{self._length:,} bytes")
         message = await self._receive()
-        size = len(message.get("body", b""))
-        self._seen += size
-        if self._seen > self._limit:
+        self.size += len(message.get("body", b""))
+        if self.size > self._limit:
             raise self._too_large("more")
-        self._intake.add(self, size)
+        self._intake.add(self)
         return message
 
     def give_way(self) -> None:
