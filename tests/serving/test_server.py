@@ -149,14 +149,6 @@ def test_invalid_addresses(started: Any, host: str, port: int, text: str) -> Non
         server.serve(Path("m.pth"), host, port, Settings())
 
 
-def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_PACKAGES", {"fastapi": "fastapi", "no_such_module": "python-multipart"})
-    with pytest.raises(UserError) as caught:
-        server.serve(Path("m.pth"), "127.0.0.1", 0, Settings())
-    assert caught.value.problem == "`mae serve` needs fastapi, python-multipart; missing: python-multipart."
-    assert caught.value.fix == "pip install 'openmae[serve]'"
-
-
 @pytest.mark.parametrize(
     ("option", "text"),
     [
