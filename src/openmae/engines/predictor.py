@@ -49,7 +49,7 @@ class TorchPredictor:
     """A checkpoint's model in torch; the model is built without preprocessing, since images are normalised here."""
 
     def __init__(self, model: DeployedModel, card: ModelCard, device: torch.device) -> None:
-        assert not model.preprocessing
+        assert not model.card.preprocessing
         self.card, self.device = card, device
         self.runtime = f"torch {torch.__version__}, {device_name(device)}"
         self._model = model.to(device)

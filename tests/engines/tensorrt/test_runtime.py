@@ -208,6 +208,10 @@ def test_a_damaged_sidecar(tmp_path, text):
     assert "is damaged or of another version of OpenMAE" in refusal(path)
 
 
+def test_a_sidecar_names_no_other_module_to_import(tmp_path):
+    assert "builder is 'antigravity'" in refusal(write_engine(tmp_path, builder="antigravity"))
+
+
 def test_the_sidecar_of_another_engine(tmp_path):
     path = write_engine(tmp_path)
     path.write_bytes(b"engine 2")
