@@ -22,7 +22,7 @@ from openmae.engines.metadata import ModelCard, file_sha256
 from openmae.engines.predictor import exported_kind, read_exported_card
 from openmae.engines.tensorrt.backend import choose_backend
 from openmae.engines.tensorrt.builder import Built
-from openmae.engines.tensorrt.runtime import read_engine_card
+from openmae.engines.tensorrt.sidecar import read_sidecar
 from openmae.errors import RunError, SpecError
 from openmae.models.build import ModelConfig
 from openmae.spec.load import load_spec
@@ -88,7 +88,7 @@ def test_an_engine_its_sidecar_and_a_report(request_for, tmp_path, capsys):
     engine = tmp_path / "out" / "model.engine"
     sidecar = json.loads((tmp_path / "out" / "model.engine.json").read_text())
     assert sorted(path.name for path in engine.parent.iterdir()) == ["model.engine", "model.engine.json"]
-    assert ModelCard.from_dict(sidecar["card"]) == read_engine_card(engine) == replace(CARD, precision="fp16")
+    assert ModelCard.from_dict(sidecar["card"]) == read_sidecar(engine)[0] == replace(CARD, precision="fp16")
     found = sidecar["engine"]
     assert found["builder"] == "tensorrt_rtx"
     assert found["data_type"] == "fp16"

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from openmae.cli.main import main
 from openmae.serving.settings import Settings
 
@@ -26,3 +28,14 @@ def test_serve_gets_its_arguments(monkeypatch):
 def test_wrong_limits_of_serve(capsys):
     assert main(["serve", "-m", "model.pth", "--max-batch", "0"]) == 2
     assert capsys.readouterr().err == "--max-batch must be 1 or more, got 0.\n  Fix: Omit it to use the default, 8.\n"
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "python_multipart"])
+def test_a_missing_package_of_serve(package, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "openmae.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["serve", "-m", "model.pth"]) == 2
+    assert capsys.readouterr().err == (
+        f"`mae serve` needs fastapi, uvicorn and python-multipart; missing: {package}.\n"
+        "  Fix: pip install 'openmae[serve]'\n"
+    )

@@ -30,7 +30,7 @@ from openmae.data.index import ImageIndex, index_folder
 from openmae.data.open import open_index
 from openmae.data.shards.packing import PackOptions, pack
 from openmae.data.transforms import EvalTransform
-from openmae.serving.uploads import Upload, decode_upload
+from openmae.serving.uploads import Refused, Upload, decode_upload
 
 ALWAYS = ("JPEG", "PNG", "BMP", "TIFF", "GIF")
 UNREAD = ("EPS", "PPM", "TGA", "ICO", "PCX", "SGI", "PDF", "DDS")
@@ -113,7 +113,10 @@ def from_index(path: Path) -> torch.Tensor:
 
 
 def from_upload(path: Path) -> torch.Tensor:
-    return decode_upload(Upload(path.name, io.BytesIO(path.read_bytes())), _TRANSFORM, 10_000_000)
+    found = decode_upload(Upload(path.name, io.BytesIO(path.read_bytes())), _TRANSFORM, 10_000_000)
+    if isinstance(found, Refused):
+        raise found
+    return found
 
 
 @settings(max_examples=40, deadline=None)

@@ -56,10 +56,12 @@ def test_the_outputs_follow_from_the_stage():
     [
         ({"format": 2, "version": "9.0"}, "metadata has format 2 (OpenMAE 9.0)"),
         ({"mean": 3}, "metadata (of OpenMAE 0.1.0) is damaged"),
-        ({"model": {}}, "is damaged or of another version: ValueError('arch is missing')"),
-        ({"surplus": 1}, "unexpected keyword argument 'surplus'"),
-        ({"model": [1]}, "is damaged or of another version: ValueError"),
-        ({"model": {**CARD.model.to_dict(), "num_classes": 10**30}}, "num_classes is 10000"),
+        ({"model": {}}, "is damaged or of another version: model.arch is missing."),
+        ({"surplus": 1}, "is damaged or of another version: surplus is unknown."),
+        ({"model": [1]}, "is damaged or of another version: model is [1]."),
+        ({"model": {**CARD.model.to_dict(), "arch": "vit_old"}}, "'vit_old'"),
+        ({"precision": "fp8"}, "precision is 'fp8'."),
+        ({"model": {**CARD.model.to_dict(), "num_classes": 10**30}}, "model.num_classes is 10000"),
     ],
 )
 def test_a_damaged_card_is_an_error(change, text):

@@ -11,12 +11,13 @@ from openmae.cli.main import main
 from openmae.errors import UserError
 
 USERS = (
-    *("openmae.engines.onnx", "openmae.engines.session", "openmae.engines.precision", "openmae.engines.predictor"),
+    *("openmae.engines.packages", "openmae.engines.onnx", "openmae.engines.session", "openmae.engines.precision"),
+    "openmae.engines.predictor",
     *("openmae.engines.tensorrt.source", "openmae.actions.export", "openmae.actions.gen_trt_engine"),
 )
 
 
-@pytest.fixture(params=["onnx", "onnxruntime"])
+@pytest.fixture(params=["onnx", "onnxruntime", "onnxscript"])
 def missing(request, monkeypatch) -> str:
     """Make a package look uninstalled, and forget the modules that have imported it."""
     for name in USERS:

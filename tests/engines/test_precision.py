@@ -17,7 +17,7 @@ from torch import nn
 from openmae.engines import precision
 from openmae.engines.precision import Half, precision_of, to_half, to_int8
 from openmae.engines.rewriting import rewritten
-from openmae.errors import DataError, SpecError
+from openmae.errors import SpecError
 
 # shallow and narrow, with every kind of node that the whole architectures have
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -272,16 +272,6 @@ def test_kept_nodes_stay_in_fp32(models: dict[str, ModelProto], kind: str) -> No
     assert changed.input[1] not in floats, f"{other} was not to be kept"
 
 
-def test_pattern_that_matches_nothing_is_an_error(models: dict[str, ModelProto]) -> None:
-    model = models["vit"]
-    near = _names(model, "Conv")[0]
-    for convert in (lambda keep: to_half(model, "fp16", keep), lambda keep: _quantise(model, keep)):
-        with pytest.raises(SpecError) as caught:
-            convert((near, f"{near}x*"))
-        assert f"No node of the ONNX model matches '{near}x*'." in str(caught.value)
-        assert f"The nearest names are {near}, " in str(caught.value)
-
-
 @pytest.mark.parametrize("name", [*FAMILIES, "uint8 input"])
 def test_int8_is_close_to_fp32(models: dict[str, ModelProto], name: str) -> None:
     model = models[name]
@@ -337,29 +327,13 @@ def test_depthwise_convolutions_and_attention_products_stay_in_fp32(models: dict
     assert all(makers[node.input[0]] != "DequantizeLinear" for node in plain)
 
 
-def test_calibration_needs_a_batch(models: dict[str, ModelProto]) -> None:
-    with pytest.raises(DataError, match="at least one batch of images for calibration, got none"):
-        to_int8(models["vit"], [])
-
-
 def test_keeping_everything_leaves_nothing_to_quantise(models: dict[str, ModelProto]) -> None:
     with pytest.raises(SpecError, match=r"Nothing is left to quantise to int8.*\(kept: \*\)"):
         _quantise(models["vit"], keep=("*",))
 
 
-def test_models_that_cannot_be_converted_are_refused(
-    models: dict[str, ModelProto], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_that_are_too_large_are_refused(models: dict[str, ModelProto], monkeypatch: pytest.MonkeyPatch) -> None:
     model = models["vit"]
-    with pytest.raises(SpecError, match="Only a model in fp32 can be converted; this one is in int8"):
-        to_half(_quantise(model), "fp16")
-    with pytest.raises(SpecError, match="this one is in bf16"):
-        to_int8(to_half(model, "bf16"), [_images(model, 1, seed=0)])
-    old = ModelProto()
-    old.CopyFrom(model)
-    old.opset_import[0].version = 12
-    with pytest.raises(SpecError, match="need ONNX opset 13 or later; the model has opset 12"):
-        to_int8(old, [_images(model, 1, seed=0)])
     monkeypatch.setattr(precision, "LARGEST_PROTOBUF", 1000)
     with pytest.raises(SpecError, match=r"up to 1,000 bytes .* this one has [0-9,]+"):
         to_half(model, "fp16")

@@ -13,6 +13,7 @@ from openmae.models.build import (
     build_classifier,
     build_encoder,
     build_feature_extractor,
+    validate,
 )
 from openmae.spec.architectures import ARCHITECTURES, get_architecture
 
@@ -154,5 +155,5 @@ def test_every_trainable_parameter_contributes_to_the_loss(arch: str, draw_mask)
 def test_config_survives_json() -> None:
     config = ModelConfig("vit_tiny_patch16", (64, 96), in_chans=4, patch_size=8, num_classes=3, global_pool=False)
     values = json.loads(json.dumps(config.to_dict()))
-    assert ModelConfig.from_dict(values) == config
-    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert validate(ModelConfig, values) == config
+    assert validate(ModelConfig, config.to_dict()) == config

@@ -322,7 +322,7 @@ def test_a_connection_that_cannot_be_accepted_is_one_line(caplog: pytest.LogCapt
 def test_the_command_uses_the_limits(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     from openmae.serving import server
 
-    monkeypatch.setattr(connections, "descriptor_limits", lambda: (77, 33))
+    monkeypatch.setattr(server, "descriptor_limits", lambda: (77, 33))
     config = server._configure(create_app(model), Settings(header_seconds=3))
     assert isinstance(config.http, type)
     assert issubclass(config.http, connections.LimitedProtocol)

@@ -109,7 +109,7 @@ def test_a_single_image_does_not_wait_for_all_batches_of_a_large_request() -> No
         return images.float().flatten(1)[:, 0]
 
     async def work() -> None:
-        batcher = Batcher(model, max_batch=2, capacity=100)
+        batcher = Batcher(model, max_batch=2)
         many = asyncio.create_task(batcher([torch.full((3, 1, 1), n, dtype=torch.uint8) for n in range(8)]))
         assert await asyncio.to_thread(began.acquire, timeout=LIMIT)
         single = asyncio.create_task(batcher([torch.full((3, 1, 1), 99, dtype=torch.uint8)]))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from openmae.serving.micro_batching import Batcher, BatchFailed, Full
+from openmae.serving.micro_batching import Batcher, BatchFailed
 
 LIMIT = 20  # seconds; a hang is a failure, not a stuck suite
 
@@ -57,7 +57,7 @@ async def begun(model: Doubler) -> None:
 
 def test_a_single_image_runs_at_once_and_others_gather_in_the_meantime(model: Doubler) -> None:
     async def work() -> None:
-        batcher = Batcher(model, max_batch=4, capacity=100)
+        batcher = Batcher(model, max_batch=4)
         first = asyncio.create_task(batcher([image(1)]))
         await begun(model)
         assert model.sizes == [1], "an idle model waited for more images"
@@ -74,7 +74,7 @@ def test_a_single_image_runs_at_once_and_others_gather_in_the_meantime(model: Do
 
 def test_images_of_one_request_keep_their_order(model: Doubler) -> None:
     async def work() -> None:
-        batcher = Batcher(model, max_batch=3, capacity=100)
+        batcher = Batcher(model, max_batch=3)
         model.gate.release(4)
         assert [row.item() for row in await batcher([image(n) for n in range(10)])] == [2 * n for n in range(10)]
         assert await batcher([]) == []
@@ -86,7 +86,7 @@ def test_images_of_one_request_keep_their_order(model: Doubler) -> None:
 
 def test_floats_and_bytes_share_a_batch(model: Doubler) -> None:
     async def work() -> None:
-        batcher = Batcher(model, max_batch=2, capacity=100)
+        batcher = Batcher(model, max_batch=2)
         model.gate.release()
         rows = await batcher([image(3), image(0.25, torch.float32)])
         assert [row.item() for row in rows] == [6, 0.5]
@@ -97,7 +97,7 @@ def test_floats_and_bytes_share_a_batch(model: Doubler) -> None:
 
 def test_a_failing_batch_affects_no_other(model: Doubler, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
-        batcher = Batcher(model, max_batch=2, capacity=100)
+        batcher = Batcher(model, max_batch=2)
         model.bad = 9
         tasks = [asyncio.create_task(batcher([image(n)])) for n in (1, 9, 3, 4)]
         model.gate.release(1)
@@ -108,12 +108,12 @@ def test_a_failing_batch_affects_no_other(model: Doubler, caplog: pytest.LogCapt
         assert [results[0][0].item(), results[3][0].item()] == [2, 8]  # type: ignore[index]
         for result in results[1:3]:
             assert isinstance(result, BatchFailed)
-            assert str(result) == "ValueError"
-        assert batcher.failure == "", "the last batch succeeded"
+            assert result.text.startswith("The model failed on the images (ValueError). ")
+        assert not batcher.failing, "the last batch succeeded"
         model.gate.release()
         with pytest.raises(BatchFailed):
             await batcher([image(9)])
-        assert batcher.failure == "ValueError"
+        assert batcher.failing
         await batcher.close()
 
     on_loop(work)
@@ -123,7 +123,7 @@ def test_a_failing_batch_affects_no_other(model: Doubler, caplog: pytest.LogCapt
 
 def test_too_few_outputs_are_an_error() -> None:
     async def work() -> None:
-        batcher = Batcher(lambda images: images[:1], max_batch=4, capacity=100)
+        batcher = Batcher(lambda images: images[:1], max_batch=4)
         with pytest.raises(BatchFailed, match="RuntimeError"):
             await batcher([image(1), image(2)])
         await batcher.close()
@@ -133,7 +133,7 @@ def test_too_few_outputs_are_an_error() -> None:
 
 def test_a_canceled_caller_blocks_no_other(model: Doubler) -> None:
     async def work() -> None:
-        batcher = Batcher(model, max_batch=2, capacity=100)
+        batcher = Batcher(model, max_batch=2)
         running, waiting, other = (asyncio.create_task(batcher([image(n)])) for n in (1, 2, 3))
         await begun(model)
         running.cancel()
@@ -148,22 +148,9 @@ def test_a_canceled_caller_blocks_no_other(model: Doubler) -> None:
     on_loop(work)
 
 
-def test_room_is_limited_and_released(model: Doubler) -> None:
-    batcher = Batcher(model, max_batch=2, capacity=3)
-    with batcher.room(2):
-        with pytest.raises(Full), batcher.room(2):
-            pass
-        with batcher.room(1):
-            pass
-    with pytest.raises(ZeroDivisionError), batcher.room(3):
-        raise ZeroDivisionError
-    with batcher.room(3):
-        pass
-
-
 def test_closing_finishes_waiting_images(model: Doubler) -> None:
     async def work() -> None:
-        batcher = Batcher(model, max_batch=1, capacity=100)
+        batcher = Batcher(model, max_batch=1)
         tasks = [asyncio.create_task(batcher([image(n)])) for n in range(3)]
         await begun(model)
         closing = asyncio.create_task(batcher.close())

@@ -70,10 +70,13 @@ def test_the_command_returns_the_probabilities_of_inference(checkpoint: Path, tm
         assert address.startswith("http://127.0.0.1:")
         files = [("images", (row["path"], (images / row["path"]).read_bytes())) for row in rows]
         found = httpx.post(f"{address}/predict", files=files, timeout=30).json()["predictions"]
+        page = httpx.get(f"{address}/", timeout=30)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     finally:
         process.kill()
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["referrer-policy"] == "no-referrer"
     for row, one in zip(rows, found, strict=True):
         places = [row["class"], *(row[f"class_{place}"] for place in range(2, 6))]
         assert [share["class"] for share in one["top"]] == places
@@ -144,14 +147,6 @@ def test_a_port_that_is_taken(started: Any, model: Any) -> None:
 def test_invalid_addresses(started: Any, host: str, port: int, text: str) -> None:
     with pytest.raises(UserError, match=text):
         server.serve(Path("m.pth"), host, port, Settings())
-
-
-def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_PACKAGES", {"fastapi": "fastapi", "no_such_module": "python-multipart"})
-    with pytest.raises(UserError) as caught:
-        server.serve(Path("m.pth"), "127.0.0.1", 0, Settings())
-    assert caught.value.problem == "`mae serve` needs fastapi, python-multipart; missing: python-multipart."
-    assert caught.value.fix == "pip install 'openmae[serve]'"
 
 
 @pytest.mark.parametrize(

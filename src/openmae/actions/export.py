@@ -25,17 +25,16 @@ from openmae.engines.metadata import FEATURES, LOGITS, ONNX_SUFFIXES, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.onnx import (
     LARGEST_PROTOBUF,
-    ModelProto,
     compare,
     cosine,
     file_bytes,
     likeness,
-    onnx,
     opset_of,
     trace,
     weights_path,
     writing,
 )
+from openmae.engines.packages import ModelProto, onnx
 from openmae.engines.precision import to_half, to_int8
 from openmae.engines.predictor import OnnxPredictor, Predictor, TorchPredictor, card_of
 from openmae.errors import SpecError, blaming

@@ -25,7 +25,7 @@ from openmae.errors import OpenMAEError, Preempted
 from openmae.main_guard import end_if_rerun
 from openmae.results.console import notices_on_stderr
 from openmae.results.streams import OutputLostError, guarded, open_standard_streams
-from openmae.spec.actions import SEARCH
+from openmae.spec.actions import DEVICES, SEARCH
 
 _WORK = {*ACTIONS, "quickstart", "serve", "automl"}  # commands whose result is not their output
 _OTHERS = {
@@ -115,11 +115,7 @@ def _log_level(command: str) -> int:
     """Return the log level: of several processes of a run only the first reports progress, the others report errors."""
     from openmae.distributed.topology import follows
 
-    if not follows():
-        return logging.INFO
-    from openmae.spec.actions import DEVICES
-
-    return logging.ERROR if command in DEVICES else logging.INFO
+    return logging.ERROR if command in DEVICES and follows() else logging.INFO
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

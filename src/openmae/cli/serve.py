@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 
 from openmae.cli.parser import Parser
+from openmae.errors import UserError
 from openmae.serving.settings import Settings
 
 
@@ -39,5 +39,11 @@ def add_arguments(parser: Parser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     settings = Settings(max_batch=args.max_batch, max_request_mb=args.max_request_mb, max_pixels=args.max_pixels)
-    server = importlib.import_module("openmae.serving.server")
-    server.serve(args.model, args.host, args.port, settings, args.device, args.encryption_key)
+    try:
+        from openmae.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"`mae serve` needs fastapi, uvicorn and python-multipart; missing: {error.name}.",
+            "pip install 'openmae[serve]'",
+        ) from error
+    serve(args.model, args.host, args.port, settings, args.device, args.encryption_key)

@@ -63,8 +63,9 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
         "# Configuration",
         "",
         "All config options. `make docs` generates this page from the schema; `mae spec keys`",
+        "prints the same table, and `mae spec template ACTION` a commented spec.",
+        "",
     ]
-    lines += ["prints the same table, and `mae spec template ACTION` a commented spec.", ""]
     for section, table in sections.items():
         lines += [f"## {section}", "", "| key | type | default | bounds | description |", "|---|---|---|---|---|"]
         lines += [*table, ""]

@@ -122,6 +122,15 @@ class InterruptRelay(_InterruptHandler):
                     os.kill(child.pid, number)
 
 
+class InterruptNote(_InterruptHandler):
+    """While entered, Ctrl-C only sets ``reason``, for code that would lose an exception of a signal handler."""
+
+    signals: ClassVar[tuple[signal.Signals, ...]] = (signal.SIGINT,)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._note(number)
+
+
 def join_relay() -> None:
     """Leave the parent's process group, so that only the parent gets Ctrl-C from the terminal, and forwards it."""
     os.setpgrp()

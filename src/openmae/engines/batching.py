@@ -82,15 +82,14 @@ def read_images(paths: Sequence[str | Path], card: ModelCard, *, max_megapixels:
 
 
 def run_split(
-    run: Callable[[Tensor], dict[str, Tensor]], images: Tensor, smallest: int = 1, largest: int | None = None
+    run: Callable[[Tensor], dict[str, Tensor]], images: Tensor, smallest: int, largest: int
 ) -> dict[str, Tensor]:
     """Run any number of images in batches of ``smallest`` to ``largest``, and return the concatenated outputs.
 
     ``run`` returns the outputs of a batch by name, each with the batch as its first axis. Outputs for padding are
     dropped.
     """
-    parts = images.split(largest or max(1, len(images))) if len(images) else (images,)
-    results = [(len(part), run(pad_batch(part, max(smallest, 1)))) for part in parts]
+    results = [(len(part), run(pad_batch(part, smallest))) for part in images.split(largest)]
     return {name: torch.cat([outputs[name][:count] for count, outputs in results]) for name in results[0][1]}
 
 

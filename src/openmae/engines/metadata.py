@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ConfigDict
+
 from openmae._version import __version__
 from openmae.checkpoints.format import CheckpointInfo, Stage
 from openmae.errors import CheckpointError
-from openmae.models.build import ModelConfig
+from openmae.models.build import ModelConfig, validate
+from openmae.spec.architectures import get_architecture
 
 FORMAT = 1
 INPUT = "input"  # name of the only input
@@ -39,6 +42,8 @@ class ModelCard:
         precision: precision of weights and arithmetic; the types of inputs and outputs do not depend on it.
         version: OpenMAE version that wrote the metadata.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     stage: Stage
     model: ModelConfig
@@ -84,13 +89,13 @@ class ModelCard:
                 f"{__version__}, which reads format {FORMAT}.",
                 _AGAIN,
             )
-        kept = {name: value for name, value in values.items() if name not in ("format", "arch", "model")}
         try:
-            lists: dict[str, Any] = {name: tuple(kept.pop(name)) for name in ("mean", "std", "class_names")}
-            return cls(model=ModelConfig.from_dict(values["model"]), **lists, **kept)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            card = validate(cls, {name: value for name, value in values.items() if name not in ("format", "arch")})
+            get_architecture(card.model.arch)
+            return card
+        except ValueError as error:
             raise CheckpointError(
-                f"The model's metadata (of OpenMAE {version}) is damaged or of another version: {error!r}.", _AGAIN
+                f"The model's metadata (of OpenMAE {version}) is damaged or of another version: {error}.", _AGAIN
             ) from error
 
     def to_metadata(self) -> dict[str, str]:
@@ -103,11 +108,10 @@ class ModelCard:
         if "checkpoint_sha256" not in values or "format" not in values:
             return None
         try:
-            return cls.from_dict({name: json.loads(text) for name, text in values.items() if name in _KEYS})
-        except CheckpointError:
-            raise
+            own = {name: json.loads(text) for name, text in values.items() if name in _KEYS}
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"The model's metadata is damaged: {error}.", _AGAIN) from error
+        return cls.from_dict(own)
 
 
 _KEYS = frozenset({"format", "arch", *ModelCard.__dataclass_fields__})

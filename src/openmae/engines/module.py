@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from openmae.checkpoints.format import Checkpoint
 from openmae.checkpoints.weights import load_into
 from openmae.engines.metadata import ModelCard
-from openmae.models.build import ModelConfig, build_classifier, build_feature_extractor
+from openmae.models.build import build_classifier, build_feature_extractor
 
 
 class DeployedModel(nn.Module):
@@ -21,10 +21,7 @@ class DeployedModel(nn.Module):
 
     def __init__(self, backbone: Any, card: ModelCard) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.family = card.model.architecture.family
-        self.classifies = card.stage == "finetune"
-        self.preprocessing = card.preprocessing
+        self.backbone, self.card = backbone, card
         for name, values in (("mean", card.mean), ("std", card.std)):
             self.register_buffer(name, 255 * torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
@@ -33,20 +30,20 @@ class DeployedModel(nn.Module):
 
         ``images`` are normalised float32 ``[N, C, H, W]``, or uint8 ``[N, H, W, C]`` if preprocessing is included.
         """
-        if self.preprocessing:
+        if self.card.preprocessing:
             images = (images.float().permute(0, 3, 1, 2) - self.mean) / self.std  # TensorRT cannot transpose uint8
-        return (self.backbone(images),) if self.classifies else self._features(images)
+        return (self.backbone(images),) if self.card.stage == "finetune" else self._features(images)
 
     def _features(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pooled embedding ``[B, D]`` and the last feature map ``[B, D, rows, columns]``."""
-        backbone = self.backbone
+        backbone, family = self.backbone, self.card.model.architecture.family
         x = backbone.forward_features(images_BCHW)
-        if self.family == "vit":
+        if family == "vit":
             patches_BLD = x[:, backbone.num_prefix_tokens :]
             rows, columns = backbone.patch_embed.grid_size
             return patches_BLD.mean(dim=1), patches_BLD.transpose(1, 2).unflatten(2, (rows, columns))
         features = backbone.forward_head(x, pre_logits=True)
-        if self.family == "hiera":  # its tokens are ordered by pooling steps
+        if family == "hiera":  # its tokens are ordered by pooling steps
             x = backbone.reroll(x, len(backbone.blocks) - 1).permute(0, 3, 1, 2)
         return features, x
 
@@ -65,7 +62,7 @@ def build_deployed(checkpoint: Checkpoint, card: ModelCard) -> DeployedModel:
 
 def example_input(card: ModelCard, batch: int, seed: int = 0) -> Tensor:
     """Return random images in the form of the model's input."""
-    config: ModelConfig = card.model
+    config = card.model
     generator = torch.Generator().manual_seed(seed)
     if card.preprocessing:
         return torch.randint(

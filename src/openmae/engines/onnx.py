@@ -7,32 +7,22 @@ import contextlib
 import copy
 import io
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from openmae.engines.metadata import INPUT, ModelCard
 from openmae.engines.module import DeployedModel, example_input
-from openmae.engines.packages import require
+from openmae.engines.packages import ModelProto, TensorProto, onnx
 from openmae.engines.rewriting import rewritten
 from openmae.engines.session import open_session
 from openmae.errors import CheckpointError, RunError, SpecError
 from openmae.storage.encryption import Key, created, unlocked
-
-if TYPE_CHECKING:
-    import onnx as onnx
-    from onnx import ModelProto as ModelProto
-    from onnx import TensorProto as TensorProto
-else:
-    onnx = require("onnx")
-    ModelProto, TensorProto = onnx.ModelProto, onnx.TensorProto
 
 TOLERANCE = 1e-4  # largest accepted difference from torch, relative to the largest output
 _SMALLEST = 1e-6  # the largest output is taken to be at least this
@@ -67,9 +57,7 @@ def trace(
 
     Raises:
         SpecError: the installed onnx does not support the operator set.
-        UserError: a package is not installed.
     """
-    require("onnxscript")
     newest = onnx.defs.onnx_opset_version()
     if opset > newest:
         raise SpecError(
@@ -78,7 +66,7 @@ def trace(
         )
     dynamic = card.batch_size == -1
     images = example_input(card, 2 if dynamic else card.batch_size).to(device)
-    with _quiet(verbose):
+    with contextlib.nullcontext() if verbose else _quiet():
         program = torch.onnx.export(
             rewritten(model, opset).to(device),
             (images,),
@@ -182,18 +170,19 @@ def writing(proto: ModelProto, path: Path, key: Key | None = None) -> Iterator[P
             "Leave encryption_key out, or train a smaller architecture.",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        weights = weights_path(folder / path.name)
-        checked: Path | bytes = folder / path.name
+    prefix = f".{path.name}."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as folder:
+        temporary = Path(folder) / path.name
+        weights = weights_path(temporary)
+        checked: Path | bytes = temporary
         if key is not None:
             checked = data = proto.SerializeToString()
-            with created(folder / path.name, key) as file:
+            with created(temporary, key) as file:
                 file.write(data)
         elif large:
-            onnx.save_model(copy.deepcopy(proto), folder / path.name, save_as_external_data=True, location=weights.name)
+            onnx.save_model(copy.deepcopy(proto), temporary, save_as_external_data=True, location=weights.name)
         else:
-            onnx.save_model(proto, folder / path.name)
+            onnx.save_model(proto, temporary)
         try:
             onnx.checker.check_model(checked, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -201,14 +190,12 @@ def writing(proto: ModelProto, path: Path, key: Key | None = None) -> Iterator[P
                 f"onnx rejects the graph: {str(error).strip().splitlines()[0]} The file was removed.",
                 "Try another export.opset_version; if that does not help, please report it as a bug.",
             ) from error
-        yield folder / path.name
-        if weights.exists():
+        yield temporary
+        if large:
             weights.replace(weights_path(path))
-        (folder / path.name).replace(path)
+        temporary.replace(path)
         if not large:
             weights_path(path).unlink(missing_ok=True)  # from an earlier, larger model
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_onnx(path: Path, key: Key | None = None, *, weights: bool = True) -> ModelProto:
@@ -311,8 +298,7 @@ def _rename_nodes(proto: ModelProto) -> None:
         del node.metadata_props[:]
         node.doc_string = ""
     for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
-        if hasattr(value, "metadata_props"):
-            del value.metadata_props[:]
+        del value.metadata_props[:]
         value.doc_string = ""
 
 
@@ -332,10 +318,7 @@ def weight_bytes(proto: ModelProto) -> int:
 
 
 @contextlib.contextmanager
-def _quiet(verbose: bool) -> Iterator[None]:
-    if verbose:
-        yield
-        return
+def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import tempfile
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -15,14 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from openmae.engines.metadata import Precision
-from openmae.engines.onnx import LARGEST_PROTOBUF, ModelProto, TensorProto, onnx, weight_bytes
-from openmae.engines.packages import require
-from openmae.errors import DataError, SpecError
+from openmae.engines.onnx import LARGEST_PROTOBUF, weight_bytes
+from openmae.engines.packages import ModelProto, TensorProto, float16, onnx
+from openmae.errors import SpecError
 
 if TYPE_CHECKING:
     from onnx import NodeProto
-
-_float16 = require("onnxruntime.transformers.float16")
 
 Half = Literal["fp16", "bf16"]
 
@@ -47,19 +45,21 @@ def to_half(model: ModelProto, kind: Half, keep: Sequence[str] = ()) -> ModelPro
     nodes that stay in fp32. The given model, in fp32, is not changed.
 
     Raises:
-        SpecError: a pattern of ``keep`` matches no node, or the model is larger than 2 GB or not in fp32.
+        SpecError: the model is larger than 2 GB.
     """
-    source = _fp32_copy(model)
-    blocked = matching_nodes([node.name for node in source.graph.node], keep) | _unsafe(source, kind)
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    source = _named_copy(model)
+    blocked = _matching(source, keep) | _unsafe(source, kind)
     _split_constants(source, blocked)
     del source.graph.value_info[:]  # exporters list constants there, and the converter would treat them as activations
-    half = _float16.convert_float_to_float16(
+    half = float16.convert_float_to_float16(
         source, keep_io_types=True, op_block_list=[], node_block_list=sorted(blocked)
     )
     _drop_round_trips(half)
     if kind == "bf16":
         _retype(half, source)
-    require("onnxruntime.transformers.onnx_model").OnnxModel(half).topological_sort()
+    OnnxModel(half).topological_sort()
     del half.graph.value_info[:]  # the converter leaves incorrect types there
     return _with_graph(model, onnx.shape_inference.infer_shapes(half, strict_mode=True))
 
@@ -74,34 +74,26 @@ def to_int8(model: ModelProto, batches: Iterable[NDArray[np.generic]], keep: Seq
     ``batches`` are inputs of the model, read once, one at a time. The given model, in fp32, is not changed.
 
     Raises:
-        DataError: there is no batch.
-        SpecError: a pattern of ``keep`` matches no node; nothing is left to quantise; the model is larger than 2 GB or
-            not in fp32, or its opset is older than 13.
+        SpecError: nothing is left to quantise, or the model is larger than 2 GB.
     """
-    quantization = require("onnxruntime.quantization")
-    quant_utils = require("onnxruntime.quantization.quant_utils")
-    source = _fp32_copy(model)
-    opset = next(entry.version for entry in source.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset < 13:
-        raise SpecError(
-            f"int8 weights per channel need ONNX opset 13 or later; the model has opset {opset}.",
-            "Export the model again with a later opset.",
-        )
-    nodes = sorted(_worth_int8(source) - matching_nodes([node.name for node in source.graph.node], keep))
+    from onnxruntime import quantization
+    from onnxruntime.quantization import quant_utils
+
+    source = _named_copy(model)
+    nodes = sorted(_worth_int8(source) - _matching(source, keep))
     if not nodes:
         raise SpecError(
             "Nothing is left to quantise to int8: every MatMul, Gemm or Conv with constant weights is kept in fp32 "
             f"(kept: {', '.join(keep) or 'none'}).",
             "Keep fewer nodes in fp32, or choose another precision.",
         )
-    reader = _Reader(source, batches)  # raises at once if there is no batch
     quant_utils.add_pre_process_metadata(source)  # avoids a warning about an optimization that loading applies
     with tempfile.TemporaryDirectory(prefix="openmae-int8-") as folder:
         path = Path(folder) / "int8.onnx"
         quantization.quantize_static(
             source,
             path,
-            reader,
+            _Reader(source.graph.input[0].name, batches),
             op_types_to_quantize=sorted(_PRODUCTS),
             nodes_to_quantize=nodes,
             per_channel=True,
@@ -132,24 +124,15 @@ def precision_of(model: ModelProto) -> Precision:
 class _Reader:
     """Calibration batches as an ``onnxruntime.quantization.CalibrationDataReader``."""
 
-    def __init__(self, model: ModelProto, batches: Iterable[NDArray[np.generic]]) -> None:
-        self._input = model.graph.input[0].name
-        iterator = iter(batches)
-        first = next(iterator, None)
-        if first is None:
-            raise DataError(
-                "int8 needs at least one batch of images for calibration, got none.",
-                "Give calibration.images a folder with images, and calibration.count at least 1.",
-            )
-        self._batches = chain([first], iterator)
+    def __init__(self, input_name: str, batches: Iterable[NDArray[np.generic]]) -> None:
+        self._inputs = ({input_name: batch} for batch in batches)
 
     def get_next(self) -> dict[str, NDArray[np.generic]] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {self._input: batch}
+        return next(self._inputs, None)
 
 
-def _fp32_copy(model: ModelProto) -> ModelProto:
-    """Return a copy in which all nodes have names; reject models that the converters would damage."""
+def _named_copy(model: ModelProto) -> ModelProto:
+    """Return a copy in which all nodes have names; reject a model that is too large for the converters."""
     size = weight_bytes(model)
     if size > LARGEST_PROTOBUF:
         raise SpecError(
@@ -157,53 +140,29 @@ def _fp32_copy(model: ModelProto) -> ModelProto:
             f"{size:,}.",
             "Use fp32, or a smaller architecture.",
         )
-    if (found := precision_of(model)) != "fp32":
-        raise SpecError(f"Only a model in fp32 can be converted; this one is in {found}.", "Give the fp32 ONNX file.")
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for number, node in enumerate(copy.graph.node):
+    named = copy.deepcopy(model)
+    for number, node in enumerate(named.graph.node):
         node.name = node.name or f"{node.op_type}_{number}"
-    return copy
+    return named
 
 
 def _with_graph(model: ModelProto, converted: ModelProto) -> ModelProto:
     """Return a copy of the model (metadata, opsets, producer) with the converted graph."""
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copy.deepcopy(model)
     result.graph.CopyFrom(converted.graph)
     return result
 
 
-def matching_nodes(names: Sequence[str], patterns: Sequence[str], model: str = "the ONNX model") -> set[str]:
-    """Return the names that match any of the patterns.
-
-    Raises:
-        SpecError: a pattern matches no name.
-    """
-    matched: set[str] = set()
-    for pattern in patterns:
-        hits = [name for name in names if fnmatchcase(name, pattern)]
-        if not hits:
-            nearest = difflib.get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.0)
-            raise SpecError(
-                f"No node of {model} matches {pattern!r}.",
-                f"The nearest names are {', '.join(nearest)}; * stands for any characters.",
-            )
-        matched.update(hits)
-    return matched
+def _matching(model: ModelProto, patterns: Sequence[str]) -> set[str]:
+    """Return the names of the nodes that match any of the patterns."""
+    return {node.name for node in model.graph.node if any(fnmatchcase(node.name, pattern) for pattern in patterns)}
 
 
 def _unsafe(model: ModelProto, kind: Half) -> set[str]:
     """Return the names of nodes that must stay in fp32 (see ``to_half``)."""
     graph = model.graph
-    large = set()
-    if kind == "fp16":
-        for tensor in graph.initializer:
-            if (
-                tensor.data_type == TensorProto.FLOAT
-                and np.abs(onnx.numpy_helper.to_array(tensor)).max(initial=0) > _FP16_MAX
-            ):
-                large.add(tensor.name)
+    floats = [tensor for tensor in graph.initializer if kind == "fp16" and tensor.data_type == TensorProto.FLOAT]
+    large = {tensor.name for tensor in floats if np.abs(onnx.numpy_helper.to_array(tensor)).max(initial=0) > _FP16_MAX}
     raw = {value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.UINT8}
     norms: set[str] = set()  # GRN: values computed from a norm, up to the next matrix product
     names = set()
@@ -215,7 +174,7 @@ def _unsafe(model: ModelProto, kind: Half) -> set[str]:
         if node.op_type in _PREPROCESSING and inputs & raw:
             raw.update(node.output)
             names.add(node.name)
-        if node.op_type in _SUMS or node.op_type in _float16.DEFAULT_OP_BLOCK_LIST or inputs & large:
+        if node.op_type in _SUMS or node.op_type in float16.DEFAULT_OP_BLOCK_LIST or inputs & large:
             names.add(node.name)
     return names
 
@@ -250,13 +209,12 @@ def _drop_round_trips(model: ModelProto) -> None:
         for value in chain(graph.input, graph.value_info)
         if value.type.tensor_type.elem_type == TensorProto.FLOAT
     }
-    down = {node.output[0]: node.input[0] for node in graph.node if _casts_to(node, TensorProto.FLOAT16)}
-    down = {narrow: wide for narrow, wide in down.items() if wide in fp32}
-    for node in graph.node:
-        if _casts_to(node, TensorProto.FLOAT) and node.input[0] in down:
-            node.input[0] = down[node.input[0]]
-    back = {node.output[0]: node.input[0] for node in graph.node if _casts_to(node, TensorProto.FLOAT)}
-    back = {copy: wide for copy, wide in back.items() if wide in fp32}
+    down = [node for node in graph.node if _casts_to(node, TensorProto.FLOAT16) and node.input[0] in fp32]
+    wide = {node.output[0]: node.input[0] for node in down}
+    up = [node for node in graph.node if _casts_to(node, TensorProto.FLOAT)]
+    for node in up:
+        node.input[0] = wide.get(node.input[0], node.input[0])
+    back = {node.output[0]: node.input[0] for node in up if node.input[0] in fp32}
     for node in graph.node:
         for place, name in enumerate(node.input):
             node.input[place] = back.get(name, name)

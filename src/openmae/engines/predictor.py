@@ -15,8 +15,8 @@ from openmae.data.transforms import crop_pct
 from openmae.engines.batching import as_input, device_name, run_split
 from openmae.engines.metadata import INPUT, ONNX_SUFFIXES, ModelCard, file_sha256
 from openmae.engines.module import DeployedModel, build_deployed
-from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES, TensorRTPredictor, read_engine_card
-from openmae.engines.tensorrt.sidecar import sidecar_path
+from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES, TensorRTPredictor
+from openmae.engines.tensorrt.sidecar import read_sidecar, sidecar_path
 from openmae.errors import SpecError
 from openmae.storage.encryption import Key, resolve_key
 
@@ -49,7 +49,7 @@ class TorchPredictor:
     """A checkpoint's model in torch; the model is built without preprocessing, since images are normalised here."""
 
     def __init__(self, model: DeployedModel, card: ModelCard, device: torch.device) -> None:
-        assert not model.preprocessing
+        assert not model.card.preprocessing
         self.card, self.device = card, device
         self.runtime = f"torch {torch.__version__}, {device_name(device)}"
         self._model = model.to(device)
@@ -74,7 +74,8 @@ class OnnxPredictor:
 
     def __init__(self, path: Path, device: torch.device, key: Key | None = None) -> None:
         from openmae.engines.onnx import read_onnx_card
-        from openmae.engines.session import onnxruntime, open_session
+        from openmae.engines.packages import onnxruntime
+        from openmae.engines.session import open_session
 
         self.card = read_onnx_card(path, key)
         self.device = device
@@ -117,8 +118,7 @@ def open_predictor(
     if kind == "engine":
         return TensorRTPredictor(path, device, key)
     checkpoint = read_checkpoint(path, key)
-    info = checkpoint.own_info()
-    card = card_of(info, path)
+    card = card_of(checkpoint.own_info(), path)
     return TorchPredictor(build_deployed(checkpoint, card), card, device)
 
 
@@ -144,7 +144,7 @@ def read_exported_card(path: Path, key: Key | None = None) -> ModelCard:
         CheckpointError: the file cannot be read, or another program wrote it.
     """
     if exported_kind(path) != "onnx":
-        return read_engine_card(path)
+        return read_sidecar(path)[0]
     from openmae.engines.onnx import read_onnx_card
 
     return read_onnx_card(path, key)

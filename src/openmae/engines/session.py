@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from openmae.engines.packages import require
+from openmae.engines.packages import onnxruntime
 from openmae.errors import CheckpointError
 from openmae.storage.encryption import Key, unlocked
-
-if TYPE_CHECKING:
-    import onnxruntime as onnxruntime
-    from onnx import ModelProto
-else:
-    onnxruntime = require("onnxruntime")
-
-onnxruntime.set_default_logger_severity(3)  # errors only; its warnings are of no use to users
-
-
-def run_once(proto: ModelProto, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Run a graph of less than 2 GB on the CPU, and return its outputs."""
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)
 
 
 def open_session(path: Path, device: torch.device, key: Key | None = None) -> onnxruntime.InferenceSession:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -72,17 +71,6 @@ class ModelConfig:
         if self.final_norm:
             del values["final_norm"]  # the default; earlier versions do not know this key
         return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Read the values that :meth:`to_dict` returns.
-
-        Raises:
-            ValueError: A value is missing, unknown or invalid.
-        """
-        config = validate(cls, values)
-        get_architecture(config.arch)
-        return config
 
 
 def validate(kind: type[_T], values: Any) -> _T:

@@ -7,20 +7,19 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from openmae._version import __version__
@@ -28,12 +27,11 @@ from openmae.engines.batching import eval_transform
 from openmae.engines.predictor import Predictor
 from openmae.serving.access_log import log_loop_error
 from openmae.serving.fairness import Decoders
-from openmae.serving.micro_batching import Batcher, BatchFailed, Full
+from openmae.serving.micro_batching import Batcher
 from openmae.serving.settings import Settings
-from openmae.serving.uploads import Intake, Refused, Upload, count_pixels, decode_upload, open_uploads
+from openmae.serving.uploads import Busy, Intake, Refused, Upload, count_pixels, decode_upload, open_uploads
 
 Entry = tuple[int, dict[str, Any]]  # status and response of one image
-_Result = TypeVar("_Result")
 
 TOP = 5  # classes in a response
 
@@ -94,12 +92,15 @@ def create_app(predictor: Predictor, settings: Settings | None = None) -> FastAP
     )
     _add_routes(app, service)
     _add_errors(app)
-    app.add_middleware(_SafeHeaders)
     return app
 
 
 class _Service:
-    """The model, its threads, and the requests in progress."""
+    """The model, its threads, and the requests in progress.
+
+    Attributes:
+        images: Number of images that have been admitted and are not answered yet.
+    """
 
     def __init__(self, predictor: Predictor, settings: Settings) -> None:
         card = predictor.card
@@ -107,11 +108,11 @@ class _Service:
         self._output = card.outputs[0]
         self._predictor = predictor
         self._transform = eval_transform(card)
-        self._batcher = Batcher(self._run, settings.max_batch, settings.max_waiting)
+        self._batcher = Batcher(self._run, settings.max_batch)
         self._decoders = Decoders(min(4, os.cpu_count() or 1), settings.max_pixels)
         self._headers = ThreadPoolExecutor(2, "openmae-headers")
         self._intake = Intake(settings.max_held_bytes)
-        self._requests = 0
+        self._requests = self.images = 0
         self._ready = False
 
     @asynccontextmanager
@@ -131,12 +132,7 @@ class _Service:
         """``ok``, ``failing`` (the latest batch failed) or ``stopped``."""
         if not self._ready:
             return "stopped"
-        return "failing" if self._batcher.failure else "ok"
-
-    @property
-    def images_in_progress(self) -> int:
-        """Number of images that have arrived and are not answered yet."""
-        return self._batcher.held
+        return "failing" if self._batcher.failing else "ok"
 
     async def predict(self, request: Request) -> list[Entry]:
         """Return the status and the prediction or error of each image in the request."""
@@ -144,18 +140,12 @@ class _Service:
             raise Refused(503, "The server is stopping.", "Try another server, or try again later.")
         async with open_uploads(request, self.settings, self._intake) as uploads:
             if self._requests >= self.settings.max_requests:
-                raise Full
-            sizes = await self._read_headers(uploads)
-            with self._admit(sum(size for size in sizes if isinstance(size, int)), len(uploads)):
+                raise Busy("its queue is full")
+            sizes = await asyncio.get_running_loop().run_in_executor(
+                self._headers, lambda: [count_pixels(upload, self.settings.max_pixels) for upload in uploads]
+            )
+            with self._admit(sum(sizes), len(uploads)):
                 return await self._answers(uploads, sizes)
-
-    async def _read_headers(self, uploads: list[Upload]) -> list[int | Refused]:
-        """Return the number of pixels of each image, without decoding it."""
-
-        def read() -> list[int | Refused]:
-            return [_or_refused(partial(count_pixels, one, self.settings.max_pixels)) for one in uploads]
-
-        return await asyncio.get_running_loop().run_in_executor(self._headers, read)
 
     @contextmanager
     def _admit(self, pixels: int, images: int) -> Iterator[None]:
@@ -167,34 +157,26 @@ class _Service:
                 f"The images of a request may have {limits.max_request_pixels:,} pixels together, got {pixels:,}.",
                 "Send them in several requests, or scale them down.",
             )
-        if images > limits.max_batch or pixels > limits.max_pixels:
-            held, share = self._batcher.held, 0.75
-            if self._requests >= max(1, share * limits.max_requests) or (
-                held and held + images > share * limits.max_waiting
-            ):
-                raise Full
-        if self._requests >= limits.max_requests:
-            raise Full
-        with self._batcher.room(images):
-            self._requests += 1
-            try:
-                yield
-            finally:
-                self._requests -= 1
+        share = 0.75 if images > limits.max_batch or pixels > limits.max_pixels else 1
+        too_many_images = self.images and self.images + images > share * limits.max_waiting
+        if too_many_images or self._requests >= max(1, share * limits.max_requests):
+            raise Busy("its queue is full")
+        self._requests += 1
+        self.images += images
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            self.images -= images
 
-    async def _answers(self, uploads: list[Upload], sizes: list[int | Refused]) -> list[Entry]:
-        sound = [(upload, size) for upload, size in zip(uploads, sizes, strict=True) if isinstance(size, int)]
-        works = [partial(_or_refused, partial(self._decode, upload)) for upload, _ in sound]
-        decoded = iter(await self._decoders(works, [size for _, size in sound]))
-        results = [size if isinstance(size, Refused) else next(decoded) for size in sizes]
-        rows = iter(await self._batcher([image for image in results if isinstance(image, Tensor)]))
+    async def _answers(self, uploads: list[Upload], sizes: list[int]) -> list[Entry]:
+        works = [partial(decode_upload, upload, self._transform, self.settings.max_pixels) for upload in uploads]
+        images = await self._decoders(works, sizes)
+        rows = iter(await self._batcher([image for image in images if isinstance(image, Tensor)]))
         return [
-            _refuse(upload.name, result) if isinstance(result, Refused) else self._describe(upload.name, next(rows))
-            for upload, result in zip(uploads, results, strict=True)
+            _refuse(upload.name, image) if isinstance(image, Refused) else self._describe(upload.name, next(rows))
+            for upload, image in zip(uploads, images, strict=True)
         ]
-
-    def _decode(self, upload: Upload) -> Tensor:
-        return decode_upload(upload, self._transform, self.settings.max_pixels)
 
     def _run(self, images_BCHW: Tensor) -> Tensor:
         outputs = self._predictor(images_BCHW.to(self._predictor.device))
@@ -211,13 +193,6 @@ class _Service:
         names = self.card.class_names
         top = [{"class": names[label], "probability": share} for label, share in zip(labels, shares, strict=True)]
         return 200, {"name": name, **top[0], "top": top}
-
-
-def _or_refused(work: Callable[[], _Result]) -> _Result | Refused:
-    try:
-        return work()
-    except Refused as refused:
-        return refused
 
 
 def _refuse(name: str, reason: Refused) -> Entry:
@@ -258,7 +233,7 @@ def _add_routes(app: FastAPI, service: _Service) -> None:
     @app.get("/health", responses={503: {"description": "The latest batch failed, or the server is stopping."}})
     async def health() -> JSONResponse:
         """Return 200 and `ok`, or 503 and `failing` (the latest batch raised an error) or `stopped`."""
-        health = {"status": service.status, "model": arch, "images_under_way": service.images_in_progress}
+        health = {"status": service.status, "model": arch, "images_under_way": service.images}
         return JSONResponse(health, 200 if service.status == "ok" else 503)
 
     @app.get("/metadata")
@@ -282,14 +257,6 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: Refused) -> JSONResponse:
         headers = {"Connection": "close"} if error.status == 408 else None  # the rest of the body may still arrive
         return _failure(error.status, error.text, headers)
-
-    @app.exception_handler(Full)
-    async def full(request: Request, error: Full) -> JSONResponse:
-        return _failure(503, "The server is busy: its queue is full. Try again in a second.")
-
-    @app.exception_handler(BatchFailed)
-    async def batch_failed(request: Request, error: BatchFailed) -> JSONResponse:
-        return _failure(500, f"The model failed on the images ({error}). The server's log has the traceback.")
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
@@ -319,19 +286,3 @@ def _content_policy(page: str) -> str:
         f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
         "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-
-
-class _SafeHeaders:
-    """Middleware that adds security headers: no content type sniffing, and no referrer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_safely(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                extra = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
-                message["headers"] = [*message.get("headers", ()), *extra]
-            await send(message)
-
-        await self.app(scope, receive, send_safely)

@@ -50,7 +50,6 @@ class LimitedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Close another connection if there are too many, and start the timer for headers."""
         super().connection_made(transport)
-        self._since = time.monotonic()
         self._make_room()
         self._watch()
 

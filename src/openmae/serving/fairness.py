@@ -8,6 +8,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -73,7 +74,7 @@ class Decoders:
         self._threads, self._pixels = threads, pixels
         self._pool = ThreadPoolExecutor(threads + 1, "openmae-decode")
         self._waiting: FairQueue[_Task] = FairQueue()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running = 0
         self._large: list[int] = []  # pixels of the large images that are being decoded
 
     async def __call__(
@@ -93,14 +94,14 @@ class Decoders:
         return task.pixels * _LARGE > self._pixels
 
     def _start(self) -> None:
-        while len(self._running) <= self._threads and (task := self._next()) is not None:
+        while self._running <= self._threads and (task := self._next()) is not None:
             if task.future.done():  # its request was canceled
                 continue
+            self._running += 1
             if self._is_large(task):
                 self._large.append(task.pixels)
-            running = asyncio.create_task(self._run(task))
-            self._running.add(running)
-            running.add_done_callback(self._running.discard)
+            decoding = asyncio.get_running_loop().run_in_executor(self._pool, task.work)
+            decoding.add_done_callback(partial(self._finish, task))
 
     def _next(self) -> _Task | None:
         blocked = len(self._large) >= self._threads
@@ -114,16 +115,13 @@ class Decoders:
 
         return self._waiting.take(fits)
 
-    async def _run(self, task: _Task) -> None:
-        try:
-            result = await asyncio.get_running_loop().run_in_executor(self._pool, task.work)
-            if not task.future.done():
-                task.future.set_result(result)
-        except Exception as error:
-            if not task.future.done():
+    def _finish(self, task: _Task, decoding: asyncio.Future[Any]) -> None:
+        self._running -= 1
+        if self._is_large(task):
+            self._large.remove(task.pixels)
+        if not task.future.done():
+            if error := decoding.exception():
                 task.future.set_exception(error)
-        finally:
-            if self._is_large(task):
-                self._large.remove(task.pixels)
-            self._running.discard(asyncio.current_task())  # type: ignore[arg-type]
-            self._start()
+            else:
+                task.future.set_result(decoding.result())
+        self._start()

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from openmae.serving.fairness import FairQueue
+from openmae.serving.uploads import Refused
 
 log = logging.getLogger("openmae")
 
 
-class Full(Exception):  # noqa: N818  (a state rather than an error)
-    """The queue has no room for more images."""
+class BatchFailed(Refused):
+    """The model raised an error, whose type is shown (500)."""
 
-
-class BatchFailed(Exception):  # noqa: N818
-    """The model raised an error; the message is its type."""
+    def __init__(self, kind: str) -> None:
+        super().__init__(500, f"The model failed on the images ({kind}).", "The server's log has the traceback.")
 
 
 class Batcher:
@@ -33,37 +32,18 @@ class Batcher:
     Args:
         model: Maps ``[N, C, H, W]`` to ``[N, ...]``, both on the CPU.
         max_batch: Maximum of N.
-        capacity: Maximum number of images of all requests.
 
     Attributes:
-        failure: Type of the error of the latest batch, or "".
-        held: Number of images in ``room`` blocks.
+        failing: True if the latest batch failed.
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor], max_batch: int, capacity: int) -> None:
-        self.failure = ""
-        self.held = 0
+    def __init__(self, model: Callable[[Tensor], Tensor], max_batch: int) -> None:
+        self.failing = False
         self._model = model
         self._max_batch = max_batch
-        self._capacity = capacity
         self._waiting: FairQueue[tuple[Tensor, asyncio.Future[Tensor]]] = FairQueue()
         self._running: asyncio.Task[None] | None = None
         self._worker = ThreadPoolExecutor(1, "openmae-model")
-
-    @contextmanager
-    def room(self, images: int) -> Iterator[None]:
-        """Reserve capacity for a request's images during the block, which includes decoding and inference.
-
-        Raises:
-            Full: There is not enough capacity.
-        """
-        if self.held + images > self._capacity:
-            raise Full
-        self.held += images
-        try:
-            yield
-        finally:
-            self.held -= images
 
     async def __call__(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Return the model's output for each image ``[C, H, W]``, uint8 or float32 in 0..255.
@@ -99,13 +79,13 @@ class Batcher:
         try:
             rows = await asyncio.get_running_loop().run_in_executor(self._worker, self._infer, images)
         except Exception as error:  # a runtime may raise any error, and the next batch may succeed
-            self.failure = type(error).__name__
+            self.failing = True
             log.exception("The model failed on a batch of %d images.", len(batch))
             for _, future in batch:
                 if not future.done():
-                    future.set_exception(BatchFailed(self.failure))
+                    future.set_exception(BatchFailed(type(error).__name__))
         else:
-            self.failure = ""
+            self.failing = False
             for (_, future), row in zip(batch, rows, strict=True):
                 if not future.done():
                     future.set_result(row)

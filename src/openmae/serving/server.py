@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import logging
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import python_multipart  # noqa: F401  (starlette reads forms with it, and imports it late)
 import torch
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from openmae.engines.predictor import Predictor, open_predictor
 from openmae.errors import UserError
+from openmae.serving.access_log import limited_logs
+from openmae.serving.app import create_app
+from openmae.serving.connections import descriptor_limits, limited
 from openmae.serving.settings import Settings
 from openmae.spec.option import is_secret
 
-if TYPE_CHECKING:
-    import uvicorn
-    from fastapi import FastAPI
-
 log = logging.getLogger("openmae")
 
-_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart"}
 _GRACE = 30  # seconds for requests in progress when the server stops
 
 
@@ -41,20 +41,13 @@ def serve(
         encryption_key: Key of an encrypted model: ``env:NAME`` or ``file:PATH``.
 
     Raises:
-        UserError: Packages of the extra ``serve`` are missing, or the model or the address cannot be used.
+        UserError: The model or the address cannot be used.
     """
-    _check_packages()
     if is_secret(encryption_key):
         raise UserError(
             "--encryption-key takes env:NAME or file:PATH, not the key: others can read it in the process list.",
             "Put a new key into an environment variable or a file; this one may have been read.",
         )
-    import uvicorn
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    from openmae.serving.access_log import limited_logs
-    from openmae.serving.app import create_app
-
     with _listen(host, port) as listener:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,27 +75,16 @@ def serve(
 
 
 def _configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    import uvicorn
-
-    from openmae.serving.connections import descriptor_limits, limited
-
     most, backlog = descriptor_limits()
     return uvicorn.Config(
         app,
         http=limited(settings, most),
         ws="none",
         backlog=backlog,
+        headers=[("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")],
         log_level="warning",
         timeout_graceful_shutdown=_GRACE,
     )
-
-
-def _check_packages() -> None:
-    if missing := [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]:
-        raise UserError(
-            f"`mae serve` needs {', '.join(_PACKAGES.values())}; missing: {', '.join(missing)}.",
-            "pip install 'openmae[serve]'",
-        )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -39,6 +39,13 @@ class Refused(Exception):  # noqa: N818  (a state rather than an error)
         self.text = f"{problem} {fix}"
 
 
+class Busy(Refused):
+    """The server has no capacity for a request at the moment (503)."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(503, f"The server is busy: {reason}.", "Try again in a second.")
+
+
 @dataclass(frozen=True)
 class Upload:
     """An encoded image, with its file name or a name such as ``image 2``."""
@@ -56,28 +63,29 @@ class Intake:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._bodies: dict[_Body, int] = {}
+        self._bodies: set[_Body] = set()
 
-    def add(self, body: _Body, size: int) -> None:
-        """Count more bytes of a body; refuse the largest incomplete one (503) if the limit is exceeded."""
-        self._bodies[body] = self._bodies.get(body, 0) + size
-        while sum(self._bodies.values()) > self._limit:
+    def add(self, body: _Body) -> None:
+        """Count the bytes of a body so far; refuse the largest incomplete one (503) if the limit is exceeded."""
+        self._bodies.add(body)
+        while sum(one.size for one in self._bodies) > self._limit:
             incomplete = [one for one in self._bodies if one.timer is not None]
-            largest = max(incomplete, key=self._bodies.__getitem__, default=body)
+            largest = max(incomplete, key=lambda one: one.size, default=body)
             if largest is body:
-                raise _no_room()
+                raise _out_of_memory()
             self.remove(largest)
             largest.give_way()
 
     def remove(self, body: _Body) -> None:
         """Stop counting a body that has been answered or refused."""
-        self._bodies.pop(body, None)
+        self._bodies.discard(body)
 
 
 class _Body:
     """The body of a request while it arrives, with or without a content length.
 
     Attributes:
+        size: The number of bytes that have arrived.
         timer: The time limit for its arrival; None once it is complete.
         gave_way: True if it was refused to make room for others.
     """
@@ -88,7 +96,7 @@ class _Body:
         self._intake = intake
         length = request.headers.get("content-length", "")
         self._length = int(length) if length.isdecimal() else 0
-        self._seen = 0
+        self.size = 0
         self.timer: asyncio.Timeout | None = None
         self.gave_way = False
 
@@ -101,11 +109,10 @@ class _Body:
         if self._length > self._limit:
             raise self._too_large(f"{self._length:,} bytes")
         message = await self._receive()
-        size = len(message.get("body", b""))
-        self._seen += size
-        if self._seen > self._limit:
+        self.size += len(message.get("body", b""))
+        if self.size > self._limit:
             raise self._too_large("more")
-        self._intake.add(self, size)
+        self._intake.add(self)
         return message
 
     def give_way(self) -> None:
@@ -146,7 +153,7 @@ async def open_uploads(request: Request, settings: Settings, intake: Intake) -> 
                     uploads = await _read_form(request, settings.max_images)
         except TimeoutError as error:
             if body.gave_way:
-                raise _no_room() from error
+                raise _out_of_memory() from error
             raise Refused(
                 408, f"The body must arrive within {settings.read_seconds:g} seconds.", "Send fewer or smaller images."
             ) from error
@@ -189,54 +196,32 @@ async def _read_form(request: Request, max_images: int) -> list[Upload]:
     return [Upload(part.filename or f"image {n}", part.file) for n, part in enumerate(files, start=1)]
 
 
-def _no_room() -> Refused:
-    return Refused(
-        503,
-        "The server is busy: the requests in progress use all memory allowed for uploads.",
-        "Try again in a second.",
-    )
+def _out_of_memory() -> Busy:
+    return Busy("the requests in progress use all memory allowed for uploads")
 
 
 def count_pixels(upload: Upload, max_pixels: int) -> int:
-    """Return the number of pixels according to the image's header, or 0 if the header cannot be read.
-
-    Raises:
-        Refused: With status 413 if there are too many pixels.
-    """
+    """Return the number of pixels according to the image's header, or 0 if ``decode_upload`` will refuse the image."""
     try:
         header = read_header(Path(upload.name), upload.file, max_pixels)
-    except TooManyPixels as error:
-        raise _too_many_pixels(upload.name, error) from error
-    except Exception:  # decoders raise various errors for damaged files; decode_upload reports them
+    except Exception:  # too many pixels, or any error that a decoder raises for a damaged file
         return 0
     return header.width * header.height
 
 
-def decode_upload(upload: Upload, transform: EvalTransform, max_pixels: int) -> Tensor:
-    """Return an image ``[C, H, W]``, transformed as in evaluation (:class:`EvalTransform`).
+def decode_upload(upload: Upload, transform: EvalTransform, max_pixels: int) -> Tensor | Refused:
+    """Return an image ``[C, H, W]``, transformed as in evaluation, or why it is refused.
 
-    Raises:
-        Refused: With status 413 if there are too many pixels, or 422 if it cannot be decoded.
+    The status is 413 if it has too many pixels, and 422 if it cannot be decoded.
     """
     try:
-        upload.file.seek(0)
         with ImageFile(Path(upload.name), upload.file, max_pixels) as file:
             return transform(file)
     except TooManyPixels as error:
-        raise _too_many_pixels(upload.name, error) from error
+        problem = f"An image may have {error.max_pixels:,} pixels at most; {upload.name} has {error.got}."
+        return Refused(413, problem, "Scale it down, or start the server with a larger --max-pixels.")
     except NotAnImage as error:
-        raise Refused(422, f"{upload.name}: {error.reason}.", "Send an image that opens in a viewer.") from error
+        return Refused(422, f"{upload.name}: {error.reason}.", "Send an image that opens in a viewer.")
     except CorruptImage as error:
-        raise Refused(
-            422,
-            f"{upload.name} cannot be decoded: {error.reason}.",
-            f"Save it again as {', '.join(FORMAT_TITLES[:-1])} or {FORMAT_TITLES[-1]}.",
-        ) from error
-
-
-def _too_many_pixels(name: str, error: TooManyPixels) -> Refused:
-    return Refused(
-        413,
-        f"An image may have {error.max_pixels:,} pixels at most; {name} has {error.got}.",
-        "Scale it down, or start the server with a larger --max-pixels.",
-    )
+        formats = f"{', '.join(FORMAT_TITLES[:-1])} or {FORMAT_TITLES[-1]}"
+        return Refused(422, f"{upload.name} cannot be decoded: {error.reason}.", f"Save it again as {formats}.")

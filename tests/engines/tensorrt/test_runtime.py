@@ -17,7 +17,7 @@ import torch
 
 from openmae.engines.metadata import ModelCard
 from openmae.engines.tensorrt import runtime
-from openmae.engines.tensorrt.runtime import TensorRTPredictor, read_engine_card
+from openmae.engines.tensorrt.runtime import TensorRTPredictor
 from openmae.engines.tensorrt.sidecar import (
     EngineInfo,
     Profile,
@@ -208,6 +208,10 @@ def test_a_damaged_sidecar(tmp_path, text):
     assert "is damaged or of another version of OpenMAE" in refusal(path)
 
 
+def test_a_sidecar_names_no_other_module_to_import(tmp_path):
+    assert "builder is 'antigravity'" in refusal(write_engine(tmp_path, builder="antigravity"))
+
+
 def test_the_sidecar_of_another_engine(tmp_path):
     path = write_engine(tmp_path)
     path.write_bytes(b"engine 2")
@@ -218,13 +222,13 @@ def test_the_sidecar_of_another_engine(tmp_path):
 
 def test_an_engine_of_a_foreign_onnx_file(tmp_path):
     with pytest.raises(CheckpointError, match="its classes and preprocessing are unknown"):
-        read_engine_card(write_engine(tmp_path, card=None))
+        read_sidecar(write_engine(tmp_path, card=None))
 
 
 def test_a_machine_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = write_engine(tmp_path)
-    assert read_engine_card(path) == CARD, "the card needs no GPU"
+    assert read_sidecar(path)[0] == CARD, "the card needs no GPU"
     text = refusal(path, kind=SpecError)
     assert "is a TensorRT engine, which needs a CUDA GPU; none was found." in text
     assert "Fix: Use the ONNX file or the checkpoint" in text

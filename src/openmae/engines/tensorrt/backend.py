@@ -69,7 +69,7 @@ def choose_backend(
     Raises:
         SpecError: the builder is not installed, a GPU is missing, or the builder does not support a capability.
     """
-    names = tuple(dict.fromkeys(map(_name, capabilities))) or (CURRENT,)
+    names = [_name(text) for text in capabilities or (CURRENT,)]
     here = _present(gpu_id)
     wanted = tuple(dict.fromkeys(here or CURRENT if name == CURRENT else name for name in names))
     if asked == "auto":

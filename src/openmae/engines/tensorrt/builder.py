@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openmae.distributed.signals import InterruptNote
 from openmae.engines.tensorrt.backend import Backend
 from openmae.engines.tensorrt.sidecar import Profile, TensorInfo
 from openmae.errors import CheckpointError, RunError
@@ -68,7 +65,7 @@ def build_engine(graph: Path | bytes, backend: Backend, settings: BuildSettings)
     """
     trt, began = backend.module, time.perf_counter()
     logger = get_logger(backend.module, backend.name, verbose=settings.verbose)
-    with backend.on_gpu(), _interrupts() as asked:
+    with backend.on_gpu(), InterruptNote() as interrupt:
         builder = trt.Builder(logger)
         # has to be requested up to TensorRT 10; later versions build no other networks
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -76,10 +73,10 @@ def build_engine(graph: Path | bytes, backend: Backend, settings: BuildSettings)
         if not (parser.parse(graph) if isinstance(graph, bytes) else parser.parse_from_file(str(graph))):
             raise _refused(parser, backend)
         config = _configure(builder, network, backend, settings)
-        config.progress_monitor = _make_monitor(trt, asked)
+        config.progress_monitor = _make_monitor(trt, interrupt)
         engine = builder.build_serialized_network(network, config)
-        if asked:
-            raise KeyboardInterrupt
+        if interrupt.reason:
+            raise interrupt.reason
         if engine is None:
             raise RunError(
                 f"{backend.name} {backend.version} could not build the engine: {' '.join(logger.errors)}",
@@ -155,8 +152,8 @@ def _set_timing_cache(config: Any, path: Path) -> None:
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
-def _make_monitor(trt: Any, asked: list[bool]) -> Any:
-    """Return an ``IProgressMonitor`` that cancels the build after Ctrl-C was pressed."""
+def _make_monitor(trt: Any, interrupt: InterruptNote) -> Any:
+    """Return an ``IProgressMonitor`` that cancels the build, since an exception in a callback would be lost."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -166,26 +163,12 @@ def _make_monitor(trt: Any, asked: list[bool]) -> Any:
             pass
 
         def step_complete(self, phase: str, step: int) -> bool:
-            return not asked
+            return interrupt.reason is None
 
         def phase_finish(self, phase: str) -> None:
             pass
 
     return Monitor()
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[bool]]:
-    """Yield a list that Ctrl-C appends to, since a KeyboardInterrupt in a callback of the builder would be lost."""
-    asked: list[bool] = []
-    if threading.current_thread() is not threading.main_thread():  # Python runs signal handlers only there
-        yield asked
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(True))
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _refused(parser: Any, backend: Backend) -> CheckpointError:

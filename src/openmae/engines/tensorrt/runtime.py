@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from openmae.engines.batching import as_input, device_name, run_split
-from openmae.engines.metadata import ModelCard
 from openmae.engines.tensorrt.backend import gpu_capability, load_module, pretty
 from openmae.engines.tensorrt.builder import get_logger
 from openmae.engines.tensorrt.sidecar import EngineInfo, TensorInfo, read_sidecar, sidecar_path
@@ -36,13 +35,12 @@ class TensorRTPredictor:
     """
 
     def __init__(self, path: Path, device: torch.device | str = "cuda", key: Key | None = None) -> None:
-        self.card = read_engine_card(path)
-        info = read_sidecar(path)[1]
+        self.card, info = read_sidecar(path)
         data = read_bytes(path, key)
         if hashlib.sha256(data).hexdigest() != info.engine_sha256:
             raise CheckpointError(
                 f"{sidecar_path(path)} belongs to another engine than {path}, or one of the two is damaged.",
-                f"Copy both again, or {_AGAIN[0].lower()}{_AGAIN[1:]}.",
+                "Copy both again, or build the engine again with mae gen_trt_engine.",
             )
         self.device = _open_device(torch.device(device), info, path)
         self._engine = LoadedEngine(data, info, self.device, str(path))
@@ -53,22 +51,6 @@ class TensorRTPredictor:
         """See ``Predictor``."""
         images = as_input(images_BCHW.to(self.device), self.card)
         return run_split(self._engine, images, self._profile.min, self._profile.max)
-
-
-def read_engine_card(path: Path) -> ModelCard:
-    """Read the model's metadata from the sidecar of an engine; no GPU is needed.
-
-    Raises:
-        CheckpointError: the engine or its sidecar is missing or damaged, or another program wrote its ONNX file.
-    """
-    card, _ = read_sidecar(path)
-    if card is None:
-        raise CheckpointError(
-            f"{path} was built from an ONNX file that mae export did not write, so its classes and preprocessing are "
-            "unknown.",
-            "Run it with NVIDIA's tools, or build an engine from an ONNX file of mae export.",
-        )
-    return card
 
 
 class LoadedEngine:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from openmae._version import __version__
 from openmae.engines.metadata import ModelCard
 from openmae.engines.tensorrt.backend import BackendName
 from openmae.errors import CheckpointError
+from openmae.models.build import validate
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,6 @@ class EngineInfo:
     engine_sha256: str
     version: str = __version__
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EngineInfo:
-        """Read the values of ``dataclasses.asdict``, after a round trip through JSON."""
-        tensors = {
-            name: tuple(TensorInfo(t["name"], tuple(t["shape"]), t["dtype"]) for t in values[name])
-            for name in ("inputs", "outputs")
-        }
-        parts = {"compute_capability": tuple(values["compute_capability"]), "profile": Profile(**values["profile"])}
-        return cls(**{**values, **tensors, **parts})
-
 
 def sidecar_path(engine: Path) -> Path:
     """Return the path of the sidecar of an engine."""
@@ -78,28 +67,32 @@ def sidecar_text(card: ModelCard | None, info: EngineInfo) -> str:
     return json.dumps({"card": card and card.to_dict(), "engine": asdict(info)}, indent=2) + "\n"
 
 
-def read_sidecar(engine: Path) -> tuple[ModelCard | None, EngineInfo]:
-    """Read the sidecar of an engine.
+def read_sidecar(engine: Path) -> tuple[ModelCard, EngineInfo]:
+    """Read the sidecar of an engine; no GPU is needed.
 
     Raises:
-        CheckpointError: the engine or its sidecar is missing or damaged.
+        CheckpointError: the engine or its sidecar is missing or damaged, or another program wrote its ONNX file.
     """
     path = sidecar_path(engine)
     if not engine.is_file():
         raise CheckpointError(f"No engine at {engine}.", "Check the path; mae gen_trt_engine writes engines.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        card = None if values["card"] is None else ModelCard.from_dict(values["card"])
-        return card, EngineInfo.from_dict(values["engine"])
+        card, info = values["card"], validate(EngineInfo, values["engine"])
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{engine} has no {path.name} next to it, which describes its inputs and outputs.",
             "Copy both files, or build the engine with mae gen_trt_engine.",
         ) from error
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged or of another version of OpenMAE: {error!r}.",
             "Build the engine again with mae gen_trt_engine.",
         ) from error
+    if card is None:
+        raise CheckpointError(
+            f"{engine} was built from an ONNX file that mae export did not write, so its classes and preprocessing are "
+            "unknown.",
+            "Run it with NVIDIA's tools, or build an engine from an ONNX file of mae export.",
+        )
+    return ModelCard.from_dict(card), info
