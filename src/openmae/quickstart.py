@@ -25,6 +25,7 @@ from openmae.errors import UserError
 from openmae.results.images import save_bar_comparison
 from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.spec.load import load_spec
+from openmae.spec.tree import nest
 from openmae.storage import layout
 from openmae.storage.atomic import make_folder, write_atomically
 
@@ -137,67 +138,57 @@ def _train(folder: Path, name: str, spec: Mapping[str, Any]) -> Outcome:
 
 
 def _pretrain_spec(folder: Path, seed: int) -> dict[str, Any]:
-    return {
-        "results_dir": str(folder / "pretrain"),
-        "model": {**_MODEL, "mask_ratio": 0.5, "decoder_depth": 1, "decoder_embed_dim": 128},
-        "dataset": {
-            "train_data_sources": str(folder / "images" / "unlabelled"),
-            "val_data_sources": str(folder / "images" / "held_out"),
-            "batch_size": 32,
-            "num_workers_per_gpu": 0,
-            "augmentation": {"input_size": SIZE, "min_scale": 0.6, "hflip": 0.0},
-        },
-        "train": {
-            "num_epochs": PRETRAIN_EPOCHS,
-            "validation_interval": 5,
-            "checkpoint_interval": 5,
-            "keep_checkpoints": 1,
-            "seed": seed,
-            "optim": {"lr": 7e-4, "lr_scheduler": "cosine", "warmup_epochs": 2},
-        },
-        "wandb": {"enable": False},
+    settings = {
+        "model.mask_ratio": 0.5,
+        "model.decoder_depth": 1,
+        "model.decoder_embed_dim": 128,
+        "dataset.batch_size": 32,
+        "train.num_epochs": PRETRAIN_EPOCHS,
+        "train.validation_interval": 5,
+        "train.checkpoint_interval": 5,
+        "train.optim.lr": 7e-4,
+        "train.optim.warmup_epochs": 2,
     }
+    return _spec(folder, "pretrain", "unlabelled", seed, settings)
 
 
 def _finetune_spec(folder: Path, name: str, seed: int, backbone: Path | None) -> dict[str, Any]:
-    return {
-        "results_dir": str(folder / name),
-        "model": _MODEL,
-        "dataset": {
-            "train_data_sources": str(folder / "images" / "labelled"),
-            "val_data_sources": str(folder / "images" / "held_out"),
-            "batch_size": 10,
-            "num_workers_per_gpu": 0,
-            "augmentation": {
-                "input_size": SIZE,
-                "min_scale": 0.6,
-                "hflip": 0.0,
-                "auto_aug": "",
-                "mixup": 0.0,
-                "cutmix": 0.0,
-            },
-        },
-        "train": {
-            "stage": "finetune",
-            "pretrained_model_path": str(backbone or ""),
-            "num_epochs": FINETUNE_EPOCHS,
-            "validation_interval": FINETUNE_EPOCHS // 4,
-            "checkpoint_interval": FINETUNE_EPOCHS,
-            "keep_checkpoints": 1,
-            "seed": seed,
-            # layer decay protects pretrained layers; randomly initialized ones need the full learning rate
-            "optim": {
-                "lr": 5e-4,
-                "lr_scheduler": "cosine",
-                "warmup_epochs": 5,
-                "layer_decay": 0.75 if backbone else 1.0,
-            },
-        },
-        "wandb": {"enable": False},
+    settings = {
+        "dataset.batch_size": 10,
+        "dataset.augmentation.auto_aug": "",
+        "dataset.augmentation.mixup": 0.0,
+        "dataset.augmentation.cutmix": 0.0,
+        "train.stage": "finetune",
+        "train.pretrained_model_path": str(backbone or ""),
+        "train.num_epochs": FINETUNE_EPOCHS,
+        "train.validation_interval": FINETUNE_EPOCHS // 4,
+        "train.checkpoint_interval": FINETUNE_EPOCHS,
+        "train.optim.lr": 5e-4,
+        "train.optim.warmup_epochs": 5,
+        # layer decay protects pretrained layers; randomly initialized ones need the full learning rate
+        "train.optim.layer_decay": 0.75 if backbone else 1.0,
     }
+    return _spec(folder, name, "labelled", seed, settings)
 
 
-_MODEL = {"arch": "vit_tiny_patch16", "patch_size": 8, "in_chans": 1}
+def _spec(folder: Path, name: str, images: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    common = {
+        "results_dir": str(folder / name),
+        "model.arch": "vit_tiny_patch16",
+        "model.patch_size": 8,
+        "model.in_chans": 1,
+        "dataset.train_data_sources": str(folder / "images" / images),
+        "dataset.val_data_sources": str(folder / "images" / "held_out"),
+        "dataset.num_workers_per_gpu": 0,
+        "dataset.augmentation.input_size": SIZE,
+        "dataset.augmentation.min_scale": 0.6,
+        "dataset.augmentation.hflip": 0.0,
+        "train.keep_checkpoints": 1,
+        "train.seed": seed,
+        "train.optim.lr_scheduler": "cosine",
+        "wandb.enable": False,
+    }
+    return nest({**common, **settings})
 
 
 def _report(folder: Path, rows: list[tuple[str, str, str]], accuracies: Mapping[str, float]) -> Path:
