@@ -24,13 +24,11 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import flatten
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.elastic import BatchLayout, accumulation_for
-from openmae.training.resume import best_was_set_aside, newest_checkpoint, newest_readable, read_finite
+from openmae.training.resume import newest_checkpoint, newest_readable, read_finite
 
 log = logging.getLogger("openmae")
 
 _IMAGES = "train_images"
-
-_ACCUMULATION = "train.accum_grad_batches"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Plan:
         epochs_done: epochs that an earlier run has finished.
         key: encrypts checkpoints.
         images: a digest of the names of the training images.
-        best_is_lost: ``model_best.pth`` was set aside, so that the next epoch counts as the best so far.
     """
 
     spec: ExperimentSpec
@@ -56,7 +53,6 @@ class Plan:
     epochs_done: int
     key: Key | None
     images: str
-    best_is_lost: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -109,7 +105,7 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     values = resolve(spec)
     info = CheckpointInfo(
         stage=spec.train.stage,
-        model=_model_config(spec),
+        model=model_config(spec),
         class_names=train.class_names if finetune else (),
         mean=values.mean,
         std=values.std,
@@ -123,26 +119,24 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     elif finetune and not spec.train.pretrained_model_path:
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
     resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
-    return Plan(spec, folder, train, val, info, resume, epochs_done, key, images, best_was_set_aside(folder))
+    return Plan(spec, folder, train, val, info, resume, epochs_done, key, images)
 
 
 def _open_data(spec: ExperimentSpec) -> tuple[ImageIndex, ImageIndex | None]:
-    finetune, data = spec.train.stage == "finetune", spec.dataset
-    largest = data.max_megapixels
-    train = open_images(data.train_data_sources, "dataset.train_data_sources", labelled=finetune, largest=largest)
+    finetune, batch_size = spec.train.stage == "finetune", spec.dataset.batch_size
+    train = open_images(spec, "dataset.train_data_sources", labelled=finetune)
     val = None
-    if data.val_data_sources:
-        labelled = finetune or None
-        val = open_images(data.val_data_sources, "dataset.val_data_sources", labelled=labelled, largest=largest)
+    if spec.dataset.val_data_sources:
+        val = open_images(spec, "dataset.val_data_sources", labelled=finetune or None)
         if finetune:
             val = match_classes(val, train.class_names, "dataset.train_data_sources")
     with blaming("dataset.batch_size"):
         processes = spec.train.num_gpus * spec.train.num_nodes
-        AddressedSampler(len(train), data.batch_size, spec.train.seed, 0, processes)
+        AddressedSampler(len(train), batch_size, spec.train.seed, 0, processes)
     if not spec.is_set("dataset.batch_size"):
         log.warning(
             "dataset.batch_size is not set, so TAO's default %d is used. Set it to what fits into memory, such as 64.",
-            data.batch_size,
+            batch_size,
         )
     return train, val
 
@@ -222,7 +216,8 @@ def compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -
     defaults = _settings(ExperimentSpec().model_dump(mode="json", exclude_none=True))
     before, wanted = defaults | _settings(earlier.info.spec), defaults | _settings(now.spec)
     if now.begun:
-        wanted[_ACCUMULATION] = before.get(_ACCUMULATION)  # it was derived from the number of processes
+        key = "train.accum_grad_batches"
+        wanted[key] = before.get(key)  # it was derived from the number of processes
     keys = sorted(key for key in before | wanted if before.get(key) != wanted.get(key))
     if not finished and "train.pretrained_model_path" not in wanted:  # a resumed run does not need it
         keys = [key for key in keys if key not in ("train.pretrained_model_path", "train.pretrained_weights_key")]
@@ -257,7 +252,8 @@ def _identity(info: CheckpointInfo) -> dict[str, Any]:
     return {"train.stage": info.stage, **shape, **final_norm, "dataset.augmentation.input_size": size, **names}
 
 
-def _model_config(spec: ExperimentSpec) -> ModelConfig:
+def model_config(spec: ExperimentSpec) -> ModelConfig:
+    """Return the configuration of the model that a spec describes."""
     model, values = spec.model, resolve(spec)
     return ModelConfig(
         arch=model.arch,
