@@ -70,22 +70,17 @@ def run(results_dir: Path, seed: int) -> dict[str, float]:
     pretrained = _train(folder, "finetune", _finetune_spec(folder, "finetune", seed, backbone))
     log.info("Step 3 of 3: training the same model from scratch, for comparison.")
     scratch = _train(folder, "scratch", _finetune_spec(folder, "scratch", seed, None))
-    accuracies = {"pretrained": pretrained.metrics["ACC_all"], "scratch": scratch.metrics["ACC_all"]}
+    gained, reference = pretrained.metrics["ACC_all"], scratch.metrics["ACC_all"]
     rows = [
-        (
-            "pretrained, then fine-tuned",
-            f"{accuracies['pretrained']:.1%}",
-            f"{pretraining.seconds + pretrained.seconds:.0f} s",
-        ),
-        ("fine-tuned from scratch", f"{accuracies['scratch']:.1%}", f"{scratch.seconds:.0f} s"),
+        ("pretrained, then fine-tuned", gained, pretraining.seconds + pretrained.seconds),
+        ("fine-tuned from scratch", reference, scratch.seconds),
     ]
     show_table(
         f"Accuracy on {HELD_OUT} held-out digits, {LABELS_PER_DIGIT} labelled images per digit",
-        [(label, f"{accuracy}   in {seconds}") for label, accuracy, seconds in rows],
+        [(label, f"{accuracy:.1%}   in {seconds:.0f} s") for label, accuracy, seconds in rows],
     )
-    report = _report(folder, rows, accuracies)
-    log.info("Open %s to see the comparison and the reconstructions.", report)
-    return accuracies
+    log.info("Open %s to see the comparison and the reconstructions.", _report(folder, rows))
+    return {"pretrained": gained, "scratch": reference}
 
 
 def write_digits(folder: Path) -> None:
@@ -191,30 +186,27 @@ def _spec(folder: Path, name: str, images: str, seed: int, settings: Mapping[str
     return nest({**common, **settings})
 
 
-def _report(folder: Path, rows: list[tuple[str, str, str]], accuracies: Mapping[str, float]) -> Path:
-    labels = {"pretrained": rows[0][0], "scratch": rows[1][0]}
+def _report(folder: Path, rows: list[tuple[str, float, float]]) -> Path:
+    """Write ``report.html`` from label, accuracy and seconds of each model."""
+    cells = [(label, f"{accuracy:.1%}", f"{seconds:.0f} s") for label, accuracy, seconds in rows]
     bars = save_bar_comparison(
-        {labels[name]: value for name, value in accuracies.items()},
+        {label: accuracy for label, accuracy, _ in rows},
         folder / "accuracies.png",
         title="Gain from pretraining on unlabelled images",
         subtitle=f"accuracy on {HELD_OUT} held-out digits, {LABELS_PER_DIGIT} labelled images per digit",
-        notes={row[0]: row[2] for row in rows},
+        notes={label: seconds for label, _, seconds in cells},
     )
     pretraining = folder / "pretrain" / "train"
     sections: list[Section] = [
-        Numbers("", {label: row[1] for label, row in zip(labels.values(), rows, strict=True)}),
-        Figure(
-            "Accuracy",
-            bars,
-            "Both models have the same architecture, labelled images and fine-tuning epochs.",
-        ),
+        Numbers("", {label: accuracy for label, accuracy, _ in cells}),
+        Figure("Accuracy", bars, "Both models have the same architecture, labelled images and fine-tuning epochs."),
         Figure(
             "Reconstructions",
             pretraining / layout.RECONSTRUCTIONS / "last.png",
             "Held-out digits: original, visible patches, prediction, and both combined.",
         ),
         Figure("Pretraining", pretraining / layout.CURVES, "kNN and the linear probe classify the frozen features."),
-        Table("Time", ("model", "accuracy", "time"), rows, caption="The time of the first row includes pretraining."),
+        Table("Time", ("model", "accuracy", "time"), cells, caption="The time of the first row includes pretraining."),
         Text(
             "Your own images",
             "The specs below are in this folder. Set dataset.train_data_sources to a folder of your images and run "

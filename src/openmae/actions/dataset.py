@@ -36,7 +36,7 @@ log = logging.getLogger("openmae")
 def pack_source(
     source: str,
     out: Path,
-    options: PackOptions | None = None,
+    options: PackOptions,
     *,
     overwrite: bool = False,
     max_megapixels: int = MAX_MEGAPIXELS,
@@ -51,7 +51,7 @@ def pack_source(
         raise UserError(f"OUT must be a local folder, not {out}.", "Pack into a local folder, then copy it.")
     index = replace(open_index(source, None), max_pixels=max_megapixels * 1_000_000)
     with _progress("Packing", len(index)) as advance:
-        packed = pack(index, out, options or PackOptions(), overwrite=overwrite, advance=advance)
+        packed = pack(index, out, options, overwrite=overwrite, advance=advance)
     total = sum(shard.stat().st_size for shard in packed.shards)
     labels = f"{len(index.class_names)} classes" if index.labels is not None else "no labels"
     print(f"{packed.images:,} images ({labels}) in {counted(len(packed.shards), 'shard')}, {total / 1e6:,.1f} MB:")

@@ -21,7 +21,7 @@ from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
 from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
-from openmae.spec.tree import flatten
+from openmae.spec.tree import flatten, get
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.elastic import BatchLayout, accumulation_for
 from openmae.training.resume import newest_checkpoint, newest_readable, read_finite
@@ -151,14 +151,12 @@ def _find_earlier(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Ear
         if found is None:
             return None
         checkpoint, state = found
-        facts, progress = state["openmae"], state["progress"]
-        if (
-            not isinstance(facts, Mapping)
-            or not isinstance(progress, Mapping)
-            or type(progress.get("epoch")) is not int
-        ):
+        with blaming(str(checkpoint)):
+            info = CheckpointInfo.from_dict(state["openmae"])
+        epochs_done = get(state, "progress.epoch")
+        if type(epochs_done) is not int:
             raise CheckpointError(f"{checkpoint} holds no training state: it is damaged.", "Use an older checkpoint.")
-        return Earlier(key, checkpoint, CheckpointInfo.from_dict(facts), progress["epoch"], facts.get(_IMAGES))
+        return Earlier(key, checkpoint, info, epochs_done, state["openmae"].get(_IMAGES))
 
 
 def _continued(folder: Path, given: str, secret: Key | None) -> tuple[Path, dict[str, Any]] | None:
