@@ -21,7 +21,7 @@ from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
 from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
-from openmae.spec.tree import flatten, get
+from openmae.spec.tree import flatten, get, value_of
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.elastic import BatchLayout, accumulation_for
 from openmae.training.resume import newest_checkpoint, newest_readable, read_finite
@@ -145,9 +145,7 @@ def _find_earlier(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Ear
     given = spec.train.resume_training_checkpoint_path
     key = "train.resume_training_checkpoint_path" if given else "results_dir"
     with blaming(key):
-        found = _continued(folder, given, secret) if given else newest_readable(folder, secret)
-        if given and found is None:
-            found = Path(given), read_finite(Path(given), secret)
+        found = _given_or_newer(folder, spec, secret) if given else newest_readable(folder, secret)
         if found is None:
             return None
         checkpoint, state = found
@@ -159,15 +157,16 @@ def _find_earlier(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Ear
         return Earlier(key, checkpoint, info, epochs_done, state["openmae"].get(_IMAGES))
 
 
-def _continued(folder: Path, given: str, secret: Key | None) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint in ``folder`` if its run started from ``given``, to resume that run instead."""
-    newest = newest_checkpoint(folder)
-    if newest is not None and newest != Path(given):
+def _given_or_newer(folder: Path, spec: ExperimentSpec, secret: Key | None) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint that the spec names, or the newest one in ``folder`` if its run has resumed from that."""
+    key = "train.resume_training_checkpoint_path"
+    given, newest = Path(value_of(spec, key)), newest_checkpoint(folder)
+    if newest is not None and newest != given:
         with suppress(CheckpointError):
             state = read_finite(newest, secret)
-            if state["openmae"]["spec"]["train"].get("resume_training_checkpoint_path") == given:
+            if get(state, f"openmae.spec.{key}") == get(to_dict(spec), key):
                 return newest, state
-    return None
+    return given, read_finite(given, secret)
 
 
 def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[ExperimentSpec, dict[str, int]]:

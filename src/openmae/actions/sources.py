@@ -1,4 +1,4 @@
-"""The data sources of a spec, opened as indexes of images."""
+"""The data sources of a spec: their images as indexes, their classes, and the settings of their loaders."""
 
 from __future__ import annotations
 
