@@ -290,6 +290,14 @@ def test_the_recorded_spec_has_no_secret(store, tmp_path):
     assert "topsecret" not in text
 
 
+def test_other_nodes_download_the_newest_checkpoint_and_the_final_files(trained, bucket):
+    spec = load_spec(None, train_arguments(bucket)[1:], "train")
+    with local_place(spec, "train", leads=False) as place:
+        names = {path.name for path in place.folder.iterdir() if not path.name.startswith(".")}
+    assert names == {"model_epoch_001_step_00002.pth", "backbone.safetensors", "report.html"}
+    assert not place.folder.exists()
+
+
 @pytest.mark.parametrize(
     ("action", "reads", "writes"),
     [("export", "checkpoint", "onnx_file"), ("gen_trt_engine", "onnx_file", "trt_engine")],

@@ -140,8 +140,8 @@ def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
         metrics = task.validate(fabric, task.model, batches)
     if fabric.is_global_zero:
         path = request.folder / layout.RECONSTRUCTIONS / "validation.png"
-        pictures = [reconstructions(fabric, task, task.model, loader, path)] if task is not None else []
-        pretrained_report(request.folder, request.info, request.index, metrics, pictures)
+        figures = [reconstructions(fabric, task, task.model, loader, path)] if task is not None else []
+        pretrained_report(request.folder, request.info, request.index, metrics, figures)
     return metrics
 
 

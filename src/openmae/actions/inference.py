@@ -116,8 +116,8 @@ def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
             vectors,
         )
         path = request.folder / layout.RECONSTRUCTIONS / "test.png"
-        pictures = [reconstructions(fabric, task, task.model, loader, path)] if task is not None else []
-        embedding_report(request.folder, request.info, request.index, vectors.shape, pictures)
+        figures = [reconstructions(fabric, task, task.model, loader, path)] if task is not None else []
+        embedding_report(request.folder, request.info, request.index, vectors.shape, figures)
     return {"embeddings": f"{len(vectors):,} embeddings of {vectors.shape[1]:,} dimensions"}
 
 

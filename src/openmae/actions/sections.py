@@ -81,18 +81,18 @@ def train_report(
     folder: Path,
     info: CheckpointInfo,
     recipe: Sequence[tuple[str, str]],
-    pictures: Sequence[Figure],
+    figures: Sequence[Figure],
     breakdown: Breakdown | None,
     *indexes: ImageIndex,
 ) -> None:
-    """Write the report of a training run: metrics, curves, pictures, profile, recipe, unread files and spec."""
+    """Write the report of a training run: metrics, curves, figures, profile, recipe, unread files and spec."""
     rows = read_metrics(folder / layout.METRICS)
     last = {name: row[name] for row in rows for name in _SHOWN if name in row}
     sections: list[Section] = [_numbers("Final metrics", last)] if last else []
     if rows:
         curves = save_curves(rows, folder / layout.CURVES)
         sections.append(Figure("Curves", curves, "Losses, accuracies, learning rate and speed over the steps."))
-    sections += pictures
+    sections += figures
     if breakdown is not None:
         sections += _breakdown_sections(folder, breakdown)
     sections.append(Table("Recipe", ("", ""), list(recipe)))
@@ -115,17 +115,17 @@ def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
 
 
 def pretrained_report(
-    folder: Path, info: CheckpointInfo, index: ImageIndex, metrics: Mapping[str, float], pictures: Sequence[Figure]
+    folder: Path, info: CheckpointInfo, index: ImageIndex, metrics: Mapping[str, float], figures: Sequence[Figure]
 ) -> None:
     """Write the report of an evaluated autoencoder: loss, probes if there are classes, and reconstructions."""
     sections: list[Section] = [_numbers(f"{len(index):,} images", metrics)]
     if "knn_acc" in metrics:
         sections.append(Text("", _PROBES))
-    _write(folder, "evaluate", _subtitle(info), [*sections, *pictures], index)
+    _write(folder, "evaluate", _subtitle(info), [*sections, *figures], index)
 
 
 def embedding_report(
-    folder: Path, info: CheckpointInfo, index: ImageIndex, shape: tuple[int, ...], pictures: Sequence[Figure]
+    folder: Path, info: CheckpointInfo, index: ImageIndex, shape: tuple[int, ...], figures: Sequence[Figure]
 ) -> None:
     """Write the report of embeddings: their number, code that reads them, and reconstructions."""
     images, dimensions = shape
@@ -133,7 +133,7 @@ def embedding_report(
         Numbers(layout.EMBEDDINGS, {"images": f"{images:,}", "dimensions": f"{dimensions:,}"}),
         Code("Read the embeddings", _READING),
     ]
-    _write(folder, "inference", _subtitle(info), [*sections, *pictures], index)
+    _write(folder, "inference", _subtitle(info), [*sections, *figures], index)
 
 
 def classifier_report(

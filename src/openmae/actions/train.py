@@ -300,7 +300,7 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
         return
     backbone = model.encoder.backbone if isinstance(model, MaskedAutoencoder) else model
     save_backbone(plan.folder / layout.BACKBONE, backbone.state_dict(), plan.info, plan.key)
-    pictures = []
+    figures = []
     if isinstance(trainer.task, PretrainTask):
         assert isinstance(model, MaskedAutoencoder)
         loader = trainer.val_loader or EvaluationLoader(
@@ -309,6 +309,6 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
             LoaderSettings(batch_size=1, results=plan.folder, max_corrupt_fraction=1.0),
         )
         path = plan.folder / layout.RECONSTRUCTIONS / "last.png"
-        pictures.append(reconstructions(fabric, trainer.task, model, loader, path))
+        figures.append(reconstructions(fabric, trainer.task, model, loader, path))
     indexes = [plan.train, plan.val] if plan.val else [plan.train]
-    train_report(plan.folder, plan.info, rows, pictures, breakdown, *indexes)
+    train_report(plan.folder, plan.info, rows, figures, breakdown, *indexes)
