@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -293,15 +293,12 @@ def build_autoencoder(arch: str, input_size: int | tuple[int, int] = 224, **opti
         >>> tuple(predicted_BMP.shape)
         (2, 12, 192)
     """
-    from openmae.models.build import ModelConfig
+    from openmae.actions.plan import model_config
     from openmae.models.build import build_autoencoder as build
     from openmae.spec.load import load_spec
 
     spec = load_spec({"model": {"arch": arch, **options}, "dataset": {"augmentation": {"input_size": input_size}}})
-    values = spec.model.model_dump(exclude={"num_classes"})
-    known = {field.name for field in fields(ModelConfig)}
-    return build(ModelConfig(**{name: value for name, value in values.items() if name in known},
-                             input_size=spec.dataset.augmentation.size))  # fmt: skip
+    return build(model_config(spec))
 
 
 _KEYWORDS = {

@@ -25,6 +25,7 @@ from openmae.errors import UserError
 from openmae.results.images import save_bar_comparison
 from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.spec.load import load_spec
+from openmae.spec.tree import nest
 from openmae.storage import layout
 from openmae.storage.atomic import make_folder, write_atomically
 
@@ -69,22 +70,17 @@ def run(results_dir: Path, seed: int) -> dict[str, float]:
     pretrained = _train(folder, "finetune", _finetune_spec(folder, "finetune", seed, backbone))
     log.info("Step 3 of 3: training the same model from scratch, for comparison.")
     scratch = _train(folder, "scratch", _finetune_spec(folder, "scratch", seed, None))
-    accuracies = {"pretrained": pretrained.metrics["ACC_all"], "scratch": scratch.metrics["ACC_all"]}
+    gained, reference = pretrained.metrics["ACC_all"], scratch.metrics["ACC_all"]
     rows = [
-        (
-            "pretrained, then fine-tuned",
-            f"{accuracies['pretrained']:.1%}",
-            f"{pretraining.seconds + pretrained.seconds:.0f} s",
-        ),
-        ("fine-tuned from scratch", f"{accuracies['scratch']:.1%}", f"{scratch.seconds:.0f} s"),
+        ("pretrained, then fine-tuned", gained, pretraining.seconds + pretrained.seconds),
+        ("fine-tuned from scratch", reference, scratch.seconds),
     ]
     show_table(
         f"Accuracy on {HELD_OUT} held-out digits, {LABELS_PER_DIGIT} labelled images per digit",
-        [(label, f"{accuracy}   in {seconds}") for label, accuracy, seconds in rows],
+        [(label, f"{accuracy:.1%}   in {seconds:.0f} s") for label, accuracy, seconds in rows],
     )
-    report = _report(folder, rows, accuracies)
-    log.info("Open %s to see the comparison and the reconstructions.", report)
-    return accuracies
+    log.info("Open %s to see the comparison and the reconstructions.", _report(folder, rows))
+    return {"pretrained": gained, "scratch": reference}
 
 
 def write_digits(folder: Path) -> None:
@@ -137,93 +133,80 @@ def _train(folder: Path, name: str, spec: Mapping[str, Any]) -> Outcome:
 
 
 def _pretrain_spec(folder: Path, seed: int) -> dict[str, Any]:
-    return {
-        "results_dir": str(folder / "pretrain"),
-        "model": {**_MODEL, "mask_ratio": 0.5, "decoder_depth": 1, "decoder_embed_dim": 128},
-        "dataset": {
-            "train_data_sources": str(folder / "images" / "unlabelled"),
-            "val_data_sources": str(folder / "images" / "held_out"),
-            "batch_size": 32,
-            "num_workers_per_gpu": 0,
-            "augmentation": {"input_size": SIZE, "min_scale": 0.6, "hflip": 0.0},
-        },
-        "train": {
-            "num_epochs": PRETRAIN_EPOCHS,
-            "validation_interval": 5,
-            "checkpoint_interval": 5,
-            "keep_checkpoints": 1,
-            "seed": seed,
-            "optim": {"lr": 7e-4, "lr_scheduler": "cosine", "warmup_epochs": 2},
-        },
-        "wandb": {"enable": False},
+    settings = {
+        "model.mask_ratio": 0.5,
+        "model.decoder_depth": 1,
+        "model.decoder_embed_dim": 128,
+        "dataset.batch_size": 32,
+        "train.num_epochs": PRETRAIN_EPOCHS,
+        "train.validation_interval": 5,
+        "train.checkpoint_interval": 5,
+        "train.optim.lr": 7e-4,
+        "train.optim.warmup_epochs": 2,
     }
+    return _spec(folder, "pretrain", "unlabelled", seed, settings)
 
 
 def _finetune_spec(folder: Path, name: str, seed: int, backbone: Path | None) -> dict[str, Any]:
-    return {
-        "results_dir": str(folder / name),
-        "model": _MODEL,
-        "dataset": {
-            "train_data_sources": str(folder / "images" / "labelled"),
-            "val_data_sources": str(folder / "images" / "held_out"),
-            "batch_size": 10,
-            "num_workers_per_gpu": 0,
-            "augmentation": {
-                "input_size": SIZE,
-                "min_scale": 0.6,
-                "hflip": 0.0,
-                "auto_aug": "",
-                "mixup": 0.0,
-                "cutmix": 0.0,
-            },
-        },
-        "train": {
-            "stage": "finetune",
-            "pretrained_model_path": str(backbone or ""),
-            "num_epochs": FINETUNE_EPOCHS,
-            "validation_interval": FINETUNE_EPOCHS // 4,
-            "checkpoint_interval": FINETUNE_EPOCHS,
-            "keep_checkpoints": 1,
-            "seed": seed,
-            # layer decay protects pretrained layers; randomly initialized ones need the full learning rate
-            "optim": {
-                "lr": 5e-4,
-                "lr_scheduler": "cosine",
-                "warmup_epochs": 5,
-                "layer_decay": 0.75 if backbone else 1.0,
-            },
-        },
-        "wandb": {"enable": False},
+    settings = {
+        "dataset.batch_size": 10,
+        "dataset.augmentation.auto_aug": "",
+        "dataset.augmentation.mixup": 0.0,
+        "dataset.augmentation.cutmix": 0.0,
+        "train.stage": "finetune",
+        "train.pretrained_model_path": str(backbone or ""),
+        "train.num_epochs": FINETUNE_EPOCHS,
+        "train.validation_interval": FINETUNE_EPOCHS // 4,
+        "train.checkpoint_interval": FINETUNE_EPOCHS,
+        "train.optim.lr": 5e-4,
+        "train.optim.warmup_epochs": 5,
+        # layer decay protects pretrained layers; randomly initialized ones need the full learning rate
+        "train.optim.layer_decay": 0.75 if backbone else 1.0,
     }
+    return _spec(folder, name, "labelled", seed, settings)
 
 
-_MODEL = {"arch": "vit_tiny_patch16", "patch_size": 8, "in_chans": 1}
+def _spec(folder: Path, name: str, images: str, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    common = {
+        "results_dir": str(folder / name),
+        "model.arch": "vit_tiny_patch16",
+        "model.patch_size": 8,
+        "model.in_chans": 1,
+        "dataset.train_data_sources": str(folder / "images" / images),
+        "dataset.val_data_sources": str(folder / "images" / "held_out"),
+        "dataset.num_workers_per_gpu": 0,
+        "dataset.augmentation.input_size": SIZE,
+        "dataset.augmentation.min_scale": 0.6,
+        "dataset.augmentation.hflip": 0.0,
+        "train.keep_checkpoints": 1,
+        "train.seed": seed,
+        "train.optim.lr_scheduler": "cosine",
+        "wandb.enable": False,
+    }
+    return nest({**common, **settings})
 
 
-def _report(folder: Path, rows: list[tuple[str, str, str]], accuracies: Mapping[str, float]) -> Path:
-    labels = {"pretrained": rows[0][0], "scratch": rows[1][0]}
+def _report(folder: Path, rows: list[tuple[str, float, float]]) -> Path:
+    """Write ``report.html`` from label, accuracy and seconds of each model."""
+    cells = [(label, f"{accuracy:.1%}", f"{seconds:.0f} s") for label, accuracy, seconds in rows]
     bars = save_bar_comparison(
-        {labels[name]: value for name, value in accuracies.items()},
+        {label: accuracy for label, accuracy, _ in rows},
         folder / "accuracies.png",
         title="Gain from pretraining on unlabelled images",
         subtitle=f"accuracy on {HELD_OUT} held-out digits, {LABELS_PER_DIGIT} labelled images per digit",
-        notes={row[0]: row[2] for row in rows},
+        notes={label: seconds for label, _, seconds in cells},
     )
     pretraining = folder / "pretrain" / "train"
     sections: list[Section] = [
-        Numbers("", {label: row[1] for label, row in zip(labels.values(), rows, strict=True)}),
-        Figure(
-            "Accuracy",
-            bars,
-            "Both models have the same architecture, labelled images and fine-tuning epochs.",
-        ),
+        Numbers("", {label: accuracy for label, accuracy, _ in cells}),
+        Figure("Accuracy", bars, "Both models have the same architecture, labelled images and fine-tuning epochs."),
         Figure(
             "Reconstructions",
             pretraining / layout.RECONSTRUCTIONS / "last.png",
             "Held-out digits: original, visible patches, prediction, and both combined.",
         ),
         Figure("Pretraining", pretraining / layout.CURVES, "kNN and the linear probe classify the frozen features."),
-        Table("Time", ("model", "accuracy", "time"), rows, caption="The time of the first row includes pretraining."),
+        Table("Time", ("model", "accuracy", "time"), cells, caption="The time of the first row includes pretraining."),
         Text(
             "Your own images",
             "The specs below are in this folder. Set dataset.train_data_sources to a folder of your images and run "

@@ -7,9 +7,8 @@ import signal
 
 import pytest
 
-from openmae.actions.profiling import acting_precision
 from openmae.cli.main import main
-from openmae.spec.load import load_spec
+from openmae.distributed.launch import acting_precision
 from openmae.training.pretrain import PretrainTask
 
 pytestmark = pytest.mark.xdist_group("actions")
@@ -46,17 +45,17 @@ def test_profile(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "on_gpu", "precision"),
+    ("precision", "sharded", "on_gpu", "acting"),
     [
-        (["train.precision=bf16"], True, "bf16"),
-        (["train.precision=fp16"], True, "fp16"),
-        (["train.precision=fp16"], False, "fp32"),
-        (["train.distributed_strategy=fsdp"], True, "fp16"),
-        (["train.distributed_strategy=fsdp", "train.precision=bf16"], False, "fp32"),
+        ("bf16", False, True, "bf16"),
+        ("fp16", False, True, "fp16"),
+        ("fp16", False, False, "fp32"),
+        ("fp32", True, True, "fp16"),
+        ("bf16", True, False, "fp32"),
     ],
 )
-def test_the_reported_precision_is_the_actual_one(overrides, on_gpu, precision):
-    assert acting_precision(load_spec(None, overrides), on_gpu) == precision
+def test_the_reported_precision_is_the_actual_one(precision, sharded, on_gpu, acting):
+    assert acting_precision(precision, sharded, on_gpu) == acting
 
 
 def test_an_interrupted_run_writes_its_profile_and_resumes_without(command, monkeypatch, tmp_path, capsys):

@@ -174,8 +174,8 @@ def test_a_run_that_loses_its_folder_ends(spec, monkeypatch):
     places = []
 
     @contextmanager
-    def noting(*arguments):
-        with local_place(*arguments) as place:
+    def noting(*arguments, **options):
+        with local_place(*arguments, **options) as place:
             places.append(place)
             yield place
 

@@ -20,25 +20,20 @@ def _blobs(classes: int = 4, per_class: int = 40, spread: float = 0.3) -> tuple[
     return centres[labels] + spread * rng.normal(size=(len(labels), 16)), labels
 
 
-@given(st.lists(st.integers(-1, 4), min_size=1, max_size=60), st.integers(0, 5))
-def test_split_takes_half_of_every_class(labels: list[int], seed: int) -> None:
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=60))
+def test_split_takes_half_of_every_class(labels: list[int]) -> None:
     counts = {label: labels.count(label) for label in set(labels) if label >= 0}
     if len(counts) < 2 or max(counts.values()) < 2:
         with pytest.raises(ValueError, match="a probe needs"):
-            split_half(np.array(labels), seed)
+            split_half(np.array(labels))
         return
-    fit, score = split_half(np.array(labels), seed)
+    fit, score = split_half(np.array(labels))
     assert sorted([*fit, *score]) == [i for i, label in enumerate(labels) if label >= 0]
     for label, count in counts.items():
         assert sum(labels[i] == label for i in fit) == (count + 1) // 2
-    again = split_half(np.array(labels), seed)
+    again = split_half(np.array(labels))
     assert np.array_equal(fit, again[0])
     assert np.array_equal(score, again[1])
-
-
-def test_seeds_split_differently() -> None:
-    labels = np.repeat([0, 1], 50)
-    assert not np.array_equal(split_half(labels, 0)[0], split_half(labels, 1)[0])
 
 
 @pytest.mark.parametrize("probe", [knn_accuracy, linear_probe_accuracy])
@@ -69,19 +64,14 @@ class TestBothProbes:
         with pytest.raises(ValueError, match="a class with at least 2 images; every class here has 1"):
             probe(np.ones((5, 3)), np.arange(5))
 
-    def test_bad_arrays_are_an_error(self, probe) -> None:  # type: ignore[no-untyped-def]
-        with pytest.raises(ValueError, match=r"must be \[N, D\] and labels \[N\]; got \(5, 3\) and \(4,\)"):
-            probe(np.ones((5, 3)), np.zeros(4, dtype=int))
-        with pytest.raises(ValueError, match="non-finite"):
-            probe(np.full((4, 3), np.nan), np.array([0, 0, 1, 1]))
 
-
-def test_knn_votes_by_similarity() -> None:
+def test_knn_votes_by_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
     """With k = 3, one neighbour at 0 degrees outvotes two at 60: exp(1 / .07) > 2 exp(.5 / .07)."""
     near, far = [1.0, 0.0], [0.5, np.sqrt(0.75)]
     features = np.array([near, near, far, far, far, far])
     labels = np.array([0, 0, 1, 1, 1, 1])
-    assert knn_accuracy(features, labels, k=3) == 1.0
+    monkeypatch.setattr(probes, "NEIGHBOURS", 3)
+    assert knn_accuracy(features, labels) == 1.0
 
 
 def test_knn_measures_angles_not_lengths() -> None:
@@ -92,13 +82,12 @@ def test_knn_measures_angles_not_lengths() -> None:
 
 def test_knn_k_is_bounded_by_the_fit_half() -> None:
     features = np.array([[1.0, 0], [1, 0], [0, 1], [0, 1]])
-    assert knn_accuracy(features, np.array([3, 3, 7, 7]), k=20) == 1.0
+    assert knn_accuracy(features, np.array([3, 3, 7, 7])) == 1.0
 
 
 def test_knn_agrees_with_a_plain_loop() -> None:
     features, labels = _blobs(spread=0.8)
-    unit = features.astype(np.float32)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     fit, score = split_half(labels)
     hits = 0
     for i in score:
@@ -113,6 +102,12 @@ def test_one_class_is_a_warning(caplog):
     with caplog.at_level(logging.WARNING, "openmae"):
         assert probe(np.zeros((4, 2)), np.zeros(4, int)) == {}
     assert "images of at least 2 classes" in caplog.text
+
+
+def test_features_that_are_not_finite_are_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, "openmae"):
+        assert probe(np.full((4, 3), np.nan), np.array([0, 0, 1, 1])) == {}
+    assert "No kNN or probe accuracy for this validation set: the features have non-finite values." in caplog.text
 
 
 def test_a_large_set_is_probed_by_a_fixed_sample(monkeypatch: pytest.MonkeyPatch) -> None:

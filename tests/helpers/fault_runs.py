@@ -24,7 +24,7 @@ from tests.helpers.training import TINY
 LIMIT = 120.0  # seconds until something hangs
 _SETTINGS = {**TINY, "train.num_epochs": 3, "train.keep_checkpoints": 2}
 #: Half of such a run's time, and tested elsewhere.
-PLAIN = {"openmae.actions.train:PICTURES": 1}
+PLAIN = {"openmae.actions.sections:PICTURES": 1}
 
 
 def draw_pictures(folder: Path, count: int, seed: int = 0) -> Path:

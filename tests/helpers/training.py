@@ -69,7 +69,7 @@ def train(tiny_overrides: Callable[..., list[str]]) -> Train:
 
     def run(folder: Path, changes: dict[str, Any] | None = None) -> dict[str, float]:
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("train_report", "reconstruction_grid"):  # half of such a run's time, and tested elsewhere
+            for name in ("train_report", "reconstructions"):  # half of such a run's time, and tested elsewhere
                 patch.setattr(train_action, name, lambda *_: None)
             return train_action.run(load_spec(None, tiny_overrides(folder, changes), action="train"))
 

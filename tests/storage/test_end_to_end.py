@@ -19,6 +19,7 @@ from PIL import Image
 
 from openmae.actions.staging import local_place
 from openmae.cli.main import main
+from openmae.errors import SpecError
 from openmae.spec.load import load_spec, to_yaml
 from openmae.storage import cache
 from openmae.storage.lock import StoreLock
@@ -287,6 +288,28 @@ def test_the_recorded_spec_has_no_secret(store, tmp_path):
     assert "train_data_sources: https://host/set.zip?..." in text
     assert "hunter2" not in text
     assert "topsecret" not in text
+
+
+def test_other_nodes_download_the_newest_checkpoint_and_the_final_files(trained, bucket):
+    spec = load_spec(None, train_arguments(bucket)[1:], "train")
+    with local_place(spec, "train", leads=False) as place:
+        names = {path.name for path in place.folder.iterdir() if not path.name.startswith(".")}
+    assert names == {"model_epoch_001_step_00002.pth", "backbone.safetensors", "report.html"}
+    assert not place.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("action", "reads", "writes"),
+    [("export", "checkpoint", "onnx_file"), ("gen_trt_engine", "onnx_file", "trt_engine")],
+)
+def test_a_model_in_a_store_is_only_replaced_if_asked(action, reads, writes, store, bucket, tmp_path):
+    store.put(bucket, {"model": b"earlier"})
+    values = [f"results_dir={tmp_path}", f"{action}.{reads}=x.onnx", f"{action}.{writes}=s3://{bucket}/model"]
+    asked = rf"{action}\.{writes}: s3://{bucket}/model already exists\.\n  Fix: Pass {action}\.overwrite=true"
+    with pytest.raises(SpecError, match=asked):
+        local_place(load_spec(None, values, action), action).__enter__()
+    with local_place(load_spec(None, [*values, f"{action}.overwrite=true"], action), action):
+        pass
 
 
 @pytest.mark.slow  # half a minute: two processes import torch

@@ -400,10 +400,13 @@ def test_an_unreadable_newest_checkpoint_costs_one_epoch(train, assert_same_run,
     assert_same_run(tmp_path / "whole", folder)
 
 
-def test_a_run_from_a_named_checkpoint_resumes_from_its_own(train, at_batch, caplog, tmp_path):
+@pytest.mark.parametrize("given", ["{}", "${{oc.env:NAMED}}"], ids=["path", "variable"])
+def test_a_run_from_a_named_checkpoint_resumes_from_its_own(given, train, at_batch, caplog, monkeypatch, tmp_path):
     train(tmp_path / "first", {"train.num_epochs": 1})
     (named,) = list_checkpoints(tmp_path / "first")
-    request = {**STEP, "train.resume_training_checkpoint_path": named, "train.checkpoint_interval": 1}
+    monkeypatch.setenv("NAMED", str(named))
+    resumed_from = given.format(named)
+    request = {**STEP, "train.resume_training_checkpoint_path": resumed_from, "train.checkpoint_interval": 1}
     at_batch(PretrainTask, 4, crash)
     with pytest.raises(Crash):
         train(tmp_path / "second", request)

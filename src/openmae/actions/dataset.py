@@ -36,7 +36,7 @@ log = logging.getLogger("openmae")
 def pack_source(
     source: str,
     out: Path,
-    options: PackOptions | None = None,
+    options: PackOptions,
     *,
     overwrite: bool = False,
     max_megapixels: int = MAX_MEGAPIXELS,
@@ -51,7 +51,7 @@ def pack_source(
         raise UserError(f"OUT must be a local folder, not {out}.", "Pack into a local folder, then copy it.")
     index = replace(open_index(source, None), max_pixels=max_megapixels * 1_000_000)
     with _progress("Packing", len(index)) as advance:
-        packed = pack(index, out, options or PackOptions(), overwrite=overwrite, advance=advance)
+        packed = pack(index, out, options, overwrite=overwrite, advance=advance)
     total = sum(shard.stat().st_size for shard in packed.shards)
     labels = f"{len(index.class_names)} classes" if index.labels is not None else "no labels"
     print(f"{packed.images:,} images ({labels}) in {counted(len(packed.shards), 'shard')}, {total / 1e6:,.1f} MB:")
@@ -73,14 +73,10 @@ def check_source(source: str, folder: Path, max_megapixels: int = MAX_MEGAPIXELS
     make_folder(folder)
     with _progress("Checking", len(index)) as advance:
         result = check_images(index, advance)
-    for name, lines in (
-        (layout.CORRUPT_LIST, [f"{path}\t{reason}" for path, reason in result.corrupt]),
-        (layout.DUPLICATES_LIST, ["\t".join(group) for group in result.duplicates]),
-        (layout.REMARKS_LIST, ["\t".join(row) for row in _remarks(result)]),
-    ):
+    for _, _, name, found in _lists(result):
         (folder / name).unlink(missing_ok=True)
-        if lines:
-            write_atomically(folder / name, "".join(f"{line}\n" for line in lines))
+        if found:
+            write_atomically(folder / name, "".join("\t".join(row) + "\n" for row in found))
     rows = _summary(result)
     table = RichTable("", "", title=index.place, title_justify="left", show_header=False)
     for row in rows:
@@ -147,8 +143,14 @@ def _summary(result: CheckResult) -> list[tuple[str, str]]:
     return rows
 
 
-def _remarks(result: CheckResult) -> list[tuple[str, str]]:
-    return [(path, f"{text}, of which only the first is read") for path, text in result.further]
+def _lists(result: CheckResult) -> list[tuple[str, tuple[str, str], str, Sequence[Sequence[str]]]]:
+    """Return the title and columns of each list of files in the report, its text file, and its rows."""
+    remarks = [(path, f"{text}, of which only the first is read") for path, text in result.further]
+    return [
+        ("Corrupt files", ("file", "reason"), layout.CORRUPT_LIST, result.corrupt),
+        ("Duplicates", ("kept", "the same"), layout.DUPLICATES_LIST, result.duplicates),
+        ("Remarks", ("file", "remark"), layout.REMARKS_LIST, remarks),
+    ]
 
 
 def _range(values: Sequence[float] | np.ndarray) -> str:
@@ -176,18 +178,10 @@ def _sections(result: CheckResult, rows: Sequence[tuple[str, str]], figure: Path
             classes = classes[:_LISTED] + classes[-_LISTED:]
         sections.append(Table("Classes", ("class", "images"), classes, caption))
     sections += skipped_files_table([result.index])
-    for title, columns, cells, name in (
-        ("Corrupt files", ("file", "reason"), result.corrupt, layout.CORRUPT_LIST),
-        (
-            "Duplicates",
-            ("kept", "the same"),
-            [(g[0], ", ".join(g[1:4])) for g in result.duplicates],
-            layout.DUPLICATES_LIST,
-        ),
-        ("Remarks", ("file", "remark"), _remarks(result), layout.REMARKS_LIST),
-    ):
-        if cells:
-            sections.append(Table(title, columns, cells[:_LISTED], f"{len(cells):,} in all, listed in {name}."))
+    for title, columns, name, found in _lists(result):
+        if found:
+            cells = [(file, ", ".join(others[:3])) for file, *others in found[:_LISTED]]
+            sections.append(Table(title, columns, cells, f"{len(found):,} in all, listed in {name}."))
     return sections
 
 

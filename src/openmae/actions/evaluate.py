@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -12,11 +12,11 @@ from lightning_fabric import Fabric
 
 from openmae.actions.load_model import TrainedModel, open_model, resolve_model
 from openmae.actions.run import Run, begin_results, running, show_table, with_progress
-from openmae.actions.sections import classifier_report, pretrained_report
-from openmae.actions.sources import match_classes, open_images
+from openmae.actions.sections import classifier_report, pretrained_report, reconstructions
+from openmae.actions.sources import loader_settings, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
-from openmae.data.index import ImageIndex, skipped_files_table
-from openmae.data.loaders import EvaluationLoader, LoaderSettings
+from openmae.data.index import ImageIndex
+from openmae.data.loaders import EvaluationLoader
 from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.engines.batching import eval_transform
@@ -24,16 +24,13 @@ from openmae.errors import DataError
 from openmae.evaluation.embeddings import embed
 from openmae.evaluation.predictions import predict, score
 from openmae.evaluation.probes import probe
-from openmae.evaluation.reconstructions import reconstruct
 from openmae.models.mae import MaskedAutoencoder
 from openmae.results.confusion import save_confusion_matrix
-from openmae.results.images import reconstruction_grid
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.training.pretrain import PretrainTask
 
 Result = TypeVar("Result")
-PICTURES = 8  # images in a reconstruction grid
 
 
 @dataclass(frozen=True)
@@ -65,15 +62,7 @@ class Request:
         path = self.model.path
         file = f"{path.name} ({path.stat().st_size:,} bytes)"
         check_agreement(fabric, lambda: {"set of images": self.index.digest, "model": file})
-        dataset = self.spec.dataset
-        settings = LoaderSettings(
-            batch_size=self.spec.batch_size(self.action),
-            results=self.folder,
-            max_corrupt_fraction=dataset.max_corrupt_fraction,
-            num_workers=dataset.num_workers_per_gpu,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-        )
+        settings = loader_settings(self.spec, self.spec.batch_size(self.action), self.folder, fabric)
         return EvaluationLoader(self.index, eval_transform(self.model.card), settings)
 
     def pretrain_task(self, fabric: Fabric) -> PretrainTask | None:
@@ -114,9 +103,8 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         model = open_model(spec, "evaluate")
         info = model.info
         spec = resolve_model(spec, info)
-        source, key = spec.dataset.val_data_sources, "dataset.val_data_sources"
         labelled = None if info.stage != "finetune" and model.network else True
-        index = open_images(source, key, labelled=labelled, largest=spec.dataset.max_megapixels)
+        index = open_images(spec, "dataset.val_data_sources", labelled=labelled)
         if info.stage == "finetune":
             if not info.class_names:
                 model = _with_class_names(model, index)
@@ -138,7 +126,8 @@ def _with_class_names(model: TrainedModel, index: ImageIndex) -> TrainedModel:
             "Give images with a folder for each class that it was trained on: classes are numbered in the order of "
             "the folder names.",
         )
-    return model.named(names)
+    card, info = replace(model.card, class_names=names), replace(model.info, class_names=names)
+    return replace(model, card=card, info=info)
 
 
 def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
@@ -150,13 +139,9 @@ def _evaluate_pretrained(fabric: Fabric, request: Request) -> dict[str, float]:
     else:
         metrics = task.validate(fabric, task.model, batches)
     if fabric.is_global_zero:
-        picture = None
-        if task is not None:
-            picture = request.folder / layout.RECONSTRUCTIONS / "validation.png"
-            shown = reconstruct(fabric, task.model, task.normalise, task.mask, loader.first(PICTURES))
-            reconstruction_grid(*shown, picture)
-        unread = skipped_files_table([request.index])
-        pretrained_report(request.folder, request.info, len(request.index), metrics, picture, unread)
+        path = request.folder / layout.RECONSTRUCTIONS / "validation.png"
+        figures = [reconstructions(fabric, task, task.model, loader, path)] if task is not None else []
+        pretrained_report(request.folder, request.info, request.index, metrics, figures)
     return metrics
 
 
@@ -169,7 +154,5 @@ def _evaluate_classifier(fabric: Fabric, request: Request) -> dict[str, float]:
         confusion = np.zeros((len(names), len(names)), dtype=np.int64)
         np.add.at(confusion, (predictions.labels, predictions.classes[:, 0]), 1)
         picture = save_confusion_matrix(confusion, names, request.folder / layout.CONFUSION_MATRIX)
-        classifier_report(
-            request.folder, request.info, metrics, confusion, picture, skipped_files_table([request.index])
-        )
+        classifier_report(request.folder, request.info, request.index, metrics, confusion, picture)
     return metrics

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,12 +15,12 @@ from openmae.actions.calibration import calibration_batches
 from openmae.actions.load_model import check_request, number_classes, read_trained, resolve_model
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import export_report
-from openmae.actions.sources import match_classes, open_images
+from openmae.actions.sources import loader_settings, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo, save_backbone
 from openmae.checkpoints.weights import check_size
-from openmae.data.loaders import EvaluationLoader, LoaderSettings
+from openmae.data.loaders import EvaluationLoader
 from openmae.engines.batching import eval_transform
-from openmae.engines.metadata import FEATURES, LOGITS, ONNX_SUFFIXES, ModelCard
+from openmae.engines.metadata import FEATURES, LOGITS, ONNX_SUFFIXES, ModelCard, Precision
 from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.onnx import (
     LARGEST_PROTOBUF,
@@ -36,7 +35,7 @@ from openmae.engines.onnx import (
 )
 from openmae.engines.packages import ModelProto, onnx
 from openmae.engines.precision import to_half, to_int8
-from openmae.engines.predictor import OnnxPredictor, Predictor, TorchPredictor, card_of
+from openmae.engines.predictor import OnnxPredictor, TorchPredictor, card_of
 from openmae.errors import SpecError, blaming
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
@@ -68,12 +67,11 @@ def run(spec: ExperimentSpec) -> Path:
         begin_results(this_run.folder, job.spec)
         log.info("Tracing %s.", job.card.model.arch)
         options = job.spec.export
-        proto = trace(job.model, job.card, options.opset_version, device=_device(job.spec), verbose=options.verbose)
+        proto = trace(job.model, job.card, options.opset_version, device=job.device, verbose=options.verbose)
         with disk_errors(job.target):
             rows, kpi = _write(job, proto)
         if job.validation is not None:
-            exported = OnnxPredictor(job.target, torch.device("cpu"), job.key)
-            more_rows, more_kpi = _fidelity(job.model, job.card, exported, job.validation)
+            more_rows, more_kpi = _fidelity(job, job.validation)
             rows, kpi = [*rows, *more_rows], kpi | more_kpi
         backbone = save_backbone(this_run.folder / layout.BACKBONE, job.model.backbone.state_dict(), job.info, job.key)
         this_run.status.write("RUNNING", f"Exported to {job.target}", kpi=kpi)
@@ -92,6 +90,7 @@ class _Job:
     card: ModelCard
     model: DeployedModel
     target: Path
+    device: torch.device
     key: Key | None
     calibration: Iterator[np.ndarray] | None
     validation: EvaluationLoader | None
@@ -99,8 +98,7 @@ class _Job:
 
 def _prepare(spec: ExperimentSpec, folder: Path) -> _Job:
     """Check the spec, the checkpoint and the data before the model is traced."""
-    key, target = resolve_key(spec.encryption_key), _target(spec)
-    _device(spec)
+    key, target, device = resolve_key(spec.encryption_key), _target(spec), _device(spec)
     with blaming("export.checkpoint"):
         checkpoint, info = read_trained(spec, Path(spec.export.checkpoint), key)
         info = number_classes(info)
@@ -117,36 +115,30 @@ def _prepare(spec: ExperimentSpec, folder: Path) -> _Job:
         )
     calibration = None
     if quantize == "int8":
-        largest = spec.dataset.max_megapixels
-        calibration = calibration_batches(spec.export.calibration, "export.calibration", card, folder, largest)
+        calibration = calibration_batches(spec, "export.calibration", card, folder)
     info = replace(info, model=card.model)
     spec = resolve_model(spec, info)
     validation = _validation(spec, card, folder)
     make_folder(target.parent, "export.onnx_file")
-    return _Job(spec, info, card, model, target, key, calibration, validation)
+    return _Job(spec, info, card, model, target, device, key, calibration, validation)
 
 
 def _log_notices(spec: ExperimentSpec, info: CheckpointInfo, card: ModelCard) -> None:
-    export, (height, width) = spec.export, card.model.input_size
-    trained = info.model.input_size
-    if card.model.input_size != trained:
+    size, trained = card.model.input_size, info.model.input_size
+    if size != trained:
         log.warning(
             "The model was trained at %dx%d and is exported for %dx%d: measure its accuracy with mae evaluate.",
             *trained,
-            height,
-            width,
+            *size,
         )
-    if spec.is_set("dataset.augmentation.input_size") and spec.dataset.augmentation.size != (height, width):
+    if spec.is_set("dataset.augmentation.input_size") and spec.dataset.augmentation.size != size:
         log.warning(
             "dataset.augmentation.input_size has no effect on `mae export`, and the file takes %dx%d: set "
             "export.input_height and export.input_width.",
-            height,
-            width,
+            *size,
         )
     if spec.is_set("dataset.augmentation.interpolation"):
         log.warning("dataset.augmentation.interpolation has no effect on `mae export`: images are resized bicubically.")
-    if spec.is_set("export.gpu_id") and export.gpu_id and _device(spec).type == "cpu":
-        log.warning("export.gpu_id has no effect: the export runs on the CPU.")
 
 
 def _target(spec: ExperimentSpec) -> Path:
@@ -169,6 +161,8 @@ def _target(spec: ExperimentSpec) -> Path:
 def _device(spec: ExperimentSpec) -> torch.device:
     export = spec.export
     if export.on_cpu or not torch.cuda.is_available():
+        if export.gpu_id:
+            log.warning("export.gpu_id has no effect: the export runs on the CPU.")
         return torch.device("cpu")
     if export.gpu_id >= torch.cuda.device_count():
         raise SpecError(
@@ -204,20 +198,16 @@ def _card(spec: ExperimentSpec, info: CheckpointInfo) -> ModelCard:
 
 def _validation(spec: ExperimentSpec, card: ModelCard, folder: Path) -> EvaluationLoader | None:
     """Return the images on which the reduced precision is compared with fp32; None if it is not compared."""
-    source, key = spec.dataset.val_data_sources, "dataset.val_data_sources"
     if spec.export.quantize == "none":
         return None
-    if not source:
-        log.warning("%s is not set: the accuracy in %s is not measured.", key, spec.export.quantize)
+    if not spec.dataset.val_data_sources:
+        log.warning("dataset.val_data_sources is not set: the accuracy in %s is not measured.", spec.export.quantize)
         return None
     classifies = card.stage == "finetune"
-    dataset = spec.dataset
-    index = open_images(source, key, labelled=classifies, largest=dataset.max_megapixels)
+    index = open_images(spec, "dataset.val_data_sources", labelled=classifies)
     if classifies:
         index = match_classes(index, card.class_names)
-    settings = LoaderSettings(
-        dataset.batch_size, folder, dataset.max_corrupt_fraction, num_workers=dataset.num_workers_per_gpu
-    )
+    settings = loader_settings(spec, spec.dataset.batch_size, folder)
     return EvaluationLoader(index, eval_transform(card), settings)
 
 
@@ -256,7 +246,7 @@ def _layout(card: ModelCard) -> str:
 
 def _write_reduced(job: _Job, proto: ModelProto) -> float:
     """Write the graph in fp16 or int8; return the lowest cosine similarity to torch's outputs, on random images."""
-    precision: Literal["fp16", "int8"] = "int8" if job.calibration is not None else "fp16"
+    precision: Precision = "fp16" if job.calibration is None else "int8"
     if job.calibration is None:
         reduced = to_half(proto, "fp16")
     else:
@@ -267,13 +257,14 @@ def _write_reduced(job: _Job, proto: ModelProto) -> float:
         return likeness(job.model, job.card, file, job.key)
 
 
-def _fidelity(
-    model: DeployedModel, card: ModelCard, exported: OnnxPredictor, loader: EvaluationLoader
-) -> tuple[Rows, dict[str, float]]:
+def _fidelity(job: _Job, loader: EvaluationLoader) -> tuple[Rows, dict[str, float]]:
     """Compare the exported model with the fp32 model on the validation images."""
-    cpu = torch.device("cpu")
-    plain = TorchPredictor(DeployedModel(model.backbone, replace(card, preprocessing=False)).eval(), card, cpu)
-    exported_NC, plain_NC, labels_N = _outputs(exported, plain, loader)
+    card, cpu = job.card, torch.device("cpu")
+    exported = OnnxPredictor(job.target, cpu, job.key)
+    plain = TorchPredictor(DeployedModel(job.model.backbone, replace(card, preprocessing=False)).eval(), card, cpu)
+    name = LOGITS if card.stage == "finetune" else FEATURES
+    batches = [(exported(batch.images)[name], plain(batch.images)[name], batch.labels) for batch in loader]
+    exported_NC, plain_NC, labels_N = (torch.cat(part).numpy() for part in zip(*batches, strict=True))
     count = f"{len(labels_N):,} images"
     if card.stage == "pretrain":
         lowest = cosine(exported_NC, plain_NC)
@@ -285,22 +276,9 @@ def _fidelity(
             "Accuracy fell from %.1f %% to %.1f %%. %s",
             100 * reference,
             100 * accuracy,
-            _ADVICE[exported.card.precision],
+            _ADVICE[job.spec.export.quantize],
         )
     return [
         ("accuracy", f"{accuracy:.2%}, in fp32 {reference:.2%}, on {count}"),
         ("same class as fp32", f"{agreement:.2%}"),
     ], {"ACC_all": accuracy, "ACC_all_fp32": reference, "agreement": agreement}
-
-
-def _outputs(
-    predictor: Predictor, reference: Predictor, loader: EvaluationLoader
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the logits or features ``[N, ...]`` of both predictors, and the labels ``[N]``."""
-    name = LOGITS if predictor.card.stage == "finetune" else FEATURES
-    rows = [
-        (predictor(batch.images)[name].numpy(), reference(batch.images)[name].numpy(), batch.labels.numpy())
-        for batch in loader
-    ]
-    outputs, expected, labels = (np.concatenate(part) for part in zip(*rows, strict=True))
-    return outputs, expected, labels

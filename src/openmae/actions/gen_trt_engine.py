@@ -15,7 +15,7 @@ from openmae.actions.calibration import calibration_batches
 from openmae.actions.load_model import resolve_model
 from openmae.actions.run import Rows, begin_results, running, show_table
 from openmae.actions.sections import engine_report
-from openmae.engines.metadata import ModelCard, Precision, file_sha256
+from openmae.engines.metadata import Precision, file_sha256
 from openmae.engines.tensorrt.backend import Backend, choose_backend, pretty
 from openmae.engines.tensorrt.builder import BuildSettings, Built, build_engine
 from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES, LoadedEngine
@@ -80,12 +80,14 @@ def run(spec: ExperimentSpec) -> Path:
         begin_results(this_run.folder, resolve_model(spec, card.info) if card else spec)
         built = {precision: _build(plan, precision, engine.parent) for precision in plan.precisions}
         precision = _fastest(plan, built)
-        result, info = built[precision], _info(plan, precision, built[precision])
+        result = built[precision]
+        info = _info(plan, precision, result)
         sidecar = sidecar_path(engine)
         with disk_errors(engine), replacing(engine) as temporary, replacing(sidecar) as temporary_sidecar:
             with created(temporary, key) as file:
                 file.write(memoryview(result.engine))
-            temporary_sidecar.write_text(sidecar_text(_card(plan, precision), info), encoding="utf-8")
+            engine_card = card and replace(card, precision=precision)
+            temporary_sidecar.write_text(sidecar_text(engine_card, info), encoding="utf-8")
         kpi = {"engine_mb": round(result.megabytes, 3), "build_seconds": round(result.seconds, 3)}
         this_run.status.write("RUNNING", f"Built {engine.name}", kpi=kpi)
         rows = _rows(engine, info, result, plan.keep)
@@ -151,20 +153,19 @@ def _profile(spec: ExperimentSpec, source: Source) -> Profile:
 
 
 def _calibration(spec: ExperimentSpec, source: Source, results: Path) -> Iterable[np.ndarray]:
-    calibration = spec.gen_trt_engine.tensorrt.calibration
     if source.card is None:
         raise SpecError(
             f"gen_trt_engine.tensorrt.data_type is int8, but {source.path} was not written by mae export: it cannot be "
             "calibrated, since its preprocessing is unknown.",
             "Quantise it with the program that wrote it, or set gen_trt_engine.tensorrt.data_type=fp16.",
         )
-    if not calibration.sources:
+    if not spec.gen_trt_engine.tensorrt.calibration.sources:
         raise SpecError(
             f"gen_trt_engine.tensorrt.data_type is int8, but there are no images: {_CALIBRATION}.images is not set.",
             "Set it to a folder or archive of images like those that the model will see, or give an ONNX file that "
             "mae export wrote with export.quantize=int8.",
         )
-    return calibration_batches(calibration, _CALIBRATION, source.card, results, spec.dataset.max_megapixels)
+    return calibration_batches(spec, _CALIBRATION, source.card, results)
 
 
 def _without_effect(
@@ -221,10 +222,6 @@ def _info(plan: _Plan, precision: Precision, result: Built) -> EngineInfo:
         onnx_sha256=plan.onnx_sha256,
         engine_sha256=hashlib.sha256(memoryview(result.engine)).hexdigest(),
     )
-
-
-def _card(plan: _Plan, precision: Precision) -> ModelCard | None:
-    return plan.source.card and replace(plan.source.card, precision=precision)
 
 
 def _rows(engine: Path, info: EngineInfo, result: Built, keep: Sequence[str]) -> Rows:

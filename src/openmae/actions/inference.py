@@ -13,17 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning_fabric import Fabric
 
-from openmae.actions.evaluate import PICTURES, Request
+from openmae.actions.evaluate import Request
 from openmae.actions.load_model import open_model, resolve_model
 from openmae.actions.run import running, show_table, with_progress
-from openmae.actions.sections import embedding_report, inference_report
+from openmae.actions.sections import embedding_report, inference_report, reconstructions
 from openmae.actions.sources import open_images
 from openmae.data.image_dataset import Batch
-from openmae.data.index import skipped_files_table
 from openmae.evaluation.embeddings import embed
 from openmae.evaluation.predictions import Predictions, predict
-from openmae.evaluation.reconstructions import reconstruct
-from openmae.results.images import reconstruction_grid, save_predictions
+from openmae.results.images import save_predictions
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.storage.atomic import replacing, write_atomically
@@ -50,8 +48,7 @@ def run(spec: ExperimentSpec) -> Path:
         model = open_model(spec, "inference")
         info = model.info
         spec = resolve_model(spec, info)
-        source, largest = spec.dataset.test_data_sources, spec.dataset.max_megapixels
-        index = open_images(source, "dataset.test_data_sources", labelled=False, largest=largest)
+        index = open_images(spec, "dataset.test_data_sources", labelled=False)
         request = Request("inference", spec, this_run.folder, model, index)
         found = request.launch(this_run, _classify if info.stage == "finetune" else _embed)
         path = this_run.folder / (layout.PREDICTIONS if info.stage == "finetune" else layout.EMBEDDINGS)
@@ -70,7 +67,7 @@ def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
         rows = _result_rows(predictions, request)
         write_atomically(request.folder / layout.PREDICTIONS, _as_csv(rows))
         sheet = _draw_sheet(predictions, request, loader.first(_SHEET))
-        inference_report(request.folder, request.info, rows, sheet, skipped_files_table([request.index]))
+        inference_report(request.folder, request.info, request.index, rows, sheet)
     seen = {name: f"{count:,} images" for name, count in counts.most_common(_CLASSES)}
     return seen if len(counts) <= _CLASSES else {**seen, "...": f"{len(counts) - _CLASSES} more classes"}
 
@@ -118,12 +115,9 @@ def _embed(fabric: Fabric, request: Request) -> dict[str, str]:
             [printable_name(request.index.paths[index]) for index in indices],
             vectors,
         )
-        picture = None
-        if task is not None:
-            picture = request.folder / layout.RECONSTRUCTIONS / "test.png"
-            shown = reconstruct(fabric, task.model, task.normalise, task.mask, loader.first(PICTURES))
-            reconstruction_grid(*shown, picture)
-        embedding_report(request.folder, request.info, vectors.shape, picture, skipped_files_table([request.index]))
+        path = request.folder / layout.RECONSTRUCTIONS / "test.png"
+        figures = [reconstructions(fabric, task, task.model, loader, path)] if task is not None else []
+        embedding_report(request.folder, request.info, request.index, vectors.shape, figures)
     return {"embeddings": f"{len(vectors):,} embeddings of {vectors.shape[1]:,} dimensions"}
 
 

@@ -73,11 +73,6 @@ class TrainedModel:
         name = LOGITS if self.card.stage == "finetune" else FEATURES
         return lambda images: predictor(images)[name]
 
-    def named(self, class_names: tuple[str, ...]) -> TrainedModel:
-        """Return a copy with these class names."""
-        card, info = replace(self.card, class_names=class_names), replace(self.info, class_names=class_names)
-        return replace(self, card=card, info=info)
-
 
 def open_model(spec: ExperimentSpec, action: Literal["evaluate", "inference"]) -> TrainedModel:
     """Open the model that ``<action>.checkpoint`` or ``<action>.trt_engine`` names.

@@ -21,16 +21,14 @@ from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
 from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
-from openmae.spec.tree import flatten
+from openmae.spec.tree import flatten, get, value_of
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.elastic import BatchLayout, accumulation_for
-from openmae.training.resume import best_was_set_aside, newest_checkpoint, newest_readable, read_finite
+from openmae.training.resume import newest_checkpoint, newest_readable, read_finite
 
 log = logging.getLogger("openmae")
 
 _IMAGES = "train_images"
-
-_ACCUMULATION = "train.accum_grad_batches"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class Plan:
         epochs_done: epochs that an earlier run has finished.
         key: encrypts checkpoints.
         images: a digest of the names of the training images.
-        best_is_lost: ``model_best.pth`` was set aside, so that the next epoch counts as the best so far.
     """
 
     spec: ExperimentSpec
@@ -56,7 +53,6 @@ class Plan:
     epochs_done: int
     key: Key | None
     images: str
-    best_is_lost: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -109,7 +105,7 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     values = resolve(spec)
     info = CheckpointInfo(
         stage=spec.train.stage,
-        model=_model_config(spec),
+        model=model_config(spec),
         class_names=train.class_names if finetune else (),
         mean=values.mean,
         std=values.std,
@@ -123,26 +119,24 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
     elif finetune and not spec.train.pretrained_model_path:
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
     resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
-    return Plan(spec, folder, train, val, info, resume, epochs_done, key, images, best_was_set_aside(folder))
+    return Plan(spec, folder, train, val, info, resume, epochs_done, key, images)
 
 
 def _open_data(spec: ExperimentSpec) -> tuple[ImageIndex, ImageIndex | None]:
-    finetune, data = spec.train.stage == "finetune", spec.dataset
-    largest = data.max_megapixels
-    train = open_images(data.train_data_sources, "dataset.train_data_sources", labelled=finetune, largest=largest)
+    finetune, batch_size = spec.train.stage == "finetune", spec.dataset.batch_size
+    train = open_images(spec, "dataset.train_data_sources", labelled=finetune)
     val = None
-    if data.val_data_sources:
-        labelled = finetune or None
-        val = open_images(data.val_data_sources, "dataset.val_data_sources", labelled=labelled, largest=largest)
+    if spec.dataset.val_data_sources:
+        val = open_images(spec, "dataset.val_data_sources", labelled=finetune or None)
         if finetune:
             val = match_classes(val, train.class_names, "dataset.train_data_sources")
     with blaming("dataset.batch_size"):
         processes = spec.train.num_gpus * spec.train.num_nodes
-        AddressedSampler(len(train), data.batch_size, spec.train.seed, 0, processes)
+        AddressedSampler(len(train), batch_size, spec.train.seed, 0, processes)
     if not spec.is_set("dataset.batch_size"):
         log.warning(
             "dataset.batch_size is not set, so TAO's default %d is used. Set it to what fits into memory, such as 64.",
-            data.batch_size,
+            batch_size,
         )
     return train, val
 
@@ -151,31 +145,28 @@ def _find_earlier(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Ear
     given = spec.train.resume_training_checkpoint_path
     key = "train.resume_training_checkpoint_path" if given else "results_dir"
     with blaming(key):
-        found = _continued(folder, given, secret) if given else newest_readable(folder, secret)
-        if given and found is None:
-            found = Path(given), read_finite(Path(given), secret)
+        found = _given_or_newer(folder, spec, secret) if given else newest_readable(folder, secret)
         if found is None:
             return None
         checkpoint, state = found
-        facts, progress = state["openmae"], state["progress"]
-        if (
-            not isinstance(facts, Mapping)
-            or not isinstance(progress, Mapping)
-            or type(progress.get("epoch")) is not int
-        ):
+        with blaming(str(checkpoint)):
+            info = CheckpointInfo.from_dict(state["openmae"])
+        epochs_done = get(state, "progress.epoch")
+        if type(epochs_done) is not int:
             raise CheckpointError(f"{checkpoint} holds no training state: it is damaged.", "Use an older checkpoint.")
-        return Earlier(key, checkpoint, CheckpointInfo.from_dict(facts), progress["epoch"], facts.get(_IMAGES))
+        return Earlier(key, checkpoint, info, epochs_done, state["openmae"].get(_IMAGES))
 
 
-def _continued(folder: Path, given: str, secret: Key | None) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint in ``folder`` if its run started from ``given``, to resume that run instead."""
-    newest = newest_checkpoint(folder)
-    if newest is not None and newest != Path(given):
+def _given_or_newer(folder: Path, spec: ExperimentSpec, secret: Key | None) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint that the spec names, or the newest one in ``folder`` if its run has resumed from that."""
+    key = "train.resume_training_checkpoint_path"
+    given, newest = Path(value_of(spec, key)), newest_checkpoint(folder)
+    if newest is not None and newest != given:
         with suppress(CheckpointError):
             state = read_finite(newest, secret)
-            if state["openmae"]["spec"]["train"].get("resume_training_checkpoint_path") == given:
+            if get(state, f"openmae.spec.{key}") == get(to_dict(spec), key):
                 return newest, state
-    return None
+    return given, read_finite(given, secret)
 
 
 def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[ExperimentSpec, dict[str, int]]:
@@ -222,7 +213,8 @@ def compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -
     defaults = _settings(ExperimentSpec().model_dump(mode="json", exclude_none=True))
     before, wanted = defaults | _settings(earlier.info.spec), defaults | _settings(now.spec)
     if now.begun:
-        wanted[_ACCUMULATION] = before.get(_ACCUMULATION)  # it was derived from the number of processes
+        key = "train.accum_grad_batches"
+        wanted[key] = before.get(key)  # it was derived from the number of processes
     keys = sorted(key for key in before | wanted if before.get(key) != wanted.get(key))
     if not finished and "train.pretrained_model_path" not in wanted:  # a resumed run does not need it
         keys = [key for key in keys if key not in ("train.pretrained_model_path", "train.pretrained_weights_key")]
@@ -257,7 +249,8 @@ def _identity(info: CheckpointInfo) -> dict[str, Any]:
     return {"train.stage": info.stage, **shape, **final_norm, "dataset.augmentation.input_size": size, **names}
 
 
-def _model_config(spec: ExperimentSpec) -> ModelConfig:
+def model_config(spec: ExperimentSpec) -> ModelConfig:
+    """Return the configuration of the model that a spec describes."""
     model, values = spec.model, resolve(spec)
     return ModelConfig(
         arch=model.arch,

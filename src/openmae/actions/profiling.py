@@ -10,8 +10,7 @@ import torch
 from lightning_fabric import Fabric
 
 from openmae.actions.run import show_table
-from openmae.distributed import launch
-from openmae.distributed.launch import describe_device
+from openmae.distributed.launch import acting_precision, describe_device
 from openmae.distributed.rendezvous import world_of
 from openmae.machine import usable_cores
 from openmae.results.profile import Breakdown, Phase, advice, write_breakdown
@@ -63,7 +62,8 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
     finetune, family = spec.train.stage == "finetune", spec.model.architecture.family
     on_gpu = fabric.device.type == "cuda"
     keys = _KEYS if finetune or family == "convnextv2" else (*_KEYS, *_DECODER)
-    acting = {"train.precision": acting_precision(spec, on_gpu), "train.optim.monitor_name": monitored_metric(spec)}
+    precision = acting_precision(spec.train.precision, spec.train.distributed_strategy == "fsdp", on_gpu)
+    acting = {"train.precision": precision, "train.optim.monitor_name": monitored_metric(spec)}
     phases = {}
     for name in (*STEP_PHASES, *PAUSES):
         seconds, times = measured.seconds[name], measured.per_step.get(name)
@@ -85,8 +85,3 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
         cores=usable_cores(),
         keys={key: value_of(spec, key) for key in keys} | acting | ({} if finetune else {"train.ema_decay": 0.0}),
     )
-
-
-def acting_precision(spec: ExperimentSpec, on_gpu: bool) -> str:
-    """Return the precision that training with this spec uses."""
-    return launch.acting_precision(spec.train.precision, spec.train.distributed_strategy == "fsdp", on_gpu)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +46,19 @@ class Run:
     Attributes:
         spec: the spec with local paths instead of URLs, and the actual numbers of processes and nodes.
         folder: the local folder for results.
-        status: the log of the action.
         leads: whether this process writes the results and the log; False if another process of the run does.
         skipped: why there was nothing to do; empty if the action did its work.
     """
 
     spec: ExperimentSpec
     folder: Path
-    status: StatusLog
-    leads: bool = True
+    leads: bool
     skipped: str = ""
 
-
-class _NoStatus(StatusLog):
-    """The log of a process that does not lead: it writes nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, *_: Any, **__: Any) -> None:
-        """Write nothing."""
+    @cached_property
+    def status(self) -> StatusLog:
+        """The log of the action, opened when it is first used; only for the process that leads."""
+        return StatusLog(self.folder, append=True)
 
 
 @contextmanager
@@ -82,12 +76,11 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
     remove_abandoned()
     _refuse_missing(spec, action)
     spec, world = _apply_topology(spec, action)
-    if not world.leads:
-        with local_place(spec, action, leads=False) as place, _machine_faults(place.folder):
-            yield Run(place.spec, place.folder, _NoStatus(), leads=False)
-        return
-    with local_place(spec, action) as place, _machine_faults(place.folder):
-        run = Run(place.spec, place.folder, StatusLog(place.folder, append=True))
+    with local_place(spec, action, leads=world.leads) as place, _machine_faults(place.folder):
+        run = Run(place.spec, place.folder, world.leads)
+        if not run.leads:
+            yield run
+            return
         run.status.write("STARTED", f"{action} started")
         try:
             place.begin_uploads()

@@ -7,15 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from lightning_fabric import Fabric
 
 from openmae.checkpoints.format import CheckpointInfo
+from openmae.data.index import ImageIndex, skipped_files_table
+from openmae.data.loaders import EvaluationLoader
 from openmae.engines.metadata import ModelCard
+from openmae.evaluation.reconstructions import reconstruct
+from openmae.models.mae import MaskedAutoencoder
 from openmae.results.curves import save_curves
+from openmae.results.images import reconstruction_grid
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown
-from openmae.results.report import Cell, Code, Figure, Numbers, Section, Table, Text, write_report
+from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, is_share, label
 from openmae.storage import layout
+from openmae.training.pretrain import PretrainTask
+
+PICTURES = 8  # images in a reconstruction grid
 
 _READING = """import pyarrow.parquet as pq
 import numpy as np
@@ -60,27 +69,34 @@ _MOST_ROWS = 50
 _SHOWN = tuple(EPOCH_TRAIN_LOSS if name == "train_loss" else name for name in METRICS)  # in this order
 
 
+def reconstructions(
+    fabric: Fabric, task: PretrainTask, model: MaskedAutoencoder, loader: EvaluationLoader, path: Path
+) -> Figure:
+    """Draw reconstructions of some images to ``path``, with fixed masks. ``model`` is in eval mode."""
+    shown = reconstruct(fabric, model, task.normalise, task.mask, loader.first(PICTURES))
+    return Figure("Reconstructions", reconstruction_grid(*shown, path), _RECONSTRUCTION)
+
+
 def train_report(
     folder: Path,
     info: CheckpointInfo,
     recipe: Sequence[tuple[str, str]],
-    picture: Path | None,
-    breakdown: Breakdown | None = None,
-    unread: Sequence[Section] = (),
-) -> Path:
-    """Write the report of a training run: metrics, curves, reconstructions, profile, recipe, unread files and spec."""
+    figures: Sequence[Figure],
+    breakdown: Breakdown | None,
+    *indexes: ImageIndex,
+) -> None:
+    """Write the report of a training run: metrics, curves, figures, profile, recipe, unread files and spec."""
     rows = read_metrics(folder / layout.METRICS)
     last = {name: row[name] for row in rows for name in _SHOWN if name in row}
     sections: list[Section] = [_numbers("Final metrics", last)] if last else []
     if rows:
         curves = save_curves(rows, folder / layout.CURVES)
         sections.append(Figure("Curves", curves, "Losses, accuracies, learning rate and speed over the steps."))
-    if picture is not None:
-        sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
+    sections += figures
     if breakdown is not None:
         sections += _breakdown_sections(folder, breakdown)
     sections.append(Table("Recipe", ("", ""), list(recipe)))
-    return _write(folder, "train", info, [*sections, *unread])
+    _write(folder, "train", _subtitle(info), sections, *indexes)
 
 
 def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
@@ -102,55 +118,42 @@ def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
 
 
 def pretrained_report(
-    folder: Path,
-    info: CheckpointInfo,
-    images: int,
-    metrics: Mapping[str, float],
-    picture: Path | None,
-    unread: Sequence[Section] = (),
-) -> Path:
+    folder: Path, info: CheckpointInfo, index: ImageIndex, metrics: Mapping[str, float], figures: Sequence[Figure]
+) -> None:
     """Write the report of an evaluated autoencoder: loss, probes if there are classes, and reconstructions."""
-    sections: list[Section] = [_numbers(f"{images:,} images", metrics)]
+    sections: list[Section] = [_numbers(f"{len(index):,} images", metrics)]
     if "knn_acc" in metrics:
         sections.append(Text("", _PROBES))
-    if picture is not None:
-        sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
-    return _write(folder, "evaluate", info, [*sections, *unread])
+    _write(folder, "evaluate", _subtitle(info), [*sections, *figures], index)
 
 
 def embedding_report(
-    folder: Path,
-    info: CheckpointInfo,
-    shape: tuple[int, ...],
-    picture: Path | None,
-    unread: Sequence[Section] = (),
-) -> Path:
+    folder: Path, info: CheckpointInfo, index: ImageIndex, shape: tuple[int, ...], figures: Sequence[Figure]
+) -> None:
     """Write the report of embeddings: their number, code that reads them, and reconstructions."""
     images, dimensions = shape
     sections: list[Section] = [
         Numbers(layout.EMBEDDINGS, {"images": f"{images:,}", "dimensions": f"{dimensions:,}"}),
         Code("Read the embeddings", _READING),
     ]
-    if picture is not None:
-        sections.append(Figure("Reconstructions", picture, _RECONSTRUCTION))
-    return _write(folder, "inference", info, [*sections, *unread])
+    _write(folder, "inference", _subtitle(info), [*sections, *figures], index)
 
 
 def classifier_report(
     folder: Path,
     info: CheckpointInfo,
+    index: ImageIndex,
     metrics: Mapping[str, float],
     confusion: np.ndarray,
     picture: Path,
-    unread: Sequence[Section] = (),
-) -> Path:
+) -> None:
     """Write the report of an evaluated classifier: accuracies, confusion matrix, and a row per class."""
     sections: list[Section] = [
         _numbers(f"{int(confusion.sum()):,} images", metrics),
         Figure("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
         class_table(confusion, info.class_names),
     ]
-    return _write(folder, "evaluate", info, [*sections, *unread])
+    _write(folder, "evaluate", _subtitle(info), sections, index)
 
 
 def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
@@ -169,14 +172,11 @@ def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
 
 
 def inference_report(
-    folder: Path,
-    info: CheckpointInfo,
-    rows: Sequence[Sequence[str]],
-    sheet: Path,
-    unread: Sequence[Section] = (),
-) -> Path:
+    folder: Path, info: CheckpointInfo, index: ImageIndex, rows: Sequence[Sequence[str]], sheet: Path
+) -> None:
     """Write the report of classified images: examples, images per class, and the first rows of results.csv."""
     _, *found = rows
+    first = [(path, best, float(p), second, float(q)) for path, best, p, second, q, *_ in found[:_MOST_ROWS]]
     counts = Counter(row[1] for row in found)
     most = sorted(((name, counts[name]) for name in info.class_names), key=lambda item: -item[1])
     sections: list[Section] = [
@@ -189,22 +189,42 @@ def inference_report(
         Table(
             layout.PREDICTIONS,
             ("path", "class", "probability", "second class", "probability"),
-            [_result_cells(row) for row in found[:_MOST_ROWS]],
-            caption=f"The first {min(_MOST_ROWS, len(found))} of {len(found):,} rows.",
+            first,
+            caption=f"The first {len(first)} of {len(found):,} rows.",
         ),
     ]
-    return _write(folder, "inference", info, [*sections, *unread])
+    _write(folder, "inference", _subtitle(info), sections, index)
 
 
 def export_report(
     folder: Path, card: ModelCard, target: Path, rows: Sequence[tuple[str, str]], *, encrypted: bool
-) -> Path:
+) -> None:
     """Write the report of an export: the differences to torch, inputs and outputs, and code that runs the file."""
     sections: list[Section] = [
         Table("The ONNX file", ("", ""), list(rows)),
         Code("Run the model", running_example(card, target.name, encrypted=encrypted)),
     ]
-    return _write(folder, "export", card.info, sections)
+    _write(folder, "export", _subtitle(card.info), sections)
+
+
+def engine_report(folder: Path, onnx_name: str, kpi: Mapping[str, float], rows: Sequence[tuple[str, str]]) -> None:
+    """Write the report of a TensorRT engine: size, build time, settings and spec."""
+    sections: list[Section] = [
+        Numbers("Engine", {"MB": f"{kpi['engine_mb']:.1f}", "seconds to build": f"{kpi['build_seconds']:.1f}"}),
+        Table("Build", ("", ""), list(rows)),
+    ]
+    _write(folder, "gen_trt_engine", onnx_name, sections)
+
+
+def _subtitle(info: CheckpointInfo) -> str:
+    height, width = info.model.input_size
+    return f"{info.model.arch} · {info.stage} · {height} x {width} px"
+
+
+def _write(folder: Path, action: str, subtitle: str, sections: Sequence[Section], *indexes: ImageIndex) -> None:
+    """Write the report with a table of the files of ``indexes`` that are not read, and the spec."""
+    spec = Code("Spec", (folder / layout.SPEC).read_text(encoding="utf-8"))
+    write_report(folder, f"OpenMAE {action}", [*sections, *skipped_files_table(indexes), spec], subtitle=subtitle)
 
 
 def running_example(card: ModelCard, file: str, *, encrypted: bool = False) -> str:
@@ -225,11 +245,6 @@ def running_example(card: ModelCard, file: str, *, encrypted: bool = False) -> s
     )
 
 
-def _result_cells(row: Sequence[str]) -> list[Cell]:
-    path, first, share, second, next_share = row[:5]
-    return [path, first, float(share), second, float(next_share)]
-
-
 def _numbers(title: str, metrics: Mapping[str, float]) -> Numbers:
     known = {name: metrics[name] for name in _SHOWN if name in metrics} | dict(metrics)
     return Numbers(title, {label(name): _text(name, value) for name, value in known.items()})
@@ -237,20 +252,3 @@ def _numbers(title: str, metrics: Mapping[str, float]) -> Numbers:
 
 def _text(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if is_share(name) else f"{value:.4f}"
-
-
-def _write(folder: Path, action: str, info: CheckpointInfo, sections: Sequence[Section]) -> Path:
-    spec = Code("Spec", (folder / layout.SPEC).read_text(encoding="utf-8"))
-    height, width = info.model.input_size
-    subtitle = f"{info.model.arch} · {info.stage} · {height} x {width} px"
-    return write_report(folder, f"OpenMAE {action}", [*sections, spec], subtitle=subtitle)
-
-
-def engine_report(folder: Path, onnx_name: str, kpi: Mapping[str, float], rows: Sequence[tuple[str, str]]) -> Path:
-    """Write the report of a TensorRT engine: size, build time, settings and spec."""
-    sections: list[Section] = [
-        Numbers("Engine", {"MB": f"{kpi['engine_mb']:.1f}", "seconds to build": f"{kpi['build_seconds']:.1f}"}),
-        Table("Build", ("", ""), list(rows)),
-        Code("Spec", (folder / layout.SPEC).read_text(encoding="utf-8")),
-    ]
-    return write_report(folder, "OpenMAE gen_trt_engine", sections, subtitle=onnx_name)

@@ -1,16 +1,20 @@
-"""The data sources of a spec, opened as indexes of images."""
+"""The data sources of a spec: their images as indexes, their classes, and the settings of their loaders."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from unicodedata import normalize
 
-from openmae.data.decode import MAX_MEGAPIXELS
+from lightning_fabric import Fabric
+
 from openmae.data.index import ImageIndex
+from openmae.data.loaders import LoaderSettings
 from openmae.data.open import open_index
 from openmae.errors import DataError, SpecError, blaming
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import value_of
 from openmae.storage.printable import shorten
 
 _SHOWN = 6  # classes named in a message
@@ -18,17 +22,31 @@ _SHOWN = 6  # classes named in a message
 log = logging.getLogger("openmae")
 
 
-def open_images(source: str, key: str, *, labelled: bool | None, largest: int = MAX_MEGAPIXELS) -> ImageIndex:
-    """Index a folder, an archive or shards; errors name the option ``key``.
+def open_images(spec: ExperimentSpec, key: str, *, labelled: bool | None, source: str = "") -> ImageIndex:
+    """Index the folder, archive or shards of the option ``key``, or ``source`` if the option has several.
 
-    With ``labelled=True`` classes are required, with False ignored, with None used if there are any. ``largest`` is
-    ``dataset.max_megapixels``.
+    With ``labelled=True`` classes are required, with False ignored, with None used if there are any.
 
     Raises:
         DataError: the source cannot be used.
     """
     with blaming(key):
-        return replace(open_index(source, labelled), max_pixels=largest * 1_000_000)
+        index = open_index(source or value_of(spec, key), labelled)
+    return replace(index, max_pixels=spec.dataset.max_megapixels * 1_000_000)
+
+
+def loader_settings(
+    spec: ExperimentSpec, batch_size: int, results: Path, fabric: Fabric | None = None
+) -> LoaderSettings:
+    """Return the settings of the data loaders in this process of ``fabric``, or in the only process."""
+    return LoaderSettings(
+        batch_size=batch_size,
+        results=results,
+        max_corrupt_fraction=spec.dataset.max_corrupt_fraction,
+        num_workers=spec.dataset.num_workers_per_gpu,
+        rank=fabric.global_rank if fabric else 0,
+        world_size=fabric.world_size if fabric else 1,
+    )
 
 
 def class_count(spec: ExperimentSpec, index: ImageIndex) -> int:

@@ -7,8 +7,9 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +21,7 @@ from openmae.spec.tree import value_of
 from openmae.storage import cache, layout
 from openmae.storage.atomic import make_folder
 from openmae.storage.download import fetch
-from openmae.storage.encryption import Key, is_encrypted, resolve_key
+from openmae.storage.encryption import is_encrypted, resolve_key
 from openmae.storage.listing import exists
 from openmae.storage.lock import GRACE, StoreLock, locked_folder
 from openmae.storage.mirror import Mirror, pull
@@ -28,11 +29,10 @@ from openmae.storage.urls import is_remote, name_of, parent_of, redact
 
 EXCLUDES_VARIABLE = "OPENMAE_UPLOAD_EXCLUDES"
 
-_FINAL_FILES = (layout.BACKBONE, layout.REPORT)  # of a finished training run
-
 log = logging.getLogger("openmae")
 
 
+@dataclass
 class Place:
     """The local files of an action.
 
@@ -43,15 +43,14 @@ class Place:
         lost: set if another run has taken over the folder in the store; the action then ends with this error.
     """
 
-    def __init__(self, spec: ExperimentSpec, folder: Path, shown: str) -> None:
-        self.spec = spec
-        self.folder = folder
-        self.shown = shown
-        self.lost: RunError | None = None
-        self._copies: list[tuple[str, str, Path]] = []
-        self._excludes: list[str] = []
-        self._mirrors: list[Mirror] = []
-        self._uploads = ExitStack()
+    spec: ExperimentSpec
+    folder: Path
+    shown: str
+    lost: RunError | None = None
+    _copies: list[tuple[str, str, Path]] = field(default_factory=list)
+    _excludes: list[str] = field(default_factory=list)
+    _mirrors: list[Mirror] = field(default_factory=list)
+    _uploads: ExitStack = field(default_factory=ExitStack)
 
     @property
     def uploaded(self) -> list[str]:
@@ -148,9 +147,13 @@ def _open_results(spec: ExperimentSpec, action: str, stack: ExitStack, *, leads:
         place.add_copy("results_dir", target, place.folder, ("jobs/*", "probe/*") if action == "automl" else ())
     else:
         place = Place(spec, Path(stack.enter_context(TemporaryDirectory())), redact(target))
-    key = resolve_key(spec.encryption_key) if action == "train" else None
-    with blaming("results_dir"):
-        _download_earlier(spec, target, place.folder, action, key, leads=leads)
+    if action == "train":
+        _download_run(spec, place.folder, leads=leads)
+    elif leads:
+        from openmae.storage.mirror import pull
+
+        with blaming("results_dir"):  # all of a search: the study, and the checkpoints that its trials resume
+            pull(target, place.folder, lambda names: [n for n in names if action == "automl" or n == layout.STATUS])
     return place
 
 
@@ -160,46 +163,15 @@ def _staging_folder(url: str, stack: ExitStack, patience: float = 0.0) -> Path:
     return make_folder(stack.enter_context(cache.workspace(entry, redact(url), patience)) / name_of(url))
 
 
-def _download_earlier(
-    spec: ExperimentSpec, url: str, folder: Path, action: str, key: Key | None, *, leads: bool
-) -> None:
-    """Download the results of an earlier run that this action continues."""
-    if action == "train":
-        only_newest = bool(spec.train.resume_training_checkpoint_path)
-        files = _all_but_models if leads else _final_files
-        _download_checkpoint(url, folder, files, key, only_newest=only_newest)
-    elif not leads:
-        return
-    elif action == "automl":  # the study, and the checkpoints that its trials resume
-        pull(url, folder, lambda names: names)
-    else:
-        pull(url, folder, lambda names: [layout.STATUS] if layout.STATUS in names else [])
+def _download_run(spec: ExperimentSpec, folder: Path, *, leads: bool) -> None:
+    """Download the newest checkpoint of a training run, then older ones until one is readable, and other files.
 
-
-def _all_but_models(names: Collection[str]) -> list[str]:
-    return [name for name in names if not layout.holds_weights(name)]
-
-
-def _final_files(names: Collection[str]) -> list[str]:
-    """Return the files that show that nothing is left to train."""
-    return [name for name in _FINAL_FILES if name in names and layout.sort_checkpoints(names)]
-
-
-def _download_checkpoint(
-    url: str,
-    folder: Path,
-    others: Callable[[Collection[str]], list[str]],
-    key: Key | None,
-    *,
-    only_newest: bool,
-) -> None:
-    """Download the newest checkpoint, then older ones until one is readable, and the files that ``others`` selects.
-
-    With ``only_newest``, the user has named the checkpoint to resume from, so older ones are not needed.
+    If not ``leads``, the other files are only those that show that nothing is left to train.
     """
     from openmae.checkpoints.folder import list_checkpoints
     from openmae.training.resume import NotFiniteError, look_for_checkpoint
 
+    key = resolve_key(spec.encryption_key)
     available: list[str] = []
     for count in itertools.count(1):
 
@@ -207,10 +179,13 @@ def _download_checkpoint(
             numbered = layout.sort_checkpoints(names)
             best = [layout.BEST] if layout.BEST in names and numbered else []  # tried last
             available[:] = best + numbered
-            return [*others(names), *available[-count:]]
+            final = (layout.BACKBONE, layout.REPORT)
+            others = [name for name in names if (not layout.holds_weights(name) if leads else name in final)]
+            return [*others, *available[-count:]]
 
-        pull(url, folder, wanted)
-        if only_newest or count >= len(available):
+        with blaming("results_dir"):
+            pull(spec.results_folder("train"), folder, wanted)
+        if spec.train.resume_training_checkpoint_path or count >= len(available):  # no older one is needed, or left
             return
         try:
             found, refused = look_for_checkpoint(folder, key)
@@ -234,8 +209,8 @@ def _path_to_write(spec: ExperimentSpec, key: str, url: str, action: str, place:
     """Return the local path of a file for a store: in the results folder if its URL is below that of the results."""
     with blaming(key):
         there = exists(url)
-    if there and key == "export.onnx_file" and not spec.export.overwrite:
-        raise SpecError(f"{key}: {redact(url)} already exists.", "Pass export.overwrite=true to replace it.")
+    if there and not value_of(spec, f"{action}.overwrite"):
+        raise SpecError(f"{key}: {redact(url)} already exists.", f"Pass {action}.overwrite=true to replace it.")
     results = spec.results_folder(action)
     base = results.rstrip("/") + "/"
     if is_remote(results) and url.startswith(base):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ from torch import nn
 from openmae.actions.plan import Plan, make_plan
 from openmae.actions.profiling import leave_profile
 from openmae.actions.run import Rows, begin_results, running, show_table
-from openmae.actions.sections import train_report
+from openmae.actions.sections import reconstructions, train_report
+from openmae.actions.sources import loader_settings
 from openmae.checkpoints.folder import CheckpointFolder
 from openmae.checkpoints.format import Checkpoint, read_checkpoint, read_training_state, save_backbone
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.checkpoints.weights import load_into
-from openmae.data.index import skipped_files_table
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
 from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform, Transform
@@ -31,10 +29,8 @@ from openmae.distributed.fsdp import shard
 from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import CheckpointError, blaming
-from openmae.evaluation.reconstructions import reconstruct
 from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
-from openmae.results.images import reconstruction_grid
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
@@ -48,11 +44,10 @@ from openmae.training.loggers import Loggers, open_wandb
 from openmae.training.optim import Schedule, build_adamw, finetuning_groups, freeze, pretraining_groups
 from openmae.training.pretrain import PretrainTask
 from openmae.training.profiler import StepClock
+from openmae.training.resume import best_was_set_aside
 from openmae.training.state import LoopSettings, Outputs
 from openmae.training.summary import recipe_rows
 from openmae.training.trainer import Trainer
-
-PICTURES = 8  # images in a reconstruction grid
 
 log = logging.getLogger("openmae")
 
@@ -149,30 +144,23 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
 
 
 def _resume(trainer: Trainer, plan: Plan, state: dict[str, Any], batches_per_epoch: int) -> None:
+    """Load the training state of a checkpoint; errors name the file."""
     layouts = BatchLayout.of(state["openmae"]["spec"]), BatchLayout.of(plan.info.spec)
-    with _explaining_state_errors(plan):
-        trainer.resume({**state, "progress": same_position(state["progress"], *layouts, batches_per_epoch)})
-    progress = trainer.progress
-    if plan.best_is_lost:
-        progress.best = None
-    log.info("Resuming from %s, after epoch %d, step %d.", plan.resume, progress.epoch, progress.step)
-
-
-@contextmanager
-def _explaining_state_errors(plan: Plan) -> Iterator[None]:
-    """Raise errors about the checkpoint's training state as a CheckpointError that names the file."""
     try:
-        yield
-    except torch.OutOfMemoryError:
+        with blaming(str(plan.resume)):
+            trainer.resume({**state, "progress": same_position(state["progress"], *layouts, batches_per_epoch)})
+    except (CheckpointError, torch.OutOfMemoryError):
         raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise CheckpointError(f"{plan.resume}: {error.problem}", error.fix) from error
         said = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"{plan.resume} does not hold the state of a run of {plan.config.arch} ({said}).",
             "Use an older checkpoint, or give this one as train.pretrained_model_path to start from its weights.",
         ) from error
+    progress = trainer.progress
+    if best_was_set_aside(plan.folder):
+        progress.best = None  # the next epoch counts as the best so far
+    log.info("Resuming from %s, after epoch %d, step %d.", plan.resume, progress.epoch, progress.step)
 
 
 def _agreed(fabric: Fabric, plan: Plan) -> Plan:
@@ -263,19 +251,11 @@ def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
 
 def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoader | None]:
     spec = plan.spec
-    settings = LoaderSettings(
-        batch_size=spec.dataset.batch_size,
-        results=plan.folder,
-        max_corrupt_fraction=spec.dataset.max_corrupt_fraction,
-        num_workers=spec.dataset.num_workers_per_gpu,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-    )
-    augmentation = spec.dataset.augmentation
+    settings = loader_settings(spec, spec.dataset.batch_size, plan.folder, fabric)
     train = TrainingLoader(plan.train, _train_transform(plan), settings, spec.train.seed)
     if plan.val is None:
         return train, None
-    transform = EvalTransform(augmentation.size, spec.model.in_chans)
+    transform = EvalTransform(plan.config.input_size, plan.config.in_chans)
     return train, EvaluationLoader(plan.val, transform, settings)
 
 
@@ -322,17 +302,15 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
         return
     backbone = model.encoder.backbone if isinstance(model, MaskedAutoencoder) else model
     save_backbone(plan.folder / layout.BACKBONE, backbone.state_dict(), plan.info, plan.key)
-    picture = None
+    figures = []
     if isinstance(trainer.task, PretrainTask):
+        assert isinstance(model, MaskedAutoencoder)
         loader = trainer.val_loader or EvaluationLoader(
             plan.train,
             EvalTransform(plan.config.input_size, plan.config.in_chans),
-            LoaderSettings(batch_size=PICTURES, results=plan.folder, max_corrupt_fraction=1.0),
+            LoaderSettings(batch_size=1, results=plan.folder, max_corrupt_fraction=1.0),
         )
-        picture = plan.folder / layout.RECONSTRUCTIONS / "last.png"
-        assert isinstance(model, MaskedAutoencoder)
-        task = trainer.task
-        shown = reconstruct(fabric, model, task.normalise, task.mask, loader.first(PICTURES))
-        reconstruction_grid(*shown, picture)
-    unread = skipped_files_table(index for index in (plan.train, plan.val) if index is not None)
-    train_report(plan.folder, plan.info, rows, picture, breakdown, unread)
+        path = plan.folder / layout.RECONSTRUCTIONS / "last.png"
+        figures.append(reconstructions(fabric, trainer.task, model, loader, path))
+    indexes = [plan.train, plan.val] if plan.val else [plan.train]
+    train_report(plan.folder, plan.info, rows, figures, breakdown, *indexes)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KNN_TEMPERATURE = 0.07
+NEIGHBOURS = 20  # that vote
 MOST_PROBED = 10_000  # images
 _CHUNK = 1024  # rows of the similarity matrix computed at once
 
@@ -32,18 +33,19 @@ def probe(features: Array, labels: Array) -> dict[str, float]:
         some = np.random.default_rng(0).choice(len(labels), MOST_PROBED, replace=False)
         features, labels = features[some], labels[some]
     try:
+        if not np.isfinite(features).all():
+            raise ValueError("the features have non-finite values")
         return {"knn_acc": knn_accuracy(features, labels), "probe_acc": linear_probe_accuracy(features, labels)}
     except ValueError as error:
         log.warning("No kNN or probe accuracy for this validation set: %s.", error)
         return {}
 
 
-def split_half(labels: Array, seed: int = 0) -> tuple[Array, Array]:
-    """Split a labelled set into two halves, class by class.
+def split_half(labels: Array) -> tuple[Array, Array]:
+    """Split a labelled set into two random but fixed halves, class by class.
 
     Args:
         labels: ``[N]`` class numbers; negative ones (unlabelled) are left out.
-        seed: seed of the random split.
 
     Returns:
         ``(fit, score)``: sorted indices into ``labels``. If a class has an odd number of images, ``fit`` gets one more,
@@ -52,13 +54,12 @@ def split_half(labels: Array, seed: int = 0) -> tuple[Array, Array]:
     Raises:
         ValueError: fewer than two classes, or no class with two images.
     """
-    labels = np.asarray(labels)
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"a probe needs images of at least 2 classes; the labels have {len(classes)}")
     if counts.max() < 2:
         raise ValueError("a probe needs a class with at least 2 images; every class here has 1")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     fit, score = [], []
     for label, count in zip(classes, counts, strict=True):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -67,26 +68,23 @@ def split_half(labels: Array, seed: int = 0) -> tuple[Array, Array]:
     return np.sort(np.concatenate(fit)), np.sort(np.concatenate(score))
 
 
-def knn_accuracy(features: Array, labels: Array, k: int = 20, *, seed: int = 0) -> float:
+def knn_accuracy(features: Array, labels: Array) -> float:
     """Return the top-1 accuracy of a weighted nearest-neighbour vote on cosine similarity, in [0, 1].
 
-    The k nearest images vote for their class with weight exp(similarity / 0.07): Wu et al. 2018 (arXiv:1805.01978), as
+    The 20 nearest images vote for their class with weight exp(similarity / 0.07): Wu et al. 2018 (arXiv:1805.01978), as
     in the evaluation of DINO (arXiv:2104.14294).
 
     Args:
         features: ``[N, D]``.
         labels: ``[N]`` class numbers; negative means unlabelled.
-        k: number of neighbours that vote.
-        seed: seed of the split.
 
     Raises:
-        ValueError: the set is too small (see ``split_half``), shapes differ, or features are not finite.
+        ValueError: the set is too small; see ``split_half``.
     """
-    x, y = _check(features, labels)
-    fit, score = split_half(y, seed)
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    k = min(k, len(fit))
-    classes, fit_class = np.unique(y[fit], return_inverse=True)
+    fit, score = split_half(labels)
+    x = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    k = min(NEIGHBOURS, len(fit))
+    classes, fit_class = np.unique(labels[fit], return_inverse=True)
     hits = 0
     for start in range(0, len(score), _CHUNK):
         rows = score[start : start + _CHUNK]
@@ -95,11 +93,11 @@ def knn_accuracy(features: Array, labels: Array, k: int = 20, *, seed: int = 0) 
         weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / KNN_TEMPERATURE)
         votes = np.zeros((len(rows), len(classes)))
         np.add.at(votes, (np.arange(len(rows))[:, None], fit_class[nearest]), weights)
-        hits += int((classes[votes.argmax(axis=1)] == y[rows]).sum())
+        hits += int((classes[votes.argmax(axis=1)] == labels[rows]).sum())
     return hits / len(score)
 
 
-def linear_probe_accuracy(features: Array, labels: Array, *, seed: int = 0) -> float:
+def linear_probe_accuracy(features: Array, labels: Array) -> float:
     """Return the top-1 accuracy of a logistic regression on standardised features, in [0, 1].
 
     This is fast and deterministic; papers usually train a linear layer for 90 epochs with augmentation instead. The
@@ -110,20 +108,10 @@ def linear_probe_accuracy(features: Array, labels: Array, *, seed: int = 0) -> f
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x, y = _check(features, labels)
-    fit, score = split_half(y, seed)
+    fit, score = split_half(labels)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     with warnings.catch_warnings():
         # more than 300 iterations do not change the digits that are reported
         warnings.simplefilter("ignore", ConvergenceWarning)
-        probe.fit(x[fit], y[fit])
-    return float(probe.score(x[score], y[score]))
-
-
-def _check(features: Array, labels: Array) -> tuple[Array, Array]:
-    x, y = np.asarray(features, dtype=np.float32), np.asarray(labels)
-    if x.ndim != 2 or y.shape != x.shape[:1]:
-        raise ValueError(f"features must be [N, D] and labels [N]; got {x.shape} and {y.shape}")
-    if not np.isfinite(x).all():
-        raise ValueError("the features have non-finite values")
-    return x, y
+        probe.fit(features[fit], labels[fit])
+    return float(probe.score(features[score], labels[score]))
