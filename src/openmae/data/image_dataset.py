@@ -108,22 +108,14 @@ class AddressedSampler:
 
     The last, incomplete batch is dropped. With the same global batch size, a step takes the same images for any number
     of ranks. Each iteration runs from the current position to the end of the epoch, and moves the position to the start
-    of the next epoch; ``len()`` is always that of a complete epoch. ``batch_size`` is per rank. ``index`` is the data
-    set, if it restricts the order (remote shards) or prepares images in advance.
+    of the next epoch; ``len()`` is always that of a complete epoch. ``batch_size`` is per rank.
 
     Raises:
         DataError: there are fewer images than one batch per rank.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        index: ImageIndex | None = None,
-    ) -> None:
+    def __init__(self, index: ImageIndex, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        length = len(index)
         if length < batch_size * world_size:
             on_ranks = f" on each of {world_size} processes" if world_size > 1 else ""
             raise DataError(
@@ -132,16 +124,15 @@ class AddressedSampler:
                 if length >= world_size
                 else "Use fewer GPUs, or add images.",
             )
-        self.length = length
+        self.index = index
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self._index = index
         self._position = (0, 0)
 
     def __len__(self) -> int:
-        return self.length // (self.batch_size * self.world_size)
+        return len(self.index) // (self.batch_size * self.world_size)
 
     def set_position(self, epoch: int, batches_done: int = 0) -> None:
         """Start the next iteration in ``epoch`` after ``batches_done`` batches of this rank."""
@@ -151,13 +142,11 @@ class AddressedSampler:
         # A generator, so that the position changes at the first batch and not at iter(), which DataLoader calls twice.
         epoch, done = self._position
         self._position = (epoch + 1, 0)
-        rng = rng_at(self.seed, epoch, stream="shuffle")
-        order = self._index.shuffled(rng) if self._index is not None else rng.permutation(self.length)
+        order = self.index.shuffled(rng_at(self.seed, epoch, stream="shuffle"))
         for batch in range(done, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
             now = order[start : start + self.batch_size]
-            if self._index is not None:
-                self._index.prepare(now, order[start + self.batch_size :])
+            self.index.prepare(now, order[start + self.batch_size :])
             yield [(epoch, int(index)) for index in now]
 
 
@@ -165,25 +154,21 @@ class EvalSampler:
     """Batches of (0, index) in order, every image once, split over ranks.
 
     All ranks have the same number of batches, since a collective call in the model would hang otherwise; the last batch
-    of a rank may be empty. ``index`` is the data set, if it prepares images in advance.
+    of a rank may be empty.
     """
 
-    def __init__(
-        self, length: int, batch_size: int, rank: int = 0, world_size: int = 1, index: ImageIndex | None = None
-    ) -> None:
-        self.length = length
+    def __init__(self, index: ImageIndex, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.index = index
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
-        self._index = index
 
     def __len__(self) -> int:
-        return math.ceil(self.length / (self.batch_size * self.world_size))
+        return math.ceil(len(self.index) / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[Address]]:
-        indices = range(self.rank, self.length, self.world_size)
+        indices = range(self.rank, len(self.index), self.world_size)
         for batch in range(len(self)):
             now = indices[batch * self.batch_size : (batch + 1) * self.batch_size]
-            if self._index is not None:
-                self._index.prepare(now, indices[(batch + 1) * self.batch_size :])
+            self.index.prepare(now, indices[(batch + 1) * self.batch_size :])
             yield [(0, index) for index in now]
