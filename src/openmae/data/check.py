@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +14,8 @@ import numpy.typing as npt
 
 from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.index import ImageIndex
-from openmae.data.parallel import map_ordered
+from openmae.data.parallel import map_images
 from openmae.data.shards.reading import ShardedIndex
-from openmae.storage.printable import printable_name
 
 
 @dataclass
@@ -59,13 +57,11 @@ class CheckResult:
         return dict(zip(self.index.class_names, counts.tolist(), strict=True))
 
     @cached_property
-    def shard_counts(self) -> dict[str, int]:
-        """The number of images by shard; empty for a folder."""
+    def shard_counts(self) -> list[int]:
+        """The number of images of each shard; empty for a folder."""
         if not isinstance(self.index, ShardedIndex):
-            return {}
-        names = [printable_name(shard.name) for shard in self.index.shards]
-        counts = np.bincount(self.index.shard_of, minlength=len(names))
-        return dict(zip(names, counts.tolist(), strict=True))
+            return []
+        return np.bincount(self.index.shard_of, minlength=len(self.index.shards)).tolist()
 
 
 class _Image(NamedTuple):
@@ -81,7 +77,7 @@ def check_images(index: ImageIndex, advance: Callable[[], object] = lambda: None
     result = CheckResult(index)
     groups: defaultdict[bytes, list[int]] = defaultdict(list)
     readable: list[_Image] = []
-    for number, image in enumerate(map_ordered(partial(_check, index), len(index))):
+    for number, image in enumerate(map_images(index, _check)):
         advance()
         if isinstance(image, CorruptImage):
             result.corrupt.append((index.full_name(index.paths[number]), image.reason))
@@ -100,14 +96,8 @@ def check_images(index: ImageIndex, advance: Callable[[], object] = lambda: None
     return result
 
 
-def _check(index: ImageIndex, number: int) -> _Image | CorruptImage:
-    try:
-        content = index.read(number)
-        with ImageFile(index.file(number), io.BytesIO(content), index.max_pixels) as image:
-            image.pixels(at_least=(1, 1))  # reads all of a JPEG, but decodes it at the lowest resolution
-            height, width = image.size
-            digest = hashlib.sha256(content).digest()[:16]
-            kind = f"{image.format} {image.mode}"
-            return _Image(digest, len(content), (width, height), kind, image.further_images)
-    except CorruptImage as error:
-        return error
+def _check(image: ImageFile, content: bytes) -> _Image:
+    image.pixels(at_least=(1, 1))  # reads all of a JPEG, but decodes it at the lowest resolution
+    height, width = image.size
+    digest = hashlib.sha256(content).digest()[:16]
+    return _Image(digest, len(content), (width, height), f"{image.format} {image.mode}", image.further_images)
