@@ -235,6 +235,18 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert [packed.key(number) for number in range(2)] == names
 
 
+def test_separators_in_names_of_folders_and_shards(index: ImageIndex, tmp_path: Path) -> None:
+    (tmp_path / "what?").mkdir()
+    write_tar(tmp_path / "what?" / "a!b-0.tar", {"1.png": png(1)})
+    found = open_index(f"{tmp_path}/what?/a!b-{{0..0}}.tar", None)
+    assert found.full_name(found.paths[0]) == f"{tmp_path}/what?/a!b-0.tar!1.png"
+    assert found.key(0) == "1.png"
+    sharded(index, tmp_path / "out?")
+    assert open_index(str(tmp_path / "out?"), True).class_names == ("cat", "dog"), (
+        "an index next to a shard is not read"
+    )
+
+
 # --------------------------------------------------------------------------------------- bad shards
 
 
@@ -346,7 +358,7 @@ def test_next_shards_are_prefetched(index: ImageIndex, tmp_path: Path, monkeypat
     monkeypatch.setattr(ahead, "fetch", lambda now, soon: asked.append(([s.name for s in now], [s.name for s in soon])))
     object.__setattr__(found, "prefetcher", ahead)
     shard_of = found.shard_of  # type: ignore[attr-defined]
-    batches = list(AddressedSampler(14, 2, 0, index=found))
+    batches = list(AddressedSampler(found, 2, 0))
     for batch, (now, soon) in zip(batches, asked, strict=True):
         assert set(now) == {f"out-{shard_of[i]:06d}.tar" for _, i in batch}
         assert soon or batch == batches[-1]

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -36,6 +36,7 @@ from openmae.storage.urls import redact
 
 WINDOW = 8  # remote shards whose images are shuffled together
 MEMBER = "!"  # separates the name of a shard from that of an image in it
+_END = f".tar{MEMBER}"  # where a shard's name ends, which may itself contain the separator
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,19 +68,16 @@ class ShardedIndex(ImageIndex):
 
     def full_name(self, path: str) -> str:
         """Return the printable name of one of ``paths``, unambiguous among several data sets."""
-        shard, _, member = path.partition(MEMBER)
-        return f"{self._shard_names()[shard]}{MEMBER}{printable_name(member)}"
+        stem, _, member = path.partition(_END)
+        return f"{self._shard_names[f'{stem}.tar']}{MEMBER}{printable_name(member)}"
 
     def holds(self, full_name: str) -> bool:
         """Return whether ``full_name`` is in one of these shards."""
-        return any(full_name.startswith(f"{name}{MEMBER}") for name in self._shard_names().values())
+        return any(full_name.startswith(f"{name}{MEMBER}") for name in self._shard_names.values())
 
+    @cached_property
     def _shard_names(self) -> dict[str, str]:
-        return {shard.name: printable_name(redact(shard.place)) for shard in self.shards}
-
-    def file(self, number: int) -> Path:
-        """Return the name of image ``number``, which is not the path of a file."""
-        return self.root / self.paths[number]
+        return {s.name: printable_name(redact(s.place) if s.remote else s.place) for s in self.shards}
 
     def open(self, number: int) -> ImageFile:
         """Open image ``number``; raise CorruptImage if its header cannot be read."""
@@ -95,7 +93,7 @@ class ShardedIndex(ImageIndex):
 
     def key(self, number: int) -> str:
         """Return the path of image ``number`` in its shard."""
-        return self.paths[number].partition(MEMBER)[2]
+        return self.paths[number].partition(_END)[2]
 
     def subset(self, numbers: Numbers) -> Self:
         """Return an index of only the images ``numbers``, in that order."""

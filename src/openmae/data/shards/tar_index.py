@@ -23,9 +23,10 @@ from openmae.data.folder_listing import SkippedCounter, file_kind, is_image, is_
 from openmae.data.index import sort_class_names
 from openmae.errors import DataError
 from openmae.storage.printable import printable_name
-from openmae.storage.urls import is_remote, redact
+from openmae.storage.urls import append_suffix, is_remote, redact
 
 FORMAT = "openmae-shard-1"
+INDEX_SUFFIX = ".index.json"
 BLOCK = 512  # the header of a member is one block, immediately before its data
 _MAX_LABEL_BYTES = 1 << 20
 _OPEN_LOCAL = 64  # shards that a process keeps open
@@ -145,8 +146,7 @@ class TarIndex:
 
 def index_file(shard: str) -> str:
     """Return the path or URL of the index next to a shard."""
-    path, mark, query = shard.partition("?") if is_remote(shard) else (shard, "", "")
-    return f"{path}.index.json{mark}{query}"
+    return append_suffix(shard, INDEX_SUFFIX) if is_remote(shard) else f"{shard}{INDEX_SUFFIX}"
 
 
 def fits(index: TarIndex, shard: Shard) -> bool:
@@ -314,7 +314,7 @@ class _OpenFile:
     """A file that stays open while it is referenced. Threads and forks can share it: reads do not move a position."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
