@@ -24,7 +24,8 @@ from openmae.errors import SpecError
 
 log = logging.getLogger("openmae")
 
-Interpolation = Literal["bilinear", "bicubic", "random"]
+Resampling = Literal["bilinear", "bicubic"]
+Interpolation = Resampling | Literal["random"]
 ImagePolicy = Callable[[Image.Image], Image.Image]
 
 _STREAMS = {"augment": 0, "shuffle": 1}
@@ -163,7 +164,7 @@ class EvalTransform:
     def __call__(self, file: ImageFile, rng: np.random.Generator | None = None) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file. ``rng`` is not used."""
         box = centre_box(file.size, self.size, self.kept)
-        mode: Literal["bilinear", "bicubic"] = "bilinear" if self.interpolation == "bilinear" else "bicubic"
+        mode: Resampling = "bilinear" if self.interpolation == "bilinear" else "bicubic"
         # Decode at twice the resolution, since the box is rounded to whole pixels of the scaled-down JPEG.
         return _crop_and_resize(file, self.in_chans, box, self.size, mode, finer=2)
 
@@ -209,12 +210,7 @@ def _centred(size: Size, w: int, h: int) -> Box:
 
 
 def _crop_and_resize(
-    file: ImageFile,
-    in_chans: int,
-    box: Box,
-    size: Size,
-    mode: Literal["bilinear", "bicubic"],
-    finer: int = 1,
+    file: ImageFile, in_chans: int, box: Box, size: Size, mode: Resampling, finer: int = 1
 ) -> torch.Tensor:
     """Decode, crop and resize to ``size``; a JPEG is decoded at ``finer`` times that size or larger."""
     at_least = finer * size[0], finer * size[1]
