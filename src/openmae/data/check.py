@@ -80,17 +80,17 @@ def check_images(index: ImageIndex, advance: Callable[[], object] = lambda: None
     for number, image in enumerate(map_images(index, _check)):
         advance()
         if isinstance(image, CorruptImage):
-            result.corrupt.append((index.full_name(index.paths[number]), image.reason))
+            result.corrupt.append((index.full_name(number), image.reason))
             continue
         groups[image.digest].append(number)
         readable.append(image)
         result.formats[image.format] += 1
         if image.further:
-            result.further.append((index.full_name(index.paths[number]), image.further))
+            result.further.append((index.full_name(number), image.further))
     result.sizes = np.array([image.size for image in readable], np.int64).reshape(-1, 2)
     result.file_sizes = np.array([image.length for image in readable], np.int64)
     same = [group for group in groups.values() if len(group) > 1]
-    result.duplicates = [[index.full_name(index.paths[number]) for number in group] for group in same]
+    result.duplicates = [[index.full_name(number) for number in group] for group in same]
     if (labels := index.labels) is not None:
         result.contradictions = sum(len({labels[number] for number in group} - {-1}) > 1 for group in same)
     return result

@@ -27,16 +27,16 @@ class Batch(NamedTuple):
         labels: int64 [B]; -1 for an image without a label.
         indices: int64 [B]; positions in the index of the data set.
         epoch: the epoch that the images were drawn for.
-        corrupt: (relative path, reason) of files that could not be decoded.
-        further: (relative path, description) of a file with several images; only the first one that a process finds.
+        corrupt: (index, reason) of files that could not be decoded.
+        further: (index, description) of a file with several images; only the first one that a process finds.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
     epoch: int
-    corrupt: list[tuple[str, str]]
-    further: Sequence[tuple[str, str]] = ()
+    corrupt: list[tuple[int, str]]
+    further: Sequence[tuple[int, str]] = ()
 
 
 class ImageDataset(Dataset[Batch]):
@@ -64,24 +64,23 @@ class ImageDataset(Dataset[Batch]):
 
     def __getitem__(self, address: Address) -> Batch:
         epoch, wanted = address
-        corrupt: list[tuple[str, str]] = []
+        corrupt: list[tuple[int, str]] = []
         for step in range(min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1):
             number = (wanted + step) % len(self)
-            path = self.index.paths[number]
             try:
                 with self.index.open(number) as image:
                     pixels = self.transform(image, rng_at(self.seed, epoch, wanted))
                     further = "" if self._reported else image.further_images
             except CorruptImage as error:
-                corrupt.append((path, error.reason))
+                corrupt.append((number, error.reason))
                 continue
             self._reported = self._reported or further != ""
             label = -1 if self.index.labels is None else self.index.labels[number]
-            several = [(path, further)] if further else []
+            several = [(number, further)] if further else []
             return Batch(pixels[None], torch.tensor([label]), torch.tensor([number]), epoch, corrupt, several)
         return self._empty(epoch, corrupt)
 
-    def _empty(self, epoch: int, corrupt: list[tuple[str, str]]) -> Batch:
+    def _empty(self, epoch: int, corrupt: list[tuple[int, str]]) -> Batch:
         none = torch.empty(0, dtype=torch.int64)
         images = torch.empty(0, self.transform.in_chans, *self.transform.size, dtype=torch.uint8)
         return Batch(images, none, none, epoch, corrupt)

@@ -90,9 +90,9 @@ class ImageIndex:
         content = "\n".join((*self.paths, *self.class_names, *map(str, self.labels or ())))
         return f"{len(self):,} images ({hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:8]})"
 
-    def full_name(self, path: str) -> str:
-        """Return the printable name of one of ``paths``, unambiguous among several data sets."""
-        return printable_name(str(self.root / path))
+    def full_name(self, number: int) -> str:
+        """Return the printable name of image ``number``, unambiguous among several data sets."""
+        return printable_name(str(self.file(number)))
 
     def holds(self, full_name: str) -> bool:
         """Return whether ``full_name`` is below the folder of this data set."""

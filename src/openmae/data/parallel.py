@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.index import ImageIndex
+from openmae.machine import usable_cores
 
 _AHEAD = 4  # results per thread computed before the consumer needs them
 
@@ -31,7 +31,7 @@ def map_images(index: ImageIndex, function: Callable[[ImageFile, bytes], T]) -> 
         except CorruptImage as error:
             return error
 
-    threads = os.cpu_count() or 1
+    threads = usable_cores()
     waiting: deque[Future[T | CorruptImage]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

@@ -116,11 +116,11 @@ def _pack(
         for number, stored in enumerate(map_images(index, partial(_stored, options))):
             advance()
             if isinstance(stored, CorruptImage):
-                result.corrupt.append((index.full_name(index.paths[number]), stored.reason))
+                result.corrupt.append((index.full_name(number), stored.reason))
                 continue
             if stored.further and not warned:
                 warned = True
-                warn_of_further_images(index, index.paths[number], stored.further)
+                warn_of_further_images(index, number, stored.further)
             label = -1 if index.labels is None else index.labels[number]
             writer.add(index.key(number), stored.content, stored.suffix, label)
             result.images += 1

@@ -65,6 +65,11 @@ class Shard:
         """True if ``place`` is a URL."""
         return is_remote(self.place)
 
+    @property
+    def shown(self) -> str:
+        """Its place in messages, without secrets."""
+        return printable_name(redact(self.place) if self.remote else self.place)
+
     def fetch(self) -> None:
         """Download a remote shard into the cache, where it stays until the space is needed.
 
@@ -166,17 +171,17 @@ def scan_tar(shard: Shard) -> TarIndex:
     Raises:
         DataError: the shard cannot be read, is not a plain tar file, is truncated, has no images or contains links.
     """
-    place = printable_name(redact(shard.place))
     try:
         with shard.local(quiet=False) as path, path.open("rb") as stream:
             try:
-                return _scan(place, stream)
+                return _scan(shard.shown, stream)
             except tarfile.TarError as error:
                 stream.seek(0)
-                raise _not_a_tar(place, stream.read(4), error) from error
+                raise _not_a_tar(shard.shown, stream.read(4), error) from error
     except OSError as error:
         raise DataError(
-            f"The shard {place} cannot be read ({error.strerror or error}).", "Check its permissions and its disk."
+            f"The shard {shard.shown} cannot be read ({error.strerror or error}).",
+            "Check its permissions and its disk.",
         ) from error
 
 
