@@ -31,9 +31,9 @@ def test_training_order(length: int, batch_size: int, world: int, epoch: int) ->
         return
     ranks = [AddressedSampler(of_length(length), batch_size, 7, rank, world) for rank in range(world)]
     for sampler in ranks:
-        sampler.set_position(epoch)
+        sampler.position = (epoch, 0)
     alone = AddressedSampler(of_length(length), batch_size * world, 7)
-    alone.set_position(epoch)
+    alone.position = (epoch, 0)
     together = [list(chain(*batches)) for batches in zip(*ranks, strict=True)]
     assert together == list(alone)
     seen = [index for batch in together for e, index in batch]
@@ -46,13 +46,11 @@ def test_position() -> None:
     epochs = [list(whole) for _ in range(3)]
     assert epochs[0] != [[(0, i) for _, i in batch] for batch in epochs[1]]
     resumed = AddressedSampler(of_length(20), 4, seed=1)
-    resumed.set_position(1, 3)
+    resumed.position = (1, 3)
     assert len(resumed) == 5
     assert list(resumed) == epochs[1][3:]
     assert list(resumed) == epochs[2]
-    resumed.set_position(1, 5)  # the end of an epoch is the start of the next
-    assert list(resumed) == epochs[2]
-    resumed.set_position(0)
+    resumed.position = (0, 0)
     iter(resumed)  # asks for nothing, moves nothing
     next(iter(resumed))  # an epoch cut short still counts
     assert list(resumed) == epochs[1]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("openmae")
 
-ARCHIVE_KINDS = ".tar, .tar.gz, .tgz or .zip"
+_EXPECTED = "Name a folder of images, or an archive (.tar, .tar.gz, .tgz or .zip)."
 # Limits against archives made to fill the disk.
 FREE_BYTES = 10**9  # any archive may hold this much content,
 LARGEST_RATIO = 200  # or else this many times its own size
@@ -138,7 +138,7 @@ def _local_source(text: str) -> Path:
         if not path.exists():
             raise DataError(f"There is no file or folder {path}.", _hint_for_missing(path))
         if kind := irregular(path):
-            raise DataError(f"{path} is {kind}.", f"Name a folder of images, or an archive ({ARCHIVE_KINDS}).")
+            raise DataError(f"{path} is {kind}.", _EXPECTED)
         path.open("rb").close()
     except DataError:
         raise
@@ -178,9 +178,7 @@ def _obtain(name: str, origin: str, size: int, build: Callable[[Path], None]) ->
 
 
 def _hint_for_missing(path: Path) -> str:
-    parent = path.parent
-    while not parent.is_dir():
-        parent = parent.parent
+    parent = next(folder for folder in path.parents if folder.is_dir())
     if parent != path.parent:
         return f"Check the path: it exists as far as {parent}."
     try:
@@ -267,10 +265,7 @@ def _members(archive: Path, shown: str, budget: _Budget) -> _Members:
     elif zipfile.is_zipfile(archive):
         yield from _zip_members(archive, shown, budget)
     else:
-        raise DataError(
-            f"{shown} is a file but not an archive that can be read.",
-            f"Name a folder of images, or an archive ({ARCHIVE_KINDS}).",
-        )
+        raise DataError(f"{shown} is a file but not an archive that can be read.", _EXPECTED)
 
 
 def _is_tar(archive: Path) -> bool:

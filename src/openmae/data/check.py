@@ -50,11 +50,8 @@ class CheckResult:
     @cached_property
     def class_counts(self) -> dict[str, int]:
         """The number of images by class, in the order of the class numbers; empty without labels."""
-        known = [label for label in self.index.labels or () if label >= 0]
-        if not known:
-            return {}
-        counts = np.bincount(known, minlength=len(self.index.class_names))
-        return dict(zip(self.index.class_names, counts.tolist(), strict=True))
+        counts = Counter(self.index.labels)
+        return {name: counts[number] for number, name in enumerate(self.index.class_names)}
 
     @cached_property
     def shard_counts(self) -> list[int]:

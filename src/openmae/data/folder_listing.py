@@ -126,7 +126,7 @@ def list_folder(folder: Path) -> FolderListing:
         for name, entry in entries.items():
             if in_results and name in _RESULT_NAMES:
                 continue
-            if _is_folder(entry):
+            if is_folder(entry):
                 (links if entry.is_symlink() else waiting).append((f"{prefix}{name}/", in_results))
             elif is_image(name):  # or a broken link, which is reported as a corrupt image when it is read
                 images.append(prefix + name)
@@ -148,6 +148,14 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
     """
     with _explained(folder), os.scandir(folder) as found:
         return [entry for entry in found if is_visible(entry.name)]
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder without permission
+        return False
 
 
 def describe_skipped(skipped: Sequence[SkippedFiles]) -> str:
@@ -188,13 +196,6 @@ def _first_bytes(path: Path) -> bytes:
             return file.read(4096)
     except OSError:
         return b""
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder without permission
-        return False
 
 
 @contextmanager

@@ -109,6 +109,9 @@ class AddressedSampler:
     of ranks. Each iteration runs from the current position to the end of the epoch, and moves the position to the start
     of the next epoch; ``len()`` is always that of a complete epoch. ``batch_size`` is per rank.
 
+    Attributes:
+        position: the epoch, and the number of its batches to skip, where the next iteration starts.
+
     Raises:
         DataError: there are fewer images than one batch per rank.
     """
@@ -128,19 +131,15 @@ class AddressedSampler:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self._position = (0, 0)
+        self.position = (0, 0)
 
     def __len__(self) -> int:
         return len(self.index) // (self.batch_size * self.world_size)
 
-    def set_position(self, epoch: int, batches_done: int = 0) -> None:
-        """Start the next iteration in ``epoch`` after ``batches_done`` batches of this rank."""
-        self._position = (epoch + batches_done // len(self), batches_done % len(self))
-
     def __iter__(self) -> Iterator[list[Address]]:
         # A generator, so that the position changes at the first batch and not at iter(), which DataLoader calls twice.
-        epoch, done = self._position
-        self._position = (epoch + 1, 0)
+        epoch, done = self.position
+        self.position = (epoch + 1, 0)
         order = self.index.shuffled(rng_at(self.seed, epoch, stream="shuffle"))
         for batch in range(done, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size

@@ -24,6 +24,7 @@ from openmae.data.folder_listing import (
     describe_skipped,
     first_names,
     how_to_read,
+    is_folder,
     list_entries,
     list_folder,
 )
@@ -311,10 +312,10 @@ def _unwrapped(folder: Path) -> tuple[Path, FolderListing]:
     listing, prefix = list_folder(folder), ""
     while True:
         entries = [entry for entry in list_entries(folder / prefix) if not _only_results(listing, prefix + entry.name)]
-        if len(entries) != 1 or not entries[0].is_dir():
+        if len(entries) != 1 or not is_folder(entries[0]):
             break
         inner = list_entries(Path(entries[0].path))
-        if not any(entry.is_dir() or entry.name == LABELS_FILE for entry in inner):
+        if not any(is_folder(entry) or entry.name == LABELS_FILE for entry in inner):
             break
         prefix += f"{entries[0].name}/"
     return folder / prefix, replace(listing, images=[path.removeprefix(prefix) for path in listing.images])

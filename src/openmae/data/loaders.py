@@ -108,7 +108,7 @@ class TrainingLoader(_RecordingLoader):
     def from_position(self, epoch: int, batches_done: int) -> Iterator[Batch]:
         """Yield the batches of an epoch after the first ``batches_done``."""
         if batches_done < len(self):
-            self._sampler.set_position(epoch, batches_done)
+            self._sampler.position = (epoch, batches_done)
             yield from self._batches()
 
     def file_of(self, index: int) -> str:

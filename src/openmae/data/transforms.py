@@ -87,6 +87,9 @@ class FinetuneTransform:
         color_jitter: c; brightness, contrast and saturation are scaled by factors from 1 - c to 1 + c.
         re_prob: probability of random erasing (Zhong et al. 2017, arXiv:1708.04896).
 
+    Attributes:
+        size, in_chans: (height, width) and channels of the output.
+
     Raises:
         SpecError: timm cannot read ``auto_aug``.
     """
@@ -101,22 +104,12 @@ class FinetuneTransform:
         color_jitter: float = 0.0,
         re_prob: float = 0.0,
     ) -> None:
-        self.crop = crop
+        self.crop, self.size, self.in_chans = crop, crop.size, crop.in_chans
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.color_jitter = color_jitter
         self.re_prob = re_prob
         self._policy = self._make_policy(auto_aug)
-
-    @property
-    def size(self) -> Size:
-        """(height, width) of the output."""
-        return self.crop.size
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the output."""
-        return self.crop.in_chans
 
     def __call__(self, file: ImageFile, rng: np.random.Generator) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""

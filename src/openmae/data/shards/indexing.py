@@ -50,24 +50,20 @@ def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> 
     _check_names(places, pattern)
     shards = _look_up(places, pattern)
     indexes = _indexes_of(shards, pattern)
-    sizes = [len(index.names) for index in indexes]
+    shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.names) for index in indexes])
     members = [name.removeprefix("./") for index in indexes for name in index.names]
     numbers, classes, labelled_by = _labels(shards, indexes, members, labelled, pattern)
     remote = any(shard.remote for shard in shards)
     return ShardedIndex(
         root=Path() if remote else Path(places[0]).parent,
-        paths=tuple(
-            f"{shard.name}{MEMBER}{name.removeprefix('./')}"
-            for shard, index in zip(shards, indexes, strict=True)
-            for name in index.names
-        ),
+        paths=tuple(f"{shards[i].name}{MEMBER}{name}" for i, name in zip(shard_of, members, strict=True)),
         labels=numbers,
         class_names=classes,
         labelled_by=labelled_by,
         skipped=_skipped(shards, indexes),
         pattern=pattern,
         shards=shards,
-        shard_of=np.repeat(np.arange(len(shards), dtype=np.int32), sizes),
+        shard_of=shard_of,
         offsets=np.concatenate([np.array(index.offsets, np.int64) for index in indexes]),
         sizes=np.concatenate([np.array(index.sizes, np.int64) for index in indexes]),
         prefetcher=ShardPrefetcher() if remote else None,
@@ -90,7 +86,7 @@ def _check_names(places: Sequence[str], pattern: str) -> None:
 def _look_up(places: Sequence[str], pattern: str) -> tuple[Shard, ...]:
     """Return the shards with their sizes and stamps; raise a single error for all missing ones."""
     paths = [_path_of(place) for place in places]
-    start = os.path.commonprefix([min(paths), max(paths)]).rfind("/") + 1  # noqa: RUF071
+    start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071
     found = _remote_status(places) if is_remote(places[0]) else _local_status(places)
     if missing := [redact(place) for place in places if place not in found]:
         raise DataError(
@@ -248,11 +244,6 @@ def _labels(
 
 def _unwrapped(members: Sequence[str]) -> tuple[str, Sequence[str]]:
     """Return the common parent folders of all members, except a single class folder, and the names without them."""
-    wrapper = ""
-    while True:
-        first, _, rest = members[0].partition("/")
-        prefix = f"{first}/"
-        if "/" not in rest or not all(name.startswith(prefix) and name.count("/") > 1 for name in members):
-            return wrapper, members
-        wrapper += prefix
-        members = [name[len(prefix) :] for name in members]
+    folders = os.path.commonprefix([name.split("/")[:-2] for name in members])  # noqa: RUF071
+    wrapper = "".join(f"{folder}/" for folder in folders)
+    return wrapper, [name.removeprefix(wrapper) for name in members]

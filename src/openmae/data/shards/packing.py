@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
@@ -24,9 +23,9 @@ from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.index import ImageIndex
 from openmae.data.parallel import map_images
 from openmae.data.shards.tar_index import BLOCK, TarIndex, index_file
-from openmae.errors import DataError, RunError, UserError
+from openmae.errors import DataError, UserError
 from openmae.storage import layout
-from openmae.storage.atomic import flush_to_disk, make_folder, write_atomically
+from openmae.storage.atomic import FULL, disk_errors, flush_to_disk, make_folder, write_atomically
 
 _LOCK = ".packing.lock"
 
@@ -86,14 +85,10 @@ def pack(
     """
     make_folder(out)
     try:
-        with FileLock(out / _LOCK, timeout=0):
+        with disk_errors(out, FULL), FileLock(out / _LOCK, timeout=0):
             return _pack(index, out, options, overwrite, advance)
     except Timeout as error:
         raise UserError(f"Another process packs into {out}.", "Wait for it, or name another folder.") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(f"{out} has too little space for the shards ({error.strerror}).", "Free space there.") from error
 
 
 def _pack(
