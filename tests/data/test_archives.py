@@ -340,9 +340,9 @@ def test_huge_tar_header_is_refused(tmp_path: Path, kind: bytes) -> None:
 
 
 def test_unsupported_scheme() -> None:
-    with pytest.raises(DataError, match=r"ftp://host/set.zip: ftp:// cannot be read") as caught:
+    with pytest.raises(DataError, match=r"ftp://host/set.zip: ftp:// is not supported") as caught:
         resolve_source("ftp://user:hunter2@host/set.zip")
-    assert "Use s3://, gs://, https:// or a local path." in caught.value.fix
+    assert "Use s3://, gs://, http://, https:// or a path." in caught.value.fix
     assert "hunter2" not in str(caught.value)
 
 

@@ -20,7 +20,7 @@ from openmae.errors import DataError
 from openmae.inputs import irregular
 from openmae.storage import cache
 from openmae.storage.printable import original_name, printable_name
-from openmae.storage.urls import is_remote, redact
+from openmae.storage.urls import checked, redact
 
 if TYPE_CHECKING:
     from openmae.storage.listing import Found
@@ -108,13 +108,10 @@ def resolve_source(source: str | os.PathLike[str]) -> Path:
     text = os.fspath(source).strip()
     if not text:
         raise DataError("The data source is empty.", "Name a folder or an archive, local or s3://, gs://, https://.")
-    if is_remote(text):
+    if "://" in text:
         from openmae.storage.download import fetch_with
 
-        return fetch_with(text, _from_store)
-    if "://" in text:
-        scheme = text.partition("://")[0]
-        raise DataError(f"{redact(text)}: {scheme}:// cannot be read.", "Use s3://, gs://, https:// or a local path.")
+        return fetch_with(checked(text), _from_store)
     path = _local_source(text)
     if path.is_dir():
         return path

@@ -75,6 +75,7 @@ class PretrainTransform:
         return image.flip(-1) if flip else image
 
 
+@dataclass
 class FinetuneTransform:
     """The pretraining transform followed by an auto-augmentation policy, colour jitter and random erasing.
 
@@ -94,22 +95,16 @@ class FinetuneTransform:
         SpecError: timm cannot read ``auto_aug``.
     """
 
-    def __init__(
-        self,
-        crop: PretrainTransform,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        auto_aug: str = "",
-        color_jitter: float = 0.0,
-        re_prob: float = 0.0,
-    ) -> None:
-        self.crop, self.size, self.in_chans = crop, crop.size, crop.in_chans
-        self.mean = tuple(mean)
-        self.std = tuple(std)
-        self.color_jitter = color_jitter
-        self.re_prob = re_prob
-        self._policy = self._make_policy(auto_aug)
+    crop: PretrainTransform
+    mean: Sequence[float]
+    std: Sequence[float]
+    auto_aug: str = ""
+    color_jitter: float = 0.0
+    re_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.size, self.in_chans = self.crop.size, self.crop.in_chans
+        self._policy = self._make_policy()
 
     def __call__(self, file: ImageFile, rng: np.random.Generator) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
@@ -122,8 +117,8 @@ class FinetuneTransform:
             image = _erase(image, self.mean, self.std, rng)
         return image
 
-    def _make_policy(self, auto_aug: str) -> ImagePolicy | None:
-        if auto_aug.lower() in ("", "none"):
+    def _make_policy(self) -> ImagePolicy | None:
+        if self.auto_aug.lower() in ("", "none"):
             return None
         if self.in_chans == 4:
             log.warning("dataset.augmentation.auto_aug is off: it works on 1 or 3 channels, not on 4.")
@@ -135,7 +130,7 @@ class FinetuneTransform:
         }
         if self.crop.interpolation != "random":
             params["interpolation"] = getattr(Image.Resampling, self.crop.interpolation.upper())
-        return _timm_policy(auto_aug, params)
+        return _timm_policy(self.auto_aug, params)
 
 
 @dataclass(frozen=True)

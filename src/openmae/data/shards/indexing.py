@@ -21,7 +21,7 @@ from openmae.errors import DataError
 from openmae.inputs import irregular
 from openmae.storage import cache
 from openmae.storage.printable import printable_name
-from openmae.storage.urls import checked, is_remote, is_web, join, parent_of, redact
+from openmae.storage.urls import checked, is_remote, join, parent_of, redact, split_query
 
 log = logging.getLogger("openmae")
 
@@ -73,7 +73,7 @@ def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> 
 def _check_names(places: Sequence[str], pattern: str) -> None:
     if len({is_remote(place) for place in places}) > 1:
         raise DataError(f"{pattern} names both local and remote shards.", "Copy them to one place.")
-    if others := [place for place in places if not _path_of(place).endswith(".tar")]:
+    if others := [place for place in places if not split_query(place)[0].endswith(".tar")]:
         raise DataError(
             f"{pattern} names {redact(others[0])}, but a shard is a plain .tar file.",
             "Write a pattern such as train-{000000..000099}.tar.",
@@ -85,7 +85,7 @@ def _check_names(places: Sequence[str], pattern: str) -> None:
 
 def _look_up(places: Sequence[str], pattern: str) -> tuple[Shard, ...]:
     """Return the shards with their sizes and stamps; raise a single error for all missing ones."""
-    paths = [_path_of(place) for place in places]
+    paths = [split_query(place)[0] for place in places]
     start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071
     found = _remote_status(places) if is_remote(places[0]) else _local_status(places)
     if missing := [redact(place) for place in places if place not in found]:
@@ -128,11 +128,6 @@ def _remote_status(places: Sequence[str]) -> dict[str, _Status]:
         for place in places
         if place in found
     }
-
-
-def _path_of(place: str) -> str:
-    """Return a place without the query of a web server's URL."""
-    return place.partition("?")[0] if is_web(place) else place
 
 
 def _indexes_of(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:

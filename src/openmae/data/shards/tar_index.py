@@ -151,7 +151,7 @@ class TarIndex:
 
 def index_file(shard: str) -> str:
     """Return the path or URL of the index next to a shard."""
-    return append_suffix(shard, INDEX_SUFFIX) if is_remote(shard) else f"{shard}{INDEX_SUFFIX}"
+    return append_suffix(shard, INDEX_SUFFIX)
 
 
 def fits(index: TarIndex, shard: Shard) -> bool:
