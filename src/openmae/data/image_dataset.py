@@ -28,7 +28,7 @@ class Batch(NamedTuple):
         indices: int64 [B]; positions in the index of the data set.
         epoch: the epoch that the images were drawn for.
         corrupt: (index, reason) of files that could not be decoded.
-        further: (index, description) of a file with several images; only the first one that a process finds.
+        further: (index, description) of files with several images.
     """
 
     images: torch.Tensor
@@ -57,7 +57,6 @@ class ImageDataset(Dataset[Batch]):
         self.transform = transform
         self.seed = seed
         self.replace_corrupt = replace_corrupt
-        self._reported = False  # whether this process has reported a file with several images
 
     def __len__(self) -> int:
         return len(self.index)
@@ -70,11 +69,10 @@ class ImageDataset(Dataset[Batch]):
             try:
                 with self.index.open(number) as image:
                     pixels = self.transform(image, rng_at(self.seed, epoch, wanted))
-                    further = "" if self._reported else image.further_images
+                    further = image.further_images
             except CorruptImage as error:
                 corrupt.append((number, error.reason))
                 continue
-            self._reported = self._reported or further != ""
             label = -1 if self.index.labels is None else self.index.labels[number]
             several = [(number, further)] if further else []
             return Batch(pixels[None], torch.tensor([label]), torch.tensor([number]), epoch, corrupt, several)

@@ -35,15 +35,11 @@ def open_index(source: str, labelled: bool | None) -> ImageIndex:
         index: ImageIndex = index_shards(expand_braces(text), labelled, shown)
     else:
         folder = resolve_source(text)
-        extracted = folder.is_relative_to(cache.root())
-        if not extracted:
+        if not folder.is_relative_to(cache.root()):
             shown = printable_name(str(folder))
         try:
             index = _open_folder(folder, labelled, shown)
-        except DataError as error:
-            if not extracted:
-                raise
-            # Name the source as the user did, not its folder in the cache.
+        except DataError as error:  # name the source as the user did, not its folder in the cache
             raise DataError(*(text.replace(str(folder), shown) for text in (error.problem, error.fix))) from error
     log_skipped(index, shown)
     return index
