@@ -21,11 +21,6 @@ from openmae.data.archives import resolve_source
 from openmae.errors import DataError
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
 def tar_of(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
     with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as tar:
         for member, content in members:
@@ -69,7 +64,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", ["set.tar", "set.tar.gz", "set.tgz", "set.zip"])
-def test_archive_is_extracted_once(tmp_path: Path, cache: Path, name: str) -> None:
+def test_archive_is_extracted_once(tmp_path: Path, name: str) -> None:
     if name.endswith(".zip"):
         archive = zip_of(tmp_path / name, ("cat/", b""), ("cat/1.png", b"one"), ("dog/2.png", b"two"))
     else:
@@ -79,20 +74,20 @@ def test_archive_is_extracted_once(tmp_path: Path, cache: Path, name: str) -> No
             regular("cat/1.png", b"one"),
             regular("./dog/2.png"),
         )
-    folder = resolve_source(str(archive), cache)
+    folder = resolve_source(str(archive))
     assert files_below(folder) == {"cat/1.png", "dog/2.png", ".openmae-complete"}
     assert (folder / "cat/1.png").read_bytes() == b"one"
     (folder / "cat/1.png").write_bytes(b"seen")
-    assert resolve_source(str(archive), cache) == folder
+    assert resolve_source(str(archive)) == folder
     assert (folder / "cat/1.png").read_bytes() == b"seen"
 
 
-def test_changed_archive_is_extracted_again(tmp_path: Path, cache: Path) -> None:
+def test_changed_archive_is_extracted_again(tmp_path: Path) -> None:
     archive = tar_of(tmp_path / "set.tar", regular("1.png", b"one"))
-    first = resolve_source(str(archive), cache)
+    first = resolve_source(str(archive))
     tar_of(archive, regular("1.png", b"two"))
     os.utime(archive, ns=(1, 1))
-    second = resolve_source(str(archive), cache)
+    second = resolve_source(str(archive))
     assert second != first
     assert (second / "1.png").read_bytes() == b"two"
 
@@ -103,14 +98,14 @@ def test_cache_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert folder.parent == tmp_path / "mine" / "sources"
 
 
-def test_incomplete_extraction_is_repeated(tmp_path: Path, cache: Path) -> None:
+def test_incomplete_extraction_is_repeated(tmp_path: Path) -> None:
     archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png"))
-    folder = resolve_source(str(archive), cache)
+    folder = resolve_source(str(archive))
     (folder / ".openmae-complete").unlink()
     (folder / "2.png").unlink()
     abandoned = Path(f"{folder}.part-killed")
     abandoned.mkdir()
-    assert files_below(resolve_source(str(archive), cache)) == {"1.png", "2.png", ".openmae-complete"}
+    assert files_below(resolve_source(str(archive))) == {"1.png", "2.png", ".openmae-complete"}
     assert not abandoned.exists()
 
 
@@ -123,18 +118,18 @@ def test_interrupted_extraction_leaves_no_entry(tmp_path: Path, cache: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(archives._Budget, "take", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            resolve_source(str(archive), cache)
-    assert not [p for p in cache.iterdir() if p.is_dir()]
-    assert "2.png" in files_below(resolve_source(str(archive), cache))
+            resolve_source(str(archive))
+    assert not [p for p in (cache / "sources").iterdir() if p.is_dir()]
+    assert "2.png" in files_below(resolve_source(str(archive)))
 
 
-def test_concurrent_extraction_runs_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_extraction_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tar_of(tmp_path / "set.tar", *(regular(f"{i}.png") for i in range(50)))
     extracted: list[Path] = []
     real = archives._extract
     monkeypatch.setattr(archives, "_extract", lambda *a: extracted.append(a[1]) or real(*a))
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(resolve_source(str(archive), cache))) for _ in range(6)]
+    threads = [threading.Thread(target=lambda: found.append(resolve_source(str(archive)))) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -164,9 +159,9 @@ HOSTILE_TAR = {
 def test_hostile_tar(tmp_path: Path, cache: Path, member: tuple[tarfile.TarInfo, bytes], text: str) -> None:
     archive = tar_of(tmp_path / "set.tar.gz", regular("ok.png"), member)
     with pytest.raises(DataError) as caught:
-        resolve_source(str(archive), cache)
+        resolve_source(str(archive))
     assert f"member {member[0].name!r} {text}; nothing was extracted" in str(caught.value)
-    assert not [p for p in cache.iterdir() if p.is_dir()]
+    assert not [p for p in (cache / "sources").iterdir() if p.is_dir()]
     assert not list(tmp_path.rglob("evil"))
 
 
@@ -189,57 +184,57 @@ def zip_link() -> zipfile.ZipInfo:
 def test_hostile_zip(tmp_path: Path, cache: Path, member: zipfile.ZipInfo | str, text: str) -> None:
     archive = zip_of(tmp_path / "set.zip", ("ok.png", b"x"), (member, b"/etc/passwd"))
     with pytest.raises(DataError, match=text):
-        resolve_source(str(archive), cache)
-    assert not [p for p in cache.iterdir() if p.is_dir()]
+        resolve_source(str(archive))
+    assert not [p for p in (cache / "sources").iterdir() if p.is_dir()]
 
 
 def test_damaged_archives(tmp_path: Path, cache: Path) -> None:
     whole = tar_of(tmp_path / "set.tar.gz", *(regular(f"{i}.png", os.urandom(9999)) for i in range(5)))
     whole.write_bytes(whole.read_bytes()[:25_000])
     with pytest.raises(DataError, match=r"set.tar.gz is damaged or truncated after 2 files") as caught:
-        resolve_source(str(whole), cache)
+        resolve_source(str(whole))
     assert "Fix: Copy or pack it again." in str(caught.value)
-    assert not [p for p in cache.iterdir() if p.is_dir()]
+    assert not [p for p in (cache / "sources").iterdir() if p.is_dir()]
 
 
 @pytest.mark.parametrize("kept", [1024, 1100, 1600], ids=["at a header", "in a header", "in a file"])
-def test_truncated_tar(tmp_path: Path, cache: Path, kept: int) -> None:
+def test_truncated_tar(tmp_path: Path, kept: int) -> None:
     archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png", b"x" * 512), regular("3.png"))
     archive.write_bytes(archive.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"set.tar is damaged or truncated"):
-        resolve_source(str(archive), cache)
+        resolve_source(str(archive))
 
 
-def test_tar_with_a_broken_header(tmp_path: Path, cache: Path) -> None:
+def test_tar_with_a_broken_header(tmp_path: Path) -> None:
     archive = tar_of(tmp_path / "set.tar", regular("1.png"), regular("2.png"))
     content = bytearray(archive.read_bytes())
     content[1024 + 100] ^= 0xFF
     archive.write_bytes(content)
     with pytest.raises(DataError, match=r"set.tar is damaged or truncated after 1 files"):
-        resolve_source(str(archive), cache)
+        resolve_source(str(archive))
 
 
-def test_file_that_is_not_an_archive(tmp_path: Path, cache: Path) -> None:
+def test_file_that_is_not_an_archive(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(DataError, match=r"notes.txt is a file but not an archive") as caught:
-        resolve_source(str(tmp_path / "notes.txt"), cache)
+        resolve_source(str(tmp_path / "notes.txt"))
     assert ".tar, .tar.gz, .tgz or .zip" in caught.value.fix
 
 
-def test_archive_is_recognised_by_content(tmp_path: Path, cache: Path) -> None:
+def test_archive_is_recognised_by_content(tmp_path: Path) -> None:
     inner = zip_of(tmp_path / "inner.zip", ("a.png", b"x")).read_bytes()
     archive = tar_of(tmp_path / "really_a_tar.zip", regular("inner.zip", inner))
-    assert "inner.zip" in files_below(resolve_source(str(archive), cache))
+    assert "inner.zip" in files_below(resolve_source(str(archive)))
 
 
-def test_empty_sources(tmp_path: Path, cache: Path) -> None:
+def test_empty_sources(tmp_path: Path) -> None:
     (tmp_path / "void").mkdir()
     with pytest.raises(DataError, match=r"The folder .*void is empty"):
-        resolve_source(str(tmp_path / "void"), cache)
+        resolve_source(str(tmp_path / "void"))
     with pytest.raises(DataError, match=r"set.tar holds no files"):
-        resolve_source(str(tar_of(tmp_path / "set.tar", special("only", tarfile.DIRTYPE))), cache)
+        resolve_source(str(tar_of(tmp_path / "set.tar", special("only", tarfile.DIRTYPE))))
     with pytest.raises(DataError, match="The data source is empty"):
-        resolve_source("", cache)
+        resolve_source("")
 
 
 def test_missing_source_suggests_similar_names(tmp_path: Path) -> None:
@@ -277,17 +272,17 @@ def test_decompression_bomb_is_refused(
     monkeypatch.setattr(archives, "FREE_BYTES", 1 << 20)
     archive = make(tmp_path / ("set.zip" if make is bomb_zip else "set.tar.gz"))
     with pytest.raises(DataError, match="holds more than 200 times its own size; nothing was extracted") as caught:
-        resolve_source(str(archive), cache)
+        resolve_source(str(archive))
     assert "extract it yourself and name the folder" in caught.value.fix
-    assert not [p for p in cache.iterdir() if p.is_dir()]
+    assert not [p for p in (cache / "sources").iterdir() if p.is_dir()]
 
 
 def test_content_larger_than_the_cache_is_refused(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENMAE_CACHE_GB", "0.01")
     with pytest.raises(DataError, match=r"holds more than the 10 MB that the cache may take") as caught:
-        resolve_source(str(bomb_tar(tmp_path / "set.tar.gz")), cache)
+        resolve_source(str(bomb_tar(tmp_path / "set.tar.gz")))
     assert "Set OPENMAE_CACHE_GB to a larger number" in caught.value.fix
-    assert not [p for p in cache.iterdir() if p.is_dir()]
+    assert not [p for p in (cache / "sources").iterdir() if p.is_dir()]
 
 
 @pytest.mark.parametrize(
@@ -311,8 +306,8 @@ def test_too_many_tiny_members_are_refused(
         )
         archive = tar_of(tmp_path / name, regular("1.png"), *(make(f"{i}") for i in range(2000)))
     with pytest.raises(DataError, match="has more than 1,000 members, too many for its size; nothing was extracted"):
-        resolve_source(str(archive), cache)
-    assert not [p for p in cache.iterdir() if p.is_dir()]
+        resolve_source(str(archive))
+    assert not [p for p in (cache / "sources").iterdir() if p.is_dir()]
 
 
 @pytest.mark.slow  # half a minute: most of it to write the archive
@@ -322,18 +317,18 @@ def test_archive_with_a_million_members_is_refused(tmp_path: Path, cache: Path) 
             out.write(tarfile.TarInfo(f"{number % 100}/{number}.png").tobuf(tarfile.USTAR_FORMAT))
         out.write(bytes(1024))
     with pytest.raises(DataError, match="has more than 100,000 members, too many for its size; nothing was extracted"):
-        resolve_source(str(tmp_path / "set.tar.gz"), cache)
-    assert not [p for p in cache.iterdir() if p.is_dir()]
+        resolve_source(str(tmp_path / "set.tar.gz"))
+    assert not [p for p in (cache / "sources").iterdir() if p.is_dir()]
 
 
-def test_many_small_images_are_accepted(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_small_images_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "FREE_MEMBERS", 1000)
     archive = tar_of(tmp_path / "set.tar.gz", *(regular(f"{i}.png", os.urandom(600)) for i in range(1500)))
-    assert len(files_below(resolve_source(str(archive), cache))) == 1501
+    assert len(files_below(resolve_source(str(archive)))) == 1501
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
-def test_huge_tar_header_is_refused(tmp_path: Path, cache: Path, kind: bytes) -> None:
+def test_huge_tar_header_is_refused(tmp_path: Path, kind: bytes) -> None:
     with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as tar:
         first, _ = regular("1.png")
         tar.addfile(first, io.BytesIO())
@@ -341,13 +336,13 @@ def test_huge_tar_header_is_refused(tmp_path: Path, cache: Path, kind: bytes) ->
         member.type, member.size = kind, 20 << 20
         tar.addfile(member, Zeros())
     with pytest.raises(DataError, match=r"damaged or truncated after 1 files \(a header of 20,971,520 bytes\)"):
-        resolve_source(str(tmp_path / "set.tar.gz"), cache)
+        resolve_source(str(tmp_path / "set.tar.gz"))
 
 
 def test_unsupported_scheme() -> None:
-    with pytest.raises(DataError, match=r"ftp://host/set.zip: ftp:// cannot be read") as caught:
+    with pytest.raises(DataError, match=r"ftp://host/set.zip: ftp:// is not supported") as caught:
         resolve_source("ftp://user:hunter2@host/set.zip")
-    assert "Use s3://, gs://, https:// or a local path." in caught.value.fix
+    assert "Use s3://, gs://, http://, https:// or a path." in caught.value.fix
     assert "hunter2" not in str(caught.value)
 
 
@@ -405,11 +400,12 @@ def test_hostile_remote_archive(served: tuple[Path, str], tmp_path: Path) -> Non
         resolve_source(f"{url}/notes.txt")
 
 
-def test_unusable_cache(tmp_path: Path) -> None:
+def test_unusable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "file" / "cache"))
     archive = tar_of(tmp_path / "set.tar", regular("1.png"))
     with pytest.raises(DataError, match="could not be extracted into") as caught:
-        resolve_source(str(archive), tmp_path / "file" / "cache")
+        resolve_source(str(archive))
     assert "set OPENMAE_CACHE" in caught.value.fix
 
 
@@ -436,68 +432,68 @@ def packed(*names: str) -> bytes:
     ],
 )
 def test_concatenated_tar_files(
-    tmp_path: Path, cache: Path, name: str, compress: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, name: str, compress: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     content = packed("a/1.png", "a/2.png") + packed("b/1.png") + bytes(60 * 512) + packed("c/1.png")
     (tmp_path / name).write_bytes(compress(content))
-    folder = resolve_source(tmp_path / name, cache)
+    folder = resolve_source(tmp_path / name)
     assert files_below(folder) == {"a/1.png", "a/2.png", "b/1.png", "c/1.png", ".openmae-complete"}
     assert "is not read" not in caplog.text
 
 
 @pytest.mark.parametrize("joined", [True, False])
-def test_concatenated_compressed_tar_files(tmp_path: Path, cache: Path, joined: bool) -> None:
+def test_concatenated_compressed_tar_files(tmp_path: Path, joined: bool) -> None:
     content = gzip.compress(packed("a/1.png")) + (gzip.compress(packed("b/1.png")) if joined else b"")
     (tmp_path / "a.tar.gz").write_bytes(content)
-    found = files_below(resolve_source(tmp_path / "a.tar.gz", cache))
+    found = files_below(resolve_source(tmp_path / "a.tar.gz"))
     assert found == {"a/1.png", *(["b/1.png"] if joined else []), ".openmae-complete"}
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_trailing_data_is_reported(
-    tmp_path: Path, cache: Path, compress: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, compress: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(compress(packed("a/1.png")) + b"something else")
-    assert files_below(resolve_source(path, cache)) == {"a/1.png", ".openmae-complete"}
+    assert files_below(resolve_source(path)) == {"a/1.png", ".openmae-complete"}
     assert f"{path}: the data after the end of the tar file is not read." in caplog.text
 
 
 @pytest.mark.parametrize("cut", [1, 6, 40])
-def test_truncated_concatenated_archive(tmp_path: Path, cache: Path, cut: int) -> None:
+def test_truncated_concatenated_archive(tmp_path: Path, cut: int) -> None:
     content = gzip.compress(packed("a/1.png")) + gzip.compress(packed("b/1.png"))
     (tmp_path / "a.tar.gz").write_bytes(content[:-cut])
     with pytest.raises(DataError, match=r"damaged or truncated after . files"):
-        resolve_source(tmp_path / "a.tar.gz", cache)
+        resolve_source(tmp_path / "a.tar.gz")
 
 
-def test_link_in_a_concatenated_archive_is_refused(tmp_path: Path, cache: Path) -> None:
+def test_link_in_a_concatenated_archive_is_refused(tmp_path: Path) -> None:
     evil = tar_of(tmp_path / "evil.tar", special("x.png", tarfile.SYMTYPE, "/etc/passwd")).read_bytes()
     (tmp_path / "a.tar").write_bytes(packed("a/1.png") + evil)
     with pytest.raises(DataError, match=r"member 'x.png' is a link to '/etc/passwd'; nothing was extracted"):
-        resolve_source(tmp_path / "a.tar", cache)
+        resolve_source(tmp_path / "a.tar")
 
 
-def test_trailing_zeros_count_as_content(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trailing_zeros_count_as_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "FREE_BYTES", 10**5)
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(packed("a/1.png") + bytes(10**6)))
     with pytest.raises(DataError, match="holds more than 200 times its own size"):
-        resolve_source(tmp_path / "a.tar.gz", cache)
+        resolve_source(tmp_path / "a.tar.gz")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", ["a.tar", "a.zip"])
-def test_members_with_the_same_name(tmp_path: Path, cache: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_members_with_the_same_name(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     if name == "a.tar":
         tar_of(tmp_path / name, regular("a/1.png", b"old"), regular("a/1.png", b"new"))
     else:
         zip_of(tmp_path / name, ("a/1.png", b"old"), ("a/1.png", b"new"))
-    folder = resolve_source(tmp_path / name, cache)
+    folder = resolve_source(tmp_path / name)
     assert (folder / "a/1.png").read_bytes() == b"new"
     assert f"{tmp_path}/{name} has several members with the same name, such as a/1.png; only the last" in caplog.text
 
 
-def test_unsupported_zip_compression(tmp_path: Path, cache: Path) -> None:
+def test_unsupported_zip_compression(tmp_path: Path) -> None:
     path = zip_of(tmp_path / "a.zip", ("cat/0.jpg", b"x" * 100))
     content = bytearray(path.read_bytes())
     content[8:10] = struct.pack("<H", 9)
@@ -505,15 +501,15 @@ def test_unsupported_zip_compression(tmp_path: Path, cache: Path) -> None:
     content[central + 10 : central + 12] = struct.pack("<H", 9)
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        resolve_source(path, cache)
+        resolve_source(path)
     assert f"{path}: member 'cat/0.jpg' is compressed with Deflate64, which is not supported" in caught.value.problem
     assert caught.value.fix == "Extract it with another program (unzip, 7z) and name the folder, or pack it as .tar."
 
 
-def test_archive_with_a_name_that_is_not_utf8(tmp_path: Path, cache: Path) -> None:
+def test_archive_with_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.tar")
     path.write_bytes(packed("a/1.png", os.fsdecode(b"a/\xe9.png")))
-    assert files_below(resolve_source(path, cache)) == {"a/1.png", "a/\udce9.png", ".openmae-complete"}
+    assert files_below(resolve_source(path)) == {"a/1.png", "a/\udce9.png", ".openmae-complete"}
 
 
 @pytest.mark.parametrize("source", ["a\0b", "~nobody-of-that-name/x", "x" * 5000])
@@ -527,6 +523,6 @@ def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.zip").symlink_to("/dev/zero")
     for name, kind in (("a.tar", "a named pipe (FIFO)"), ("b.zip", "a device")):
         with pytest.raises(DataError) as caught:
-            resolve_source(tmp_path / name, tmp_path / "cache")
+            resolve_source(tmp_path / name)
         assert caught.value.problem.endswith(f" is {kind}.")
         assert "Name a folder of images, or an archive" in caught.value.fix

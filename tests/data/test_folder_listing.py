@@ -92,9 +92,10 @@ def test_files_of_openmae_are_not_counted_as_skipped(tmp_path: Path) -> None:
     assert kinds(tmp_path) == {}
 
 
-def test_a_source_is_found_by_its_printable_name(tmp_path: Path) -> None:
-    touch(tmp_path / os.fsdecode(b"caf\xe9"), "1.jpg")
+def test_a_source_is_found_by_its_printable_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path / os.fsdecode(b"caf\xe9"), "2024/1.jpg", "2025/1.jpg", "notes.txt")
     index = open_index(f"{tmp_path}/caf\\xe9", None)
+    assert [text.partition(": ")[0] for text in caplog.messages] == [f"{tmp_path}/caf\\xe9"] * 2
     assert index.place == f"{tmp_path}/caf\\xe9"
     assert index.file(0).exists()
 

@@ -101,7 +101,7 @@ def test_corrupt_image_is_replaced_in_training(index: ImageIndex, tmp_path: Path
     batches = list(loader.from_position(0, 0))
     assert [len(batch.images) for batch in batches] == [14]
     assert sorted(batches[0].indices.tolist()) == sorted([*range(3), 5, 5, *range(5, 14)])
-    assert {path for path, _ in batches[0].corrupt} == {"cat/3.png", "cat/4.png"}
+    assert {number for number, _ in batches[0].corrupt} == {3, 4}
     assert (tmp_path / "corrupt_files.txt").read_text().count("\n") == 2
 
 

@@ -14,6 +14,7 @@ from tests.helpers.shards import sharded
 from openmae.data.folder_listing import SkippedFiles
 from openmae.data.index import ImageIndex
 from openmae.data.open import open_index
+from openmae.errors import DataError
 
 
 def test_a_folder_may_have_braces_in_its_name(tmp_path: Path, make_images: Any) -> None:
@@ -74,6 +75,16 @@ def test_messages_name_an_archive_as_the_user_does(
     )
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert not [text for text in warnings if "/cache/" in text]
+
+
+def test_links_to_themselves_are_no_folders(tmp_path: Path, make_images: Any) -> None:
+    make_images(tmp_path / "set", ["1.png"])
+    (tmp_path / "set" / "a.tar").symlink_to("a.tar")
+    assert open_index(str(tmp_path / "set"), None).skipped == (SkippedFiles("broken link", 1, "a.tar"),)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x").symlink_to("x")
+    with pytest.raises(DataError, match=r"holds no images .*, but 1 broken link \(such as x\)"):
+        open_index(str(tmp_path / "empty"), None)
 
 
 def test_results_beside_shards_are_not_read(index: ImageIndex, tmp_path: Path) -> None:

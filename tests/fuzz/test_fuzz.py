@@ -182,7 +182,8 @@ def test_members_of_any_name(name: str) -> None:
         extract(stream.getvalue(), f"a.{kind}")
 
 
-def test_a_zip_member_without_a_name(tmp_path: Path) -> None:
+def test_a_zip_member_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
         bundle.writestr("x", b"x")
     content = bytearray((tmp_path / "a.zip").read_bytes())
@@ -190,18 +191,19 @@ def test_a_zip_member_without_a_name(tmp_path: Path) -> None:
     content[place : place + 4] = b"\0\0\1\0"  # the name's length, and that of what follows it
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(DataError, match="member '' has no name"):
-        resolve_source(tmp_path / "a.zip", tmp_path / "cache")
+        resolve_source(tmp_path / "a.zip")
 
 
 @pytest.mark.parametrize("header", [b"PK\1\2", b"PK\3\4"], ids=["in the directory", "in its own header"])
-def test_zip_name_that_is_not_utf8(header: bytes, tmp_path: Path) -> None:
+def test_zip_name_that_is_not_utf8(header: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
         bundle.writestr("\u00e9", b"x")
     content = bytearray((tmp_path / "a.zip").read_bytes())
     content[content.index("\u00e9".encode(), content.index(header)) + 1] = 0xE9
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(DataError, match=r"is damaged or truncated after 0 files \(.*invalid continuation byte"):
-        resolve_source(tmp_path / "a.zip", tmp_path / "cache")
+        resolve_source(tmp_path / "a.zip")
 
 
 @fuzz(60)

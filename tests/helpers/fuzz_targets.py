@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -41,12 +42,13 @@ class Target(NamedTuple):
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """Yield a folder, and check that nothing is written beside it."""
+    """Yield a folder that also holds the cache, and check that nothing is written beside it."""
     outside = Path(tempfile.mkdtemp())
     folder = outside / "inside"
     folder.mkdir()
     try:
-        yield folder
+        with mock.patch.dict(os.environ, OPENMAE_CACHE=str(folder / "cache")):
+            yield folder
         assert os.listdir(outside) == ["inside"], "something was written outside the folder"
     finally:
         shutil.rmtree(outside)
@@ -63,7 +65,7 @@ def extract(content: bytes, name: str) -> None:
     with scratch() as folder:
         (folder / name).write_bytes(content)
         with contextlib.suppress(UserError):
-            resolve_source(folder / name, folder / "cache")
+            resolve_source(folder / name)
         assert set(os.listdir(folder)) <= {name, "cache"}
 
 

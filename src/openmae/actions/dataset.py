@@ -109,7 +109,7 @@ def _summary(result: CheckResult) -> list[tuple[str, str]]:
     by_folder = index.labelled_by == "folders"
     rows = [("images", f"{len(index):,}")]
     if result.shard_counts:
-        rows.append(("shards", f"{len(result.shard_counts):,}, of {_range([*result.shard_counts.values()])} images"))
+        rows.append(("shards", f"{len(result.shard_counts):,}, of {_range(result.shard_counts)} images"))
     if index.skipped:
         count = sum(kind.count for kind in index.skipped)
         rows.append(("skipped", f"{count:,}, which are not read: {describe_skipped(index.skipped)}"))

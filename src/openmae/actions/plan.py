@@ -132,7 +132,7 @@ def _open_data(spec: ExperimentSpec) -> tuple[ImageIndex, ImageIndex | None]:
             val = match_classes(val, train.class_names, "dataset.train_data_sources")
     with blaming("dataset.batch_size"):
         processes = spec.train.num_gpus * spec.train.num_nodes
-        AddressedSampler(len(train), batch_size, spec.train.seed, 0, processes)
+        AddressedSampler(train, batch_size, spec.train.seed, 0, processes)
     if not spec.is_set("dataset.batch_size"):
         log.warning(
             "dataset.batch_size is not set, so TAO's default %d is used. Set it to what fits into memory, such as 64.",

@@ -14,20 +14,20 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, TYPE_CHECKING, Self, cast
+from typing import IO, TYPE_CHECKING, Self
 
 from openmae.errors import DataError
 from openmae.inputs import irregular
 from openmae.storage import cache
 from openmae.storage.printable import original_name, printable_name
-from openmae.storage.urls import is_remote, redact
+from openmae.storage.urls import checked, redact
 
 if TYPE_CHECKING:
     from openmae.storage.listing import Found
 
 log = logging.getLogger("openmae")
 
-ARCHIVE_KINDS = ".tar, .tar.gz, .tgz or .zip"
+_EXPECTED = "Name a folder of images, or an archive (.tar, .tar.gz, .tgz or .zip)."
 # Limits against archives made to fill the disk.
 FREE_BYTES = 10**9  # any archive may hold this much content,
 LARGEST_RATIO = 200  # or else this many times its own size
@@ -92,7 +92,7 @@ class StrictTar(tarfile.TarFile):
     on_skip: Callable[[int], object] = staticmethod(lambda size: None)
 
 
-def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None) -> Path:
+def resolve_source(source: str | os.PathLike[str]) -> Path:
     """Return a local folder with the content of ``source``.
 
     A local folder is returned as it is. An archive (.tar, .tar.gz, .tgz, .zip) is extracted once per version: an
@@ -101,7 +101,6 @@ def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None
 
     Args:
         source: a folder or an archive: a path, or an s3://, gs://, http:// or https:// URL.
-        cache_dir: where local archives are extracted; default: ``sources`` in the cache.
 
     Raises:
         DataError: the source does not exist, is empty, not an archive, damaged, malicious or too large.
@@ -109,21 +108,18 @@ def resolve_source(source: str | os.PathLike[str], cache_dir: Path | None = None
     text = os.fspath(source).strip()
     if not text:
         raise DataError("The data source is empty.", "Name a folder or an archive, local or s3://, gs://, https://.")
-    if is_remote(text):
+    if "://" in text:
         from openmae.storage.download import fetch_with
 
-        return fetch_with(text, _from_store)
-    if "://" in text:
-        scheme = text.partition("://")[0]
-        raise DataError(f"{redact(text)}: {scheme}:// cannot be read.", "Use s3://, gs://, https:// or a local path.")
+        return fetch_with(checked(text), _from_store)
     path = _local_source(text)
     if path.is_dir():
         return path
     status = path.stat()
     content = f"{path}\0{status.st_size}\0{status.st_mtime_ns}".encode("utf-8", "surrogateescape")
-    key = hashlib.sha256(content).hexdigest()[:16]
-    entry = (cache_dir or cache.root() / cache.SOURCES) / f"{path.name.split('.')[0]}-{key}"
-    return _obtain(entry, printable_name(str(path)), status.st_size, lambda part: _extract(path, part))
+    name = f"{path.name.split('.')[0]}-{hashlib.sha256(content).hexdigest()[:16]}"
+    shown = printable_name(str(path))
+    return _obtain(name, shown, status.st_size, lambda folder: _extract(path, folder, shown))
 
 
 def _local_source(text: str) -> Path:
@@ -139,11 +135,11 @@ def _local_source(text: str) -> Path:
         if not path.exists():
             raise DataError(f"There is no file or folder {path}.", _hint_for_missing(path))
         if kind := irregular(path):
-            raise DataError(f"{path} is {kind}.", f"Name a folder of images, or an archive ({ARCHIVE_KINDS}).")
+            raise DataError(f"{path} is {kind}.", _EXPECTED)
         path.open("rb").close()
+    except DataError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL in the path, an unknown user's home
-        if isinstance(error, DataError):
-            raise
         raise DataError(
             f"{printable_name(text)} cannot be read ({getattr(error, 'strerror', None) or error}).",
             "Grant yourself read permission (chmod -R u+rX), or name another source.",
@@ -158,19 +154,17 @@ def _from_store(found: Found) -> Path:
         return local_copy(found)
     (file,) = found.files
     shown = redact(found.url)
-    entry = cache.root() / cache.SOURCES / f"{file.name.split('.')[0]}-{found.key}"
-    downloads = cache.root() / cache.REMOTE / found.key
 
-    def build(part: Path) -> None:
+    def build(folder: Path) -> None:
         with cache.holding():
-            archive = local_copy(found)
-            _extract(archive, part, shown)
-        cache.remove(downloads)
+            _extract(local_copy(found), folder, shown)
+        cache.remove(cache.root() / cache.REMOTE / found.key)
 
-    return _obtain(entry, shown, found.size, build)
+    return _obtain(f"{file.name.split('.')[0]}-{found.key}", shown, found.size, build)
 
 
-def _obtain(entry: Path, origin: str, size: int, build: Callable[[Path], None]) -> Path:
+def _obtain(name: str, origin: str, size: int, build: Callable[[Path], None]) -> Path:
+    entry = cache.root() / cache.SOURCES / name
     try:
         return cache.obtain(entry, origin, build, size=size)
     except OSError as error:
@@ -181,9 +175,7 @@ def _obtain(entry: Path, origin: str, size: int, build: Callable[[Path], None]) 
 
 
 def _hint_for_missing(path: Path) -> str:
-    parent = path.parent
-    while not parent.is_dir():
-        parent = parent.parent
+    parent = next(folder for folder in path.parents if folder.is_dir())
     if parent != path.parent:
         return f"Check the path: it exists as far as {parent}."
     try:
@@ -193,20 +185,15 @@ def _hint_for_missing(path: Path) -> str:
     return f"Did you mean {', '.join(near)}?" if near else f"Check the path: {parent} has no such entry."
 
 
-def _extract(archive: Path, folder: Path, shown: str = "") -> None:
+def _extract(archive: Path, folder: Path, shown: str) -> None:
     """Extract ``archive`` into an empty folder; messages name it ``shown``."""
-    log.info("Extracting %s into %s", shown or archive, folder.parent)
+    log.info("Extracting %s into %s", shown, folder.parent)
+    count, budget, replaced = 0, _Budget(archive.stat().st_size, shown), ""
     try:
-        _extract_members(archive, folder)
-    except DataError as error:
-        raise DataError(error.problem.replace(str(archive), shown or str(archive)), error.fix) from error
-
-
-def _extract_members(archive: Path, folder: Path) -> None:
-    count, budget, replaced = 0, _Budget(archive), ""
-    try:
-        for name, stream in _members(archive, budget):
-            target = folder.joinpath(*_safe_parts(name, archive))
+        for name, stream in _members(archive, shown, budget):
+            target = folder.joinpath(*_safe_parts(name, shown))
+            if stream is None:  # a folder
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             replaced = replaced or (name if target.exists() else "")
             with stream, target.open("wb") as out:
@@ -216,24 +203,24 @@ def _extract_members(archive: Path, folder: Path) -> None:
             count += 1
     except _DAMAGE as error:
         raise DataError(
-            f"The archive {archive} is damaged or truncated after {count} files ({error}).",
+            f"The archive {shown} is damaged or truncated after {count} files ({error}).",
             "Copy or pack it again.",
         ) from error
     if count == 0:
-        raise DataError(f"The archive {archive} holds no files.", "Pack images into it.")
+        raise DataError(f"The archive {shown} holds no files.", "Pack images into it.")
     if replaced:
         log.warning(
             "%s has several members with the same name, such as %s; only the last one of each name is read.",
-            *(printable_name(str(archive)), printable_name(replaced)),
+            *(shown, printable_name(replaced)),
         )
 
 
 class _Budget:
     """Counts the content of an archive and raises DataError at the limits."""
 
-    def __init__(self, archive: Path) -> None:
-        self.archive = archive
-        self.packed = archive.stat().st_size
+    def __init__(self, packed: int, shown: str) -> None:
+        self.packed = packed
+        self.shown = shown
         self.most = max(FREE_BYTES, LARGEST_RATIO * self.packed)
         self.room = cache.limit()
         self.bytes = 0
@@ -254,28 +241,28 @@ class _Budget:
             raise self._refused(f"holds more than {LARGEST_RATIO} times its own size")
         if self.bytes > self.room:
             raise DataError(
-                f"{self.archive} holds more than the {cache.gigabytes(self.room)} that the cache may take.",
+                f"{self.shown} holds more than the {cache.gigabytes(self.room)} that the cache may take.",
                 f"Set {cache.SIZE_VARIABLE} to a larger number of gigabytes, or extract it and name the folder.",
             )
 
     def _refused(self, why: str) -> DataError:
         return DataError(
-            f"{self.archive} {why}; nothing was extracted.", "If you trust it, extract it yourself and name the folder."
+            f"{self.shown} {why}; nothing was extracted.", "If you trust it, extract it yourself and name the folder."
         )
 
 
-def _members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield the name and an open stream of each regular file."""
+_Members = Iterator[tuple[str, IO[bytes] | None]]
+
+
+def _members(archive: Path, shown: str, budget: _Budget) -> _Members:
+    """Yield the name of each folder and regular file, and for a file an open stream."""
     # Try tar first: is_zipfile accepts a tar whose last member is a zip.
     if _is_tar(archive):
-        yield from _tar_members(archive, budget)
+        yield from _tar_members(archive, shown, budget)
     elif zipfile.is_zipfile(archive):
-        yield from _zip_members(archive, budget)
+        yield from _zip_members(archive, shown, budget)
     else:
-        raise DataError(
-            f"{archive} is a file but not an archive that can be read.",
-            f"Name a folder of images, or an archive ({ARCHIVE_KINDS}).",
-        )
+        raise DataError(f"{shown} is a file but not an archive that can be read.", _EXPECTED)
 
 
 def _is_tar(archive: Path) -> bool:
@@ -287,63 +274,55 @@ def _is_tar(archive: Path) -> bool:
     return True
 
 
-def _tar_members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes]]]:
+def _tar_members(archive: Path, shown: str, budget: _Budget) -> _Members:
     with StrictTar.open(archive) as tar:
-        tar.place, tar.on_skip = str(archive), budget.take
+        tar.place, tar.on_skip = shown, budget.take
         for member in tar:
             budget.member()
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them in memory
             if member.issym() or member.islnk():
-                raise _refused(archive, member.name, f"is a link to {member.linkname!r}")
-            if member.isdir():
-                _safe_parts(member.name, archive)
-            elif member.isfile():
-                yield member.name, cast("IO[bytes]", tar.extractfile(member))
-            else:
-                raise _refused(archive, member.name, "is a device or another special file")
+                raise _refused(shown, member.name, f"is a link to {member.linkname!r}")
+            if not member.isdir() and not member.isfile():
+                raise _refused(shown, member.name, "is a device or another special file")
+            yield member.name, tar.extractfile(member)
 
 
-def _zip_members(archive: Path, budget: _Budget) -> Iterator[tuple[str, IO[bytes]]]:
+def _zip_members(archive: Path, shown: str, budget: _Budget) -> _Members:
     with zipfile.ZipFile(archive) as bundle:
         for member in bundle.infolist():
             budget.member()
             if not member.filename:  # zipfile fails on an empty name
-                raise _refused(archive, "", "has no name")
+                raise _refused(shown, "", "has no name")
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind == stat.S_IFLNK:
-                raise _refused(archive, member.filename, "is a link")
+                raise _refused(shown, member.filename, "is a link")
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _refused(archive, member.filename, "is a device or another special file")
+                raise _refused(shown, member.filename, "is a device or another special file")
             if member.flag_bits & 0x1:
-                raise DataError(
-                    f"{archive}: member {member.filename!r} is encrypted.",
-                    "Pack the images without a password.",
-                )
+                problem = f"{shown}: member {member.filename!r} is encrypted."
+                raise DataError(problem, "Pack the images without a password.")
             if member.compress_type not in _ZIP_METHODS:
                 method = _OTHER_ZIP_METHODS.get(member.compress_type, f"method {member.compress_type}")
                 raise DataError(
-                    f"{archive}: member {member.filename!r} is compressed with {method}, which is not supported (only "
+                    f"{shown}: member {member.filename!r} is compressed with {method}, which is not supported (only "
                     f"{', '.join(_ZIP_METHODS.values())}).",
                     "Extract it with another program (unzip, 7z) and name the folder, or pack it as .tar.",
                 )
-            if member.is_dir():
-                _safe_parts(member.filename, archive)
-            else:
-                yield member.filename, bundle.open(member)
+            yield member.filename, None if member.is_dir() else bundle.open(member)
 
 
-def _safe_parts(name: str, archive: Path) -> tuple[str, ...]:
+def _safe_parts(name: str, shown: str) -> tuple[str, ...]:
     """Return the parts of a member's relative path; raise DataError if it would leave the folder."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts or "\0" in name:
-        raise _refused(archive, name, "would be written outside the folder")
+        raise _refused(shown, name, "would be written outside the folder")
     if any(ord(sign) < 32 or ord(sign) == 127 for sign in name):
-        raise _refused(archive, name, "has a control character in its name")
+        raise _refused(shown, name, "has a control character in its name")
     return path.parts
 
 
-def _refused(archive: Path, name: str, why: str) -> DataError:
+def _refused(shown: str, name: str, why: str) -> DataError:
     return DataError(
-        f"{archive}: member {name!r} {why}; nothing was extracted.",
+        f"{shown}: member {name!r} {why}; nothing was extracted.",
         "Pack the images again, as plain files with relative paths.",
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +14,8 @@ import numpy.typing as npt
 
 from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.index import ImageIndex
-from openmae.data.parallel import map_ordered
+from openmae.data.parallel import map_images
 from openmae.data.shards.reading import ShardedIndex
-from openmae.storage.printable import printable_name
 
 
 @dataclass
@@ -52,20 +50,15 @@ class CheckResult:
     @cached_property
     def class_counts(self) -> dict[str, int]:
         """The number of images by class, in the order of the class numbers; empty without labels."""
-        known = [label for label in self.index.labels or () if label >= 0]
-        if not known:
-            return {}
-        counts = np.bincount(known, minlength=len(self.index.class_names))
-        return dict(zip(self.index.class_names, counts.tolist(), strict=True))
+        counts = Counter(self.index.labels)
+        return {name: counts[number] for number, name in enumerate(self.index.class_names)}
 
     @cached_property
-    def shard_counts(self) -> dict[str, int]:
-        """The number of images by shard; empty for a folder."""
+    def shard_counts(self) -> list[int]:
+        """The number of images of each shard; empty for a folder."""
         if not isinstance(self.index, ShardedIndex):
-            return {}
-        names = [printable_name(shard.name) for shard in self.index.shards]
-        counts = np.bincount(self.index.shard_of, minlength=len(names))
-        return dict(zip(names, counts.tolist(), strict=True))
+            return []
+        return np.bincount(self.index.shard_of, minlength=len(self.index.shards)).tolist()
 
 
 class _Image(NamedTuple):
@@ -81,33 +74,27 @@ def check_images(index: ImageIndex, advance: Callable[[], object] = lambda: None
     result = CheckResult(index)
     groups: defaultdict[bytes, list[int]] = defaultdict(list)
     readable: list[_Image] = []
-    for number, image in enumerate(map_ordered(partial(_check, index), len(index))):
+    for number, image in enumerate(map_images(index, _check)):
         advance()
         if isinstance(image, CorruptImage):
-            result.corrupt.append((index.full_name(index.paths[number]), image.reason))
+            result.corrupt.append((index.full_name(number), image.reason))
             continue
         groups[image.digest].append(number)
         readable.append(image)
         result.formats[image.format] += 1
         if image.further:
-            result.further.append((index.full_name(index.paths[number]), image.further))
+            result.further.append((index.full_name(number), image.further))
     result.sizes = np.array([image.size for image in readable], np.int64).reshape(-1, 2)
     result.file_sizes = np.array([image.length for image in readable], np.int64)
     same = [group for group in groups.values() if len(group) > 1]
-    result.duplicates = [[index.full_name(index.paths[number]) for number in group] for group in same]
+    result.duplicates = [[index.full_name(number) for number in group] for group in same]
     if (labels := index.labels) is not None:
         result.contradictions = sum(len({labels[number] for number in group} - {-1}) > 1 for group in same)
     return result
 
 
-def _check(index: ImageIndex, number: int) -> _Image | CorruptImage:
-    try:
-        content = index.read(number)
-        with ImageFile(index.file(number), io.BytesIO(content), index.max_pixels) as image:
-            image.pixels(at_least=(1, 1))  # reads all of a JPEG, but decodes it at the lowest resolution
-            height, width = image.size
-            digest = hashlib.sha256(content).digest()[:16]
-            kind = f"{image.format} {image.mode}"
-            return _Image(digest, len(content), (width, height), kind, image.further_images)
-    except CorruptImage as error:
-        return error
+def _check(image: ImageFile, content: bytes) -> _Image:
+    image.pixels(at_least=(1, 1))  # reads all of a JPEG, but decodes it at the lowest resolution
+    height, width = image.size
+    digest = hashlib.sha256(content).digest()[:16]
+    return _Image(digest, len(content), (width, height), f"{image.format} {image.mode}", image.further_images)

@@ -34,13 +34,13 @@ class CorruptFiles:
         """The number of corrupt files so far."""
         return len(self._known)
 
-    def record(self, corrupt: Iterable[tuple[str, str]]) -> None:
-        """Add (relative path, reason) pairs.
+    def record(self, corrupt: Iterable[tuple[int, str]]) -> None:
+        """Add pairs of an image's number and the reason.
 
         Raises:
             DataError: more than ``max_fraction`` of the files are corrupt, or all of them.
         """
-        new = {self._index.full_name(path): encodable(reason) for path, reason in corrupt}
+        new = {self._index.full_name(number): encodable(reason) for number, reason in corrupt}
         if new.keys() <= self._known:
             return
         self._list.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,9 @@ class CorruptFiles:
         )
 
 
-def warn_of_further_images(index: ImageIndex, path: str, further: str) -> None:
-    """Warn that only the first image of a file is read; ``further`` is its ``ImageFile.further_images``."""
+def warn_of_further_images(index: ImageIndex, number: int, further: str) -> None:
+    """Warn that only the first image of file ``number`` is read; ``further`` is its ``ImageFile.further_images``."""
     log.warning(
         "%s has %s, of which only the first is read. `mae dataset check` lists all such files.",
-        *(index.full_name(path), further),
+        *(index.full_name(number), further),
     )

@@ -20,6 +20,7 @@ from openmae.data.formats import READ_FORMATS, SIGNATURE_BYTES, recognise, why_n
 from openmae.inputs import open_regular
 
 MAX_MEGAPIXELS = 179  # Pillow's own limit
+MAX_PIXELS = MAX_MEGAPIXELS * 1_000_000
 MAX_KEY = "dataset.max_megapixels"
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upright image
@@ -92,9 +93,7 @@ class ImageFile:
         CorruptImage: on opening or decoding, for any error in the file.
     """
 
-    def __init__(
-        self, path: Path, content: BinaryIO | None = None, max_pixels: int = MAX_MEGAPIXELS * 1_000_000
-    ) -> None:
+    def __init__(self, path: Path, content: BinaryIO | None = None, max_pixels: int = MAX_PIXELS) -> None:
         self.path = path
         with self._decoding():
             self._file = open_regular(path) if content is None else content

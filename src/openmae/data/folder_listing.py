@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
 from openmae.errors import DataError
+from openmae.inputs import open_regular
 from openmae.storage import layout
 from openmae.storage.atomic import parse_object
 from openmae.storage.printable import printable_name
@@ -22,17 +23,10 @@ _SHOWN = 8  # kinds of files listed in a message
 _SYSTEM_FOLDERS = ("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _STATUS_KEYS = {"date", "time", "status"}
 # Images that actions write into their results folders; other images there belong to the user.
-_RESULT_NAMES = frozenset(
-    {
-        *(layout.CONFUSION_MATRIX, layout.CURVES, layout.DATASET_CHART, layout.PREDICTIONS_SHEET, layout.PROFILE_CHART),
-        *(
-            layout.RECONSTRUCTIONS,
-            layout.CHARTS,
-            "accuracies.png",
-            "history.png",
-        ),  # quickstart, automl
-    }
-)
+_RESULT_NAMES = {
+    *(layout.CONFUSION_MATRIX, layout.CURVES, layout.DATASET_CHART, layout.PREDICTIONS_SHEET, layout.PROFILE_CHART),
+    *(layout.RECONSTRUCTIONS, layout.CHARTS, "accuracies.png", "history.png"),  # the last two: quickstart, automl
+}
 
 
 @dataclass(frozen=True)
@@ -118,13 +112,12 @@ def list_folder(folder: Path) -> FolderListing:
         path = folder / prefix
         with _explained(path):
             status = os.stat(path)
-            if (status.st_dev, status.st_ino) in seen:
-                skipped.add(SAME_FOLDER, prefix.rstrip("/"))
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(path) as found:
-                entries = {entry.name: entry for entry in found if is_visible(entry.name)}
-        writer = "" if in_results else _results_writer(path, entries)
+        if (status.st_dev, status.st_ino) in seen:
+            skipped.add(SAME_FOLDER, prefix.rstrip("/"))
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        entries = {entry.name: entry for entry in list_entries(path)}
+        writer = "" if in_results else _results_writer(path, entries.keys())
         if writer:
             results.append(prefix.rstrip("/") or ".")
             if writer != "action":  # folders of jobs and of the quickstart may contain any image
@@ -133,7 +126,7 @@ def list_folder(folder: Path) -> FolderListing:
         for name, entry in entries.items():
             if in_results and name in _RESULT_NAMES:
                 continue
-            if _is_folder(entry):
+            if is_folder(entry):
                 (links if entry.is_symlink() else waiting).append((f"{prefix}{name}/", in_results))
             elif is_image(name):  # or a broken link, which is reported as a corrupt image when it is read
                 images.append(prefix + name)
@@ -157,11 +150,18 @@ def list_entries(folder: Path) -> list[os.DirEntry[str]]:
         return [entry for entry in found if is_visible(entry.name)]
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into a folder without permission
+        return False
+
+
 def describe_skipped(skipped: Sequence[SkippedFiles]) -> str:
     """Return one line with the count and an example of each kind."""
     more = len(skipped) - _SHOWN
-    text = ", ".join(map(str, skipped[:_SHOWN]))
-    return f"{text} and {more} more kind{'s' if more > 1 else ''}" if more > 0 else text
+    return ", ".join(map(str, skipped[:_SHOWN])) + (f" and {counted(more, 'more kind')}" if more > 0 else "")
 
 
 def how_to_read(skipped: Sequence[SkippedFiles]) -> str:
@@ -173,10 +173,9 @@ def how_to_read(skipped: Sequence[SkippedFiles]) -> str:
     return "; ".join(f"{' '.join(kinds)}: {way}" for way, kinds in ways.items())
 
 
-def _results_writer(folder: Path, names: Iterable[str]) -> str:
+def _results_writer(folder: Path, names: Set[str]) -> str:
     """Return which part of OpenMAE wrote a folder: "action", "job" or "quickstart"; "" if none did."""
-    names = set(names)
-    if {"job.json", "spec.yaml"} <= names:
+    if {layout.JOB_RECORD, layout.JOB_SPEC} <= names:
         return "job"
     if "README.txt" in names and b"made by mae quickstart" in _first_bytes(folder / "README.txt"):
         return "quickstart"
@@ -190,17 +189,10 @@ def _results_writer(folder: Path, names: Iterable[str]) -> str:
 
 def _first_bytes(path: Path) -> bytes:
     try:
-        with path.open("rb") if path.is_file() else open(os.devnull, "rb") as file:
+        with open_regular(path) as file:
             return file.read(4096)
     except OSError:
         return b""
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder without permission
-        return False
 
 
 @contextmanager

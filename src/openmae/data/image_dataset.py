@@ -27,16 +27,16 @@ class Batch(NamedTuple):
         labels: int64 [B]; -1 for an image without a label.
         indices: int64 [B]; positions in the index of the data set.
         epoch: the epoch that the images were drawn for.
-        corrupt: (relative path, reason) of files that could not be decoded.
-        further: (relative path, description) of a file with several images; only the first one that a process finds.
+        corrupt: (index, reason) of files that could not be decoded.
+        further: (index, description) of files with several images.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
     epoch: int
-    corrupt: list[tuple[str, str]]
-    further: Sequence[tuple[str, str]] = ()
+    corrupt: list[tuple[int, str]]
+    further: Sequence[tuple[int, str]] = ()
 
 
 class ImageDataset(Dataset[Batch]):
@@ -57,31 +57,28 @@ class ImageDataset(Dataset[Batch]):
         self.transform = transform
         self.seed = seed
         self.replace_corrupt = replace_corrupt
-        self._reported = False  # whether this process has reported a file with several images
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, address: Address) -> Batch:
         epoch, wanted = address
-        corrupt: list[tuple[str, str]] = []
+        corrupt: list[tuple[int, str]] = []
         for step in range(min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1):
             number = (wanted + step) % len(self)
-            path = self.index.paths[number]
             try:
                 with self.index.open(number) as image:
                     pixels = self.transform(image, rng_at(self.seed, epoch, wanted))
-                    further = "" if self._reported else image.further_images
+                    further = image.further_images
             except CorruptImage as error:
-                corrupt.append((path, error.reason))
+                corrupt.append((number, error.reason))
                 continue
-            self._reported = self._reported or further != ""
             label = -1 if self.index.labels is None else self.index.labels[number]
-            several = [(path, further)] if further else []
+            several = [(number, further)] if further else []
             return Batch(pixels[None], torch.tensor([label]), torch.tensor([number]), epoch, corrupt, several)
         return self._empty(epoch, corrupt)
 
-    def _empty(self, epoch: int, corrupt: list[tuple[str, str]]) -> Batch:
+    def _empty(self, epoch: int, corrupt: list[tuple[int, str]]) -> Batch:
         none = torch.empty(0, dtype=torch.int64)
         images = torch.empty(0, self.transform.in_chans, *self.transform.size, dtype=torch.uint8)
         return Batch(images, none, none, epoch, corrupt)
@@ -108,22 +105,17 @@ class AddressedSampler:
 
     The last, incomplete batch is dropped. With the same global batch size, a step takes the same images for any number
     of ranks. Each iteration runs from the current position to the end of the epoch, and moves the position to the start
-    of the next epoch; ``len()`` is always that of a complete epoch. ``batch_size`` is per rank. ``index`` is the data
-    set, if it restricts the order (remote shards) or prepares images in advance.
+    of the next epoch; ``len()`` is always that of a complete epoch. ``batch_size`` is per rank.
+
+    Attributes:
+        position: the epoch, and the number of its batches to skip, where the next iteration starts.
 
     Raises:
         DataError: there are fewer images than one batch per rank.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        index: ImageIndex | None = None,
-    ) -> None:
+    def __init__(self, index: ImageIndex, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        length = len(index)
         if length < batch_size * world_size:
             on_ranks = f" on each of {world_size} processes" if world_size > 1 else ""
             raise DataError(
@@ -132,32 +124,25 @@ class AddressedSampler:
                 if length >= world_size
                 else "Use fewer GPUs, or add images.",
             )
-        self.length = length
+        self.index = index
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self._index = index
-        self._position = (0, 0)
+        self.position = (0, 0)
 
     def __len__(self) -> int:
-        return self.length // (self.batch_size * self.world_size)
-
-    def set_position(self, epoch: int, batches_done: int = 0) -> None:
-        """Start the next iteration in ``epoch`` after ``batches_done`` batches of this rank."""
-        self._position = (epoch + batches_done // len(self), batches_done % len(self))
+        return len(self.index) // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[Address]]:
         # A generator, so that the position changes at the first batch and not at iter(), which DataLoader calls twice.
-        epoch, done = self._position
-        self._position = (epoch + 1, 0)
-        rng = rng_at(self.seed, epoch, stream="shuffle")
-        order = self._index.shuffled(rng) if self._index is not None else rng.permutation(self.length)
+        epoch, done = self.position
+        self.position = (epoch + 1, 0)
+        order = self.index.shuffled(rng_at(self.seed, epoch, stream="shuffle"))
         for batch in range(done, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
             now = order[start : start + self.batch_size]
-            if self._index is not None:
-                self._index.prepare(now, order[start + self.batch_size :])
+            self.index.prepare(now, order[start + self.batch_size :])
             yield [(epoch, int(index)) for index in now]
 
 
@@ -165,25 +150,21 @@ class EvalSampler:
     """Batches of (0, index) in order, every image once, split over ranks.
 
     All ranks have the same number of batches, since a collective call in the model would hang otherwise; the last batch
-    of a rank may be empty. ``index`` is the data set, if it prepares images in advance.
+    of a rank may be empty.
     """
 
-    def __init__(
-        self, length: int, batch_size: int, rank: int = 0, world_size: int = 1, index: ImageIndex | None = None
-    ) -> None:
-        self.length = length
+    def __init__(self, index: ImageIndex, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.index = index
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
-        self._index = index
 
     def __len__(self) -> int:
-        return math.ceil(self.length / (self.batch_size * self.world_size))
+        return math.ceil(len(self.index) / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[Address]]:
-        indices = range(self.rank, self.length, self.world_size)
+        indices = range(self.rank, len(self.index), self.world_size)
         for batch in range(len(self)):
             now = indices[batch * self.batch_size : (batch + 1) * self.batch_size]
-            if self._index is not None:
-                self._index.prepare(now, indices[(batch + 1) * self.batch_size :])
+            self.index.prepare(now, indices[(batch + 1) * self.batch_size :])
             yield [(0, index) for index in now]

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, ImageFile, check_length, describe_error
+from openmae.data.decode import MAX_PIXELS, CorruptImage, ImageFile, check_length, describe_error
 from openmae.data.folder_listing import (
     LABELS_FILE,
     FolderListing,
@@ -24,6 +24,7 @@ from openmae.data.folder_listing import (
     describe_skipped,
     first_names,
     how_to_read,
+    is_folder,
     list_entries,
     list_folder,
 )
@@ -69,7 +70,7 @@ class ImageIndex:
     labelled_by: str = field(default="", compare=False)
     skipped: tuple[SkippedFiles, ...] = field(default=(), compare=False)
     results: tuple[str, ...] = field(default=(), compare=False)
-    max_pixels: int = MAX_MEGAPIXELS * 1_000_000
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -90,16 +91,16 @@ class ImageIndex:
         content = "\n".join((*self.paths, *self.class_names, *map(str, self.labels or ())))
         return f"{len(self):,} images ({hashlib.sha256(content.encode(errors='surrogateescape')).hexdigest()[:8]})"
 
-    def full_name(self, path: str) -> str:
-        """Return the printable name of one of ``paths``, unambiguous among several data sets."""
-        return printable_name(str(self.root / path))
+    def full_name(self, number: int) -> str:
+        """Return the printable name of image ``number``, unambiguous among several data sets."""
+        return printable_name(str(self.file(number)))
 
     def holds(self, full_name: str) -> bool:
         """Return whether ``full_name`` is below the folder of this data set."""
         return full_name.startswith(f"{self.place}{os.sep}")
 
     def file(self, number: int) -> Path:
-        """Return the full path of image ``number``."""
+        """Return the full path of image ``number``; in shards, a name for messages."""
         return self.root / self.paths[number]
 
     def open(self, number: int) -> ImageFile:
@@ -144,7 +145,7 @@ def index_folder(folder: Path, labelled: bool | None, shown: str = "") -> ImageI
         folder: a local folder (see ``resolve_source``).
         labelled: True requires a label for every image, False ignores labels, None uses labels if there are any: a
             labels.csv, or two or more folders, unless their names are dates, splits or those of a camera.
-        shown: name of the folder in messages; default: its path.
+        shown: printable name of the folder in messages; default: its path.
 
     Raises:
         DataError: a folder cannot be read, there are no images, labels are required but missing, or labels.csv does not
@@ -165,12 +166,13 @@ def index_folder(folder: Path, labelled: bool | None, shown: str = "") -> ImageI
         number = {name: i for i, name in enumerate(names)}
         labels = tuple(number[label] for label in label_of.values())
         return replace(index, paths=tuple(label_of), labels=labels, class_names=tuple(names), labelled_by=LABELS_FILE)
-    place = (shown or str(folder)) + str(root).removeprefix(str(folder))
+    place = (shown or printable_name(str(folder))) + printable_name(str(root).removeprefix(str(folder)))
     for entry in list_entries(root):
         stem, suffix = os.path.splitext(entry.name.lower())
         if stem in ("label", "labels") and suffix in _TABLES:
-            other = printable_name(f"{place}/{entry.name}")
-            log.warning("%s is not read. Labels are only read from a table named %s.", other, LABELS_FILE)
+            log.warning(
+                "%s/%s is not read. Labels are only read from a table named %s.", place, entry.name, LABELS_FILE
+            )
     numbers, classes = label_by_folder(paths, labelled, place, (f"no {LABELS_FILE}", _LAYOUTS))
     return replace(index, labels=numbers, class_names=classes, labelled_by="folders" if classes else "")
 
@@ -184,7 +186,7 @@ def label_by_folder(
         paths: relative POSIX paths.
         labelled: True requires a label for every image; None uses class folders if there are two or more, and images
             outside of them get the number -1.
-        place: name in messages of the folder that the paths are relative to.
+        place: printable name of the folder that the paths are relative to.
         alternative: for the error message, the other kind of labels that was not found, and the proposed fix.
 
     Raises:
@@ -195,23 +197,22 @@ def label_by_folder(
     class_of = [name_of[folder] for folder in folders]
     names = sorted(set(class_of) - {""})
     loose = [path for path, name in zip(paths, class_of, strict=True) if not name]
-    shown = printable_name(place)
     if labelled and loose:
         what = f"{len(loose)} of {len(paths)} images are outside of class folders, such as {printable_name(loose[0])}"
-        raise DataError(f"The images in {shown} have no labels: {what}; {alternative[0]}.", alternative[1])
+        raise DataError(f"The images in {place} have no labels: {what}; {alternative[0]}.", alternative[1])
     why_not = _why_no_classes(names, os.path.basename(place.rstrip("/")))
     if labelled is None and (len(names) < 2 or why_not):
         if why_not:
-            log.warning("%s: %s. They are not used as classes.", shown, why_not)
+            log.warning("%s: %s. They are not used as classes.", place, why_not)
         return None, ()
     if why_not:
-        log.warning("%s: %s, but they are used as classes.", shown, why_not)
-    warn_of_odd_classes(names, shown)
+        log.warning("%s: %s, but they are used as classes.", place, why_not)
+    warn_of_odd_classes(names, place)
     if loose:
         log.warning(
             "%s: %s of %s images are outside of the %d class folders and have no label: %s. kNN and probe accuracy "
             "ignore them.",
-            *(shown, f"{len(loose):,}", f"{len(paths):,}", len(names), first_names(loose)),
+            *(place, f"{len(loose):,}", f"{len(paths):,}", len(names), first_names(loose)),
         )
     number = {name: i for i, name in enumerate(names)} | {"": -1}
     return tuple(number[name] for name in class_of), tuple(names)
@@ -238,8 +239,7 @@ def warn_of_odd_classes(names: Collection[str], place: str) -> None:
 
 
 def log_skipped(index: ImageIndex, place: str) -> None:
-    """Log which files of a source are not read; ``place`` is the name of the source in messages."""
-    place = printable_name(place)
+    """Log which files of a source are not read; ``place`` is its printable name."""
     if index.results:
         log.warning("%s: results of OpenMAE are not read as images: %s.", place, first_names(index.results))
     if index.skipped:
@@ -312,10 +312,10 @@ def _unwrapped(folder: Path) -> tuple[Path, FolderListing]:
     listing, prefix = list_folder(folder), ""
     while True:
         entries = [entry for entry in list_entries(folder / prefix) if not _only_results(listing, prefix + entry.name)]
-        if len(entries) != 1 or not entries[0].is_dir():
+        if len(entries) != 1 or not is_folder(entries[0]):
             break
         inner = list_entries(Path(entries[0].path))
-        if not any(entry.is_dir() or entry.name == LABELS_FILE for entry in inner):
+        if not any(is_folder(entry) or entry.name == LABELS_FILE for entry in inner):
             break
         prefix += f"{entries[0].name}/"
     return folder / prefix, replace(listing, images=[path.removeprefix(prefix) for path in listing.images])

@@ -112,15 +112,13 @@ class TrainingLoader(_RecordingLoader):
     """
 
     def __init__(self, index: ImageIndex, transform: Transform, settings: LoaderSettings, seed: int) -> None:
-        self._sampler = AddressedSampler(
-            len(index), settings.batch_size, seed, settings.rank, settings.world_size, index
-        )
+        self._sampler = AddressedSampler(index, settings.batch_size, seed, settings.rank, settings.world_size)
         super().__init__(ImageDataset(index, transform, seed, replace_corrupt=True), self._sampler, settings)
 
     def from_position(self, epoch: int, batches_done: int) -> Iterator[Batch]:
         """Yield the batches of an epoch after the first ``batches_done``."""
         if batches_done < len(self):
-            self._sampler.set_position(epoch, batches_done)
+            self._sampler.position = (epoch, batches_done)
             yield from self._batches()
 
     def file_of(self, index: int) -> str:
@@ -132,7 +130,7 @@ class EvaluationLoader(_RecordingLoader):
     """Batches of every readable image once, in order."""
 
     def __init__(self, index: ImageIndex, transform: Transform, settings: LoaderSettings) -> None:
-        sampler = EvalSampler(len(index), settings.batch_size, settings.rank, settings.world_size, index)
+        sampler = EvalSampler(index, settings.batch_size, settings.rank, settings.world_size)
         super().__init__(ImageDataset(index, transform), sampler, settings)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -157,12 +155,10 @@ def _init_worker(worker: int) -> None:
     """
     sys.excepthook = _ignore_lost_connections
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = multiprocessing.parent_process()
-    if parent is not None and hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_on_sigterm, args=(parent.pid,), daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm, args=(parent.pid if parent else None,), daemon=True).start()
 
 
 def _ignore_lost_connections(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

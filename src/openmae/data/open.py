@@ -6,10 +6,11 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 from openmae.data.archives import resolve_source
-from openmae.data.folder_listing import FolderListing, counted, first_names, list_entries, list_folder
+from openmae.data.folder_listing import FolderListing, counted, first_names, is_folder, list_entries, list_folder
 from openmae.data.index import ImageIndex, index_folder, log_skipped
 from openmae.data.shards.indexing import index_shards
 from openmae.data.shards.patterns import expand_braces, is_shard_pattern
@@ -28,28 +29,24 @@ def open_index(source: str, labelled: bool | None) -> ImageIndex:
     Raises:
         DataError: the source cannot be used.
     """
-    text = os.fspath(source).strip()
+    text = source.strip()
     shown = printable_name(redact(text))
     if is_shard_pattern(text):
         index: ImageIndex = index_shards(expand_braces(text), labelled, shown)
     else:
         folder = resolve_source(text)
-        extracted = folder.is_relative_to(cache.root())
-        if not extracted:
+        if not folder.is_relative_to(cache.root()):
             shown = printable_name(str(folder))
         try:
             index = _open_folder(folder, labelled, shown)
-        except DataError as error:
-            if not extracted:
-                raise
-            # Name the source as the user did, not its folder in the cache.
+        except DataError as error:  # name the source as the user did, not its folder in the cache
             raise DataError(*(text.replace(str(folder), shown) for text in (error.problem, error.fix))) from error
     log_skipped(index, shown)
     return index
 
 
 def _open_folder(folder: Path, labelled: bool | None, shown: str) -> ImageIndex:
-    tars = sorted(entry.path for entry in list_entries(folder) if entry.name.endswith(".tar") and not entry.is_dir())
+    tars = sorted(entry.path for entry in list_entries(folder) if entry.name.endswith(".tar") and not is_folder(entry))
     if not tars:
         return index_folder(folder, labelled, shown)
     names = first_names([os.path.basename(tar) for tar in tars])
@@ -83,12 +80,8 @@ def _shards_are_larger(folder: Path, tars: Sequence[str], listing: FolderListing
 
     Otherwise the tar files are probably archives that the images were extracted from.
     """
-    left = sum(map(_size, tars)) / 2
-    for path in listing.images:
-        left -= _size(folder / path)
-        if left <= 0:
-            return False
-    return True
+    half = sum(map(_size, tars)) / 2
+    return all(total < half for total in accumulate(_size(folder / path) for path in listing.images))
 
 
 def _size(path: str | Path) -> int:

@@ -18,12 +18,12 @@ _SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # a URL
 
 def missing_sources(spec: ExperimentSpec, action: str) -> dict[str, str]:
     """Return the local data sources of an action that do not exist: config key -> problem."""
-    return _missing({data.key: _texts(spec, data.key) for data in ROWS[action].data})
+    return _missing({data.key: (value_of(spec, data.key),) for data in ROWS[action].data})
 
 
 def missing_files(spec: ExperimentSpec, action: str) -> dict[str, str]:
     """Return the same for checkpoints, exported models, calibration images and the file of the encryption key."""
-    paths = {file.key: _texts(spec, file.key) for file in ROWS[action].inputs}
+    paths: dict[str, tuple[str, ...]] = {file.key: (value_of(spec, file.key),) for file in ROWS[action].inputs}
     if action == "gen_trt_engine" and spec.gen_trt_engine.tensorrt.data_type == "int8":
         calibration = spec.gen_trt_engine.tensorrt.calibration
         name = "cal_image_dir" if calibration.cal_image_dir else "images"
@@ -35,14 +35,10 @@ def missing_files(spec: ExperimentSpec, action: str) -> dict[str, str]:
     return _missing(paths)
 
 
-def _texts(spec: ExperimentSpec, key: str) -> tuple[str, ...]:
-    return (str(value_of(spec, key)).strip(),)
-
-
 def _missing(paths: dict[str, tuple[str, ...]]) -> dict[str, str]:
     found = {}
     for key, values in paths.items():
-        gone = [path for value in values if value for path in _places(value) if not _exists(path)]
+        gone = [path for value in values for path in _places(value.strip()) if not _exists(path)]
         if gone:
             more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
             found[key] = f"there is nothing at {gone[0]!r}{more}"
@@ -55,7 +51,7 @@ def _exists(path: str) -> bool:
 
 
 def _places(value: str) -> list[str]:
-    if _SCHEME.match(value):
+    if not value or _SCHEME.match(value):
         return []
     try:
         places = expand_braces(value) if is_shard_pattern(value) else [value]

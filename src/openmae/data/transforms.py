@@ -24,7 +24,8 @@ from openmae.errors import SpecError
 
 log = logging.getLogger("openmae")
 
-Interpolation = Literal["bilinear", "bicubic", "random"]
+Resampling = Literal["bilinear", "bicubic"]
+Interpolation = Resampling | Literal["random"]
 ImagePolicy = Callable[[Image.Image], Image.Image]
 
 _STREAMS = {"augment": 0, "shuffle": 1}
@@ -74,6 +75,7 @@ class PretrainTransform:
         return image.flip(-1) if flip else image
 
 
+@dataclass
 class FinetuneTransform:
     """The pretraining transform followed by an auto-augmentation policy, colour jitter and random erasing.
 
@@ -86,36 +88,23 @@ class FinetuneTransform:
         color_jitter: c; brightness, contrast and saturation are scaled by factors from 1 - c to 1 + c.
         re_prob: probability of random erasing (Zhong et al. 2017, arXiv:1708.04896).
 
+    Attributes:
+        size, in_chans: (height, width) and channels of the output.
+
     Raises:
         SpecError: timm cannot read ``auto_aug``.
     """
 
-    def __init__(
-        self,
-        crop: PretrainTransform,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        auto_aug: str = "",
-        color_jitter: float = 0.0,
-        re_prob: float = 0.0,
-    ) -> None:
-        self.crop = crop
-        self.mean = tuple(mean)
-        self.std = tuple(std)
-        self.color_jitter = color_jitter
-        self.re_prob = re_prob
-        self._policy = self._make_policy(auto_aug)
+    crop: PretrainTransform
+    mean: Sequence[float]
+    std: Sequence[float]
+    auto_aug: str = ""
+    color_jitter: float = 0.0
+    re_prob: float = 0.0
 
-    @property
-    def size(self) -> Size:
-        """(height, width) of the output."""
-        return self.crop.size
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the output."""
-        return self.crop.in_chans
+    def __post_init__(self) -> None:
+        self.size, self.in_chans = self.crop.size, self.crop.in_chans
+        self._policy = self._make_policy()
 
     def __call__(self, file: ImageFile, rng: np.random.Generator) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
@@ -128,8 +117,8 @@ class FinetuneTransform:
             image = _erase(image, self.mean, self.std, rng)
         return image
 
-    def _make_policy(self, auto_aug: str) -> ImagePolicy | None:
-        if auto_aug.lower() in ("", "none"):
+    def _make_policy(self) -> ImagePolicy | None:
+        if self.auto_aug.lower() in ("", "none"):
             return None
         if self.in_chans == 4:
             log.warning("dataset.augmentation.auto_aug is off: it works on 1 or 3 channels, not on 4.")
@@ -141,7 +130,7 @@ class FinetuneTransform:
         }
         if self.crop.interpolation != "random":
             params["interpolation"] = getattr(Image.Resampling, self.crop.interpolation.upper())
-        return _timm_policy(auto_aug, params)
+        return _timm_policy(self.auto_aug, params)
 
 
 @dataclass(frozen=True)
@@ -163,7 +152,7 @@ class EvalTransform:
     def __call__(self, file: ImageFile, rng: np.random.Generator | None = None) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file. ``rng`` is not used."""
         box = centre_box(file.size, self.size, self.kept)
-        mode: Literal["bilinear", "bicubic"] = "bilinear" if self.interpolation == "bilinear" else "bicubic"
+        mode: Resampling = "bilinear" if self.interpolation == "bilinear" else "bicubic"
         # Decode at twice the resolution, since the box is rounded to whole pixels of the scaled-down JPEG.
         return _crop_and_resize(file, self.in_chans, box, self.size, mode, finer=2)
 
@@ -209,12 +198,7 @@ def _centred(size: Size, w: int, h: int) -> Box:
 
 
 def _crop_and_resize(
-    file: ImageFile,
-    in_chans: int,
-    box: Box,
-    size: Size,
-    mode: Literal["bilinear", "bicubic"],
-    finer: int = 1,
+    file: ImageFile, in_chans: int, box: Box, size: Size, mode: Resampling, finer: int = 1
 ) -> torch.Tensor:
     """Decode, crop and resize to ``size``; a JPEG is decoded at ``finer`` times that size or larger."""
     at_least = finer * size[0], finer * size[1]

@@ -26,25 +26,25 @@ def scheme_of(text: str) -> str:
 
 def join(url: str, name: str) -> str:
     """Return the URL of a name below ``url``; a query stays at the end."""
-    base, query = _split_query(url)
+    base, query = split_query(url)
     return f"{base.rstrip('/')}/{name.strip('/')}{query}"
 
 
 def append_suffix(url: str, suffix: str) -> str:
     """Return the URL of the file with ``suffix`` appended to its name."""
-    base, query = _split_query(url)
+    base, query = split_query(url)
     return base + suffix + query
 
 
 def name_of(url: str) -> str:
     """Return the last name in a URL's path, or the host or bucket if there is no path."""
-    path = _split_query(url)[0].partition("://")[2].rstrip("/")
+    path = split_query(url)[0].partition("://")[2].rstrip("/")
     return path.rpartition("/")[2].rpartition("@")[2]
 
 
 def parent_of(url: str) -> str:
     """Return the URL of the folder that holds ``url``."""
-    return _split_query(url)[0].rstrip("/").rpartition("/")[0]
+    return split_query(url)[0].rstrip("/").rpartition("/")[0]
 
 
 def redact(url: str) -> str:
@@ -85,7 +85,7 @@ def checked(url: str) -> str:
     return f"{scheme}://{rest}"
 
 
-def _split_query(url: str) -> tuple[str, str]:
-    """Return a URL and its query with the question mark; in the key of an object store, a ``?`` is part of the name."""
-    base, mark, query = (url, "", "") if scheme_of(url) in WRITABLE else url.partition("?")
+def split_query(url: str) -> tuple[str, str]:
+    """Return a web server's URL and its query with the ``?``; elsewhere, a ``?`` is part of the name."""
+    base, mark, query = url.partition("?") if is_web(url) else (url, "", "")
     return base, mark + query

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from PIL import Image
 from openmae.cli.main import main
 from openmae.data.index import index_folder
 from openmae.data.open import open_index
+from openmae.data.shards import packing
 from openmae.data.shards.packing import PackOptions, pack
-from openmae.errors import DataError, UserError
+from openmae.errors import DataError, RunError, UserError
 
 
 @pytest.fixture
@@ -133,6 +136,16 @@ def test_small_images_are_unchanged_and_rotated_ones_upright(tmp_path: Path) -> 
     with found.open(0) as image_file:
         assert image_file.size == (30, 20)
     assert found.read(1) == index.read(1), "an image that is small enough was written anew"
+
+
+def test_full_disk(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(packing, "flush_to_disk", fail)
+    with pytest.raises(RunError, match=rf"{tmp_path}/out could not be written \(No space left on device\)"):
+        pack(index_folder(photos, True), tmp_path / "out", PackOptions())
+    assert not files(tmp_path / "out")
 
 
 def test_unwritable_output(photos: Path, tmp_path: Path, capsys: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_corrupt_image_is_named_by_shard_and_key(index: ImageIndex, tmp_path: 
     found, other = (open_index(str(tmp_path / f"{name}-{{0..0}}.tar"), None) for name in "ab")
     batches = list(loader(found, tmp_path, batch_size=5).from_position(0, 0))
     assert sorted(batches[0].indices.tolist()) == [0, 1, 3, 3, 4]
-    assert batches[0].corrupt[0][0] == "a-0.tar!2.png"
+    assert batches[0].corrupt[0][0] == 2
     assert (
         (tmp_path / "corrupt_files.txt")
         .read_text()
@@ -228,11 +228,23 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     found = open_index(f"{tmp_path}/s\udce9-{{0..0}}.tar", None)
     assert [found.read(number) for number in range(2)] == [png(1), png(2)]
     assert [found.key(number) for number in range(2)] == names
-    assert found.full_name(found.paths[0]) == f"{tmp_path}/s\\xe9-0.tar!caf\\xe9.png"
-    assert found.holds(found.full_name(found.paths[0]))
+    assert found.full_name(0) == f"{tmp_path}/s\\xe9-0.tar!caf\\xe9.png"
+    assert found.holds(found.full_name(0))
     packed = open_index(sharded(found, tmp_path / "out"), None)
     assert [packed.read(number) for number in range(2)] == [png(1), png(2)]
     assert [packed.key(number) for number in range(2)] == names
+
+
+def test_separators_in_names_of_folders_and_shards(index: ImageIndex, tmp_path: Path) -> None:
+    (tmp_path / "what?").mkdir()
+    write_tar(tmp_path / "what?" / "a!b-0.tar", {"1.png": png(1)})
+    found = open_index(f"{tmp_path}/what?/a!b-{{0..0}}.tar", None)
+    assert found.full_name(0) == f"{tmp_path}/what?/a!b-0.tar!1.png"
+    assert found.key(0) == "1.png"
+    sharded(index, tmp_path / "out?")
+    assert open_index(str(tmp_path / "out?"), True).class_names == ("cat", "dog"), (
+        "an index next to a shard is not read"
+    )
 
 
 # --------------------------------------------------------------------------------------- bad shards
@@ -346,7 +358,7 @@ def test_next_shards_are_prefetched(index: ImageIndex, tmp_path: Path, monkeypat
     monkeypatch.setattr(ahead, "fetch", lambda now, soon: asked.append(([s.name for s in now], [s.name for s in soon])))
     object.__setattr__(found, "prefetcher", ahead)
     shard_of = found.shard_of  # type: ignore[attr-defined]
-    batches = list(AddressedSampler(14, 2, 0, index=found))
+    batches = list(AddressedSampler(found, 2, 0))
     for batch, (now, soon) in zip(batches, asked, strict=True):
         assert set(now) == {f"out-{shard_of[i]:06d}.tar" for _, i in batch}
         assert soon or batch == batches[-1]

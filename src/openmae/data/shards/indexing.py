@@ -7,20 +7,21 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from openmae.data.folder_listing import SkippedCounter, SkippedFiles, counted
+from openmae.data.folder_listing import SkippedCounter, SkippedFiles, counted, first_names
 from openmae.data.formats import IMAGE_SUFFIXES
 from openmae.data.index import label_by_folder, sort_class_names, warn_of_odd_classes
 from openmae.data.shards.reading import MEMBER, ShardedIndex, ShardPrefetcher
-from openmae.data.shards.tar_index import FORMAT, Shard, TarIndex, fits, index_file, scan_tar
+from openmae.data.shards.tar_index import FORMAT, INDEX_SUFFIX, Shard, TarIndex, fits, index_file, scan_tar
 from openmae.errors import DataError
 from openmae.inputs import irregular
 from openmae.storage import cache
 from openmae.storage.printable import printable_name
-from openmae.storage.urls import checked, is_remote, join, parent_of, redact
+from openmae.storage.urls import checked, is_remote, join, parent_of, redact, split_query
 
 log = logging.getLogger("openmae")
 
@@ -49,24 +50,20 @@ def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> 
     _check_names(places, pattern)
     shards = _look_up(places, pattern)
     indexes = _indexes_of(shards, pattern)
-    sizes = [len(index.names) for index in indexes]
+    shard_of = np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.names) for index in indexes])
     members = [name.removeprefix("./") for index in indexes for name in index.names]
     numbers, classes, labelled_by = _labels(shards, indexes, members, labelled, pattern)
     remote = any(shard.remote for shard in shards)
     return ShardedIndex(
         root=Path() if remote else Path(places[0]).parent,
-        paths=tuple(
-            f"{shard.name}{MEMBER}{name.removeprefix('./')}"
-            for shard, index in zip(shards, indexes, strict=True)
-            for name in index.names
-        ),
+        paths=tuple(f"{shards[i].name}{MEMBER}{name}" for i, name in zip(shard_of, members, strict=True)),
         labels=numbers,
         class_names=classes,
         labelled_by=labelled_by,
         skipped=_skipped(shards, indexes),
         pattern=pattern,
         shards=shards,
-        shard_of=np.repeat(np.arange(len(shards), dtype=np.int32), sizes),
+        shard_of=shard_of,
         offsets=np.concatenate([np.array(index.offsets, np.int64) for index in indexes]),
         sizes=np.concatenate([np.array(index.sizes, np.int64) for index in indexes]),
         prefetcher=ShardPrefetcher() if remote else None,
@@ -76,7 +73,7 @@ def index_shards(places: Sequence[str], labelled: bool | None, pattern: str) -> 
 def _check_names(places: Sequence[str], pattern: str) -> None:
     if len({is_remote(place) for place in places}) > 1:
         raise DataError(f"{pattern} names both local and remote shards.", "Copy them to one place.")
-    if others := [place for place in places if not place.partition("?")[0].endswith(".tar")]:
+    if others := [place for place in places if not split_query(place)[0].endswith(".tar")]:
         raise DataError(
             f"{pattern} names {redact(others[0])}, but a shard is a plain .tar file.",
             "Write a pattern such as train-{000000..000099}.tar.",
@@ -88,67 +85,74 @@ def _check_names(places: Sequence[str], pattern: str) -> None:
 
 def _look_up(places: Sequence[str], pattern: str) -> tuple[Shard, ...]:
     """Return the shards with their sizes and stamps; raise a single error for all missing ones."""
-    start = os.path.commonprefix([min(places), max(places)]).rfind("/") + 1  # noqa: RUF071
-    found = _remote_status(places) if is_remote(places[0]) else [_local_status(place) for place in places]
-    if missing := [redact(place) for place, status in zip(places, found, strict=True) if status is None]:
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    paths = [split_query(place)[0] for place in places]
+    start = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071
+    found = _remote_status(places) if is_remote(places[0]) else _local_status(places)
+    if missing := [redact(place) for place in places if place not in found]:
         raise DataError(
-            f"{pattern} names {len(places):,} shards, but {len(missing):,} of them do not exist: {some}.",
+            f"{pattern} names {len(places):,} shards, but {len(missing):,} of them do not exist: "
+            f"{first_names(missing)}.",
             "Copy them there, or name only those that exist, such as part-{000..041}.tar.",
         )
-    return tuple(
-        Shard(place[start:].partition("?")[0], place, *status)
-        for place, status in zip(places, found, strict=True)
-        if status is not None
-    )
+    return tuple(Shard(path[start:], place, *found[place]) for path, place in zip(paths, places, strict=True))
 
 
-def _local_status(place: str) -> _Status | None:
-    try:
-        status = os.stat(place)
-    except FileNotFoundError:
-        return None
-    if kind := irregular(place):
-        raise DataError(f"The shard {place} is {kind}, not a tar file.", "Leave it out, or write or copy it again.")
-    return f"{status.st_size}-{status.st_mtime_ns}", status.st_size, os.path.exists(index_file(place))
+def _local_status(places: Sequence[str]) -> dict[str, _Status]:
+    found = {}
+    for place in places:
+        with suppress(FileNotFoundError):
+            if kind := irregular(place):
+                fix = "Leave it out, or write or copy it again."
+                raise DataError(f"The shard {place} is {kind}, not a tar file.", fix)
+            status = os.stat(place)
+            stamp = f"{status.st_size}-{status.st_mtime_ns}"
+            found[place] = stamp, status.st_size, os.path.exists(index_file(place))
+    return found
 
 
-def _remote_status(places: Sequence[str]) -> list[_Status | None]:
+def _remote_status(places: Sequence[str]) -> dict[str, _Status]:
     """List each folder once if the store supports it, otherwise look up each file."""
     from openmae.storage.listing import RemoteFile, list_files, look
 
     found: dict[str, RemoteFile] = {}
     if places[0].lower().startswith("http"):
         with ThreadPoolExecutor(_LOOKUPS) as pool:
-            looks = pool.map(lambda place: look(place, (index_file(""),)), places)
+            looks = pool.map(lambda place: look(place, (INDEX_SUFFIX,)), places)
             for place, answer in zip(places, looks, strict=True):
                 found.update(zip((place, index_file(place)), answer.files, strict=False))
     else:
         for folder in dict.fromkeys(map(parent_of, places)):
             found.update({join(folder, file.name): file for file in list_files(folder)})
-    return [
-        (f"{found[place].version}-{found[place].size}", found[place].size or 0, index_file(place) in found)
-        if place in found
-        else None
+    return {
+        place: (f"{found[place].version}-{found[place].size}", found[place].size or 0, index_file(place) in found)
         for place in places
-    ]
+        if place in found
+    }
 
 
 def _indexes_of(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:
     """Return the index next to each local shard, otherwise one from the cache, which is made if necessary."""
-    found = [_index_beside(shard) for shard in shards]
+    found = [None if shard.remote else _index_beside(shard) for shard in shards]
     lacking = [shard for shard, index in zip(shards, found, strict=True) if index is None]
-    if lacking:
-        made = iter(_cached_indexes(lacking, pattern))
-        found = [index or next(made) for index in found]
-    return [index for index in found if index is not None]
+    made = iter(_cached_indexes(lacking, pattern) if lacking else ())
+    return [index or next(made) for index in found]
 
 
 def _index_beside(shard: Shard) -> TarIndex | None:
-    if shard.remote or not shard.indexed:
+    """Read the index next to a shard; None if there is none, or if it is not an index of this shard."""
+    if not shard.indexed:
         return None
-    index = TarIndex.from_json(Path(index_file(shard.place)).read_text(encoding="utf-8", errors="replace"), shard.bytes)
-    return index if index is not None and fits(index, shard) else None
+    place = index_file(shard.place)
+    if shard.remote:
+        from openmae.storage.filesystem import ask, open_filesystem
+
+        filesystem = open_filesystem(place)
+        content = ask(place, filesystem._cat_file(filesystem._strip_protocol(place)))
+    else:
+        content = Path(place).read_bytes()
+    index = TarIndex.from_json(content.decode("utf-8", "replace"), shard.bytes)
+    # A remote shard would have to be downloaded to compare it with its index.
+    return index if index is not None and (shard.remote or fits(index, shard)) else None
 
 
 def _cached_indexes(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:
@@ -176,27 +180,13 @@ def _cached_indexes(shards: Sequence[Shard], pattern: str) -> list[TarIndex]:
             )
             return _new_indexes(shards)
         lines = (entry / _INDEXES).read_text(encoding="utf-8").splitlines()
-    indexes = [TarIndex.from_json(line, shard.bytes) for line, shard in zip(lines, shards, strict=True)]
-    return [index for index in indexes if index is not None]
+    return [TarIndex.from_json(line, shard.bytes) or scan_tar(shard) for line, shard in zip(lines, shards, strict=True)]
 
 
 def _new_indexes(shards: Sequence[Shard]) -> list[TarIndex]:
+    """Read the indexes next to remote shards, and scan the other shards."""
     with ThreadPoolExecutor(_LOOKUPS) as pool:
-        return list(pool.map(_new_index, shards))
-
-
-def _new_index(shard: Shard) -> TarIndex:
-    """Read the index next to a remote shard, or scan the shard."""
-    if shard.remote and shard.indexed:
-        from openmae.storage.filesystem import ask, open_filesystem
-
-        url = index_file(shard.place)
-        filesystem = open_filesystem(url)
-        content: bytes = ask(url, filesystem._cat_file(filesystem._strip_protocol(url)))
-        index = TarIndex.from_json(content.decode("utf-8", "replace"), shard.bytes)
-        if index is not None:
-            return index
-    return scan_tar(shard)
+        return list(pool.map(lambda shard: _index_beside(shard) or scan_tar(shard), shards))
 
 
 def _skipped(shards: Sequence[Shard], indexes: Sequence[TarIndex]) -> tuple[SkippedFiles, ...]:
@@ -229,7 +219,7 @@ def _labels(
     if not lists:
         fix = "Give every image a .cls or .json (mae dataset pack does), or a class folder in its name (cat/1.jpg)."
         wrapper, names = _unwrapped(members)
-        place = f"{pattern}{MEMBER}{wrapper}" if wrapper else pattern
+        place = f"{pattern}{MEMBER}{printable_name(wrapper)}" if wrapper else pattern
         numbers, classes = label_by_folder(names, labelled, place, ("no .cls or .json", fix))
         return numbers, classes, "folders" if classes else ""
     classes = max(lists) if len(lists) == 1 else tuple(sort_class_names({name for names in lists for name in names}))
@@ -249,11 +239,6 @@ def _labels(
 
 def _unwrapped(members: Sequence[str]) -> tuple[str, Sequence[str]]:
     """Return the common parent folders of all members, except a single class folder, and the names without them."""
-    wrapper = ""
-    while True:
-        first, _, rest = members[0].partition("/")
-        prefix = f"{first}/"
-        if "/" not in rest or not all(name.startswith(prefix) and name.count("/") > 1 for name in members):
-            return wrapper, members
-        wrapper += prefix
-        members = [name[len(prefix) :] for name in members]
+    folders = os.path.commonprefix([name.split("/")[:-2] for name in members])  # noqa: RUF071
+    wrapper = "".join(f"{folder}/" for folder in folders)
+    return wrapper, [name.removeprefix(wrapper) for name in members]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
@@ -22,11 +21,11 @@ from PIL import Image
 from openmae.data.corrupt import warn_of_further_images
 from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.index import ImageIndex
-from openmae.data.parallel import map_ordered
+from openmae.data.parallel import map_images
 from openmae.data.shards.tar_index import BLOCK, TarIndex, index_file
-from openmae.errors import DataError, RunError, UserError
+from openmae.errors import DataError, UserError
 from openmae.storage import layout
-from openmae.storage.atomic import flush_to_disk, make_folder, write_atomically
+from openmae.storage.atomic import FULL, disk_errors, flush_to_disk, make_folder, write_atomically
 
 _LOCK = ".packing.lock"
 
@@ -86,14 +85,10 @@ def pack(
     """
     make_folder(out)
     try:
-        with FileLock(out / _LOCK, timeout=0):
+        with disk_errors(out, FULL), FileLock(out / _LOCK, timeout=0):
             return _pack(index, out, options, overwrite, advance)
     except Timeout as error:
         raise UserError(f"Another process packs into {out}.", "Wait for it, or name another folder.") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(f"{out} has too little space for the shards ({error.strerror}).", "Free space there.") from error
 
 
 def _pack(
@@ -113,14 +108,14 @@ def _pack(
     result, warned = PackResult(), False
     with tempfile.TemporaryDirectory(prefix=".packing-", dir=out) as folder:
         writer = _ShardWriter(Path(folder), name, index.class_names, options.shard_bytes)
-        for number, stored in enumerate(map_ordered(partial(_stored, index, options), len(index))):
+        for number, stored in enumerate(map_images(index, partial(_stored, options))):
             advance()
             if isinstance(stored, CorruptImage):
-                result.corrupt.append((index.full_name(index.paths[number]), stored.reason))
+                result.corrupt.append((index.full_name(number), stored.reason))
                 continue
             if stored.further and not warned:
                 warned = True
-                warn_of_further_images(index, index.paths[number], stored.further)
+                warn_of_further_images(index, number, stored.further)
             label = -1 if index.labels is None else index.labels[number]
             writer.add(index.key(number), stored.content, stored.suffix, label)
             result.images += 1
@@ -130,14 +125,14 @@ def _pack(
                 f"All {len(index)} images in {index.place} are corrupt, such as {path} ({reason}).",
                 "Name another folder.",
             )
-        written = writer.close()
+        writer.close()
         for earlier in old:
             earlier.unlink()
-        for shard in written:
+        for shard in writer.shards:
             beside = Path(index_file(str(shard)))
             beside.replace(out / beside.name)
             shard.replace(out / shard.name)
-        result.shards = [out / shard.name for shard in written]
+            result.shards.append(out / shard.name)
     listing = out / layout.CORRUPT_LIST
     listing.unlink(missing_ok=True)
     if result.corrupt:
@@ -151,18 +146,13 @@ class _Stored(NamedTuple):
     further: str
 
 
-def _stored(index: ImageIndex, options: PackOptions, number: int) -> _Stored | CorruptImage:
-    suffix = os.path.splitext(index.paths[number])[1].lower()
-    try:
-        content = index.read(number)
-        with ImageFile(index.file(number), io.BytesIO(content), index.max_pixels) as image:
-            if options.size is not None and min(image.size) > options.size:
-                content, suffix = _scaled_down(image, options.size, options.quality)
-            else:
-                image.pixels(at_least=(1, 1))  # reads all of a JPEG, but decodes it at the lowest resolution
-            return _Stored(content, suffix, image.further_images)
-    except CorruptImage as error:
-        return error
+def _stored(options: PackOptions, image: ImageFile, content: bytes) -> _Stored:
+    suffix = image.path.suffix.lower()
+    if options.size is not None and min(image.size) > options.size:
+        content, suffix = _scaled_down(image, options.size, options.quality)
+    else:
+        image.pixels(at_least=(1, 1))  # reads all of a JPEG, but decodes it at the lowest resolution
+    return _Stored(content, suffix, image.further_images)
 
 
 def _scaled_down(file: ImageFile, size: int, quality: int) -> tuple[bytes, str]:
@@ -187,19 +177,19 @@ def _scaled_down(file: ImageFile, size: int, quality: int) -> tuple[bytes, str]:
 
 
 class _ShardWriter:
-    """Writes samples to numbered tar files, with an index file next to each."""
+    """Writes samples to numbered tar files, the ``shards``, with an index file next to each."""
 
     def __init__(self, folder: Path, name: str, classes: tuple[str, ...], shard_bytes: int) -> None:
         self._folder, self._name, self._classes, self._shard_bytes = folder, name, list(classes), shard_bytes
         self._tar: tarfile.TarFile | None = None
-        self._index = TarIndex(0, [], [], [], [], self._classes)
+        self._index: TarIndex
         self._keys: set[str] = set()
-        self._shards: list[Path] = []
+        self.shards: list[Path] = []
 
     def add(self, path: str, content: bytes, extension: str, label: int) -> None:
         """Write an image and its label (-1 for none)."""
         size = len(content) + 3 * BLOCK
-        if self._tar is None or (self._index.names and self._tar.offset + size > self._shard_bytes):
+        if self._tar is None or self._tar.offset + size > self._shard_bytes:
             self._next_shard()
         key = self._key(path)
         name = f"{key}{extension}"
@@ -211,23 +201,18 @@ class _ShardWriter:
         self._index.sizes.append(len(content))
         self._index.labels.append(label)
 
-    def close(self) -> list[Path]:
-        """Finish the last shard and return all of them."""
-        self._finish()
-        return self._shards
-
     def _next_shard(self) -> None:
-        self._finish()
-        self._shards.append(self._folder / f"{self._name}-{len(self._shards):06d}.tar")
-        self._tar = tarfile.open(self._shards[-1], "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self.close()
+        self.shards.append(self._folder / f"{self._name}-{len(self.shards):06d}.tar")
+        self._tar = tarfile.open(self.shards[-1], "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._index = TarIndex(0, [], [], [], [], self._classes)
 
-    def _finish(self) -> None:
+    def close(self) -> None:
+        """Finish the last shard."""
         if self._tar is None:
             return
         self._tar.close()
-        self._tar = None
-        path = self._shards[-1]
+        path = self.shards[-1]
         flush_to_disk(path)
         index = replace(self._index, bytes=path.stat().st_size)
         write_atomically(Path(index_file(str(path))), index.to_json())

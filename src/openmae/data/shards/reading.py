@@ -22,7 +22,6 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -32,7 +31,6 @@ from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.index import ImageIndex, Numbers
 from openmae.data.shards.tar_index import Shard, read_member
 from openmae.storage.printable import printable_name
-from openmae.storage.urls import redact
 
 WINDOW = 8  # remote shards whose images are shuffled together
 MEMBER = "!"  # separates the name of a shard from that of an image in it
@@ -65,21 +63,13 @@ class ShardedIndex(ImageIndex):
         """Name of the source in messages."""
         return self.pattern
 
-    def full_name(self, path: str) -> str:
-        """Return the printable name of one of ``paths``, unambiguous among several data sets."""
-        shard, _, member = path.partition(MEMBER)
-        return f"{self._shard_names()[shard]}{MEMBER}{printable_name(member)}"
+    def full_name(self, number: int) -> str:
+        """Return the printable name of image ``number``, unambiguous among several data sets."""
+        return f"{self._shard(number).shown}{MEMBER}{printable_name(self.key(number))}"
 
     def holds(self, full_name: str) -> bool:
         """Return whether ``full_name`` is in one of these shards."""
-        return any(full_name.startswith(f"{name}{MEMBER}") for name in self._shard_names().values())
-
-    def _shard_names(self) -> dict[str, str]:
-        return {shard.name: printable_name(redact(shard.place)) for shard in self.shards}
-
-    def file(self, number: int) -> Path:
-        """Return the name of image ``number``, which is not the path of a file."""
-        return self.root / self.paths[number]
+        return any(full_name.startswith(f"{shard.shown}{MEMBER}") for shard in self.shards)
 
     def open(self, number: int) -> ImageFile:
         """Open image ``number``; raise CorruptImage if its header cannot be read."""
@@ -87,7 +77,7 @@ class ShardedIndex(ImageIndex):
 
     def read(self, number: int) -> bytes:
         """Return the encoded bytes of image ``number``; raise CorruptImage if they cannot be read."""
-        shard = self.shards[self.shard_of[number]]
+        shard = self._shard(number)
         content = read_member(shard, int(self.offsets[number]), int(self.sizes[number]))
         if content is None:
             raise CorruptImage(self.file(number), f"{printable_name(shard.name)} has changed since it was indexed")
@@ -95,7 +85,10 @@ class ShardedIndex(ImageIndex):
 
     def key(self, number: int) -> str:
         """Return the path of image ``number`` in its shard."""
-        return self.paths[number].partition(MEMBER)[2]
+        return self.paths[number].removeprefix(f"{self._shard(number).name}{MEMBER}")
+
+    def _shard(self, number: int) -> Shard:
+        return self.shards[self.shard_of[number]]
 
     def subset(self, numbers: Numbers) -> Self:
         """Return an index of only the images ``numbers``, in that order."""

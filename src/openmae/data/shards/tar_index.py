@@ -23,9 +23,10 @@ from openmae.data.folder_listing import SkippedCounter, file_kind, is_image, is_
 from openmae.data.index import sort_class_names
 from openmae.errors import DataError
 from openmae.storage.printable import printable_name
-from openmae.storage.urls import is_remote, redact
+from openmae.storage.urls import append_suffix, is_remote, redact
 
 FORMAT = "openmae-shard-1"
+INDEX_SUFFIX = ".index.json"
 BLOCK = 512  # the header of a member is one block, immediately before its data
 _MAX_LABEL_BYTES = 1 << 20
 _OPEN_LOCAL = 64  # shards that a process keeps open
@@ -63,6 +64,11 @@ class Shard:
     def remote(self) -> bool:
         """True if ``place`` is a URL."""
         return is_remote(self.place)
+
+    @property
+    def shown(self) -> str:
+        """Its place in messages, without secrets."""
+        return printable_name(redact(self.place) if self.remote else self.place)
 
     def fetch(self) -> None:
         """Download a remote shard into the cache, where it stays until the space is needed.
@@ -145,8 +151,7 @@ class TarIndex:
 
 def index_file(shard: str) -> str:
     """Return the path or URL of the index next to a shard."""
-    path, mark, query = shard.partition("?") if is_remote(shard) else (shard, "", "")
-    return f"{path}.index.json{mark}{query}"
+    return append_suffix(shard, INDEX_SUFFIX)
 
 
 def fits(index: TarIndex, shard: Shard) -> bool:
@@ -166,17 +171,17 @@ def scan_tar(shard: Shard) -> TarIndex:
     Raises:
         DataError: the shard cannot be read, is not a plain tar file, is truncated, has no images or contains links.
     """
-    place = printable_name(redact(shard.place))
     try:
         with shard.local(quiet=False) as path, path.open("rb") as stream:
             try:
-                return _scan(place, stream)
+                return _scan(shard.shown, stream)
             except tarfile.TarError as error:
                 stream.seek(0)
-                raise _not_a_tar(place, stream.read(4), error) from error
+                raise _not_a_tar(shard.shown, stream.read(4), error) from error
     except OSError as error:
         raise DataError(
-            f"The shard {place} cannot be read ({error.strerror or error}).", "Check its permissions and its disk."
+            f"The shard {shard.shown} cannot be read ({error.strerror or error}).",
+            "Check its permissions and its disk.",
         ) from error
 
 
@@ -314,7 +319,7 @@ class _OpenFile:
     """A file that stays open while it is referenced. Threads and forks can share it: reads do not move a position."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
