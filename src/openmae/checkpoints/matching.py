@@ -22,7 +22,7 @@ from openmae.models.decoders import ConvNeXtDecoder
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.positions import resize_position_embedding
 from openmae.spec.architectures import ARCHITECTURES
-from openmae.storage.printable import shorten
+from openmae.storage.printable import first_few
 
 REQUIRED_PERCENT = 95
 _CLASSIFIER = frozenset({"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"})
@@ -150,7 +150,7 @@ def complaint(report: LoadReport, weights: NamedWeights, source: ModelConfig | N
     )
     for title, names in (("Missing", report.missing), ("Not in the model", report.unexpected)):
         if names:
-            problem += f" {title}: {shorten(names)}."
+            problem += f" {title}: {first_few(names)}."
     fixes = []
     if likely and likely != report.arch:
         problem += f" The file looks like {likely}."
@@ -167,7 +167,7 @@ def _foreign_complaint(report: LoadReport, path: Path) -> CheckpointError:
     """Return the error for a file whose model has the same names but computes a different function."""
     parts = foreign_parts(report.foreign)
     named = f" ({', '.join(parts)})" if parts else ""
-    names = shorten([text for text in report.unexpected if text.split(" ")[0] in report.foreign])
+    names = first_few([text for text in report.unexpected if text.split(" ")[0] in report.foreign])
     count, them = ("a tensor", "it") if len(report.foreign) == 1 else (f"{len(report.foreign)} tensors", "them")
     return CheckpointError(
         f"{path} holds {count} that {report.arch} does not have{named}: {names}. Without {them} "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openmae.checkpoints.unpickling import NumpyArray
 from openmae.errors import CheckpointError
-from openmae.storage.printable import shorten
+from openmae.storage.printable import first_few
 
 State = dict[str, Tensor]
 
@@ -60,9 +60,9 @@ class Wrapped:
         chosen = ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part)
         note = f"using the weights under {chosen!r}"
         if self.others:
-            note += f"; the file also has {shorten(self.others, _SHOWN)} (choose with train.pretrained_weights_key)"
+            note += f"; the file also has {first_few(self.others, _SHOWN)} (choose with train.pretrained_weights_key)"
         if self.unused:
-            note += f"; not used: {shorten(self.unused, _SHOWN)}"
+            note += f"; not used: {first_few(self.unused, _SHOWN)}"
         return note
 
 

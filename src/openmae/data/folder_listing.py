@@ -13,7 +13,7 @@ from openmae.errors import DataError
 from openmae.inputs import open_regular
 from openmae.storage import layout
 from openmae.storage.atomic import parse_object
-from openmae.storage.printable import printable_name
+from openmae.storage.printable import first_few, printable_name
 
 LABELS_FILE = "labels.csv"
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
@@ -215,5 +215,4 @@ def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
     """Return the first ``most`` names, printable, and the number of those left."""
-    left = len(names) - most
-    return ", ".join(map(printable_name, names[:most])) + (f" and {left:,} more" if left > 0 else "")
+    return first_few([*map(printable_name, names[:most]), *names[most:]], most)

@@ -33,7 +33,7 @@ from openmae.data.label_table import read_label_table
 from openmae.errors import DataError
 from openmae.inputs import open_regular
 from openmae.results.report import Cell, Table
-from openmae.storage.printable import printable_name, same_name, shorten
+from openmae.storage.printable import first_few, printable_name, same_name
 
 log = logging.getLogger("openmae")
 
@@ -269,7 +269,7 @@ def skipped_files_table(indexes: Iterable[ImageIndex]) -> list[Table]:
 
 def _why_no_classes(names: Sequence[str], parent: str) -> str:
     """Return why the folders ``names`` of ``parent`` are probably not classes; empty if they may be."""
-    some = f"the folders {shorten(names, 4)}"
+    some = f"the folders {first_few(names, 4)}"
     if len(names) < 2:
         return ""
     months = re.fullmatch(_YEAR, parent) and all(re.fullmatch(_MONTH, name) for name in names)

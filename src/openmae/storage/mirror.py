@@ -23,7 +23,7 @@ from openmae.storage.atomic import parse_object, write_atomically
 from openmae.storage.download import download
 from openmae.storage.filesystem import ask, is_missing, is_transient, open_filesystem
 from openmae.storage.listing import Found, list_files, listed_file
-from openmae.storage.printable import shorten
+from openmae.storage.printable import first_few
 from openmae.storage.transfer import ChangedError
 from openmae.storage.urls import join, redact, scheme_of
 
@@ -129,7 +129,7 @@ class Mirror:
         names = sorted(self._failed)
         reason = self._failed[names[0]][1]
         return RunError(
-            f"{shorten(names)} could not be uploaded to {redact(self.url)}: {reason.problem}",
+            f"{first_few(names)} could not be uploaded to {redact(self.url)}: {reason.problem}",
             f"{reason.fix} Everything is still in {self.local}: run the command again, or copy it from there.",
         )
 

@@ -54,10 +54,10 @@ def spreadsheet_cell(text: str) -> str:
     return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
 
 
-def shorten(names: Sequence[str], most: int = 3) -> str:
+def first_few(names: Sequence[str], most: int = 3) -> str:
     """Return the first names, and how many more there are.
 
-    >>> shorten(["a.png", "b.png", "c.png"], most=2)
+    >>> first_few(["a.png", "b.png", "c.png"], most=2)
     'a.png, b.png and 1 more'
     """
     left = len(names) - most

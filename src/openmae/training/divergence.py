@@ -19,7 +19,7 @@ from openmae.distributed.collectives import gather_objects, sum_over_ranks
 from openmae.distributed.fsdp import gathered
 from openmae.distributed.rendezvous import watchdog_of
 from openmae.errors import RunError
-from openmae.storage.printable import shorten
+from openmae.storage.printable import first_few
 from openmae.training.state import LoopSettings, Outputs, Progress, Task
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class DivergenceGuard:
         self.progress.bad_steps += 1
         gathered_names = gather_objects(self.fabric, [self.file_of(index) for index in images])
         names = [name for part in gathered_names for name in part]
-        self._skipped_images = shorten(names, _SHOWN_IMAGES)
+        self._skipped_images = first_few(names, _SHOWN_IMAGES)
         log.warning("Step %d: %s; the step is skipped. Its images: %s", step.number, fault, self._skipped_images)
         if self.progress.bad_steps >= MAX_BAD_STEPS:
             self.blame(step.number, fails=True)
