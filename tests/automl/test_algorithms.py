@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from tests.helpers.simulation import loss, make_spec, make_worker, open_study
 
 from openmae.automl.algorithms import Algorithm, Member, WeightedSampler, next_member
-from openmae.automl.space import Parameter, Space, epochs_of, make_space
+from openmae.automl.space import Parameter, Space, make_space
 from openmae.errors import SpecError
 from openmae.spec.sections.automl import AutomlSpec
 
@@ -254,6 +254,6 @@ def test_bayesian_beats_random(tmp_path: Path) -> None:
 
 def test_epochs_of_a_trial(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, max_epochs=4)
-    assert epochs_of(spec) == 4
-    assert epochs_of(make_spec(tmp_path)) == 9
+    assert spec.trial_epochs == 4
+    assert make_spec(tmp_path).trial_epochs == 9
     assert len(make_space(spec).parameters) == 2

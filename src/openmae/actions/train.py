@@ -39,7 +39,6 @@ from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS, monitored_metric
-from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.training.elastic import BatchLayout, same_position
@@ -121,7 +120,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     )
     settings = _loop_settings(plan, fabric)
     groups = _groups(plan, model)
-    optimizer = build_adamw(groups, settings.lr, optim.momentum, resolve(spec).beta2)
+    optimizer = build_adamw(groups, settings.lr, optim.momentum, optim.beta2)
     images = (len(plan.train), len(plan.val) if plan.val else 0)
     rows = recipe_rows(fabric, task, config, groups, schedule, settings, images, spec.dataset.batch_size)
     outputs = _outputs(fabric, plan, state)

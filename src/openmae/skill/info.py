@@ -11,7 +11,7 @@ from openmae.spec.metrics import METRICS
 DEPLOY = "tao-deploy-mask-auto-encoder"
 SCRIPT = "scripts/run_action.py"
 DEPLOY_ACTIONS = ("gen_trt_engine",)
-_EXCLUDED = [".*", "*.tmp"]  # files that are still being written
+_EXCLUDED = (".*", "*.tmp")  # files that are still being written
 
 
 def skill_info() -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _action(action: str) -> dict[str, Any]:
         "inputs": {data.key: _input(action, data.key, "folder") for data in _sources(action)}
         | {file.key: _input(action, file.key, "file") for file in row.inputs},
         "outputs": {"results_dir": {"type": "folder"}} | ({row.output.key: {"type": "file"}} if row.output else {}),
-        "upload_excludes": _EXCLUDED,
+        "upload_excludes": list(_EXCLUDED),
         "execution": {
             "type": "python_script",
             "script": SCRIPT,

@@ -40,13 +40,11 @@ class Input:
         key: of the spec.
         kinds: that the key takes.
         function: fills the key of a job.
-        in_search: a hyperparameter search reads it as well.
     """
 
     key: str
     kinds: tuple[ModelKind, ...]
     function: Function = "parent_model"
-    in_search: bool = True
 
 
 @dataclass(frozen=True)

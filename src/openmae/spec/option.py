@@ -88,6 +88,12 @@ class Traits:
         return {"ignores": self.stages, "ignores in pretraining": PRETRAIN}.get(self.tao, ())
 
     @property
+    def bound(self) -> tuple[str, str]:
+        """The sign and the other key of ``cond``; both are empty if there is none."""
+        sign, _, key = self.cond.partition(" ")
+        return sign, key
+
+    @property
     def condition(self) -> tuple[str, tuple[str, ...]]:
         """The key that ``needs`` names, and the values that satisfy it (which may be ``>0``); none: any true value."""
         if self.needs.endswith(">0"):
@@ -116,8 +122,8 @@ def option(
     """Declare an option.
 
     Args:
-        default: the value if the spec does not set the key; None if it depends on the stage, the architecture or the
-            data.
+        default: the value if the spec does not set the key. None for a type without None: ``load_spec`` derives it from
+            other options (``spec/resolved.py``).
         help: one line, shown by ``mae spec keys`` and in templates.
         gt: exclusive lower bound.
         ge: lower bound.
@@ -202,7 +208,7 @@ def _distinct(ids: tuple[int, ...]) -> tuple[int, ...]:
     return ids
 
 
-def _positive(values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
     if values and min(values) <= 0:
         raise broken("must contain numbers > 0")
     return values
@@ -225,7 +231,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 BatchOrAuto = Annotated[int, AfterValidator(_batch_or_auto)]
 Milestones = Annotated[tuple[int, ...], AfterValidator(_rising)]
 GpuIds = Annotated[tuple[int, ...], AfterValidator(_distinct)]
-Deviations = Annotated[tuple[float, ...] | None, AfterValidator(_positive)]
+Deviations = Annotated[tuple[float, ...], AfterValidator(_positive)]
 AutoAugment = Annotated[str, AfterValidator(_timm_policy)]
 _EXPAND_USER = AfterValidator(os.path.expanduser)
 InputPath = Annotated[str, _EXPAND_USER, FileUse.READ]

@@ -27,7 +27,7 @@ class ModelSpec(Section):
     patch_size: int | None = option(
         None, "side of a ViT patch in pixels; unset: as in the name", ge=1, tao="lacks", automl=False, **SHAPE
     )
-    mask_ratio: float | None = option(
+    mask_ratio: float = option(
         None,
         "share of mask units hidden in pretraining; unset: 0.75 ViT, 0.6 Hiera and ConvNeXt V2",
         gt=0,
@@ -45,7 +45,7 @@ class ModelSpec(Section):
         on_resume="refuse",
         changes_loss=True,
     )
-    decoder_depth: int | None = option(
+    decoder_depth: int = option(
         None,
         "decoder blocks; unset: 8 ViT and Hiera, 1 ConvNeXt V2",
         ge=1,
@@ -55,7 +55,7 @@ class ModelSpec(Section):
         changes_loss=True,
         **SHAPE,
     )
-    decoder_embed_dim: int | None = option(
+    decoder_embed_dim: int = option(
         None,
         "decoder width; unset: 512",
         ge=1,
@@ -83,7 +83,7 @@ class ModelSpec(Section):
         search=Search(0.25, 1.0),
         changes_loss=True,
     )
-    drop_path_rate: float | None = option(
+    drop_path_rate: float = option(
         None,
         "stochastic depth; unset: as in the paper for pretraining, 0.1 for fine-tuning",
         ge=0,

@@ -34,7 +34,7 @@ class OptimSpec(Section):
     )
     weight_decay: Share = option(0.05, "weight decay", automl=True, search=Search(1e-3, 0.3, log=True))
     momentum: float = option(0.9, "AdamW's beta1", gt=0, lt=1, tao="ignores", automl=True, search=Search(0.8, 0.98))
-    beta2: float | None = option(
+    beta2: float = option(
         None, "AdamW's beta2; unset: 0.95 pretrain, 0.999 finetune", gt=0, lt=1, tao="lacks", search=Search(0.9, 0.999)
     )
     layer_decay: PositiveShare = option(
