@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from openmae.errors import SpecError
 from openmae.spec.architectures import ARCHITECTURES
-from openmae.spec.describe import choices, fields, traits, why_illegal
+from openmae.spec.describe import choices, fields, similar_keys, traits, why_illegal
 from openmae.spec.load import ALIASES, find_refusals
 from openmae.spec.notices import why_unused
 from openmae.spec.option import Search, meets
@@ -166,9 +165,8 @@ def make_space(spec: ExperimentSpec) -> Space:
 def _unknown(key: str) -> str:
     if key in fields():
         return ""
-    near = [name for name in fields() if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = near or difflib.get_close_matches(key, list(fields()), n=2)
-    return "there is no such option." + (f" Did you mean {' or '.join(near[:2])}?" if near else "")
+    near = similar_keys(key)
+    return "there is no such option." + (f" Did you mean {' or '.join(near)}?" if near else "")
 
 
 def _not_searchable(key: str) -> str:

@@ -44,16 +44,6 @@ def render(folder: Path = FOLDER) -> dict[str, str]:
     return files
 
 
-def differences(folder: Path = FOLDER) -> list[str]:
-    """Return the generated files that are missing or outdated, and files that do not belong to the skill."""
-    files = render(folder)
-    outdated = [name for name, text in files.items() if _read(folder / name) != text]
-    known = {*files, "evals/evals.json", f"references/{DEPLOY}.md", "scripts/run_action.py"}
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    unknown = {name for name in present - known if "__pycache__" not in name}
-    return sorted({*outdated, *unknown})
-
-
 def build(folder: Path = FOLDER) -> list[str]:
     """Write every generated file that is missing or outdated, and return their names.
 

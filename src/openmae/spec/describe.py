@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import types
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -91,7 +92,7 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 def type_words(field: FieldInfo) -> str:
     """Return the type of an option: "integer", "number", "text", "true or false", "list of numbers", "choice"."""
-    return "choice" if choices(field) else _words(Annotated[field.annotation, *field.metadata, ""])
+    return "choice" if choices(field) else _words(field.rebuild_annotation())
 
 
 def bounds(field: FieldInfo) -> dict[str, float]:
@@ -109,15 +110,29 @@ def bounds_words(field: FieldInfo) -> str:
 
 def why_illegal(key: str, values: Iterable[Any]) -> str:
     """Return the rule of an option that the first illegal value breaks; empty if all are legal."""
-    field = fields()[key]
-    declared: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    adapter = TypeAdapter(declared)
+    adapter: TypeAdapter[Any] = TypeAdapter(fields()[key].rebuild_annotation())
     for value in values:
         try:
             adapter.validate_python(value)
         except ValidationError as error:
             return f"{value!r} is not a legal value of {key}: {error.errors()[0]['msg'].lower()}."
     return ""
+
+
+def similar(word: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Return up to three names similar to a word, ignoring case."""
+    by_lower = {name.lower(): name for name in names}
+    return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=cutoff)]
+
+
+def similar_keys(key: str) -> list[str]:
+    """Return up to three options or sections that an unknown key may stand for: its neighbours, or namesakes."""
+    names = [*fields(), *sorted(sections())]
+    parent, _, leaf = key.rpartition(".")
+    neighbours = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == parent}
+    near = [neighbours[name] for name in similar(leaf, neighbours)]
+    near += similar(key, [name for name in names if name.rpartition(".")[2] == leaf], cutoff=0.0)
+    return list(dict.fromkeys(near or similar(key, names)))[:3]
 
 
 def key_of_option(option: str, section: str) -> str:

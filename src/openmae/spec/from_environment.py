@@ -6,7 +6,6 @@ variable is set.
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -24,15 +23,13 @@ def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) 
 
     Every ``${...}`` in ``tree`` must be well formed. ``paths`` lead to the values with one; a list counts as one value.
     """
-    keys = {tuple(part for part in path if isinstance(part, str)) for path in paths}
     if _CALL not in str(tree):
         return {}
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    register = (
-        getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-    )  # its name up to OmegaConf 2.3
+    # OmegaConf 2.3 calls it register_new_resolver
+    register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
     called: list[str] = []
 
     def stand_in(name: str, *default: Any) -> str:
@@ -42,16 +39,15 @@ def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) 
     register(_STAND_IN, stand_in, replace=True)
     config = OmegaConf.create(_standing_in(tree))
     found = {}
-    for key in keys:
-        dotted = ".".join(key)
+    for key in {".".join(part for part in path if isinstance(part, str)) for path in paths}:
         called.clear()
         try:
-            value = OmegaConf.select(config, dotted)
+            value = OmegaConf.select(config, key)
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except (OmegaConfBaseException, RecursionError, ValueError):
             value = None
         if called:  # another resolver may have changed the reference
-            found[dotted] = value if _CALL in str(value) else get(tree, key)
+            found[key] = value if _CALL in str(value) else get(tree, key)
     return found
 
 
@@ -72,4 +68,4 @@ def _standing_in(tree: Any) -> Any:
         return {key: _standing_in(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_standing_in(value) for value in tree]
-    return tree.replace(_CALL, f"${{{_STAND_IN}:") if isinstance(tree, str) else copy.copy(tree)
+    return tree.replace(_CALL, f"${{{_STAND_IN}:") if isinstance(tree, str) else tree

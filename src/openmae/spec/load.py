@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from openmae.errors import SpecError
 from openmae.spec import tree
 from openmae.spec.actions import ROWS, SEARCH, get_action
-from openmae.spec.describe import bounds_words, choices, fields, sections, type_words
+from openmae.spec.describe import bounds_words, choices, fields, sections, similar, similar_keys, type_words
 from openmae.spec.notices import find_notices, ignored_by_tao, inert_keys
 from openmae.spec.option import SECRET_MARK, is_secret
 from openmae.spec.resolved import dependent_defaults, device_numbers, fill_unset, resolve
@@ -202,7 +201,7 @@ def _explain(path: tuple[str, ...], value: Any, detail: Any) -> str:
     words, bounds = type_words(field), bounds_words(field)
     hint = ""
     if words == "choice":
-        near = _close(str(value), choices(field))
+        near = similar(str(value), choices(field))
         hint = f" Did you mean {near[0]}?" if near else ""
         return f"must be one of {bounds}, got {value!r}.{hint}"
     if words == "text" and not isinstance(value, dict | list):
@@ -220,19 +219,9 @@ def _unknown(path: tuple[str, ...]) -> str:
     if any("." in part for part in path) and key in fields():
         section, name = key.rsplit(".", 1)
         return f"a file has sections, not dotted keys. Write {name}: below {section}: instead."
-    names = [*fields(), *sorted(sections())]
-    parent, leaf = key.rpartition(".")[0], path[-1]
-    siblings = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == parent}
-    near = [siblings[name] for name in _close(leaf, siblings)]
-    near += _close(key, [name for name in names if name.rpartition(".")[2] == leaf], cutoff=0.0)
-    near = list(dict.fromkeys(near or _close(key, names)))[:3]
+    near = similar_keys(key)
     hint = f"Did you mean {' or '.join(near)}?" if near else "`mae spec keys` lists all keys."
     return f"there is no such key. {hint}"
-
-
-def _close(word: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    by_lower = {name.lower(): name for name in names}
-    return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=cutoff)]
 
 
 def _without_secret(problem: Problem) -> Problem:

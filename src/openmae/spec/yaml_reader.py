@@ -14,7 +14,7 @@ import yaml
 from openmae.errors import SpecError
 from openmae.inputs import read_file_or_pipe
 from openmae.spec import from_environment
-from openmae.spec.tree import Tree, merge
+from openmae.spec.tree import Tree, get, merge, nest, put
 
 MISSING = "???"
 KeyPath = tuple[str | int, ...]
@@ -326,23 +326,22 @@ def _text_keys(mapping: Mapping[Any, Any]) -> Tree:
 
 
 def _set(reading: Reading, key: str, value: Any) -> None:
-    *parents, name = key.split(".")
-    section = reading.tree
-    for depth, part in enumerate(parents, 1):
-        below, parent = section.get(part), ".".join(parents[:depth])
+    parents = key.split(".")[:-1]
+    for depth in range(1, len(parents) + 1):
+        parent = ".".join(parents[:depth])
+        below = get(reading.tree, parent)
         if below is None or below == MISSING:
-            below = section[part] = {}
+            put(reading.tree, parent, {})
             reading.origin.setdefault(parent, "override")
-        if not isinstance(below, dict):
+        elif not isinstance(below, dict):
             text = f"cannot be set, since {parent} is {below!r} and not a section."
             reading.problems.append(Problem(key, text, also=(parent,)))
             return
-        section = below
-    merge(section, {name: value})
-    below_key = [".".join([*parents, *map(str, path)]) for path, _ in _leaves({name: value})]
-    reading.origin.update(dict.fromkeys([key, *below_key], "override"))
-    for replaced in (key, *below_key):
-        reading.shown.pop(replaced, None)
+    new = nest({key: value})
+    merge(reading.tree, new)
+    for changed in (key, *(".".join(map(str, path)) for path, _ in _leaves(new))):
+        reading.origin[changed] = "override"
+        reading.shown.pop(changed, None)
 
 
 def _leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
