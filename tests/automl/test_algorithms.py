@@ -86,11 +86,12 @@ def test_grid_tries_all_choices(tmp_path: Path) -> None:
 
 
 def test_spaces_that_an_algorithm_cannot_search_are_rejected() -> None:
-    shape = Space((Parameter("model.decoder_depth", 1, 8, integer=True),), {})
+    depth, ratio = Parameter("model.decoder_depth", 1, 8, integer=True), Parameter("model.mask_ratio", 0.5, 0.8)
     with pytest.raises(SpecError) as caught:
-        _algorithm("pbt", shape).check()
+        _algorithm("pbt", Space((depth, ratio), {})).check()
     assert caught.value.problem == (
-        "automl.algorithm: pbt copies weights between trials, so it cannot search model.decoder_depth."
+        "automl.algorithm: pbt copies weights between trials, so it cannot search model.decoder_depth, "
+        "model.mask_ratio."
     )
     with pytest.raises(SpecError) as caught:
         _algorithm("pbt", max_recommendations=9).check()
@@ -102,7 +103,7 @@ def test_spaces_that_an_algorithm_cannot_search_are_rejected() -> None:
     conditional = Space(
         (
             Parameter(SCHEDULER, choices=("cosine", "MultiStep")),
-            Parameter(GAMMA, 0.1, 0.5, needs=(SCHEDULER, ("MultiStep",))),
+            Parameter(GAMMA, 0.1, 0.5, needs=(SCHEDULER, "MultiStep")),
         ),
         {},
     )
@@ -179,7 +180,7 @@ def test_choices_are_drawn_by_weight() -> None:
 def test_sampler_depends_on_budget_and_space() -> None:
     assert isinstance(_algorithm("bayesian", max_recommendations=20).sampler(15), GPSampler)
     assert isinstance(_algorithm("bayesian", max_recommendations=51).sampler(15), TPESampler)
-    conditional = Space((*TWO.parameters, Parameter(GAMMA, 0.1, 0.5, needs=(LR, ("1",)))), {})
+    conditional = Space((*TWO.parameters, Parameter(GAMMA, 0.1, 0.5, needs=(LR, "1"))), {})
     assert isinstance(_algorithm("bayesian", conditional, max_recommendations=20).sampler(15), TPESampler)
     assert isinstance(_algorithm("bohb", max_recommendations=20).sampler(15), TPESampler)
     assert isinstance(_algorithm("cmaes").sampler(15), CmaEsSampler)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("model.", "dataset.augmentation.", "dataset.batch_size", "train.")
 _EPOCHS = "train.num_epochs"
-Needs = tuple[str, tuple[str, ...]]  # a key, and the values with which another option has an effect
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Parameter:
         step: distance between values; None for a continuous number, or 1 for integers.
         integer: whether values are integers.
         own: value in the spec; None if it is unset or not in the range.
-        needs: another searched option, and its values for which this one has an effect; None if it always has.
+        needs: another searched option, and its value for which this one has an effect; None if it always has.
     """
 
     key: str
@@ -49,7 +48,7 @@ class Parameter:
     step: float | None = None
     integer: bool = False
     own: Any = None
-    needs: Needs | None = None
+    needs: tuple[str, str] | None = None
 
     @property
     def bounds(self) -> tuple[float, float]:
