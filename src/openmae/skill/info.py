@@ -55,16 +55,6 @@ def _parameters(action: str) -> dict[str, str]:
     return {"encryption_key": "key", "results_dir": "output_dir", **TABLE[action].filled}
 
 
-def parameter_rows() -> list[tuple[str, str, str]]:
-    """Return (action, key, function) for the table of SKILL.md."""
-    return [(action, key, function) for action in ACTIONS for key, function in _parameters(action).items()]
-
-
-def data_rows() -> list[tuple[str, str, str, str]]:
-    """Return (action, key, source, file) for the table of SKILL.md."""
-    return [(action, data.key, data.source, data.file) for action in ACTIONS for data in _sources(action)]
-
-
 def _head(name: str, description: str) -> dict[str, Any]:
     return {"name": name, "description": description, "network_arch": "mae"}
 

@@ -11,7 +11,7 @@ from typing import Any
 from openmae._version import __version__
 from openmae.errors import UserError
 from openmae.skill import COMMAND, FOLDER, NAME
-from openmae.skill.info import DEPLOY, DEPLOY_ACTIONS, data_rows, deploy_info, parameter_rows, skill_info
+from openmae.skill.info import DEPLOY, DEPLOY_ACTIONS, deploy_info, skill_info
 from openmae.spec.actions import ACTIONS
 from openmae.spec.describe import fields, traits
 from openmae.spec.json_schema import SCHEMA_VERSION, action_schema
@@ -113,13 +113,16 @@ def _fill(path: Path) -> str:
 
 
 def _data_table() -> str:
-    return _markdown(("action", "spec key", "source", "file"), data_rows())
+    sources = skill_info()["data_sources"]
+    rows = [(action, key, data["source"], data["path"]) for action in sources for key, data in sources[action].items()]
+    return _markdown(("action", "spec key", "source", "file"), rows)
 
 
 def _parameter_table() -> str:
     grouped: dict[tuple[str, str], list[str]] = {}
-    for action, key, function in parameter_rows():
-        grouped.setdefault((key, function), []).append(action)
+    for action, parameters in skill_info()["spec_params"].items():
+        for key, function in parameters.items():
+            grouped.setdefault((key, function), []).append(action)
     every = len(ACTIONS)
     rows = [
         ("every action" if len(actions) == every else ", ".join(actions), f"`{key}`", function)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from openmae.spec.actions import DEVICES, ROWS
 from openmae.spec.architectures import DECODER_HEAD_DIM, visible_units
-from openmae.spec.describe import fields, file_use
+from openmae.spec.describe import fields, file_use, traits
 from openmae.spec.metrics import METRICS
 from openmae.spec.option import SECRET_MARK, FileUse
 from openmae.spec.resolved import calibration_sizes
@@ -105,12 +105,12 @@ def _augmentation(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]
         if len(values) != channels and _is_known(spec, action, "model.in_chans"):
             text = f"must have a number for each of the {channels} channels of model.in_chans, got {list(values)}. "
             yield Problem(key, f"{text}Remove it to use ImageNet's values.", also=("model.in_chans",))
-    if augment.min_scale > augment.max_scale:
-        text = f"must not be above max_scale ({augment.max_scale:g}), got {augment.min_scale:g}. Change one of them."
-        yield Problem("dataset.augmentation.min_scale", text, also=("dataset.augmentation.max_scale",))
-    if augment.min_ratio > augment.max_ratio:
-        text = f"must not be above max_ratio ({augment.max_ratio:g}), got {augment.min_ratio:g}. Change one of them."
-        yield Problem("dataset.augmentation.min_ratio", text, also=("dataset.augmentation.max_ratio",))
+    for key in fields():
+        sign, other = traits(key).bound
+        if sign == "<=" and value_of(spec, key) > value_of(spec, other):
+            name, most = other.rpartition(".")[2], value_of(spec, other)
+            text = f"must not be above {name} ({most:g}), got {value_of(spec, key):g}. Change one of them."
+            yield Problem(key, text, also=(other,))
 
 
 def _training(spec: ExperimentSpec) -> Iterator[Problem]:
