@@ -65,7 +65,8 @@ def test_a_reference_inside_another_resolver(monkeypatch):
         ("${wandb.name}", "${oc.env:MAE_SECRET}"),
         ("${wandb.name}/${wandb.group}/${train.seed}", "${oc.env:MAE_SECRET}/${wandb.group}/7"),
         ("${oc.select:wandb.name}", "${oc.select:wandb.name}"),
-        ("${wandb.${model_name}}", "${wandb.name}"),
+        ("${wandb.${model_name}}", "${wandb.${model_name}}"),
+        ("${oc.env:MAE_UNSET,${wandb.name}}", "${oc.env:MAE_UNSET,${wandb.name}}"),
     ],
 )
 def test_a_variable_that_is_reached_through_other_keys(value, recorded):

@@ -16,6 +16,7 @@ from openmae.spec.tree import flatten, get
 _CALL = "${oc.env:"
 _NAME = re.compile(r"\$\{oc\.env:\s*([^,}\s]+)")
 _KEY = re.compile(r"\$\{([\w.]+)\}")  # a reference to another key
+_NESTED = re.compile(r"\$\{[^}]*\$\{")  # a reference in another one, where a text may need quotes
 
 
 def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) 
             return [inline(item) for item in value]
         if isinstance(value, Mapping):
             return {name: inline(item) for name, item in value.items()}
-        if not isinstance(value, str):
+        if not isinstance(value, str) or _NESTED.search(value):
             return value
         only = _KEY.fullmatch(value)
         found = target(only[1]) if only else None
