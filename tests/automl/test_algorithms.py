@@ -188,7 +188,7 @@ def test_sampler_depends_on_budget_and_space() -> None:
 
 
 ALGORITHMS = ("bayesian", "random", "grid", "hyperband", "asha", "bohb", "pbt", "cmaes")
-MIXED = [LR, MOMENTUM, "train.optim.warmup_epochs", "model.norm_pix_loss"]
+MIXED = [LR, MOMENTUM, "train.optim.warmup_epochs", "train.cudnn.deterministic"]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
