@@ -345,15 +345,10 @@ def _set(reading: Reading, key: str, value: Any) -> None:
 
 
 def _leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    items: Iterable[tuple[str | int, Any]]
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list):
-        items = enumerate(tree)
-    else:
+    if not isinstance(tree, dict | list):
         yield path, tree
         return
-    for key, value in items:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         yield from _leaves(value, (*path, key))
 
 
