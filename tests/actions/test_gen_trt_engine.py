@@ -138,7 +138,7 @@ def test_int8_calibration_with_the_names_of_tao(request_for, tmp_path, photos, c
     assert "calibration.cal_cache_file has no effect because the ranges are part of the engine" in caplog.text
     spec = load_spec(None, request, action="gen_trt_engine")
     settings = spec.gen_trt_engine.tensorrt.calibration
-    assert (settings.sources, settings.total, settings.batch_size) == ((str(photos.plain),) * 2, 12, 2)
+    assert (settings.sources, settings.count, settings.batch) == ((str(photos.plain),) * 2, 12, 2)
     batches = list(calibration_batches(spec, "gen_trt_engine.tensorrt.calibration", CARD, tmp_path))
     assert [len(batch) for batch in batches] == [2] * 6
     again = request_for(**tensorrt(data_type="int8"), **calibration, **{"tensorrt.calibration.images": "x"})

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmae.automl.algorithms import Algorithm
-from openmae.automl.space import Space, epochs_of, make_space
+from openmae.automl.space import Space, make_space
 from openmae.errors import SpecError
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import load_spec
@@ -406,7 +406,7 @@ def _drawn(stage: str, epochs: int, seed: int, parameters: list[str]) -> Experim
     spec = _spec("model.arch=vit_tiny_patch16", stage=stage, epochs=epochs, parameters=parameters, seed=seed)
     space = make_space(spec)
     study = optuna.create_study()
-    study.sampler = Algorithm(spec.automl, space, epochs_of(spec)).sampler(1)
+    study.sampler = Algorithm(spec.automl, space, spec.trial_epochs).sampler(1)
     params = space.suggest(study.ask())
     assert params
     overrides = [f"{key}={value}" for key, value in params.items()]

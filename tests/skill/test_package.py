@@ -17,11 +17,21 @@ from openmae.cli.parser import Parser
 from openmae.cli.skill import add_arguments
 from openmae.errors import UserError
 from openmae.skill import COMMAND, FOLDER, NAME
-from openmae.skill.info import skill_info
-from openmae.skill.package import build, differences, render
+from openmae.skill.info import DEPLOY, skill_info
+from openmae.skill.package import build, render
 from openmae.spec.actions import ACTIONS
 
 ROOT = Path(__file__).parents[2]
+
+
+def differences(folder: Path = FOLDER) -> list[str]:
+    """Return the generated files that are missing or outdated, and files that do not belong to the skill."""
+    files = render(folder)
+    paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    present = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    known = {*files, "evals/evals.json", f"references/{DEPLOY}.md", "scripts/run_action.py"}
+    outdated = {name for name, text in files.items() if present.get(name) != text}
+    return sorted(outdated | (present.keys() - known))
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_no_folder(tmp_path):
             "script: 'scripts/no.py' does not exist",
         ),
         (INFO, "args: [train, '{config_path}']", "args: [train]", "execution.args: must contain"),
-        (INFO, "spec_template_train.yaml", "none.yaml", "spec_templates.train: 'references/none.yaml' does not exist"),
+        (INFO, "spec_template_train.yaml", "none.yaml", "spec_templates.train: must be 'references/spec_"),
         (INFO, "type: python_script", "type: shell", "execution.type: Input should be 'python_script', got 'shell'"),
         (
             INFO,
@@ -109,12 +109,12 @@ def test_no_folder(tmp_path):
             '"id": "routing-default"',
             "the id 'routing-default' occurs twice",
         ),
-        ("evals/evals.json", '"expected_behavior"', '"expected"', "cases.0.expected_behavior: Field required"),
+        ("evals/evals.json", '"expected_behavior"', '"expected"', "0.expected_behavior: Field required"),
         (
             "evals/evals.json",
             '"question": "Fine',
             '"question": 1, "q": "Fine',
-            "cases.0.question: Input should be a valid string",
+            "0.question: Input should be a valid string",
         ),
     ],
 )

@@ -59,6 +59,31 @@ def test_a_reference_inside_another_resolver(monkeypatch):
     assert to_dict(spec)["model_name"] == "${oc.decode:${oc.env:MAE_SECRET}}"
 
 
+@pytest.mark.parametrize(
+    ("value", "recorded"),
+    [
+        ("${wandb.name}", "${oc.env:MAE_SECRET}"),
+        ("${wandb.name}/${wandb.group}/${train.seed}", "${oc.env:MAE_SECRET}/${wandb.group}/7"),
+        ("${oc.select:wandb.name}", "${oc.select:wandb.name}"),
+        ("${wandb.${model_name}}", "${wandb.${model_name}}"),
+        ("${oc.env:MAE_UNSET,${wandb.name}}", "${oc.env:MAE_UNSET,${wandb.name}}"),
+    ],
+)
+def test_a_variable_that_is_reached_through_other_keys(value, recorded):
+    wandb = {"name": "${oc.env:MAE_SECRET}", "group": "${.name}x"}
+    source = {"model_name": "name", "train": {"seed": 7}, "wandb": wandb, "results_dir": value}
+    spec = load_spec(source)
+    assert VALUE in spec.results_dir
+    assert to_dict(spec)["results_dir"] == recorded
+    assert load_spec(to_dict(spec)).results_dir == spec.results_dir
+
+
+def test_a_variable_in_a_section_that_is_a_reference():
+    spec = load_spec({"inference": {"checkpoint": "${oc.env:MAE_SECRET}"}, "evaluate": "${inference}"})
+    assert spec.evaluate.checkpoint == VALUE
+    assert VALUE not in to_yaml(spec)
+
+
 def test_a_spec_without_variables_is_recorded_unchanged():
     spec = load_spec({"results_dir": "a", "train": {"results_dir": "${results_dir}/b"}})
     assert to_dict(spec)["train"]["results_dir"] == "a/b"

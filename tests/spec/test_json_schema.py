@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from openmae.errors import UserError
 from openmae.spec.actions import ACTIONS, TABLE
 from openmae.spec.describe import fields
-from openmae.spec.json_schema import action_schema, leaves
+from openmae.spec.json_schema import action_schema
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
 
@@ -45,6 +45,15 @@ OUR_DEFAULTS = {
     "wandb.tags",
 }
 SCHEMAS = {action: action_schema(action) for action in ACTIONS}
+
+
+def leaves(schema: dict, prefix: str = "") -> dict[str, dict]:
+    """Return the leaves of a schema by dotted key."""
+    found: dict[str, dict] = {}
+    for name, node in schema["properties"].items():
+        key = f"{prefix}{name}"
+        found |= leaves(node, f"{key}.") if "properties" in node else {key: node}
+    return found
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -112,3 +112,10 @@ def test_replaced_values_do_not_count_as_set():
     assert not other.is_set("model.num_classes")
     with pytest.raises(KeyError):
         spec.replaced({"model.nope": 1})
+
+
+def test_replaced_values_of_a_constructed_spec_do_not_count_as_set():
+    spec = ExperimentSpec(train=TrainSpec(seed=3)).replaced({"train.num_epochs": 5})
+    assert spec.set_keys == {"train.seed"}
+    assert load_spec(spec).set_keys == {"train.seed"}
+    assert load_spec(spec).train.num_epochs == 5

@@ -208,3 +208,16 @@ def test_the_defaults_of_tao_core_load_for_every_action(action, caplog):
     assert (spec.model.mask_ratio, spec.train.optim.warmup_epochs, spec.dataset.batch_size) == (0.75, 1, 3)
     assert "model_name has no effect because" in caplog.text
     assert load_spec(to_dict(spec), action=action).model_dump() == spec.model_dump()
+
+
+def test_the_sizes_of_the_calibration_under_the_names_of_tao():
+    prefix = "gen_trt_engine.tensorrt.calibration"
+    spec = load_spec(None, [f"{prefix}.cal_batches=6", f"{prefix}.cal_batch_size=4"])
+    calibration = spec.gen_trt_engine.tensorrt.calibration
+    assert (calibration.count, calibration.batch) == (24, 4)
+    assert not spec.is_set(f"{prefix}.count")
+    assert load_spec(to_dict(spec)).model_dump() == spec.model_dump(), "both names agree in the recorded spec"
+    again = load_spec(spec, [f"{prefix}.cal_batches=2"]).gen_trt_engine.tensorrt.calibration
+    assert (again.count, again.batch) == (8, 4)
+    with pytest.raises(SpecError, match=r"calibration.cal_batches.*means the same as .*calibration.count. Remove one"):
+        load_spec(None, [f"{prefix}.cal_batches=6", f"{prefix}.count=7"])

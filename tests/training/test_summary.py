@@ -16,7 +16,7 @@ from openmae.training.state import LoopSettings
 from openmae.training.summary import _rates_text, recipe_rows
 
 CONFIG = ModelConfig("vit_tiny_patch16", (32, 64), decoder_depth=1, decoder_embed_dim=32)
-SETTINGS = LoopSettings(num_epochs=10, lr=1e-3, accum_grad_batches=2)
+SETTINGS = LoopSettings(num_epochs=10, last_epoch=10, lr=1e-3, accum_grad_batches=2)
 COSINE = Schedule("cosine", 10, 7, warmup_epochs=2)
 
 

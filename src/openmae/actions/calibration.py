@@ -30,11 +30,11 @@ def calibration_batches(spec: ExperimentSpec, key: str, card: ModelCard, folder:
     settings = value_of(spec, key)
     sources = settings.sources
     name = "images" if sources == (settings.images,) else "cal_image_dir"
-    size = settings.batch_size if card.batch_size == -1 else card.batch_size
+    size = settings.batch if card.batch_size == -1 else card.batch_size
     loaders = []
     for number, source in enumerate(sources):
         index = open_images(spec, f"{key}.{name}", labelled=False, source=source)
-        count = min(-(-(settings.total - number) // len(sources)), len(index))  # as many of each source
+        count = min(-(-(settings.count - number) // len(sources)), len(index))  # as many of each source
         if count > 0:
             index = index.subset(np.linspace(0, len(index) - 1, count).round().astype(int))
             loaders.append(EvaluationLoader(index, eval_transform(card), LoaderSettings(size, folder, _MAX_CORRUPT)))

@@ -31,7 +31,7 @@ from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import count_visible
 from openmae.spec.actions import TABLE
 from openmae.spec.describe import fields, traits
-from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD, resolve
+from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get, value_of
 from openmae.storage import layout
@@ -125,7 +125,7 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
     config = info.model
     if spec.is_set("dataset.augmentation.input_size"):
         config = replace(config, input_size=spec.dataset.augmentation.size)
-    if spec.model.mask_ratio is not None and spec.is_set("model.mask_ratio"):
+    if spec.is_set("model.mask_ratio"):
         config = replace(config, mask_ratio=spec.model.mask_ratio)
     more = []
     masked = info.stage == "pretrain"
@@ -166,8 +166,7 @@ def read_trained(spec: ExperimentSpec, path: Path, secret: Key | None) -> tuple[
     config = checkpoint.config(spec.model.arch if spec.is_set("model.arch") else None)
     if config.architecture.family == "convnextv2":
         config = replace(config, input_size=spec.dataset.augmentation.size)  # its tensors fit any image size
-    values = resolve(spec)
-    mean, std = values.mean, values.std
+    mean, std = spec.dataset.augmentation.mean, spec.dataset.augmentation.std
     if len(mean) != config.in_chans:
         mean, std = DEFAULT_MEAN.get(config.in_chans, ()), DEFAULT_STD.get(config.in_chans, ())
     return checkpoint, CheckpointInfo("finetune", config, (), mean, std)
@@ -223,7 +222,7 @@ def check_request(
         pairs["model.num_classes"] = (spec.model.num_classes, info.model.num_classes)
     for name in ("mean", "std"):
         pairs[f"dataset.augmentation.{name}"] = (getattr(spec.dataset.augmentation, name), getattr(info, name))
-    wrong = {key: values for key, values in pairs.items() if spec.is_set(key) and None is not values[0] != values[1]}
+    wrong = {key: (asked, held) for key, (asked, held) in pairs.items() if spec.is_set(key) and asked != held}
     problems = [
         f"{key} is {asked}, but {named_by} ({path}) holds {key}={held}." for key, (asked, held) in wrong.items()
     ]

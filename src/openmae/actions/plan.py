@@ -19,7 +19,6 @@ from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
-from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import flatten, get, value_of
 from openmae.storage.encryption import Key, resolve_key
@@ -102,13 +101,12 @@ def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
         spec, begun = _keep_global_batch(earlier, spec)
     if finetune:
         spec = spec.replaced({"model.num_classes": class_count(spec, train)})
-    values = resolve(spec)
     info = CheckpointInfo(
         stage=spec.train.stage,
         model=model_config(spec),
         class_names=train.class_names if finetune else (),
-        mean=values.mean,
-        std=values.std,
+        mean=spec.dataset.augmentation.mean,
+        std=spec.dataset.augmentation.std,
         spec=to_dict(spec),
         begun=begun,
     )
@@ -251,17 +249,17 @@ def _identity(info: CheckpointInfo) -> dict[str, Any]:
 
 def model_config(spec: ExperimentSpec) -> ModelConfig:
     """Return the configuration of the model that a spec describes."""
-    model, values = spec.model, resolve(spec)
+    model = spec.model
     return ModelConfig(
         arch=model.arch,
         input_size=spec.dataset.augmentation.size,
         in_chans=model.in_chans,
         patch_size=model.patch_size,
-        drop_path_rate=values.drop_path_rate,
-        mask_ratio=values.mask_ratio,
+        drop_path_rate=model.drop_path_rate,
+        mask_ratio=model.mask_ratio,
         norm_pix_loss=model.norm_pix_loss,
-        decoder_depth=values.decoder_depth,
-        decoder_embed_dim=values.decoder_embed_dim,
+        decoder_depth=model.decoder_depth,
+        decoder_embed_dim=model.decoder_embed_dim,
         decoder_attention=model.decoder_attention,
         global_pool=model.global_pool,
         num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,

@@ -35,7 +35,6 @@ from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS, monitored_metric
-from openmae.spec.resolved import resolve
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.training.elastic import BatchLayout, same_position
@@ -81,8 +80,8 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
 def _nothing_left(plan: Plan) -> bool:
     """Return whether an earlier run has done everything: its epochs and, after the last, backbone and report."""
     train = plan.spec.train
-    if train.stop_after_epoch is not None and train.stop_after_epoch < train.num_epochs:
-        return plan.epochs_done >= train.stop_after_epoch
+    if train.last_epoch < train.num_epochs:
+        return plan.epochs_done >= train.last_epoch
     complete = all((plan.folder / name).is_file() for name in (layout.BACKBONE, layout.REPORT))
     return complete and plan.epochs_done >= train.num_epochs
 
@@ -116,7 +115,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     )
     settings = _loop_settings(plan, fabric)
     groups = _groups(plan, model)
-    optimizer = build_adamw(groups, settings.lr, optim.momentum, resolve(spec).beta2)
+    optimizer = build_adamw(groups, settings.lr, optim.momentum, optim.beta2)
     images = (len(plan.train), len(plan.val) if plan.val else 0)
     rows = recipe_rows(fabric, task, config, groups, schedule, settings, images, spec.dataset.batch_size)
     outputs = _outputs(fabric, plan, state)
@@ -215,6 +214,7 @@ def _loop_settings(plan: Plan, fabric: Fabric) -> LoopSettings:
     global_batch = plan.spec.dataset.batch_size * fabric.world_size * train.accum_grad_batches
     return LoopSettings(
         num_epochs=train.num_epochs,
+        last_epoch=train.last_epoch,
         lr=train.optim.effective_lr(global_batch),
         accum_grad_batches=train.accum_grad_batches,
         validation_interval=train.validation_interval,
@@ -223,7 +223,6 @@ def _loop_settings(plan: Plan, fabric: Fabric) -> LoopSettings:
         clip_grad_norm=train.clip_grad_norm,
         ema_decay=train.ema_decay if plan.config.num_classes else 0.0,
         seed=train.seed,
-        stop_after_epoch=train.stop_after_epoch,
         compile=train.compile,
     )
 

@@ -41,10 +41,10 @@ class Algorithm:
 
     def check(self) -> None:
         """Raise ``SpecError`` if the algorithm cannot search this space or does not fit its budget."""
-        shapes = [item.key for item in self.space.parameters if traits(item.key).shapes_model]
-        if self.name == "pbt" and shapes:
+        fixed = [item.key for item in self.space.parameters if traits(item.key).on_resume == "refuse"]
+        if self.name == "pbt" and fixed:
             raise SpecError(
-                f"automl.algorithm: pbt copies weights between trials, so it cannot search {', '.join(shapes)}.",
+                f"automl.algorithm: pbt copies weights between trials, so it cannot search {', '.join(fixed)}.",
                 "Use another algorithm, or set them in the spec.",
             )
         if self.name == "pbt" and self.generations < 2:

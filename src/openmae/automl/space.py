@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from openmae.errors import SpecError
 from openmae.spec.architectures import ARCHITECTURES
-from openmae.spec.describe import choices, fields, traits, unused_by, why_illegal
+from openmae.spec.describe import choices, fields, similar_keys, traits, why_illegal
 from openmae.spec.load import ALIASES, find_refusals
-from openmae.spec.notices import inert_keys
+from openmae.spec.notices import why_unused
 from openmae.spec.option import Search, meets
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
     from optuna import Trial
 
 _SECTIONS = ("model.", "dataset.augmentation.", "dataset.batch_size", "train.")
-_SIGNS = ("<=", ">=", "<", ">")
 _EPOCHS = "train.num_epochs"
-Needs = tuple[str, tuple[str, ...]]  # a key, and the values with which another option has an effect
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Parameter:
         step: distance between values; None for a continuous number, or 1 for integers.
         integer: whether values are integers.
         own: value in the spec; None if it is unset or not in the range.
-        needs: another searched option, and its values for which this one has an effect; None if it always has.
+        needs: another searched option, and its value for which this one has an effect; None if it always has.
     """
 
     key: str
@@ -51,7 +48,7 @@ class Parameter:
     step: float | None = None
     integer: bool = False
     own: Any = None
-    needs: Needs | None = None
+    needs: tuple[str, str] | None = None
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -166,17 +163,11 @@ def make_space(spec: ExperimentSpec) -> Space:
     return Space(tuple(_ordered(found)), left_out)
 
 
-def epochs_of(spec: ExperimentSpec) -> int:
-    """Return the number of epochs of a full training run."""
-    return spec.automl.max_epochs or spec.train.num_epochs
-
-
 def _unknown(key: str) -> str:
     if key in fields():
         return ""
-    near = [name for name in fields() if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = near or difflib.get_close_matches(key, list(fields()), n=2)
-    return "there is no such option." + (f" Did you mean {' or '.join(near[:2])}?" if near else "")
+    near = similar_keys(key)
+    return "there is no such option." + (f" Did you mean {' or '.join(near)}?" if near else "")
 
 
 def _not_searchable(key: str) -> str:
@@ -189,20 +180,18 @@ def _not_searchable(key: str) -> str:
 
 def _without_effect(spec: ExperimentSpec, key: str, wanted: list[str]) -> str:
     """Return why an option has no effect in a spec; empty if it has one."""
-    if key in unused_by(spec.train.stage):
-        return f"it has no effect in the {spec.train.stage} stage."
     if key == "train.optim.lr" and spec.train.optim.base_lr is not None:
         return (
             "train.optim.base_lr replaces it. Search train.optim.base_lr instead, and set its range in automl.ranges."
         )
-    other, values = traits(key).condition
-    if other in wanted:
-        return ""
-    if other and not meets(value_of(spec, other), values):
-        return f"it has no effect without {traits(key).needs}."
     if key == "train.optim.base_lr" and spec.is_set("train.optim.lr"):
         return "train.optim.lr is set, and both set the learning rate. Remove train.optim.lr."
-    return "another option of the spec replaces it or switches it off." if key in inert_keys(spec) else ""
+    declared = traits(key)
+    if spec.train.stage in declared.stages and declared.condition[0] in wanted:
+        return ""
+    if why := why_unused(spec, key):
+        return f"it has no effect {why}."
+    return "it is TAO's name of another option. Search that one." if declared.compat else ""
 
 
 def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wanted: list[str]) -> Parameter | str:
@@ -241,9 +230,9 @@ def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wa
             f"automl.ranges.{key}: [{low:g}, {high:g}]{steps} leaves nothing to search. Give the lower number first; "
             "other options, such as the epochs, narrow the range too."
         )
-    if _condition(key)[1] == _EPOCHS and high >= epochs_of(spec):
+    if traits(key).bound[1] == _EPOCHS and high >= spec.trial_epochs:
         return (
-            f"automl.ranges.{key}: must stay below the {epochs_of(spec)} epochs of a trial, got {low:g} to {high:g}. "
+            f"automl.ranges.{key}: must stay below the {spec.trial_epochs} epochs of a trial, got {low:g} to {high:g}. "
             "Lower it, or raise automl.max_epochs."
         )
     fits = _is_number(own) and low <= own <= high and not (step and (own - low) % step)
@@ -260,8 +249,8 @@ def _capped(
     spec: ExperimentSpec, key: str, low: float, high: float, integer: bool, wanted: list[str]
 ) -> tuple[float, float]:
     """Limit a default range by the option that bounds it, unless that one is also searched."""
-    sign, other = _condition(key)
-    limit: Any = epochs_of(spec) if other == _EPOCHS else other and value_of(spec, other)
+    sign, other = traits(key).bound
+    limit: Any = spec.trial_epochs if other == _EPOCHS else other and value_of(spec, other)
     if other not in wanted and _is_number(limit):
         margin = 1 if integer and sign in ("<", ">") else 0
         low, high = (low, min(high, limit - margin)) if sign[0] == "<" else (max(low, limit + margin), high)
@@ -290,20 +279,13 @@ def _on_steps(step: float, low: float, high: float, own: Any) -> tuple[float, fl
     return math.ceil(low / step) * step, high // step * step, step
 
 
-def _condition(key: str) -> tuple[str, str]:
-    """Return the comparison sign and the key of the option that bounds ``key``; both are empty if there is none."""
-    condition = traits(key).cond
-    sign = next((sign for sign in _SIGNS if condition.startswith(sign)), "")
-    return sign, condition.removeprefix(sign).strip()
-
-
 def _rejected(spec: ExperimentSpec, found: Mapping[str, Parameter]) -> Iterator[str]:
     """Yield an error for each trial, at the ends of the ranges or with one of the choices, that would be rejected."""
     arch, items = found.get("model.arch"), [item for item in _ordered(found) if item.key != "model.arch"]
     low, high = ({item.key: (item.choices or item.bounds)[end] for item in items} for end in (0, -1))
     samples = [low, high, *({**low, item.key: value} for item in items for value in item.choices)]
     for item in items:
-        if _condition(item.key)[1] in found:  # the extreme cases for the order of the two options
+        if traits(item.key).bound[1] in found:  # the extreme cases for the order of the two options
             samples += [{**low, item.key: high[item.key]}, {**high, item.key: low[item.key]}]
     for name in arch.choices if arch else (spec.model.arch,):
         subject = f"automl.ranges.model.arch: {name}" if arch else "automl.ranges: a trial"

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from openmae.automl.algorithms import STOPS_EARLY, Algorithm, next_member
 from openmae.automl.database import STORAGE_ERRORS, make_lock, open_storage, storage_url, unusable
 from openmae.automl.objective import make_objective
-from openmae.automl.space import epochs_of, make_space
+from openmae.automl.space import make_space
 from openmae.errors import SpecError
 from openmae.machine import boot_id, identify, is_running
 from openmae.results.trials import State, TrialSummary
@@ -85,7 +85,7 @@ class Study:
     def __init__(self, spec: ExperimentSpec, folder: Path) -> None:
         self.spec, self.folder = spec, folder
         self.space, self.objective = make_space(spec), make_objective(spec)
-        self.algorithm = Algorithm(spec.automl, self.space, epochs_of(spec))
+        self.algorithm = Algorithm(spec.automl, self.space, spec.trial_epochs)
         self.algorithm.check()
         host = f"{socket.gethostname()} {boot_id()}"  # two machines may have the same name
         self.me = {"host": host, "process": identify(os.getpid()), "token": uuid.uuid4().hex}

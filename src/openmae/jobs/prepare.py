@@ -220,10 +220,9 @@ def _describe_search(spec: ExperimentSpec) -> str:
     """Describe the number of trials, the time a search takes, and how to train once instead."""
     automl = spec.automl
     count, at_once = automl.max_recommendations, automl.max_concurrent
-    epochs = automl.max_epochs or spec.train.num_epochs
     limit = "at most" if automl.algorithm in (*_STOPS_EARLY, "grid") else "about"
     return (
-        f"It has {'up to ' if automl.algorithm == 'grid' else ''}{count} trials of {epochs} epochs "
+        f"It has {'up to ' if automl.algorithm == 'grid' else ''}{count} trials of {spec.trial_epochs} epochs "
         f"({automl.algorithm}, {at_once} at a time) and takes {limit} {-(-count // at_once)} times as long as one "
         "training run; its log gives the expected time before the first trial starts. To train once, submit with "
         '--automl off (mae jobs submit) or automl_policy="off" (Python).'

@@ -11,7 +11,7 @@ from openmae.spec.metrics import METRICS
 DEPLOY = "tao-deploy-mask-auto-encoder"
 SCRIPT = "scripts/run_action.py"
 DEPLOY_ACTIONS = ("gen_trt_engine",)
-_EXCLUDED = [".*", "*.tmp"]  # files that are still being written
+_EXCLUDED = (".*", "*.tmp")  # files that are still being written
 
 
 def skill_info() -> dict[str, Any]:
@@ -55,16 +55,6 @@ def _parameters(action: str) -> dict[str, str]:
     return {"encryption_key": "key", "results_dir": "output_dir", **TABLE[action].filled}
 
 
-def parameter_rows() -> list[tuple[str, str, str]]:
-    """Return (action, key, function) for the table of SKILL.md."""
-    return [(action, key, function) for action in ACTIONS for key, function in _parameters(action).items()]
-
-
-def data_rows() -> list[tuple[str, str, str, str]]:
-    """Return (action, key, source, file) for the table of SKILL.md."""
-    return [(action, data.key, data.source, data.file) for action in ACTIONS for data in _sources(action)]
-
-
 def _head(name: str, description: str) -> dict[str, Any]:
     return {"name": name, "description": description, "network_arch": "mae"}
 
@@ -82,7 +72,7 @@ def _action(action: str) -> dict[str, Any]:
         "inputs": {data.key: _input(action, data.key, "folder") for data in _sources(action)}
         | {file.key: _input(action, file.key, "file") for file in row.inputs},
         "outputs": {"results_dir": {"type": "folder"}} | ({row.output.key: {"type": "file"}} if row.output else {}),
-        "upload_excludes": _EXCLUDED,
+        "upload_excludes": list(_EXCLUDED),
         "execution": {
             "type": "python_script",
             "script": SCRIPT,

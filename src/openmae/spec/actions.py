@@ -15,10 +15,9 @@ Function = Literal["parent_model", "resume_model", "ptm_if_no_resume_model", "cr
 
 @dataclass(frozen=True)
 class Data:
-    """A data source of an action.
+    """A data source of an action; ``key`` names it in the spec.
 
     Attributes:
-        key: of the spec.
         source: TAO's name for the data set.
         file: TAO's name for the archive.
         required: the action cannot run without it.
@@ -37,16 +36,13 @@ class Input:
     """A key that names a model file to read.
 
     Attributes:
-        key: of the spec.
         kinds: that the key takes.
         function: fills the key of a job.
-        in_search: a hyperparameter search reads it as well.
     """
 
     key: str
     kinds: tuple[ModelKind, ...]
     function: Function = "parent_model"
-    in_search: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,6 @@ class Output:
     """A key that names a file to write outside the results folder.
 
     Attributes:
-        key: of the spec.
         function: fills the key of a job.
         file: the name that the function gives it.
     """
@@ -72,10 +67,7 @@ class Action:
         name: of the command and of the section of the spec.
         title: one line of help.
         produces: the kind of model that it leaves to a child job; empty: none.
-        data: its data sources.
-        inputs: the model files that it reads.
         needs_input: one of ``inputs`` must be set.
-        output: the model file that it writes.
         has_devices: its section has ``num_gpus``, ``gpu_ids`` and ``num_nodes``; else it has ``gpu_id``.
         metrics: by stage, the metric by which a runner judges it.
         shorthands: the keys of words that mean something else than in ``SHORTHANDS``.

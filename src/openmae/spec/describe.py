@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import types
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -17,7 +18,7 @@ from openmae.spec.schema import ExperimentSpec
 
 _WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", dict: "mapping"}
 _PLURALS = {int: "integers", float: "numbers", str: "texts"}
-_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 #: Options of TAO's older entrypoints, and the names of the keys that they set.
 _OPTIONS_OF_TAO = {
@@ -70,52 +71,68 @@ def traits(key: str) -> Traits:
 
 
 @cache
-def unused_by(stage: str) -> tuple[str, ...]:
-    """Return the options that a training stage does not use."""
-    return tuple(key for key in fields() if stage not in traits(key).stages)
-
-
-@cache
 def file_use(key: str) -> FileUse | None:
     """Return the use of the file or folder that an option names; None if it names none."""
     return next((item for item in fields()[key].metadata if isinstance(item, FileUse)), None)
 
 
-def choices(field: FieldInfo) -> tuple[str, ...]:
-    """Return the values of an option that has choices, as text; empty if it has none."""
+def choice_values(field: FieldInfo) -> list[Any]:
+    """Return the values of an option that has choices; empty if it has none."""
     extra = field.json_schema_extra
     if isinstance(extra, dict) and isinstance(extra.get("enum"), list):
-        return tuple(str(choice) for choice in cast("list[Any]", extra["enum"]))
+        return list(cast("list[Any]", extra["enum"]))
     kinds = [field.annotation, *get_args(field.annotation)]
-    return tuple(str(c) for kind in kinds if get_origin(kind) is Literal for c in get_args(kind))
+    return [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Return the values of an option that has choices, as text; empty if it has none."""
+    return tuple(map(str, choice_values(field)))
 
 
 def type_words(field: FieldInfo) -> str:
     """Return the type of an option: "integer", "number", "text", "true or false", "list of numbers", "choice"."""
-    return "choice" if choices(field) else _words(Annotated[field.annotation, *field.metadata, ""])
+    return "choice" if choices(field) else _words(field.rebuild_annotation())
+
+
+def bounds(field: FieldInfo) -> dict[str, float]:
+    """Return the bounds of an option: ``gt``, ``ge``, ``lt`` or ``le`` -> number."""
+    found = ((name, getattr(item, name, None)) for name in _SIGNS for item in field.metadata)
+    return {name: number for name, number in found if number is not None}
 
 
 def bounds_words(field: FieldInfo) -> str:
     """Return the bounds of an option, such as "> 0 and <= 1", or its choices; empty if it has none."""
     if choices(field):
         return ", ".join(filter(None, choices(field)))
-    found = []
-    for name, sign in _SIGNS:
-        found += [f"{sign} {getattr(m, name):g}" for m in field.metadata if getattr(m, name, None) is not None]
-    return " and ".join(found)
+    return " and ".join(f"{_SIGNS[name]} {number:g}" for name, number in bounds(field).items())
 
 
 def why_illegal(key: str, values: Iterable[Any]) -> str:
     """Return the rule of an option that the first illegal value breaks; empty if all are legal."""
-    field = fields()[key]
-    declared: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    adapter = TypeAdapter(declared)
+    adapter: TypeAdapter[Any] = TypeAdapter(fields()[key].rebuild_annotation())
     for value in values:
         try:
             adapter.validate_python(value)
         except ValidationError as error:
             return f"{value!r} is not a legal value of {key}: {error.errors()[0]['msg'].lower()}."
     return ""
+
+
+def similar(word: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Return up to three names similar to a word, ignoring case."""
+    by_lower = {name.lower(): name for name in names}
+    return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=cutoff)]
+
+
+def similar_keys(key: str) -> list[str]:
+    """Return up to three options or sections that an unknown key may stand for: its neighbours, or namesakes."""
+    names = [*fields(), *sorted(sections())]
+    parent, _, leaf = key.rpartition(".")
+    neighbours = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == parent}
+    near = [neighbours[name] for name in similar(leaf, neighbours)]
+    near += similar(key, [name for name in names if name.rpartition(".")[2] == leaf], cutoff=0.0)
+    return list(dict.fromkeys(near or similar(key, names)))[:3]
 
 
 def key_of_option(option: str, section: str) -> str:

@@ -6,70 +6,60 @@ variable is set.
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from openmae.spec.tree import get
+from openmae.spec.tree import flatten, get
 
 _CALL = "${oc.env:"
-_STAND_IN = "openmae_env"
 _NAME = re.compile(r"\$\{oc\.env:\s*([^,}\s]+)")
+_KEY = re.compile(r"\$\{([\w.]+)\}")  # a reference to another key
+_NESTED = re.compile(r"\$\{[^}]*\$\{")  # a reference in another one, where a text may need quotes
 
 
 def references(tree: Mapping[str, Any], paths: Iterable[tuple[str | int, ...]]) -> dict[str, Any]:
-    """Return the values that contain a variable, by dotted key, with the reference instead of the variable's value.
+    """Return the values to record as references, by dotted key: those that contain a variable, also through other keys.
 
     Every ``${...}`` in ``tree`` must be well formed. ``paths`` lead to the values with one; a list counts as one value.
+    References to other keys are replaced by what these contain, which may be changed when the spec is loaded again.
     """
-    keys = {tuple(part for part in path if isinstance(part, str)) for path in paths}
     if _CALL not in str(tree):
         return {}
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    register = (
-        getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-    )  # its name up to OmegaConf 2.3
-    called: list[str] = []
+    def target(key: str) -> Any:
+        found = inline(get(tree, key))
+        movable = found != "???" and "${." not in str(found)  # a relative reference is only valid in its place
+        return found if movable else None
 
-    def stand_in(name: str, *default: Any) -> str:
-        called.append(name)
-        return f"{_CALL}{','.join([name, *map(_literal, default)])}}}"
+    def follow(match: re.Match[str]) -> str:
+        found = target(match[1])
+        return match[0] if found is None or isinstance(found, list | Mapping) else str(found)
 
-    register(_STAND_IN, stand_in, replace=True)
-    config = OmegaConf.create(_standing_in(tree))
-    found = {}
-    for key in keys:
-        dotted = ".".join(key)
-        called.clear()
+    def inline(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inline(item) for item in value]
+        if isinstance(value, Mapping):
+            return {name: inline(item) for name, item in value.items()}
+        if not isinstance(value, str) or _NESTED.search(value):
+            return value
+        only = _KEY.fullmatch(value)
+        found = target(only[1]) if only else None
+        return _KEY.sub(follow, value) if found is None else found
+
+    kept: dict[str, Any] = {}
+    for key in {".".join(part for part in path if isinstance(part, str)) for path in paths}:
         try:
-            value = OmegaConf.select(config, dotted)
-            value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except (OmegaConfBaseException, RecursionError, ValueError):
-            value = None
-        if called:  # another resolver may have changed the reference
-            found[dotted] = value if _CALL in str(value) else get(tree, key)
-    return found
+            value = inline(get(tree, key))
+        except RecursionError:  # it refers to itself
+            continue
+        # what is left of "${" is a variable, or another resolver, which may use one
+        kept |= {name: item for name, item in flatten({key: value}).items() if "${" in str(item)}
+    return kept
 
 
 def environment_of(values: Iterable[Any]) -> dict[str, str]:
     """Return the variables that occur in the values of ``references`` and are set."""
     names = {name for value in values for name in _NAME.findall(str(value))}
     return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def _literal(value: Any) -> str:
-    if value is None:
-        return "null"
-    return "'" + value.replace("'", r"\'") + "'" if isinstance(value, str) else str(value)
-
-
-def _standing_in(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _standing_in(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_standing_in(value) for value in tree]
-    return tree.replace(_CALL, f"${{{_STAND_IN}:") if isinstance(tree, str) else copy.copy(tree)

@@ -11,15 +11,15 @@ from __future__ import annotations
 import copy
 import math
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from openmae.spec.actions import ACTIONS, get_action
-from openmae.spec.describe import choices, fields, sections, traits
+from openmae.spec.describe import bounds, choice_values, fields, sections, traits
 from openmae.spec.option import Search
 from openmae.spec.schema import ExperimentSpec
-from openmae.spec.tree import nest
+from openmae.spec.tree import Tree, nest
 from openmae.spec.yaml_reader import MISSING
 
 SCHEMA_VERSION = 1
@@ -47,15 +47,16 @@ def action_schema(action: str) -> dict[str, Any]:
     """
     get_action(action)
     keys = [key for key in fields() if _is_in_schema(key, action)]
-    properties = _properties(nest({key: _leaf(key, action) for key in keys}), "", action, keys)
+    defaults = {key: _default(key, action) for key in keys}
+    leaves = nest({key: _leaf(key, default) for key, default in defaults.items()})
     return {
         "type": "object",
         "title": f"mae {action}",
-        "default": nest({key: _default(key, action) for key in keys if _is_in_template(key, action)}),
-        "properties": properties,
+        "default": nest({key: default for key, default in defaults.items() if _is_in_template(key, default, action)}),
+        "properties": _properties(leaves, nest(defaults), ""),
         "automl_default_parameters": [key for key in keys if traits(key).automl is True],
         "automl_disabled_parameters": [key for key in keys if traits(key).automl is False],
-        "popular": nest({key: _default(key, action) for key in keys if traits(key).popular}),
+        "popular": nest({key: default for key, default in defaults.items() if traits(key).popular}),
         "x_tao_schema": {
             "action": action,
             "core_module": "openmae.spec.schema",
@@ -68,43 +69,28 @@ def action_schema(action: str) -> dict[str, Any]:
     }
 
 
-def leaves(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the leaves of an action's schema by dotted key."""
-    found: dict[str, dict[str, Any]] = {}
-
-    def walk(properties: dict[str, Any], prefix: str) -> None:
-        for name, node in properties.items():
-            if "properties" in node:
-                walk(node["properties"], f"{prefix}{name}.")
-            else:
-                found[f"{prefix}{name}"] = node
-
-    walk(schema["properties"], "")
-    return found
-
-
 def _is_in_schema(key: str, action: str) -> bool:
     """Return whether an action's schema has an option: as in TAO, not those of other actions, except train's."""
     section = key.split(".")[0]
     return key != _FREE_FORM and (section == action or section not in (*ACTIONS[1:], "automl"))
 
 
-def _is_in_template(key: str, action: str) -> bool:
+def _is_in_template(key: str, default: Any, action: str) -> bool:
     """Return whether a spec may set an option to its default without contradicting a checkpoint or another key."""
-    if _default(key, action) is None or key in _NOT_IN_TEMPLATES or key.startswith("train.checkpointer."):
+    if default is None or key in _NOT_IN_TEMPLATES or key.startswith("train.checkpointer."):
         return False
     own = key.split(".")[0] in (action, "results_dir", "encryption_key")
     return action == "train" or own or key in _DATA_OPTIONS
 
 
-def _leaf(key: str, action: str) -> dict[str, Any]:
+def _leaf(key: str, default: Any) -> dict[str, Any]:
     field, declared = fields()[key], traits(key)
-    kind = _kind(field)
+    kind, enum = _kind(field), choice_values(field)
     leaf: dict[str, Any] = {"anyOf": [{"type": kind}, {"type": "null"}]} if field.default is None else {"type": kind}
-    leaf |= {"title": _title(key), "description": field.description or "", "default": _default(key, action)}
-    if choices(field):
-        leaf["enum"] = _enum(field)
-    sign, _, other = declared.cond.partition(" ")
+    leaf |= {"title": _title(key), "description": field.description or "", "default": default}
+    if enum:
+        leaf["enum"] = enum
+    sign, other = declared.bound
     leaf |= _bounds(field, f"{sign} depends_on" if other else None, kind)
     needed = declared.condition[0] if declared.automl is not False and not declared.compat else ""
     if other or needed:
@@ -113,13 +99,13 @@ def _leaf(key: str, action: str) -> dict[str, Any]:
         leaf["popular"] = True
     if declared.automl is not None:
         leaf["automl_enabled"] = declared.automl
-    return leaf | _search(declared.search, leaf.get("enum"))
+    return leaf | (_search(declared.search, enum) if declared.search else {})
 
 
 def _kind(field: FieldInfo) -> str:
     """Return the type of a leaf that is set; a number if an option takes a number or a list, such as an image size."""
-    if choices(field):
-        return "ordered_int" if all(isinstance(choice, int) for choice in _enum(field)) else "categorical"
+    if enum := choice_values(field):
+        return "ordered_int" if all(isinstance(choice, int) for choice in enum) else "categorical"
     part = _first(field.annotation)
     return _TYPES[get_origin(part) or part]
 
@@ -133,27 +119,14 @@ def _first(annotation: Any) -> Any:
     return annotation
 
 
-def _enum(field: FieldInfo) -> list[Any]:
-    """Return the choices as values."""
-    for part in (field.annotation, *get_args(field.annotation)):
-        if get_origin(part) is Literal:
-            return list(get_args(part))
-    return list(choices(field))
-
-
 def _bounds(field: FieldInfo, cond: str | None, kind: str) -> dict[str, Any]:
     """Return ``minimum``, ``maximum`` and one ``math_cond``: a sign and a number, or a sign and ``depends_on``.
 
     The format has one condition per leaf, so a second exclusive bound is replaced by the next number inside it.
     """
-    if choices(field):
+    if choice_values(field):
         return {}
-    limits = {
-        name: getattr(item, name)
-        for item in field.metadata
-        for name in ("gt", "ge", "lt", "le")
-        if getattr(item, name, None) is not None
-    }
+    limits = bounds(field)
     number = float if kind == "float" else int
     found: dict[str, Any] = {}
     conditions = [cond] if cond else []
@@ -168,9 +141,7 @@ def _bounds(field: FieldInfo, cond: str | None, kind: str) -> dict[str, Any]:
     return found | ({"math_cond": conditions[0]} if conditions else {})
 
 
-def _search(search: Search | None, enum: list[Any] | None) -> dict[str, Any]:
-    if search is None:
-        return {}
+def _search(search: Search, enum: list[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if enum and search.weights:
         found["option_weights"] = [search.weights.get(str(choice), 0.0) for choice in enum]
@@ -193,22 +164,20 @@ def _default(key: str, action: str) -> Any:
     return list(value) if isinstance(value, tuple) else copy.deepcopy(value)
 
 
-def _properties(tree: dict[str, Any], prefix: str, action: str, keys: list[str]) -> dict[str, Any]:
+def _properties(leaves: Tree, defaults: Tree, prefix: str) -> dict[str, Any]:
     """Return the leaves in the sections of the schema; each section is a ``collection``."""
     found: dict[str, Any] = {}
-    for name, node in tree.items():
+    for name, node in leaves.items():
         key = f"{prefix}{name}"
-        if key not in sections():
-            found[name] = node
-            continue
-        below = {item.removeprefix(f"{key}."): _default(item, action) for item in keys if item.startswith(f"{key}.")}
-        found[name] = {
-            "type": "collection",
-            "title": _title(key),
-            "description": _section_help(key),
-            "default": nest(below),
-            "properties": _properties(node, f"{key}.", action, keys),
-        }
+        found[name] = node
+        if key in sections():
+            found[name] = {
+                "type": "collection",
+                "title": _title(key),
+                "description": _section_help(key),
+                "default": defaults[name],
+                "properties": _properties(node, defaults[name], f"{key}."),
+            }
     return found
 
 

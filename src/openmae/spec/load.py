@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
@@ -14,11 +13,11 @@ from pydantic import ValidationError
 
 from openmae.errors import SpecError
 from openmae.spec import tree
-from openmae.spec.actions import DEVICES, ROWS, SEARCH, get_action
-from openmae.spec.describe import bounds_words, choices, fields, sections, type_words
+from openmae.spec.actions import ROWS, SEARCH, get_action
+from openmae.spec.describe import bounds_words, choices, fields, sections, similar, similar_keys, type_words
 from openmae.spec.notices import find_notices, ignored_by_tao, inert_keys
 from openmae.spec.option import SECRET_MARK, is_secret
-from openmae.spec.resolved import dependent_defaults, fill_unset
+from openmae.spec.resolved import dependent_defaults, device_numbers, fill_unset, resolve
 from openmae.spec.rules import find_problems
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import Tree, value_of
@@ -43,7 +42,7 @@ ALIASES = {"train.mask_ratio": "model.mask_ratio", "train.norm_pix_loss": "model
 
 
 def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None = None) -> ExperimentSpec:
-    """Read and check a spec, and fill in the values that depend on the stage, the architecture and the channels.
+    """Read and check a spec, and fill in the values that depend on others.
 
     Args:
         source: a YAML file, a nested mapping, a spec, or None for the defaults.
@@ -57,41 +56,35 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
         get_action(action)  # raises
     searching = action == SEARCH.name
     action = "train" if searching else action  # every trial is a training run
-    reading, set_keys = _read(source)
+    reading = _read(source)
     name = str(source) if isinstance(source, str | Path) else "The spec"
     apply_overrides(reading, overrides)
-    interpolate(reading, ExperimentSpec().model_dump(mode="json"))
+    interpolate(reading, tree.nest({key: field.default for key, field in fields().items()}))
     reading.tree = drop_unset(reading.tree)
     _merge_aliases(reading)
     spec, problems = _validate(reading)
     problems = [_without_secret(problem) for problem in problems]
-    spec._set_keys = frozenset(
-        key
-        for key in fields()
-        if tree.has(reading.tree, key) and (set_keys is None or key in set_keys or key in reading.origin)
-    )
-    spec = fill_unset(spec)
-    spec = _apply_checkpointer(spec.replaced(_devices(spec))).standing_for(_shown_texts(reading))
+    spec = spec.with_set_keys(spec.set_keys - (reading.derived - reading.origin.keys()))
+    spec, notices = resolve(spec.standing_for(_shown_texts(reading)))
     broken = {problem.key for problem in problems}
     problems += [problem for problem in find_problems(spec, action) if not _follows_from(problem, broken)]
     if problems:
         raise _spec_error(problems, reading.origin, name)
-    for notice in find_notices(spec, action):
-        log.warning(notice)
+    notices += find_notices(spec, action)
     if action == "train" and not searching:
-        for notice in ignored_by_tao(spec, [key for key, at in reading.origin.items() if at.startswith("line")]):
-            log.warning(notice)
-        if any(spec.is_set(key) for key in fields() if key.startswith("automl.")):
-            log.warning("The automl section has no effect on `mae train`; `mae automl` uses it.")
-    return _clamp_scale(spec)
+        notices += ignored_by_tao(spec, [key for key, at in reading.origin.items() if at.startswith("line")])
+        if any(key.startswith("automl.") for key in spec.set_keys):
+            notices.append("The automl section has no effect on `mae train`; `mae automl` uses it.")
+    for notice in notices:
+        log.warning(notice)
+    return spec
 
 
 def find_refusals(spec: ExperimentSpec, values: Mapping[str, Any]) -> list[str]:
     """Return the rules that a training run would break only if these values, by key, replaced those of the spec."""
     own = list(find_problems(spec, "train"))
-    dependent = {key: None for key in dependent_defaults(spec) if not spec.is_set(key)}
-    changed = fill_unset(spec.model_copy().replaced({**dependent, **values}))
-    changed._set_keys = frozenset(key for key in fields() if spec.is_set(key)) | values.keys()
+    dependent = dict.fromkeys(dependent_defaults(spec).keys() - spec.set_keys)
+    changed = fill_unset(spec.replaced({**dependent, **values})).with_set_keys(spec.set_keys | values.keys())
     return [f"{problem.key}: {problem.text}" for problem in find_problems(changed, "train") if problem not in own]
 
 
@@ -101,8 +94,7 @@ def to_dict(spec: ExperimentSpec) -> Tree:
     ``load_spec`` returns the same spec for it, except for a secret, which is replaced by ``***``.
     """
     values: Tree = spec.model_dump(mode="json", exclude_none=True)
-    silent = {key for key in inert_keys(spec) if not spec.is_set(key)}
-    silent |= {key for key in fields() if key.startswith("automl.") and not spec.is_set(key)}
+    silent = {*inert_keys(spec), *(key for key in fields() if key.startswith("automl."))} - spec.set_keys
     for key, field in fields().items():
         if key in silent or value_of(spec, key) == field.default == "":
             tree.remove(values, key)
@@ -121,26 +113,30 @@ def to_yaml(spec: ExperimentSpec) -> str:
     return write_text(to_dict(spec))
 
 
-def _read(source: Any) -> tuple[Reading, set[str] | None]:
-    """Return the content of the source, and the keys that the user set in it; None: all of them."""
+def _read(source: Any) -> Reading:
     if source is None:
-        return Reading(), None
+        return Reading()
     if isinstance(source, ExperimentSpec):
-        set_keys = {ALIASES.get(key, key) for key in fields() if source.is_set(key)}
-        values = source.model_dump(mode="json", exclude_none=True)
-        unset, derived = ExperimentSpec(), {**dependent_defaults(source), **_devices(source)}
-        for key in set(fields()) - set_keys:
-            if value_of(source, key) in (value_of(unset, key), derived.get(key)):
-                tree.remove(values, key)
-        return Reading(tree=values, shown=dict(source.shown)), set_keys
+        return _read_spec(source)
     if isinstance(source, str | Path):
-        return read_file(Path(os.path.expanduser(source))), None
+        return read_file(Path(os.path.expanduser(source)))
     if isinstance(source, Mapping):
-        return read_mapping(source), None
+        return read_mapping(source)
     raise SpecError(
         f"A spec is a path, a mapping or an ExperimentSpec, got {type(source).__name__}.",
         "Give, for example, 'spec.yaml' or {'train': {'num_epochs': 3}}.",
     )
+
+
+def _read_spec(source: ExperimentSpec) -> Reading:
+    """Read a spec without the values that follow from others, which an override may change."""
+    values = source.model_dump(mode="json", exclude_none=True)
+    derived = fields().keys() - {ALIASES.get(key, key) for key in source.set_keys}
+    dependent = {**dependent_defaults(source), **device_numbers(source)}
+    for key in derived:
+        if value_of(source, key) in (fields()[key].default, dependent.get(key)):
+            tree.remove(values, key)
+    return Reading(tree=values, shown=dict(source.shown), derived=frozenset(derived))
 
 
 def _shown_texts(reading: Reading) -> dict[str, Any]:
@@ -205,7 +201,7 @@ def _explain(path: tuple[str, ...], value: Any, detail: Any) -> str:
     words, bounds = type_words(field), bounds_words(field)
     hint = ""
     if words == "choice":
-        near = _close(str(value), choices(field))
+        near = similar(str(value), choices(field))
         hint = f" Did you mean {near[0]}?" if near else ""
         return f"must be one of {bounds}, got {value!r}.{hint}"
     if words == "text" and not isinstance(value, dict | list):
@@ -223,56 +219,9 @@ def _unknown(path: tuple[str, ...]) -> str:
     if any("." in part for part in path) and key in fields():
         section, name = key.rsplit(".", 1)
         return f"a file has sections, not dotted keys. Write {name}: below {section}: instead."
-    names = [*fields(), *sorted(sections())]
-    parent, leaf = key.rpartition(".")[0], path[-1]
-    siblings = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == parent}
-    near = [siblings[name] for name in _close(leaf, siblings)]
-    near += _close(key, [name for name in names if name.rpartition(".")[2] == leaf], cutoff=0.0)
-    near = list(dict.fromkeys(near or _close(key, names)))[:3]
+    near = similar_keys(key)
     hint = f"Did you mean {' or '.join(near)}?" if near else "`mae spec keys` lists all keys."
     return f"there is no such key. {hint}"
-
-
-def _close(word: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    by_lower = {name.lower(): name for name in names}
-    return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=cutoff)]
-
-
-def _devices(spec: ExperimentSpec) -> Tree:
-    """Return num_gpus and gpu_ids of each action, each derived from the other if only one is set."""
-    values: Tree = {}
-    for section in DEVICES:
-        own = getattr(spec, section)
-        if not spec.is_set(f"{section}.gpu_ids") or own.gpu_ids == (0,):  # [0] is the published default
-            values[f"{section}.gpu_ids"] = tuple(range(own.num_gpus))
-        elif not spec.is_set(f"{section}.num_gpus"):
-            values[f"{section}.num_gpus"] = len(own.gpu_ids)
-    return values
-
-
-def _apply_checkpointer(spec: ExperimentSpec) -> ExperimentSpec:
-    """Return the spec with the options that ``train.checkpointer`` sets under other names."""
-    checkpointer, monitor, keep = spec.train.checkpointer, "train.optim.monitor_name", "train.keep_checkpoints"
-    set_keys = {key for key in fields() if spec.is_set(key)}
-    if checkpointer.enable_topk and checkpointer.replace_periodic and keep not in set_keys:
-        spec, set_keys = spec.replaced({keep: 1}), set_keys | {keep}
-    if metric := checkpointer.metric:
-        if monitor in set_keys and spec.train.optim.monitor_name != metric:
-            log.warning("train.checkpointer.monitor=%s replaces %s=%s.", metric, monitor, value_of(spec, monitor))
-        if metric == "ACC_all":  # the default when fine-tuning
-            set_keys -= {monitor}
-        else:
-            spec, set_keys = spec.replaced({monitor: metric}), set_keys | {monitor}
-    spec._set_keys = frozenset(set_keys)
-    return spec
-
-
-def _clamp_scale(spec: ExperimentSpec) -> ExperimentSpec:
-    scale = spec.dataset.augmentation.max_scale
-    if scale <= 1:
-        return spec
-    log.warning("dataset.augmentation.max_scale %g is used as 1: a crop cannot be larger than the image.", scale)
-    return spec.replaced({"dataset.augmentation.max_scale": 1.0})
 
 
 def _without_secret(problem: Problem) -> Problem:

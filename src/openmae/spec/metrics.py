@@ -21,7 +21,6 @@ class Metric:
     """A metric of quality.
 
     Attributes:
-        name: as it is written down.
         label: its name in reports.
         short: its name at a curve.
         kind: a share is in [0, 1], shown as a percentage, and best at its maximum; a loss is best at its minimum.

@@ -91,14 +91,10 @@ def _without_effect(spec: ExperimentSpec, action: str | None) -> Iterator[tuple[
             yield key, f"on `mae {action}`: only a training step predicts a share of the units"
         elif training or declared.no_effect:
             why = why_unused(spec, key)
-            if key == "model.global_pool" and not why and _must_pool(spec):
-                why = f"because {spec.model.arch} has no class token"
+            if not why and key == "model.global_pool" and spec.model.architecture.family != "vit":
+                why = "" if spec.model.global_pool else f"because {spec.model.arch} has no class token"
             if why:
                 yield key, why
-
-
-def _must_pool(spec: ExperimentSpec) -> bool:
-    return not spec.model.global_pool and spec.model.architecture.family != "vit"
 
 
 def _training_notices(spec: ExperimentSpec) -> Iterator[str]:

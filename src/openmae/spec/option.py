@@ -19,7 +19,6 @@ PRETRAIN: tuple[Stage, ...] = ("pretrain",)
 FINETUNE: tuple[Stage, ...] = ("finetune",)
 # Traits that several options share:
 EXECUTION: dict[str, Any] = {"automl": False, "on_resume": "allow", "in_search": False}  # where and how long it runs
-SHAPE: dict[str, Any] = {"on_resume": "refuse", "shapes_model": True}
 TAO_NAME: dict[str, Any] = {"compat": True, "on_resume": "allow"}
 
 
@@ -48,13 +47,11 @@ class Traits:
 
     Attributes:
         stages: the stages of training that use it.
-        needs: a condition without which it has no effect: ``key=value`` (several values: ``key=a|b``), ``key>0``, or
-            ``key``, which must be set.
+        needs: a condition without which it has no effect: ``key=value``, ``key>0``, or ``key``, which must be set.
         no_effect: why it never has an effect; such an option is accepted because TAO's specs have it.
         compat: another name that TAO's specs have for an option, or an option without effect: not in templates.
         on_resume: a resumed run with another value is refused, continues with a warning, or continues.
         in_search: a search with another value is another search.
-        shapes_model: another value needs other weights.
         changes_loss: losses of two pretraining runs with different values cannot be compared.
         automl: True: searched by default. False: never searched. None: searched on request.
         search: the range to search; None: the user has to give one, or it has choices, which are all tried.
@@ -69,7 +66,6 @@ class Traits:
     compat: bool = False
     on_resume: Literal["refuse", "warn", "allow"] = "warn"
     in_search: bool = True
-    shapes_model: bool = False
     changes_loss: bool = False
     automl: bool | None = None
     search: Search | None = None
@@ -88,19 +84,25 @@ class Traits:
         return {"ignores": self.stages, "ignores in pretraining": PRETRAIN}.get(self.tao, ())
 
     @property
-    def condition(self) -> tuple[str, tuple[str, ...]]:
-        """The key that ``needs`` names, and the values that satisfy it (which may be ``>0``); none: any true value."""
+    def bound(self) -> tuple[str, str]:
+        """The sign and the other key of ``cond``; both are empty if there is none."""
+        sign, _, key = self.cond.partition(" ")
+        return sign, key
+
+    @property
+    def condition(self) -> tuple[str, str]:
+        """The key that ``needs`` names, and what its value must be: a value, ``>0``, or empty for any true value."""
         if self.needs.endswith(">0"):
-            return self.needs.removesuffix(">0"), (">0",)
-        key, _, values = self.needs.partition("=")
-        return key, tuple(values.split("|")) if values else ()
+            return self.needs.removesuffix(">0"), ">0"
+        key, _, wanted = self.needs.partition("=")
+        return key, wanted
 
 
-def meets(value: Any, wanted: tuple[str, ...]) -> bool:
+def meets(value: Any, wanted: str) -> bool:
     """Return whether a value satisfies ``Traits.condition``."""
-    if wanted == (">0",):
+    if wanted == ">0":
         return (value or 0) > 0
-    return str(value).lower() in map(str.lower, wanted) if wanted else bool(value)
+    return str(value).lower() == wanted.lower() if wanted else bool(value)
 
 
 def option(
@@ -116,8 +118,8 @@ def option(
     """Declare an option.
 
     Args:
-        default: the value if the spec does not set the key; None if it depends on the stage, the architecture or the
-            data.
+        default: the value if the spec does not set the key. None for a type without None: ``load_spec`` derives it from
+            other options (``spec/resolved.py``).
         help: one line, shown by ``mae spec keys`` and in templates.
         gt: exclusive lower bound.
         ge: lower bound.
@@ -202,7 +204,7 @@ def _distinct(ids: tuple[int, ...]) -> tuple[int, ...]:
     return ids
 
 
-def _positive(values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
     if values and min(values) <= 0:
         raise broken("must contain numbers > 0")
     return values
@@ -225,7 +227,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 BatchOrAuto = Annotated[int, AfterValidator(_batch_or_auto)]
 Milestones = Annotated[tuple[int, ...], AfterValidator(_rising)]
 GpuIds = Annotated[tuple[int, ...], AfterValidator(_distinct)]
-Deviations = Annotated[tuple[float, ...] | None, AfterValidator(_positive)]
+Deviations = Annotated[tuple[float, ...], AfterValidator(_positive)]
 AutoAugment = Annotated[str, AfterValidator(_timm_policy)]
 _EXPAND_USER = AfterValidator(os.path.expanduser)
 InputPath = Annotated[str, _EXPAND_USER, FileUse.READ]

@@ -1,10 +1,10 @@
-"""The defaults that depend on the stage, the architecture or the channels."""
+"""The values of a spec that depend on other values. ``load_spec`` fills them in, so no action sees an unset one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from openmae.spec.actions import DEVICES
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 
@@ -13,21 +13,22 @@ DEFAULT_MEAN = {1: (0.449,), 3: _IMAGENET_MEAN, 4: (*_IMAGENET_MEAN, 0.5)}  # by
 DEFAULT_STD = {1: (0.226,), 3: _IMAGENET_STD, 4: (*_IMAGENET_STD, 0.25)}
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """The same options as in the spec, none of them None."""
-
-    mask_ratio: float
-    decoder_depth: int
-    decoder_embed_dim: int
-    drop_path_rate: float
-    beta2: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+def resolve(spec: ExperimentSpec) -> tuple[ExperimentSpec, list[str]]:
+    """Return the spec with all dependent values, and a notice for each value of the user that another one replaces."""
+    spec = fill_unset(spec)
+    sizes = {key: size for key, size in calibration_sizes(spec).items() if not spec.is_set(key)}
+    spec, notices = _apply_checkpointer(spec.replaced({**device_numbers(spec), **sizes}))
+    scale = spec.dataset.augmentation.max_scale
+    if scale > 1:
+        spec = spec.replaced({"dataset.augmentation.max_scale": 1.0})
+        notices.append(
+            f"dataset.augmentation.max_scale {scale:g} is used as 1: a crop cannot be larger than the image."
+        )
+    return spec, notices
 
 
 def dependent_defaults(spec: ExperimentSpec) -> dict[str, Any]:
-    """Return the defaults that depend on other options, by dotted key."""
+    """Return the defaults that depend on the stage, the architecture or the channels, by dotted key."""
     row, finetune = spec.model.architecture, spec.train.stage == "finetune"
     return {
         "model.mask_ratio": row.mask_ratio,
@@ -46,7 +47,40 @@ def fill_unset(spec: ExperimentSpec) -> ExperimentSpec:
     return spec.replaced({key: value for key, value in defaults.items() if value_of(spec, key) is None})
 
 
-def resolve(spec: ExperimentSpec) -> Resolved:
-    """Return the values of the options that have dependent defaults."""
-    filled = fill_unset(spec)
-    return Resolved(**{key.rpartition(".")[2]: value_of(filled, key) for key in dependent_defaults(spec)})
+def device_numbers(spec: ExperimentSpec) -> dict[str, Any]:
+    """Return num_gpus and gpu_ids of each action, each derived from the other if only one is set, by dotted key."""
+    values: dict[str, Any] = {}
+    for section in DEVICES:
+        own = getattr(spec, section)
+        if not spec.is_set(f"{section}.gpu_ids") or own.gpu_ids == (0,):  # [0] is the published default
+            values[f"{section}.gpu_ids"] = tuple(range(own.num_gpus))
+        elif not spec.is_set(f"{section}.num_gpus"):
+            values[f"{section}.num_gpus"] = len(own.gpu_ids)
+    return values
+
+
+def calibration_sizes(spec: ExperimentSpec) -> dict[str, int]:
+    """Return the calibration options that are set under TAO's names, by the dotted keys that OpenMAE uses."""
+    calibration = spec.gen_trt_engine.tensorrt.calibration
+    batch, sizes = calibration.cal_batch_size, {}
+    if batch is not None:
+        sizes["gen_trt_engine.tensorrt.calibration.batch"] = batch
+    if calibration.cal_batches is not None:
+        sizes["gen_trt_engine.tensorrt.calibration.count"] = calibration.cal_batches * (batch or 1)
+    return sizes
+
+
+def _apply_checkpointer(spec: ExperimentSpec) -> tuple[ExperimentSpec, list[str]]:
+    """Return the spec with the options that ``train.checkpointer`` sets under other names, and notices."""
+    checkpointer, monitor, keep = spec.train.checkpointer, "train.optim.monitor_name", "train.keep_checkpoints"
+    notices = []
+    if checkpointer.enable_topk and checkpointer.replace_periodic and not spec.is_set(keep):
+        spec = spec.replaced({keep: 1}).with_set_keys(spec.set_keys | {keep})
+    metric, named = checkpointer.metric, spec.train.optim.monitor_name
+    if metric and spec.is_set(monitor) and metric != named:
+        notices.append(f"train.checkpointer.monitor={metric} replaces {monitor}={named}.")
+    if metric == "ACC_all":  # the default when fine-tuning
+        spec = spec.with_set_keys(spec.set_keys - {monitor})
+    elif metric:
+        spec = spec.replaced({monitor: metric}).with_set_keys(spec.set_keys | {monitor})
+    return spec, notices

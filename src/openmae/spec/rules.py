@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 from openmae.spec.actions import DEVICES, ROWS
 from openmae.spec.architectures import DECODER_HEAD_DIM, visible_units
-from openmae.spec.describe import fields, file_use
+from openmae.spec.describe import fields, file_use, traits
 from openmae.spec.metrics import METRICS
 from openmae.spec.option import SECRET_MARK, FileUse
+from openmae.spec.resolved import calibration_sizes
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.spec.yaml_reader import Problem
 
 _REMOTE = ("s3://", "gs://", "http://", "https://")
 _READ_ONLY = ("http://", "https://")
-_CALIBRATION = "gen_trt_engine.tensorrt.calibration"
 
 
 def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
@@ -90,7 +90,7 @@ def _model(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
             also=("model.arch", "train.stage"),
         )
     width = model.decoder_embed_dim
-    if spec.train.stage == "pretrain" and row.family != "convnextv2" and width and width % DECODER_HEAD_DIM:
+    if spec.train.stage == "pretrain" and row.family != "convnextv2" and width % DECODER_HEAD_DIM:
         near = max(DECODER_HEAD_DIM, round(width / DECODER_HEAD_DIM) * DECODER_HEAD_DIM)
         yield Problem(
             "model.decoder_embed_dim",
@@ -102,15 +102,15 @@ def _model(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
 def _augmentation(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
     augment, channels = spec.dataset.augmentation, spec.model.in_chans
     for key, values in (("dataset.augmentation.mean", augment.mean), ("dataset.augmentation.std", augment.std)):
-        if values is not None and len(values) != channels and _is_known(spec, action, "model.in_chans"):
+        if len(values) != channels and _is_known(spec, action, "model.in_chans"):
             text = f"must have a number for each of the {channels} channels of model.in_chans, got {list(values)}. "
             yield Problem(key, f"{text}Remove it to use ImageNet's values.", also=("model.in_chans",))
-    if augment.min_scale > augment.max_scale:
-        text = f"must not be above max_scale ({augment.max_scale:g}), got {augment.min_scale:g}. Change one of them."
-        yield Problem("dataset.augmentation.min_scale", text, also=("dataset.augmentation.max_scale",))
-    if augment.min_ratio > augment.max_ratio:
-        text = f"must not be above max_ratio ({augment.max_ratio:g}), got {augment.min_ratio:g}. Change one of them."
-        yield Problem("dataset.augmentation.min_ratio", text, also=("dataset.augmentation.max_ratio",))
+    for key in fields():
+        sign, other = traits(key).bound
+        if sign == "<=" and value_of(spec, key) > value_of(spec, other):
+            name, most = other.rpartition(".")[2], value_of(spec, other)
+            text = f"must not be above {name} ({most:g}), got {value_of(spec, key):g}. Change one of them."
+            yield Problem(key, text, also=(other,))
 
 
 def _training(spec: ExperimentSpec) -> Iterator[Problem]:
@@ -185,7 +185,7 @@ def _geometry(spec: ExperimentSpec) -> Iterator[Problem]:
             also=parts,
         )
         return
-    if spec.train.stage != "pretrain" or model.mask_ratio is None:
+    if spec.train.stage != "pretrain":
         return
     units = (height // unit) * (width // unit)
     visible = visible_units(units, model.mask_ratio)
@@ -246,15 +246,18 @@ def _engine(spec: ExperimentSpec) -> Iterator[Problem]:
                 f"each entry must be name:fp32, for nodes that stay in fp32, got {entry!r}. Example: *norm*:fp32, "
                 "where * matches any characters.",
             )
-    calibration = engine.calibration
-    for alias, key, both in (
-        ("cal_image_dir", "images", calibration.cal_image_dir and calibration.images),
-        ("cal_batches", "count", calibration.cal_batches and spec.is_set(f"{_CALIBRATION}.count")),
-        ("cal_batch_size", "batch", calibration.cal_batch_size and spec.is_set(f"{_CALIBRATION}.batch")),
-    ):
-        if both:
-            text = f"means the same as {_CALIBRATION}.{key}. Remove one of them."
-            yield Problem(f"{_CALIBRATION}.{alias}", text, also=(f"{_CALIBRATION}.{key}",))
+    yield from _calibration(spec)
+
+
+def _calibration(spec: ExperimentSpec) -> Iterator[Problem]:
+    prefix, calibration = "gen_trt_engine.tensorrt.calibration", spec.gen_trt_engine.tensorrt.calibration
+    sizes = calibration_sizes(spec)
+    unlike = [key for key, size in sizes.items() if value_of(spec, key) != size]
+    unlike += [f"{prefix}.images"] if calibration.cal_image_dir and calibration.images else []
+    names = {"images": "cal_image_dir", "count": "cal_batches", "batch": "cal_batch_size"}
+    for key in unlike:
+        text = f"means the same as {key}. Remove one of them."
+        yield Problem(f"{prefix}.{names[key.rpartition('.')[2]]}", text, also=(key,))
 
 
 def _checkpointer(spec: ExperimentSpec) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ Keys and defaults are those that NVIDIA TAO publishes for its MAE task; ``Traits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from pydantic import PrivateAttr
@@ -54,8 +54,23 @@ class ExperimentSpec(Section):
     automl: AutomlSpec = option(AutomlSpec(), "hyperparameter search")
     wandb: WandbSpec = option(WandbSpec(), "Weights & Biases")
 
-    _set_keys: frozenset[str] | None = PrivateAttr(None)
+    _set_keys: frozenset[str] = PrivateAttr(frozenset())
     _shown: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Remember the keys that were given."""
+        self._set_keys = frozenset(_given_keys(self))
+
+    @property
+    def set_keys(self) -> frozenset[str]:
+        """The dotted keys for which ``is_set`` is true."""
+        return self._set_keys
+
+    def with_set_keys(self, keys: frozenset[str]) -> ExperimentSpec:
+        """Return a copy in which these keys, and no others, count as set."""
+        spec = self.model_copy()
+        spec._set_keys = keys
+        return spec
 
     def is_set(self, key: str) -> bool:
         """Return whether the user set the dotted ``key``, such as ``"model.arch"``, in a file, an override or a call.
@@ -67,7 +82,7 @@ class ExperimentSpec(Section):
         owner: Section = value_of(self, section) if section else self
         if name not in type(owner).model_fields:
             raise KeyError(key)
-        return name in owner.model_fields_set if self._set_keys is None else key in self._set_keys
+        return key in self._set_keys
 
     def replaced(self, values: Mapping[str, Any]) -> ExperimentSpec:
         """Return a copy with other values, by dotted key. They are not validated, and do not count as set."""
@@ -99,6 +114,20 @@ class ExperimentSpec(Section):
         """Return the images per batch and device: ``<action>.batch_size``, or ``dataset.batch_size`` if that is -1."""
         own: int = getattr(getattr(self, action), "batch_size", -1)
         return self.dataset.batch_size if own == -1 else own
+
+    @property
+    def trial_epochs(self) -> int:
+        """The epochs of a complete trial of a hyperparameter search."""
+        return self.automl.max_epochs or self.train.num_epochs
+
+
+def _given_keys(section: Section, prefix: str = "") -> Iterator[str]:
+    for name in section.model_fields_set:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _given_keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _replace(section: AnySection, path: list[str], value: Any) -> AnySection:

@@ -14,7 +14,7 @@ import yaml
 from openmae.errors import SpecError
 from openmae.inputs import read_file_or_pipe
 from openmae.spec import from_environment
-from openmae.spec.tree import Tree, merge
+from openmae.spec.tree import Tree, get, merge, nest, put
 
 MISSING = "???"
 KeyPath = tuple[str | int, ...]
@@ -40,12 +40,14 @@ class Reading:
         origin: dotted key -> its place ("line 12", "override").
         problems: mistakes found while reading.
         shown: dotted key -> the reference to record instead of a value from the environment.
+        derived: keys whose value does not count as set by the user, unless ``origin`` has them.
     """
 
     tree: Tree = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     shown: dict[str, Any] = field(default_factory=dict)
+    derived: frozenset[str] = frozenset()
 
 
 class _Loader(yaml.SafeLoader):
@@ -108,12 +110,10 @@ def read_file(path: Path) -> Reading:
         SpecError: the file is missing, is not text, or its YAML cannot be parsed.
     """
     try:
-        if path.is_dir():
-            raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.")
         content = read_file_or_pipe(path, _MAX_FILE_SIZE + 1)
         text = content.decode("utf-8")
-    except SpecError:
-        raise
+    except IsADirectoryError:
+        raise SpecError(f"{path} is a folder, not a spec file.", "Name the YAML file in it.") from None
     except FileNotFoundError:
         fix = "Check the path, or write a spec with `mae spec template train`."
         raise SpecError(f"There is no spec file {path}.", fix) from None
@@ -233,7 +233,7 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
 
     A key that the user did not set has its default; that of ``<action>.results_dir`` is ``<results_dir>/<action>``.
     """
-    references = [(path, value) for path, value in _leaves(reading.tree) if "${" in str(value)]
+    references = {path: value for path, value in _leaves(reading.tree) if "${" in str(value)}
     if not references:
         return
     from omegaconf import OmegaConf
@@ -246,35 +246,34 @@ def interpolate(reading: Reading, defaults: Tree) -> None:
         if isinstance(section, dict) and section.get("results_dir", name) in (None, "", MISSING):
             section["results_dir"] = f"${{results_dir}}/{name}"
 
-    def resolved(tree: Tree, path: KeyPath) -> Any:
-        config: Any = OmegaConf.create(tree)
+    def resolved(path: KeyPath) -> Any:
+        config: Any = OmegaConf.create(base)
         for part in path:
             config = config[part]
         return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
-    def refuse(path: KeyPath, value: Any, error: Exception) -> None:
+    def refuse(path: KeyPath, error: Exception) -> None:
         reason = "it refers to itself" if isinstance(error, RecursionError) else str(error).split("\n")[0]
         reason = reason.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
-        text = f"{value!r} cannot be resolved: {reason.rstrip('.')}."
+        text = f"{references[path]!r} cannot be resolved: {reason.rstrip('.')}."
         reading.problems.append(Problem(".".join(map(str, path)), text))
         _put(reading.tree, path, None)
 
-    well_formed = []
-    for path, value in references:  # find malformed ones first: OmegaConf parses a tree as a unit
+    for path, value in list(references.items()):  # find malformed ones first: OmegaConf parses a tree as a unit
         try:
             OmegaConf.create({"value": value})
-            well_formed.append((path, value))
         except (OmegaConfBaseException, RecursionError) as error:
-            refuse(path, value, error)
+            refuse(path, error)
             _put(base, path, None)
-    reading.shown |= from_environment.references(base, [path for path, _ in well_formed])
-    for path, value in well_formed:
+            del references[path]
+    reading.shown |= from_environment.references(base, references)
+    for path in references:
         try:
-            _put(reading.tree, path, resolved(base, path))
+            _put(reading.tree, path, resolved(path))
         except InterpolationToMissingValueError:
             _put(reading.tree, path, MISSING)
         except (OmegaConfBaseException, RecursionError) as error:
-            refuse(path, value, error)
+            refuse(path, error)
 
 
 def drop_unset(tree: Tree) -> Tree:
@@ -327,35 +326,29 @@ def _text_keys(mapping: Mapping[Any, Any]) -> Tree:
 
 
 def _set(reading: Reading, key: str, value: Any) -> None:
-    *parents, name = key.split(".")
-    section = reading.tree
-    for depth, part in enumerate(parents, 1):
-        below, parent = section.get(part), ".".join(parents[:depth])
+    parents = key.split(".")[:-1]
+    for depth in range(1, len(parents) + 1):
+        parent = ".".join(parents[:depth])
+        below = get(reading.tree, parent)
         if below is None or below == MISSING:
-            below = section[part] = {}
+            put(reading.tree, parent, {})
             reading.origin.setdefault(parent, "override")
-        if not isinstance(below, dict):
+        elif not isinstance(below, dict):
             text = f"cannot be set, since {parent} is {below!r} and not a section."
             reading.problems.append(Problem(key, text, also=(parent,)))
             return
-        section = below
-    merge(section, {name: value})
-    below_key = [".".join([*parents, *map(str, path)]) for path, _ in _leaves({name: value})]
-    reading.origin.update(dict.fromkeys([key, *below_key], "override"))
-    for replaced in (key, *below_key):
-        reading.shown.pop(replaced, None)
+    new = nest({key: value})
+    merge(reading.tree, new)
+    for changed in (key, *(".".join(map(str, path)) for path, _ in _leaves(new))):
+        reading.origin[changed] = "override"
+        reading.shown.pop(changed, None)
 
 
 def _leaves(tree: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    items: Iterable[tuple[str | int, Any]]
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list):
-        items = enumerate(tree)
-    else:
+    if not isinstance(tree, dict | list):
         yield path, tree
         return
-    for key, value in items:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         yield from _leaves(value, (*path, key))
 
 

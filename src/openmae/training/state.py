@@ -51,10 +51,11 @@ class LoopSettings:
         clip_grad_norm: 0 disables clipping.
         ema_decay: 0 disables weight averaging.
         checkpoint_interval_unit: ``epoch`` or ``step`` (an update of the weights).
-        stop_after_epoch: pause after this many epochs; the schedule still spans ``num_epochs``.
+        last_epoch: the epoch after which the run ends or pauses; the schedule spans ``num_epochs``.
     """
 
     num_epochs: int
+    last_epoch: int
     lr: float
     accum_grad_batches: int = 1
     validation_interval: int = 1
@@ -63,13 +64,7 @@ class LoopSettings:
     clip_grad_norm: float = 0.0
     ema_decay: float = 0.0
     seed: int = 1234
-    stop_after_epoch: int | None = None
     compile: bool = False
-
-    @property
-    def last_epoch(self) -> int:
-        """Number of epochs after which the run ends or pauses."""
-        return min(self.num_epochs, self.stop_after_epoch or self.num_epochs)
 
     def checkpoint_is_due(self, unit: str, count: int) -> bool:
         """Return whether a checkpoint is due after ``count`` epochs or steps."""

@@ -27,7 +27,7 @@ class AugmentationSpec(Section):
     input_size: InputSize = option(
         224, "image size in pixels: a number, or [height, width]", popular=True, automl=False, on_resume="refuse"
     )
-    mean: tuple[float, ...] | None = option(None, "mean of each channel, 0 to 1; unset: ImageNet's", automl=False)
+    mean: tuple[float, ...] = option(None, "mean of each channel, 0 to 1; unset: ImageNet's", automl=False)
     std: Deviations = option(None, "standard deviation of each channel; unset: ImageNet's", automl=False)
     min_scale: PositiveShare = option(
         0.1,

@@ -57,16 +57,6 @@ class CalibrationSpec(Section):
         """The data sources."""
         return (self.images,) if self.images else ()
 
-    @property
-    def total(self) -> int:
-        """The number of images to use."""
-        return self.count
-
-    @property
-    def batch_size(self) -> int:
-        """Images per batch."""
-        return self.batch
-
 
 class EngineCalibrationSpec(CalibrationSpec):
     """``gen_trt_engine.tensorrt.calibration``: the same options, also under TAO's names."""
@@ -87,16 +77,6 @@ class EngineCalibrationSpec(CalibrationSpec):
     def sources(self) -> tuple[str, ...]:
         """The data sources."""
         return tuple(map(os.path.expanduser, self.cal_image_dir)) or super().sources
-
-    @property
-    def total(self) -> int:
-        """The number of images to use."""
-        return self.count if self.cal_batches is None else self.cal_batches * (self.cal_batch_size or 1)
-
-    @property
-    def batch_size(self) -> int:
-        """Images per batch."""
-        return self.batch if self.cal_batch_size is None else self.cal_batch_size
 
 
 class ExportSpec(Section):

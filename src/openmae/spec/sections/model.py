@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 from openmae.spec.architectures import Architecture, get_architecture
-from openmae.spec.option import FINETUNE, PRETRAIN, SHAPE, ArchName, PositiveShare, Search, Section, option
+from openmae.spec.option import FINETUNE, PRETRAIN, ArchName, PositiveShare, Search, Section, option
 
 
 class ModelSpec(Section):
     """``model``."""
 
-    arch: ArchName = option("convnextv2_base", "architecture of the backbone", popular=True, changes_loss=True, **SHAPE)
+    arch: ArchName = option(
+        "convnextv2_base", "architecture of the backbone", popular=True, changes_loss=True, on_resume="refuse"
+    )
     num_classes: int | None = option(
         None,
         "number of classes for fine-tuning; unset: as in the data",
@@ -19,15 +21,19 @@ class ModelSpec(Section):
         stages=FINETUNE,
         automl=False,
         on_resume="allow",
-        shapes_model=True,
     )
     in_chans: Literal[1, 3, 4] = option(
-        3, "image channels: 1 grey, 3 RGB, 4 RGB and alpha", tao="lacks", automl=False, **SHAPE
+        3, "image channels: 1 grey, 3 RGB, 4 RGB and alpha", tao="lacks", automl=False, on_resume="refuse"
     )
     patch_size: int | None = option(
-        None, "side of a ViT patch in pixels; unset: as in the name", ge=1, tao="lacks", automl=False, **SHAPE
+        None,
+        "side of a ViT patch in pixels; unset: as in the name",
+        ge=1,
+        tao="lacks",
+        automl=False,
+        on_resume="refuse",
     )
-    mask_ratio: float | None = option(
+    mask_ratio: float = option(
         None,
         "share of mask units hidden in pretraining; unset: 0.75 ViT, 0.6 Hiera and ConvNeXt V2",
         gt=0,
@@ -45,7 +51,7 @@ class ModelSpec(Section):
         on_resume="refuse",
         changes_loss=True,
     )
-    decoder_depth: int | None = option(
+    decoder_depth: int = option(
         None,
         "decoder blocks; unset: 8 ViT and Hiera, 1 ConvNeXt V2",
         ge=1,
@@ -53,9 +59,9 @@ class ModelSpec(Section):
         tao="ignores",
         search=Search(1, 8),
         changes_loss=True,
-        **SHAPE,
+        on_resume="refuse",
     )
-    decoder_embed_dim: int | None = option(
+    decoder_embed_dim: int = option(
         None,
         "decoder width; unset: 512",
         ge=1,
@@ -63,7 +69,7 @@ class ModelSpec(Section):
         tao="ignores",
         search=Search(128, 512, step=64),
         changes_loss=True,
-        **SHAPE,
+        on_resume="refuse",
     )
     decoder_attention: Literal["self", "cross"] = option(
         "self",
@@ -72,7 +78,7 @@ class ModelSpec(Section):
         stages=PRETRAIN,
         tao="lacks",
         automl=False,
-        **SHAPE,
+        on_resume="refuse",
     )
     decoder_targets: PositiveShare = option(
         1.0,
@@ -83,7 +89,7 @@ class ModelSpec(Section):
         search=Search(0.25, 1.0),
         changes_loss=True,
     )
-    drop_path_rate: float | None = option(
+    drop_path_rate: float = option(
         None,
         "stochastic depth; unset: as in the paper for pretraining, 0.1 for fine-tuning",
         ge=0,
@@ -96,7 +102,7 @@ class ModelSpec(Section):
         "classify the mean of the tokens; false: the class token, ViT only",
         stages=FINETUNE,
         tao="ignores",
-        **SHAPE,
+        on_resume="refuse",
     )
 
     @property

@@ -34,7 +34,7 @@ class OptimSpec(Section):
     )
     weight_decay: Share = option(0.05, "weight decay", automl=True, search=Search(1e-3, 0.3, log=True))
     momentum: float = option(0.9, "AdamW's beta1", gt=0, lt=1, tao="ignores", automl=True, search=Search(0.8, 0.98))
-    beta2: float | None = option(
+    beta2: float = option(
         None, "AdamW's beta2; unset: 0.95 pretrain, 0.999 finetune", gt=0, lt=1, tao="lacks", search=Search(0.9, 0.999)
     )
     layer_decay: PositiveShare = option(
@@ -180,3 +180,8 @@ class TrainSpec(Section):
     cudnn: CudnnSpec = option(CudnnSpec(), "settings of cuDNN")
     optim: OptimSpec = option(OptimSpec(), "optimizer and schedule")
     checkpointer: CheckpointerSpec = option(CheckpointerSpec(), "TAO's settings for the best checkpoint")
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch after which the run ends or pauses."""
+        return min(self.num_epochs, self.stop_after_epoch or self.num_epochs)
