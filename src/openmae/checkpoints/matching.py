@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-from timm.layers import resample_patch_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from openmae.checkpoints.foreign_names import NamedWeights, family_of
 from openmae.checkpoints.shapes import OTHER_ARCHITECTURES, foreign_parts, likely_arch
 from openmae.checkpoints.wrappers import State
-from openmae.errors import CheckpointError
+from openmae.errors import CheckpointError, listed
 from openmae.models.build import ModelConfig
 from openmae.models.decoders import ConvNeXtDecoder
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.positions import resize_position_embedding
 from openmae.spec.architectures import ARCHITECTURES
 
 REQUIRED_PERCENT = 95
@@ -150,8 +149,7 @@ def complaint(report: LoadReport, weights: NamedWeights, source: ModelConfig | N
     )
     for title, names in (("Missing", report.missing), ("Not in the model", report.unexpected)):
         if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            problem += f" {title}: {', '.join(names[:_SHOWN])}{more}."
+            problem += f" {title}: {listed(names, _SHOWN)}."
     fixes = []
     if likely and likely != report.arch:
         problem += f" The file looks like {likely}."
@@ -168,11 +166,10 @@ def _foreign_complaint(report: LoadReport, path: Path) -> CheckpointError:
     """Return the error for a file whose model has the same names but computes a different function."""
     parts = foreign_parts(report.foreign)
     named = f" ({', '.join(parts)})" if parts else ""
-    shown = [text for text in report.unexpected if text.split(" ")[0] in report.foreign][:_SHOWN]
-    more = f" and {len(report.foreign) - len(shown)} more" if len(report.foreign) > len(shown) else ""
+    shown = [text for text in report.unexpected if text.split(" ")[0] in report.foreign]
     count, them = ("a tensor", "it") if len(report.foreign) == 1 else (f"{len(report.foreign)} tensors", "them")
     return CheckpointError(
-        f"{path} holds {count} that {report.arch} does not have{named}: {', '.join(shown)}{more}. Without {them} "
+        f"{path} holds {count} that {report.arch} does not have{named}: {listed(shown, _SHOWN)}. Without {them} "
         f"the model would compute a different function from the trained one ({report.layout} layout).",
         OTHER_ARCHITECTURES,
     )
@@ -225,7 +222,11 @@ def _fit_positions(value: Tensor, grid: _PositionGrid) -> Tensor:
     tokens = value.shape[1] - grid.num_prefix_tokens
     side = math.isqrt(max(tokens, 0))
     guesses = [g for g in (grid.old, (side, side), grid.new) if g is not None and g[0] * g[1] == tokens]
-    return resize_position_embedding(value, guesses[0], grid.new, grid.num_prefix_tokens) if guesses else value
+    if not guesses:
+        return value
+    return resample_abs_pos_embed(
+        value, list(grid.new), old_size=list(guesses[0]), num_prefix_tokens=grid.num_prefix_tokens
+    )
 
 
 def _fit_first_convolution(value: Tensor, target: Tensor) -> Tensor:

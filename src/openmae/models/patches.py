@@ -51,10 +51,5 @@ def normalise_units(units_BKP: Tensor) -> Tensor:
 
 def denormalise_units(predicted_BKP: Tensor, true_BKP: Tensor) -> Tensor:
     """Invert :func:`normalise_units` with the statistics of the true units, to display a prediction."""
-    mean, std = _statistics(true_BKP)
-    return predicted_BKP * std + mean
-
-
-def _statistics(units_BKP: Tensor) -> tuple[Tensor, Tensor]:
-    mean = units_BKP.mean(dim=-1, keepdim=True)
-    return mean, (units_BKP.var(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+    std = (true_BKP.var(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+    return predicted_BKP * std + true_BKP.mean(dim=-1, keepdim=True)

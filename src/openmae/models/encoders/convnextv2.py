@@ -52,10 +52,6 @@ class ConvNeXtV2Encoder(MaskedEncoder):
                 x = x + block.drop_path(residual_branch(x, block, sites)).view_as(x)
         return x.view(*visible_BV.shape, self.dim)
 
-    def embed(self, images_BCHW: Tensor) -> Tensor:
-        """Return one vector per unmasked image, ``[B, D]``: timm's features, pooled and then normalised."""
-        return self.backbone(images_BCHW)
-
 
 def _patch_linear(x_NssC: Tensor, conv: nn.Conv2d) -> Tensor:
     """Apply a k x k convolution of stride k to the sites of each unit as one matrix product."""

@@ -69,10 +69,6 @@ class HieraEncoder(MaskedEncoder):
         tokens = sum(fused, start=last.flatten(0, 1))
         return hiera.head.norm(tokens.reshape(len(x), -1, self.dim))
 
-    def embed(self, images_BCHW: Tensor) -> Tensor:
-        """Return one vector per unmasked image, ``[B, D]``: timm's features, pooled and then normalised."""
-        return self.backbone(images_BCHW)
-
     def _embed(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
         """Return the patches of the visible units, ``[B, V, P, channels]``; masked pixels are zero."""
         B, C, H, W = images_BCHW.shape

@@ -61,9 +61,9 @@ class MaskedEncoder(nn.Module, ABC):
             visible_BV: int64 indices of the visible units, row-major.
         """
 
-    @abstractmethod
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """Return one vector per unmasked image, ``[B, D]``."""
+        """Return one vector per unmasked image, ``[B, D]``: by default timm's features, pooled and then normalised."""
+        return self.backbone(images_BCHW)
 
 
 def init_linear(linear: nn.Linear) -> None:
