@@ -39,7 +39,7 @@ from openmae.training.step import (
     compiled,
 )
 
-_ROWS_PER_EPOCH = 100  # about this many rows per epoch in metrics.csv
+_ROWS_PER_EPOCH = 100  # at most this many steps of an epoch are logged in metrics.csv
 _PREFIX = "model."  # of the weights' names in a checkpoint
 
 log = logging.getLogger("openmae")
@@ -213,7 +213,7 @@ class Trainer:
         if math.isfinite(result.loss):
             self.progress.loss_sum += result.loss
             self.progress.loss_count += 1
-            if step.number % max(1, self.schedule.steps_per_epoch // _ROWS_PER_EPOCH) == 0:
+            if step.number % math.ceil(self.schedule.steps_per_epoch / _ROWS_PER_EPOCH) == 0:
                 values = {"train_loss": result.loss, "lr": step.rate} | self.pace.lap()
                 self.outputs.log(step.number, self.progress.epoch + 1, values)
 
