@@ -180,3 +180,8 @@ class TrainSpec(Section):
     cudnn: CudnnSpec = option(CudnnSpec(), "settings of cuDNN")
     optim: OptimSpec = option(OptimSpec(), "optimizer and schedule")
     checkpointer: CheckpointerSpec = option(CheckpointerSpec(), "TAO's settings for the best checkpoint")
+
+    @property
+    def last_epoch(self) -> int:
+        """Number of epochs after which the run ends or pauses."""
+        return min(self.num_epochs, self.stop_after_epoch or self.num_epochs)
