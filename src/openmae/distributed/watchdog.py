@@ -25,7 +25,7 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from openmae.distributed.topology import World
-from openmae.errors import RunError, SpecError
+from openmae.errors import RunError, SpecError, listed
 from openmae.results.status import StatusLog
 
 ANSWER_VARIABLE = "OPENMAE_ANSWER_SECONDS"
@@ -146,9 +146,8 @@ class Watchdog:
         print(error, file=sys.stderr, flush=True)
 
     def _error(self, late: list[int]) -> RunError:
-        names = ", ".join(f"{rank} (node {rank // self._world.per_node})" for rank in late[:_MOST_NAMED])
-        more = f" and {len(late) - _MOST_NAMED} more" if len(late) > _MOST_NAMED else ""
-        who = f"Process {names} has" if len(late) == 1 else f"Processes {names}{more} have"
+        names = listed([f"{rank} (node {rank // self._world.per_node})" for rank in late], _MOST_NAMED)
+        who = f"Process {names} has" if len(late) == 1 else f"Processes {names} have"
         return RunError(
             f"{who} not responded for {self._limit:g} s.",
             "Look for what blocks it: a process that was stopped, a disk or object store that does not respond, a GPU, "
