@@ -21,8 +21,7 @@ from openmae.training import divergence, trainer
 from openmae.training.divergence import DivergenceGuard
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
-from openmae.training.state import Progress
-from openmae.training.step import Step
+from openmae.training.state import Progress, Step
 
 several_processes = pytest.mark.xdist_group("several processes")
 

@@ -24,13 +24,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from openmae.distributed.allocator import kept_memory
 from openmae.distributed.collectives import gather_objects
-from openmae.distributed.rendezvous import (
-    ReplicatedStrategy,
-    ShardedStrategy,
-    WorldEnvironment,
-    watchdog_of,
-    world_of,
-)
+from openmae.distributed.rendezvous import ReplicatedStrategy, ShardedStrategy, WorldEnvironment, watchdog_of, world_of
 from openmae.distributed.signals import InterruptRelay, join_relay
 from openmae.distributed.topology import World, find_world
 from openmae.errors import DataError, OpenMAEError, RunError, SpecError

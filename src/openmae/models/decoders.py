@@ -17,7 +17,7 @@ from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from openmae.models.encoders.interface import init_linear
+from openmae.models.encoders.interface import init_linear_layers
 from openmae.models.masking import Mask, gather_tokens
 from openmae.models.positions import sincos_position_embedding
 from openmae.models.sparse_convnext import Sites, residual_branch
@@ -58,9 +58,7 @@ class _AttentionDecoder(nn.Module, ABC):
         nn.init.normal_(self.mask_token, std=0.02)
         if learned_positions:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module)
+        init_linear_layers(self)
 
     @abstractmethod
     def _add_blocks(self, latent_dim: int, dim: int, depth: int) -> None:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -22,10 +22,7 @@ from openmae.distributed.rendezvous import watchdog_of
 from openmae.errors import RunError, listed
 from openmae.spec.sections.train import TrainSpec
 from openmae.training.optim import Schedule
-from openmae.training.state import Outputs, Progress, Task
-
-if TYPE_CHECKING:
-    from openmae.training.step import Step
+from openmae.training.state import Outputs, Progress, Step, Task
 
 MAX_BAD_STEPS = 10
 _NOISE_IMAGES = 4  # Mixup needs an even number

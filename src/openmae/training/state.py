@@ -1,15 +1,17 @@
-"""The training loop's task, progress and outputs."""
+"""The training loop's task, steps, progress and outputs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from openmae.checkpoints.folder import CheckpointFolder
+from openmae.distributed.signals import Stop
 from openmae.results.status import StatusLog
 from openmae.training.finetune import FinetuneTask
 from openmae.training.loggers import Loggers
@@ -19,6 +21,30 @@ from openmae.training.profiler import StepClock
 log = logging.getLogger("openmae")
 
 Task = PretrainTask | FinetuneTask
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of this process whose backward pass has been started.
+
+    Attributes:
+        number: counted from 1.
+        rate: the learning rate.
+        indices: image indices ``[B]`` of each batch, on the host.
+        losses: the share of each batch in the loss, on the device.
+        stop: the exception with which this process was asked to stop, or None.
+    """
+
+    number: int
+    rate: float
+    indices: Sequence[Tensor]
+    losses: Sequence[Tensor]
+    stop: Stop | None
+
+    def images(self, *, at_fault: bool = False) -> list[int]:
+        """Return the indices of all images, or of the batches with a non-finite loss if ``at_fault`` is true."""
+        pairs = zip(self.indices, self.losses, strict=True)
+        return [int(index) for batch, loss in pairs if not (at_fault and loss.isfinite()) for index in batch]
 
 
 @dataclass

@@ -29,16 +29,8 @@ from openmae.spec.sections.train import TrainSpec
 from openmae.training.divergence import DivergenceGuard
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
-from openmae.training.state import Outputs, Progress, Task
-from openmae.training.step import (
-    DeferredOrder,
-    ImmediateOrder,
-    Step,
-    StepResult,
-    can_defer,
-    compile_errors,
-    compiled,
-)
+from openmae.training.state import Outputs, Progress, Step, Task
+from openmae.training.step import DeferredOrder, ImmediateOrder, StepResult, can_defer, compile_errors, compiled
 
 _ROWS_PER_EPOCH = 100  # at most this many steps of an epoch are logged in metrics.csv
 _PREFIX = "model."  # of the weights' names in a checkpoint

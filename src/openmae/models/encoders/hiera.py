@@ -16,7 +16,7 @@ from timm.models.hiera import Hiera, Unroll
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from openmae.models.encoders.interface import MaskedEncoder, init_linear
+from openmae.models.encoders.interface import MaskedEncoder, init_linear_layers
 
 _HALO = 3  # the 7x7 patch kernel (stride 4) reaches 3 px beyond a unit's top and left, but not its bottom and right
 
@@ -48,9 +48,7 @@ class HieraEncoder(MaskedEncoder):
 
     def init_weights(self) -> None:
         """Initialise as in the official hiera_mae.py: Xavier-uniform linear layers and patch convolution."""
-        for module in self.backbone.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module)
+        init_linear_layers(self.backbone)
         nn.init.xavier_uniform_(self.backbone.patch_embed.proj.weight.flatten(1))
 
     def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
