@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from bench.measure import Comparison, Timing
+from tests.helpers.models import all_visible
 from torch import nn
 
 from bench import checkpoints, curves, memory, pretrain, references, scaling, steps
 from openmae.errors import RunError
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.masking import all_visible, random_mask
+from openmae.models.masking import random_mask
 
 SMALL = {"convnextv2_atto": 0.6, "vit_tiny_patch16": 0.75, "hiera_tiny_224": 0.6}  # mask ratios
 SIDE = 96

@@ -15,6 +15,7 @@ from tests.helpers.checkpoints import CONFIGS, CROSS, INFO, SMALL, save_model
 from timm.layers import resample_abs_pos_embed
 
 from openmae.checkpoints.format import read_checkpoint
+from openmae.checkpoints.matching import _fit_positions, _PositionGrid
 from openmae.checkpoints.weights import load_backbone, load_into
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier, build_feature_extractor
@@ -226,3 +227,22 @@ def test_linear_probe_of_the_official_code_can_be_loaded(tmp_path: Path) -> None
     report = load_into(model, read_checkpoint(tmp_path / "probe.pth"), part="backbone", allow_partial=True)
     assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
     assert "head" in str(report)
+
+
+def test_positions_of_the_same_grid_are_unchanged() -> None:
+    embedding = torch.randn(1, 1 + 6, 8)
+    assert torch.equal(_fit_positions(embedding, _PositionGrid((2, 3), (2, 3), 1)), embedding)
+
+
+def test_resizing_between_non_square_grids_keeps_prefix_and_orientation() -> None:
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 6), indexing="ij")
+    grid = torch.stack([rows, columns], dim=-1).reshape(1, 24, 2)
+    embedding = torch.cat([torch.full((1, 1, 2), 9.0), grid], dim=1)
+    resized = _fit_positions(embedding, _PositionGrid((8, 3), (4, 6), 1))
+    assert resized.shape == (1, 1 + 24, 2)
+    assert torch.equal(resized[:, :1], embedding[:, :1])
+    new_rows, new_columns = resized[0, 1:].view(8, 3, 2).unbind(-1)
+    assert (new_rows.diff(dim=0) > 0).all()
+    assert new_rows.diff(dim=1).abs().max() < 1e-5
+    assert (new_columns.diff(dim=1) > 0).all()
+    assert new_columns.diff(dim=0).abs().max() < 1e-5

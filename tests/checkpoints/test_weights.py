@@ -15,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 from tests.helpers.checkpoints import CONFIGS, CROSS, INFO, SMALL, save_model
+from tests.helpers.models import all_visible
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
@@ -27,7 +28,6 @@ from openmae.data.transforms import EvalTransform
 from openmae.errors import CheckpointError, SpecError
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.masking import all_visible
 
 
 @pytest.mark.parametrize("family", CONFIGS)

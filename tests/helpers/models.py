@@ -14,6 +14,12 @@ from openmae.models.build import ModelConfig
 from openmae.models.masking import Mask, mask_from_noise
 
 
+def all_visible(batch: int, num_units: int) -> Mask:
+    """Return a mask that hides nothing (M = 0)."""
+    units_BL = torch.arange(num_units).expand(batch, -1)
+    return Mask(units_BL, units_BL[:, :0])
+
+
 @pytest.fixture(scope="session")
 def randomise() -> Callable[..., None]:
     """``randomise(module, seed)`` sets every parameter to random values.

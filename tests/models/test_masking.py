@@ -9,7 +9,6 @@ from torch import Tensor
 from openmae.errors import SpecError
 from openmae.models.masking import (
     Mask,
-    all_visible,
     count_visible,
     mask_from_noise,
     random_mask,
@@ -130,12 +129,6 @@ def test_split_units_are_the_tokens_of_each_unit_in_order(rows: int, columns: in
                 top, left = unit // columns * split, unit % columns * split
                 squares.append(finer[top : top + split, left : left + split].flatten())
             assert torch.equal(parts[sample], torch.cat(squares))
-
-
-def test_all_visible_hides_nothing() -> None:
-    mask = all_visible(3, 5)
-    assert mask.visible_BV.tolist() == [[0, 1, 2, 3, 4]] * 3
-    assert mask.masked_BM.shape == (3, 0)
 
 
 @pytest.mark.parametrize(("units", "ratio", "visible"), [(196, 0.75, 49), (49, 0.6, 19), (256, 0.75, 64), (2, 0.5, 1)])

@@ -21,8 +21,7 @@ from openmae.training import divergence, trainer
 from openmae.training.divergence import DivergenceGuard
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
-from openmae.training.state import Progress
-from openmae.training.step import Step
+from openmae.training.state import Progress, Step
 
 several_processes = pytest.mark.xdist_group("several processes")
 
@@ -266,7 +265,8 @@ def test_a_skipped_step_of_fp16_counts_as_bad_and_is_explained_at_a_scale_of_1(m
     scaler, progress = Scaler(4.0), Progress()
     monkeypatch.setattr(divergence, "scaler_of", lambda fabric: scaler)
     fabric: Any = SimpleNamespace(world_size=1)
-    guard = DivergenceGuard(fabric, None, None, scaler, None, None, progress, "{}.png".format)  # type: ignore[arg-type]
+    unused: Any = None
+    guard = DivergenceGuard(fabric, unused, unused, scaler, unused, unused, unused, progress, "{}.png".format)
     step = Step(7, 1e-3, [torch.tensor([3])], [torch.tensor(1.0)], None)
     assert [guard.update_weights(step) for _ in range(3)] == [False] * 3
     assert caplog.messages == [

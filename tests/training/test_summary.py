@@ -9,15 +9,15 @@ from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.spec.sections.dataset import AugmentationSpec
+from openmae.spec.sections.train import OptimSpec, TrainSpec
 from openmae.training.finetune import FinetuneTask
 from openmae.training.optim import Schedule, finetuning_groups, freeze, pretraining_groups
 from openmae.training.pretrain import PretrainTask
-from openmae.training.state import LoopSettings
 from openmae.training.summary import _rates_text, recipe_rows
 
 CONFIG = ModelConfig("vit_tiny_patch16", (32, 64), decoder_depth=1, decoder_embed_dim=32)
-SETTINGS = LoopSettings(num_epochs=10, last_epoch=10, lr=1e-3, accum_grad_batches=2)
-COSINE = Schedule("cosine", 10, 7, warmup_epochs=2)
+SETTINGS = TrainSpec(accum_grad_batches=2)
+COSINE = Schedule(OptimSpec(lr_scheduler="cosine", warmup_epochs=2), 1e-3, 10, 7)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_pretraining(fabric):
 )
 def test_left_out_images_are_shown(images, left_out, fabric):
     model = build_autoencoder(CONFIG)
-    schedule = replace(COSINE, steps_per_epoch=1, warmup_epochs=1)
+    schedule = Schedule(OptimSpec(lr_scheduler="cosine"), 1e-3, 10, 1)
     found = rows(fabric, CONFIG, pretraining_groups(model, 0.05), model, schedule, images=(images, 0))
     assert found.get("left out") == left_out
     assert found["epochs"] == "10 x 1 step"
@@ -121,5 +121,5 @@ def test_frozen_layers_are_not_trained(fabric):
 def test_multistep(fabric):
     model = build_autoencoder(CONFIG)
     groups = pretraining_groups(model, 0.05)
-    steps = Schedule("MultiStep", 10, 7, 0, (4, 8), 0.1)
+    steps = Schedule(OptimSpec(warmup_epochs=0, milestones=(4, 8)), 1e-3, 10, 7)
     assert rows(fabric, CONFIG, groups, model, steps)["schedule"] == "x 0.1 at epochs 4, 8"

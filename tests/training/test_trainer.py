@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from openmae.checkpoints.folder import list_checkpoints
 from openmae.errors import CheckpointError
 from openmae.results.metrics_csv import read_metrics
+from openmae.training import trainer
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
 
@@ -364,6 +365,14 @@ def test_metrics_are_returned_and_logged(train, tmp_path):
     steps = [row for row in read_metrics(tmp_path / "metrics.csv") if "lr" in row]
     assert [row["lr"] for row in steps[:5]] == pytest.approx([1e-3 * n / 5 for n in range(1, 6)])  # warmup
     assert epochs[0]["train_loss_epoch"] == pytest.approx(sum(row["train_loss"] for row in steps[:5]) / 5)
+
+
+@pytest.mark.parametrize(("most", "logged"), [(5, [1, 2, 3, 4, 5]), (4, [2, 4]), (3, [2, 4]), (1, [5])])
+def test_the_rows_of_an_epoch_in_metrics_csv_are_limited(most, logged, train, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "_ROWS_PER_EPOCH", most)
+    train(tmp_path, {"train.num_epochs": 1, "dataset.val_data_sources": None})
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert [row["step"] for row in rows if "train_loss" in row] == logged
 
 
 def test_validation_every_other_epoch_and_at_the_end(train, tmp_path):

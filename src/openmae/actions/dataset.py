@@ -20,12 +20,12 @@ from openmae.data.folder_listing import counted, describe_skipped, first_names
 from openmae.data.index import skipped_files_table
 from openmae.data.open import open_index
 from openmae.data.shards.packing import PackOptions, PackResult, pack
-from openmae.errors import UserError
+from openmae.errors import UserError, listed
 from openmae.results.dataset_report import save_dataset_figure
 from openmae.results.report import Figure, Numbers, Section, Table, write_report
 from openmae.storage import layout
 from openmae.storage.atomic import make_folder, write_atomically
-from openmae.storage.printable import first_few, printable_name
+from openmae.storage.printable import printable_name
 from openmae.storage.urls import is_remote
 
 _LISTED = 100  # rows of a table in the report; the text files have all of them
@@ -116,7 +116,7 @@ def _summary(result: CheckResult) -> list[tuple[str, str]]:
     if index.results:
         rows.append(("results of OpenMAE", f"not read: {first_names(index.results)}"))
     if classes:
-        origin = f"the folders {first_few(list(classes))}" if by_folder else index.labelled_by
+        origin = f"the folders {listed(list(classes))}" if by_folder else index.labelled_by
         rows.append(("classes", f"{len(classes):,}, of {_range([*classes.values()])} images; taken from {origin}"))
         if index.unlabelled:
             rows.append(("without a label", f"{len(index.unlabelled):,}"))

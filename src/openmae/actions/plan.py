@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def _keep_global_batch(earlier: Earlier, spec: ExperimentSpec) -> tuple[Experime
     accumulated, notice = accumulation_for(begun, last, replace(now, accumulated=begun.accumulated))
     if notice and earlier.epochs_done < spec.train.num_epochs:
         log.warning(notice)
-    return spec.replaced({"train.accum_grad_batches": accumulated}), begun.to_dict()
+    return spec.replaced({"train.accum_grad_batches": accumulated}), asdict(begun)
 
 
 def _check_same_run(earlier: Earlier, now: CheckpointInfo, images: str) -> None:

@@ -12,10 +12,9 @@ from lightning_fabric import Fabric
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import LoaderSettings
 from openmae.data.open import open_index
-from openmae.errors import DataError, SpecError, blaming
+from openmae.errors import DataError, SpecError, blaming, listed
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
-from openmae.storage.printable import first_few
 
 _SHOWN = 6  # classes named in a message
 
@@ -60,15 +59,15 @@ def class_count(spec: ExperimentSpec, index: ImageIndex) -> int:
     if found < 2:
         raise DataError(
             f"dataset.train_data_sources: fine-tuning needs two classes or more, but {index.place} has one: "
-            f"{first_few(index.class_names, _SHOWN)}.",
+            f"{listed(index.class_names, _SHOWN)}.",
             "Give the folder above the class folders, or add images of another class.",
         )
     if not spec.is_set("model.num_classes"):
-        log.info("model.num_classes=%d, from the data: %s", found, first_few(index.class_names, _SHOWN))
+        log.info("model.num_classes=%d, from the data: %s", found, listed(index.class_names, _SHOWN))
     elif spec.model.num_classes != found:
         raise SpecError(
             f"model.num_classes is {spec.model.num_classes}, but the data has {found} classes: "
-            f"{first_few(index.class_names, _SHOWN)}.",
+            f"{listed(index.class_names, _SHOWN)}.",
             f"Remove model.num_classes (it is taken from the data), or set it to {found}.",
         )
     return found
@@ -86,14 +85,14 @@ def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: s
     if unknown := [name for name in index.class_names if normalize("NFC", name) not in number_of]:
         raise DataError(
             f"dataset.val_data_sources has {len(unknown)} class(es) that {trained_on} does not have: "
-            f"{first_few(unknown, _SHOWN)}.",
-            f"Rename or remove them; the classes of {trained_on} are: {first_few(class_names, _SHOWN)}.",
+            f"{listed(unknown, _SHOWN)}.",
+            f"Rename or remove them; the classes of {trained_on} are: {listed(class_names, _SHOWN)}.",
         )
     number = [number_of[normalize("NFC", name)] for name in index.class_names]
     if missing := tuple(name for place, name in enumerate(class_names) if place not in number):
         log.warning(
             "dataset.val_data_sources has no images of %d of the %d classes of %s: %s. The accuracy ignores them.",
-            *(len(missing), len(class_names), trained_on, first_few(missing, _SHOWN)),
+            *(len(missing), len(class_names), trained_on, listed(missing, _SHOWN)),
         )
     labels = tuple(number[label] if label >= 0 else -1 for label in index.labels or ())
     return replace(index, labels=labels, class_names=class_names)

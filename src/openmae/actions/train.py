@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,7 @@ from openmae.training.optim import Schedule, build_adamw, finetuning_groups, fre
 from openmae.training.pretrain import PretrainTask
 from openmae.training.profiler import StepClock
 from openmae.training.resume import best_was_set_aside
-from openmae.training.state import LoopSettings, Outputs
+from openmae.training.state import Outputs, Task
 from openmae.training.summary import recipe_rows
 from openmae.training.trainer import Trainer
 
@@ -108,18 +109,13 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     shard(model, config, fabric)
     task = _task(plan, model)
     train_loader, val_loader = _loaders(fabric, plan)
-    optim = spec.train.optim
-    updates = -(-len(train_loader) // spec.train.accum_grad_batches)
-    schedule = Schedule(
-        optim.lr_scheduler, spec.train.num_epochs, updates, optim.warmup_epochs, optim.milestones, optim.gamma
-    )
-    settings = _loop_settings(plan, fabric)
+    schedule = _schedule(spec, fabric.world_size, len(train_loader))
     groups = _groups(plan, model)
-    optimizer = build_adamw(groups, settings.lr, optim.momentum, optim.beta2)
+    optimizer = build_adamw(groups, schedule.peak, spec.train.optim.momentum, spec.train.optim.beta2)
     images = (len(plan.train), len(plan.val) if plan.val else 0)
-    rows = recipe_rows(fabric, task, config, groups, schedule, settings, images, spec.dataset.batch_size)
+    rows = recipe_rows(fabric, task, config, groups, schedule, spec.train, images, spec.dataset.batch_size)
     outputs = _outputs(fabric, plan, state)
-    trainer = Trainer(fabric, task, optimizer, schedule, settings, train_loader, val_loader, outputs)
+    trainer = Trainer(fabric, task, optimizer, schedule, spec.train, train_loader, val_loader, outputs)
     if fabric.is_global_zero:
         show_table(f"{spec.train.stage} recipe", rows)
     if state is not None:
@@ -209,25 +205,14 @@ def _groups(plan: Plan, model: nn.Module) -> list[dict]:
     return pretraining_groups(model, optim.weight_decay)
 
 
-def _loop_settings(plan: Plan, fabric: Fabric) -> LoopSettings:
-    train = plan.spec.train
-    global_batch = plan.spec.dataset.batch_size * fabric.world_size * train.accum_grad_batches
-    return LoopSettings(
-        num_epochs=train.num_epochs,
-        last_epoch=train.last_epoch,
-        lr=train.optim.effective_lr(global_batch),
-        accum_grad_batches=train.accum_grad_batches,
-        validation_interval=train.validation_interval,
-        checkpoint_interval=train.checkpoint_interval,
-        checkpoint_interval_unit=train.checkpoint_interval_unit,
-        clip_grad_norm=train.clip_grad_norm,
-        ema_decay=train.ema_decay if plan.config.num_classes else 0.0,
-        seed=train.seed,
-        compile=train.compile,
-    )
+def _schedule(spec: ExperimentSpec, processes: int, batches: int) -> Schedule:
+    """Return the schedule for ``batches`` per process and epoch."""
+    train = spec.train
+    peak = train.optim.effective_lr(spec.dataset.batch_size * processes * train.accum_grad_batches)
+    return Schedule(train.optim, peak, train.num_epochs, math.ceil(batches / train.accum_grad_batches))
 
 
-def _task(plan: Plan, model: nn.Module) -> PretrainTask | FinetuneTask:
+def _task(plan: Plan, model: nn.Module) -> Task:
     spec, normalise = plan.spec, Normaliser(plan.info.mean, plan.info.std)
     if plan.config.num_classes:
         return FinetuneTask(

@@ -19,9 +19,9 @@ from typing import Any, Self
 from openmae.checkpoints.damage import sharded
 from openmae.checkpoints.format import read_training_state, write_checkpoint
 from openmae.checkpoints.writer import BackgroundWorker, HostCopy
-from openmae.errors import CheckpointError, RunError, StoppedAtOnce, causes_of
+from openmae.errors import CheckpointError, RunError, StoppedAtOnce
 from openmae.storage import layout
-from openmae.storage.atomic import replacing
+from openmae.storage.atomic import fault_of_disk, replacing
 from openmae.storage.encryption import Key
 
 _STOP_SECONDS = 5.0  # how long a run that must stop at once waits for a write in progress
@@ -153,7 +153,7 @@ class CheckpointFolder:
             try:
                 old.unlink(missing_ok=True)
             except OSError as error:
-                log.warning("The old checkpoint %s cannot be deleted (%s).", old, _reason(error))
+                log.warning("The old checkpoint %s cannot be deleted (%s).", old, error.strerror)
 
     def _name_best(self, written: Path) -> None:
         with _replacing(self.folder / layout.BEST) as temporary:
@@ -197,31 +197,23 @@ def _position(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that then replaces ``path`` atomically, and explain errors."""
-    with _explaining(path), replacing(path, single_writer=True) as temporary:
-        yield temporary
+    """Yield a temporary path that then replaces ``path`` atomically.
 
-
-@contextmanager
-def _explaining(path: Path) -> Iterator[None]:
-    """Raise a RunError that says why a checkpoint could not be written, and which one is intact."""
+    Raises:
+        RunError: The checkpoint could not be written; the message has the reason, and names one that is intact.
+    """
     try:
-        yield
+        with replacing(path, single_writer=True) as temporary:
+            yield temporary
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        fault = fault_of_disk(error) or error  # torch wraps the error of the disk
+        reason = getattr(fault, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         left = list_checkpoints(path.parent)
         kept = f" {left[-1].name} is intact: the same command resumes from it." if left else ""
         raise RunError(
-            f"The checkpoint {path.name} could not be written ({_reason(error)}).",
+            f"The checkpoint {path.name} could not be written ({reason}).",
             f"Free space in {path.parent}, or lower train.keep_checkpoints.{kept}",
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """Return the operating system's description of an error, which torch wraps in its own message."""
-    for cause in causes_of(error):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _link(link: Path, target: Path) -> None:

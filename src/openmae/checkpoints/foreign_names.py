@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from openmae.errors import CheckpointError
 from openmae.spec.architectures import Family
 
 _Rules = tuple[tuple[str, str], ...]
-_Reshape = Callable[[str, Tensor, State], Tensor]
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,7 @@ def recognise(raw: Mapping[str, Any], wanted: str = "") -> NamedWeights:
     if any("embeddings.patch_embeddings." in name for name in state):
         layout, family, renamed = _from_transformers(state)
     else:
-        layout, family, rules, reshape = _layout(state, wrapped.entry)
-        renamed = {_rename(name, rules): reshape(name, value, state) for name, value in state.items()}
+        layout, family, renamed = _from_official(state, wrapped.entry)
     if "model." in wrapped.prefix:
         layout += " (behind 'model.', as TAO's)"
     rest = {name: value for name, value in renamed.items() if name.startswith(("decoder.", "encoder."))}
@@ -171,22 +169,25 @@ def _own(state: State) -> NamedWeights:
     return NamedWeights("OpenMAE", family, backbone, rest)
 
 
-def _layout(state: State, entry: str) -> tuple[str, Family, _Rules, _Reshape]:
+def _from_official(state: State, entry: str) -> tuple[str, Family, State]:
+    """Return the layout, the family and the renamed tensors of a file with timm's or official names."""
     family = family_of(state)
     with_decoder = "decoder_embed.weight" in state
     if family == "vit":
-        return ("official MAE ViT" if with_decoder or entry == "model" else "timm ViT"), family, _VIT, _keep
+        return ("official MAE ViT" if with_decoder or entry == "model" else "timm ViT"), family, _rename(state, _VIT)
     if family == "hiera":
         if "head.norm.weight" in state:
-            return "timm Hiera", family, (), _keep
-        return ("official Hiera MAE" if with_decoder else "official Hiera"), family, _HIERA, _reshape_hiera
+            return "timm Hiera", family, state
+        named = _reorder_predictions(_rename(state, _HIERA))
+        return ("official Hiera MAE" if with_decoder else "official Hiera"), family, named
     if family == "convnextv2":
         if "stem.0.weight" in state:
-            return "timm ConvNeXt V2", family, (), _keep
-        if any(name.endswith(".kernel") for name in state):
-            return "official sparse FCMAE", family, _CONVNEXT, _reshape_convnext
+            return "timm ConvNeXt V2", family, state
         layout = "official ConvNeXt V2" if "head.weight" in state else "official FCMAE"
-        return layout, family, _CONVNEXT, _reshape_convnext
+        if any(name.endswith(".kernel") for name in state):
+            layout = "official sparse FCMAE"
+        dense = {name: _reshape_convnext(name, value) for name, value in state.items()}
+        return layout, family, _rename(dense, _CONVNEXT)
     names = ", ".join(list(state)[:5]) or "none"
     raise CheckpointError(
         f"The weights follow no layout that OpenMAE knows; their first names: {names}.",
@@ -198,30 +199,23 @@ def _layout(state: State, entry: str) -> tuple[str, Family, _Rules, _Reshape]:
 def _from_transformers(state: State) -> tuple[str, Family, State]:
     state = {name: value for name, value in state.items() if not _HF_UNUSED.search(name)}
     if any(name.endswith("embeddings.cls_token") for name in state):
-        return "transformers ViT", "vit", _join_attention({_rename(n, _HF_VIT): value for n, value in state.items()})
+        return "transformers ViT", "vit", _join_attention(_rename(state, _HF_VIT))
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state):
-        named = {_rename(name, _HF_HIERA): value for name, value in _number_blocks(state).items()}
-        channels = named["patch_embed.proj.weight"].shape[1]
-        for name in ("decoder.predict.weight", "decoder.predict.bias"):
-            if name in named:
-                named[name] = _reorder_predictions(named[name], channels)
-        return "transformers Hiera", "hiera", named
-    named = {_rename(name, _HF_CONVNEXT): value for name, value in state.items()}
-    flat = {name: value.reshape(-1) if ".grn." in name else value for name, value in named.items()}
-    return "transformers ConvNeXt V2", "convnextv2", flat
+        return "transformers Hiera", "hiera", _reorder_predictions(_rename(_number_blocks(state), _HF_HIERA))
+    flat = {name: value.reshape(-1) if ".grn." in name else value for name, value in state.items()}
+    return "transformers ConvNeXt V2", "convnextv2", _rename(flat, _HF_CONVNEXT)
 
 
-def _rename(name: str, rules: _Rules) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+def _rename(state: State, rules: _Rules) -> State:
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
 
 
-def _keep(name: str, value: Tensor, state: State) -> Tensor:
-    return value
-
-
-def _reshape_convnext(name: str, value: Tensor, state: State) -> Tensor:
+def _reshape_convnext(name: str, value: Tensor) -> Tensor:
     """Convert sparse kernels to dense ones, GRN (up to 6-D in TAO's files) and biases to 1-D, 1x1 kernels to 2-D."""
     if name.endswith(".kernel"):
         return _dense_kernel(value)
@@ -243,15 +237,15 @@ def _dense_kernel(kernel: Tensor) -> Tensor:
     return kernel.permute(2, 1, 0).unflatten(2, (side, side)).transpose(2, 3).contiguous()
 
 
-def _reshape_hiera(name: str, value: Tensor, state: State) -> Tensor:
-    if not name.startswith("decoder_pred."):
-        return value
-    return _reorder_predictions(value, state["patch_embed.proj.weight"].shape[1])
-
-
-def _reorder_predictions(value: Tensor, channels: int) -> Tensor:
+def _reorder_predictions(named: State) -> State:
     """Reorder Hiera's predictions from (channel, row, column) to OpenMAE's (row, column, channel)."""
-    return value.unflatten(0, (channels, -1)).transpose(0, 1).flatten(0, 1)
+    channels = named["patch_embed.proj.weight"].shape[1]
+    return {
+        name: value.unflatten(0, (channels, -1)).transpose(0, 1).flatten(0, 1)
+        if name.startswith("decoder.predict.")
+        else value
+        for name, value in named.items()
+    }
 
 
 def _join_attention(state: State) -> State:

@@ -43,10 +43,10 @@ from openmae.checkpoints.damage import check_path, damaged, first_bytes, holds_o
 from openmae.checkpoints.foreign_names import NamedWeights, recognise
 from openmae.checkpoints.shapes import check_header, count_classes, guess_config
 from openmae.checkpoints.unpickling import load_plain
-from openmae.errors import CheckpointError, RunError, blaming
+from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig, validate
 from openmae.spec.architectures import get_architecture
-from openmae.storage.atomic import replacing
+from openmae.storage.atomic import disk_errors, replacing
 from openmae.storage.encryption import Key, created, unlocked
 
 Stage = Literal["pretrain", "finetune"]
@@ -189,19 +189,18 @@ def read_checkpoint(path: str | Path, key: Key | None = None, weights_key: str =
     path = Path(path)
     content, header = _read_file(path, key)
     with blaming(str(path)):
-        if header is None:
-            checkpoint = Checkpoint(path, recognise(content, weights_key), None)
+        info = None if header is None else CheckpointInfo.from_dict(header)
+        if info is None:
+            weights = recognise(content, weights_key)
         else:
-            info = CheckpointInfo.from_dict(header)
             weights = recognise(_own_weights(content, weights_key) if "openmae" in content else content)
-            checkpoint = Checkpoint(path, replace(weights, layout="OpenMAE", note=""), info)
-        weights = checkpoint.weights
+            weights = replace(weights, layout="OpenMAE", note="")
         _check_finite({**weights.backbone, **weights.rest})
-        if checkpoint.info is not None:
-            check_header(checkpoint.info.model, weights)
+        if info is not None:
+            check_header(info.model, weights)
     if weights.note:  # a warning, since the choice was made for the user
         log.warning("%s: %s.", path, weights.note)
-    return checkpoint
+    return Checkpoint(path, weights, info)
 
 
 def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> Content:
@@ -246,15 +245,12 @@ def save_backbone(path: str | Path, state: Mapping[str, Tensor], info: Checkpoin
     path = Path(path)
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     metadata = {"openmae": json.dumps(info.to_dict())}
-    try:
-        with replacing(path) as temporary:
-            if key is None:
-                save_file(tensors, temporary, metadata)
-            else:
-                with created(temporary, key) as file:
-                    file.write(save(tensors, metadata))
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"Cannot write {path}: {error}.", "Free disk space or choose another results_dir.") from error
+    with disk_errors(path, key="results_dir"), replacing(path) as temporary:
+        if key is None:
+            save_file(tensors, temporary, metadata)
+        else:
+            with created(temporary, key) as file:
+                file.write(save(tensors, metadata))
     return path
 
 
@@ -338,7 +334,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     absent = next((name for name, value in tensors.items() if value.is_meta), None)
     if absent:
         raise CheckpointError(f"{absent} has a shape, but no values.", "Save the model's state dict from a device.")
-    broken = [name for name, value in tensors.items() if not _is_finite(value)]
+    broken = [name for name, value in tensors.items() if not is_finite(value)]
     if broken:
         raise CheckpointError(
             f"{len(broken)} of {len(tensors)} tensors hold NaN or infinite values, the first is {broken[0]}.",
@@ -346,7 +342,8 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _is_finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
+    """Return whether a tensor has neither NaN nor infinite values."""
     if not value.numel() or not value.is_floating_point():
         return True
     if value.element_size() == 1:  # aminmax has no kernel for float8

@@ -9,20 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-from timm.layers import resample_patch_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from openmae.checkpoints.foreign_names import NamedWeights, family_of
 from openmae.checkpoints.shapes import OTHER_ARCHITECTURES, foreign_parts, likely_arch
 from openmae.checkpoints.wrappers import State
-from openmae.errors import CheckpointError
+from openmae.errors import CheckpointError, listed
 from openmae.models.build import ModelConfig
 from openmae.models.decoders import ConvNeXtDecoder
 from openmae.models.mae import MaskedAutoencoder
-from openmae.models.positions import resize_position_embedding
 from openmae.spec.architectures import ARCHITECTURES
-from openmae.storage.printable import first_few
 
 REQUIRED_PERCENT = 95
 _CLASSIFIER = frozenset({"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"})
@@ -150,7 +148,7 @@ def complaint(report: LoadReport, weights: NamedWeights, source: ModelConfig | N
     )
     for title, names in (("Missing", report.missing), ("Not in the model", report.unexpected)):
         if names:
-            problem += f" {title}: {first_few(names)}."
+            problem += f" {title}: {listed(names)}."
     fixes = []
     if likely and likely != report.arch:
         problem += f" The file looks like {likely}."
@@ -167,10 +165,10 @@ def _foreign_complaint(report: LoadReport, path: Path) -> CheckpointError:
     """Return the error for a file whose model has the same names but computes a different function."""
     parts = foreign_parts(report.foreign)
     named = f" ({', '.join(parts)})" if parts else ""
-    names = first_few([text for text in report.unexpected if text.split(" ")[0] in report.foreign])
+    shown = [text for text in report.unexpected if text.split(" ")[0] in report.foreign]
     count, them = ("a tensor", "it") if len(report.foreign) == 1 else (f"{len(report.foreign)} tensors", "them")
     return CheckpointError(
-        f"{path} holds {count} that {report.arch} does not have{named}: {names}. Without {them} "
+        f"{path} holds {count} that {report.arch} does not have{named}: {listed(shown)}. Without {them} "
         f"the model would compute a different function from the trained one ({report.layout} layout).",
         OTHER_ARCHITECTURES,
     )
@@ -223,7 +221,11 @@ def _fit_positions(value: Tensor, grid: _PositionGrid) -> Tensor:
     tokens = value.shape[1] - grid.num_prefix_tokens
     side = math.isqrt(max(tokens, 0))
     guesses = [g for g in (grid.old, (side, side), grid.new) if g is not None and g[0] * g[1] == tokens]
-    return resize_position_embedding(value, guesses[0], grid.new, grid.num_prefix_tokens) if guesses else value
+    if not guesses:
+        return value
+    return resample_abs_pos_embed(
+        value, list(grid.new), old_size=list(guesses[0]), num_prefix_tokens=grid.num_prefix_tokens
+    )
 
 
 def _fit_first_convolution(value: Tensor, target: Tensor) -> Tensor:

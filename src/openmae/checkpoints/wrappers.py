@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from openmae.checkpoints.unpickling import NumpyArray
-from openmae.errors import CheckpointError
-from openmae.storage.printable import first_few
+from openmae.errors import CheckpointError, listed
 
 State = dict[str, Tensor]
 
@@ -42,28 +41,13 @@ class Wrapped:
         state: tensors by name, without the prefix.
         entry: dotted path of keys to the state dict, such as ``model_ema``; empty for a bare state dict.
         prefix: prefix that was removed from the names.
-        others: entries and prefixes of other models' weights that were not chosen.
-        unused: first parts of the names that do not have the prefix.
+        note: description of the choice and of what was left out; empty if there was no choice.
     """
 
     state: State
     entry: str = ""
     prefix: str = ""
-    others: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-
-    @property
-    def note(self) -> str:
-        """Description of the chosen model and of what was left out; empty if there was no choice."""
-        if not self.others and not self.unused:
-            return ""
-        chosen = ".".join(part for part in (self.entry, self.prefix.rstrip(".")) if part)
-        note = f"using the weights under {chosen!r}"
-        if self.others:
-            note += f"; the file also has {first_few(self.others, _SHOWN)} (choose with train.pretrained_weights_key)"
-        if self.unused:
-            note += f"; not used: {first_few(self.unused, _SHOWN)}"
-        return note
+    note: str = ""
 
 
 def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
@@ -91,7 +75,17 @@ def unwrap(raw: Mapping[str, Any], wanted: str = "") -> Wrapped:
     others = [other for other in entries if other not in ("", entry)] + [p.rstrip(".") for p in prefixes if p]
     outside = [name for name in state if not name.startswith((prefix, *prefixes)) and name not in _COUNTERS]
     _check_tensors(own)
-    return Wrapped(own, entry, prefix, tuple(others), tuple(dict.fromkeys(name.split(".")[0] for name in outside)))
+    chosen = f"{entry}.{prefix}".strip(".")
+    return Wrapped(own, entry, prefix, _note(chosen, others, list(dict.fromkeys(n.split(".")[0] for n in outside))))
+
+
+def _note(chosen: str, others: list[str], unused: list[str]) -> str:
+    if not others and not unused:
+        return ""
+    note = f"using the weights under {chosen!r}"
+    if others:
+        note += f"; the file also has {listed(others, _SHOWN)} (choose with train.pretrained_weights_key)"
+    return note + (f"; not used: {listed(unused, _SHOWN)}" if unused else "")
 
 
 def _choose(candidates: list[tuple[str, str]], wanted: str) -> tuple[str, str]:

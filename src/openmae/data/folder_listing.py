@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
-from openmae.errors import DataError
+from openmae.errors import DataError, listed
 from openmae.inputs import open_regular
 from openmae.storage import layout
 from openmae.storage.atomic import parse_object
-from openmae.storage.printable import first_few, printable_name
+from openmae.storage.printable import printable_name
 
 LABELS_FILE = "labels.csv"
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
@@ -215,4 +215,4 @@ def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
     """Return the first ``most`` names, printable, and the number of those left."""
-    return first_few([*map(printable_name, names[:most]), *names[most:]], most)
+    return listed([*map(printable_name, names[:most]), *names[most:]], most)

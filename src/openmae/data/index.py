@@ -30,10 +30,10 @@ from openmae.data.folder_listing import (
 )
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
 from openmae.data.label_table import read_label_table
-from openmae.errors import DataError
+from openmae.errors import DataError, listed
 from openmae.inputs import open_regular
 from openmae.results.report import Cell, Table
-from openmae.storage.printable import first_few, printable_name, same_name
+from openmae.storage.printable import printable_name, same_name
 
 log = logging.getLogger("openmae")
 
@@ -269,7 +269,7 @@ def skipped_files_table(indexes: Iterable[ImageIndex]) -> list[Table]:
 
 def _why_no_classes(names: Sequence[str], parent: str) -> str:
     """Return why the folders ``names`` of ``parent`` are probably not classes; empty if they may be."""
-    some = f"the folders {first_few(names, 4)}"
+    some = f"the folders {listed(names, 4)}"
     if len(names) < 2:
         return ""
     months = re.fullmatch(_YEAR, parent) and all(re.fullmatch(_MONTH, name) for name in names)

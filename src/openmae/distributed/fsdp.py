@@ -45,7 +45,9 @@ def gathered(tree: Any, *, keep: bool = True) -> Any:
     """
     if isinstance(tree, DTensor):
         complete: Tensor = tree.full_tensor().detach()
-        return complete if keep and not complete.ndim else complete.cpu() if keep else None
+        if not keep:
+            return None
+        return complete.cpu() if complete.ndim else complete
     if isinstance(tree, Mapping):
         return {key: gathered(value, keep=keep) for key, value in tree.items()}
     if isinstance(tree, list):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 import socket
@@ -25,18 +24,13 @@ from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from openmae.distributed.allocator import kept_memory
 from openmae.distributed.collectives import gather_objects
-from openmae.distributed.rendezvous import (
-    ReplicatedStrategy,
-    ShardedStrategy,
-    WorldEnvironment,
-    watchdog_of,
-    world_of,
-)
+from openmae.distributed.rendezvous import ReplicatedStrategy, ShardedStrategy, WorldEnvironment, watchdog_of, world_of
 from openmae.distributed.signals import InterruptRelay, join_relay
 from openmae.distributed.topology import World, find_world
 from openmae.errors import DataError, OpenMAEError, RunError, SpecError
 from openmae.main_guard import watch_for_reruns
 from openmae.results.console import notices_on_stderr
+from openmae.storage.atomic import replacing
 
 T = TypeVar("T")
 
@@ -269,10 +263,8 @@ def _run_spawned(
 
 
 def _write(path: Path, outcome: Any) -> None:
-    """Write atomically, since the process may be killed."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(pickle.dumps(outcome))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:  # the process may be killed
+        temporary.write_bytes(pickle.dumps(outcome))
 
 
 def _read(path: Path) -> Any:

@@ -127,18 +127,19 @@ def join(world: World, device: torch.device) -> None:
     keys = [f"joined/{rank}" for rank in range(world.size)]
     store.set(keys[world.rank], "")
     try:
-        complete = False
-        while not complete:
+        while True:
             complete = store.check(["shape", *keys])
             if store.check(["shape"]) and (other := store.get("shape").decode()) != shape:
                 raise SpecError(
                     f"Node 0 runs with {other}, but node {world.node_rank} with {shape}.",
                     "Start the same command with the same spec and version on every node.",
                 )
-            if not complete and time.monotonic() > deadline:
+            if complete:
+                break
+            if time.monotonic() > deadline:
                 missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
                 raise _did_not_join(world, missing, limit)
-            time.sleep(0.0 if complete else 0.05)  # a single long wait in C++ could not be interrupted by signals
+            time.sleep(0.05)  # a single long wait in C++ could not be interrupted by signals
     except torch.distributed.DistError:
         raise RunError(
             "Node 0 has ended while the processes were waiting for each other.", "See the output of node 0."

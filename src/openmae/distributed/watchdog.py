@@ -25,9 +25,8 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from openmae.distributed.topology import World
-from openmae.errors import RunError, SpecError
+from openmae.errors import RunError, SpecError, listed
 from openmae.results.status import StatusLog
-from openmae.storage.printable import first_few
 
 ANSWER_VARIABLE = "OPENMAE_ANSWER_SECONDS"
 _ANSWER_SECONDS = 1800.0
@@ -147,7 +146,7 @@ class Watchdog:
         print(error, file=sys.stderr, flush=True)
 
     def _error(self, late: list[int]) -> RunError:
-        names = first_few([f"{rank} (node {rank // self._world.per_node})" for rank in late], _MOST_NAMED)
+        names = listed([f"{rank} (node {rank // self._world.per_node})" for rank in late], _MOST_NAMED)
         who = f"Process {names} has" if len(late) == 1 else f"Processes {names} have"
         return RunError(
             f"{who} not responded for {self._limit:g} s.",

@@ -10,9 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from openmae.errors import CheckpointError, DataError
+from openmae.errors import CheckpointError, DataError, listed
 from openmae.storage import layout
-from openmae.storage.printable import first_few
 from openmae.storage.urls import is_remote, join, redact
 
 Kind = Literal[
@@ -217,7 +216,7 @@ def choose_model(
 def _describe(items: Sequence[Artifact]) -> str:
     if not items:
         return "It is empty."
-    return f"It has {first_few([f'{item.name} ({item.kind})' for item in items], _SHOWN)}."
+    return f"It has {listed([f'{item.name} ({item.kind})' for item in items], _SHOWN)}."
 
 
 def _order(item: Artifact) -> tuple[int, int, float, str]:

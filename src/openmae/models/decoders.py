@@ -7,6 +7,7 @@ width, P pixel values of a token.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
@@ -16,15 +17,15 @@ from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from openmae.models.encoders.interface import init_linear
+from openmae.models.encoders.interface import init_linear_layers
 from openmae.models.masking import Mask, gather_tokens
 from openmae.models.positions import sincos_position_embedding
 from openmae.models.sparse_convnext import Sites, residual_branch
 from openmae.spec.architectures import DECODER_HEAD_DIM
 
 
-class TransformerDecoder(nn.Module):
-    """MAE's lightweight transformer for ViT (fixed positions, class token) and Hiera (learned positions).
+class _AttentionDecoder(nn.Module, ABC):
+    """A decoder of transformer blocks.
 
     Args:
         latent_dim: D.
@@ -48,16 +49,30 @@ class TransformerDecoder(nn.Module):
         super().__init__()
         assert dim % DECODER_HEAD_DIM == 0, dim  # checked by the spec
         self.num_prefix_tokens = num_prefix_tokens
-        self.embed = nn.Linear(latent_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = sincos_position_embedding(dim, grid, num_prefix_tokens)
         self.pos_embed = nn.Parameter(positions, requires_grad=learned_positions)
+        self._add_blocks(latent_dim, dim, depth)
+        self.norm = LayerNorm(dim)
+        self.predict = nn.Linear(dim, token_values)
+        nn.init.normal_(self.mask_token, std=0.02)
+        if learned_positions:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        init_linear_layers(self)
+
+    @abstractmethod
+    def _add_blocks(self, latent_dim: int, dim: int, depth: int) -> None:
+        """Create the blocks; a seed gives the same weights only if modules are created in the same order."""
+
+
+class TransformerDecoder(_AttentionDecoder):
+    """MAE's lightweight transformer for ViT (fixed positions, class token) and Hiera (learned positions)."""
+
+    def _add_blocks(self, latent_dim: int, dim: int, depth: int) -> None:
+        self.embed = nn.Linear(latent_dim, dim)
         self.blocks = nn.Sequential(
             *(Block(dim, dim // DECODER_HEAD_DIM, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth))
         )
-        self.norm = LayerNorm(dim)
-        self.predict = nn.Linear(dim, token_values)
-        _init_weights(self)
 
     def forward(self, latent_BTD: Tensor, mask: Mask) -> Tensor:
         """Return predictions for the masked tokens, ``[B, M, P]``."""
@@ -85,36 +100,17 @@ class TransformerDecoder(nn.Module):
         return Mask(index[:, :V], index[:, V:]), torch.cat([prefix, kept], dim=1)
 
 
-class CrossAttentionDecoder(nn.Module):
+class CrossAttentionDecoder(_AttentionDecoder):
     """CrossMAE's decoder (Fu et al. 2024, arXiv:2401.14391): masked tokens attend to visible ones only.
 
     So a token's prediction does not depend on which other tokens are predicted. As in the authors' code, keys and
     values come from the encoder's normalised latent, which already includes positions. Unlike their code, which weights
-    several encoder layers for each block (inter-block attention), all blocks use the last layer. The arguments are
-    those of ``TransformerDecoder``.
+    several encoder layers for each block (inter-block attention), all blocks use the last layer.
     """
 
-    def __init__(
-        self,
-        latent_dim: int,
-        dim: int,
-        depth: int,
-        grid: tuple[int, int],
-        num_prefix_tokens: int,
-        token_values: int,
-        learned_positions: bool,
-    ) -> None:
-        super().__init__()
-        assert dim % DECODER_HEAD_DIM == 0, dim  # checked by the spec
-        self.num_prefix_tokens = num_prefix_tokens
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        positions = sincos_position_embedding(dim, grid, num_prefix_tokens)  # TransformerDecoder's shape
-        self.pos_embed = nn.Parameter(positions, requires_grad=learned_positions)
+    def _add_blocks(self, latent_dim: int, dim: int, depth: int) -> None:
         # not "blocks", since a self-attention decoder's norms and MLPs would be loaded by name
         self.cross_blocks = nn.ModuleList(CrossAttentionBlock(latent_dim, dim) for _ in range(depth))
-        self.norm = LayerNorm(dim)
-        self.predict = nn.Linear(dim, token_values)
-        _init_weights(self)
 
     def forward(self, latent_BTD: Tensor, mask: Mask) -> Tensor:
         """Return predictions for the masked tokens, ``[B, M, P]``."""
@@ -148,7 +144,7 @@ class CrossAttentionBlock(nn.Module):
 class ConvNeXtDecoder(nn.Module):
     """FCMAE's decoder: ConvNeXt V2 blocks on the complete grid, with a learned token at masked positions.
 
-    See ``TransformerDecoder`` for the arguments.
+    See ``_AttentionDecoder`` for the arguments.
     """
 
     def __init__(self, latent_dim: int, dim: int, depth: int, grid: tuple[int, int], token_values: int) -> None:
@@ -178,15 +174,6 @@ class ConvNeXtDecoder(nn.Module):
 
 
 Decoder = TransformerDecoder | CrossAttentionDecoder | ConvNeXtDecoder
-
-
-def _init_weights(decoder: TransformerDecoder | CrossAttentionDecoder) -> None:
-    nn.init.normal_(decoder.mask_token, std=0.02)
-    if decoder.pos_embed.requires_grad:
-        nn.init.trunc_normal_(decoder.pos_embed, std=0.02)
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear):
-            init_linear(module)
 
 
 def _split_heads(x_BLE: Tensor) -> Tensor:

@@ -71,14 +71,11 @@ class MaskedAutoencoder(nn.Module):
         """
         unit, size = self.encoder.token_size, (images_BCHW.shape[2], images_BCHW.shape[3])
         units_BLP = patchify(images_BCHW.float(), unit)
-        index = (
-            split_units(mask, self.encoder.grid, self.encoder.split)
-            .masked_BM.unsqueeze(-1)
-            .expand(-1, -1, units_BLP.shape[-1])
-        )
+        tokens = split_units(mask, self.encoder.grid, self.encoder.split)
+        index_BMP = tokens.masked_BM.unsqueeze(-1).expand_as(predicted_BMP)
         if self.norm_pix_loss:
-            predicted_BMP = denormalise_units(predicted_BMP, units_BLP.gather(1, index))
-        masked = unpatchify(units_BLP.scatter(1, index, 0.0), unit, size)
-        predicted_BLP = torch.zeros_like(units_BLP).scatter(1, index, predicted_BMP)
+            predicted_BMP = denormalise_units(predicted_BMP, units_BLP.gather(1, index_BMP))
+        masked = unpatchify(units_BLP.scatter(1, index_BMP, 0.0), unit, size)
+        predicted_BLP = torch.zeros_like(units_BLP).scatter(1, index_BMP, predicted_BMP)
         reconstructed = unpatchify(predicted_BLP, unit, size)
         return masked, reconstructed, masked + reconstructed

@@ -95,12 +95,6 @@ def random_mask(
     return mask_from_noise(_splitmix64(key_B1 + unit_L * _GAMMA), count_visible(num_units, mask_ratio), targets)
 
 
-def all_visible(batch: int, num_units: int, device: torch.device | str = "cpu") -> Mask:
-    """Return a mask in which all units are visible (M = 0)."""
-    units_BL = torch.arange(num_units, device=device).expand(batch, -1)
-    return Mask(units_BL, units_BL[:, :0])
-
-
 @lru_cache(maxsize=16)
 def _scramble(number: int) -> int:
     return int(_splitmix64(torch.tensor(number, dtype=torch.int64)))

@@ -20,18 +20,20 @@ def select_units(images_BCHW: Tensor, index_BK: Tensor, size: int) -> Tensor:
 
     ``size`` is p, which divides height and width; ``index_BK`` are row-major int64 indices of units.
     """
-    B, C, H, W = images_BCHW.shape
-    columns = W // size
-    units = images_BCHW.reshape(B, C, H // size, size, columns, size).permute(0, 2, 4, 3, 5, 1)
-    batch_B1 = torch.arange(B, device=index_BK.device).unsqueeze(1)
+    units, columns = _grid_of_units(images_BCHW, size), images_BCHW.shape[3] // size
+    batch_B1 = torch.arange(units.shape[0], device=index_BK.device).unsqueeze(1)
     return units[batch_B1, index_BK // columns, index_BK % columns]
 
 
 def patchify(images_BCHW: Tensor, size: int) -> Tensor:
     """Return all units of an image, ``[B, L, P]``."""
+    return _grid_of_units(images_BCHW, size).flatten(3).flatten(1, 2)
+
+
+def _grid_of_units(images_BCHW: Tensor, size: int) -> Tensor:
+    """Return a view of the images as ``[B, rows, columns, p, p, C]``."""
     B, C, H, W = images_BCHW.shape
-    units = images_BCHW.reshape(B, C, H // size, size, W // size, size).permute(0, 2, 4, 3, 5, 1)
-    return units.reshape(B, (H // size) * (W // size), size * size * C)
+    return images_BCHW.reshape(B, C, H // size, size, W // size, size).permute(0, 2, 4, 3, 5, 1)
 
 
 def unpatchify(units_BLP: Tensor, size: int, image_size: tuple[int, int]) -> Tensor:
@@ -51,10 +53,5 @@ def normalise_units(units_BKP: Tensor) -> Tensor:
 
 def denormalise_units(predicted_BKP: Tensor, true_BKP: Tensor) -> Tensor:
     """Invert :func:`normalise_units` with the statistics of the true units, to display a prediction."""
-    mean, std = _statistics(true_BKP)
-    return predicted_BKP * std + mean
-
-
-def _statistics(units_BKP: Tensor) -> tuple[Tensor, Tensor]:
-    mean = units_BKP.mean(dim=-1, keepdim=True)
-    return mean, (units_BKP.var(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+    std = (true_BKP.var(dim=-1, keepdim=True) + NORM_EPS).sqrt()
+    return predicted_BKP * std + true_BKP.mean(dim=-1, keepdim=True)

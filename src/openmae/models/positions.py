@@ -1,9 +1,8 @@
-"""Fixed position embeddings, and resampling of learned ones."""
+"""Fixed position embeddings."""
 
 from __future__ import annotations
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 
@@ -18,12 +17,3 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int], num_prefix_tokens
     angles = [axis.flatten().outer(frequency) for axis in (column, row)]
     table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
     return torch.cat([table.new_zeros(num_prefix_tokens, dim), table]).unsqueeze(0).float()
-
-
-def resize_position_embedding(
-    embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix_tokens: int
-) -> Tensor:
-    """Resample a learned ``[1, prefix + rows*columns, D]`` embedding with timm's antialiased bicubic filter."""
-    return resample_abs_pos_embed(
-        embedding, list(new_grid), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
-    )

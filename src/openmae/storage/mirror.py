@@ -17,13 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from openmae.errors import DataError, RunError, StoppedAtOnce
+from openmae.errors import DataError, RunError, StoppedAtOnce, listed
 from openmae.storage import layout
 from openmae.storage.atomic import parse_object, write_atomically
 from openmae.storage.download import download
 from openmae.storage.filesystem import ask, is_missing, is_transient, open_filesystem
 from openmae.storage.listing import Found, list_files, listed_file
-from openmae.storage.printable import first_few
 from openmae.storage.transfer import ChangedError
 from openmae.storage.urls import join, redact, scheme_of
 
@@ -129,7 +128,7 @@ class Mirror:
         names = sorted(self._failed)
         reason = self._failed[names[0]][1]
         return RunError(
-            f"{first_few(names)} could not be uploaded to {redact(self.url)}: {reason.problem}",
+            f"{listed(names)} could not be uploaded to {redact(self.url)}: {reason.problem}",
             f"{reason.fix} Everything is still in {self.local}: run the command again, or copy it from there.",
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
 
 _SPECIAL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\(?=x[0-9a-f]{2})")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -52,16 +51,6 @@ def spreadsheet_cell(text: str) -> str:
     "'=SUM(A1)"
     """
     return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
-
-
-def first_few(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, and how many more there are.
-
-    >>> first_few(["a.png", "b.png", "c.png"], most=2)
-    'a.png, b.png and 1 more'
-    """
-    left = len(names) - most
-    return ", ".join(names[:most]) + (f" and {left:,} more" if left > 0 else "")
 
 
 def same_name(name: str) -> str:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -14,16 +14,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from openmae.data.folder_listing import counted
 from openmae.data.image_dataset import Batch
 from openmae.distributed.collectives import gather_objects, sum_over_ranks
 from openmae.distributed.fsdp import gathered
 from openmae.distributed.rendezvous import watchdog_of
-from openmae.errors import RunError
-from openmae.storage.printable import first_few
-from openmae.training.state import LoopSettings, Outputs, Progress, Task
-
-if TYPE_CHECKING:
-    from openmae.training.step import Step
+from openmae.errors import RunError, listed
+from openmae.spec.sections.train import TrainSpec
+from openmae.training.optim import Schedule
+from openmae.training.state import Outputs, Progress, Step, Task
 
 MAX_BAD_STEPS = 10
 _NOISE_IMAGES = 4  # Mixup needs an even number
@@ -55,7 +54,8 @@ class DivergenceGuard:
     task: Task
     model: Any
     optimizer: Any
-    settings: LoopSettings
+    schedule: Schedule
+    settings: TrainSpec
     outputs: Outputs
     progress: Progress
     file_of: Callable[[int], str]
@@ -105,7 +105,7 @@ class DivergenceGuard:
         self.progress.bad_steps += 1
         gathered_names = gather_objects(self.fabric, [self.file_of(index) for index in images])
         names = [name for part in gathered_names for name in part]
-        self._skipped_images = first_few(names, _SHOWN_IMAGES)
+        self._skipped_images = listed(names, _SHOWN_IMAGES)
         log.warning("Step %d: %s; the step is skipped. Its images: %s", step.number, fault, self._skipped_images)
         if self.progress.bad_steps >= MAX_BAD_STEPS:
             self.blame(step.number, fails=True)
@@ -120,9 +120,9 @@ class DivergenceGuard:
             raise self._diverged(step, self.progress.bad_steps)
         if fails:
             raise RunError(
-                f"The loss or its gradients were not finite {_steps(self.progress.bad_steps)} in a row, the last with: "
-                f"{self._skipped_images}. They are finite for random images, so these images are at fault, not the "
-                "weights.",
+                f"The loss or its gradients were not finite {counted(self.progress.bad_steps, 'step')} in a row, the "
+                f"last with: {self._skipped_images}. They are finite for random images, so these images are at fault, "
+                "not the weights.",
                 "Check the images named for values that are not numbers or out of range, and replace or remove them; "
                 "the same command then resumes.",
             )
@@ -164,20 +164,16 @@ class DivergenceGuard:
         problem = "Training diverged: the weights are not finite. They were not saved."
         if bad_steps:
             problem = (
-                f"Training diverged: the loss or its gradients were not finite {_steps(bad_steps)} in a row. They are "
-                "not finite for random images either, so the weights are at fault, not the images."
+                f"Training diverged: the loss or its gradients were not finite {counted(bad_steps, 'step')} in a row. "
+                "They are not finite for random images either, so the weights are at fault, not the images."
             )
         clip = "lower train.clip_grad_norm" if self.settings.clip_grad_norm else "set train.clip_grad_norm=1.0"
         precision = ", use train.precision=bf16 or fp32 instead of fp16" if scaler_of(self.fabric) else ""
         fix = (
-            f"Lower the learning rate (its peak was {self.settings.lr:.3g}), {clip}, lengthen "
+            f"Lower the learning rate (its peak was {self.schedule.peak:.3g}), {clip}, lengthen "
             f"train.optim.warmup_epochs{precision}; the same command with that change "
             + (f"resumes from {left}." if left else "starts from the beginning.")
         )
         if step == bad_steps and (source := train.get("pretrained_model_path")):
             fix = f"Check train.pretrained_model_path ({source}): no step could be made from its weights. Or: {fix}"
         return RunError(problem, fix)
-
-
-def _steps(count: int) -> str:
-    return f"{count} step" if count == 1 else f"{count} steps"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -37,10 +37,6 @@ class BatchLayout:
         train = spec["train"]
         processes = train.get("num_gpus", 1) * train.get("num_nodes", 1)
         return cls(processes, spec["dataset"]["batch_size"], train.get("accum_grad_batches", 1))
-
-    def to_dict(self) -> dict[str, int]:
-        """Return the fields as a dict, for a checkpoint."""
-        return asdict(self)
 
     def __str__(self) -> str:
         factors = [f"{self.batch_size} images"]

@@ -14,36 +14,38 @@ from torch import nn
 from openmae.errors import CheckpointError, SpecError
 from openmae.models.build import ModelConfig
 from openmae.models.param_groups import is_decayed, is_head, layer_index
+from openmae.spec.sections.train import OptimSpec
 
 _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "step"})  # of AdamW
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor on the learning rate. It depends only on the step, so that resuming needs no state.
+    """The learning rate. It depends only on the step, so that resuming needs no state.
 
     Attributes:
-        kind: ``cosine`` (decays to zero) or ``MultiStep`` (multiplied by ``gamma`` at each milestone).
+        optim: kind of the schedule, warmup and milestones. ``cosine`` decays to zero; ``MultiStep`` is multiplied by
+            ``gamma`` at each milestone.
+        peak: the learning rate after the warmup, which is linear from zero.
         steps_per_epoch: updates of the weights per epoch.
-        warmup_epochs: epochs of linear warmup from zero.
-        milestones: in epochs.
     """
 
-    kind: str
+    optim: OptimSpec
+    peak: float
     epochs: int
     steps_per_epoch: int
-    warmup_epochs: float = 0.0
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
 
-    def factor(self, step: int) -> float:
-        """Return the factor for the update with index ``step``, counted from 0."""
-        epoch = step / self.steps_per_epoch
-        if epoch < self.warmup_epochs:
-            return (step + 1) / math.ceil(self.warmup_epochs * self.steps_per_epoch)
-        if self.kind == "MultiStep":
-            return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
-        progress = (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9)
+    def rate(self, step: int) -> float:
+        """Return the learning rate of the update with index ``step``, counted from 0."""
+        return self.peak * self._factor(step)
+
+    def _factor(self, step: int) -> float:
+        optim, epoch = self.optim, step / self.steps_per_epoch
+        if epoch < optim.warmup_epochs:
+            return (step + 1) / (optim.warmup_epochs * self.steps_per_epoch)
+        if optim.lr_scheduler == "MultiStep":
+            return optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
+        progress = (epoch - optim.warmup_epochs) / max(self.epochs - optim.warmup_epochs, 1e-9)
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -139,21 +141,17 @@ def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
                 raise ValueError(f"moments of {tuple(moments[name].shape)} for a parameter of {tuple(parameter.shape)}")
 
 
-def freeze(model: nn.Module, names: Iterable[str]) -> int:
-    """Freeze the named modules (``patch_embed``, ``blocks.0``, ...); return the number of frozen parameters.
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Freeze the named modules (``patch_embed``, ``blocks.0``, ...).
 
     Raises:
         SpecError: a module does not exist, or nothing is left to train.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    frozen = 0
     for name in names:
         if name not in modules:
             near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3) or list(dict(model.named_children()))
             raise SpecError(f"train.freeze: the model has no module {name!r}.", f"Similar names: {', '.join(near)}.")
-        for parameter in modules[name].parameters():
-            parameter.requires_grad_(False)
-            frozen += parameter.numel()
+        modules[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SpecError("train.freeze: nothing is left to train.", "Freeze fewer modules.")
-    return frozen

@@ -33,15 +33,11 @@ class PaceMeter:
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the batches, and measure the wait for each."""
-        iterator = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
+        asked = time.perf_counter()
+        for batch in batches:
             self._waited += time.perf_counter() - asked
             yield batch
+            asked = time.perf_counter()
 
     def count(self, images: int) -> None:
         """Count a step of ``images`` images, summed over all ranks."""

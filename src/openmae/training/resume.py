@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from openmae.checkpoints.folder import check_not_sharded, list_checkpoints, set_aside
-from openmae.checkpoints.format import read_training_state
+from openmae.checkpoints.format import is_finite, read_training_state
 from openmae.errors import CheckpointError
 from openmae.storage import layout
 from openmae.storage.encryption import Key, is_encrypted
@@ -89,8 +89,7 @@ def read_finite(path: Path, key: Key | None) -> dict[str, Any]:
     payload = read_training_state(path, key, lazily=True)
     parts = {name: payload.get(name) for name in ("state_dict", "ema_state_dict", "optimizer")}
     for name, tensor in _tensors(parts):
-        # the norm is fast to check, but it can overflow although every value is finite
-        if tensor.is_floating_point() and not (tensor.norm().isfinite() or tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise NotFiniteError(
                 f"{path} has non-finite values ({name}): the run that wrote it had diverged.",
                 "Resume from an older checkpoint, or set another results_dir to start a new run.",

@@ -1,74 +1,50 @@
-"""Inputs and state of the training loop: task, settings, outputs and progress."""
+"""The training loop's task, steps, progress and outputs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from lightning_fabric import Fabric
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from openmae.checkpoints.folder import CheckpointFolder
-from openmae.data.image_dataset import Batch
+from openmae.distributed.signals import Stop
 from openmae.results.status import StatusLog
+from openmae.training.finetune import FinetuneTask
 from openmae.training.loggers import Loggers
+from openmae.training.pretrain import PretrainTask
 from openmae.training.profiler import StepClock
 
 log = logging.getLogger("openmae")
 
-
-class Task(Protocol):
-    """A training task: see ``PretrainTask`` and ``FinetuneTask``."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model to train."""
-
-    @property
-    def monitor(self) -> str:
-        """The metric that selects the best checkpoint."""
-
-    @property
-    def lower_is_better(self) -> bool:
-        """True if ``monitor`` is minimised."""
-
-    def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
-        """Return the loss of a batch; ``model`` is the task's model, wrapped by ``Fabric.setup``."""
-
-    def validate(self, fabric: Fabric, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the metrics of a validation set."""
+Task = PretrainTask | FinetuneTask
 
 
 @dataclass(frozen=True)
-class LoopSettings:
-    """Settings of the loop, named as in the spec.
+class Step:
+    """A step of this process whose backward pass has been started.
 
     Attributes:
-        lr: peak learning rate.
-        clip_grad_norm: 0 disables clipping.
-        ema_decay: 0 disables weight averaging.
-        checkpoint_interval_unit: ``epoch`` or ``step`` (an update of the weights).
-        last_epoch: the epoch after which the run ends or pauses; the schedule spans ``num_epochs``.
+        number: counted from 1.
+        rate: the learning rate.
+        indices: image indices ``[B]`` of each batch, on the host.
+        losses: the share of each batch in the loss, on the device.
+        stop: the exception with which this process was asked to stop, or None.
     """
 
-    num_epochs: int
-    last_epoch: int
-    lr: float
-    accum_grad_batches: int = 1
-    validation_interval: int = 1
-    checkpoint_interval: int = 1
-    checkpoint_interval_unit: str = "epoch"
-    clip_grad_norm: float = 0.0
-    ema_decay: float = 0.0
-    seed: int = 1234
-    compile: bool = False
+    number: int
+    rate: float
+    indices: Sequence[Tensor]
+    losses: Sequence[Tensor]
+    stop: Stop | None
 
-    def checkpoint_is_due(self, unit: str, count: int) -> bool:
-        """Return whether a checkpoint is due after ``count`` epochs or steps."""
-        return self.checkpoint_interval_unit == unit and count % self.checkpoint_interval == 0
+    def images(self, *, at_fault: bool = False) -> list[int]:
+        """Return the indices of all images, or of the batches with a non-finite loss if ``at_fault`` is true."""
+        pairs = zip(self.indices, self.losses, strict=True)
+        return [int(index) for batch, loss in pairs if not (at_fault and loss.isfinite()) for index in batch]
 
 
 @dataclass

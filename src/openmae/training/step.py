@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,32 +29,9 @@ from openmae.distributed.rendezvous import ShardedStrategy
 from openmae.distributed.signals import Stop, stop_from_counts, stop_to_counts
 from openmae.errors import RunError
 from openmae.training.divergence import DivergenceGuard, scaler_of
+from openmae.training.state import Step
 
 log = logging.getLogger("openmae")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of this process whose backward pass has been started.
-
-    Attributes:
-        number: counted from 1.
-        rate: the learning rate.
-        indices: image indices ``[B]`` of each batch, on the host.
-        losses: the share of each batch in the loss, on the device.
-        stop: the exception with which this process was asked to stop, or None.
-    """
-
-    number: int
-    rate: float
-    indices: Sequence[Tensor]
-    losses: Sequence[Tensor]
-    stop: Stop | None
-
-    def images(self, *, at_fault: bool = False) -> list[int]:
-        """Return the indices of all images, or of the batches with a non-finite loss if ``at_fault`` is true."""
-        pairs = zip(self.indices, self.losses, strict=True)
-        return [int(index) for batch, loss in pairs if not (at_fault and loss.isfinite()) for index in batch]
 
 
 class StepResult(NamedTuple):

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from lightning_fabric import Fabric
 
+from openmae.data.folder_listing import counted
 from openmae.distributed.launch import describe_device
 from openmae.distributed.rendezvous import world_of
 from openmae.models.build import ModelConfig
+from openmae.spec.sections.train import TrainSpec
 from openmae.training.finetune import FinetuneTask
 from openmae.training.optim import Schedule
-from openmae.training.pretrain import PretrainTask
-from openmae.training.state import LoopSettings
+from openmae.training.state import Task
 
 _MOST_LAYERS = 16  # if there are more, only the first and the last ones are listed
 
@@ -21,11 +22,11 @@ Rows = list[tuple[str, str]]
 
 def recipe_rows(
     fabric: Fabric,
-    task: PretrainTask | FinetuneTask,
+    task: Task,
     config: ModelConfig,
     groups: Sequence[dict],
     schedule: Schedule,
-    settings: LoopSettings,
+    settings: TrainSpec,
     images: tuple[int, int],
     batch_size: int,
 ) -> Rows:
@@ -53,15 +54,15 @@ def recipe_rows(
     rows += [
         ("images", f"{images[0]:,} to train, {f'{images[1]:,}' if images[1] else 'none'} to validate"),
         ("batch", _batch_text(fabric, batch_size, settings.accum_grad_batches)),
-        ("epochs", f"{settings.num_epochs} x {_count(schedule.steps_per_epoch, 'step')}"),
+        ("epochs", f"{schedule.epochs} x {counted(schedule.steps_per_epoch, 'step')}"),
     ]
     step = batch_size * fabric.world_size
     if left_out := images[0] % step:
         why = f"{images[0]:,} is not a multiple of {step}"
-        rows.append(("left out", f"{_count(left_out, 'image')} per epoch, others in each epoch: {why}"))
+        rows.append(("left out", f"{counted(left_out, 'image')} per epoch, others in each epoch: {why}"))
     rows += [
         ("schedule", _schedule_text(schedule)),
-        ("learning rate", _rates_text(groups, settings.lr)),
+        ("learning rate", _rates_text(groups, schedule.peak)),
         ("device", describe_device(fabric) + (", compiled" if settings.compile else "")),
     ]
     return rows
@@ -80,16 +81,13 @@ def _batch_text(fabric: Fabric, batch_size: int, accumulated: int) -> str:
     return f"{total} = {' x '.join(factors)}" if len(factors) > 1 else f"{total}"
 
 
-def _count(number: float, noun: str) -> str:
-    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
-
-
 def _schedule_text(schedule: Schedule) -> str:
-    warmup = f"{_count(schedule.warmup_epochs, 'epoch')} of warmup, then " if schedule.warmup_epochs else ""
-    if schedule.kind == "cosine":
+    optim = schedule.optim
+    warmup = f"{counted(optim.warmup_epochs, 'epoch')} of warmup, then " if optim.warmup_epochs else ""
+    if optim.lr_scheduler == "cosine":
         return f"{warmup}cosine to 0"
-    milestones = ", ".join(map(str, schedule.milestones)) or "never"
-    return f"{warmup}x {schedule.gamma:g} at epochs {milestones}"
+    milestones = ", ".join(map(str, optim.milestones)) or "never"
+    return f"{warmup}x {optim.gamma:g} at epochs {milestones}"
 
 
 def _rates_text(groups: Sequence[dict], lr: float) -> str:

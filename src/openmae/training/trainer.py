@@ -25,21 +25,14 @@ from openmae.distributed.collectives import sum_over_ranks
 from openmae.distributed.fsdp import distributed, gathered, gathered_model, is_sharded
 from openmae.distributed.rendezvous import watchdog_of
 from openmae.distributed.signals import InterruptWatch, Stop, stop_from_counts, stop_to_counts
+from openmae.spec.sections.train import TrainSpec
 from openmae.training.divergence import DivergenceGuard
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
 from openmae.training.progress import EpochBar, PaceMeter
-from openmae.training.state import LoopSettings, Outputs, Progress, Task
-from openmae.training.step import (
-    DeferredOrder,
-    ImmediateOrder,
-    Step,
-    StepResult,
-    can_defer,
-    compile_errors,
-    compiled,
-)
+from openmae.training.state import Outputs, Progress, Step, Task
+from openmae.training.step import DeferredOrder, ImmediateOrder, StepResult, can_defer, compile_errors, compiled
 
-_ROWS_PER_EPOCH = 100  # about this many rows per epoch in metrics.csv
+_ROWS_PER_EPOCH = 100  # at most this many steps of an epoch are logged in metrics.csv
 _PREFIX = "model."  # of the weights' names in a checkpoint
 
 log = logging.getLogger("openmae")
@@ -61,7 +54,7 @@ class Trainer:
         task: Task,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
-        settings: LoopSettings,
+        settings: TrainSpec,
         train_loader: TrainingLoader,
         val_loader: EvaluationLoader | None,
         outputs: Outputs,
@@ -79,10 +72,11 @@ class Trainer:
         # saving, averaging and validation use the task's model, whose parameter names compiling does not change
         module = compiled(task.model, fabric.device) if settings.compile else task.model
         self.model, self.optimizer = fabric.setup(module, optimizer)
-        self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if settings.ema_decay else None
+        averages = settings.stage == "finetune" and settings.ema_decay > 0
+        self.ema = ModelEmaV3(task.model, decay=settings.ema_decay) if averages else None
         self.progress = Progress(batches_per_epoch=len(train_loader))
         self.guard = DivergenceGuard(
-            fabric, task, self.model, self.optimizer, settings, outputs, self.progress, train_loader.file_of
+            fabric, task, self.model, self.optimizer, schedule, settings, outputs, self.progress, train_loader.file_of
         )
         self.pace = PaceMeter()
         self._interrupt = InterruptWatch()
@@ -143,7 +137,7 @@ class Trainer:
                 progress.batch += len(group)
                 progress.step += 1
                 epoch_done = progress.batch == batches  # the epoch's checkpoint is written after its validation
-                due = self.settings.checkpoint_is_due("step", progress.step) and not epoch_done
+                due = self._checkpoint_is_due("step", progress.step) and not epoch_done
                 if due or epoch_done or self._stop:
                     self._order.settle()
                 if due or self._stop:
@@ -167,7 +161,12 @@ class Trainer:
         """Return the rate for the current position in the epoch, not for a step count: the batch size may change."""
         progress, accumulated = self.progress, self.settings.accum_grad_batches
         done = progress.epoch * self.schedule.steps_per_epoch + -(-progress.batch // accumulated)
-        return self.settings.lr * self.schedule.factor(done)
+        return self.schedule.rate(done)
+
+    def _checkpoint_is_due(self, unit: str, count: int) -> bool:
+        """Return whether a checkpoint is due after ``count`` epochs or steps."""
+        settings = self.settings
+        return settings.checkpoint_interval_unit == unit and count % settings.checkpoint_interval == 0
 
     def _train_step(self, group: Sequence[Batch]) -> None:
         rate = self._rate()
@@ -213,7 +212,7 @@ class Trainer:
         if math.isfinite(result.loss):
             self.progress.loss_sum += result.loss
             self.progress.loss_count += 1
-            if step.number % max(1, self.schedule.steps_per_epoch // _ROWS_PER_EPOCH) == 0:
+            if step.number % math.ceil(self.schedule.steps_per_epoch / _ROWS_PER_EPOCH) == 0:
                 values = {"train_loss": result.loss, "lr": step.rate} | self.pace.lap()
                 self.outputs.log(step.number, self.progress.epoch + 1, values)
 
@@ -238,7 +237,7 @@ class Trainer:
         self.outputs.log(
             step, epoch + 1, {"train_loss_epoch" if k == "train_loss" else k: v for k, v in metrics.items()}
         )
-        due = last or settings.checkpoint_is_due("epoch", epoch + 1) or settings.checkpoint_is_due("step", step)
+        due = last or self._checkpoint_is_due("epoch", epoch + 1) or self._checkpoint_is_due("step", step)
         improved = (due or self.task.monitor != "train_loss") and self._note_best(metrics)
         progress.epoch, progress.batch, progress.loss_sum, progress.loss_count = epoch + 1, 0, 0.0, 0
         if due:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from tests.helpers.models import all_visible
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from openmae.models.build import ModelConfig, build_encoder
 from openmae.models.encoders import MaskedEncoder
-from openmae.models.masking import all_visible
 from openmae.models.patches import patchify, unpatchify
 
 BATCH = 3

@@ -6,13 +6,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from tests.helpers.models import all_visible
 from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from openmae.models import sparse_convnext
 from openmae.models.encoders import ConvNeXtV2Encoder
-from openmae.models.masking import all_visible
 
 SIZES = [(64, 64), (96, 64), (64, 160)]
 SMALL = {"depths": (2, 1, 2, 1), "dims": (8, 16, 24, 32)}

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from tests.helpers.models import all_visible
 from torch import Tensor
 
 from openmae.models.encoders import HieraEncoder
-from openmae.models.masking import all_visible, split_units
+from openmae.models.masking import split_units
 
 SIZES = [(64, 64), (64, 96), (128, 64)]
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from tests.helpers.models import all_visible
 from torch import Tensor
 
 from openmae.models.encoders import ViTEncoder
-from openmae.models.masking import all_visible
 from openmae.models.positions import sincos_position_embedding
 
 

@@ -23,7 +23,7 @@ _UNIT = 32  # px, the stride of the last stage
 
 
 class ConvNeXtV2Encoder(MaskedEncoder):
-    """timm's ConvNeXt V2 on visible 32-px units.
+    """timm's ConvNeXt V2 on visible 32-px units, with timm's initial weights: truncated normal of std .02, zero biases.
 
     Args:
         backbone: a ConvNeXt with GRN and without layer scale.
@@ -35,9 +35,6 @@ class ConvNeXtV2Encoder(MaskedEncoder):
         super().__init__(backbone, unit=_UNIT, grid=grid, dim=backbone.num_features)
         # FCMAE does not use the classifier's norm, and with DDP every trainable weight must be used
         backbone.head.requires_grad_(False)
-
-    def init_weights(self) -> None:
-        """Do nothing: timm initialises as the paper does (truncated normal of std .02, zero biases)."""
 
     def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
         """Return the latent of each visible unit, ``[B, V, D]``."""
@@ -51,10 +48,6 @@ class ConvNeXtV2Encoder(MaskedEncoder):
             for block in stage.blocks:
                 x = x + block.drop_path(residual_branch(x, block, sites)).view_as(x)
         return x.view(*visible_BV.shape, self.dim)
-
-    def embed(self, images_BCHW: Tensor) -> Tensor:
-        """Return one vector per unmasked image, ``[B, D]``: timm's features, pooled and then normalised."""
-        return self.backbone(images_BCHW)
 
 
 def _patch_linear(x_NssC: Tensor, conv: nn.Conv2d) -> Tensor:

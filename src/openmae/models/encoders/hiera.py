@@ -16,7 +16,7 @@ from timm.models.hiera import Hiera, Unroll
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from openmae.models.encoders.interface import MaskedEncoder, init_linear
+from openmae.models.encoders.interface import MaskedEncoder, init_linear_layers
 
 _HALO = 3  # the 7x7 patch kernel (stride 4) reaches 3 px beyond a unit's top and left, but not its bottom and right
 
@@ -48,9 +48,7 @@ class HieraEncoder(MaskedEncoder):
 
     def init_weights(self) -> None:
         """Initialise as in the official hiera_mae.py: Xavier-uniform linear layers and patch convolution."""
-        for module in self.backbone.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module)
+        init_linear_layers(self.backbone)
         nn.init.xavier_uniform_(self.backbone.patch_embed.proj.weight.flatten(1))
 
     def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
@@ -68,10 +66,6 @@ class HieraEncoder(MaskedEncoder):
         last = hiera.reroll(x, len(hiera.blocks) - 1, mask=visible_BV)  # [B, V, t, t, D]
         tokens = sum(fused, start=last.flatten(0, 1))
         return hiera.head.norm(tokens.reshape(len(x), -1, self.dim))
-
-    def embed(self, images_BCHW: Tensor) -> Tensor:
-        """Return one vector per unmasked image, ``[B, D]``: timm's features, pooled and then normalised."""
-        return self.backbone(images_BCHW)
 
     def _embed(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
         """Return the patches of the visible units, ``[B, V, P, channels]``; masked pixels are zero."""

@@ -48,9 +48,8 @@ class MaskedEncoder(nn.Module, ABC):
         """Latent tokens of an unmasked image in (rows, columns)."""
         return self.grid[0] * self.split, self.grid[1] * self.split
 
-    @abstractmethod
     def init_weights(self) -> None:
-        """Initialise the weights as the paper does, where timm differs."""
+        """Initialise the weights as the paper does, where timm differs; by default, it does not."""
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor, visible_BV: Tensor) -> Tensor:
@@ -61,13 +60,15 @@ class MaskedEncoder(nn.Module, ABC):
             visible_BV: int64 indices of the visible units, row-major.
         """
 
-    @abstractmethod
     def embed(self, images_BCHW: Tensor) -> Tensor:
-        """Return one vector per unmasked image, ``[B, D]``."""
+        """Return one vector per unmasked image, ``[B, D]``: by default timm's features, pooled and then normalised."""
+        return self.backbone(images_BCHW)
 
 
-def init_linear(linear: nn.Linear) -> None:
-    """Initialise with Xavier-uniform weights and zero bias, as in MAE's code."""
-    nn.init.xavier_uniform_(linear.weight)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
+def init_linear_layers(model: nn.Module) -> None:
+    """Initialise all linear layers with Xavier-uniform weights and zero biases, as in MAE's code."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from openmae.models.encoders.interface import MaskedEncoder, init_linear
+from openmae.models.encoders.interface import MaskedEncoder, init_linear_layers
 from openmae.models.patches import select_units
 from openmae.models.positions import sincos_position_embedding
 
@@ -33,9 +33,7 @@ class ViTEncoder(MaskedEncoder):
 
     def init_weights(self) -> None:
         """Initialise as the paper does: Xavier-uniform linear layers, class token of std .02, sine-cosine positions."""
-        for module in self.backbone.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module)
+        init_linear_layers(self.backbone)
         nn.init.xavier_uniform_(self.backbone.patch_embed.proj.weight.flatten(1))
         nn.init.normal_(self.backbone.cls_token, std=0.02)
         positions = sincos_position_embedding(self.dim, self.grid, self.num_prefix_tokens)
