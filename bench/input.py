@@ -23,10 +23,10 @@ from torchvision import transforms
 from openmae.data.image_dataset import Batch, ImageDataset
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import LoaderSettings, TrainingLoader
-from openmae.data.normalise import Normaliser
 from openmae.data.shards.indexing import index_shards
 from openmae.data.shards.packing import PackOptions, pack
 from openmae.data.transforms import FinetuneTransform, PretrainTransform, Transform, _fix_posterize
+from openmae.models.normalise import Normaliser
 
 from .measure import Comparison, compare
 from .pretrain import told

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from openmae.data.image_dataset import Batch
-from openmae.data.normalise import Normaliser
 from openmae.distributed.allocator import keep_freed_memory, return_freed_memory
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import random_mask
+from openmae.models.normalise import Normaliser
 from openmae.spec.architectures import get_architecture
 from openmae.training.optim import build_adamw, pretraining_groups
 from openmae.training.pretrain import PretrainTask

@@ -15,8 +15,8 @@ from PIL import Image
 import openmae
 from openmae.cli.main import main
 from openmae.data.decode import ImageFile
-from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
+from openmae.models.normalise import Normaliser
 from openmae.results.status import read_status
 
 pytestmark = pytest.mark.xdist_group("actions")

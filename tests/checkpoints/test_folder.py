@@ -14,10 +14,10 @@ import torch
 
 from openmae.checkpoints import folder as checkpoints_module
 from openmae.checkpoints.folder import CheckpointFolder, list_checkpoints
+from openmae.checkpoints.resume import newest_checkpoint
 from openmae.cli.main import main
 from openmae.errors import RunError, StoppedAtOnce
 from openmae.storage.encryption import Key
-from openmae.training.resume import newest_checkpoint
 
 PAYLOAD = {"openmae": {"stage": "pretrain"}, "progress": {"epoch": 1}, "optimizer": {}, "x": torch.arange(3)}
 

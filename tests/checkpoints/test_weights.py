@@ -23,11 +23,11 @@ import openmae
 from openmae.checkpoints.format import CheckpointInfo, read_checkpoint, save_backbone
 from openmae.checkpoints.weights import load_backbone, load_into
 from openmae.data.decode import ImageFile
-from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
 from openmae.errors import CheckpointError, SpecError
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
+from openmae.models.normalise import Normaliser
 
 
 @pytest.mark.parametrize("family", CONFIGS)

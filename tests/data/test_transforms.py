@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from openmae.data.decode import ImageFile
-from openmae.data.normalise import Normaliser
 from openmae.data.transforms import (
     EvalTransform,
     FinetuneTransform,
@@ -23,6 +22,7 @@ from openmae.data.transforms import (
     rng_at,
 )
 from openmae.errors import SpecError
+from openmae.models.normalise import Normaliser
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POLICY = "rand-m9-mstd0.5-inc1"

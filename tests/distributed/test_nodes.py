@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from openmae.checkpoints.resume import newest_checkpoint
 from openmae.cli.main import main
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
-from openmae.training.resume import newest_checkpoint
 
 pytestmark = pytest.mark.xdist_group("several processes")  # one such test at a time: they need the cores
 

@@ -9,10 +9,10 @@ import torch
 
 from openmae.checkpoints.format import CheckpointInfo, read_checkpoint, save_backbone
 from openmae.checkpoints.weights import load_into
-from openmae.data.normalise import Normaliser
 from openmae.engines.metadata import ModelCard
 from openmae.engines.module import DeployedModel, example_input
 from openmae.models.build import ModelConfig, build_autoencoder, build_feature_extractor
+from openmae.models.normalise import Normaliser
 
 ARCHES = ("vit_tiny_patch16", "convnextv2_atto", "hiera_tiny_224")
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from openmae.data.image_dataset import Batch
-from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric
 from openmae.evaluation.reconstructions import reconstruct
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.models.masking import Mask, random_mask
+from openmae.models.normalise import Normaliser
 
 
 def test_visible_units_are_shown_as_they_are():

@@ -17,12 +17,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from openmae.actions import train as train_action
 from openmae.actions.plan import Plan
 from openmae.data.image_dataset import Batch
-from openmae.data.normalise import Normaliser
 from openmae.distributed.collectives import gather, gather_objects, sum_over_ranks
 from openmae.distributed.fsdp import gathered
 from openmae.distributed.rendezvous import ShardedStrategy
 from openmae.errors import DataError
 from openmae.evaluation.predictions import predict
+from openmae.models.normalise import Normaliser
 from openmae.training import trainer
 from openmae.training.pretrain import PretrainTask
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from openmae.data.image_dataset import Batch
-from openmae.data.normalise import Normaliser
 from openmae.models.build import ModelConfig, build_classifier
+from openmae.models.normalise import Normaliser
 from openmae.spec.sections.dataset import AugmentationSpec
 from openmae.training.finetune import FinetuneTask
 

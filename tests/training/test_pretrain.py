@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from openmae.data.image_dataset import Batch
-from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric
 from openmae.errors import DataError
 from openmae.models.build import ModelConfig, build_autoencoder
+from openmae.models.normalise import Normaliser
 from openmae.training.pretrain import PretrainTask
 
 ARCHS = {"vit_tiny_patch16": 32, "hiera_tiny_224": 64, "convnextv2_atto": 64}

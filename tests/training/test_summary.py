@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
+from openmae.models.normalise import Normaliser
 from openmae.spec.sections.dataset import AugmentationSpec
 from openmae.spec.sections.train import OptimSpec, TrainSpec
 from openmae.training.finetune import FinetuneTask

@@ -17,7 +17,6 @@ from openmae.actions.sources import loader_settings, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import EvaluationLoader
-from openmae.data.normalise import Normaliser
 from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.engines.batching import eval_transform
 from openmae.errors import DataError
@@ -25,6 +24,7 @@ from openmae.evaluation.embeddings import embed
 from openmae.evaluation.predictions import predict, score
 from openmae.evaluation.probes import probe
 from openmae.models.mae import MaskedAutoencoder
+from openmae.models.normalise import Normaliser
 from openmae.results.confusion import save_confusion_matrix
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from openmae.checkpoints.format import Checkpoint, CheckpointInfo, read_checkpoint
 from openmae.checkpoints.weights import check_size, load_into
-from openmae.data.normalise import Normaliser
 from openmae.engines.metadata import FEATURES, LOGITS, ModelCard
 from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.predictor import (
@@ -29,6 +28,7 @@ from openmae.errors import CheckpointError, SpecError, blaming
 from openmae.models.build import build_autoencoder
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import count_visible
+from openmae.models.normalise import Normaliser
 from openmae.spec.actions import TABLE
 from openmae.spec.describe import fields, traits
 from openmae.spec.resolved import DEFAULT_MEAN, DEFAULT_STD

@@ -13,6 +13,7 @@ from typing import Any
 
 from openmae.actions.sources import class_count, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
+from openmae.checkpoints.resume import newest_checkpoint, newest_readable, read_finite
 from openmae.data.image_dataset import AddressedSampler
 from openmae.data.index import ImageIndex
 from openmae.errors import CheckpointError, blaming
@@ -23,7 +24,6 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import flatten, get, value_of
 from openmae.storage.encryption import Key, resolve_key
 from openmae.training.elastic import BatchLayout, accumulation_for
-from openmae.training.resume import newest_checkpoint, newest_readable, read_finite
 
 log = logging.getLogger("openmae")
 

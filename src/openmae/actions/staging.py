@@ -169,7 +169,7 @@ def _download_run(spec: ExperimentSpec, folder: Path, *, leads: bool) -> None:
     If not ``leads``, the other files are only those that show that nothing is left to train.
     """
     from openmae.checkpoints.folder import list_checkpoints
-    from openmae.training.resume import NotFiniteError, look_for_checkpoint
+    from openmae.checkpoints.resume import NotFiniteError, look_for_checkpoint
 
     key = resolve_key(spec.encryption_key)
     available: list[str] = []

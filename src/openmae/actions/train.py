@@ -21,10 +21,10 @@ from openmae.actions.sections import reconstructions, train_report
 from openmae.actions.sources import loader_settings
 from openmae.checkpoints.folder import CheckpointFolder
 from openmae.checkpoints.format import Checkpoint, read_checkpoint, read_training_state, save_backbone
+from openmae.checkpoints.resume import best_was_set_aside
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.checkpoints.weights import load_into
 from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
-from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform, Transform
 from openmae.distributed.fsdp import shard
 from openmae.distributed.launch import build_fabric, check_agreement, launch
@@ -32,6 +32,7 @@ from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import CheckpointError, blaming
 from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
+from openmae.models.normalise import Normaliser
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
@@ -44,7 +45,6 @@ from openmae.training.loggers import Loggers, open_wandb
 from openmae.training.optim import Schedule, build_adamw, finetuning_groups, freeze, pretraining_groups
 from openmae.training.pretrain import PretrainTask
 from openmae.training.profiler import StepClock
-from openmae.training.resume import best_was_set_aside
 from openmae.training.state import Outputs, Task
 from openmae.training.summary import recipe_rows
 from openmae.training.trainer import Trainer

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from openmae.data.decode import MAX_MEGAPIXELS, CorruptImage, ImageFile, TooManyPixels
-from openmae.data.normalise import Normaliser
 from openmae.data.transforms import EvalTransform
 from openmae.engines.metadata import ModelCard
 from openmae.errors import DataError
+from openmae.models.normalise import Normaliser
 
 log = logging.getLogger("openmae")
 

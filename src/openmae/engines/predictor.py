@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from openmae.checkpoints.format import CheckpointInfo, read_checkpoint
-from openmae.data.normalise import Normaliser
 from openmae.data.transforms import crop_pct
 from openmae.engines.batching import as_input, device_name, run_split
 from openmae.engines.metadata import INPUT, ONNX_SUFFIXES, ModelCard, file_sha256
@@ -18,6 +17,7 @@ from openmae.engines.module import DeployedModel, build_deployed
 from openmae.engines.tensorrt.runtime import ENGINE_SUFFIXES, TensorRTPredictor
 from openmae.engines.tensorrt.sidecar import read_sidecar, sidecar_path
 from openmae.errors import SpecError
+from openmae.models.normalise import Normaliser
 from openmae.storage.encryption import Key, resolve_key
 
 

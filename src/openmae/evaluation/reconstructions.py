@@ -10,9 +10,9 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from openmae.data.image_dataset import Batch
-from openmae.data.normalise import Normaliser
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import Mask
+from openmae.models.normalise import Normaliser
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from openmae.data.image_dataset import Batch
-from openmae.data.normalise import Normaliser
 from openmae.evaluation.predictions import predict, score
+from openmae.models.normalise import Normaliser
 from openmae.spec.sections.dataset import AugmentationSpec
 
 

@@ -10,12 +10,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from openmae.data.image_dataset import Batch
-from openmae.data.normalise import Normaliser
 from openmae.distributed.collectives import gather, sum_over_ranks
 from openmae.distributed.rendezvous import watchdog_of
 from openmae.evaluation.probes import probe
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import Mask, random_mask
+from openmae.models.normalise import Normaliser
 
 _VALIDATION_EPOCH = -1  # the masks of validation are the same in every epoch
 

@@ -13,10 +13,10 @@ import torch
 
 from openmae.checkpoints.folder import CheckpointFolder, list_checkpoints
 from openmae.checkpoints.format import read_training_state
+from openmae.checkpoints.resume import best_was_set_aside, newest_readable
 from openmae.errors import CheckpointError
 from openmae.storage import layout
 from openmae.storage.encryption import Key
-from openmae.training.resume import best_was_set_aside, newest_readable
 
 
 def payload(number: int, part: str = "") -> dict[str, Any]:
