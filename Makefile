@@ -50,7 +50,7 @@ PARALLEL := -n auto --dist loadgroup
 DESELECTED := not slow and not browser and not faults and not nvidia
 
 check: lint
-	$(PYTEST) $(PARALLEL) -m '$(DESELECTED) and not launches'
+	$(PYTEST) $(PARALLEL) -m '$(DESELECTED) and not integration'
 
 test: lint
 	$(PYTEST) $(PARALLEL)

@@ -17,6 +17,7 @@ import openmae
 from openmae.errors import SpecError
 
 
+@pytest.mark.integration
 def test_importing_is_free_of_torch() -> None:
     code = (
         "import sys, openmae; assert openmae.train and openmae.__version__;"
@@ -111,6 +112,7 @@ def test_architectures_and_models() -> None:
         openmae.build_autoencoder("vit_tiny_patch16", 50)
 
 
+@pytest.mark.integration
 def test_jobs_and_errors_are_attributes() -> None:
     code = "import openmae; print(openmae.jobs.Client.__name__, openmae.errors.SpecError.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -146,7 +148,7 @@ def test_every_public_function_has_an_example() -> None:
     assert functions | WITHOUT_DATA == examples().keys()
 
 
-@pytest.mark.launches
+@pytest.mark.integration
 def test_the_examples_of_the_actions_run_in_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)

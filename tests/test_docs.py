@@ -165,7 +165,7 @@ def test_examples_pass_mypy_strict(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.launches
+@pytest.mark.integration
 def test_weights_of_timm_are_accepted(folder: Path) -> None:
     (code,) = blocks("migrating-from-timm.md", "python")
     exec(compile(code, "migrating-from-timm.md", "exec"), {})

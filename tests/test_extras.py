@@ -30,6 +30,7 @@ def test_the_blocked_modules_are_those_of_the_extras() -> None:
     assert {"onnx", "onnxruntime", "optuna", "s3fs", "gcsfs", "fastapi", "tensorrt_rtx", "ray"} <= extra_modules()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("command", ["--help", "train --help", "spec keys", "spec template export", "jobs --help"])
 def test_commands_answer_without_the_extras(command: str) -> None:
     code = f"import openmae\nfrom openmae.cli.main import main\nsys.exit(main({command.split()}))"
@@ -38,6 +39,7 @@ def test_commands_answer_without_the_extras(command: str) -> None:
     assert done.stdout
 
 
+@pytest.mark.integration
 def test_training_needs_no_extra() -> None:
     modules = ["openmae.actions.train", "openmae.actions.dataset", "openmae.quickstart", "openmae.jobs"]
     done = without_extras("".join(f"import {name}\n" for name in modules))

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.integration
+
 # Read by every Python process of the run, those that are spawned among them. psutil, which would load its library for
 # macOS, is imported before; and it alone still sees /proc, in place of the calls of macOS.
 _SYSTEM = """

@@ -192,6 +192,7 @@ def test_leftover_of_a_killed_run_is_overwritten(tmp_path):
     assert names(tmp_path) == ["model_epoch_001_step_00001.pth", "vit_latest.pth"]
 
 
+@pytest.mark.integration
 def test_full_disk_during_training_exits_1(train, tiny_overrides, payload_of, tmp_path, capsys):
     unwatched = {"dataset.val_data_sources": None}
     train(tmp_path, {**unwatched, "train.num_epochs": 1})

@@ -21,6 +21,8 @@ from openmae.models.build import ModelConfig, build_autoencoder, build_classifie
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import Mask, mask_from_noise
 
+pytestmark = pytest.mark.integration
+
 State = dict[str, Tensor]
 
 

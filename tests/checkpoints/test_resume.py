@@ -130,6 +130,7 @@ def spoil(path: Path) -> None:
     torch.save(content, path)
 
 
+@pytest.mark.integration
 def test_run_broken_by_an_earlier_version_is_resumed(train, payload_of, tmp_path):
     folder = tmp_path / "broken"
     train(folder, {"train.num_epochs": 3})
@@ -144,6 +145,7 @@ def test_run_broken_by_an_earlier_version_is_resumed(train, payload_of, tmp_path
     assert all(bool(value.isfinite().all()) for value in best["state_dict"].values())
 
 
+@pytest.mark.integration
 def test_named_checkpoint_must_be_finite(train, tmp_path):
     train(tmp_path / "first", {"train.num_epochs": 1})
     (named,) = list_checkpoints(tmp_path / "first")

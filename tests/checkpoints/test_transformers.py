@@ -16,6 +16,8 @@ from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.models.masking import mask_from_noise
 
+pytestmark = pytest.mark.integration
+
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 

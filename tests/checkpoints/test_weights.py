@@ -29,6 +29,8 @@ from openmae.models.build import ModelConfig, build_autoencoder, build_classifie
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.normalise import Normaliser
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_pretrained_checkpoint_is_restored_completely(

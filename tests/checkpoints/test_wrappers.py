@@ -21,6 +21,8 @@ from openmae.checkpoints.format import read_checkpoint
 from openmae.checkpoints.weights import load_backbone
 from openmae.errors import CheckpointError
 
+pytestmark = pytest.mark.integration
+
 
 def trunk(state: State) -> State:
     return {name: value for name, value in state.items() if not name.startswith("head")}

@@ -68,6 +68,7 @@ def test_all_commands_are_candidates(monkeypatch, capsys):
     assert all(f"\n  {name} " in shown for name in found)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("shell", _SHELLS)
 def test_the_script_of_a_shell(shell, tmp_path):
     if shutil.which(shell) is None:

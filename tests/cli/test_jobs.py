@@ -151,6 +151,7 @@ def test_a_spec_file_and_a_variable_by_name(
     assert told["dataset.train_data_sources"]["why"] == "given in specs"
 
 
+@pytest.mark.integration
 def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     done = subprocess.run(
         f"{sys.executable} -m openmae jobs list --root {tmp_path} | true",

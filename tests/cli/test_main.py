@@ -29,6 +29,7 @@ def action(monkeypatch):
     return install
 
 
+@pytest.mark.integration
 def test_help_imports_nothing_heavy():
     code = (
         "import sys, json; from openmae.cli.main import main; code = main(['--help']);"
@@ -180,18 +181,21 @@ def shell(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", script.replace("$MAE", mae)], capture_output=True, text=True)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("command", ["spec keys", "jobs list --root {root}", "--help"])
 def test_a_reader_that_goes_away_is_no_error(command, tmp_path):
     done = shell(f"set -o pipefail; $MAE {command.format(root=tmp_path)} | head -c1 >/dev/null")
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("command", ["spec template train", "jobs list --root {root}"])
 def test_a_closed_stdout_is_no_error(command, tmp_path):
     done = shell(f"$MAE {command.format(root=tmp_path)} >&-")
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_result_that_does_not_fit_on_the_disk_is_an_error():
     done = shell("$MAE spec template train > /dev/full")

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from openmae.cli.main import main
 
 
+@pytest.mark.integration
 def test_checking_a_spec_imports_no_torch():
     code = (
         "import sys; from openmae.cli.main import main; assert main(['spec', 'keys']) == 0;"

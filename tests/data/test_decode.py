@@ -388,6 +388,7 @@ def test_a_gif_with_transparency_and_palette() -> None:
     assert halves("P").mode == "P"
 
 
+@pytest.mark.integration
 def test_pillow_warnings_are_not_shown(tmp_path: Path) -> None:
     halves().save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage")
     program = "import sys; from openmae.data.decode import *; ImageFile(Path(sys.argv[1])).pixels()"

@@ -57,6 +57,7 @@ def test_format_table() -> None:
     assert "EPS" not in READ_FORMATS, "its decoder runs a program"
 
 
+@pytest.mark.integration
 def test_without_pillow_heif_the_command_is_named() -> None:
     program = (
         "import sys; sys.modules['pillow_heif'] = None\n"
@@ -168,6 +169,7 @@ def test_folder_archive_and_shards_agree(mixed: Path, tmp_path: Path, monkeypatc
                 np.testing.assert_array_equal(found.pixels(), wanted.pixels())
 
 
+@pytest.mark.integration
 def test_no_reader_runs_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*args: object, **kwargs: object) -> None:
         raise AssertionError("a program was run")

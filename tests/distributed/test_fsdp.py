@@ -38,6 +38,7 @@ def one(train, tmp_path_factory):
     return folder
 
 
+@pytest.mark.integration
 @several_processes
 def test_fsdp_trains_as_one_process_and_one_process_resumes(one, train, tiny_overrides, tmp_path, capfd):
     """Half of the run on two processes with sharded weights, half on one that accumulates gradients."""

@@ -32,6 +32,7 @@ def work(monkeypatch):
     return two_process_work
 
 
+@pytest.mark.integration
 def test_a_single_process_is_not_started():
     fabric = build_fabric("train", 1, [0], 1)
     assert launch(fabric, lambda fabric, x: (fabric.world_size, x), 7) == (1, 7)
@@ -40,6 +41,7 @@ def test_a_single_process_is_not_started():
     np.testing.assert_array_equal(gather(fabric, [np.arange(2), np.arange(1)]), [0, 1, 0])
 
 
+@pytest.mark.integration
 def test_an_error_of_a_single_process_is_raised():
     def work(fabric):
         raise DataError("rule", "fix")
@@ -48,6 +50,7 @@ def test_an_error_of_a_single_process_is_raised():
         launch(build_fabric("train", 1, [0], 1), work)
 
 
+@pytest.mark.integration
 @several_processes
 @pytest.mark.slow(reason="starts two processes twice")
 def test_two_processes_measure_as_one_and_raise_an_error(work, tmp_path):
@@ -66,6 +69,7 @@ def test_two_processes_measure_as_one_and_raise_an_error(work, tmp_path):
     }
 
 
+@pytest.mark.integration
 @several_processes
 @pytest.mark.parametrize("stage", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_with_twice_the_batch(stage, train, tiny_overrides, tmp_path, capfd):
@@ -93,6 +97,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(stage, train, tiny_over
     assert two[0]["train_loss"] == pytest.approx(one[0]["train_loss"], rel=1e-6)  # before weights can drift
 
 
+@pytest.mark.integration
 @several_processes
 @pytest.mark.slow  # four spawned processes
 def test_two_processes_with_deferred_steps_agree_with_two_without(
@@ -114,6 +119,7 @@ def test_two_processes_with_deferred_steps_agree_with_two_without(
     assert profile["advice"][-1].startswith("These are the times of process 0")
 
 
+@pytest.mark.integration
 @several_processes
 def test_a_preemption_in_a_validation_ends_all_processes(work, tiny_overrides, payload_of, photos, tmp_path):
     changes = {"train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2, "train.num_epochs": 3}
@@ -125,6 +131,7 @@ def test_a_preemption_in_a_validation_ends_all_processes(work, tiny_overrides, p
     assert (progress["epoch"], progress["batch"]) == (0, progress["batches_per_epoch"]), "trained, not validated"
 
 
+@pytest.mark.integration
 @several_processes
 @pytest.mark.parametrize(
     ("how", "problem", "fix"),
@@ -149,6 +156,7 @@ def test_a_process_that_ends_early_is_not_reported_as_out_of_memory():
     assert 'put that line below `if __name__ == "__main__":`' in reported.fix
 
 
+@pytest.mark.integration
 @several_processes
 @pytest.mark.slow(reason="starts two processes")
 def test_the_scaler_of_fp16_handles_sharded_gradients(work, tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ from openmae.cli.main import main
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
 
-pytestmark = pytest.mark.xdist_group("several processes")  # one such test at a time: they need the cores
+# one such test at a time: they need the cores
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("several processes")]
 
 _LIMIT = 240  # seconds
 _HALF = {"dataset.batch_size": 2}

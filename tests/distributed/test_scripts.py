@@ -28,6 +28,7 @@ def run_script(path: Path, *, stdin: bool = False) -> subprocess.CompletedProces
         return subprocess.run(words, stdin=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("method", "changes", "key"),
     [
@@ -63,6 +64,7 @@ def test_a_script_with_a_guard_runs_where_processes_are_spawned(tiny_overrides, 
     assert done.stdout.count("pretrain recipe") == 1
 
 
+@pytest.mark.integration
 def test_a_script_from_standard_input_is_an_error(tiny_overrides, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(method="fork", overrides=tiny_overrides(tmp_path / "run", {"train.num_gpus": 2})))

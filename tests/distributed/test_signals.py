@@ -134,6 +134,7 @@ def uninterrupted(train, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.integration
 @pytest.mark.xdist_group("several processes")
 @pytest.mark.parametrize(
     ("number", "code", "said", "status"),

@@ -15,6 +15,8 @@ from openmae.distributed.topology import World
 from openmae.distributed.watchdog import Watchdog
 from openmae.errors import RunError, SpecError
 
+pytestmark = pytest.mark.integration
+
 LIMIT = 1.0
 Start = Callable[..., "Process"]
 

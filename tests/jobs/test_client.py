@@ -16,6 +16,8 @@ from openmae.jobs import Client, Job
 from openmae.jobs.prepare import JobRequest, prepare
 from openmae.storage import layout
 
+pytestmark = pytest.mark.integration
+
 SMALL = {
     **{"arch": "vit_tiny_patch16", "image_size": 32, "batch_size": 4, "num_epochs": 1, "stage": "finetune"},
     **{"dataset.num_workers_per_gpu": 0, "wandb.enable": False, "dataset.augmentation.auto_aug": ""},

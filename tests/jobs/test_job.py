@@ -84,6 +84,7 @@ def test_a_damaged_record_is_named_and_affects_no_other_job(
     assert "Other jobs are not affected." in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_a_record_of_another_job_does_not_overwrite_it(client: Client, submit: Submit, run_code: RunCode) -> None:
     run_code("import time; time.sleep(60)")
     running = submit()

@@ -125,6 +125,7 @@ def test_the_text_of_the_contract() -> None:
     assert NOT_RUNNABLE == "AutoML is enabled but not runnable until schemas are generated"
 
 
+@pytest.mark.integration
 def test_it_imports_nothing_heavy() -> None:
     code = "import sys; from openmae.jobs.policy import route; route('train'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

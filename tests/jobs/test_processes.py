@@ -31,6 +31,7 @@ def child(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     machine.boot_id.cache_clear()
 
 
+@pytest.mark.integration
 def test_a_process_is_distinguished_from_others_of_its_id(child: subprocess.Popen[bytes]) -> None:
     identity = identify(child.pid)
     assert identity is not None
@@ -45,6 +46,7 @@ def test_a_process_is_distinguished_from_others_of_its_id(child: subprocess.Pope
     assert session_members({**identity, "boot": "another"}) == []
 
 
+@pytest.mark.integration
 def test_a_session_is_stopped(child: subprocess.Popen[bytes]) -> None:
     identity = identify(child.pid)
     assert identity is not None

@@ -26,6 +26,8 @@ from openmae.jobs.parameters import fill, merge
 from openmae.quickstart import HELD_OUT, write_digits
 from openmae.storage.filesystem import open_filesystem
 
+pytestmark = pytest.mark.integration
+
 pytest.importorskip("moto.server")
 
 

@@ -54,6 +54,7 @@ def store(tmp_path: Path) -> JobStore:
     return made
 
 
+@pytest.mark.integration
 def test_concurrent_clients_lose_no_update(store: JobStore) -> None:
     first = _ID.format(1)
     clients = [
@@ -69,6 +70,7 @@ def test_concurrent_clients_lose_no_update(store: JobStore) -> None:
     assert [record.created_at for record in records] == sorted(record.created_at for record in records)
 
 
+@pytest.mark.integration
 def test_a_killed_writer_leaves_a_complete_record_and_no_lock(store: JobStore) -> None:
     first, chance, count = _ID.format(1), random.Random(0), 1
     for _ in range(8):

@@ -49,6 +49,7 @@ def test_published_sizes_cover_every_architecture() -> None:
     assert set(PUBLISHED) == set(ARCHITECTURES)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 def test_every_architecture_has_its_published_size(arch: str) -> None:
     row = get_architecture(arch)

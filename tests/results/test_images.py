@@ -180,6 +180,7 @@ print([hashlib.sha256(path.read_bytes()).hexdigest() for path in paths])
 """
 
 
+@pytest.mark.integration
 def test_figures_do_not_depend_on_installed_fonts(tmp_path: Path) -> None:
     drawn = []
     for fonts in ("none", "many"):

@@ -133,6 +133,7 @@ def _chromium(tmp_path: Path, report: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.mark.integration
 @pytest.mark.browser
 def test_browser_shows_the_page(tmp_path: Path, sections: list[Section]) -> None:
     report = write_report(tmp_path, "A run", sections)
@@ -143,6 +144,7 @@ def test_browser_shows_the_page(tmp_path: Path, sections: list[Section]) -> None
     assert all(address.startswith(("#", "data:image/")) for address in page.addresses)
 
 
+@pytest.mark.integration
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 500])
 def test_browser_paints_the_figure(tmp_path: Path, sections: list[Section], width: int) -> None:

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.integration
+
 
 def test_no_heavy_package_is_imported_before_it_is_used() -> None:
     code = (

@@ -60,6 +60,7 @@ def test_working_stream_is_written_and_restored(capsys):
     assert capsys.readouterr().out == "row\n"
 
 
+@pytest.mark.integration
 def test_closed_descriptor_is_not_reused_by_the_next_file(tmp_path):
     code = (
         "import os, subprocess, sys; from openmae.results.streams import open_standard_streams\n"

@@ -116,6 +116,7 @@ def no_inodes(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.integration
 def test_a_disk_without_inodes_is_distinguished_from_a_full_one(no_inodes: Path) -> None:
     path = no_inodes / "file"
     with (

@@ -91,6 +91,7 @@ def test_entries_in_use_are_kept_and_reported(monkeypatch):
     assert names() == {"large"}
 
 
+@pytest.mark.integration
 def test_entries_of_another_process_are_kept(monkeypatch):
     entry = made("held", age=500)
     script = (

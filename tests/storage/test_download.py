@@ -23,6 +23,8 @@ from openmae.storage import cache, transfer
 from openmae.storage.download import fetch, local_copy
 from openmae.storage.listing import look, unsafe_name
 
+pytestmark = pytest.mark.integration
+
 RANDOM = os.urandom(3 << 20)
 
 

@@ -258,6 +258,7 @@ def test_an_unfinished_file_cannot_be_opened_and_holds_no_plain_content(tmp_path
     refuse(tmp_path / "f", left, Key(SECRET))
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_is_bounded(tmp_path):
     """By a process of its own, in which nothing else has been large; ru_maxrss would be that of this one, too."""

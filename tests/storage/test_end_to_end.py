@@ -24,6 +24,8 @@ from openmae.spec.load import load_spec, to_yaml
 from openmae.storage import cache
 from openmae.storage.lock import StoreLock
 
+pytestmark = pytest.mark.integration
+
 SMALL = (
     *("model.arch=vit_tiny_patch16", "dataset.augmentation.input_size=32", "model.decoder_depth=1"),
     *("model.decoder_embed_dim=32", "dataset.batch_size=4", "dataset.num_workers_per_gpu=0", "wandb.enable=false"),

@@ -19,6 +19,8 @@ from openmae.storage.download import fetch
 from openmae.storage.filesystem import open_filesystem
 from openmae.storage.listing import list_files, require
 
+pytestmark = pytest.mark.integration
+
 
 def refused(url: str) -> str:
     """Request a URL that fails, and return the error's text, which must come in time and show no secret."""

@@ -20,6 +20,8 @@ from openmae.storage import layout, lock
 from openmae.storage.filesystem import ask
 from openmae.storage.lock import StoreLock, locked_folder
 
+pytestmark = pytest.mark.integration
+
 HOLD = """
 import sys
 from pathlib import Path

@@ -57,6 +57,7 @@ def wait_for_end(pid: int) -> None:
         assert select.select([ended], [], [], 30)[0]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_folder_of_a_killed_process_is_removed(tmp_path, number):
     process = start(tmp_path)
@@ -68,6 +69,7 @@ def test_the_folder_of_a_killed_process_is_removed(tmp_path, number):
     process.communicate()
 
 
+@pytest.mark.integration
 def test_abandoned_folders_are_removed_at_the_next_start(tmp_path):
     killed, alive = start(tmp_path), start(tmp_path)
     os.kill(children(killed.pid)[0], signal.SIGKILL)  # as when a container ends

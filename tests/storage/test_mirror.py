@@ -13,6 +13,8 @@ from openmae.errors import DataError, RunError, StoppedAtOnce
 from openmae.storage import mirror as mirror_module
 from openmae.storage.mirror import Mirror, pull
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -21,6 +21,8 @@ from openmae.data.transforms import PretrainTransform
 from openmae.errors import DataError
 from openmae.storage import cache
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:

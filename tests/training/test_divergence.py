@@ -23,6 +23,8 @@ from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
 from openmae.training.state import Progress, Step
 
+pytestmark = pytest.mark.integration
+
 several_processes = pytest.mark.xdist_group("several processes")
 
 PRETRAIN = {"dataset.val_data_sources": None, "train.num_epochs": 5}

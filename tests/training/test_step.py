@@ -17,6 +17,8 @@ from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
 from openmae.training.step import can_defer
 
+pytestmark = pytest.mark.integration
+
 NO_DECODER = {"model.decoder_depth": None, "model.decoder_embed_dim": None}
 PRETRAIN = {"model.drop_path_rate": 0.2, "train.clip_grad_norm": 1.0, "train.accum_grad_batches": 2}
 FINETUNE = {"train.stage": "finetune", **NO_DECODER, "train.ema_decay": 0.9, "train.clip_grad_norm": 1.0}

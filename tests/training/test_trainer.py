@@ -21,6 +21,8 @@ from openmae.training import trainer
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
 
+pytestmark = pytest.mark.integration
+
 PRETRAIN = {"model.drop_path_rate": 0.2}
 FINETUNE = {
     "train.stage": "finetune",

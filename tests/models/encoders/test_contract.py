@@ -13,6 +13,8 @@ from openmae.models.build import ModelConfig, build_encoder
 from openmae.models.encoders import MaskedEncoder
 from openmae.models.patches import patchify, unpatchify
 
+pytestmark = pytest.mark.integration
+
 BATCH = 3
 SIZE = (64, 96)
 ARCHS = ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from openmae.models import sparse_convnext
 from openmae.models.encoders import ConvNeXtV2Encoder
 
+pytestmark = pytest.mark.integration
+
 SIZES = [(64, 64), (96, 64), (64, 160)]
 SMALL = {"depths": (2, 1, 2, 1), "dims": (8, 16, 24, 32)}
 CONV_MLP, LINEAR_MLP = "convnextv2_atto", "convnextv2_tiny"  # timm builds small sizes with 1x1 convolutions
