@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -64,16 +64,6 @@ class Preempted(KeyboardInterrupt):
     """SIGTERM or SIGUSR1: the platform takes the machine back. The same command resumes the run (exit code 75)."""
 
     exit_code = 75  # sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
-
-
-def listed(names: Sequence[str], most: int = 3) -> str:
-    """Return the first ``most`` names for a message, and how many more there are.
-
-    >>> listed(["a", "b", "c"], most=2)
-    'a, b and 1 more'
-    """
-    left = len(names) - most
-    return ", ".join(names[:most]) + (f" and {left:,} more" if left > 0 else "")
 
 
 @contextmanager

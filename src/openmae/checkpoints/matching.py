@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from openmae.checkpoints.foreign_names import NamedWeights, family_of
 from openmae.checkpoints.shapes import OTHER_ARCHITECTURES, foreign_parts, likely_arch
 from openmae.checkpoints.wrappers import State
-from openmae.errors import CheckpointError, listed
+from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
 from openmae.models.decoders import ConvNeXtDecoder
 from openmae.models.mae import MaskedAutoencoder
 from openmae.spec.architectures import ARCHITECTURES
+from openmae.storage.printable import listed
 
 REQUIRED_PERCENT = 95
 _CLASSIFIER = frozenset({"head.weight", "head.bias", "head.fc.weight", "head.fc.bias"})

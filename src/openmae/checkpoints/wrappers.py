@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from openmae.checkpoints.unpickling import NumpyArray
-from openmae.errors import CheckpointError, listed
+from openmae.errors import CheckpointError
+from openmae.storage.printable import listed
 
 State = dict[str, Tensor]
 

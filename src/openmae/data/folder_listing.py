@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
-from openmae.errors import DataError, listed
+from openmae.errors import DataError
 from openmae.inputs import open_regular
 from openmae.storage import layout
 from openmae.storage.atomic import parse_object
-from openmae.storage.printable import printable_name
+from openmae.storage.printable import listed, printable_name
 
 LABELS_FILE = "labels.csv"
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"

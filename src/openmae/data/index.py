@@ -30,10 +30,10 @@ from openmae.data.folder_listing import (
 )
 from openmae.data.formats import IMAGE_SUFFIXES, KNOWN_UNREAD_SUFFIXES
 from openmae.data.label_table import read_label_table
-from openmae.errors import DataError, listed
+from openmae.errors import DataError
 from openmae.inputs import open_regular
 from openmae.results.report import Cell, Table
-from openmae.storage.printable import printable_name, same_name
+from openmae.storage.printable import listed, printable_name, same_name
 
 log = logging.getLogger("openmae")
 

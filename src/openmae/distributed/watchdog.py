@@ -25,8 +25,9 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from openmae.distributed.topology import World
-from openmae.errors import RunError, SpecError, listed
+from openmae.errors import RunError, SpecError
 from openmae.results.status import StatusLog
+from openmae.storage.printable import listed
 
 ANSWER_VARIABLE = "OPENMAE_ANSWER_SECONDS"
 _ANSWER_SECONDS = 1800.0

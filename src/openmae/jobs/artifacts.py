@@ -10,8 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from openmae.errors import CheckpointError, DataError, listed
+from openmae.errors import CheckpointError, DataError
 from openmae.storage import layout
+from openmae.storage.printable import listed
 from openmae.storage.urls import is_remote, join, redact
 
 Kind = Literal[

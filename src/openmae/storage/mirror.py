@@ -17,12 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from openmae.errors import DataError, RunError, StoppedAtOnce, listed
+from openmae.errors import DataError, RunError, StoppedAtOnce
 from openmae.storage import layout
 from openmae.storage.atomic import parse_object, write_atomically
 from openmae.storage.download import download
 from openmae.storage.filesystem import ask, is_missing, is_transient, open_filesystem
 from openmae.storage.listing import Found, list_files, listed_file
+from openmae.storage.printable import listed
 from openmae.storage.transfer import ChangedError
 from openmae.storage.urls import join, redact, scheme_of
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 _SPECIAL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\\(?=x[0-9a-f]{2})")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -51,6 +52,16 @@ def spreadsheet_cell(text: str) -> str:
     "'=SUM(A1)"
     """
     return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first ``most`` names for a message, and how many more there are.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left:,} more" if left > 0 else "")
 
 
 def same_name(name: str) -> str:

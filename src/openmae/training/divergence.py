@@ -19,8 +19,9 @@ from openmae.data.image_dataset import Batch
 from openmae.distributed.collectives import gather_objects, sum_over_ranks
 from openmae.distributed.fsdp import gathered
 from openmae.distributed.rendezvous import watchdog_of
-from openmae.errors import RunError, listed
+from openmae.errors import RunError
 from openmae.spec.sections.train import TrainSpec
+from openmae.storage.printable import listed
 from openmae.training.optim import Schedule
 from openmae.training.state import Outputs, Progress, Step, Task
 
