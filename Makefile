@@ -55,7 +55,7 @@ check: lint
 test: lint
 	$(PYTEST) $(PARALLEL)
 
-test-all: test test-slow test-faults test-nvidia
+test-all: test test-slow test-faults test-nvidia test-browser
 
 test-slow: .venv/dev.stamp
 	$(PYTEST) --timeout=3600 -m slow
