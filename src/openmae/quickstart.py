@@ -209,8 +209,9 @@ def _report(folder: Path, rows: list[tuple[str, float, float]]) -> Path:
         Table("Time", ("model", "accuracy", "time"), cells, caption="The time of the first row includes pretraining."),
         Text(
             "Your own images",
-            "The specs below are in this folder. Set dataset.train_data_sources to a folder of your images and run "
-            "mae train -e pretrain.yaml. The README describes the next steps.",
+            "The specs below are in this folder. To use one for your images, copy it and change results_dir, "
+            "dataset.train_data_sources, dataset.val_data_sources, model.in_chans (3 for colour) and "
+            "dataset.augmentation.input_size. The README describes the next steps.",
         ),
         *(
             Code(f"{name}.yaml", (folder / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -164,7 +164,7 @@ def _evaluate_once(study: Study, jobs: TrialJobs, name: str, checkpoint: str) ->
         return known
     metrics: dict[str, float] = {}
     if checkpoint.endswith(".safetensors"):
-        log.info("%s is a backbone without a head, so there is no baseline to measure.", checkpoint)
+        log.info("The accuracy before training is not measured: %s has no classifier head.", checkpoint)
     elif checkpoint and study.spec.dataset.val_data_sources:
         metrics = _evaluate(jobs, name, checkpoint)
     study.study.set_user_attr(name, metrics)
