@@ -91,12 +91,14 @@ def test_images_without_classes_give_only_the_loss(trained, photos, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_another_input_size_than_in_training(trained, family, stage, photos, tmp_path):
+def test_another_input_size_than_in_training(trained, family, stage, photos, tmp_path, caplog):
     size = "dataset.augmentation.input_size=[96,64]"
     metrics = evaluate(trained(family, stage).checkpoint, photos.val, tmp_path, size)
     assert metrics["val_loss"] > 0
     written = yaml.safe_load((tmp_path / "evaluate" / "experiment.yaml").read_text())
     assert written["dataset"]["augmentation"]["input_size"] == [96, 64]
+    side = 32 if family == "vit" else 64
+    assert f"The model was trained at {side}x{side} px, and this run uses 96x64 px. Remove " in caplog.text
 
 
 def test_the_resolved_spec_reproduces_the_metrics(trained, photos, tmp_path):

@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import openmae
 from openmae.actions import plan
@@ -185,6 +186,27 @@ def test_pretrained_weights_are_loaded(trained, family, tmp_path, capsys):
     assert "starts from scratch" not in text
     assert "Weights: " in text
     assert "100" in text.partition("Weights: ")[2].splitlines()[0]
+
+
+@pytest.mark.parametrize("given", ["checkpoint", "backbone", "foreign"])
+def test_the_image_size_of_pretrained_weights_is_compared(trained, given, tmp_path, capsys):
+    run = trained("vit", "pretrain")
+    source = run.checkpoint if given == "checkpoint" else run.folder / "backbone.safetensors"
+    if given == "foreign":  # its tensors do not record the size of a training
+        source = tmp_path / "timm.safetensors"
+        save_file(load_file(run.folder / "backbone.safetensors"), source)
+    overrides = [o for o in trained("vit", "finetune").overrides if "results_dir=" not in o and "input_size" not in o]
+    overrides += [f"train.pretrained_model_path={source}", f"results_dir={tmp_path}", "train.num_epochs=1"]
+    capsys.readouterr()
+    assert main(["train", *overrides]) == 0
+    notice = (
+        "Notice: The weights were trained at 32x32 px, and this run uses 224x224 px. Set "
+        "dataset.augmentation.input_size=32 to keep the size."
+    )
+    assert (notice in " ".join(capsys.readouterr().err.split())) == (given != "foreign")
+    overrides += ["dataset.augmentation.input_size=48", f"results_dir={tmp_path / 'other'}"]
+    assert main(["train", *overrides]) == 0
+    assert "were trained at" not in capsys.readouterr().err, "the user has chosen the size"
 
 
 def test_training_from_scratch_is_reported(trained, tmp_path, capsys):

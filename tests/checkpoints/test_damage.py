@@ -63,9 +63,17 @@ def test_file_that_is_not_a_checkpoint_is_explained(case: str, tmp_path: Path) -
 def test_error_for_a_folder_names_its_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is a folder, not a checkpoint.*\n.*it holds no checkpoint"):
         read_checkpoint(tmp_path)
-    (tmp_path / "model.pth").touch()
-    with pytest.raises(CheckpointError, match=r"Name one of its files: model\.pth"):
+    (tmp_path / "train").mkdir()
+    for name in ("backbone.safetensors", "model_best.pth", "report.html"):
+        (tmp_path / "train" / name).touch()
+    with pytest.raises(CheckpointError) as caught:  # a results folder, in which `mae train` has a folder
         read_checkpoint(tmp_path)
+    below = tmp_path / "train"
+    assert caught.value.fix == f"Name one of its files: {below}/model_best.pth, {below}/backbone.safetensors."
+    (tmp_path / "model.pth").touch()
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path)
+    assert caught.value.fix == f"Name one of its files: {tmp_path}/model.pth."
 
 
 def scripted(path: Path) -> None:

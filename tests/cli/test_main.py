@@ -12,6 +12,8 @@ import pytest
 from openmae import __version__
 from openmae.cli.main import main
 from openmae.errors import Preempted, RunError
+from openmae.spec.actions import ACTIONS
+from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
 
 
@@ -106,6 +108,16 @@ def test_help_fits_one_screen(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 90
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_help_of_an_action_has_an_example(name, capsys):
+    """The example sets each key that the action needs."""
+    assert main([name, "--help"]) == 0
+    example = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"  mae {name} "))
+    overrides = example.split()[2:]
+    assert all(item.partition("=")[2] for item in overrides)
+    load_spec(None, overrides, action=name)
 
 
 def test_an_action_gets_the_spec(action, tmp_path):

@@ -15,6 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from openmae.data import archives
 from openmae.data.archives import resolve_source
@@ -219,6 +220,15 @@ def test_file_that_is_not_an_archive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"notes.txt is a file but not an archive") as caught:
         resolve_source(str(tmp_path / "notes.txt"))
     assert ".tar, .tar.gz, .tgz or .zip" in caught.value.fix
+
+
+def test_image_is_not_a_source(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    with caplog.at_level("INFO", logger="openmae"), pytest.raises(DataError) as caught:
+        resolve_source(str(tmp_path / "one.png"))
+    assert caught.value.problem == f"{tmp_path}/one.png is an image, not a folder or an archive."
+    assert caught.value.fix == f"Name the folder it is in: {tmp_path}"
+    assert "Extracting" not in caplog.text
 
 
 def test_archive_is_recognised_by_content(tmp_path: Path) -> None:

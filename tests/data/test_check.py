@@ -18,7 +18,7 @@ from openmae.data.shards.packing import PackOptions, pack
 
 
 def test_check_of_a_folder(photos: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     (photos / "cat" / "3.png").write_bytes(b"broken")
     same = (photos / "cat" / "0.png").read_bytes()
     (photos / "cat" / "again.png").write_bytes(same)
@@ -33,7 +33,7 @@ def test_check_of_a_folder(photos: Path, tmp_path: Path, capsys: Any, monkeypatc
         "height": "30 to 40 (median 40) pixels",
         "file size": rows["file size"],
         "format": "PNG RGB 15, JPEG L 1",
-        "corrupt": "1 (5.88%)",
+        "corrupt": f"1 (5.88%): {photos}/cat/3.png",
         "duplicate": "2 (1 group with equal content)",
         "contradictory": "1 group of duplicates are in several class folders",
     }

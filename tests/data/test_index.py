@@ -54,10 +54,6 @@ def test_loose_images_have_no_labels(tmp_path: Path, make_images: MakeImages, ca
         (["2024/01/a", "2024/02/b"], "the folders 01, 02 are dates"),
         (["2024-01 Rome/a", "2024-02-11/b"], "the folders 2024-01 Rome, 2024-02-11 are dates"),
         (["100CANON/a", "101CANON/b"], "the folders 100CANON, 101CANON are named by a camera"),
-        (
-            ["train/cat/a", "val/cat/b"],
-            "the folders train, val look like splits of a data set; use each split as a separate source",
-        ),
     ],
 )
 def test_folders_that_are_not_classes(
@@ -65,10 +61,44 @@ def test_folders_that_are_not_classes(
 ) -> None:
     make_images(tmp_path, [f"{name}.png" for name in names])
     assert index_folder(tmp_path, None).labels is None
-    assert f"{why}. They are not used as classes." in caplog.text
+    assert f"{why}, so they are not used as classes." in caplog.text
     caplog.clear()
     assert len(index_folder(tmp_path, True).class_names) == len(names), "whoever asks for classes gets them"
     assert f"{why}, but they are used as classes." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (("train", "val"), "dataset.train_data_sources={}/train dataset.val_data_sources={}/val"),
+        (("Test", "train", "valid"), "dataset.train_data_sources={}/train dataset.val_data_sources={}/valid"),
+        (
+            ("images_test", "images_train"),
+            "dataset.train_data_sources={}/images_train dataset.val_data_sources={}/images_test",
+        ),
+        (("eval", "test"), "dataset.val_data_sources={}/eval"),
+    ],
+)
+def test_splits_are_not_classes(
+    tmp_path: Path, make_images: MakeImages, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], keys: str
+) -> None:
+    make_images(tmp_path, [f"{name}/cat/1.png" for name in names])
+    assert index_folder(tmp_path, None).labels is None
+    assert (
+        f"{tmp_path}: the folders {', '.join(names)} look like the splits of a data set, so they are not used as "
+        "classes. To read one split, name its folder."
+    ) in caplog.text
+    with pytest.raises(DataError) as caught:
+        index_folder(tmp_path, True)
+    assert (
+        caught.value.problem
+        == f"The only class folders of {tmp_path} are {' and '.join(names)}, the splits of a data set."
+    )
+    assert caught.value.fix == f"Set {keys.format(tmp_path, tmp_path)}."
+    with pytest.raises(DataError, match=r"Fix: Use each split as a separate source, such as a folder"):
+        index_folder(tmp_path, True, "photos.zip")
+    make_images(tmp_path, ["cat/1.png"])
+    assert len(index_folder(tmp_path, True).class_names) == len(names) + 1, "one of several classes may be named test"
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_messages_name_an_archive_as_the_user_does(
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "set" / "all", "all")
     assert open_index(str(tmp_path / "a.tar.gz"), None).labels is None
-    assert f"{tmp_path}/a.tar.gz/all: the folders 2023, 2024 are dates. They are not used as classes." in caplog.text
+    assert f"{tmp_path}/a.tar.gz/all: the folders 2023, 2024 are dates, so they are not used as classes." in caplog.text
     assert (
         f"{tmp_path}/a.tar.gz: 2 images are read; 1 file of another kind is skipped: 1 .txt (such as all/notes.txt)."
         in (caplog.text)

@@ -130,7 +130,8 @@ def _summary(result: CheckResult) -> list[tuple[str, str]]:
             ("file size", f"{_range(result.file_sizes / 1e3)} kB, {total:,.3f} GB in total"),
             ("format", ", ".join(f"{kind} {count:,}" for kind, count in result.formats.most_common(4))),
         ]
-    rows.append(("corrupt", f"{len(result.corrupt):,} ({len(result.corrupt) / len(index):.2%})"))
+    names = f": {listed([path for path, _ in result.corrupt])}" if result.corrupt else ""
+    rows.append(("corrupt", f"{len(result.corrupt):,} ({len(result.corrupt) / len(index):.2%}){names}"))
     if result.further:
         path, text = result.further[0]
         only = "of which only the first is read"

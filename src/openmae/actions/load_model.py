@@ -138,6 +138,12 @@ def _open_checkpoint(spec: ExperimentSpec, key: str, path: Path, secret: Key | N
     except SpecError as error:
         more.append(error)
     check_request(spec, key, path, info, more)
+    if config.input_size != info.model.input_size:
+        log.warning(
+            "The model was trained at %dx%d px, and this run uses %dx%d px. Remove dataset.augmentation.input_size to "
+            "keep the size.",
+            *(*info.model.input_size, *config.input_size),
+        )
     info = replace(info, model=config)
     if key.startswith("inference"):
         info = number_classes(info)

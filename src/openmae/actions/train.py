@@ -184,7 +184,20 @@ def _load_pretrained(model: nn.Module, plan: Plan) -> None:
             )
         _check_patches(checkpoint, plan)
         report = load_into(model, checkpoint, part="backbone", allow_partial=train.allow_partial_weights)
+    if info is not None and not plan.spec.is_set("dataset.augmentation.input_size"):
+        _compare_size(info.model.input_size, plan.config.input_size)
     log.info("Weights: %s", report)
+
+
+def _compare_size(trained: tuple[int, int], used: tuple[int, int]) -> None:
+    """Warn if the default image size is not the one that the weights were trained at."""
+    if trained != used:
+        height, width = trained
+        log.warning(
+            "The weights were trained at %dx%d px, and this run uses %dx%d px. Set "
+            "dataset.augmentation.input_size=%s to keep the size.",
+            *(*trained, *used, height if height == width else f"[{height},{width}]"),
+        )
 
 
 def _check_patches(checkpoint: Checkpoint, plan: Plan) -> None:

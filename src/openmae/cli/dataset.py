@@ -15,7 +15,7 @@ def add_arguments(parser: Parser) -> None:
     pack = commands.add_parser("pack", help="pack images into WebDataset shards")
     add = pack.add_argument
     add("source", metavar="FOLDER", help="a folder of images, or any other source of dataset.train_data_sources")
-    add("out", type=Path, metavar="OUT", help="a local folder for the shards OUT-000000.tar, OUT-000001.tar, ...")
+    add("out", type=Path, metavar="OUT", help="a local folder; shards/photos gets the shards photos-000000.tar, ...")
     add("--size", type=_number(1, 65_535), metavar="N", help="scale larger images down to a shorter side of N pixels")
     add("--shard-mb", type=_number(1, 1_000_000), default=256, metavar="N", help="megabytes per shard (default: 256)")
     add("--quality", type=_number(1, 100), default=95, metavar="N", help="JPEG quality of scaled images (default: 95)")
@@ -24,7 +24,13 @@ def add_arguments(parser: Parser) -> None:
     pack.set_defaults(run=_run_pack)
     check = commands.add_parser("check", help="count images, classes, corrupt and duplicate files")
     check.add_argument("source", metavar="SOURCE", help="a folder, an archive or shards")
-    check.add_argument("--results_dir", type=Path, default=Path("results/dataset_check"), metavar="DIR")
+    check.add_argument(
+        "--results_dir",
+        type=Path,
+        default=Path("results/dataset_check"),
+        metavar="DIR",
+        help="folder for report.html and the lists of files; replaces an earlier report there (default: %(default)s)",
+    )
     _add_max_megapixels(check)
     check.set_defaults(run=_run_check)
 

@@ -25,7 +25,7 @@ from openmae.errors import OpenMAEError, Preempted
 from openmae.main_guard import end_if_rerun
 from openmae.results.console import notices_on_stderr
 from openmae.results.streams import OutputLostError, guarded, open_standard_streams
-from openmae.spec.actions import DEVICES, SEARCH
+from openmae.spec.actions import DEVICES, SEARCH, TABLE, Action
 
 _WORK = {*ACTIONS, "quickstart", "serve", "automl"}  # commands whose result is not their output
 _OTHERS = {
@@ -51,6 +51,14 @@ examples:
   mae train -e spec.yaml train.num_epochs=100
 
 `mae COMMAND --help` describes a command, `mae spec keys` lists all config options.
+"""
+
+_ACTION_HELP = """\
+example:
+  {example}
+
+`mae spec template {action}` prints a spec to start from.
+`mae spec keys --action {action}` lists the config options.
 """
 
 
@@ -157,12 +165,21 @@ def _parser() -> Parser:
 
 
 def _add_action_arguments(parser: Parser, action: str) -> None:
-    parser.epilog = (
-        f"`mae spec template {action}` prints a spec to start from; `mae spec keys --action {action}` lists the "
-        "config options."
-    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _ACTION_HELP.format(action=action, example=_example(TABLE[action]))
     add_spec_arguments(parser)
     parser.set_defaults(run=_run_action)
+
+
+def _example(action: Action) -> str:
+    """Return a command line that sets what the action needs."""
+    models = {"checkpoint": "runs/photos/train/model_best.pth", "onnx": "runs/photos/model.onnx"}
+    values = {file.key: models.get(file.kinds[0], "") for file in action.inputs}
+    values |= {data.key: "photos/" + data.key.removeprefix("dataset.").split("_")[0] for data in action.data}
+    if action.output:
+        values[action.output.key] = f"runs/photos/{action.output.file}"
+    keys = [group[0] for group in action.required]
+    return " ".join(["mae", action.name, *(f"{key}={values[key]}" for key in keys), "results_dir=runs/photos"])
 
 
 def _add_quickstart_arguments(parser: Parser) -> None:

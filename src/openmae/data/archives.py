@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Self
 
+from openmae.data.formats import SIGNATURE_BYTES, recognise
 from openmae.errors import DataError
 from openmae.inputs import irregular
 from openmae.storage import cache
@@ -187,10 +188,11 @@ def _hint_for_missing(path: Path) -> str:
 
 def _extract(archive: Path, folder: Path, shown: str) -> None:
     """Extract ``archive`` into an empty folder; messages name it ``shown``."""
-    log.info("Extracting %s into %s", shown, folder.parent)
     count, budget, replaced = 0, _Budget(archive.stat().st_size, shown), ""
     try:
-        for name, stream in _members(archive, shown, budget):
+        members = _members(archive, shown, budget)
+        log.info("Extracting %s into %s", shown, folder.parent)
+        for name, stream in members:
             target = folder.joinpath(*_safe_parts(name, shown))
             if stream is None:  # a folder
                 continue
@@ -255,14 +257,17 @@ _Members = Iterator[tuple[str, IO[bytes] | None]]
 
 
 def _members(archive: Path, shown: str, budget: _Budget) -> _Members:
-    """Yield the name of each folder and regular file, and for a file an open stream."""
+    """Return an iterator over the name of each folder and regular file, and for a file an open stream."""
     # Try tar first: is_zipfile accepts a tar whose last member is a zip.
     if _is_tar(archive):
-        yield from _tar_members(archive, shown, budget)
-    elif zipfile.is_zipfile(archive):
-        yield from _zip_members(archive, shown, budget)
-    else:
-        raise DataError(f"{shown} is a file but not an archive that can be read.", _EXPECTED)
+        return _tar_members(archive, shown, budget)
+    if zipfile.is_zipfile(archive):
+        return _zip_members(archive, shown, budget)
+    with archive.open("rb") as file:
+        if recognise(file.read(SIGNATURE_BYTES)):
+            parent = os.path.dirname(shown)
+            raise DataError(f"{shown} is an image, not a folder or an archive.", f"Name the folder it is in: {parent}")
+    raise DataError(f"{shown} is a file but not an archive that can be read.", _EXPECTED)
 
 
 def _is_tar(archive: Path) -> bool:

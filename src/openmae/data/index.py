@@ -201,10 +201,15 @@ def label_by_folder(
         what = f"{len(loose)} of {len(paths)} images are outside of class folders, such as {printable_name(loose[0])}"
         raise DataError(f"The images in {place} have no labels: {what}; {alternative[0]}.", alternative[1])
     why_not = _why_no_classes(names, os.path.basename(place.rstrip("/")))
+    splits = why_not and _are_splits(names)
     if labelled is None and (len(names) < 2 or why_not):
         if why_not:
-            log.warning("%s: %s. They are not used as classes.", place, why_not)
+            hint = " To read one split, name its folder." if splits else ""
+            log.warning("%s: %s, so they are not used as classes.%s", place, why_not, hint)
         return None, ()
+    if splits:
+        problem = f"The only class folders of {place} are {' and '.join(names)}, the splits of a data set."
+        raise DataError(problem, _how_to_split(names, place))
     if why_not:
         log.warning("%s: %s, but they are used as classes.", place, why_not)
     warn_of_odd_classes(names, place)
@@ -277,9 +282,28 @@ def _why_no_classes(names: Sequence[str], parent: str) -> str:
         return f"{some} are dates"
     if all(map(_CAMERA.fullmatch, names)):
         return f"{some} are named by a camera"
-    if all(name.lower().removeprefix("images_") in _SPLITS for name in names):
-        return f"{some} look like splits of a data set; use each split as a separate source"
+    if _are_splits(names):
+        return f"{some} look like the splits of a data set"
     return ""
+
+
+def _are_splits(names: Sequence[str]) -> bool:
+    return all(_split_name(name) in _SPLITS for name in names)
+
+
+def _split_name(folder: str) -> str:
+    return folder.lower().removeprefix("images_")
+
+
+def _how_to_split(names: Sequence[str], place: str) -> str:
+    """Return how to use the splits ``names`` of a source, for training and validation."""
+    if not os.path.isdir(os.path.join(place, names[0])):  # an archive, a URL or shards
+        return "Use each split as a separate source, such as a folder or an archive with only its images."
+    keys = []
+    for role, beginnings in (("train", ("train",)), ("val", ("val", "eval", "test"))):
+        found = [name for start in beginnings for name in names if _split_name(name).startswith(start)]
+        keys += [f"dataset.{role}_data_sources={place}/{name}" for name in found[:1]]
+    return f"Set {' '.join(keys)}."
 
 
 def _no_images(folder: Path, listing: FolderListing) -> DataError:
