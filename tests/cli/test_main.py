@@ -266,7 +266,7 @@ def test_the_ways_in_which_tao_names_a_spec_and_overrides(option, override, acti
 def test_deleting_a_key_says_to_drop_it(override, capsys):
     assert main(["train", "dataset.train_data_sources=photos", override]) == 2
     assert (
-        f"train.num_epochs: {override!r}: deleting a key is not supported. Drop the key: remove it"
+        f"train.num_epochs (override): {override!r}: deleting a key is not supported. Drop the key: remove it"
         in capsys.readouterr().err
     )
 

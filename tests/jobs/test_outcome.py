@@ -137,11 +137,12 @@ def test_a_failure_in_status_json_is_classified(tmp_path: Path, message: str, ca
         assert failure.suggestions[0] == "Check the path.", "the run's own advice comes first"
 
 
-def test_an_invalid_request_is_a_failure_of_the_spec(tmp_path: Path) -> None:
-    log = "Notice: x\nspec.yaml has 2 mistakes:\n  model.arch: no\n  train.seed: no\n"
+@pytest.mark.parametrize("where", ["spec.yaml has", "The overrides have"])
+def test_an_invalid_request_is_a_failure_of_the_spec(tmp_path: Path, where: str) -> None:
+    log = f"Notice: x\n{where} 2 mistakes:\n  model.arch: no\n  train.seed: no\n"
     failure = _analyse(tmp_path, log, 2)
     assert failure.category == "spec"
-    assert failure.error == "spec.yaml has 2 mistakes:\n  model.arch: no\n  train.seed: no"
+    assert failure.error == f"{where} 2 mistakes:\n  model.arch: no\n  train.seed: no"
     assert failure.evidence == "log"
 
 

@@ -52,6 +52,11 @@ def test_a_completed_template_loads(action, caplog):
     assert to_dict(spec) == to_dict(load_spec(None, groups, action))
 
 
+def test_a_template_says_where_long_lists_of_choices_are():
+    (arch,) = [line for line in template("train").splitlines() if line.startswith("  arch: ")]
+    assert arch.endswith("# architecture of the backbone [choices: mae spec keys]")
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_template_with_every_line_active_loads(action):
     lines = template(action).replace(": ???", ": path").splitlines()[2:]

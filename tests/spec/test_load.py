@@ -209,14 +209,14 @@ def test_overrides_replace_the_file(write):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.num_epochs", "train.num_epochs: an override is written key=value, got 'train.num_epochs'."),
+        ("train.num_epochs", "train.num_epochs (override): an override is written key=value, got 'train.num_epochs'."),
         ("=3", "an override is written key=value, got '=3'."),
         ("train..x=3", "an override is written key=value"),
-        ("train.gpu_ids=[1", "train.gpu_ids: '[1' is not valid YAML"),
+        ("train.gpu_ids=[1", "train.gpu_ids (override): '[1' is not valid YAML"),
         (
             "dataset.train_data_sources=caf\udce9",
-            "dataset.train_data_sources: 'caf\\udce9' contains bytes that are not UTF-8. Rename it, or write caf\\xe9 "
-            "for a data source.",
+            "dataset.train_data_sources (override): 'caf\\udce9' contains bytes that are not UTF-8. Rename it, or "
+            "write caf\\xe9 for a data source.",
         ),
         ("train=3", "train (override): is a section and must have keys below it, got 3."),
         ("nothing=3", "nothing (override): there is no such key. `mae spec keys` lists all keys."),
@@ -232,7 +232,7 @@ def test_bad_overrides(override, message):
 
 def test_an_override_below_a_value():
     text = mistakes({"train": {"num_epochs": 3}}, ["train.num_epochs.x=3"])
-    assert "train.num_epochs.x: cannot be set, since train.num_epochs is 3 and not a section." in text
+    assert "train.num_epochs.x (override): cannot be set, since train.num_epochs is 3 and not a section." in text
 
 
 plain_text = st.text(st.characters(max_codepoint=0x2FF, exclude_categories=["Cc"]), max_size=20)

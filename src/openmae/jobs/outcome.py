@@ -144,7 +144,7 @@ _RULES = (
           "infrastructure", "Submit it again; if it fails again, check the machine, the network and the driver."),
     _Rule(r"\bDataError\b|corrupt|unreadable image|images are at fault|dataset\.\w+_data_sources", "data",
           "Check the data source: `mae dataset check` counts images, classes and broken files."),
-    _Rule(r"\bSpecError\b|\bCheckpointError\b|has (a mistake|\d+ mistakes)", "spec",
+    _Rule(r"\bSpecError\b|\bCheckpointError\b|ha(s|ve) (a mistake|\d+ mistakes)", "spec",
           "Fix the spec; `mae spec check -e SPEC --action ACTION` prints every mistake."),
     _Rule(_DIVERGED, "spec", "Lower train.optim.lr, raise train.optim.warmup_epochs, or set train.clip_grad_norm."),
 )  # fmt: skip
@@ -187,7 +187,7 @@ def last_error(lines: Sequence[str]) -> str:
             return f"{texts[number - 1].strip()}\n{texts[number]}"
         if re.match(r"[\w.]*(Error|Exception|Interrupt|Warning: .*killed)\b.*", texts[number]):
             return texts[number]
-        if re.search(r"has (a mistake|\d+ mistakes):$", texts[number]):
+        if re.search(r"ha(s|ve) (a mistake|\d+ mistakes):$", texts[number]):
             return "\n".join(texts[number:])
     return texts[-1] if texts else ""
 

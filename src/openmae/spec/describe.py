@@ -255,6 +255,8 @@ def _is_in_template(key: str, action: str) -> bool:
 
 def _comment(field: FieldInfo) -> str:
     text, allowed = field.description or "", choices(field)
-    if len(allowed) > 6 or (allowed and all(choice in text for choice in allowed)):
+    if len(allowed) > 6:
+        return f"{text} [choices: mae spec keys]"
+    if allowed and all(choice in text for choice in allowed):
         return text
     return f"{text} [{bounds_words(field)}]" if bounds_words(field) else text

@@ -69,7 +69,7 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
     broken = {problem.key for problem in problems}
     problems += [problem for problem in find_problems(spec, action) if not _follows_from(problem, broken)]
     if problems:
-        raise _spec_error(problems, reading.origin, name)
+        raise _spec_error(problems, reading.origin, name, given=source is not None)
     notices += find_notices(spec, action)
     if action == "train" and not searching:
         notices += ignored_by_tao(spec, [key for key, at in reading.origin.items() if at.startswith("line")])
@@ -236,13 +236,18 @@ def _follows_from(problem: Problem, broken: set[str]) -> bool:
     return any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in broken)
 
 
-def _spec_error(problems: list[Problem], origin: Mapping[str, str], name: str) -> SpecError:
+def _spec_error(problems: list[Problem], origin: Mapping[str, str], name: str, *, given: bool) -> SpecError:
+    """Return the error for the problems of a spec; ``given`` is False if it consists of overrides only."""
+
     def place(problem: Problem) -> int:
         where = origin.get(problem.key, "").split(",")[0].removeprefix("line ")
         return int(where) if where.isdecimal() else sys.maxsize
 
     count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-    lines = [f"{name} has {count}:"]
+    overriding = [origin.get(problem.key, "").startswith("override") for problem in problems]
+    if given and any(overriding):
+        name = "The overrides" if all(overriding) else f"{name} and the overrides"
+    lines = [f"{name} {'have' if given and any(overriding) else 'has'} {count}:"]
     for problem in sorted(problems, key=place):
         where = f" ({origin[problem.key]})" if problem.key in origin else ""
         lines.append(f"  {problem.key}{where}: {problem.text}")

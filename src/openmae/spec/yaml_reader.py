@@ -207,23 +207,21 @@ def apply_overrides(reading: Reading, overrides: Iterable[str]) -> None:
         if key.startswith("~"):
             key = key.lstrip("~")
             text = f"{item!r}: deleting a key is not supported. Drop the key: remove it from the spec"
-            reading.problems.append(
-                Problem(key or item, f"{text}, or unset it with {key or 'key'}= (nothing after =).")
-            )
+            _refuse(reading, key or item, f"{text}, or unset it with {key or 'key'}= (nothing after =).")
             continue
         if not equals or not all(key.split(".")) or key.count(".") >= _MAX_DEPTH:
             hint = f" A spec file is given as -e {item}." if item.endswith((".yaml", ".yml")) else ""
-            reading.problems.append(Problem(key or item, f"an override is written key=value, got {item!r}.{hint}"))
+            _refuse(reading, key or item, f"an override is written key=value, got {item!r}.{hint}")
             continue
         if _NOT_UTF8.search(text):
             written = _NOT_UTF8.sub(lambda sign: f"\\x{ord(sign[0]) - 0xDC00:02x}", text)
             text = f"{text!r} contains bytes that are not UTF-8. Rename it, or write {written} for a data source."
-            reading.problems.append(Problem(key, text))
+            _refuse(reading, key, text)
             continue
         try:
             _, value = _parse(text)
         except yaml.YAMLError as error:
-            reading.problems.append(Problem(key, f"{text!r} is not valid YAML: {_yaml_message(error)}."))
+            _refuse(reading, key, f"{text!r} is not valid YAML: {_yaml_message(error)}.")
             continue
         _set(reading, key, _text_keys(value) if isinstance(value, dict) else value)
 
@@ -325,6 +323,12 @@ def _text_keys(mapping: Mapping[Any, Any]) -> Tree:
     return {_text(k): _text_keys(v) if isinstance(v, Mapping) else copy.deepcopy(v) for k, v in mapping.items()}
 
 
+def _refuse(reading: Reading, key: str, text: str, also: tuple[str, ...] = ()) -> None:
+    """Record a mistake in an override."""
+    reading.problems.append(Problem(key, text, also))
+    reading.origin[key] = "override"
+
+
 def _set(reading: Reading, key: str, value: Any) -> None:
     parents = key.split(".")[:-1]
     for depth in range(1, len(parents) + 1):
@@ -335,7 +339,7 @@ def _set(reading: Reading, key: str, value: Any) -> None:
             reading.origin.setdefault(parent, "override")
         elif not isinstance(below, dict):
             text = f"cannot be set, since {parent} is {below!r} and not a section."
-            reading.problems.append(Problem(key, text, also=(parent,)))
+            _refuse(reading, key, text, also=(parent,))
             return
     new = nest({key: value})
     merge(reading.tree, new)
