@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from openmae.checkpoints.folder import list_checkpoints
 from openmae.errors import CheckpointError
 from openmae.results.metrics_csv import read_metrics
+from openmae.results.status import read_status
 from openmae.training import trainer
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
@@ -115,6 +116,10 @@ def test_ctrl_c_in_a_validation_keeps_the_epoch(task, train, assert_same_run, pa
     assert payload_of(tmp_path / "resumed")["progress"]["batch"] == 5
     train(tmp_path / "resumed", changes)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    lines = read_status(tmp_path / "resumed" / "status.json")
+    paces = [line["kpi"].get("images_per_s") for line in lines if "kpi" in line]
+    assert paces[0] is None, "only the validation of the first epoch was left, which has no throughput"
+    assert all(paces[1:])
 
 
 CROSS = {"model.decoder_attention": "cross", "model.decoder_targets": 0.5}

@@ -226,6 +226,7 @@ class Trainer:
         """Validate, log, and write the epoch's checkpoint; return the epoch's metrics."""
         progress, settings = self.progress, self.settings
         pace = self.pace.read()
+        pace = pace if pace["images_per_s"] else {}  # the run resumed after the last step: only the validation was left
         metrics = {"train_loss": progress.loss_sum / max(progress.loss_count, 1)} if progress.loss_count else {}
         last = progress.epoch + 1 == settings.last_epoch
         if last and progress.bad_steps:
