@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -276,7 +278,11 @@ def test_a_table_of_labels(trained, tmp_path):
 def test_a_finished_run_with_other_settings_is_refused(trained, refused):
     """A finished run with other settings in the same results_dir is refused, and nothing of it changes."""
     run = trained("vit", "finetune")
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in run.folder.glob("*.pth"))
+
+    def files() -> list[tuple[str, int]]:
+        return sorted((path.name, path.stat().st_mtime_ns) for path in run.folder.iterdir() if path.is_file())
+
+    before = files()
     for override, words in (
         ("train.optim.lr=0.01", "train.optim.lr was"),
         ("dataset.augmentation.hflip=0.1", "dataset.augmentation.hflip was 0.5 and is 0.1"),
@@ -285,7 +291,7 @@ def test_a_finished_run_with_other_settings_is_refused(trained, refused):
         assert words in text
         assert "holds a finished run with other settings" in text
         assert "Set another results_dir for this run." in text
-    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in run.folder.glob("*.pth"))
+    assert before == files()
 
 
 def test_an_option_that_is_newer_than_the_run_had_its_default():
@@ -297,6 +303,36 @@ def test_an_option_that_is_newer_than_the_run_had_its_default():
     other = CheckpointInfo("pretrain", ModelConfig("vit_tiny_patch16"), spec={"model": {"decoder_targets": 0.5}})
     with pytest.raises(CheckpointError, match=r"model\.decoder_targets was 1\.0 and is 0\.5\."):
         plan.compare_settings(earlier, other, finished=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [("train_loss", "ACC_all", False), ("ACC_all", "train_loss", True), ("val_loss", "ACC_all", True)],
+)
+def test_the_monitored_metric_that_older_versions_recorded(before, now, refused):
+    """They recorded train_loss also where ACC_all was monitored."""
+    model = ModelConfig("vit_tiny_patch16")
+    infos = [CheckpointInfo("finetune", model, spec={"train": {"optim": {"monitor_name": m}}}) for m in (before, now)]
+    earlier = plan.Earlier("results_dir", Path("runs/train/model.pth"), infos[0], 1, None)
+    with pytest.raises(CheckpointError) if refused else nullcontext():
+        plan.compare_settings(earlier, infos[1], finished=True)
+
+
+def test_fewer_epochs_are_reported_when_a_run_resumes(caplog):
+    model = ModelConfig("vit_tiny_patch16")
+    long, short = (
+        CheckpointInfo("pretrain", model, spec={"train": {"num_epochs": n, "optim": {"lr": lr}}})
+        for n, lr in ((30, 0.1), (10, 0.2))
+    )
+    plan.compare_settings(plan.Earlier("results_dir", Path("r/m.pth"), long, 4, None), short, finished=False)
+    assert "train.optim.lr was 0.1 and is 0.2; train.num_epochs was 30 and is 10." in caplog.text
+    caplog.clear()
+    short = replace(short, spec={"train": {"num_epochs": 10, "optim": {"lr": 0.1}}})
+    plan.compare_settings(plan.Earlier("results_dir", Path("r/m.pth"), long, 10, None), short, finished=True)
+    assert "resumes with other settings: train.num_epochs was 30 and is 10." in caplog.text
+    caplog.clear()
+    plan.compare_settings(plan.Earlier("results_dir", Path("r/m.pth"), long, 30, None), short, finished=True)
+    assert not caplog.text, "nothing is left to do"
 
 
 def test_an_unfinished_run_resumes_with_other_settings_and_a_warning(caplog):

@@ -71,6 +71,7 @@ def notices(caplog, overrides, action="train"):
             "must be 0 with fsdp, which cannot average sharded weights, got 0.9. Set it to 0, or use train.distri",
         ),
         ("train.optim.monitor_name=val_loss", "val_loss needs validation images"),
+        ("train.optim.monitor_name=ACC_all", "ACC_all is measured when fine-tuning, on dataset.val_data_sources."),
         (
             "dataset.augmentation.input_size=225",
             "must be a multiple of 32, the side of convnextv2_base's mask "
@@ -170,6 +171,8 @@ def test_mixup_needs_an_even_batch():
     for size, next_size in ((1, 2), (7, 8)):
         text = mistakes(None, [*FINETUNE, f"dataset.batch_size={size}"], "train")
         assert f"mix the images of a batch in pairs, so it must be even, got {size}. Use {next_size}, or" in text
+    text = mistakes(None, [*TRAIN, "train.stage=finetune"], "train")
+    assert "it is not set, and the default is 1. Set dataset.batch_size, for example to 16, or turn both off" in text
     off = ["dataset.augmentation.mixup=0", "dataset.augmentation.cutmix=0"]
     load_spec(None, [*FINETUNE, "dataset.batch_size=7", *off], "train")
     load_spec(None, [*FINETUNE, "dataset.batch_size=7", "dataset.augmentation.mixup_prob=0"], "train")
@@ -187,13 +190,25 @@ def test_all_mistakes_are_reported_by_line(tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text(text, encoding="utf-8")
     lines = mistakes(path, ["train.seed=-7"], "train").split("\n")
-    assert lines[0] == f"{path} has 6 mistakes:"
+    assert lines[0] == f"{path} and the overrides have 6 mistakes:"
     assert lines[1] == "  model.patch (line 1): there is no such key. Did you mean model.patch_size or model.arch?"
     assert lines[2] == "  train.num_epochs (line 3): must be an integer >= 1, got -1."
     assert lines[3] == "  train.optim.lr (line 4): must be a number > 0 and <= 1, got 'high'."
     assert lines[4].startswith("  wandb.name (line 5): a file has sections, not dotted keys. Write name: below")
     assert lines[5].startswith("  train.seed (override): must be an integer >= -1, got -7.")
     assert lines[6].startswith("  dataset.train_data_sources: `mae train` needs it, but it is not set.")
+
+
+def test_mistakes_are_attributed_to_the_file_or_the_overrides(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("dataset: {train_data_sources: photos}\n", encoding="utf-8")
+    wrong = ["train.num_epochs=0", "train.seed", "~train.seed", "model.arch={", "dataset.train_data_sources.x=3"]
+    assert mistakes(path, wrong, "train").startswith("The overrides have 5 mistakes:")
+    assert mistakes(path, wrong[:1], "train").startswith("The overrides have a mistake:")
+    assert mistakes(None, wrong[:1]).startswith("The spec has a mistake:")
+    path.write_text("train: {num_epochs: 0}\n", encoding="utf-8")
+    assert mistakes(path, ["train.seed=1"]).startswith(f"{path} has a mistake:")
+    assert mistakes(path, wrong[:1], "train").startswith(f"{path} and the overrides have 2 mistakes:")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 
 from openmae.spec.actions import ACTIONS, ROWS, SEARCH, SHORTHANDS, TABLE, expand_shorthand
 from openmae.spec.describe import choices, fields, file_use, sections, traits, type_words
-from openmae.spec.load import load_spec
-from openmae.spec.metrics import METRICS, is_share, label, metrics_of, monitored_metric
+from openmae.spec.load import load_spec, to_dict
+from openmae.spec.metrics import METRICS, is_share, label, metrics_of
 from openmae.spec.option import FileUse
 from openmae.spec.schema import ExperimentSpec
 
@@ -105,8 +105,18 @@ def test_every_metric_has_labels_and_a_stage() -> None:
         (["dataset.val_data_sources=x"], "train_loss"),
         (["dataset.val_data_sources=x", "train.stage=finetune"], "ACC_all"),
         (["dataset.val_data_sources=x", "train.stage=finetune", "train.optim.monitor_name=train_loss"], "train_loss"),
+        (["dataset.val_data_sources=x", "train.stage=finetune", "train.optim.monitor_name=acc_all"], "ACC_all"),
         (["train.stage=finetune"], "train_loss"),
     ],
 )
 def test_the_monitored_metric(overrides: list[str], monitor: str) -> None:
-    assert monitored_metric(load_spec(None, ["dataset.batch_size=2", *overrides])) == monitor
+    spec = load_spec(None, ["dataset.batch_size=2", *overrides])
+    assert spec.train.optim.monitor_name == monitor
+    recorded = to_dict(spec)
+    assert recorded["train"]["optim"]["monitor_name"] == monitor
+    assert load_spec(recorded).train.optim.monitor_name == monitor, (
+        "a run from experiment.yaml picks the same checkpoint"
+    )
+    if not spec.is_set("train.optim.monitor_name"):
+        again = load_spec(spec, ["dataset.val_data_sources=", "train.stage=finetune"])
+        assert again.train.optim.monitor_name == "train_loss", "a derived value follows the overrides"

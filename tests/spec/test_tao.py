@@ -50,15 +50,16 @@ def test_the_published_section_loads_without_a_notice(caplog):
         ((TOPK, "train.checkpointer.monitor=train_loss", "train.checkpointer.mode=MIN"), "train_loss", True),
         (
             (TOPK, "train.checkpointer.monitor=acc", "train.optim.monitor_name=train_loss", *LABELLED),
-            "train_loss",
-            False,
+            "ACC_all",
+            True,
         ),
-        ((TOPK, "train.checkpointer.monitor=ACC_all", "train.checkpointer.mode=max", *LABELLED), "train_loss", False),
-        (("train.checkpointer.monitor=val_loss", *LABELLED), "train_loss", False),
+        ((TOPK, "train.checkpointer.monitor=ACC_all", "train.checkpointer.mode=max", *LABELLED), "ACC_all", True),
+        (("train.checkpointer.monitor=val_loss", *LABELLED), "ACC_all", False),
+        (("train.optim.monitor_name=train_loss", *LABELLED), "train_loss", True),
     ],
 )
 def test_the_monitored_metric(overrides, monitor, typed):
-    """Untyped, a fine-tuning with labelled validation images takes ACC_all."""
+    """If it is unset, fine-tuning with validation images monitors ACC_all."""
     spec = checked(*overrides)
     assert spec.train.optim.monitor_name == monitor
     assert spec.is_set("train.optim.monitor_name") == typed
@@ -84,7 +85,7 @@ def test_replacing_periodic_checkpoints_keeps_one():
             "mode (override): train_loss is best at its minimum, got max. Set min, or",
         ),
         (("monitor=mAP",), "monitor (override): must be one of train_loss, val_loss, ACC_all, acc, got 'mAP'."),
-        (("monitor=val_loss",), "train.optim.monitor_name: val_loss needs validation images"),
+        (("monitor=val_loss",), "train.checkpointer.monitor (override): val_loss needs validation images"),
         (("save_top_k=0",), "save_top_k (override): must be an integer >= 1, got 0."),
         (("period=3",), "train.checkpointer.period (override): there is no such key."),
     ],

@@ -20,6 +20,7 @@ from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
+from openmae.spec.resolved import with_actual_monitor
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import flatten, get, value_of
 from openmae.storage.encryption import Key, resolve_key
@@ -213,11 +214,16 @@ def compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -
     if now.begun:
         key = "train.accum_grad_batches"
         wanted[key] = before.get(key)  # it was derived from the number of processes
+    before = with_actual_monitor(before, wanted)
     keys = sorted(key for key in before | wanted if before.get(key) != wanted.get(key))
     if not finished and "train.pretrained_model_path" not in wanted:  # a resumed run does not need it
         keys = [key for key in keys if key not in ("train.pretrained_model_path", "train.pretrained_weights_key")]
+    refused, length = bool(keys) and finished, "train.num_epochs"
+    before[length], wanted[length] = get(earlier.info.spec, length, 0), get(now.spec, length, 0)
+    if max(earlier.epochs_done, wanted[length]) < before[length]:  # more epochs are no surprise
+        keys.append(length)
     folder, changes = earlier.checkpoint.parent, _changes(keys, before, wanted)
-    if keys and finished:
+    if refused:
         raise CheckpointError(
             f"{earlier.key}: {folder} holds a finished run with other settings: {changes}.",
             "Set another results_dir for this run.",

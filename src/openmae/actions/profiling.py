@@ -14,7 +14,6 @@ from openmae.distributed.launch import acting_precision, describe_device
 from openmae.distributed.rendezvous import world_of
 from openmae.machine import usable_cores
 from openmae.results.profile import Breakdown, Phase, advice, write_breakdown
-from openmae.spec.metrics import monitored_metric
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.storage import layout
@@ -33,6 +32,7 @@ _KEYS = (
     "train.validation_interval",
     "train.checkpoint_interval",
     "train.checkpoint_interval_unit",
+    "train.optim.monitor_name",
 )
 _DECODER = ("model.decoder_attention", "model.decoder_targets")  # they can make a transformer decoder faster
 
@@ -63,7 +63,7 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
     on_gpu = fabric.device.type == "cuda"
     keys = _KEYS if finetune or family == "convnextv2" else (*_KEYS, *_DECODER)
     precision = acting_precision(spec.train.precision, spec.train.distributed_strategy == "fsdp", on_gpu)
-    acting = {"train.precision": precision, "train.optim.monitor_name": monitored_metric(spec)}
+    acting = {"train.precision": precision}
     phases = {}
     for name in (*STEP_PHASES, *PAUSES):
         seconds, times = measured.seconds[name], measured.per_step.get(name)

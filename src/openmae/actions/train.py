@@ -36,7 +36,7 @@ from openmae.models.normalise import Normaliser
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
-from openmae.spec.metrics import EPOCH_TRAIN_LOSS, monitored_metric
+from openmae.spec.metrics import EPOCH_TRAIN_LOSS
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.training.elastic import BatchLayout, same_position
@@ -233,7 +233,7 @@ def _task(plan: Plan, model: nn.Module) -> Task:
             normalise,
             augmentation=spec.dataset.augmentation,
             num_classes=plan.config.num_classes,
-            monitor=monitored_metric(spec),
+            monitor=spec.train.optim.monitor_name,
         )
     assert isinstance(model, MaskedAutoencoder)
     return PretrainTask(
@@ -241,7 +241,7 @@ def _task(plan: Plan, model: nn.Module) -> Task:
         normalise,
         mask_ratio=plan.config.mask_ratio,
         seed=spec.train.seed,
-        monitor=monitored_metric(spec),
+        monitor=spec.train.optim.monitor_name,
         targets=spec.model.decoder_targets,
     )
 

@@ -11,7 +11,7 @@ from openmae.errors import SpecError
 from openmae.results.status import read_status
 from openmae.spec.actions import TABLE
 from openmae.spec.describe import traits
-from openmae.spec.metrics import METRICS, is_share, metrics_of, monitored_metric
+from openmae.spec.metrics import METRICS, is_share, metrics_of
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 
@@ -85,7 +85,7 @@ def make_objective(spec: ExperimentSpec) -> Objective:
             f"Remove automl.direction, or set it to {metric.direction}.",
         )
     # In pbt, a trial may start from the weights of another one, so only its last epoch is a result of its parameters.
-    of_best_epoch = name == monitored_metric(spec) and spec.automl.algorithm != "pbt"
+    of_best_epoch = name == spec.train.optim.monitor_name and spec.automl.algorithm != "pbt"
     return Objective(name, metric.is_share, of_best_epoch)
 
 

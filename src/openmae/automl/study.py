@@ -34,6 +34,7 @@ from openmae.machine import boot_id, identify, is_running
 from openmae.results.trials import State, TrialSummary
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
+from openmae.spec.resolved import with_actual_monitor
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get
 
@@ -109,6 +110,7 @@ class Study:
             before = study.user_attrs.get("facts", facts)
             # An option that did not exist when the search was started had its default value.
             before = {key: value for key, value in facts.items() if _is_default(key, value)} | before
+            before = with_actual_monitor(before, facts)
             if before != facts and study.get_trials(deepcopy=False):
                 raise _other_search(self.folder, _changes(before, facts))
             if before != facts:  # no trial was started

@@ -1,4 +1,4 @@
-"""The table of quality metrics, and the choice of the metric that selects the best checkpoint.
+"""The table of quality metrics.
 
 A metric has the same name in ``status.json``, ``metrics.csv``, TensorBoard and the spec.
 """
@@ -6,10 +6,7 @@ A metric has the same name in ``status.json``, ``metrics.csv``, TensorBoard and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from openmae.spec.schema import ExperimentSpec
+from typing import Literal
 
 Direction = Literal["minimize", "maximize"]
 Needs = Literal["", "validation images", "validation images with classes"]
@@ -73,15 +70,3 @@ def label(name: str) -> str:
     """Return the name of a metric in reports; an unknown name is returned unchanged."""
     name = "train_loss" if name == EPOCH_TRAIN_LOSS else name
     return METRICS[name].label if name in METRICS else name
-
-
-def monitored_metric(spec: ExperimentSpec) -> str:
-    """Return the metric that selects ``model_best.pth`` when a resolved spec is trained.
-
-    Without validation images it is ``train_loss``. Fine-tuning uses ``ACC_all`` unless the spec names another metric.
-    """
-    if not spec.dataset.val_data_sources:
-        return "train_loss"
-    if spec.train.stage == "finetune" and not spec.is_set("train.optim.monitor_name"):
-        return "ACC_all"
-    return spec.train.optim.monitor_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from openmae.spec.actions import DEVICES
@@ -11,6 +12,7 @@ from openmae.spec.tree import value_of
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_MEAN = {1: (0.449,), 3: _IMAGENET_MEAN, 4: (*_IMAGENET_MEAN, 0.5)}  # by the number of channels
 DEFAULT_STD = {1: (0.226,), 3: _IMAGENET_STD, 4: (*_IMAGENET_STD, 0.25)}
+_MONITOR = "train.optim.monitor_name"
 
 
 def resolve(spec: ExperimentSpec) -> tuple[ExperimentSpec, list[str]]:
@@ -28,7 +30,7 @@ def resolve(spec: ExperimentSpec) -> tuple[ExperimentSpec, list[str]]:
 
 
 def dependent_defaults(spec: ExperimentSpec) -> dict[str, Any]:
-    """Return the defaults that depend on the stage, the architecture or the channels, by dotted key."""
+    """Return the defaults that depend on other options, by dotted key."""
     row, finetune = spec.model.architecture, spec.train.stage == "finetune"
     return {
         "model.mask_ratio": row.mask_ratio,
@@ -36,6 +38,7 @@ def dependent_defaults(spec: ExperimentSpec) -> dict[str, Any]:
         "model.decoder_embed_dim": row.decoder_embed_dim,
         "model.drop_path_rate": 0.1 if finetune else row.pretrain_drop_path,
         "train.optim.beta2": 0.999 if finetune else 0.95,
+        _MONITOR: "ACC_all" if finetune and spec.dataset.val_data_sources else "train_loss",
         "dataset.augmentation.mean": DEFAULT_MEAN[spec.model.in_chans],
         "dataset.augmentation.std": DEFAULT_STD[spec.model.in_chans],
     }
@@ -72,15 +75,22 @@ def calibration_sizes(spec: ExperimentSpec) -> dict[str, int]:
 
 def _apply_checkpointer(spec: ExperimentSpec) -> tuple[ExperimentSpec, list[str]]:
     """Return the spec with the options that ``train.checkpointer`` sets under other names, and notices."""
-    checkpointer, monitor, keep = spec.train.checkpointer, "train.optim.monitor_name", "train.keep_checkpoints"
+    checkpointer, keep = spec.train.checkpointer, "train.keep_checkpoints"
     notices = []
     if checkpointer.enable_topk and checkpointer.replace_periodic and not spec.is_set(keep):
         spec = spec.replaced({keep: 1}).with_set_keys(spec.set_keys | {keep})
     metric, named = checkpointer.metric, spec.train.optim.monitor_name
-    if metric and spec.is_set(monitor) and metric != named:
-        notices.append(f"train.checkpointer.monitor={metric} replaces {monitor}={named}.")
-    if metric == "ACC_all":  # the default when fine-tuning
-        spec = spec.with_set_keys(spec.set_keys - {monitor})
-    elif metric:
-        spec = spec.replaced({monitor: metric}).with_set_keys(spec.set_keys | {monitor})
+    if metric and spec.is_set(_MONITOR) and metric != named:
+        notices.append(f"train.checkpointer.monitor={metric} replaces {_MONITOR}={named}.")
+    if metric:
+        spec = spec.replaced({_MONITOR: metric}).with_set_keys(spec.set_keys | {_MONITOR})
     return spec, notices
+
+
+def with_actual_monitor(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recorded values of an earlier run, by dotted key, to compare them with those of this one.
+
+    Older versions recorded ``train_loss`` also if the option was unset and ``ACC_all`` was monitored.
+    """
+    renamed = (before.get(_MONITOR), now.get(_MONITOR)) == ("train_loss", "ACC_all")
+    return {**before, **({_MONITOR: "ACC_all"} if renamed else {})}

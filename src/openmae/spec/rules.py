@@ -29,7 +29,7 @@ def find_problems(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]
     yield from _augmentation(spec, action)
     if action in (None, "train"):
         yield from _training(spec)
-        yield from _checkpointer(spec)
+        yield from _monitor(spec)
     for section in DEVICES:
         if action in (None, section):
             yield from _devices(spec, section)
@@ -129,17 +129,14 @@ def _training(spec: ExperimentSpec) -> Iterator[Problem]:
             "Set it to 0, or use train.distributed_strategy=ddp.",
             also=("train.distributed_strategy", "train.stage"),
         )
-    if train.optim.monitor_name == "val_loss" and not spec.dataset.val_data_sources:
-        yield Problem(
-            "train.optim.monitor_name",
-            "val_loss needs validation images, but dataset.val_data_sources is not set. Set it, or use train_loss.",
-            also=("dataset.val_data_sources",),
-        )
     if train.stage == "finetune" and spec.dataset.augmentation.mixes and batch % 2:
+        fix = f"got {batch}. Use {batch + 1}"
+        if not spec.is_set("dataset.batch_size"):
+            fix = f"but it is not set, and the default is {batch}. Set dataset.batch_size, for example to 16"
         yield Problem(
             "dataset.batch_size",
-            f"Mixup and CutMix mix the images of a batch in pairs, so it must be even, got {batch}. Use "
-            f"{batch + 1}, or turn both off: dataset.augmentation.mixup=0 dataset.augmentation.cutmix=0.",
+            f"Mixup and CutMix mix the images of a batch in pairs, so it must be even, {fix}, or turn both off: "
+            "dataset.augmentation.mixup=0 dataset.augmentation.cutmix=0.",
             also=(
                 "train.stage",
                 "dataset.augmentation.mixup",
@@ -260,19 +257,18 @@ def _calibration(spec: ExperimentSpec) -> Iterator[Problem]:
         yield Problem(f"{prefix}.{names[key.rpartition('.')[2]]}", text, also=(key,))
 
 
-def _checkpointer(spec: ExperimentSpec) -> Iterator[Problem]:
-    checkpointer = spec.train.checkpointer
-    metric = checkpointer.metric
-    if not metric:
-        return
-    if spec.train.stage not in METRICS[metric].stages or (metric == "ACC_all" and not spec.dataset.val_data_sources):
-        yield Problem(
-            "train.checkpointer.monitor",
-            f"{checkpointer.monitor} is measured when fine-tuning, on dataset.val_data_sources. Use train_loss.",
-            also=("train.stage", "dataset.val_data_sources"),
-        )
+def _monitor(spec: ExperimentSpec) -> Iterator[Problem]:
+    checkpointer, metric = spec.train.checkpointer, spec.train.optim.monitor_name
+    key = "train.checkpointer.monitor" if checkpointer.metric else "train.optim.monitor_name"
+    unseen, also = not spec.dataset.val_data_sources, ("train.stage", "dataset.val_data_sources")
+    if spec.train.stage not in METRICS[metric].stages or (metric == "ACC_all" and unseen):
+        text = f"{value_of(spec, key)} is measured when fine-tuning, on dataset.val_data_sources. Use train_loss."
+        yield Problem(key, text, also)
+    elif metric == "val_loss" and unseen:
+        text = "val_loss needs validation images, but dataset.val_data_sources is not set. Set it, or use train_loss."
+        yield Problem(key, text, also)
     direction = METRICS[metric].direction[:3]
-    if checkpointer.mode not in ("", direction):
+    if checkpointer.metric and checkpointer.mode not in ("", direction):
         yield Problem(
             "train.checkpointer.mode",
             f"{metric} is best at its {direction}imum, got {checkpointer.mode}. Set {direction}, or remove it.",
