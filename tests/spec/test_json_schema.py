@@ -37,7 +37,6 @@ OUR_DEFAULTS = {
     "train.mask_ratio",
     "train.norm_pix_loss",  # of model
     "train.optim.backbone_multiplier",
-    "train.optim.monitor_name",  # by the stage
     "export.input_channel",
     "export.input_height",
     "export.input_width",  # by the checkpoint

@@ -18,7 +18,7 @@ with (Path(__file__).parent / "data" / "published_keys.tsv").open(encoding="utf-
 # Defaults that differ from the published ones on purpose.
 OTHER_DEFAULTS = {
     "dataset.augmentation.max_scale", "dataset.augmentation.mean", "dataset.augmentation.std",
-    "train.optim.backbone_multiplier", "train.optim.monitor_name", "train.mask_ratio", "train.norm_pix_loss",
+    "train.optim.backbone_multiplier", "train.mask_ratio", "train.norm_pix_loss",
     "model.num_classes", "model.decoder_depth", "model.decoder_embed_dim", "model.drop_path_rate",
     "export.input_channel", "export.input_height", "export.input_width",
     "gen_trt_engine.tensorrt.data_type", "wandb.name", "wandb.project", "wandb.tags",
