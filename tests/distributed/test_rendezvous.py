@@ -71,7 +71,7 @@ def test_a_port_in_use_is_an_error():
 
 def test_nodes_of_different_runs_do_not_join(port):
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-    store.set("shape", "2 node(s) of 4 process(es), openmae 0.0.1")
+    store.set("shape", "2 nodes of 4 processes, openmae 0.0.1")
     with pytest.raises(
         SpecError, match=r"Node 0 runs with 2 node\(s\) of 4 process\(es\), openmae 0\.0\.1, but node 1"
     ):
