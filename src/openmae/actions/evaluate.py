@@ -15,7 +15,7 @@ from openmae.actions.run import Run, begin_results, running, show_table, with_pr
 from openmae.actions.sections import classifier_report, pretrained_report, reconstructions
 from openmae.actions.sources import loader_settings, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
-from openmae.data.corrupt import count_images
+from openmae.data.corrupt import describe_images
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import EvaluationLoader
 from openmae.distributed.launch import build_fabric, check_agreement, launch
@@ -48,7 +48,7 @@ class Request:
     @property
     def title(self) -> str:
         """The title of the printed table."""
-        return f"{self.info.model.arch} ({self.info.stage}) on {count_images(self.index, self.folder)}"
+        return f"{self.info.model.arch} ({self.info.stage}) on {describe_images(self.index, self.folder)}"
 
     @property
     def info(self) -> CheckpointInfo:
@@ -116,7 +116,7 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         if this_run.leads:
             shown = informative(metrics, info.model.num_classes)
             rows = [(name, f"{value:.4f}") for name, value in shown.items()]
-            this_run.status.write("RUNNING", f"Evaluated on {count_images(index, this_run.folder)}", kpi=metrics)
+            this_run.status.write("RUNNING", f"Evaluated on {describe_images(index, this_run.folder)}", kpi=metrics)
             show_table(request.title, rows)
     return metrics
 

@@ -10,7 +10,7 @@ import numpy as np
 from lightning_fabric import Fabric
 
 from openmae.checkpoints.format import CheckpointInfo
-from openmae.data.corrupt import corrupt_files_text, count_images
+from openmae.data.corrupt import corrupt_files_text, describe_images
 from openmae.data.index import ImageIndex, skipped_files_table
 from openmae.data.loaders import EvaluationLoader
 from openmae.engines.metadata import ModelCard
@@ -137,7 +137,7 @@ def pretrained_report(
     folder: Path, info: CheckpointInfo, index: ImageIndex, metrics: Mapping[str, float], figures: Sequence[Figure]
 ) -> None:
     """Write the report of an evaluated autoencoder: loss, probes if there are classes, and reconstructions."""
-    sections: list[Section] = [_numbers(count_images(index, folder), metrics)]
+    sections: list[Section] = [_numbers(describe_images(index, folder), metrics)]
     if "knn_acc" in metrics:
         sections.append(Text("", _PROBES))
     _write(folder, "evaluate", _subtitle(info), [*sections, *figures], index)
@@ -165,7 +165,7 @@ def classifier_report(
 ) -> None:
     """Write the report of an evaluated classifier: accuracies, confusion matrix, and a row per class."""
     sections: list[Section] = [
-        _numbers(count_images(index, folder), informative(metrics, info.model.num_classes)),
+        _numbers(describe_images(index, folder), informative(metrics, info.model.num_classes)),
         Figure("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
         class_table(confusion, info.class_names),
     ]

@@ -74,7 +74,7 @@ def _read_list(path: Path) -> dict[str, str]:
     return dict(line.split("\t", 1) for line in text.split("\n") if "\t" in line)
 
 
-def count_images(index: ImageIndex, folder: Path) -> str:
+def describe_images(index: ImageIndex, folder: Path) -> str:
     """Return the number of images, and of those that ``corrupt_files.txt`` in ``folder`` lists as unreadable."""
     corrupt = sum(map(index.holds, _read_list(folder / layout.CORRUPT_LIST)))
     return counted(len(index), "image") + (f", {corrupt:,} of them unreadable" if corrupt else "")
@@ -84,7 +84,7 @@ def corrupt_files_text(indexes: Iterable[ImageIndex], folder: Path) -> list[Text
     """Return the number of unreadable images of each source, for a report; empty if none has been found."""
     if not _read_list(folder / layout.CORRUPT_LIST):
         return []
-    counts = "\n\n".join(f"{index.place}: {count_images(index, folder)}." for index in indexes)
+    counts = "\n\n".join(f"{index.place}: {describe_images(index, folder)}." for index in indexes)
     return [Text("Unreadable images", f"{counts}\n\n{layout.CORRUPT_LIST} names them, with the reasons.")]
 
 

@@ -78,7 +78,7 @@ def test_a_training_run_on_two_nodes(client: Client, submit: Submit, tmp_path: P
         assert logs.count("Epoch 2 of 2, step 6") == 1, logs
         rows = read_metrics(Path(client.store.read(job.id).results_folder) / "metrics.csv")
         losses.append([row["train_loss"] for row in rows if "train_loss" in row])
-    assert "2 nodes x 1 process(es)" in client.get_job_logs(jobs[0].id)
+    assert "2 images x 2 nodes" in client.get_job_logs(jobs[0].id)
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
