@@ -203,7 +203,7 @@ def _report(folder: Path, rows: list[tuple[str, float, float]]) -> Path:
         Figure(
             "Reconstructions",
             pretraining / layout.RECONSTRUCTIONS / "last.png",
-            "Held-out digits: original, visible patches, prediction, and both combined.",
+            "Held-out digits: original, masked, prediction, and prediction with visible patches.",
         ),
         Figure("Pretraining", pretraining / layout.CURVES, "kNN and the linear probe classify the frozen features."),
         Table("Time", ("model", "accuracy", "time"), cells, caption="The time of the first row includes pretraining."),

@@ -81,7 +81,7 @@ DATA_MISTAKES = [
         "train",
         (*CLASSES, "dataset.val_data_sources={made}/unknown"),
         (
-            "dataset.val_data_sources has 1 class(es) that dataset.train_data_sources does not have: mauve",
+            "dataset.val_data_sources has 1 class that dataset.train_data_sources does not have: mauve",
             "Rename or remove them; the classes of dataset.train_data_sources are: blue, green, red.",
         ),
     ),
@@ -104,7 +104,7 @@ DATA_MISTAKES = [
     (
         "evaluate",
         (*EVALUATE, f"evaluate.{FINE}", "dataset.val_data_sources={made}/unknown"),
-        ("1 class(es) that the checkpoint does not have: mauve", "classes of the checkpoint are: blue, green, red"),
+        ("1 class that the checkpoint does not have: mauve", "classes of the checkpoint are: blue, green, red"),
     ),
     ("inference", (*INFER, f"inference.{FINE}", "dataset.test_data_sources={made}/none"), ("There is no file",)),
 ]

@@ -122,13 +122,16 @@ def test_the_backbone_loads_into_timm(exported):
     model.load_state_dict(load_file(root / "export" / "backbone.safetensors"))
 
 
-def test_the_script_of_the_report_agrees_with_evaluation(exported, tmp_path, monkeypatch):
+@pytest.mark.parametrize("alpha", [255, 100])
+def test_the_script_of_the_report_agrees_with_evaluation(exported, alpha, tmp_path, monkeypatch):
     """On a picture whose sides tell what was cut off: wide, its ends of another colour than its centre."""
     pixels = np.zeros((40, 120, 3), np.uint8)
     pixels[:, :45] = (210, 40, 40)
     pixels[:, 45:75] = (40, 60, 200)
     pixels[:, 75:] = (40, 180, 60)
-    Image.fromarray(pixels).save(tmp_path / "image.png")
+    image = Image.fromarray(pixels)
+    image.putalpha(alpha)
+    image.save(tmp_path / "image.png")
     (tmp_path / "image.jpg").write_bytes((tmp_path / "image.png").read_bytes())
     root = exported("pretrain")
     shutil.copy(root / "model.onnx", tmp_path / "model.onnx")

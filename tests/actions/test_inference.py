@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import openmae
+from openmae.actions.inference import _most_frequent
 from openmae.cli.main import main
 from openmae.data.decode import ImageFile
 from openmae.data.transforms import EvalTransform
@@ -22,6 +24,16 @@ from openmae.results.status import read_status
 pytestmark = pytest.mark.xdist_group("actions")
 
 FAMILIES = ("vit", "convnextv2", "hiera")
+
+
+def test_the_terminal_counts_classes_only_if_it_hides_several():
+    names = {letter: 9 - place for place, letter in enumerate("abcdefg")}
+    shown = _most_frequent(Counter(names))
+    assert list(shown) == ["a", "b", "c", "d", "e", "..."]
+    assert shown["..."] == "2 more classes"
+    del names["g"]
+    assert list(_most_frequent(Counter(names))) == [*"abcdef"]
+    assert _most_frequent(Counter("a")) == {"a": "1 image"}
 
 
 def infer(checkpoint, source, results, *overrides):

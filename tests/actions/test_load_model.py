@@ -62,7 +62,7 @@ def test_cross_attention_works_in_every_action(photos, tmp_path, capsys):
     command = ["train", *train_arguments(photos, "vit", "pretrain"), "dataset.augmentation.input_size=64", *changes]
     assert main([*command, "train.num_epochs=2", "train.stop_after_epoch=1"]) == 0
     out = " ".join("".join(capsys.readouterr()).split())
-    assert "a training step predicts 0.5 of them" in out
+    assert "a training step predicts 0.5 of the masked ones" in out
     assert "1 x 32, cross-attention" in out
     assert main([*command, "train.num_epochs=2", "model.decoder_attention=self"]) == 2
     assert "model.decoder_attention was cross and is self." in capsys.readouterr().err

@@ -107,6 +107,21 @@ def test_odd_names_are_checked_and_packed(odd: Path, tmp_path: Path, capsys: pyt
     assert main(["dataset", "check", str(tmp_path / "packed"), "--results_dir", str(tmp_path / "again")]) == 0
 
 
+def test_reports_count_the_unreadable_images(odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [f"dataset.{part}_data_sources={odd}" for part in ("train", "val", "test")]
+    allowed = "dataset.max_corrupt_fraction=0.5"
+    folders = [run("train", tmp_path, *sources, allowed, *FINETUNE)]
+    for action in ("evaluate", "inference"):
+        capsys.readouterr()
+        folders.append(run(action, tmp_path, *sources, allowed, f"{action}.checkpoint={newest(folders[0])}"))
+        assert "(finetune) on 18 images, 2 of them unreadable" in notices(capsys)
+    for folder in folders:
+        text = (folder / "report.html").read_text(encoding="utf-8")
+        assert f"{odd}: 18 images, 2 of them unreadable." in text
+        assert "corrupt_files.txt names them" in text
+    assert "Evaluated on 18 images, 2 of them unreadable" in (folders[1] / "status.json").read_text()
+
+
 def notices(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
@@ -120,7 +135,7 @@ def test_files_that_are_not_read_are_named_at_the_start_and_in_every_report(
         (folder / "red" / f"IMG_{number}.cr2").touch()
     sources = [f"dataset.{part}_data_sources={folder}" for part in ("train", "val", "test")]
     trained = run("train", tmp_path, *sources, *FINETUNE)
-    text = "12 images are read; 3 files of other kinds are skipped: 3 .cr2 (such as red/IMG_0.cr2)."
+    text = "12 images are found; 3 files of other kinds are skipped: 3 .cr2 (such as red/IMG_0.cr2)."
     assert notices(capsys).count(text) == 2, "of training and of validation"
     run("evaluate", tmp_path, *sources, f"evaluate.checkpoint={newest(trained)}")
     run("inference", tmp_path, *sources, f"inference.checkpoint={newest(trained)}")

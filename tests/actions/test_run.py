@@ -98,14 +98,14 @@ def test_a_table_has_its_title_on_one_line(capsys):
             ["train.num_gpus=1", "train.num_nodes=1", "train.gpu_ids=[0]"],
             {"WORLD_SIZE": "1", "NUM_GPU_PER_NODE": "2"},
             (2, (0, 1), 1),
-            "WORLD_SIZE and NUM_GPU_PER_NODE set 2 process(es) on each of 1 node(s). This replaces train.num_gpus=1, "
+            "WORLD_SIZE and NUM_GPU_PER_NODE set 2 processes on each of 1 node. This replaces train.num_gpus=1, "
             "train.gpu_ids=[0] in the spec.",
         ),
         (
             ["train.num_gpus=1", "train.num_nodes=1", "train.gpu_ids=[0]"],
             {"WORLD_SIZE": "2", "NUM_GPU_PER_NODE": "1", "NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
             (1, (0,), 2),
-            "set 1 process(es) on each of 2 node(s). This replaces train.num_nodes=1 in the spec.",
+            "set 1 process on each of 2 nodes. This replaces train.num_nodes=1 in the spec.",
         ),
         (
             ["train.gpu_ids=[3]"],

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 import openmae
-from openmae.actions.sections import class_table
+from openmae.actions.sections import best_epoch, class_table
+from openmae.cli.main import main
+from openmae.results.metrics_csv import read_metrics
+from openmae.spec.metrics import informative
+
+from .conftest import train_arguments
 
 pytestmark = pytest.mark.xdist_group("actions")
 
@@ -59,6 +64,61 @@ def test_after_inference(trained, photos, stage, texts, tmp_path):
     }
     openmae.inference(spec)
     assert check(tmp_path / "inference" / "report.html", "OpenMAE inference", *texts, "Spec") == 1
+
+
+def test_the_report_of_training_names_the_best_epoch_the_weights_and_the_duration(photos, trained, tmp_path, capsys):
+    pretrained = trained("vit", "pretrain").folder / "backbone.safetensors"
+    overrides = [*train_arguments(photos, "vit", "finetune"), f"results_dir={tmp_path}", "train.num_epochs=3"]
+    assert main(["train", *overrides, f"train.pretrained_model_path={pretrained}"]) == 0
+    rows = [row for row in read_metrics(tmp_path / "train" / "metrics.csv") if "ACC_all" in row]
+    best = max(rows, key=lambda row: row["ACC_all"])
+    text = f"Best ACC_all: {100 * best['ACC_all']:.1f} %, epoch {best['epoch']} (model_best.pth)"
+    assert text in " ".join(capsys.readouterr().err.split())
+    weights = f"{pretrained}: loaded 100 % of vit_tiny_patch16&#39;s backbone from the OpenMAE layout"
+    check(tmp_path / "train" / "report.html", text, weights, "duration", "0:0")
+
+
+def test_the_first_of_equally_good_epochs_is_the_best(tmp_path):
+    rows = "step,epoch,train_loss,train_loss_epoch,val_loss\n1,1,0.5,,\n1,1,,0.7,2\n2,2,,0.5,1\n3,3,,0.6,1\n"
+    (tmp_path / "metrics.csv").write_text(rows)
+    assert best_epoch(tmp_path, "val_loss", 1.0) == "Best val_loss: 1.0000, epoch 2 (model_best.pth)"
+    assert best_epoch(tmp_path, "train_loss", 0.5) == "Best train_loss: 0.5000, epoch 2 (model_best.pth)"
+    assert best_epoch(tmp_path, "val_loss", None) == ""
+
+
+def test_the_spec_of_a_report_has_only_options_of_the_action(trained, photos, tmp_path):
+    spec = {
+        "evaluate": {"checkpoint": str(trained("vit", "finetune").checkpoint)},
+        "dataset": {"val_data_sources": str(photos.val), "num_workers_per_gpu": 0},
+        "results_dir": str(tmp_path),
+    }
+    openmae.evaluate(spec)
+    page = (tmp_path / "evaluate" / "report.html").read_text()
+    for key in ("input_size: [32, 32]", "stage: finetune", "checkpoint: ", "val_data_sources: "):
+        assert key in page
+    for key in ("num_epochs", "lr: ", "mixup", "inference:", "wandb"):
+        assert key not in page
+        assert key in (tmp_path / "evaluate" / "experiment.yaml").read_text()
+    assert "num_epochs: 1" in (trained("vit", "finetune").folder / "report.html").read_text()
+
+
+def test_top_5_accuracy_of_few_classes_is_not_shown(trained, photos, tmp_path, capsys):
+    spec = {
+        "evaluate": {"checkpoint": str(trained("vit", "finetune").checkpoint)},
+        "dataset": {"val_data_sources": str(photos.val), "num_workers_per_gpu": 0},
+        "results_dir": str(tmp_path),
+    }
+    capsys.readouterr()
+    assert openmae.evaluate(spec)["ACC_top5"] == 1
+    assert "ACC_top5" in (tmp_path / "evaluate" / "status.json").read_text()
+    shown = capsys.readouterr().err
+    assert "ACC_all" in shown
+    assert "ACC_top5" not in shown
+    for folder in (trained("vit", "finetune").folder, tmp_path / "evaluate"):
+        page = (folder / "report.html").read_text()
+        assert "top-1 accuracy" in page
+        assert "top-5 accuracy" not in page
+    assert informative({"ACC_top5": 0.9}, 6) == {"ACC_top5": 0.9}
 
 
 def test_class_table():

@@ -186,8 +186,8 @@ def test_pretrained_weights_are_loaded(trained, family, tmp_path, capsys):
     assert main(["train", *overrides, f"results_dir={tmp_path}", f"train.pretrained_model_path={source}"]) == 0
     text = capsys.readouterr().err
     assert "starts from scratch" not in text
-    assert "Weights: " in text
-    assert "100" in text.partition("Weights: ")[2].splitlines()[0]
+    assert "loaded 100 % of" in " ".join(text.split())
+    assert "backbone.safetensors: loaded 100 % of " in (tmp_path / "train" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("given", ["checkpoint", "backbone", "foreign"])

@@ -22,8 +22,10 @@ def test_report(tmp_path: Path) -> None:
     folder = worker.study.folder
     (folder / "best.yaml").write_text("train: {}\n")
     counts = {"train": 10, "val": 5, "classes": 2}
-    path = write_search_report(worker.study, {"knn_acc": 0.5}, {"knn_acc": 0.75, "val_loss": 0.25}, counts)
+    final = {"knn_acc": 0.75, "val_loss": 0.25, "ACC_top5": 1.0}
+    path = write_search_report(worker.study, {"knn_acc": 0.5}, final, counts)
     html = path.read_text(encoding="utf-8")
+    assert "ACC_top5" not in html, "of two classes it is always 1"
     for text in (
         *("Best values", "starting checkpoint", "History", "Parallel coordinates", "Importances", "Slices"),
         *("Limits of this metric", "All trials", "failed: data: the disk is wet", "Search settings", "train: {}"),

@@ -110,7 +110,7 @@ def test_skipped_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     index = open_index(str(tmp_path), False)
     assert len(index) == 2
     assert (
-        f"{tmp_path}: 2 images are read; 4 files of other kinds are skipped: 3 .cr2 (such as 0.cr2), 1 .txt (such as "
+        f"{tmp_path}: 2 images are found; 4 files of other kinds are skipped: 3 .cr2 (such as 0.cr2), 1 .txt (such as "
         "notes.txt). To read them: .cr2: develop them to JPEG, PNG or TIFF." in caplog.text
     )
 

@@ -70,7 +70,7 @@ def test_messages_name_an_archive_as_the_user_does(
     assert open_index(str(tmp_path / "a.tar.gz"), None).labels is None
     assert f"{tmp_path}/a.tar.gz/all: the folders 2023, 2024 are dates, so they are not used as classes." in caplog.text
     assert (
-        f"{tmp_path}/a.tar.gz: 2 images are read; 1 file of another kind is skipped: 1 .txt (such as all/notes.txt)."
+        f"{tmp_path}/a.tar.gz: 2 images are found; 1 file of another kind is skipped: 1 .txt (such as all/notes.txt)."
         in (caplog.text)
     )
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

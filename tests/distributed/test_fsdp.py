@@ -46,7 +46,7 @@ def test_fsdp_trains_as_one_process_and_one_process_resumes(one, train, tiny_ove
     assert main(["train", *overrides]) == 0
     noise = capfd.readouterr().err
     assert "distributed_strategy=fsdp uses fp16, which needs a GPU: using fp32." in noise
-    assert "2 processes of 1 threads, fp32, sharded weights (fsdp)" in noise
+    assert "2 processes of 1 thread, fp32, sharded weights (fsdp)" in noise
     assert "Warning" not in noise
     half = _losses(tmp_path / "two")
     assert half == pytest.approx(_losses(one)[:5], rel=2e-3)

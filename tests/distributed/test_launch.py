@@ -13,6 +13,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from openmae.actions.plan import make_plan
 from openmae.cli.main import main
+from openmae.data.folder_listing import counted
 from openmae.distributed import launch as launch_module
 from openmae.distributed.collectives import gather, gather_objects, sum_over_ranks
 from openmae.distributed.launch import build_fabric, describe_device, launch
@@ -88,7 +89,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(stage, train, tiny_over
     for chatter in ("Initializing distributed", "distributed_backend", "Warning", "bucket view"):
         assert chatter not in noise
     assert noise.count("Epoch 2 of 2, step 10") == 1
-    assert "2 processes of 1 threads" in noise
+    assert "2 processes of 1 thread," in noise
     one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
@@ -178,7 +179,7 @@ def test_missing_gpus_are_an_error(wanted, ids, missing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SpecError) as caught:
         build_fabric("train", wanted, ids, 1)
-    assert caught.value.problem == (f"train.gpu_ids: this machine has 2 GPU(s), 0 to 1; there is no GPU {missing}.")
+    assert caught.value.problem == f"train.gpu_ids: this machine has 2 GPUs, counted from 0, got {missing}."
     assert caught.value.fix.startswith(f"Set train.num_gpus={min(wanted, 2)} ")
 
 
@@ -186,7 +187,7 @@ def test_the_device_is_described(caplog):
     with caplog.at_level(logging.INFO, "openmae"):
         fabric = build_fabric("train", 1, [0], 1, "bf16")
     assert caplog.messages == ["No GPU was found: running on the CPU."]
-    assert describe_device(fabric) == f"CPU, {torch.get_num_threads()} threads, bf16"
+    assert describe_device(fabric) == f"CPU, {counted(torch.get_num_threads(), 'thread')}, bf16"
 
 
 def test_fp16_without_a_gpu_becomes_fp32(caplog):

@@ -89,7 +89,7 @@ def test_the_first_node_of_a_list(nodes, first):
         (1, 2, {**NODES, "NODE_RANK": "-1"}, "NODE_RANK must be an integer of 0 or more, got '-1'."),
         (2, 2, NODES, "WORLD_SIZE is 2 and counts processes, as NUM_GPU_PER_NODE is not set"),
         (2, 2, NODES, "Set WORLD_SIZE=4 or change train.num_nodes. If it is meant to count nodes, set NUM_GPU_PER_NOD"),
-        (4, None, NODES, "which does not fit train.num_gpus=4 with 4 process(es) per node."),
+        (4, None, NODES, "which does not fit train.num_gpus=4 with 4 processes per node."),
         (2, None, {**NODES, "WORLD_SIZE": "3"}, "WORLD_SIZE is 3 and counts processes"),
         (1, 1, {"WORLD_SIZE": "2", "NUM_GPU_PER_NODE": "2"}, "WORLD_SIZE is more than 1, but NODE_RANK, MASTER_ADDR, "),
         (1, 1, {"WORLD_SIZE": "1", "NUM_GPU_PER_NODE": "two"}, "NUM_GPU_PER_NODE must be an integer of 0 or more, got"),

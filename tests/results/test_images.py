@@ -16,11 +16,15 @@ from openmae.results.curves import save_curves
 from openmae.results.dataset_report import save_dataset_figure
 from openmae.results.images import reconstruction_grid, save_bar_comparison, save_predictions
 from openmae.results.search_section import save_importances
-from openmae.results.style import BLUE, GREY, INK, MUTED
+from openmae.results.style import BLUE, EMPTY, GREY, INK, MUTED
 
 
 def _images(count: int, height: int, width: int, channels: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+
+
+def _all_visible(images: np.ndarray) -> np.ndarray:
+    return np.ones(images.shape[:3], dtype=bool)
 
 
 class TestPredictions:
@@ -50,35 +54,46 @@ class TestReconstructionGrid:
     @pytest.mark.parametrize("count", [1, 3, 8])
     def test_figure_is_wider_than_tall(self, tmp_path: Path, channels: int, count: int) -> None:
         images = _images(count, 32, 32, channels)
-        path = reconstruction_grid(images, images, images, images, tmp_path / "new" / "grid.png")
+        path = reconstruction_grid(images, images, _all_visible(images), tmp_path / "new" / "grid.png")
         height, width, _ = read_pixels(path).shape
         assert width > height
 
     def test_small_images_are_enlarged_without_interpolation(self, tmp_path: Path) -> None:
         images = _images(1, 28, 28, 3)
-        drawn = read_pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
+        drawn = read_pixels(reconstruction_grid(images, images, _all_visible(images), tmp_path / "grid.png"))
         tile = images[0].repeat(8, axis=0).repeat(8, axis=1)
         assert np.array_equal(drawn[24 + 34 : 24 + 34 + 224, 24 : 24 + 224], tile)
 
-    def test_columns_are_in_order(self, tmp_path: Path) -> None:
-        flat = [np.full((1, 224, 224, 3), value, dtype=np.uint8) for value in (10, 80, 150, 220)]
-        drawn = read_pixels(reconstruction_grid(*flat, tmp_path / "grid.png"))
-        centres = [24 + 112 + column * 230 for column in range(4)]
-        assert [int(drawn[150, x, 0]) for x in centres] == [10, 80, 150, 220]
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_columns_are_in_order_and_missing_patches_are_hatched(self, tmp_path: Path, channels: int) -> None:
+        original, pasted = (np.full((1, 224, 224, channels), value, dtype=np.uint8) for value in (10, 220))
+        visible = np.zeros((1, 224, 224), dtype=bool)
+        visible[:, :, :112] = True
+        drawn = read_pixels(reconstruction_grid(original, pasted, visible, tmp_path / "grid.png"))
+        tiles = [drawn[58 : 58 + 224, 24 + column * 230 : 24 + column * 230 + 224] for column in range(4)]
+        halves = [[tile[:, :112], tile[:, 112:]] for tile in tiles]
+        plain = [[set(half.ravel().tolist()) for half in pair] for pair in halves]
+        assert plain[0] == [{10}, {10}]
+        assert plain[1][0] == {10}
+        assert plain[2][1] == {220}
+        assert plain[3] == [{220}, {220}]
+        for hatched in (halves[1][1], halves[2][0]):
+            assert count_near(hatched, EMPTY) + count_near(hatched, GREY) == 224 * 112
+            assert count_near(hatched, GREY) > 1000
 
     def test_large_images_are_reduced(self, tmp_path: Path) -> None:
         images = _images(2, 512, 1024, 1)
-        drawn = read_pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
+        drawn = read_pixels(reconstruction_grid(images, images, _all_visible(images), tmp_path / "grid.png"))
         assert drawn.shape[:2] == (2 * 24 + 34 + 2 * 112 + 6, 2 * 24 + 4 * 224 + 3 * 6)
 
     def test_tall_images_leave_no_group_empty(self, tmp_path: Path) -> None:
         images = np.zeros((4, 224, 40, 3), dtype=np.uint8)
-        drawn = read_pixels(reconstruction_grid(images, images, images, images, tmp_path / "grid.png"))
+        drawn = read_pixels(reconstruction_grid(images, images, _all_visible(images), tmp_path / "grid.png"))
         assert drawn.shape[1] == 2 * 24 + 2 * (4 * 40 + 3 * 6) + 40
 
     def test_transparency_is_laid_on_white(self, tmp_path: Path) -> None:
         clear = np.zeros((1, 224, 224, 4), dtype=np.uint8)
-        drawn = read_pixels(reconstruction_grid(clear, clear, clear, clear, tmp_path / "grid.png"))
+        drawn = read_pixels(reconstruction_grid(clear, clear, _all_visible(clear), tmp_path / "grid.png"))
         assert (drawn[150, 100] == 255).all()
 
 

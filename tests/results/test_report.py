@@ -101,6 +101,12 @@ def test_columns_of_numbers_are_aligned_and_share_their_decimals(tmp_path: Path)
     assert [kind for kind, _ in cells] == ["", "number", "number", "number", "number"] * 2
 
 
+def test_shares_have_the_same_decimals_in_every_column(tmp_path: Path) -> None:
+    table = Table("T", ["precision", "recall"], [[0.75, 0.15], [0.5, 1.0]])
+    html = write_report(tmp_path, "Run", [table]).read_text(encoding="utf-8")
+    assert re.findall(r"<td.*?>(.*?)</td>", html) == ["0.7500", "0.1500", "0.5000", "1.0000"]
+
+
 def test_table_without_column_names_has_no_head(tmp_path: Path) -> None:
     html = write_report(tmp_path, "Run", [Table("T", ["", ""], [["device", "CPU"]])]).read_text()
     assert "<thead>" not in html

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from openmae.data.folder_listing import counted
 from openmae.distributed.launch import build_fabric
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.normalise import Normaliser
@@ -50,7 +51,7 @@ def test_pretraining(fabric):
     assert found == {
         "architecture": "vit_tiny_patch16, 32 x 64 px, 3 channels",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, {trained:.2f} M of them trained",
-        "masked": "0.75 of 8 units of 16 px",
+        "masked": "6 of 8 units of 16 px (0.75)",
         "decoder": "1 x 32",
         "images": "1,234 to train, 56 to validate",
         "batch": "16 = 8 images x 2 accumulated",
@@ -58,7 +59,7 @@ def test_pretraining(fabric):
         "left out": "2 images per epoch, others in each epoch: 1,234 is not a multiple of 8",
         "schedule": "2 epochs of warmup, then cosine to 0",
         "learning rate": "0.001",
-        "device": f"CPU, {torch.get_num_threads()} threads, fp32",
+        "device": f"CPU, {counted(torch.get_num_threads(), 'thread')}, fp32",
     }
 
 
@@ -79,7 +80,7 @@ def test_a_cheaper_decoder_is_shown(fabric):
     config = replace(CONFIG, decoder_attention="cross")
     model = build_autoencoder(config)
     found = rows(fabric, config, pretraining_groups(model, 0.05), model, targets=0.25)
-    assert found["masked"] == "0.75 of 8 units of 16 px; a training step predicts 0.25 of them"
+    assert found["masked"] == "6 of 8 units of 16 px (0.75); a training step predicts 0.25 of the masked ones"
     assert found["decoder"] == "1 x 32, cross-attention"
 
 
@@ -88,16 +89,33 @@ def test_finetuning_shows_the_rate_of_each_layer_group(fabric):
     assert found["classes"] == "3"
     assert "masked" not in found
     assert found["images"] == "10 to train, none to validate"
-    layers = [f"layer {layer} {1e-3 * 0.5 ** (13 - layer):.3g}" for layer in range(13)]
-    assert found["learning rate"] == ", ".join([*layers, "head 0.001"])
+    assert found["learning rate"] == "layers 0 to 12: 1.22e-07 to 0.0005, head 0.001"
 
 
-def test_many_layers_show_the_first_and_the_last():
-    groups = [{"name": f"layer {layer}", "lr_scale": 2.0 ** (layer - 24)} for layer in range(24)]
-    text = _rates_text(groups, 1.0)
-    assert text.startswith("layer 0 5.96e-08, layer 1 ")
-    assert ", layer 7 7.63e-06, ..., layer 16 0.00391, " in text
-    assert text.endswith("layer 23 0.5")
+@pytest.mark.parametrize(
+    ("scales", "text"),
+    [
+        ({"layer 2": 0.25, "layer 10": 0.5}, "layers 2 to 10: 0.25 to 0.5"),
+        ({"layer 3": 0.1, "layer 3, no decay": 0.1, "head": 1.0}, "layer 3 0.1, head 1"),
+        ({"layer 0": 0.1, "layer 1": 0.1, "head, no decay": 1.0}, "layers 0 to 1: 0.1, head 1"),
+    ],
+)
+def test_layers_show_the_range_of_their_rates(scales, text):
+    assert _rates_text([{"name": name, "lr_scale": scale} for name, scale in scales.items()], 1.0) == text
+
+
+def test_the_masked_units_of_a_ratio_are_counted_as_they_are_masked(fabric):
+    config = replace(CONFIG, arch="convnextv2_atto", input_size=(128, 128), mask_ratio=0.6)
+    model = build_autoencoder(config)
+    found = rows(fabric, config, pretraining_groups(model, 0.05), model)
+    assert found["masked"] == "10 of 16 units of 32 px (0.6)"
+
+
+def test_one_channel(fabric):
+    config = replace(CONFIG, in_chans=1)
+    model = build_autoencoder(config)
+    found = rows(fabric, config, pretraining_groups(model, 0.05), model)
+    assert found["architecture"].endswith(", 1 channel")
 
 
 def test_one_rate_for_all_is_one_number(fabric):
@@ -105,7 +123,7 @@ def test_one_rate_for_all_is_one_number(fabric):
 
 
 def test_the_backbone_s_multiplier_shows(fabric):
-    assert rows(fabric, *classifier(1.0, 0.1))["learning rate"].endswith("head 0.001")
+    assert rows(fabric, *classifier(1.0, 0.1))["learning rate"] == "layers 0 to 12: 0.0001, head 0.001"
 
 
 def test_frozen_layers_are_not_trained(fabric):

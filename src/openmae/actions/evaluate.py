@@ -15,6 +15,7 @@ from openmae.actions.run import Run, begin_results, running, show_table, with_pr
 from openmae.actions.sections import classifier_report, pretrained_report, reconstructions
 from openmae.actions.sources import loader_settings, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
+from openmae.data.corrupt import describe_images
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import EvaluationLoader
 from openmae.distributed.launch import build_fabric, check_agreement, launch
@@ -26,6 +27,7 @@ from openmae.evaluation.probes import probe
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.normalise import Normaliser
 from openmae.results.confusion import save_confusion_matrix
+from openmae.spec.metrics import informative
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.training.pretrain import PretrainTask
@@ -46,7 +48,7 @@ class Request:
     @property
     def title(self) -> str:
         """The title of the printed table."""
-        return f"{self.info.model.arch} ({self.info.stage}) on {len(self.index):,} images"
+        return f"{self.info.model.arch} ({self.info.stage}) on {describe_images(self.index, self.folder)}"
 
     @property
     def info(self) -> CheckpointInfo:
@@ -112,8 +114,10 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         request = Request("evaluate", spec, this_run.folder, model, index)
         metrics = request.launch(this_run, _evaluate_classifier if info.stage == "finetune" else _evaluate_pretrained)
         if this_run.leads:
-            this_run.status.write("RUNNING", f"Evaluated on {len(index)} images", kpi=metrics)
-            show_table(request.title, [(name, f"{value:.4f}") for name, value in metrics.items()])
+            shown = informative(metrics, info.model.num_classes)
+            rows = [(name, f"{value:.4f}") for name, value in shown.items()]
+            this_run.status.write("RUNNING", f"Evaluated on {describe_images(index, this_run.folder)}", kpi=metrics)
+            show_table(request.title, rows)
     return metrics
 
 

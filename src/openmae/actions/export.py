@@ -18,6 +18,7 @@ from openmae.actions.sections import export_report
 from openmae.actions.sources import loader_settings, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo, save_backbone
 from openmae.checkpoints.weights import check_size
+from openmae.data.folder_listing import counted
 from openmae.data.loaders import EvaluationLoader
 from openmae.engines.batching import eval_transform
 from openmae.engines.metadata import FEATURES, LOGITS, ONNX_SUFFIXES, ModelCard, Precision
@@ -166,7 +167,8 @@ def _device(spec: ExperimentSpec) -> torch.device:
         return torch.device("cpu")
     if export.gpu_id >= torch.cuda.device_count():
         raise SpecError(
-            f"export.gpu_id: this machine has {torch.cuda.device_count()} GPU(s), and no GPU {export.gpu_id}.",
+            f"export.gpu_id: this machine has {counted(torch.cuda.device_count(), 'GPU')}, counted from 0, got "
+            f"{export.gpu_id}.",
             "Set export.gpu_id=0, or export.on_cpu=true.",
         )
     return torch.device("cuda", export.gpu_id)
@@ -177,7 +179,8 @@ def _card(spec: ExperimentSpec, info: CheckpointInfo) -> ModelCard:
     if export.input_channel not in (None, info.model.in_chans):
         wrong.append(
             SpecError(
-                f"export.input_channel is {export.input_channel}, but {path} takes {info.model.in_chans} channel(s).",
+                f"export.input_channel is {export.input_channel}, but {path} takes "
+                f"{counted(info.model.in_chans, 'channel')}.",
                 "Remove export.input_channel: the checkpoint has its own.",
             )
         )

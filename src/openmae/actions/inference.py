@@ -18,6 +18,7 @@ from openmae.actions.load_model import open_model, resolve_model
 from openmae.actions.run import running, show_table, with_progress
 from openmae.actions.sections import embedding_report, inference_report, reconstructions
 from openmae.actions.sources import open_images
+from openmae.data.folder_listing import counted
 from openmae.data.image_dataset import Batch
 from openmae.evaluation.embeddings import embed
 from openmae.evaluation.predictions import Predictions, predict
@@ -68,8 +69,14 @@ def _classify(fabric: Fabric, request: Request) -> dict[str, str]:
         write_atomically(request.folder / layout.PREDICTIONS, _as_csv(rows))
         sheet = _draw_sheet(predictions, request, loader.first(_SHEET))
         inference_report(request.folder, request.info, request.index, rows, sheet)
-    seen = {name: f"{count:,} images" for name, count in counts.most_common(_CLASSES)}
-    return seen if len(counts) <= _CLASSES else {**seen, "...": f"{len(counts) - _CLASSES} more classes"}
+    return _most_frequent(counts)
+
+
+def _most_frequent(counts: Counter[str]) -> dict[str, str]:
+    """Return the most frequent classes for the terminal; a single remaining one is shown too."""
+    shown = _CLASSES if len(counts) > _CLASSES + 1 else len(counts)
+    seen = {name: counted(count, "image") for name, count in counts.most_common(shown)}
+    return seen if len(counts) == shown else {**seen, "...": f"{len(counts) - shown} more classes"}
 
 
 def _as_csv(rows: Sequence[Sequence[str]]) -> str:

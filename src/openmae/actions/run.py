@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from openmae.actions.staging import local_place
+from openmae.data.folder_listing import counted
 from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
@@ -114,9 +115,9 @@ def _apply_topology(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, 
     if action not in DEVICES:
         return spec, World()
     own = getattr(spec, action)
-    counted = spec.is_set(f"{action}.num_gpus") or (spec.is_set(f"{action}.gpu_ids") and own.gpu_ids != (0,))
+    sets_gpus = spec.is_set(f"{action}.num_gpus") or (spec.is_set(f"{action}.gpu_ids") and own.gpu_ids != (0,))
     nodes = own.num_nodes if spec.is_set(f"{action}.num_nodes") else None
-    world = find_world(action, own.num_gpus if counted else None, nodes)
+    world = find_world(action, own.num_gpus if sets_gpus else None, nodes)
     values: dict[str, Any] = {f"{action}.num_nodes": world.nodes}
     if world.per_node != own.num_gpus or gpus_per_node():  # else keep gpu_ids: the user may choose GPUs
         values |= {f"{action}.num_gpus": world.per_node, f"{action}.gpu_ids": tuple(range(world.per_node))}
@@ -124,10 +125,10 @@ def _apply_topology(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, 
     if replaced and world.leads:
         given = [(key, value_of(spec, key)) for key in replaced]
         log.warning(
-            "%s set %d process(es) on each of %d node(s). This replaces %s in the spec.",
+            "%s set %s on each of %s. This replaces %s in the spec.",
             world.launcher or "WORLD_SIZE and NUM_GPU_PER_NODE",
-            world.per_node,
-            world.nodes,
+            counted(world.per_node, "process"),
+            counted(world.nodes, "node"),
             ", ".join(f"{key}={list(value) if isinstance(value, tuple) else value}" for key, value in given),
         )
     return spec.replaced(values), world

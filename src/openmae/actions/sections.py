@@ -10,6 +10,7 @@ import numpy as np
 from lightning_fabric import Fabric
 
 from openmae.checkpoints.format import CheckpointInfo
+from openmae.data.corrupt import corrupt_files_text, describe_images
 from openmae.data.index import ImageIndex, skipped_files_table
 from openmae.data.loaders import EvaluationLoader
 from openmae.engines.metadata import ModelCard
@@ -20,7 +21,10 @@ from openmae.results.images import reconstruction_grid
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown
 from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
-from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, is_share, label
+from openmae.spec.describe import fields, is_used
+from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, informative, is_share, label
+from openmae.spec.tree import flatten, nest
+from openmae.spec.yaml_reader import read_file, write_text
 from openmae.storage import layout
 from openmae.training.pretrain import PretrainTask
 
@@ -42,7 +46,8 @@ from PIL import Image, ImageOps
 {load}
 card = {{key: json.loads(text) for key, text in session.get_modelmeta().custom_metadata_map.items()}}
 height, width = card["model"]["input_size"]
-image = ImageOps.exif_transpose(Image.open("image.jpg")).convert({mode!r})
+image = ImageOps.exif_transpose(Image.open("image.jpg"))
+{convert}
 share = card["crop_pct"] * min(image.width / width, image.height / height)  # central crop of the input's shape
 w, h = round(width * share), round(height * share)
 left, top = (image.width - w) // 2, (image.height - h) // 2
@@ -58,8 +63,8 @@ _LOAD_ENCRYPTED = """from openmae.storage.encryption import read_bytes, resolve_
 
 session = onnxruntime.InferenceSession(read_bytes({file!r}, resolve_key("env:NAME")))"""
 _RECONSTRUCTION = (
-    "Columns: original, visible units, predicted units, and both together. Predictions of normalised pixels are shown "
-    "with the mean and standard deviation of the original."
+    "Columns: original, masked, prediction, and prediction with visible patches. Predictions of normalised pixels are "
+    "shown with the mean and standard deviation of the original."
 )
 _PROBES = (
     "kNN and linear probe: the encoder is frozen, the probe is trained on half of the images and tested on the rest. "
@@ -80,15 +85,17 @@ def reconstructions(
 def train_report(
     folder: Path,
     info: CheckpointInfo,
+    best: str,
     recipe: Sequence[tuple[str, str]],
     figures: Sequence[Figure],
     breakdown: Breakdown | None,
     *indexes: ImageIndex,
 ) -> None:
     """Write the report of a training run: metrics, curves, figures, profile, recipe, unread files and spec."""
-    rows = read_metrics(folder / layout.METRICS)
+    rows = [informative(row, info.model.num_classes) for row in read_metrics(folder / layout.METRICS)]
     last = {name: row[name] for row in rows for name in _SHOWN if name in row}
     sections: list[Section] = [_numbers("Final metrics", last)] if last else []
+    sections += [Text("", best)] if best else []
     if rows:
         curves = save_curves(rows, folder / layout.CURVES)
         sections.append(Figure("Curves", curves, "Losses, accuracies, learning rate and speed over the steps."))
@@ -97,6 +104,15 @@ def train_report(
         sections += _breakdown_sections(folder, breakdown)
     sections.append(Table("Recipe", ("", ""), list(recipe)))
     _write(folder, "train", _subtitle(info), sections, *indexes)
+
+
+def best_epoch(folder: Path, metric: str, value: float | None) -> str:
+    """Return the best value of the monitored metric in words, with its epoch; empty if it is unknown."""
+    column = EPOCH_TRAIN_LOSS if metric == "train_loss" else metric
+    for row in read_metrics(folder / layout.METRICS):
+        if value is not None and row.get(column) == value:
+            return f"Best {metric}: {_text(metric, value)}, epoch {row['epoch']:.0f} ({layout.BEST})"
+    return ""
 
 
 def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:
@@ -121,7 +137,7 @@ def pretrained_report(
     folder: Path, info: CheckpointInfo, index: ImageIndex, metrics: Mapping[str, float], figures: Sequence[Figure]
 ) -> None:
     """Write the report of an evaluated autoencoder: loss, probes if there are classes, and reconstructions."""
-    sections: list[Section] = [_numbers(f"{len(index):,} images", metrics)]
+    sections: list[Section] = [_numbers(describe_images(index, folder), metrics)]
     if "knn_acc" in metrics:
         sections.append(Text("", _PROBES))
     _write(folder, "evaluate", _subtitle(info), [*sections, *figures], index)
@@ -149,7 +165,7 @@ def classifier_report(
 ) -> None:
     """Write the report of an evaluated classifier: accuracies, confusion matrix, and a row per class."""
     sections: list[Section] = [
-        _numbers(f"{int(confusion.sum()):,} images", metrics),
+        _numbers(describe_images(index, folder), informative(metrics, info.model.num_classes)),
         Figure("Confusion matrix", picture, "Rows are the true classes, columns the predicted ones."),
         class_table(confusion, info.class_names),
     ]
@@ -222,13 +238,27 @@ def _subtitle(info: CheckpointInfo) -> str:
 
 
 def _write(folder: Path, action: str, subtitle: str, sections: Sequence[Section], *indexes: ImageIndex) -> None:
-    """Write the report with a table of the files of ``indexes`` that are not read, and the spec."""
-    spec = Code("Spec", (folder / layout.SPEC).read_text(encoding="utf-8"))
-    write_report(folder, f"OpenMAE {action}", [*sections, *skipped_files_table(indexes), spec], subtitle=subtitle)
+    """Write the report with the files of ``indexes`` that are not read, and the options that the action may use."""
+    options = flatten(read_file(folder / layout.SPEC).tree)
+    used = {key: value for key, value in options.items() if key in fields() and is_used(key, action)}
+    more: list[Section] = [
+        *corrupt_files_text(indexes, folder),
+        *skipped_files_table(indexes),
+        Code("Spec", write_text(nest(used))),
+    ]
+    write_report(folder, f"OpenMAE {action}", [*sections, *more], subtitle=subtitle)
 
 
 def running_example(card: ModelCard, file: str, *, encrypted: bool = False) -> str:
     """Return a script that runs an exported model with ONNX Runtime; OpenMAE decrypts it if it is encrypted."""
+    convert = ['image = image.convert("RGBA")']
+    if card.model.in_chans < 4:
+        convert = [
+            "if image.has_transparency_data:  # transparent parts become white",
+            '    white = Image.new("RGBA", image.size, "white")',
+            '    image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")',
+            f'image = image.convert("{"L" if card.model.in_chans == 1 else "RGB"}")',
+        ]
     prepare = ["images = np.asarray(image).reshape(1, height, width, -1)"]
     if not card.preprocessing:
         prepare.append('images = (images / 255 - card["mean"]) / card["std"]')
@@ -238,7 +268,7 @@ def running_example(card: ModelCard, file: str, *, encrypted: bool = False) -> s
     classify = 'print(card["class_names"][outputs["logits"][0].argmax()])'
     return _RUNNING.format(
         load=(_LOAD_ENCRYPTED if encrypted else _LOAD).format(file=file),
-        mode={1: "L", 3: "RGB", 4: "RGBA"}[card.model.in_chans],
+        convert="\n".join(convert),
         prepare="\n".join(prepare),
         outputs=list(card.outputs),
         use=classify if card.stage == "finetune" else 'print(outputs["features"].shape, outputs["tokens"].shape)',

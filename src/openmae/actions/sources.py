@@ -9,6 +9,7 @@ from unicodedata import normalize
 
 from lightning_fabric import Fabric
 
+from openmae.data.folder_listing import counted
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import LoaderSettings
 from openmae.data.open import open_index
@@ -85,7 +86,7 @@ def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: s
     number_of = {normalize("NFC", name): number for number, name in enumerate(class_names)}
     if unknown := [name for name in index.class_names if normalize("NFC", name) not in number_of]:
         raise DataError(
-            f"dataset.val_data_sources has {len(unknown)} class(es) that {trained_on} does not have: "
+            f"dataset.val_data_sources has {counted(len(unknown), 'class')} that {trained_on} does not have: "
             f"{listed(unknown, _SHOWN)}.",
             f"Rename or remove them; the classes of {trained_on} are: {listed(class_names, _SHOWN)}.",
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from torch import nn
 from openmae.actions.plan import Plan, make_plan
 from openmae.actions.profiling import leave_profile
 from openmae.actions.run import Rows, begin_results, running, show_table
-from openmae.actions.sections import reconstructions, train_report
+from openmae.actions.sections import best_epoch, reconstructions, train_report
 from openmae.actions.sources import loader_settings
 from openmae.checkpoints.folder import CheckpointFolder
 from openmae.checkpoints.format import Checkpoint, read_checkpoint, read_training_state, save_backbone
+from openmae.checkpoints.matching import LoadReport
 from openmae.checkpoints.resume import best_was_set_aside
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.checkpoints.weights import load_into
@@ -103,8 +106,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     torch.backends.cudnn.deterministic = spec.train.cudnn.deterministic
     state = read_training_state(plan.resume, plan.key) if plan.resume else None
     model = build_classifier(config) if config.num_classes else build_autoencoder(config)
-    if spec.train.pretrained_model_path and state is None:
-        _load_pretrained(model, plan)
+    weights = _initial_weights(model, plan)
     freeze(model, spec.train.freeze)
     shard(model, config, fabric)
     task = _task(plan, model)
@@ -114,6 +116,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     optimizer = build_adamw(groups, schedule.peak, spec.train.optim.momentum, spec.train.optim.beta2)
     images = (len(plan.train), len(plan.val) if plan.val else 0)
     rows = recipe_rows(fabric, task, config, groups, schedule, spec.train, images, spec.dataset.batch_size)
+    rows.append(("weights", weights))
     outputs = _outputs(fabric, plan, state)
     trainer = Trainer(fabric, task, optimizer, schedule, spec.train, train_loader, val_loader, outputs)
     if fabric.is_global_zero:
@@ -121,7 +124,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if state is not None:
         _resume(trainer, plan, state, len(train_loader))
         state = None  # free the memory: weights, moments and averaged weights
-    breakdown = None
+    breakdown, start = None, time.monotonic()
     try:
         metrics = trainer.fit() or _last_metrics(plan.folder)
     finally:
@@ -134,8 +137,17 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if trainer.progress.epoch < spec.train.num_epochs:
         log.info("Paused after epoch %d of %d (train.stop_after_epoch).", trainer.progress.epoch, spec.train.num_epochs)
     else:
+        took = timedelta(seconds=round(time.monotonic() - start))
+        rows.append(("duration", f"{took}{', since the run was resumed' if plan.resume else ''}"))
         _finish(fabric, plan, trainer, rows, breakdown)
+    if best := _best(fabric, plan, trainer):
+        log.info("%s", best)
     return metrics
+
+
+def _best(fabric: Fabric, plan: Plan, trainer: Trainer) -> str:
+    """Return the best epoch in words, on rank 0, which writes the metrics."""
+    return best_epoch(plan.folder, trainer.task.monitor, trainer.progress.best) if fabric.is_global_zero else ""
 
 
 def _resume(trainer: Trainer, plan: Plan, state: dict[str, Any], batches_per_epoch: int) -> None:
@@ -172,7 +184,15 @@ def _agreed(fabric: Fabric, plan: Plan) -> Plan:
     return replace(plan, info=info, spec=plan.spec.replaced({"train.seed": info.spec["train"]["seed"]}))
 
 
-def _load_pretrained(model: nn.Module, plan: Plan) -> None:
+def _initial_weights(model: nn.Module, plan: Plan) -> str:
+    """Load the pretrained weights into the model of a new run; return the source of the weights in words."""
+    pretrained = plan.spec.train.pretrained_model_path
+    if plan.resume:
+        return f"{plan.resume.name}{f', of a run that began with {pretrained}' if pretrained else ''}"
+    return f"{pretrained}: {_load_pretrained(model, plan)}" if pretrained else "random"
+
+
+def _load_pretrained(model: nn.Module, plan: Plan) -> LoadReport:
     with blaming("train.pretrained_model_path"):
         train = plan.spec.train
         checkpoint = read_checkpoint(train.pretrained_model_path, plan.key, train.pretrained_weights_key)
@@ -186,7 +206,7 @@ def _load_pretrained(model: nn.Module, plan: Plan) -> None:
         report = load_into(model, checkpoint, part="backbone", allow_partial=train.allow_partial_weights)
     if info is not None and not plan.spec.is_set("dataset.augmentation.input_size"):
         _compare_size(info.model.input_size, plan.config.input_size)
-    log.info("Weights: %s", report)
+    return report
 
 
 def _compare_size(trained: tuple[int, int], used: tuple[int, int]) -> None:
@@ -310,4 +330,4 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
         path = plan.folder / layout.RECONSTRUCTIONS / "last.png"
         figures.append(reconstructions(fabric, trainer.task, model, loader, path))
     indexes = [plan.train, plan.val] if plan.val else [plan.train]
-    train_report(plan.folder, plan.info, rows, figures, breakdown, *indexes)
+    train_report(plan.folder, plan.info, _best(fabric, plan, trainer), rows, figures, breakdown, *indexes)

@@ -129,7 +129,7 @@ def count_images(spec: ExperimentSpec) -> dict[str, int]:
     if spec.dataset.val_data_sources:
         with blaming("dataset.val_data_sources"):
             val = open_index(spec.dataset.val_data_sources, labelled=finetune or None)
-        counts.update(val=len(val), classes=len(val.class_names))
+        counts.update(val=len(val), classes=counts["classes"] or len(val.class_names))
     metric = make_objective(spec).metric
     if metric in ("knn_acc", "probe_acc") and not counts["classes"]:
         raise DataError(

@@ -14,6 +14,7 @@ from openmae.automl.study import Study
 from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.results.search_section import save_history, save_importances, save_parallel_coordinates, save_slices
 from openmae.results.trials import SearchResults, TrialSummary, duration, format_value, short_names
+from openmae.spec.metrics import informative
 from openmae.storage import layout
 
 _MIN_TRIALS = 4  # complete trials needed to compute importances
@@ -51,7 +52,7 @@ def write_search_report(
             ],
             caption=f"From trial {best.number}; also in best.yaml.{note}",
         ),
-        *_evaluation(objective.metric, baseline, final),
+        *_evaluation(objective.metric, *(informative(found, counts["classes"]) for found in (baseline, final))),
         *_figures(study, search),
     ]
     of_pixels = study.spec.train.stage == "pretrain" and objective.metric in ("train_loss", "val_loss")

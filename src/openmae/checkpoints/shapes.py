@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from openmae.checkpoints.foreign_names import NamedWeights
+from openmae.data.folder_listing import counted
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
 from openmae.spec.architectures import ARCHITECTURES, get_architecture
@@ -139,7 +140,7 @@ def _differences(config: ModelConfig, weights: NamedWeights) -> Iterator[tuple[s
     if config.num_classes != found.num_classes:
         yield "num_classes", config.num_classes, f"{found.num_classes} outputs"
     if config.in_chans != found.in_chans:
-        yield "in_chans", config.in_chans, f"{found.in_chans} channels"
+        yield "in_chans", config.in_chans, counted(found.in_chans, "channel")
     if weights.family == "vit" and config.unit != found.unit:
         yield "patch_size", config.unit, f"patches of {found.unit}"
     if max(size) > _MAX_SIDE:

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from openmae.data.decode import MAX_KEY
+from openmae.data.folder_listing import counted
 from openmae.data.index import ImageIndex
 from openmae.errors import DataError
+from openmae.results.report import Text
 from openmae.storage import layout
 from openmae.storage.printable import encodable
 
@@ -44,8 +46,7 @@ class CorruptFiles:
         if new.keys() <= self._known:
             return
         self._list.parent.mkdir(parents=True, exist_ok=True)
-        text = self._list.read_text(encoding="utf-8", errors="replace") if self._list.exists() else ""
-        listed = dict(line.split("\t", 1) for line in text.split("\n") if "\t" in line)
+        listed = _read_list(self._list)
         fresh = {path: reason for path, reason in new.items() if path not in listed}
         # No lock: a small append is atomic, and a file that two ranks add at the same time still counts once.
         with self._list.open("a", encoding="utf-8") as stream:
@@ -65,6 +66,26 @@ class CorruptFiles:
             f"{too_large}Replace or remove the files listed in {self._list}, or tolerate them: "
             f"dataset.max_corrupt_fraction={math.ceil(100 * self.count / total) / 100:g}.",
         )
+
+
+def _read_list(path: Path) -> dict[str, str]:
+    """Return the reason of each corrupt file in a list, by printable path."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return dict(line.split("\t", 1) for line in text.split("\n") if "\t" in line)
+
+
+def describe_images(index: ImageIndex, folder: Path) -> str:
+    """Return the number of images, and of those that ``corrupt_files.txt`` in ``folder`` lists as unreadable."""
+    corrupt = sum(map(index.holds, _read_list(folder / layout.CORRUPT_LIST)))
+    return counted(len(index), "image") + (f", {corrupt:,} of them unreadable" if corrupt else "")
+
+
+def corrupt_files_text(indexes: Iterable[ImageIndex], folder: Path) -> list[Text]:
+    """Return the number of unreadable images of each source, for a report; empty if none has been found."""
+    if not _read_list(folder / layout.CORRUPT_LIST):
+        return []
+    counts = "\n\n".join(f"{index.place}: {describe_images(index, folder)}." for index in indexes)
+    return [Text("Unreadable images", f"{counts}\n\n{layout.CORRUPT_LIST} names them, with the reasons.")]
 
 
 def warn_of_further_images(index: ImageIndex, number: int, further: str) -> None:

@@ -210,7 +210,9 @@ def _explained(folder: Path) -> Iterator[None]:
 
 def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
     """Return a number, its noun in singular or plural, and the verb ``one`` or ``many``: ``2 images are``."""
-    return f"{count:,} {noun} {one}".rstrip() if count == 1 else f"{count:,} {noun}s {many}".rstrip()
+    if count == 1:
+        return f"1 {noun} {one}".rstrip()
+    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'} {many}".rstrip()
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:

@@ -252,7 +252,7 @@ def log_skipped(index: ImageIndex, place: str) -> None:
         way = how_to_read(index.skipped)
         log.warning(
             "%s: %s; %s skipped: %s.%s",
-            *(place, counted(len(index), "image", "is read", "are read")),
+            *(place, counted(len(index), "image", "is found", "are found")),
             *(counted(count, "file", "of another kind is", "of other kinds are"), describe_skipped(index.skipped)),
             f" To read them: {way}." if way else "",
         )

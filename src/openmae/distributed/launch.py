@@ -22,6 +22,7 @@ from lightning_fabric.plugins import MixedPrecision, Precision
 from lightning_fabric.strategies.parallel import ParallelStrategy
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException, spawn
 
+from openmae.data.folder_listing import counted
 from openmae.distributed.allocator import kept_memory
 from openmae.distributed.collectives import gather_objects
 from openmae.distributed.rendezvous import ReplicatedStrategy, ShardedStrategy, WorldEnvironment, watchdog_of, world_of
@@ -151,7 +152,7 @@ def describe_device(fabric: Fabric) -> str:
     if fabric.device.type == "cuda":
         return f"{size} x {torch.cuda.get_device_name(fabric.device)}{on_nodes}, {precision}{sharded}"
     processes = f"{size} processes{on_nodes} of " if size > 1 else ""
-    return f"CPU, {processes}{torch.get_num_threads()} threads, {precision}{sharded}"
+    return f"CPU, {processes}{counted(torch.get_num_threads(), 'thread')}, {precision}{sharded}"
 
 
 def launch(fabric: Fabric, work: Callable[..., T], *arguments: Any) -> T:
@@ -324,7 +325,7 @@ def _gpus(section: str, num_gpus: int, gpu_ids: Sequence[int], world: World) -> 
     if missing := [gpu for gpu in wanted if gpu >= present]:
         bound = " If SLURM gives each task only one GPU, let all tasks of a node see all (--gpus-per-node)."
         raise SpecError(
-            f"{section}.gpu_ids: this machine has {present} GPU(s), 0 to {present - 1}; there is no GPU {missing[0]}.",
+            f"{section}.gpu_ids: this machine has {counted(present, 'GPU')}, counted from 0, got {missing[0]}.",
             f"Set {section}.num_gpus={min(present, num_gpus)} and {section}.gpu_ids to GPUs that exist."
             + (bound if world.launcher == "SLURM" else ""),
         )

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from openmae._version import __version__
+from openmae.data.folder_listing import counted
 from openmae.distributed.topology import World
 from openmae.distributed.watchdog import Watchdog, answer_seconds, seconds_of
 from openmae.errors import RunError, SpecError
@@ -121,7 +122,7 @@ def join(world: World, device: torch.device) -> None:
     limit = seconds_of(JOIN_VARIABLE, _JOIN_SECONDS)
     deadline = time.monotonic() + limit
     store = _open_store(world, deadline, limit)
-    shape = f"{world.nodes} node(s) of {world.per_node} process(es), openmae {__version__}"
+    shape = f"{_size(world)}, openmae {__version__}"
     if world.rank == 0:
         store.set("shape", shape)
     keys = [f"joined/{rank}" for rank in range(world.size)]
@@ -182,12 +183,16 @@ def _open_store(world: World, deadline: float, limit: float) -> TCPStore:
         time.sleep(0.2)
 
 
+def _size(world: World) -> str:
+    return f"{counted(world.nodes, 'node')} of {counted(world.per_node, 'process')}"
+
+
 def _did_not_join(world: World, ranks: list[int], limit: float) -> RunError:
     nodes = sorted({rank // world.per_node for rank in ranks})
     complete_nodes = len(ranks) == len(nodes) * world.per_node
     names = f"node {', '.join(map(str, nodes))}" if complete_nodes else f"process {', '.join(map(str, ranks))}"
     return RunError(
-        f"Waited {limit:g} s for {world.nodes} node(s) of {world.per_node} process(es): {names} did not join.",
+        f"Waited {limit:g} s for {_size(world)}: {names} did not join.",
         f"Start the same command there (its own NODE_RANK, the same MASTER_ADDR={world.address} and "
         f"MASTER_PORT={world.port}), and check that no firewall blocks the port. Set {JOIN_VARIABLE} to wait longer.",
     )

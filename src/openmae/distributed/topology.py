@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from openmae.data.folder_listing import counted
 from openmae.errors import SpecError
 
 PUBLISHED = ("WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -151,7 +152,7 @@ def _ambiguous(section: str, num_nodes: int | None, total: int, each: int) -> Sp
     key, value = (f"{section}.num_nodes", nodes) if nodes else (f"{section}.num_gpus", each)
     return SpecError(
         f"WORLD_SIZE is {total} and counts processes, as NUM_GPU_PER_NODE is not set, which does not fit {key}={value} "
-        f"with {each} process(es) per node.",
+        f"with {counted(each, 'process')} per node.",
         f"Set WORLD_SIZE={(nodes or total) * each} or change {key}. If it is meant to count nodes, set "
         f"NUM_GPU_PER_NODE={each}.",
     )

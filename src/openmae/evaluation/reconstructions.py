@@ -18,21 +18,22 @@ from openmae.models.normalise import Normaliser
 @torch.no_grad()
 def reconstruct(
     fabric: Fabric, model: MaskedAutoencoder, normalise: Normaliser, mask_of: Callable[[Tensor], Mask], batch: Batch
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reconstruct the images of a batch.
 
     ``model`` must be in eval mode; ``mask_of`` returns the masks of images, given their indices.
 
     Returns:
-        The originals, the masked images, the reconstructions, and the originals with the masked units replaced by
-        their reconstructions: uint8 arrays ``[B, H, W, C]``, without pixel normalisation. Missing units are grey.
+        The originals, and the originals with the masked units replaced by their predictions: uint8 arrays
+        ``[B, H, W, C]``, without pixel normalisation; and the visible pixels, bool ``[B, H, W]``.
     """
     batch = fabric.to_device(batch)
     images, mask = normalise(batch.images), mask_of(batch.indices)
     with fabric.autocast():
         predicted = model(images, mask).predicted_BMP
-    original, masked, reconstructed, pasted = (
+    original, pasted = (
         normalise.undo(shown).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        for shown in (images, *model.render(images, mask, predicted))
+        for shown in (images, model.render(images, mask, predicted)[2])
     )
-    return original, masked, reconstructed, pasted
+    visible = model.render(torch.ones_like(images), mask, predicted)[0][:, 0].bool().cpu().numpy()
+    return original, pasted, visible

@@ -16,25 +16,26 @@ from openmae.storage.atomic import replacing
 
 Pixels = NDArray[np.uint8]
 
-_TITLES = ("original", "masked", "reconstruction", "with visible part")
+_TITLES = ("original", "masked", "prediction", "prediction with visible patches")
 _TILE = 224  # approximate length of an image's longer side in pixels
 _GAP, _GROUP_GAP, _MARGIN, _HEADER = 6, 40, 24, 34
+_HATCH_PITCH, _HATCH_LINE = 10, 2  # pixels
 _SHEET_COLUMNS, _SHEET_GAP, _CAPTION = 4, 24, 40  # contact sheet
 
 
-def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels, pasted: Pixels, path: Path) -> Path:
+def reconstruction_grid(original: Pixels, pasted: Pixels, visible: NDArray[np.bool_], path: Path) -> Path:
     """Draw the input and output of a masked autoencoder, one image per row, and return ``path``.
 
     Many rows are split into groups side by side. Small images are enlarged by integer factors without interpolation.
+    Masked patches, and patches without a prediction, are hatched.
 
     Args:
         original: [N, H, W, C] with C = 1, 3 or 4 (RGBA is composited on white).
-        masked: the visible part, with the rest in grey; same shape, as are the next two.
-        reconstructed: the model's output.
-        pasted: the output with the visible part pasted over it.
+        pasted: the prediction with the visible patches pasted over it; same shape.
+        visible: [N, H, W], the pixels that the encoder sees.
         path: PNG to write.
     """
-    columns = (original, masked, reconstructed, pasted)
+    columns = ((original, None), (original, ~visible), (pasted, visible), (pasted, None))  # images, hatched pixels
     count, height, width = original.shape[:3]
     tile_w, tile_h = _tile_size(width, height)
     groups = 1
@@ -50,11 +51,14 @@ def reconstruction_grid(original: Pixels, masked: Pixels, reconstructed: Pixels,
     longest = style.text_font(20).getlength(max(_TITLES, key=len))
     font = style.text_font(max(7, min(20, int(20 * tile_w / longest))))  # so that every title fits its column
     for group in range(groups):
-        for column, (title, images) in enumerate(zip(_TITLES, columns, strict=True)):
+        for column, (title, (images, hatched)) in enumerate(zip(_TITLES, columns, strict=True)):
             x = _MARGIN + group * (group_w + _GROUP_GAP) + column * (tile_w + _GAP)
             draw.text((x + tile_w / 2, _MARGIN + 8), title, fill=INK, font=font, anchor="mm")
-            for row, image in enumerate(images[group * rows : (group + 1) * rows]):
-                sheet.paste(_tile(image, tile_w, tile_h), (x, _MARGIN + _HEADER + row * (tile_h + _GAP)))
+            for row, number in enumerate(range(group * rows, min((group + 1) * rows, count))):
+                tile = _tile(images[number], tile_w, tile_h)
+                if hatched is not None:
+                    _hatch(tile, hatched[number])
+                sheet.paste(tile, (x, _MARGIN + _HEADER + row * (tile_h + _GAP)))
     return _save(sheet, path)
 
 
@@ -106,6 +110,15 @@ def _tile(pixels: Pixels, width: int, height: int) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image)
     method = Image.Resampling.NEAREST if width >= image.width else Image.Resampling.LANCZOS
     return image.convert("RGB").resize((width, height), method)
+
+
+def _hatch(tile: Image.Image, where: NDArray[np.bool_]) -> None:
+    """Cover a part of a tile with diagonal lines; ``where`` is bool in the size of the image before scaling."""
+    y, x = np.indices((tile.height, tile.width))
+    lines = Image.fromarray((x + y) % _HATCH_PITCH < _HATCH_LINE)
+    hatching = Image.new("RGB", tile.size, EMPTY)
+    hatching.paste(GREY, (0, 0), lines)
+    tile.paste(hatching, (0, 0), Image.fromarray(where).resize(tile.size, Image.Resampling.NEAREST))
 
 
 def save_bar_comparison(

@@ -38,8 +38,8 @@ class Numbers:
 class Table:
     """A table; without column names it has no header.
 
-    Numbers are right-aligned. The floats of a column have equally many decimals, so that the largest one has four
-    significant digits.
+    Numbers are right-aligned. The floats of a column have equally many decimals: four up to 1, otherwise so many that
+    the largest one has four significant digits.
     """
 
     title: str
@@ -114,7 +114,7 @@ def _decimals(values: Sequence[float]) -> int | None:
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
     if not sizes or max(sizes) >= 1e9 or min(sizes) < max(sizes) / 1000 or max(sizes) < 1e-3:
         return None
-    return max(0, 3 - math.floor(math.log10(max(sizes)))) if max(sizes) >= 1 else 4
+    return max(0, 3 - math.floor(math.log10(max(sizes)))) if max(sizes) > 1 else 4
 
 
 def _format_cell(value: Cell, decimals: int | None) -> str:

@@ -164,7 +164,7 @@ def keys_table(action: str | None = None) -> list[KeyRow]:
             field.description or "",
         )
         for key, field in fields().items()
-        if _is_used(key, action)
+        if is_used(key, action)
     ]
 
 
@@ -229,7 +229,8 @@ def _yaml_value(value: Any) -> str:
     return '""' if value == "" else text
 
 
-def _is_used(key: str, action: str | None) -> bool:
+def is_used(key: str, action: str | None) -> bool:
+    """Return whether an action may use an option; without an action, True."""
     if action in (None, "train"):
         return action is None or key.split(".")[0] not in ACTIONS[1:]
     return _is_in_template(key, action) or key == "train.seed"  # the seed of the masks

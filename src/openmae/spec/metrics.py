@@ -5,6 +5,7 @@ A metric has the same name in ``status.json``, ``metrics.csv``, TensorBoard and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,11 @@ METRICS = {
 def metrics_of(stage: str) -> list[str]:
     """Return the names of the metrics that a stage measures."""
     return [name for name, metric in METRICS.items() if stage in metric.stages]
+
+
+def informative(metrics: Mapping[str, float], num_classes: int) -> dict[str, float]:
+    """Return the metrics to show: without ``ACC_top5`` if there are at most 5 classes, where it is always 1."""
+    return {name: value for name, value in metrics.items() if name != "ACC_top5" or num_classes > 5}
 
 
 def is_share(name: str) -> bool:

@@ -10,12 +10,11 @@ from openmae.data.folder_listing import counted
 from openmae.distributed.launch import describe_device
 from openmae.distributed.rendezvous import world_of
 from openmae.models.build import ModelConfig
+from openmae.spec.architectures import visible_units
 from openmae.spec.sections.train import TrainSpec
 from openmae.training.finetune import FinetuneTask
 from openmae.training.optim import Schedule
 from openmae.training.state import Task
-
-_MOST_LAYERS = 16  # if there are more, only the first and the last ones are listed
 
 Rows = list[tuple[str, str]]
 
@@ -40,15 +39,16 @@ def recipe_rows(
     trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in task.model.parameters())
     rows = [
-        ("architecture", f"{config.arch}, {height} x {width} px, {config.in_chans} channels"),
+        ("architecture", f"{config.arch}, {height} x {width} px, {counted(config.in_chans, 'channel')}"),
         ("parameters", f"{total / 1e6:.2f} M, {trained / 1e6:.2f} M of them trained"),
     ]
     if isinstance(task, FinetuneTask):
         rows.append(("classes", f"{config.num_classes}"))
     else:
-        masked = f"{config.mask_ratio:g} of {units} units of {config.unit} px"
+        hidden = units - visible_units(units, config.mask_ratio)
+        masked = f"{hidden} of {units} units of {config.unit} px ({config.mask_ratio:g})"
         decoder = f"{config.decoder_depth} x {config.decoder_embed_dim}"
-        share = f"; a training step predicts {task.targets:g} of them" if task.targets != 1 else ""
+        share = f"; a training step predicts {task.targets:g} of the masked ones" if task.targets != 1 else ""
         cross = ", cross-attention" if config.decoder_attention == "cross" else ""
         rows += [("masked", masked + share), ("decoder", decoder + cross)]
     rows += [
@@ -92,10 +92,14 @@ def _schedule_text(schedule: Schedule) -> str:
 
 def _rates_text(groups: Sequence[dict], lr: float) -> str:
     scales = {group["name"].removesuffix(", no decay"): group["lr_scale"] for group in groups}
-    rates = [(name, scale * lr) for name, scale in sorted(scales.items(), key=lambda item: item[1])]
     if len(set(scales.values())) == 1:
-        return f"{rates[0][1]:.3g}"
-    if len(rates) > _MOST_LAYERS:
-        half = _MOST_LAYERS // 2
-        rates = [*rates[:half], ("...", 0.0), *rates[-half:]]
-    return ", ".join(f"{name} {rate:.3g}" if rate else name for name, rate in rates)
+        return f"{lr * scales.popitem()[1]:.3g}"
+    head = [f"head {lr * scales.pop('head'):.3g}"] if "head" in scales else []
+    if len(scales) == 1:
+        layers = [f"{name} {lr * scale:.3g}" for name, scale in scales.items()]
+    else:
+        numbers = sorted(int(name.removeprefix("layer ")) for name in scales)
+        low, high = lr * min(scales.values()), lr * max(scales.values())
+        rates = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        layers = [f"layers {numbers[0]} to {numbers[-1]}: {rates}"]
+    return ", ".join([*layers, *head])

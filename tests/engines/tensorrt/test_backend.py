@@ -82,7 +82,7 @@ def test_a_builder_that_is_not_installed(gpu, monkeypatch):
 
 def test_a_gpu_number_out_of_range(gpu):
     gpu(8, 9)
-    assert "gen_trt_engine.gpu_id: this machine has 1 GPU(s), counted from 0, got 1." in refusal("auto", [], 1)
+    assert "gen_trt_engine.gpu_id: this machine has 1 GPU, counted from 0, got 1." in refusal("auto", [], 1)
 
 
 # -------------------------------------------------------------------------------- classic tensorrt: a recorded fake

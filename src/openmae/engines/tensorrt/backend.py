@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from openmae.data.folder_listing import counted
 from openmae.errors import SpecError
 
 BackendName = Literal["tensorrt", "tensorrt_rtx"]
@@ -124,7 +125,7 @@ def _present(gpu_id: int) -> str | None:
     count = torch.cuda.device_count()
     if gpu_id >= count:
         raise SpecError(
-            f"gen_trt_engine.gpu_id: this machine has {count} GPU(s), counted from 0, got {gpu_id}.",
+            f"gen_trt_engine.gpu_id: this machine has {counted(count, 'GPU')}, counted from 0, got {gpu_id}.",
             f"Set gen_trt_engine.gpu_id to {count - 1} or less.",
         )
     return gpu_capability(gpu_id)
