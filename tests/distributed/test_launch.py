@@ -13,7 +13,6 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from openmae.actions.plan import make_plan
 from openmae.cli.main import main
-from openmae.data.folder_listing import counted
 from openmae.distributed import launch as launch_module
 from openmae.distributed.collectives import gather, gather_objects, sum_over_ranks
 from openmae.distributed.launch import build_fabric, describe_device, launch
@@ -21,6 +20,7 @@ from openmae.distributed.topology import World
 from openmae.errors import DataError, Preempted, RunError, SpecError
 from openmae.results.metrics_csv import read_metrics
 from openmae.spec.load import load_spec
+from openmae.storage.printable import counted
 
 several_processes = pytest.mark.xdist_group("several processes")  # one such test at a time: they need the cores
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openmae.data.folder_listing import counted
 from openmae.distributed.launch import build_fabric
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.normalise import Normaliser
 from openmae.spec.sections.dataset import AugmentationSpec
 from openmae.spec.sections.train import OptimSpec, TrainSpec
+from openmae.storage.printable import counted
 from openmae.training.finetune import FinetuneTask
 from openmae.training.optim import Schedule, finetuning_groups, freeze, pretraining_groups
 from openmae.training.pretrain import PretrainTask

@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 
 from openmae.data.check import CheckResult, check_images
 from openmae.data.decode import MAX_MEGAPIXELS
-from openmae.data.folder_listing import counted, describe_skipped, first_names
+from openmae.data.folder_listing import describe_skipped, first_names
 from openmae.data.index import skipped_files_table
 from openmae.data.open import open_index
 from openmae.data.shards.packing import PackOptions, PackResult, pack
@@ -25,7 +25,7 @@ from openmae.results.dataset_report import save_dataset_figure
 from openmae.results.report import Figure, Numbers, Section, Table, write_report
 from openmae.storage import layout
 from openmae.storage.atomic import make_folder, write_atomically
-from openmae.storage.printable import listed, printable_name
+from openmae.storage.printable import counted, listed, printable_name
 from openmae.storage.urls import is_remote
 
 _LISTED = 100  # rows of a table in the report; the text files have all of them

@@ -18,7 +18,6 @@ from openmae.actions.sections import export_report
 from openmae.actions.sources import loader_settings, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo, save_backbone
 from openmae.checkpoints.weights import check_size
-from openmae.data.folder_listing import counted
 from openmae.data.loaders import EvaluationLoader
 from openmae.engines.batching import eval_transform
 from openmae.engines.metadata import FEATURES, LOGITS, ONNX_SUFFIXES, ModelCard, Precision
@@ -42,6 +41,7 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.storage.atomic import disk_errors, make_folder
 from openmae.storage.encryption import Key, resolve_key, temporaries_in_memory
+from openmae.storage.printable import counted
 
 _TOLERATED_LOSS = 0.01  # of accuracy, in a lower precision
 _ADVICE = {

@@ -18,7 +18,6 @@ from openmae.actions.load_model import open_model, resolve_model
 from openmae.actions.run import running, show_table, with_progress
 from openmae.actions.sections import embedding_report, inference_report, reconstructions
 from openmae.actions.sources import open_images
-from openmae.data.folder_listing import counted
 from openmae.data.image_dataset import Batch
 from openmae.evaluation.embeddings import embed
 from openmae.evaluation.predictions import Predictions, predict
@@ -26,7 +25,7 @@ from openmae.results.images import save_predictions
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.storage.atomic import replacing, write_atomically
-from openmae.storage.printable import printable_name, spreadsheet_cell
+from openmae.storage.printable import counted, printable_name, spreadsheet_cell
 
 _SHEET = 16  # images in the contact sheet
 _CLASSES = 5  # printed on the terminal

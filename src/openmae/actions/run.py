@@ -18,7 +18,6 @@ from rich.progress import track
 from rich.table import Table
 
 from openmae.actions.staging import local_place
-from openmae.data.folder_listing import counted
 from openmae.data.image_dataset import Batch
 from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
@@ -32,6 +31,7 @@ from openmae.spec.tree import value_of
 from openmae.storage import layout
 from openmae.storage.atomic import FULL, disk_error, fault_of_disk, write_atomically
 from openmae.storage.memory_folder import remove_abandoned
+from openmae.storage.printable import counted
 
 Rows = Sequence[tuple[str, str]]
 

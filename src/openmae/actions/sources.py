@@ -9,14 +9,13 @@ from unicodedata import normalize
 
 from lightning_fabric import Fabric
 
-from openmae.data.folder_listing import counted
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import LoaderSettings
 from openmae.data.open import open_index
 from openmae.errors import DataError, SpecError, blaming
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
-from openmae.storage.printable import listed
+from openmae.storage.printable import counted, listed
 
 _SHOWN = 6  # classes named in a message
 

@@ -17,8 +17,8 @@ from rich.text import Text
 from openmae.automl.study import Study
 from openmae.automl.worker import RunningTrial
 from openmae.results.status import StatusLog
-from openmae.results.style import plural
 from openmae.results.trials import TrialSummary, best_trial, duration, format_value, short_names
+from openmae.storage.printable import counted
 
 _NEWEST = 12  # trials in the live table, in addition to the best one
 _STYLES = {"running": "cyan", "failed": "red", "stopped early": "dim", "complete": ""}
@@ -57,7 +57,7 @@ class SearchProgress:
                 so_far = f" (best so far: {objective.shown(best.value)}, trial {best.number})" if best else ""
                 log.info(
                     "Trial %d %s: %s %s%s; %s in %s; %s", trial.number, trial.state, objective.metric,
-                    objective.shown(trial.value), so_far, plural(trial.epochs, "epoch"), duration(trial.seconds),
+                    objective.shown(trial.value), so_far, counted(trial.epochs, "epoch"), duration(trial.seconds),
                     format_params(trial.params, short_names(list(trial.params))),
                 )  # fmt: skip
         if self._live is not None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from openmae.checkpoints.foreign_names import NamedWeights
-from openmae.data.folder_listing import counted
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig
 from openmae.spec.architectures import ARCHITECTURES, get_architecture
+from openmae.storage.printable import counted
 
 _HIERA_STRIDE = 4  # px per token
 _DEFAULT_SIDE = 224

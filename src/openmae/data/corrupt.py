@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from openmae.data.decode import MAX_KEY
-from openmae.data.folder_listing import counted
 from openmae.data.index import ImageIndex
 from openmae.errors import DataError
 from openmae.results.report import Text
 from openmae.storage import layout
-from openmae.storage.printable import encodable
+from openmae.storage.printable import counted, encodable
 
 log = logging.getLogger("openmae")
 

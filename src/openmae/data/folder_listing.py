@@ -13,7 +13,7 @@ from openmae.errors import DataError
 from openmae.inputs import open_regular
 from openmae.storage import layout
 from openmae.storage.atomic import parse_object
-from openmae.storage.printable import listed, printable_name
+from openmae.storage.printable import counted, listed, printable_name
 
 LABELS_FILE = "labels.csv"
 BROKEN_LINK, SAME_FOLDER = "broken link", "link to a folder that is read already"
@@ -206,13 +206,6 @@ def _explained(folder: Path) -> Iterator[None]:
             "Grant yourself read permission (chmod -R u+rX), repair the disk or the mount, or move the folder out of "
             "the source.",
         ) from error
-
-
-def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
-    """Return a number, its noun in singular or plural, and the verb ``one`` or ``many``: ``2 images are``."""
-    if count == 1:
-        return f"1 {noun} {one}".rstrip()
-    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'} {many}".rstrip()
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:

@@ -20,7 +20,6 @@ from openmae.data.folder_listing import (
     LABELS_FILE,
     FolderListing,
     SkippedFiles,
-    counted,
     describe_skipped,
     first_names,
     how_to_read,
@@ -33,7 +32,7 @@ from openmae.data.label_table import read_label_table
 from openmae.errors import DataError
 from openmae.inputs import open_regular
 from openmae.results.report import Cell, Table
-from openmae.storage.printable import listed, printable_name, same_name
+from openmae.storage.printable import counted, listed, printable_name, same_name
 
 log = logging.getLogger("openmae")
 

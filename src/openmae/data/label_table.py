@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from openmae.data.folder_listing import NO_SUFFIX, counted, file_kind, first_names, is_image
+from openmae.data.folder_listing import NO_SUFFIX, file_kind, first_names, is_image
 from openmae.errors import DataError
 from openmae.inputs import open_regular
-from openmae.storage.printable import original_name, printable_name, same_name
+from openmae.storage.printable import counted, original_name, printable_name, same_name
 
 log = logging.getLogger("openmae")
 

@@ -10,14 +10,14 @@ from itertools import accumulate
 from pathlib import Path
 
 from openmae.data.archives import resolve_source
-from openmae.data.folder_listing import FolderListing, counted, first_names, is_folder, list_entries, list_folder
+from openmae.data.folder_listing import FolderListing, first_names, is_folder, list_entries, list_folder
 from openmae.data.index import ImageIndex, index_folder, log_skipped
 from openmae.data.shards.indexing import index_shards
 from openmae.data.shards.patterns import expand_braces, is_shard_pattern
 from openmae.data.shards.tar_index import NoImagesError
 from openmae.errors import DataError
 from openmae.storage import cache
-from openmae.storage.printable import printable_name
+from openmae.storage.printable import counted, printable_name
 from openmae.storage.urls import redact
 
 log = logging.getLogger("openmae")

@@ -22,7 +22,6 @@ from lightning_fabric.plugins import MixedPrecision, Precision
 from lightning_fabric.strategies.parallel import ParallelStrategy
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException, spawn
 
-from openmae.data.folder_listing import counted
 from openmae.distributed.allocator import kept_memory
 from openmae.distributed.collectives import gather_objects
 from openmae.distributed.rendezvous import ReplicatedStrategy, ShardedStrategy, WorldEnvironment, watchdog_of, world_of
@@ -32,6 +31,7 @@ from openmae.errors import DataError, OpenMAEError, RunError, SpecError
 from openmae.main_guard import watch_for_reruns
 from openmae.results.console import notices_on_stderr
 from openmae.storage.atomic import replacing
+from openmae.storage.printable import counted
 
 T = TypeVar("T")
 

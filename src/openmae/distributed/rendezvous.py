@@ -20,10 +20,10 @@ from torch import nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from openmae._version import __version__
-from openmae.data.folder_listing import counted
 from openmae.distributed.topology import World
 from openmae.distributed.watchdog import Watchdog, answer_seconds, seconds_of
 from openmae.errors import RunError, SpecError
+from openmae.storage.printable import counted
 
 JOIN_VARIABLE = "OPENMAE_JOIN_SECONDS"
 _JOIN_SECONDS = 600.0

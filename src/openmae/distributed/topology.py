@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from openmae.data.folder_listing import counted
 from openmae.errors import SpecError
+from openmae.storage.printable import counted
 
 PUBLISHED = ("WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 GPUS_PER_NODE = "NUM_GPU_PER_NODE"

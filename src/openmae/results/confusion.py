@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from openmae.results import style
 from openmae.results.style import BLUE, EMPTY, HAIRLINE, INK, MUTED, PAPER, RUST
+from openmae.storage.printable import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,6 +155,6 @@ def _list_mistakes(figure: Figure, matrix: Counts, names: Sequence[str], left: f
     shares = _shares(matrix)
     for line, (true, predicted) in enumerate(pairs):
         y = top + 0.52 + pitch * line
-        images = style.plural(mistakes[true, predicted], "image")
+        images = counted(mistakes[true, predicted], "image")
         write(f"{names[true]} → {names[predicted]}", y, size=8.5)
         write(f"{images}, {100 * shares[true, predicted]:.0f} % of the class", y + 0.15, size=7.5, color=MUTED)

@@ -15,6 +15,7 @@ from openmae.results import style
 from openmae.results.metrics_csv import series
 from openmae.results.style import BLUE
 from openmae.spec.metrics import METRICS, is_share
+from openmae.storage.printable import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +89,7 @@ def save_curves(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
     beside = max(_LABELS, _BESIDE * _WIDTH + style.text_width(names, _NAME_SIZE) + 0.15)
     pitch_x = _LEFT + _WIDTH + beside
     height = _TOP + math.ceil(len(panels) / columns) * _PITCH
-    subtitle = f"{style.plural(epochs, 'epoch')} · {style.plural(steps, 'step')}"
+    subtitle = f"{counted(epochs, 'epoch')} · {counted(steps, 'step')}"
     with style.drawing(path, columns * pitch_x, height, "Training", subtitle) as figure:
         for index, (panel, curves) in enumerate(panels):
             row, column = divmod(index, columns)

@@ -12,6 +12,7 @@ from typing import Any
 from openmae.results import style
 from openmae.results.style import BLUE, RUST
 from openmae.storage.atomic import write_atomically
+from openmae.storage.printable import counted
 
 _MAX_WORKERS = 64
 
@@ -115,7 +116,7 @@ def _wait(measured: Breakdown) -> str:
         "pack`) if they are on a network disk or in a remote store"
     )
     if needed > cores:
-        has = style.plural(cores, "core")
+        has = counted(cores, "core")
         return f"{text} The process has {has}, too few for the {needed} workers that it would need: {smaller}."
     shared = "" if measured.on_gpu else " (on a CPU, workers take cores from the step)"
     return f"{text} Raise it to about {needed}{shared}; or {smaller}."

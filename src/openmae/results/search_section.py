@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from openmae.results import style
-from openmae.results.style import BLUE, INK, MUTED, PAPER, RUST, plural, shorten
+from openmae.results.style import BLUE, INK, MUTED, PAPER, RUST, shorten
 from openmae.results.trials import (
     UNSET,
     Floats,
@@ -22,6 +22,7 @@ from openmae.results.trials import (
     format_value,
     short_names,
 )
+from openmae.storage.printable import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,9 +145,9 @@ def _summary(search: SearchResults) -> str:
     """Return a line with the number of trials, their states, epochs and time."""
     counts = Counter(trial.state for trial in search.tried)
     states = [f"{counts[state]:,} {state}" for state in get_args(State) if counts[state]]
-    epochs = plural(sum(trial.epochs for trial in search.tried), "epoch")
+    epochs = counted(sum(trial.epochs for trial in search.tried), "epoch")
     time = duration(sum(trial.seconds for trial in search.tried))
-    return f"{plural(len(search.tried), 'trial')} · {', '.join(states)} · {epochs} in {time}"
+    return f"{counted(len(search.tried), 'trial')} · {', '.join(states)} · {epochs} in {time}"
 
 
 def _direction(search: SearchResults) -> str:
@@ -155,7 +156,7 @@ def _direction(search: SearchResults) -> str:
 
 def _count_results(search: SearchResults) -> str:
     early = sum(trial.state == "stopped early" for trial in search.trials)
-    text = f"{_direction(search)} · {plural(len(search.trials), 'trial')} with a result"
+    text = f"{_direction(search)} · {counted(len(search.trials), 'trial')} with a result"
     return text + (f", {early:,} of them stopped early" if early else "")
 
 

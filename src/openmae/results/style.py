@@ -112,11 +112,6 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 9]}…{text[-8:]}"
 
 
-def plural(number: int, noun: str) -> str:
-    """Return a number with its noun, such as ``1 step`` or ``1,200 steps``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Move ascending heights by as little as possible, so that they are at least ``gap`` apart."""
     clusters: list[list[float]] = []  # each is stacked around the mean of its heights

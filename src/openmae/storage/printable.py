@@ -1,4 +1,4 @@
-r"""Printable form of file names, from which the original name can be recovered.
+r"""Printable names: a form of file names from which the original name can be recovered, lists and counts in messages.
 
 A file name on Linux is any sequence of bytes, but lists, tables, reports and messages hold UTF-8 text, one name per
 line. So each byte of invalid UTF-8, control characters and line separators is written as ``\xhh``, and a backslash that
@@ -62,6 +62,13 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """
     left = len(names) - most
     return ", ".join(names[:most]) + (f" and {left:,} more" if left > 0 else "")
+
+
+def counted(count: int, noun: str, one: str = "", many: str = "") -> str:
+    """Return a number, its noun in singular or plural, and the verb ``one`` or ``many``: ``2 images are``."""
+    if count == 1:
+        return f"1 {noun} {one}".rstrip()
+    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'} {many}".rstrip()
 
 
 def same_name(name: str) -> str:

@@ -14,14 +14,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from openmae.data.folder_listing import counted
 from openmae.data.image_dataset import Batch
 from openmae.distributed.collectives import gather_objects, sum_over_ranks
 from openmae.distributed.fsdp import gathered
 from openmae.distributed.rendezvous import watchdog_of
 from openmae.errors import RunError
 from openmae.spec.sections.train import TrainSpec
-from openmae.storage.printable import listed
+from openmae.storage.printable import counted, listed
 from openmae.training.optim import Schedule
 from openmae.training.state import Outputs, Progress, Step, Task
 

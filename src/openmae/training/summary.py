@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from lightning_fabric import Fabric
 
-from openmae.data.folder_listing import counted
 from openmae.distributed.launch import describe_device
 from openmae.distributed.rendezvous import world_of
 from openmae.models.build import ModelConfig
 from openmae.spec.architectures import visible_units
 from openmae.spec.sections.train import TrainSpec
+from openmae.storage.printable import counted
 from openmae.training.finetune import FinetuneTask
 from openmae.training.optim import Schedule
 from openmae.training.state import Task

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openmae.data.folder_listing import SkippedCounter, SkippedFiles, counted, first_names
+from openmae.data.folder_listing import SkippedCounter, SkippedFiles, first_names
 from openmae.data.formats import IMAGE_SUFFIXES
 from openmae.data.index import label_by_folder, sort_class_names, warn_of_odd_classes
 from openmae.data.shards.reading import MEMBER, ShardedIndex, ShardPrefetcher
@@ -20,7 +20,7 @@ from openmae.data.shards.tar_index import FORMAT, INDEX_SUFFIX, Shard, TarIndex,
 from openmae.errors import DataError
 from openmae.inputs import irregular
 from openmae.storage import cache
-from openmae.storage.printable import printable_name
+from openmae.storage.printable import counted, printable_name
 from openmae.storage.urls import checked, is_remote, join, parent_of, redact, split_query
 
 log = logging.getLogger("openmae")

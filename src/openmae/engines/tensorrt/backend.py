@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from openmae.data.folder_listing import counted
 from openmae.errors import SpecError
+from openmae.storage.printable import counted
 
 BackendName = Literal["tensorrt", "tensorrt_rtx"]
 
