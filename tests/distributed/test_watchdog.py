@@ -81,6 +81,13 @@ def test_a_process_that_is_stopped_between_two_points_is_named(start: Start) -> 
     assert waiting.problem == "Process 1 (node 1) has not responded for 1 s."
 
 
+def test_no_thread_is_left_at_the_end(start: Start) -> None:
+    """A thread in a call of the store would abort the process when the interpreter exits."""
+    process = start(0, HashStore())
+    process.watchdog.end()
+    assert "openmae-watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_a_process_that_waits_for_the_slow_one_is_not_named(start: Start) -> None:
     """A broadcast lets its source go on while the other receivers wait."""
     store = HashStore()

@@ -31,6 +31,7 @@ from openmae.storage.printable import listed
 
 ANSWER_VARIABLE = "OPENMAE_ANSWER_SECONDS"
 _ANSWER_SECONDS = 1800.0
+_JOIN_SECONDS = 2.0  # for a call of the store that is in progress
 _MOST_NAMED = 4  # processes listed in a message
 
 
@@ -84,6 +85,7 @@ class Watchdog:
         self._arrived = 0
         self._reports = [_Report()] * self._world.size
         self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def arrive(self) -> None:
         """Count a point at which this process may wait for others; all processes must pass the same points."""
@@ -97,12 +99,18 @@ class Watchdog:
         self._limit = answer_seconds()
         self._interval = min(max(1.0, self._world.size / 64), self._limit / 20)  # longer if many processes read
         self._exchanged = time.monotonic()
-        for thread in (lambda: self._exchange(open_store), self._judge):
-            threading.Thread(target=thread, name="openmae-watchdog", daemon=True).start()
+        for target in (lambda: self._exchange(open_store), self._judge):
+            self._threads.append(threading.Thread(target=target, name="openmae-watchdog", daemon=True))
+            self._threads[-1].start()
 
     def end(self) -> None:
-        """Stop watching: this process no longer needs the others."""
+        """Stop watching: this process no longer needs the others.
+
+        A thread that is inside a call of the store when the interpreter exits would abort the process.
+        """
         self._ended.set()
+        for thread in self._threads:
+            thread.join(_JOIN_SECONDS)
 
     def _exchange(self, open_store: Callable[[], Store]) -> None:
         prefix = f"openmae/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
