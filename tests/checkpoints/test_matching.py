@@ -20,6 +20,8 @@ from openmae.checkpoints.weights import load_backbone, load_into
 from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier, build_feature_extractor
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize(("old", "new"), [("self", "cross"), ("cross", "self")])
 def test_blocks_of_another_attention_are_initialised_and_reported(

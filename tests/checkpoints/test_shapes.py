@@ -19,6 +19,8 @@ from openmae.errors import CheckpointError
 from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.spec.architectures import ARCHITECTURES
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize(
     ("header", "said"),

@@ -17,6 +17,8 @@ from openmae.models.build import (
 )
 from openmae.spec.architectures import ARCHITECTURES, get_architecture
 
+pytestmark = pytest.mark.integration
+
 # Millions of parameters with a head of 1000 classes, as timm's results tables and the papers publish them.
 PUBLISHED = {
     "convnextv2_atto": 3.71,
@@ -49,7 +51,6 @@ def test_published_sizes_cover_every_architecture() -> None:
     assert set(PUBLISHED) == set(ARCHITECTURES)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 def test_every_architecture_has_its_published_size(arch: str) -> None:
     row = get_architecture(arch)

@@ -12,6 +12,8 @@ from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import Mask, mask_from_noise, split_units
 from openmae.models.patches import normalise_units, patchify
 
+pytestmark = pytest.mark.integration
+
 SIZE = (64, 96)
 ARCHS = ["vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto"]
 CROSS = [("vit_tiny_patch16", "cross"), ("hiera_tiny_224", "cross")]

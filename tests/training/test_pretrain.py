@@ -12,6 +12,8 @@ from openmae.models.build import ModelConfig, build_autoencoder
 from openmae.models.normalise import Normaliser
 from openmae.training.pretrain import PretrainTask
 
+pytestmark = pytest.mark.integration
+
 ARCHS = {"vit_tiny_patch16": 32, "hiera_tiny_224": 64, "convnextv2_atto": 64}
 
 

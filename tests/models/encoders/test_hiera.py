@@ -9,6 +9,8 @@ from torch import Tensor
 from openmae.models.encoders import HieraEncoder
 from openmae.models.masking import split_units
 
+pytestmark = pytest.mark.integration
+
 SIZES = [(64, 64), (64, 96), (128, 64)]
 
 
