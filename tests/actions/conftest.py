@@ -14,7 +14,7 @@ from openmae.cli.main import main
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 40, 40)}
 
-#: A small model of each family: the options that make it, and an input size besides.
+#: A small model of each family: its options, and an input size.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "vit": ("model.arch=vit_tiny_patch16", "dataset.augmentation.input_size=32"),
     "convnextv2": ("model.arch=convnextv2_atto", "dataset.augmentation.input_size=64"),

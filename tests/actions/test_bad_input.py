@@ -1,4 +1,4 @@
-"""Every wrong request ends with exit code 2, a text with rule, value and mend, and costs nothing."""
+"""Invalid input ends with exit code 2 and a message with rule, value and fix, before anything is trained."""
 
 from __future__ import annotations
 

@@ -188,5 +188,5 @@ def test_training_in_the_folder_of_the_images_reads_the_same_twice(
         text = notices(capsys)
         assert "8 to train" in text
         assert f"{tmp_path}/photos: results of OpenMAE are not read as images: results/train." in text
-        assert "holds other images" not in text
+        assert "are not those that checkpoint" not in text
     assert Path("results/train/curves.png").exists()

@@ -1,4 +1,4 @@
-"""What every action does around its work."""
+"""The start and the end of an action: folder, status, processes and failures."""
 
 from __future__ import annotations
 

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import sqlalchemy
-from PIL import Image
+from tests.helpers.images import write_classes
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +31,4 @@ def _hasten(connection: Any, _: Any) -> None:
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with ``train`` and ``val``: two classes of five images each."""
-    root = tmp_path_factory.mktemp("images")
-    noise = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for number, name in enumerate(("blue", "green")):
-            (root / part / name).mkdir(parents=True)
-            for index in range(5):
-                pixels = noise.integers(0, 60, (40, 48, 3), dtype=np.uint8)
-                pixels[..., number] += 180
-                Image.fromarray(pixels).save(root / part / name / f"{index}.png")
-    return root
+    return write_classes(tmp_path_factory.mktemp("images"), {"train": 5, "val": 5}, ("blue", "green"))

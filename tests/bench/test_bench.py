@@ -127,7 +127,7 @@ def test_int8_instructions_are_told_from_the_flags(flags: tuple[str, ...] | None
 
 
 def comparison(fp32: float, int8: float) -> Comparison:
-    """Of images/s in torch, 1.0, and in ONNX Runtime."""
+    """Return a comparison of ONNX Runtime's images/s with torch, which has 1.0."""
     rates = {deploy.TORCH: 1.0, deploy.FP32: fp32, deploy.INT8: int8}
     return Comparison({name: Timing((1 / rate,), 1) for name, rate in rates.items()}, deploy.TORCH, 1, None)
 

@@ -190,10 +190,10 @@ def test_timm_prepares_images_as_evaluation_does(config: ModelConfig, kept: floa
         "crop_pct": kept, "crop_mode": "center",
     }  # fmt: skip
     with Image.open(photo) as image:
-        theirs = create_transform(**found)(image.convert("RGB"))
+        expected = create_transform(**found)(image.convert("RGB"))
     with ImageFile(photo) as picture:
-        ours = EvalTransform(config.input_size)(picture)
-    assert (Normaliser(MEAN, STD)(ours[None])[0] - theirs).abs().mean() < 0.03
+        own = EvalTransform(config.input_size)(picture)
+    assert (Normaliser(MEAN, STD)(own[None])[0] - expected).abs().mean() < 0.03
 
 
 def test_pretrained_cfg_describes_the_model(tmp_path: Path) -> None:
@@ -230,13 +230,13 @@ def test_backbone_safetensors_is_a_checkpoint_for_timm(tmp_path: Path, assert_ne
     """timm reads the weights from ``checkpoint_path``; mean, std and sizes must be passed to it."""
     config = ModelConfig("vit_tiny_patch16", (32, 32), num_classes=3)
     path = save(tmp_path / "backbone.safetensors", config)
-    ours: nn.Module = load_backbone(path)
-    cfg = {name: ours.pretrained_cfg[name] for name in ("mean", "std", "input_size", "interpolation", "crop_pct")}
-    theirs = timm.create_model(
+    own_model: nn.Module = load_backbone(path)
+    cfg = {name: own_model.pretrained_cfg[name] for name in ("mean", "std", "input_size", "interpolation", "crop_pct")}
+    timm_model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, num_classes=3, global_pool="avg", checkpoint_path=str(path),
         pretrained_cfg_overlay=cfg,
     )  # fmt: skip
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert_near(theirs.eval()(images), ours(images), 1e-6)
-    assert resolve_model_data_config(theirs) == resolve_model_data_config(ours)
+        assert_near(timm_model.eval()(images), own_model(images), 1e-6)
+    assert resolve_model_data_config(timm_model) == resolve_model_data_config(own_model)

@@ -42,7 +42,7 @@ def test_features_are_the_encoders_embedding_and_tokens_their_map(arch, tmp_path
 
 
 def test_hiera_tokens_are_at_the_positions_of_their_pixels():
-    """Of the map of an image that is changed in one corner, the tokens of that corner change most."""
+    """If one corner of an image changes, the tokens of that corner change most in the feature map."""
     config = ModelConfig("hiera_tiny_224", (64, 96))
     card = ModelCard("pretrain", config, (0.5,) * 3, (0.25,) * 3)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What is traced gives the same numbers as the model, and is not the model."""
+"""The copy of a model that is traced for export: it has the same outputs, and the model itself is not changed."""
 
 from __future__ import annotations
 

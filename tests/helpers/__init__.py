@@ -1,1 +1,1 @@
-"""What several test folders share."""
+"""Helpers and fixtures that several test folders share."""

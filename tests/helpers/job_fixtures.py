@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from openmae.jobs import Client, Job
+from tests.helpers.images import write_classes
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +26,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with ``train`` and ``val``: three classes of four images each."""
-    root = tmp_path_factory.mktemp("images")
-    noise = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for number, name in enumerate(("blue", "green", "red")):
-            (root / part / name).mkdir(parents=True)
-            for index in range(4):
-                pixels = noise.integers(0, 60, (40, 48, 3), dtype=np.uint8)
-                pixels[..., number] += 180
-                Image.fromarray(pixels).save(root / part / name / f"{index}.png")
-    return root
+    return write_classes(tmp_path_factory.mktemp("images"), {"train": 4, "val": 4})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.platform_contract import until
 
 from openmae import machine
-from openmae.jobs.processes import session_members, signal_session, stop_session
+from openmae.jobs.processes import living_sessions, session_members, signal_session, stop_session
 from openmae.machine import identify, is_running, is_stopped
 
 
@@ -51,6 +51,7 @@ def test_a_session_is_stopped(child: subprocess.Popen[bytes]) -> None:
     identity = identify(child.pid)
     assert identity is not None
     until(lambda: len(session_members(identity)) == 2, "the start of the second process")
+    assert child.pid in living_sessions()
     signal_session(identity, signal.SIGSTOP)
     until(lambda: is_stopped(identity), "the stop of the shell")
     stop_session(identity, grace=0.1)

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ def test_a_killed_writer_leaves_a_complete_record_and_no_lock(store: JobStore) -
             record.transitions.append(Transition(now(), "PENDING", "after a kill"))
         count = len(store.read(first).transitions)
     assert count >= 17
+
+
+def test_transitions_are_append_only(store: JobStore) -> None:
+    with pytest.raises(ValueError, match="append-only"), store.update(_ID.format(1)) as record:
+        record.transitions[0] = replace(record.transitions[0], message="rewritten")
 
 
 def test_an_update_that_fails_writes_nothing(store: JobStore) -> None:

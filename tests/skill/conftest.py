@@ -1,18 +1,18 @@
-"""Three classes of small pictures, as SKILL.md supposes them: ``photos``, ``labelled/train`` and ``labelled/val``."""
+"""Three classes of small images in the folders of SKILL.md: ``photos``, ``labelled/train`` and ``labelled/val``."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from tests.helpers.images import write_classes
 
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of this user's: no cache, no jobs, no Weights & Biases, no GPU."""
+    """Use no file of the user, no Weights & Biases and no GPU."""
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OPENMAE_JOBS", str(tmp_path / "jobs"))
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -21,17 +21,10 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder of SKILL.md's commands."""
-    noise = np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 4)):
-        for channel, name in enumerate(("blue", "green", "red")):
-            for number in range(count):
-                pixels = noise.integers(0, 60, (40, 48, 3), dtype=np.uint8)
-                pixels[..., channel] += 180
-                paths = [tmp_path / "labelled" / part / name / f"{number}.png"]
-                paths += [tmp_path / "photos" / f"{name}{number}.png"] if part == "train" else []
-                for path in paths:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(pixels).save(path)
+    """Return the working folder of SKILL.md's commands."""
+    write_classes(tmp_path / "labelled", {"train": 8, "val": 4})
+    (tmp_path / "photos").mkdir()
+    for path in (tmp_path / "labelled" / "train").rglob("*.png"):
+        shutil.copy(path, tmp_path / "photos" / f"{path.parent.name}{path.name}")
     monkeypatch.chdir(tmp_path)
     return tmp_path

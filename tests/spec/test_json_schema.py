@@ -134,7 +134,7 @@ def test_options_outside_the_schema_still_load():
 
 
 def test_an_option_without_a_positive_default_has_two_bounds():
-    """Where a bound is missing, NVIDIA's samplers draw around the default: from -1 to 1 if it is 0."""
+    """Without a bound, NVIDIA's samplers draw around the default: from -1 to 1 if it is 0."""
     for key, leaf in leaves(SCHEMAS["train"]).items():
         if leaf.get("type") in ("int", "float") and leaf.get("automl_enabled") is not False and leaf["default"] <= 0:
             assert {"minimum", "maximum"} <= leaf.keys(), key
@@ -191,7 +191,7 @@ def is_legal(key: str, value: object) -> bool:
 
 @pytest.mark.parametrize("key", [key for key, leaf in leaves(SCHEMAS["train"]).items() if "minimum" in leaf])
 def test_bounds_are_those_of_the_spec(key):
-    """What the schema allows is legal, and what it forbids is not: bound by bound."""
+    """A value at each bound of the schema is legal, and one beyond it is not."""
     leaf = leaves(SCHEMAS["train"])[key]
     whole = "int" in (leaf.get("type"), *(part["type"] for part in leaf.get("anyOf", ())))
     sign, _, edge = leaf.get("math_cond", "").partition(" ")

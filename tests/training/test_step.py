@@ -155,7 +155,7 @@ def test_no_deferred_step_waits_for_the_device(stage, arch, size, train, defer, 
 
 
 class FakeFabric:
-    """What ``can_defer`` reads."""
+    """The attributes that ``can_defer`` reads."""
 
     def __init__(self, device: str, scaler: object) -> None:
         self.device = torch.device(device)

@@ -150,8 +150,6 @@ def _open_results(spec: ExperimentSpec, action: str, stack: ExitStack, *, leads:
     if action == "train":
         _download_run(spec, place.folder, leads=leads)
     elif leads:
-        from openmae.storage.mirror import pull
-
         with blaming("results_dir"):  # all of a search: the study, and the checkpoints that its trials resume
             pull(target, place.folder, lambda names: [n for n in names if action == "automl" or n == layout.STATUS])
     return place

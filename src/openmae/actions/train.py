@@ -134,20 +134,16 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
             outputs.loggers.close()
         if outputs.clock is not None and not isinstance(sys.exception(), Exception):  # also after Ctrl-C
             breakdown = leave_profile(fabric, spec, plan.folder, outputs.clock.read())
+    best = best_epoch(plan.folder, task.monitor, trainer.progress.best) if fabric.is_global_zero else ""
     if trainer.progress.epoch < spec.train.num_epochs:
         log.info("Paused after epoch %d of %d (train.stop_after_epoch).", trainer.progress.epoch, spec.train.num_epochs)
     else:
         took = timedelta(seconds=round(time.monotonic() - start))
         rows.append(("duration", f"{took}{', since the run was resumed' if plan.resume else ''}"))
-        _finish(fabric, plan, trainer, rows, breakdown)
-    if best := _best(fabric, plan, trainer):
+        _finish(fabric, plan, trainer, best, rows, breakdown)
+    if best:
         log.info("%s", best)
     return metrics
-
-
-def _best(fabric: Fabric, plan: Plan, trainer: Trainer) -> str:
-    """Return the best epoch in words, on rank 0, which writes the metrics."""
-    return best_epoch(plan.folder, trainer.task.monitor, trainer.progress.best) if fabric.is_global_zero else ""
 
 
 def _resume(trainer: Trainer, plan: Plan, state: dict[str, Any], batches_per_epoch: int) -> None:
@@ -312,7 +308,7 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
     return Outputs(checkpoints, plan.facts, loggers, StatusLog(plan.folder, append=True), clock)
 
 
-def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown: Breakdown | None) -> None:
+def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, best: str, rows: Rows, breakdown: Breakdown | None) -> None:
     """Write the backbone with timm's parameter names, the reconstructions and the report, on rank 0."""
     model = trainer.evaluated_model()
     if not fabric.is_global_zero:
@@ -330,4 +326,4 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, rows: Rows, breakdown:
         path = plan.folder / layout.RECONSTRUCTIONS / "last.png"
         figures.append(reconstructions(fabric, trainer.task, model, loader, path))
     indexes = [plan.train, plan.val] if plan.val else [plan.train]
-    train_report(plan.folder, plan.info, _best(fabric, plan, trainer), rows, figures, breakdown, *indexes)
+    train_report(plan.folder, plan.info, best, rows, figures, breakdown, *indexes)

@@ -112,9 +112,9 @@ def list_outputs(folder: str, outputs: Iterable[str]) -> list[Artifact]:
         DataError: A store cannot be reached or read.
     """
     found = list_folder(folder)
-    listed = {item.path for item in found}
+    known = {item.path for item in found}
     for path in outputs:
-        if path not in listed and (item := find_file(path)) is not None:
+        if path not in known and (item := find_file(path)) is not None:
             found.append(item)
     return found
 

@@ -39,6 +39,11 @@ def start_session(
         )
 
 
+def living_sessions() -> set[int]:
+    """Return the ids of all sessions on this machine."""
+    return {session for pid in psutil.pids() if (session := _session(pid)) is not None}
+
+
 def session_members(leader: Mapping[str, Any]) -> list[int]:
     """Return the ids of the living processes in the session of which ``leader`` is or was the first process.
 

@@ -149,12 +149,16 @@ class JobStore:
         """Lock a record and yield it for changes, which are written if the block ends without an error.
 
         Raises:
+            ValueError: The block has changed or removed a transition.
             SpecError: There is no such job.
             RunError: The record cannot be read or written, or another process holds its lock.
         """
         with locked(self.folder(job_id) / ".lock"):
             record = self.read(job_id)
+            before = list(record.transitions)
             yield record
+            if record.transitions[: len(before)] != before:
+                raise ValueError(f"transitions of job {job_id} are append-only")
             self._write(record)
 
     def try_to_write(self, job_id: str) -> None:

@@ -46,10 +46,11 @@ def dependent_defaults(spec: ExperimentSpec) -> dict[str, Any]:
 
 def fill_unset(spec: ExperimentSpec) -> ExperimentSpec:
     """Return a copy of the spec in which unset options have their dependent default."""
-    unset = {key for key in dependent_defaults(spec) if value_of(spec, key) is None}
+    defaults = dependent_defaults(spec)
+    unset = {key for key in defaults if value_of(spec, key) is None}
     if not spec.is_set(_MONITOR):  # not None, because its published default is train_loss
         unset.add(_MONITOR)
-    return spec.replaced({key: value for key, value in dependent_defaults(spec).items() if key in unset})
+    return spec.replaced({key: defaults[key] for key in unset})
 
 
 def device_numbers(spec: ExperimentSpec) -> dict[str, Any]:

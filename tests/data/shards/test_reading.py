@@ -56,8 +56,8 @@ def test_shards_equal_the_folder(index: ImageIndex, tmp_path: Path, with_index: 
     assert found.labels == index.labels
     assert found.class_names == (index.class_names if with_index else ("0", "1"))
     for epoch in (0, 1):
-        ours, theirs = (loader(i, tmp_path).from_position(epoch, 0) for i in (found, index))
-        assert plain(ours) == plain(theirs), "batches from shards differ from those of loose files"
+        packed, loose = (loader(i, tmp_path).from_position(epoch, 0) for i in (found, index))
+        assert plain(packed) == plain(loose), "batches from shards differ from those of loose files"
 
 
 def test_workers_and_resuming_change_nothing(index: ImageIndex, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_gpu_number_out_of_range(gpu):
 
 
 class FakeTensorRT:
-    """What the builder of classic TensorRT 10 is asked for; nothing is built."""
+    """A stand-in for classic TensorRT 10 that records the calls of its builder and builds nothing."""
 
     __version__ = "10.9.0.34"
     ILogger = type("ILogger", (), {"__init__": lambda self: None, "ERROR": 1, "WARNING": 2})

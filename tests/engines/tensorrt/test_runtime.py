@@ -71,7 +71,7 @@ class FakeContext:
 
 
 class FakeRuntime:
-    """Of tensorrt_rtx 1.7.1: loads what starts as an engine does."""
+    """A stand-in for the runtime of tensorrt_rtx 1.7.1 that loads any file with the first bytes of an engine."""
 
     __version__ = "1.7.1"
     ILogger = type("ILogger", (), {"__init__": lambda self: None, "ERROR": 1, "WARNING": 2})

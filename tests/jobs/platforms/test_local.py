@@ -16,8 +16,8 @@ from tests.helpers.job_records import make_record
 from tests.helpers.platform_contract import PlatformContract, RunCode, Submit, until
 
 from openmae.errors import RunError, SpecError
-from openmae.jobs import Client, Job, store
-from openmae.jobs.job import Handle
+from openmae.jobs import Client, Job, processes, store
+from openmae.jobs.job import Handle, State
 from openmae.jobs.platforms.local.queue import Machine, Queue
 from openmae.jobs.processes import session_members
 from openmae.jobs.store import locked
@@ -460,3 +460,22 @@ def test_a_lock_that_a_stopped_process_holds_fails_no_waiting_job(
         assert queue.claim("7f") is None
     assert "Another process has held the lock" in caplog.text
     assert queue.claim("7f") == []
+
+
+def test_many_dead_jobs_are_checked_with_one_look_at_the_processes(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me = identify(os.getpid())
+    assert me is not None
+    dead = {**me, "start": me["start"] - 1000}
+    for number in range(30):
+        states: tuple[State, ...] = ("PENDING", "RUNNING")
+        client.store.create(make_record(f"{number:032x}", states, submitter=dead, handle=Handle(dead, dead)))
+    looks = []
+    monkeypatch.setattr(
+        "openmae.jobs.platforms.local.platform.living_sessions", lambda: looks.append(1) or processes.living_sessions()
+    )
+    monkeypatch.setattr("openmae.jobs.platforms.common._FRESH", 60.0)
+    assert [job.status for job in client.list_jobs()] == ["ERROR"] * 30
+    assert len(looks) <= 1, "the processes were listed for each job"
+    assert [record.state for record in client.store.records()] == ["ERROR"] * 30

@@ -17,6 +17,7 @@ from openmae.errors import RunError, SpecError
 from openmae.jobs.job import Record, parse_time
 from openmae.jobs.outcome import JobOutcome, conclude_without_code
 from openmae.jobs.platforms.common import (
+    Fresh,
     Platform,
     before_submission,
     cancel_pending,
@@ -24,7 +25,8 @@ from openmae.jobs.platforms.common import (
     inherited_environment,
 )
 from openmae.jobs.platforms.local.queue import this_machine
-from openmae.jobs.processes import signal_session, start_session, stop_session
+from openmae.jobs.processes import living_sessions, signal_session, start_session, stop_session
+from openmae.jobs.store import JobStore
 from openmae.machine import is_running, is_stopped
 from openmae.storage import layout
 from openmae.storage.atomic import disk_errors
@@ -37,6 +39,10 @@ log = logging.getLogger("openmae")
 
 class LocalPlatform(Platform):
     """This machine. Its jobs queue for GPUs, or for slots if they use none."""
+
+    def __init__(self, store: JobStore) -> None:
+        super().__init__(store)
+        self._sessions: Fresh[set[int]] = Fresh()
 
     def check(self, gpus: int, nodes: int) -> None:
         """Raise an error for more than one node, or more GPUs than this machine has."""
@@ -79,7 +85,8 @@ class LocalPlatform(Platform):
             return JobOutcome("ERROR", "its supervisor was killed before the job was started")
         if is_running(process):
             return None
-        signal_session(process, signal.SIGKILL)  # its workers
+        if process["pid"] in self._sessions.get("all", living_sessions):
+            signal_session(process, signal.SIGKILL)  # its workers
         report = "its supervisor was killed"
         found = conclude_without_code(record, report)
         messages = {
