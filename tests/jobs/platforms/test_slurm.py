@@ -190,10 +190,11 @@ def test_a_job_at_its_time_limit_is_requeued_and_resumes(
     assert "Requeue=1" in told
     subprocess.run(["scancel", "--signal=USR1", number], check=True)
     until(lambda: client.get_job_status(job.id).status == "PENDING", "the requeueing")
-    # SLURM waits two minutes before it starts a job again
-    subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now"], check=True)
+    # SLURM waits two minutes before it starts a job again. Some seconds are necessary: a node refuses credentials that
+    # were issued in the second in which it revoked those of the job's first start.
+    subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now+3"], check=True)
     done = client.wait(job.id, 60)
-    assert (done.status, done.exit_code) == ("COMPLETE", 0), (done, client.get_job_logs(job.id))
+    assert (done.status, done.exit_code) == ("COMPLETE", 0), (done.message, client.get_job_logs(job.id))
     assert client.get_job_logs(job.id).count("resumed") == nodes
     assert "PENDING" in [transition.state for transition in done.transitions[1:]], "it was not requeued"
 
