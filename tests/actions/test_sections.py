@@ -79,7 +79,8 @@ def test_the_report_of_training_names_the_best_epoch_the_weights_and_the_duratio
 
 
 def test_the_first_of_equally_good_epochs_is_the_best(tmp_path):
-    rows = "step,epoch,train_loss,train_loss_epoch,val_loss\n1,1,0.5,,\n1,1,,0.7,2\n2,2,,0.5,1\n3,3,,0.6,1\n"
+    rows = "step,epoch,train_loss,train_loss_epoch,val_loss\n0,0,,,1\n"  # the untrained model is as good
+    rows += "1,1,0.5,,\n1,1,,0.7,2\n2,2,,0.5,1\n3,3,,0.6,1\n"
     (tmp_path / "metrics.csv").write_text(rows)
     assert best_epoch(tmp_path, "val_loss", 1.0) == "Best val_loss: 1.0000, epoch 2 (model_best.pth)"
     assert best_epoch(tmp_path, "train_loss", 0.5) == "Best train_loss: 0.5000, epoch 2 (model_best.pth)"

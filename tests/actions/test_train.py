@@ -295,6 +295,28 @@ def test_a_finished_run_with_other_settings_is_refused(trained, refused):
     assert before == files()
 
 
+@pytest.mark.parametrize(
+    ("source", "key", "reason"),
+    [
+        ("plain", "train.optim.monitor_name", "its images have no labels"),
+        ("one_each", "train.checkpointer.monitor", "a probe needs a class with at least 2 images; every class here ha"),
+    ],
+)
+def test_a_probe_of_images_without_labels_cannot_pick_the_best_checkpoint(
+    photos, refused, source, key, reason, tmp_path
+):
+    for name in ("red", "blue"):
+        paint(tmp_path / "one_each" / name / "0.png", 0)
+    val = photos.plain if source == "plain" else tmp_path / "one_each"
+    overrides = [o for o in train_arguments(photos, "vit", "pretrain") if not o.startswith("dataset.val_data_sources=")]
+    overrides += [f"dataset.val_data_sources={val}", f"{key}=knn_acc", f"results_dir={tmp_path / 'out'}"]
+    topk = ["train.checkpointer.enable_topk=true"] if "checkpointer" in key else []
+    text = refused("train", [*overrides, *topk])
+    assert f"{key}: knn_acc cannot be measured on dataset.val_data_sources: {reason}" in text
+    assert f"Make one folder per class in {val}, or use {key}=val_loss." in text
+    assert not (tmp_path / "out" / "train" / "metrics.csv").exists(), "training has begun"
+
+
 def test_an_option_that_is_newer_than_the_run_had_its_default():
     now = {"model": {"decoder_targets": 1.0, "decoder_attention": "self"}}
     for finished, spec in ((True, {}), (False, {}), (True, {"train": {"gpu_ids": [0], "clip_grad_norm": 0.0}})):
@@ -308,10 +330,15 @@ def test_an_option_that_is_newer_than_the_run_had_its_default():
 
 @pytest.mark.parametrize(
     ("before", "now", "refused"),
-    [("train_loss", "ACC_all", False), ("ACC_all", "train_loss", True), ("val_loss", "ACC_all", True)],
+    [
+        ("train_loss", "ACC_all", False),
+        ("train_loss", "val_loss", False),
+        ("ACC_all", "train_loss", True),
+        ("val_loss", "ACC_all", True),
+    ],
 )
 def test_the_monitored_metric_that_older_versions_recorded(before, now, refused):
-    """They recorded train_loss also where ACC_all was monitored."""
+    """They recorded train_loss if the option was unset."""
     model = ModelConfig("vit_tiny_patch16")
     infos = [CheckpointInfo("finetune", model, spec={"train": {"optim": {"monitor_name": m}}}) for m in (before, now)]
     earlier = plan.Earlier("results_dir", Path("runs/train/model.pth"), infos[0], 1, None)

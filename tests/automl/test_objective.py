@@ -24,7 +24,8 @@ def _spec(stage: str, val: bool, *overrides: str, **automl: Any) -> ExperimentSp
     ("stage", "val", "automl", "expected"),
     [
         ("pretrain", False, {}, Objective("train_loss", maximize=False, of_best_epoch=True)),
-        ("pretrain", True, {"metric": "val_loss"}, Objective("val_loss", maximize=False, of_best_epoch=False)),
+        ("pretrain", True, {"metric": "val_loss"}, Objective("val_loss", maximize=False, of_best_epoch=True)),
+        ("pretrain", True, {}, Objective("train_loss", maximize=False, of_best_epoch=False)),
         ("pretrain", True, {"metric": "knn_acc"}, Objective("knn_acc", maximize=True, of_best_epoch=False)),
         ("finetune", True, {}, Objective("ACC_all", maximize=True, of_best_epoch=True)),
         ("finetune", True, {"metric": "val_loss"}, Objective("val_loss", maximize=False, of_best_epoch=False)),

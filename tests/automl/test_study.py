@@ -233,13 +233,14 @@ def test_option_newer_than_the_search_had_its_default(tmp_path: Path) -> None:
         open_study(make_spec(tmp_path, model={"decoder_targets": 0.5}))
 
 
-def test_older_searches_recorded_another_monitored_metric(tmp_path: Path) -> None:
-    """They recorded train_loss also where ACC_all was monitored."""
-    spec = make_spec(tmp_path, train={"stage": "finetune"}, dataset={"val_data_sources": "val"})
+@pytest.mark.parametrize(("stage", "metric"), [("finetune", "ACC_all"), ("pretrain", "val_loss")])
+def test_older_searches_recorded_another_monitored_metric(tmp_path: Path, stage: str, metric: str) -> None:
+    """They recorded train_loss if the option was unset."""
+    spec = make_spec(tmp_path, train={"stage": stage}, dataset={"val_data_sources": "val"})
     study = open_study(spec).study
     _next(open_study(spec))
     facts = dict(study.user_attrs["facts"])
-    assert facts["train.optim.monitor_name"] == "ACC_all"
+    assert facts["train.optim.monitor_name"] == metric
     study.set_user_attr("facts", {**facts, "train.optim.monitor_name": "train_loss"})
     open_study(spec)
 

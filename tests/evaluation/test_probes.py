@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmae.evaluation import probes
-from openmae.evaluation.probes import knn_accuracy, linear_probe_accuracy, probe, split_half
+from openmae.evaluation.probes import knn_accuracy, linear_probe_accuracy, probe, scored_labels, split_half
 
 
 def _blobs(classes: int = 4, per_class: int = 40, spread: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
@@ -34,6 +34,14 @@ def test_split_takes_half_of_every_class(labels: list[int]) -> None:
     again = split_half(np.array(labels))
     assert np.array_equal(fit, again[0])
     assert np.array_equal(score, again[1])
+
+
+def test_the_scored_images_are_known_from_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scored_labels(np.array([0, 0, -1, 1, 1, 1, -1])).tolist() == [0, 1]
+    monkeypatch.setattr(probes, "MOST_PROBED", 50)
+    features, labels = _blobs()
+    assert (scored_labels(labels).size * probe(features, labels)["knn_acc"]).is_integer()
+    assert 22 <= scored_labels(labels).size <= 25
 
 
 @pytest.mark.parametrize("probe", [knn_accuracy, linear_probe_accuracy])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmae.results.metrics_csv import MetricsLog, read_metrics, series
+from openmae.results.metrics_csv import MetricsLog, before_training, read_metrics, series
 
 
 def test_columns_grow_as_metrics_appear(tmp_path: Path) -> None:
@@ -81,6 +81,16 @@ def test_failed_rewrite_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         metrics.write(2, 1, {"b": 1.0})
     assert metrics.path.read_text() == before
     assert list(tmp_path.iterdir()) == [metrics.path]
+
+
+def test_a_row_before_the_first_step_is_epoch_0(tmp_path: Path) -> None:
+    metrics = MetricsLog(tmp_path, append=False)
+    metrics.write(0, 0, {"val_loss": 1.0})
+    assert before_training(read_metrics(metrics.path)) == {"step": 0, "epoch": 0, "val_loss": 1.0}
+    metrics.write(1, 1, {"train_loss": 0.5})
+    MetricsLog(tmp_path, append=True).truncate_after(1)
+    assert [(row["step"], row["epoch"]) for row in read_metrics(metrics.path)] == [(0, 0), (1, 1)]
+    assert before_training([{"step": 1, "epoch": 1}]) == {}
 
 
 def test_old_files_with_epochs_from_0(tmp_path: Path) -> None:

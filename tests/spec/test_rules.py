@@ -71,7 +71,23 @@ def notices(caplog, overrides, action="train"):
             "must be 0 with fsdp, which cannot average sharded weights, got 0.9. Set it to 0, or use train.distri",
         ),
         ("train.optim.monitor_name=val_loss", "val_loss needs validation images"),
-        ("train.optim.monitor_name=ACC_all", "ACC_all is measured when fine-tuning, on dataset.val_data_sources."),
+        (
+            "train.optim.monitor_name=ACC_all",
+            "ACC_all is measured when fine-tuning, on dataset.val_data_sources. Use train_loss.",
+        ),
+        (
+            "train.optim.monitor_name=ACC_all dataset.val_data_sources=photos",
+            "ACC_all is measured when fine-tuning, on dataset.val_data_sources. Use train_loss, val_loss or probe_acc.",
+        ),
+        (
+            "train.optim.monitor_name=probe_acc dataset.val_data_sources=x train.stage=finetune dataset.batch_size=2",
+            "probe_acc is measured when pretraining, on dataset.val_data_sources. Use train_loss, val_loss or ACC_all.",
+        ),
+        (
+            "train.optim.monitor_name=probe_acc",
+            "probe_acc needs validation images with classes, but dataset.val_data_sources is not set. Set it, or use "
+            "train_loss.",
+        ),
         (
             "dataset.augmentation.input_size=225",
             "must be a multiple of 32, the side of convnextv2_base's mask "

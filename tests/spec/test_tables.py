@@ -102,7 +102,10 @@ def test_every_metric_has_labels_and_a_stage() -> None:
     [
         ([], "train_loss"),
         (["dataset.val_data_sources=x", "train.optim.monitor_name=val_loss"], "val_loss"),
-        (["dataset.val_data_sources=x"], "train_loss"),
+        (["dataset.val_data_sources=x"], "val_loss"),
+        (["dataset.val_data_sources=x", "train.optim.monitor_name=train_loss"], "train_loss"),
+        (["dataset.val_data_sources=x", "train.optim.monitor_name=probe_acc"], "probe_acc"),
+        (["dataset.val_data_sources=x", "train.optim.monitor_name=knn_acc"], "knn_acc"),
         (["dataset.val_data_sources=x", "train.stage=finetune"], "ACC_all"),
         (["dataset.val_data_sources=x", "train.stage=finetune", "train.optim.monitor_name=train_loss"], "train_loss"),
         (["dataset.val_data_sources=x", "train.stage=finetune", "train.optim.monitor_name=acc_all"], "ACC_all"),

@@ -84,7 +84,14 @@ def test_replacing_periodic_checkpoints_keeps_one():
             ("monitor=train_loss", "mode=max"),
             "mode (override): train_loss is best at its minimum, got max. Set min, or",
         ),
-        (("monitor=mAP",), "monitor (override): must be one of train_loss, val_loss, ACC_all, acc, got 'mAP'."),
+        (
+            ("monitor=mAP",),
+            "monitor (override): must be one of train_loss, val_loss, ACC_all, acc, knn_acc, probe_acc, got 'mAP'.",
+        ),
+        (
+            ("monitor=knn_acc",),
+            "train.checkpointer.monitor (override): knn_acc needs validation images with classes, but dataset.val_",
+        ),
         (("monitor=val_loss",), "train.checkpointer.monitor (override): val_loss needs validation images"),
         (("save_top_k=0",), "save_top_k (override): must be an integer >= 1, got 0."),
         (("period=3",), "train.checkpointer.period (override): there is no such key."),

@@ -59,6 +59,7 @@ def test_pretraining(fabric):
         "left out": "2 images per epoch, others in each epoch: 1,234 is not a multiple of 8",
         "schedule": "2 epochs of warmup, then cosine to 0",
         "learning rate": "0.001",
+        "best checkpoint": "lowest validation loss (val_loss)",
         "device": f"CPU, {counted(torch.get_num_threads(), 'thread')}, fp32",
     }
 
@@ -120,6 +121,10 @@ def test_one_channel(fabric):
 
 def test_one_rate_for_all_is_one_number(fabric):
     assert rows(fabric, *classifier(1.0))["learning rate"] == "0.001"
+
+
+def test_the_metric_of_the_best_checkpoint_is_shown(fabric):
+    assert rows(fabric, *classifier(1.0))["best checkpoint"] == "highest top-1 accuracy (ACC_all)"
 
 
 def test_the_backbone_s_multiplier_shows(fabric):

@@ -21,6 +21,7 @@ from openmae.results.status import read_status
 from openmae.training import trainer
 from openmae.training.finetune import FinetuneTask
 from openmae.training.pretrain import PretrainTask
+from openmae.training.state import Outputs
 
 pytestmark = pytest.mark.integration
 
@@ -103,10 +104,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 def test_ctrl_c_in_a_validation_keeps_the_epoch(task, train, assert_same_run, payload_of, monkeypatch, tmp_path):
     changes = PRETRAIN if task is PretrainTask else FINETUNE
     train(tmp_path / "whole", changes)
-    validate = task.validate
+    validate, validations = task.validate, iter(["before the first step", "after the first epoch"])
 
     def interrupted(self, *arguments):
-        interrupt()
+        if next(validations) == "after the first epoch":
+            interrupt()
         return validate(self, *arguments)
 
     with monkeypatch.context() as patch:
@@ -120,6 +122,65 @@ def test_ctrl_c_in_a_validation_keeps_the_epoch(task, train, assert_same_run, pa
     paces = [line["kpi"].get("images_per_s") for line in lines if "kpi" in line]
     assert paces[0] is None, "only the validation of the first epoch was left, which has no throughput"
     assert all(paces[1:])
+
+
+@pytest.mark.parametrize("task", [PretrainTask, FinetuneTask])
+def test_ctrl_c_before_the_first_step(task, train, assert_same_run, payload_of, monkeypatch, tmp_path):
+    changes = {**(PRETRAIN if task is PretrainTask else FINETUNE), "train.num_epochs": 1}
+    train(tmp_path / "whole", changes)
+    validate = task.validate
+
+    def interrupted(self, *arguments):
+        interrupt()
+        return validate(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "validate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "resumed", changes)
+    assert payload_of(tmp_path / "resumed")["progress"]["step"] == 0
+    assert read_metrics(tmp_path / "resumed" / "metrics.csv") == []
+    for _ in range(2):  # the second time, the row before the first step exists already
+        with monkeypatch.context() as patch:
+            patch.setattr(task, "training_loss", lambda *_: crash())
+            with pytest.raises(Crash):
+                train(tmp_path / "resumed", changes)
+    train(tmp_path / "resumed", changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("task", [PretrainTask, FinetuneTask])
+def test_the_model_is_validated_before_the_first_step(task, train, payload_of, monkeypatch, caplog, tmp_path):
+    changes = {**(PRETRAIN if task is PretrainTask else FINETUNE), "train.num_epochs": 1}
+    with caplog.at_level(logging.INFO, "openmae"):
+        metrics = train(tmp_path, changes)
+    first, *others = read_metrics(tmp_path / "metrics.csv")
+    assert first.keys() == {"step", "epoch", *metrics} - {"train_loss"}
+    assert (first["step"], first["epoch"]) == (0, 0)
+    assert all(row["step"] and row["epoch"] == 1 for row in others)
+    (text,) = (m for m in caplog.messages if m.startswith("Before the first step: "))
+    assert f"val_loss {first['val_loss']:.4f}" in text
+    kpis = [line["kpi"] for line in read_status(tmp_path / "status.json") if "kpi" in line]
+    assert [kpi["val_loss"] for kpi in kpis] == [metrics["val_loss"]], "it counts as an epoch"
+    with monkeypatch.context() as patch:
+        patch.setattr(Outputs, "report_untrained", lambda *_: None)
+        patch.setattr(task, "validate", lambda *_: {"val_loss": 1.0})
+        train(tmp_path / "other", changes)
+    assert same(payload_of(tmp_path)["state_dict"], payload_of(tmp_path / "other")["state_dict"])
+
+
+def test_the_untrained_model_is_never_the_best(train, monkeypatch, tmp_path):
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(PretrainTask, "validate", lambda *_: {"val_loss": next(losses)})
+    metrics = train(tmp_path, {"train.num_epochs": 2})
+    progress = torch.load(tmp_path / "model_best.pth", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["best"], progress["best_metric"]) == (2, 2.0, "val_loss")
+    assert metrics["val_loss"] == 2.0
+
+
+def test_a_run_without_validation_images_is_not_validated_before_the_first_step(train, tmp_path):
+    train(tmp_path, {"train.num_epochs": 1, "dataset.val_data_sources": None})
+    assert read_metrics(tmp_path / "metrics.csv")[0]["step"] == 1
 
 
 CROSS = {"model.decoder_attention": "cross", "model.decoder_targets": 0.5}
@@ -280,7 +341,7 @@ def test_the_average_follows_the_weights_and_is_validated(train, monkeypatch, pa
     for weights in [*spoiler.weights[3:], final]:
         expected = {k: 0.9 * expected[k] + 0.1 * v for k, v in weights.items()}
     torch.testing.assert_close(averaged, expected)
-    assert same(averaged, measured[0])
+    assert same(averaged, measured[-1])
     assert not same(averaged, final)
     saved = load_file(tmp_path / "backbone.safetensors")
     assert torch.equal(saved["blocks.0.attn.qkv.weight"], averaged["blocks.0.attn.qkv.weight"])
@@ -294,7 +355,7 @@ def test_the_average_follows_the_weights_and_is_validated(train, monkeypatch, pa
     ],
 )
 def test_the_best_checkpoint_is_that_of_the_best_epoch(changes, best, train, monkeypatch, tmp_path):
-    losses = iter([3.0, 1.0, 2.0, 1.5])
+    losses = iter([0.5, 3.0, 1.0, 2.0, 1.5])  # the first one is that of the untrained model
     monkeypatch.setattr(PretrainTask, "validate", lambda *_: {"val_loss": next(losses)})
     rare = {"train.num_epochs": 4, "train.keep_checkpoints": 1, "train.optim.monitor_name": "val_loss"}
     train(tmp_path, {**rare, **changes})
@@ -302,6 +363,27 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(changes, best, train, mon
     assert (payload["progress"]["epoch"], payload["progress"]["best"]) == (best, 1.0)
     assert [path.name for path in tmp_path.glob("model_epoch*")] == ["model_epoch_004_step_00020.pth"]
     assert (tmp_path / "vit_tiny_patch16_latest.pth").resolve().name == "model_epoch_004_step_00020.pth"
+
+
+def test_the_best_checkpoint_can_be_that_of_the_best_features(train, monkeypatch, tmp_path):
+    accuracies = iter([0.1, 0.5, 0.3])
+    monkeypatch.setattr(PretrainTask, "validate", lambda *_: {"val_loss": 1.0, "probe_acc": next(accuracies)})
+    train(tmp_path, {"train.num_epochs": 2, "train.optim.monitor_name": "probe_acc"})
+    payload = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert (payload["progress"]["epoch"], payload["progress"]["best"]) == (1, 0.5)
+
+
+def test_a_resumed_run_forgets_the_best_value_of_another_metric(train, monkeypatch, caplog, tmp_path):
+    measured = {"val_loss": 0.4, "probe_acc": 0.3}  # val_loss 0.4 would be better than any accuracy to come
+    monkeypatch.setattr(PretrainTask, "validate", lambda *_: dict(measured))
+    train(tmp_path, {"train.num_epochs": 1})
+    assert torch.load(tmp_path / "model_best.pth", weights_only=True)["progress"]["best"] == 0.4
+    with caplog.at_level(logging.WARNING, "openmae"):
+        train(tmp_path, {"train.num_epochs": 2, "train.optim.monitor_name": "probe_acc"})
+    text = "model_best.pth was picked by val_loss and is now picked by probe_acc: the next epoch counts as the best so"
+    assert text in caplog.text
+    progress = torch.load(tmp_path / "model_best.pth", weights_only=True)["progress"]
+    assert (progress["epoch"], progress["best"], progress["best_metric"]) == (2, 0.3, "probe_acc")
 
 
 def test_the_spec_sets_the_optimizer_of_a_resumed_run(train, payload_of, tmp_path):
@@ -385,7 +467,7 @@ def test_the_rows_of_an_epoch_in_metrics_csv_are_limited(most, logged, train, mo
 def test_validation_every_other_epoch_and_at_the_end(train, tmp_path):
     train(tmp_path, {"train.num_epochs": 3, "train.validation_interval": 2})
     rows = read_metrics(tmp_path / "metrics.csv")
-    assert [row["epoch"] for row in rows if "val_loss" in row] == [2, 3]
+    assert [row["epoch"] for row in rows if "val_loss" in row] == [0, 2, 3]
 
 
 def test_bf16_trains_on_a_cpu(train, payload_of, tmp_path):

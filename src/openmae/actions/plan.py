@@ -11,15 +11,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from openmae.actions.sources import class_count, match_classes, open_images
 from openmae.checkpoints.format import CheckpointInfo
 from openmae.checkpoints.resume import newest_checkpoint, newest_readable, read_finite
 from openmae.data.image_dataset import AddressedSampler
 from openmae.data.index import ImageIndex
-from openmae.errors import CheckpointError, blaming
+from openmae.errors import CheckpointError, DataError, blaming
+from openmae.evaluation.probes import scored_labels
 from openmae.models.build import ModelConfig
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
+from openmae.spec.metrics import is_share
 from openmae.spec.resolved import with_actual_monitor
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import flatten, get, value_of
@@ -129,6 +133,7 @@ def _open_data(spec: ExperimentSpec) -> tuple[ImageIndex, ImageIndex | None]:
         val = open_images(spec, "dataset.val_data_sources", labelled=finetune or None)
         if finetune:
             val = match_classes(val, train.class_names, "dataset.train_data_sources")
+        _check_monitor(spec, val)
     with blaming("dataset.batch_size"):
         processes = spec.train.num_gpus * spec.train.num_nodes
         AddressedSampler(train, batch_size, spec.train.seed, 0, processes)
@@ -138,6 +143,22 @@ def _open_data(spec: ExperimentSpec) -> tuple[ImageIndex, ImageIndex | None]:
             batch_size,
         )
     return train, val
+
+
+def _check_monitor(spec: ExperimentSpec, val: ImageIndex) -> None:
+    """Refuse to pick the best checkpoint by a probe of images without enough labels."""
+    metric = spec.train.optim.monitor_name
+    key = "train.checkpointer.monitor" if spec.train.checkpointer.metric else "train.optim.monitor_name"
+    if spec.train.stage == "finetune" or not is_share(metric):
+        return
+    try:
+        scored_labels(np.array(val.labels or [], dtype=int))
+    except ValueError as error:
+        reason = str(error) if val.class_names else "its images have no labels"
+        raise DataError(
+            f"{key}: {metric} cannot be measured on dataset.val_data_sources: {reason}.",
+            f"Make one folder per class in {val.place}, or use {key}=val_loss.",
+        ) from error
 
 
 def _find_earlier(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlier | None:

@@ -110,7 +110,7 @@ def best_epoch(folder: Path, metric: str, value: float | None) -> str:
     """Return the best value of the monitored metric in words, with its epoch; empty if it is unknown."""
     column = EPOCH_TRAIN_LOSS if metric == "train_loss" else metric
     for row in read_metrics(folder / layout.METRICS):
-        if value is not None and row.get(column) == value:
+        if value is not None and row.get(column) == value and row["step"]:
             return f"Best {metric}: {_text(metric, value)}, epoch {row['epoch']:.0f} ({layout.BEST})"
     return ""
 

@@ -41,6 +41,7 @@ from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import get
 from openmae.storage import layout
 from openmae.training.elastic import BatchLayout, same_position
 from openmae.training.finetune import FinetuneTask
@@ -91,7 +92,7 @@ def _nothing_left(plan: Plan) -> bool:
 
 
 def _last_metrics(folder: Path) -> dict[str, float]:
-    epochs = [row for row in read_metrics(folder / layout.METRICS) if "train_loss" not in row]
+    epochs = [row for row in read_metrics(folder / layout.METRICS) if "train_loss" not in row and row["step"]]
     names = {EPOCH_TRAIN_LOSS: "train_loss"}
     last = epochs[-1] if epochs else {}
     return {names.get(name, name): value for name, value in last.items() if name not in ("step", "epoch")}
@@ -160,8 +161,14 @@ def _resume(trainer: Trainer, plan: Plan, state: dict[str, Any], batches_per_epo
             f"{plan.resume} does not hold the state of a run of {plan.config.arch} ({said}).",
             "Use an older checkpoint, or give this one as train.pretrained_model_path to start from its weights.",
         ) from error
-    progress = trainer.progress
-    if best_was_set_aside(plan.folder):
+    progress, monitor = trainer.progress, trainer.task.monitor
+    before = progress.best_metric or get(state, "openmae.spec.train.optim.monitor_name")
+    if progress.best is not None and before != monitor:
+        log.warning(
+            "%s was picked by %s and is now picked by %s: the next epoch counts as the best so far.",
+            *(layout.BEST, before, monitor),
+        )
+    if best_was_set_aside(plan.folder) or before != monitor:
         progress.best = None  # the next epoch counts as the best so far
     log.info("Resuming from %s, after epoch %d, step %d.", plan.resume, progress.epoch, progress.step)
 

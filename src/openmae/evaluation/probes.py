@@ -29,9 +29,8 @@ def probe(features: Array, labels: Array) -> dict[str, float]:
     The result is empty, with a warning, if the set is too small or features are not finite. If it has more than
     ``MOST_PROBED`` images, a random but fixed subset is used.
     """
-    if len(labels) > MOST_PROBED:
-        some = np.random.default_rng(0).choice(len(labels), MOST_PROBED, replace=False)
-        features, labels = features[some], labels[some]
+    some = _subset(len(labels))
+    features, labels = features[some], labels[some]
     try:
         if not np.isfinite(features).all():
             raise ValueError("the features have non-finite values")
@@ -39,6 +38,23 @@ def probe(features: Array, labels: Array) -> dict[str, float]:
     except ValueError as error:
         log.warning("No kNN or probe accuracy for this validation set: %s.", error)
         return {}
+
+
+def scored_labels(labels: Array) -> Array:
+    """Return the labels of the images that ``probe`` scores, of all labels ``[N]`` of a set.
+
+    Raises:
+        ValueError: the set is too small; see ``split_half``.
+    """
+    known = labels[labels >= 0]
+    known = known[_subset(len(known))]
+    return known[split_half(known)[1]]
+
+
+def _subset(count: int) -> Array | slice:
+    if count <= MOST_PROBED:
+        return slice(None)
+    return np.random.default_rng(0).choice(count, MOST_PROBED, replace=False)
 
 
 def split_half(labels: Array) -> tuple[Array, Array]:

@@ -1,7 +1,8 @@
 """``metrics.csv``: all metrics of a run, one row per logged step.
 
 The first columns are ``step`` and ``epoch`` (counted from 1, as in the names of checkpoints); each new metric adds a
-column. A cell is empty if the metric was not measured at that step. Values have full precision.
+column. A cell is empty if the metric was not measured at that step. Values have full precision. A row with step 0 and
+epoch 0 has the metrics before the first step.
 """
 
 from __future__ import annotations
@@ -70,8 +71,13 @@ def read_metrics(path: Path) -> list[Row]:
     for cells in csv.DictReader(complete_lines(path)):
         row: Row = {name: float(cell) for name, cell in cells.items() if cell}
         rows.append(row | {name: int(row[name]) for name in _KEYS})
-    from_zero = any(row["epoch"] == 0 for row in rows)
+    from_zero = any(row["epoch"] == 0 and row["step"] > 0 for row in rows)
     return [row | {"epoch": row["epoch"] + from_zero} for row in rows]
+
+
+def before_training(rows: Sequence[Row]) -> Row:
+    """Return the metrics before the first step; empty if they were not measured."""
+    return next((row for row in rows if row["step"] == 0), {})
 
 
 def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:

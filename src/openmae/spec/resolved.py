@@ -38,7 +38,7 @@ def dependent_defaults(spec: ExperimentSpec) -> dict[str, Any]:
         "model.decoder_embed_dim": row.decoder_embed_dim,
         "model.drop_path_rate": 0.1 if finetune else row.pretrain_drop_path,
         "train.optim.beta2": 0.999 if finetune else 0.95,
-        _MONITOR: "ACC_all" if finetune and spec.dataset.val_data_sources else "train_loss",
+        _MONITOR: ("ACC_all" if finetune else "val_loss") if spec.dataset.val_data_sources else "train_loss",
         "dataset.augmentation.mean": DEFAULT_MEAN[spec.model.in_chans],
         "dataset.augmentation.std": DEFAULT_STD[spec.model.in_chans],
     }
@@ -93,7 +93,7 @@ def _apply_checkpointer(spec: ExperimentSpec) -> tuple[ExperimentSpec, list[str]
 def with_actual_monitor(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recorded values of an earlier run, by dotted key, to compare them with those of this one.
 
-    Older versions recorded ``train_loss`` also if the option was unset and ``ACC_all`` was monitored.
+    Older versions recorded ``train_loss`` if the option was unset.
     """
-    renamed = (before.get(_MONITOR), now.get(_MONITOR)) == ("train_loss", "ACC_all")
-    return {**before, **({_MONITOR: "ACC_all"} if renamed else {})}
+    unset = before.get(_MONITOR) == "train_loss" and now.get(_MONITOR) in ("ACC_all", "val_loss")
+    return {**before, **({_MONITOR: now[_MONITOR]} if unset else {})}

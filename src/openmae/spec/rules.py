@@ -260,14 +260,15 @@ def _calibration(spec: ExperimentSpec) -> Iterator[Problem]:
 def _monitor(spec: ExperimentSpec) -> Iterator[Problem]:
     checkpointer, metric = spec.train.checkpointer, spec.train.optim.monitor_name
     key = "train.checkpointer.monitor" if checkpointer.metric else "train.optim.monitor_name"
-    unseen, also = not spec.dataset.val_data_sources, ("train.stage", "dataset.val_data_sources")
-    if spec.train.stage not in METRICS[metric].stages or (metric == "ACC_all" and unseen):
-        text = f"{value_of(spec, key)} is measured when fine-tuning, on dataset.val_data_sources. Use train_loss."
+    row, shown, also = METRICS[metric], value_of(spec, key), ("train.stage", "dataset.val_data_sources")
+    if spec.train.stage not in row.stages:
+        when, other = ("pretraining", "ACC_all") if "pretrain" in row.stages else ("fine-tuning", "probe_acc")
+        other = f"train_loss, val_loss or {other}" if spec.dataset.val_data_sources else "train_loss"
+        yield Problem(key, f"{shown} is measured when {when}, on dataset.val_data_sources. Use {other}.", also)
+    elif row.needs and not spec.dataset.val_data_sources:
+        text = f"{shown} needs {row.needs}, but dataset.val_data_sources is not set. Set it, or use train_loss."
         yield Problem(key, text, also)
-    elif metric == "val_loss" and unseen:
-        text = "val_loss needs validation images, but dataset.val_data_sources is not set. Set it, or use train_loss."
-        yield Problem(key, text, also)
-    direction = METRICS[metric].direction[:3]
+    direction = row.direction[:3]
     if checkpointer.metric and checkpointer.mode not in ("", direction):
         yield Problem(
             "train.checkpointer.mode",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openmae.data.image_dataset import Batch
 from openmae.evaluation.predictions import predict, score
 from openmae.models.normalise import Normaliser
+from openmae.spec.metrics import METRICS
 from openmae.spec.sections.dataset import AugmentationSpec
 
 
@@ -21,7 +22,7 @@ class FinetuneTask:
     Args:
         model: a timm classifier.
         augmentation: only Mixup, CutMix and label smoothing are used here.
-        monitor: metric that selects the best checkpoint: ``ACC_all`` (maximised), or a loss.
+        monitor: metric that selects the best checkpoint.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class FinetuneTask:
         self.model = model
         self.normalise = normalise
         self.monitor = monitor
-        self.lower_is_better = not monitor.startswith("ACC")
+        self.lower_is_better = METRICS[monitor].direction == "minimize"
         self.smoothing = augmentation.smoothing
         self.mix = _build_mixup(augmentation, num_classes) if augmentation.mixes else None
 

@@ -25,19 +25,19 @@ class Loggers:
 
     Args:
         folder: the action's results folder.
-        resumed_step: the step from which a resumed run continues (later rows are dropped), or None for a new run.
+        resumed_step: the step from which a resumed run continues (later rows are dropped); None or 0 for a new run.
         wandb_run: an open Weights & Biases run, or None.
     """
 
     def __init__(self, folder: Path, resumed_step: int | None, wandb_run: Any = None) -> None:
-        self._metrics = MetricsLog(folder, append=resumed_step is not None)
-        if resumed_step is not None:
+        self._metrics = MetricsLog(folder, append=bool(resumed_step))
+        if resumed_step:
             self._metrics.truncate_after(resumed_step)
         self._tensorboard = SummaryWriter(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)
         self._wandb = wandb_run
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Log ``values`` measured after ``step`` updates of the weights; ``epoch`` is counted from 1."""
+        """Log ``values`` measured after ``step`` updates of the weights; ``epoch`` is counted from 1, 0 before them."""
         self._metrics.write(step, epoch, values)
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)

@@ -16,6 +16,7 @@ from openmae.evaluation.probes import probe
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import Mask, random_mask
 from openmae.models.normalise import Normaliser
+from openmae.spec.metrics import METRICS
 
 _VALIDATION_EPOCH = -1  # the masks of validation are the same in every epoch
 
@@ -29,8 +30,6 @@ class PretrainTask:
         monitor: metric that selects the best checkpoint.
         targets: fraction of the masked units that a training step predicts; validation predicts all.
     """
-
-    lower_is_better = True
 
     def __init__(
         self,
@@ -47,6 +46,7 @@ class PretrainTask:
         self.mask_ratio = mask_ratio
         self.seed = seed
         self.monitor = monitor
+        self.lower_is_better = METRICS[monitor].direction == "minimize"
         self.targets = targets
 
     def training_loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:

@@ -59,6 +59,7 @@ class Progress:
         loss_sum, loss_count: sum and number of the finite losses in the current epoch.
         bad_steps: skipped updates in a row.
         best: best value of the monitored metric, or None.
+        best_metric: the metric that ``best`` is a value of; empty in checkpoints of older versions.
     """
 
     epoch: int = 0
@@ -69,6 +70,7 @@ class Progress:
     loss_count: int = 0
     bad_steps: int = 0
     best: float | None = None
+    best_metric: str = ""
 
 
 @dataclass
@@ -87,6 +89,12 @@ class Outputs:
         if self.loggers is not None and values:
             self.loggers.write(step, epoch, values)
 
+    def report_untrained(self, metrics: Mapping[str, float]) -> None:
+        """Log the metrics before the first step: with step 0, as they are the result of no epoch."""
+        self.log(0, 0, metrics)
+        if self.status is not None:
+            log.info("Before the first step: %s", _shown(metrics))
+
     def report(
         self, epoch: int, epochs: int, step: int, metrics: Mapping[str, float], timing: Mapping[str, int | str]
     ) -> None:
@@ -95,5 +103,8 @@ class Outputs:
             return
         message = f"Epoch {epoch + 1} of {epochs}, step {step}"
         self.status.write("RUNNING", message, kpi=metrics, progress=timing)
-        shown = {k: f"{v:.0f}" if k == "images_per_s" else f"{v:.4f}" for k, v in metrics.items()}
-        log.info("%s: %s", message, "  ".join(f"{k} {v}" for k, v in shown.items()))
+        log.info("%s: %s", message, _shown(metrics))
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{k} {v:.0f}" if k == "images_per_s" else f"{k} {v:.4f}" for k, v in metrics.items())

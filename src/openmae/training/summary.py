@@ -10,6 +10,7 @@ from openmae.distributed.launch import describe_device
 from openmae.distributed.rendezvous import world_of
 from openmae.models.build import ModelConfig
 from openmae.spec.architectures import visible_units
+from openmae.spec.metrics import label
 from openmae.spec.sections.train import TrainSpec
 from openmae.storage.printable import counted
 from openmae.training.finetune import FinetuneTask
@@ -63,6 +64,10 @@ def recipe_rows(
     rows += [
         ("schedule", _schedule_text(schedule)),
         ("learning rate", _rates_text(groups, schedule.peak)),
+        (
+            "best checkpoint",
+            f"{'lowest' if task.lower_is_better else 'highest'} {label(task.monitor)} ({task.monitor})",
+        ),
         ("device", describe_device(fabric) + (", compiled" if settings.compile else "")),
     ]
     return rows

@@ -120,6 +120,8 @@ class Trainer:
         metrics: dict[str, float] = {}
         errors = compile_errors() if self.settings.compile else nullcontext()
         with self._interrupt, self.outputs.checkpoints, errors:
+            if self.val_loader is not None and self.progress.step == 0:
+                self.outputs.report_untrained(self._validate())
             while self.progress.epoch < self.settings.last_epoch:
                 self._train_epoch()
                 metrics = self._finish_epoch()
@@ -285,7 +287,7 @@ class Trainer:
             return False
         if best is not None and not (value < best if self.task.lower_is_better else value > best):
             return False
-        self.progress.best = value
+        self.progress.best, self.progress.best_metric = value, self.task.monitor
         return True
 
     def _payload(self) -> dict[str, Any]:

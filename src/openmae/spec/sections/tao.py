@@ -6,7 +6,7 @@ from typing import Literal
 
 from openmae.spec.option import TAO_NAME, Count, Section, option
 
-Monitor = Literal["", "train_loss", "val_loss", "ACC_all", "acc"]
+Monitor = Literal["", "train_loss", "val_loss", "ACC_all", "acc", "knn_acc", "probe_acc"]
 _TOPK = "train.checkpointer.enable_topk=true"
 _ONE_BEST = "the best checkpoint is model_best.pth in the results folder"
 

@@ -75,9 +75,10 @@ class OptimSpec(Section):
     gamma: float = option(
         0.1, "MultiStep's factor", gt=0, needs="train.optim.lr_scheduler=MultiStep", search=Search(0.05, 0.5, log=True)
     )
-    monitor_name: Literal["val_loss", "train_loss", "ACC_all"] = option(
+    monitor_name: Literal["val_loss", "train_loss", "ACC_all", "knn_acc", "probe_acc"] = option(
         "train_loss",
-        "metric that picks model_best.pth; unset: ACC_all if fine-tuning has validation images, else train_loss",
+        "metric that picks model_best.pth; unset: with validation images val_loss in pretraining and ACC_all in "
+        "fine-tuning, else train_loss",
         tao="ignores",
         automl=False,
     )
