@@ -34,7 +34,7 @@ def test_profile(command, tmp_path, capsys):
         assert profile["phases"][name]["seconds"] > 0, name
     assert sum(phase["share"] for phase in profile["phases"].values()) == pytest.approx(1)
     assert profile["keys"]["model.decoder_attention"] == "self", "which could make its decoder faster"
-    assert profile["keys"]["train.optim.monitor_name"] == "train_loss"
+    assert profile["keys"]["train.optim.monitor_name"] == "val_loss"
     assert "limits the speed of this run" in profile["advice"][0]
     assert " ".join(profile["advice"][0].split()) in " ".join(text.split())
     html = (tmp_path / "train" / "report.html").read_text()

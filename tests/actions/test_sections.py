@@ -73,9 +73,28 @@ def test_the_report_of_training_names_the_best_epoch_the_weights_and_the_duratio
     rows = [row for row in read_metrics(tmp_path / "train" / "metrics.csv") if "ACC_all" in row]
     best = max(rows, key=lambda row: row["ACC_all"])
     text = f"Best ACC_all: {100 * best['ACC_all']:.1f} %, epoch {best['epoch']} (model_best.pth)"
-    assert text in " ".join(capsys.readouterr().err.split())
+    shown = " ".join(capsys.readouterr().err.split())
+    assert text in shown
+    verdict = f"Top-1 accuracy: {100 * rows[-1]['ACC_all']:.1f} % after 3 epochs; chance is 33.3 %"
+    assert shown.index(text) < shown.index(verdict) < shown.rindex("Results are in"), "it is not at the end"
     weights = f"{pretrained}: loaded 100 % of vit_tiny_patch16&#39;s backbone from the OpenMAE layout"
     check(tmp_path / "train" / "report.html", text, weights, "duration", "0:0")
+
+
+def test_the_report_and_the_terminal_end_with_the_verdict(photos, tmp_path, capsys):
+    overrides = [*train_arguments(photos, "vit", "pretrain"), f"results_dir={tmp_path}"]
+    assert main(["train", *overrides]) == 0
+    before, *_, after = (row for row in read_metrics(tmp_path / "train" / "metrics.csv") if "probe_acc" in row)
+    start = (
+        f"Linear probe: {100 * before['probe_acc']:.1f} % before, {100 * after['probe_acc']:.1f} % after 2 steps; kNN: "
+    )
+    verdict, results = capsys.readouterr().err.splitlines()[-2:]
+    assert verdict.startswith(start)
+    assert results.startswith("Results are in ")
+    page = (tmp_path / "train" / "report.html").read_text()
+    assert verdict in page
+    assert page.index(verdict) < page.index("<h2>Final metrics")
+    assert "Dashed: the accuracy of always guessing the most frequent class" in page
 
 
 def test_the_first_of_equally_good_epochs_is_the_best(tmp_path):

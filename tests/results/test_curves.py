@@ -10,6 +10,7 @@ from tests.helpers.pixels import read_pixels
 
 from openmae.results import curves, style
 from openmae.results.curves import save_curves
+from openmae.results.verdict import ScoredImages
 
 
 def _run(steps: int) -> list[dict[str, float]]:
@@ -45,6 +46,44 @@ def test_training_loss_is_the_epoch_mean() -> None:
 def test_non_finite_values_leave_gaps(tmp_path: Path) -> None:
     rows = [*_run(100), {"step": 101, "epoch": 10, "train_loss": float("nan"), "val_loss": float("inf")}]
     assert save_curves(rows, tmp_path / "c.png").exists()
+
+
+def _levels(first: dict[str, float], last: dict[str, float], scored: ScoredImages | None) -> dict[str, float]:
+    rows = [{"step": 0, "epoch": 0, **first}, {"step": 9, "epoch": 1, **last}]
+    (panel,) = (panel for panel in curves._PANELS if panel.levels)
+    solid = curves._curves(panel, rows)
+    found = solid + curves._levels(solid, rows, scored)
+    assert [(curve.steps.tolist(), curve.dashed) for curve in found] == [
+        ([0, 9], curve not in solid) for curve in found
+    ]
+    return {text: curve.values[0] for curve, text in curves._names(panel, found) if curve.dashed}
+
+
+def test_accuracies_are_compared_with_chance_and_the_untrained_model() -> None:
+    probes = {"knn_acc": 0.4, "probe_acc": 0.5}
+    trained = {"knn_acc": 0.6, "probe_acc": 0.75}
+    assert _levels(probes, trained, ScoredImages.of([0, 1])) == {
+        "chance  50 %": 0.5,
+        "before training  40 %": 0.4,
+        "before training  50 %": 0.5,
+    }
+    assert "most frequent class  75 %" in _levels(probes, trained, ScoredImages.of([0, 0, 0, 1]))
+    assert len(_levels(probes, trained, None)) == 2
+
+
+def test_a_classifier_is_compared_with_chance_only() -> None:
+    """Before the first step its head is random."""
+    top1, top5 = {"ACC_all": 0.2}, {"ACC_top5": 0.7}
+    assert _levels(top1, top1, ScoredImages.of(range(4))) == {"chance  25 %": 0.25}
+    assert _levels(top1 | top5, top1 | top5, ScoredImages.of(range(8))) == {"top-1 chance  12.5 %": 0.125}
+
+
+def test_levels_are_drawn(tmp_path: Path) -> None:
+    rows = [{"step": step, "epoch": step, "probe_acc": 0.5, "knn_acc": 0.5} for step in (0, 9)]
+    scored = ScoredImages(8, 4, 0.25)
+    without, drawn = (read_pixels(save_curves(rows, tmp_path / "c.png", each)) for each in (None, scored))
+    assert without.shape[0] == drawn.shape[0]
+    assert not np.array_equal(without[:, :500], drawn[:, :500])
 
 
 def test_many_learning_rates(tmp_path: Path) -> None:

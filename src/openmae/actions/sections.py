@@ -18,9 +18,10 @@ from openmae.evaluation.reconstructions import reconstruct
 from openmae.models.mae import MaskedAutoencoder
 from openmae.results.curves import save_curves
 from openmae.results.images import reconstruction_grid
-from openmae.results.metrics_csv import read_metrics
+from openmae.results.metrics_csv import Row, read_metrics
 from openmae.results.profile import Breakdown, advice, save_breakdown
 from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
+from openmae.results.verdict import Evidence, give_verdict
 from openmae.spec.describe import fields, is_used
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, informative, is_share, label
 from openmae.spec.tree import flatten, nest
@@ -66,6 +67,10 @@ _RECONSTRUCTION = (
     "Columns: original, masked, prediction, and prediction with visible patches. Predictions of normalised pixels are "
     "shown with the mean and standard deviation of the original."
 )
+_CURVES = (
+    "Losses, accuracies, learning rate and speed over the steps. Dashed: the accuracy of always guessing the most "
+    "frequent class and, in pretraining, the accuracies before the first step."
+)
 _PROBES = (
     "kNN and linear probe: the encoder is frozen, the probe is trained on half of the images and tested on the rest. "
     "They measure how well the embeddings separate the classes."
@@ -85,20 +90,22 @@ def reconstructions(
 def train_report(
     folder: Path,
     info: CheckpointInfo,
+    evidence: Evidence,
     best: str,
     recipe: Sequence[tuple[str, str]],
     figures: Sequence[Figure],
     breakdown: Breakdown | None,
     *indexes: ImageIndex,
 ) -> None:
-    """Write the report of a training run: metrics, curves, figures, profile, recipe, unread files and spec."""
-    rows = [informative(row, info.model.num_classes) for row in read_metrics(folder / layout.METRICS)]
+    """Write the report of a training run: verdict, metrics, curves, figures, profile, recipe, unread files and spec."""
+    rows = [informative(row, info.model.num_classes) for row in evidence.rows]
     last = {name: row[name] for row in rows for name in _SHOWN if name in row}
-    sections: list[Section] = [_numbers("Final metrics", last)] if last else []
+    sections: list[Section] = [Text("", give_verdict(evidence))]
+    sections += [_numbers("Final metrics", last)] if last else []
     sections += [Text("", best)] if best else []
     if rows:
-        curves = save_curves(rows, folder / layout.CURVES)
-        sections.append(Figure("Curves", curves, "Losses, accuracies, learning rate and speed over the steps."))
+        curves = save_curves(rows, folder / layout.CURVES, evidence.scored)
+        sections.append(Figure("Curves", curves, _CURVES))
     sections += figures
     if breakdown is not None:
         sections += _breakdown_sections(folder, breakdown)
@@ -108,11 +115,16 @@ def train_report(
 
 def best_epoch(folder: Path, metric: str, value: float | None) -> str:
     """Return the best value of the monitored metric in words, with its epoch; empty if it is unknown."""
+    row = row_of_best(read_metrics(folder / layout.METRICS), metric, value)
+    if value is None or row is None:
+        return ""
+    return f"Best {metric}: {_text(metric, value)}, epoch {row['epoch']:.0f} ({layout.BEST})"
+
+
+def row_of_best(rows: Sequence[Row], metric: str, value: float | None) -> Row | None:
+    """Return the first row with the best value of the monitored metric, or None if there is none."""
     column = EPOCH_TRAIN_LOSS if metric == "train_loss" else metric
-    for row in read_metrics(folder / layout.METRICS):
-        if value is not None and row.get(column) == value and row["step"]:
-            return f"Best {metric}: {_text(metric, value)}, epoch {row['epoch']:.0f} ({layout.BEST})"
-    return ""
+    return next((row for row in rows if row["step"] and value is not None and row.get(column) == value), None)
 
 
 def _breakdown_sections(folder: Path, breakdown: Breakdown) -> list[Section]:

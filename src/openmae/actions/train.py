@@ -16,6 +16,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from torch import nn
 
+from openmae.actions.evidence import collect_evidence
 from openmae.actions.plan import Plan, make_plan
 from openmae.actions.profiling import leave_profile
 from openmae.actions.run import Rows, begin_results, running, show_table
@@ -39,6 +40,7 @@ from openmae.models.normalise import Normaliser
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.status import StatusLog
+from openmae.results.verdict import give_verdict
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get
@@ -125,7 +127,7 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if state is not None:
         _resume(trainer, plan, state, len(train_loader))
         state = None  # free the memory: weights, moments and averaged weights
-    breakdown, start = None, time.monotonic()
+    breakdown, verdict, start = None, "", time.monotonic()
     try:
         metrics = trainer.fit() or _last_metrics(plan.folder)
     finally:
@@ -141,9 +143,9 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     else:
         took = timedelta(seconds=round(time.monotonic() - start))
         rows.append(("duration", f"{took}{', since the run was resumed' if plan.resume else ''}"))
-        _finish(fabric, plan, trainer, best, rows, breakdown)
-    if best:
-        log.info("%s", best)
+        verdict = _finish(fabric, plan, trainer, best, rows, breakdown)
+    for text in filter(None, (best, verdict)):
+        log.info("%s", text)
     return metrics
 
 
@@ -315,11 +317,15 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
     return Outputs(checkpoints, plan.facts, loggers, StatusLog(plan.folder, append=True), clock)
 
 
-def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, best: str, rows: Rows, breakdown: Breakdown | None) -> None:
-    """Write the backbone with timm's parameter names, the reconstructions and the report, on rank 0."""
+def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, best: str, rows: Rows, breakdown: Breakdown | None) -> str:
+    """Write the backbone with timm's parameter names, the reconstructions and the report, on rank 0.
+
+    Returns:
+        The verdict on the run; empty on other ranks.
+    """
     model = trainer.evaluated_model()
     if not fabric.is_global_zero:
-        return
+        return ""
     backbone = model.encoder.backbone if isinstance(model, MaskedAutoencoder) else model
     save_backbone(plan.folder / layout.BACKBONE, backbone.state_dict(), plan.info, plan.key)
     figures = []
@@ -333,4 +339,6 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, best: str, rows: Rows,
         path = plan.folder / layout.RECONSTRUCTIONS / "last.png"
         figures.append(reconstructions(fabric, trainer.task, model, loader, path))
     indexes = [plan.train, plan.val] if plan.val else [plan.train]
-    train_report(plan.folder, plan.info, best, rows, figures, breakdown, *indexes)
+    evidence = collect_evidence(plan, trainer.progress.best)
+    train_report(plan.folder, plan.info, evidence, best, rows, figures, breakdown, *indexes)
+    return give_verdict(evidence)

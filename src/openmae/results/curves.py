@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmae.results import style
-from openmae.results.metrics_csv import series
+from openmae.results.metrics_csv import Row, before_training, series
 from openmae.results.style import BLUE
+from openmae.results.verdict import ScoredImages
 from openmae.spec.metrics import METRICS, is_share
 from openmae.storage.printable import counted
 
@@ -34,6 +35,7 @@ class _Curve:
     trend: NDArray[np.float64]  # the running mean, or the values themselves
     reading: float  # the number next to the curve
     colour: str
+    dashed: bool = False  # a level to compare the curves with
 
 
 def _plain(value: float) -> str:
@@ -55,6 +57,7 @@ class _Panel:
     from_zero: bool = False
     noisy: bool = False
     peak: bool = False  # show the highest value next to a curve, not the last one
+    levels: bool = False  # show the levels of chance and of the untrained model
     epoch_mean: str = ""  # suffix of the metric whose last value is shown instead, if there is one
 
 
@@ -62,24 +65,26 @@ _LOSSES = {name: METRICS[name].short for name in sorted(METRICS) if not is_share
 _SHARES = {name: METRICS[name].short for name in sorted(METRICS) if is_share(name)}
 _PANELS = (
     _Panel("Loss", _LOSSES, log_axis=True, noisy=True, epoch_mean="_epoch"),
-    _Panel("Accuracy", _SHARES, _percent),
+    _Panel("Accuracy", _SHARES, _percent, levels=True),
     _Panel("Learning rate", {}, from_zero=True, peak=True),  # its last value is near 0 by design
     _Panel("Images per second", {"images_per_s": ""}, from_zero=True, noisy=True),
     _Panel("Time spent waiting for data", {"data_wait": ""}, _percent, from_zero=True, noisy=True),
 )
 
 
-def save_curves(rows: Sequence[Mapping[str, float]], path: Path) -> Path:
+def save_curves(rows: Sequence[Row], path: Path, scored: ScoredImages | None = None) -> Path:
     """Draw the metrics of a run over its steps to a PNG and return ``path``.
 
     There is a panel for each kind of metric in the rows, which are as ``read_metrics`` returns them. The loss has a
     logarithmic axis if it spans more than a factor of 5. Long noisy curves are faint, with their running mean on top.
-    Values that are not finite are left out.
+    Values that are not finite are left out. Dashed lines in the panel of accuracies show the chance level of the
+    ``scored`` images and, in pretraining, the accuracies before the first step.
 
     Raises:
         ValueError: the rows contain none of the metrics.
     """
     panels = [(panel, curves) for panel in _PANELS if (curves := _curves(panel, rows))]
+    panels = [(panel, curves + (_levels(curves, rows, scored) if panel.levels else [])) for panel, curves in panels]
     if not panels:
         raise ValueError("there is nothing to draw: no row contains a loss, accuracy, learning rate or speed")
     columns = min(2, len(panels))
@@ -119,6 +124,27 @@ def _curves(panel: _Panel, rows: Sequence[Mapping[str, float]]) -> list[_Curve]:
     return curves
 
 
+def _levels(curves: Sequence[_Curve], rows: Sequence[Row], scored: ScoredImages | None) -> list[_Curve]:
+    """Return the level of chance and, in pretraining, those of the model before the first step.
+
+    In fine-tuning the head is random before the first step, so that level would only repeat chance.
+    """
+    colours, first = {curve.name: curve.colour for curve in curves}, before_training(rows)
+    levels = []
+    if scored is not None:
+        name = scored.chance_name
+        top1 = "top-1 " if name == "chance" and _SHARES["ACC_top5"] in colours else ""
+        levels.append((f"{top1}{name}", scored.chance, style.MUTED))
+    for metric, name in _SHARES.items():
+        if metric in first and name in colours and "pretrain" in METRICS[metric].stages:
+            levels.append(("before training", first[metric], colours[name]))
+    ends = np.array([0, rows[-1]["step"]], dtype=np.float64)
+    return [
+        _Curve(name, ends, np.full(2, value), np.full(2, value), value, colour, dashed=True)
+        for name, value, colour in levels
+    ]
+
+
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean over a centred window of 1/20 of the curve, narrower at both ends."""
     window = np.ones(max(3, len(values) // 20))
@@ -127,8 +153,11 @@ def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _draw(axes: Axes, panel: _Panel, curves: Sequence[_Curve]) -> None:
-    width = 1.6 if len(curves) <= len(style.SERIES) else 0.8
+    width = 1.6 if panel.metrics or len(curves) <= len(style.SERIES) else 0.8
     for curve in curves:
+        if curve.dashed:
+            axes.plot(curve.steps, curve.values, color=curve.colour, lw=0.9, ls=(0, (5, 3)))
+            continue
         marker = "o" if len(curve.values) == 1 else None
         if curve.trend is not curve.values:
             axes.plot(curve.steps, curve.values, color=curve.colour, lw=0.6, alpha=0.3)
@@ -161,7 +190,7 @@ def _scale(axes: Axes, panel: _Panel, curves: Sequence[_Curve], steps: int) -> N
 def _names(panel: _Panel, curves: Sequence[_Curve]) -> list[tuple[_Curve, str]]:
     """Return the curves to name next to a panel, from the lowest to the highest, with their texts."""
     ordered = sorted(curves, key=lambda curve: curve.reading)
-    if len(ordered) > len(style.SERIES):
+    if not panel.metrics and len(ordered) > len(style.SERIES):
         ordered = [ordered[0], ordered[-1]]  # with layer decay, there are too many learning rates to name
     peak = "peak" if panel.peak else ""
     return [(curve, "  ".join(filter(None, (curve.name, peak, panel.text(curve.reading))))) for curve in ordered]
