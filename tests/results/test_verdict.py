@@ -151,10 +151,11 @@ def test_a_validation_loss_that_was_lower_or_did_not_fall() -> None:
 def test_no_validation_images() -> None:
     run = evidence(*rows({}, *[{"train_loss_epoch": loss} for loss in (0.9, 0.8, 0.5)]), scored=None)
     assert give_verdict(run) == (
-        "Training loss: 0.9000 in epoch 1, 0.5000 in epoch 3. It does not show whether the features improved: set "
-        "dataset.val_data_sources to images in one folder per class, at least two in each, to measure a linear probe "
-        "and kNN."
+        "Training loss: 0.9000 in epoch 1, 0.5000 in epoch 3. The training loss does not show whether the features "
+        "improved: set dataset.val_data_sources to images in one folder per class, at least two in each, to measure a linear "
+        "probe and kNN."
     )
+    assert give_verdict(evidence(scored=None)).startswith("The training loss does not show"), "without metrics.csv"
     one = evidence(*rows({}, {"train_loss_epoch": 0.9}), scored=None)
     assert give_verdict(one).startswith(
         "Training loss: 0.9000 in epoch 1. Too few updates: 2,000 would take 7 minutes ("

@@ -178,7 +178,9 @@ def _of_training_loss(evidence: Evidence) -> str:
     if evidence.stage == "finetune":
         fix = "The accuracy was not measured: set dataset.val_data_sources to labelled images."
         return " ".join(filter(None, [said, fix]))
-    unknown = f"It does not show whether the features improved: set dataset.val_data_sources to {_PROOF}."
+    unknown = (
+        f"The training loss does not show whether the features improved: set dataset.val_data_sources to {_PROOF}."
+    )
     return " ".join(filter(None, [said, _more_updates(evidence), unknown]))
 
 
