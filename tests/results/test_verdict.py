@@ -152,8 +152,8 @@ def test_no_validation_images() -> None:
     run = evidence(*rows({}, *[{"train_loss_epoch": loss} for loss in (0.9, 0.8, 0.5)]), scored=None)
     assert give_verdict(run) == (
         "Training loss: 0.9000 in epoch 1, 0.5000 in epoch 3. The training loss does not show whether the features "
-        "improved: set dataset.val_data_sources to images in one folder per class, at least two in each, to measure a linear "
-        "probe and kNN."
+        "improved: set dataset.val_data_sources to images in one folder per class, at least two in each, to "
+        "measure a linear probe and kNN."
     )
     assert give_verdict(evidence(scored=None)).startswith("The training loss does not show"), "without metrics.csv"
     one = evidence(*rows({}, {"train_loss_epoch": 0.9}), scored=None)

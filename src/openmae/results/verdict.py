@@ -12,7 +12,7 @@ from openmae.results.metrics_csv import Row, before_training
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS, METRICS, is_share, metrics_of
 from openmae.storage.printable import counted
 
-LEAST_UPDATES = 2_000  # with fewer, pretraining from random weights hardly changes a probe, even of a small model
+LEAST_UPDATES = 2_000  # a rule of thumb: a run without a gain and with fewer updates should be longer
 _STANDARD_ERRORS = 2.0  # of an accuracy: smaller differences count as noise
 _LOSS_NOISE = 0.01  # relative difference of two losses that counts as noise
 _LOW_LOSS = 0.5  # of the cross entropy of guessing
