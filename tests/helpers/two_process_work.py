@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -85,12 +86,12 @@ def train_spoilt(fabric: Fabric, plan: Plan) -> dict[str, float]:
     return train_action._work(fabric, plan)
 
 
-def train_preempted_in_validation(fabric: Fabric, plan: Plan) -> dict[str, float]:
-    """Train; only process 1 gets SIGTERM when it begins to validate."""
-    original = PretrainTask.validate
+def train_preempted_in_validation(fabric: Fabric, plan: Plan, number: int) -> dict[str, float]:
+    """Train; only process 1 gets SIGTERM when it begins the validation with this number, counted from 1."""
+    original, begun = PretrainTask.validate, itertools.count(1)
 
     def validate(task: PretrainTask, *arguments: Any) -> dict[str, float]:
-        if fabric.global_rank == 1:
+        if next(begun) == number and fabric.global_rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(task, *arguments)
 
