@@ -203,6 +203,19 @@ def read_checkpoint(path: str | Path, key: Key | None = None, weights_key: str =
     return Checkpoint(path, weights, info)
 
 
+def read_config(path: str | Path, key: Key | None = None, weights_key: str = "") -> ModelConfig:
+    """Return the configuration of the model in a file that ``read_checkpoint`` can read, without its notices.
+
+    Raises:
+        CheckpointError: The file cannot be read, or its tensors fit no architecture.
+        OSError: The file temporarily cannot be read.
+    """
+    content, header = _read_file(Path(path), key)
+    if header is not None:
+        return CheckpointInfo.from_dict(header).model
+    return guess_config(recognise(content, weights_key))
+
+
 def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> Content:
     """Read the state that training resumes from: the dict described at the top of this module.
 
