@@ -27,13 +27,13 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork the processes of a run where CUDA allows it; each one that is spawned imports torch, which takes seconds."""
 
     def fork(work: Callable[..., None], arguments: tuple[Any, ...], count: int, *, join: bool) -> Any:
-        return start_processes(partial(_with_warnings, work), arguments, count, join, start_method="fork")
+        return start_processes(partial(with_warnings, work), arguments, count, join, start_method="fork")
 
     if not torch.cuda.is_available():
         monkeypatch.setattr("openmae.distributed.launch.spawn", fork)
 
 
-def _with_warnings(work: Callable[..., None], *arguments: Any) -> None:
+def with_warnings(work: Callable[..., None], *arguments: Any) -> None:
     """Print warnings, as a spawned process does; pytest records them."""
     importlib.reload(warnings)
     warnings.resetwarnings()
