@@ -14,6 +14,7 @@ from PIL import Image
 from openmae.actions import export
 from openmae.cli.main import main
 from openmae.engines.packages import ModelProto
+from openmae.results import style
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 40, 40)}
 
@@ -62,6 +63,15 @@ def traces() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "trace", trace_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def coarse_figures() -> Iterator[None]:
+    """Draw the figures of reports with a sixteenth of the pixels, in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "DPI", style.DPI // 4)
+        patch.setitem(style._SETTINGS, "savefig.dpi", style.DPI)
         yield
 
 
