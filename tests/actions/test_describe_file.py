@@ -125,6 +125,13 @@ def test_weights_of_timm(tmp_path: Path) -> None:
     assert found["to use it"] == command
 
 
+def test_the_command_has_the_options_that_differ_from_the_defaults(tmp_path: Path) -> None:
+    torch.save(build_classifier(replace(VIT, in_chans=1)).state_dict(), tmp_path / "grey.pth")
+    found = described(tmp_path / "grey.pth")
+    assert found["images"].endswith("px, 1 channel")
+    assert " model.arch=vit_tiny_patch16 model.patch_size=8 model.in_chans=1 " in found["to use it"]
+
+
 def test_weights_of_the_official_convnext(tmp_path: Path) -> None:
     official = {
         "downsample_layers.0.0.weight": "stem.0.weight",
@@ -170,8 +177,11 @@ def test_an_onnx_file(tmp_path: Path) -> None:
 
 
 def test_an_onnx_file_of_another_program(tmp_path: Path) -> None:
-    onnx.save(graph(), tmp_path / "model.onnx")
+    proto = graph()
+    proto.graph.output[0].type.tensor_type.elem_type = 99
+    onnx.save(proto, tmp_path / "model.onnx")
     found = described(tmp_path / "model.onnx")
+    assert found["output"] == "logits: type 99 [N, 2]"
     assert found["kind"] == "ONNX file of pytorch 2.9, without OpenMAE's metadata"
     assert found["precision"] == "fp32"
     assert "classes" not in found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def _checkpoint_rows(path: Path, checkpoint: Checkpoint) -> Rows:
 def _foreign_rows(path: Path, checkpoint: Checkpoint) -> Rows:
     weights = checkpoint.weights
     parts = foreign_parts(weights.backbone)
-    arch = None if parts else likely_arch(weights)
+    arch, options = None if parts else likely_arch(weights), ""
     yield "kind", "weights of another program"
     yield "layout", weights.layout
     yield "family", weights.family
@@ -156,14 +155,17 @@ def _foreign_rows(path: Path, checkpoint: Checkpoint) -> Rows:
         config = checkpoint.config()
         yield "model.arch", f"{arch}, by the shapes of its blocks"
         size = "any size" if weights.family == "convnextv2" else _pixels(config.input_size)
-        yield "images", f"{size}, {config.in_chans} channels"
+        yield "images", f"{size}, {counted(config.in_chans, 'channel')}"
         if patch := patch_size_of(weights):
             yield "patch size", f"{patch} px"
+        options = f"model.arch={arch}"
+        options += f" model.patch_size={config.patch_size}" if config.patch_size else ""
+        options += f" model.in_chans={config.in_chans}" if config.in_chans != 3 else ""
     yield "parameters", _millions(weights.backbone.values())
     yield "decoder", _millions(weights.rest.values()) if weights.rest else "none in the file"
     yield "classes", str(checkpoint.num_classes) if checkpoint.num_classes else "none: there is no classifier"
-    if arch is not None:
-        yield "to use it", f"mae train model.arch={arch} train.pretrained_model_path={shlex.quote(str(path))} ..."
+    if options:
+        yield "to use it", f"mae train {options} train.pretrained_model_path={shlex.quote(str(path))} ..."
 
 
 def _model_rows(info: CheckpointInfo) -> Rows:
@@ -172,7 +174,7 @@ def _model_rows(info: CheckpointInfo) -> Rows:
     yield "model.arch", info.model.arch
     if info.model.patch_size:
         yield "patch size", f"{info.model.patch_size} px"
-    yield "images", f"{_pixels(info.model.input_size)}, {info.model.in_chans} channels"
+    yield "images", f"{_pixels(info.model.input_size)}, {counted(info.model.in_chans, 'channel')}"
     if info.stage == "finetune":
         names = f": {listed(info.class_names, _SHOWN)}" if info.class_names else ", without names"
         yield "classes", f"{info.model.num_classes}{names}"
@@ -182,7 +184,7 @@ def _model_rows(info: CheckpointInfo) -> Rows:
 
 
 def _card_rows(card: ModelCard) -> Rows:
-    yield from _model_rows(replace(card.info, version=card.version))
+    yield from _model_rows(card.info)
     yield "preprocessing", "included: uint8 images" if card.preprocessing else "not included: normalized float images"
     yield "crop", f"{card.crop_pct:g} of the shorter side, {card.interpolation}"
     if card.checkpoint_sha256:
@@ -226,7 +228,8 @@ def _tensor_info(value: Any) -> TensorInfo:
 
     tensor = value.type.tensor_type
     shape = tuple(axis.dim_value if axis.HasField("dim_value") else -1 for axis in tensor.shape.dim)
-    return TensorInfo(value.name, shape, TensorProto.DataType.Name(tensor.elem_type).lower())
+    types = {number: name.lower() for name, number in TensorProto.DataType.items()}
+    return TensorInfo(value.name, shape, types.get(tensor.elem_type, f"type {tensor.elem_type}"))
 
 
 def _tensor_rows(inputs: Iterable[TensorInfo], outputs: Iterable[TensorInfo]) -> Rows:
