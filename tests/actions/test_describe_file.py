@@ -187,6 +187,12 @@ def test_an_onnx_file_of_another_program(tmp_path: Path) -> None:
     assert "classes" not in found
 
 
+def test_an_onnx_file_with_damaged_text(tmp_path: Path) -> None:
+    content = graph().SerializeToString().replace(b"pytorch", b"pyt\xffrch")
+    (tmp_path / "model.onnx").write_bytes(content)
+    assert described(tmp_path / "model.onnx")["kind"] == "ONNX file of pyt\ufffdrch 2.9, without OpenMAE's metadata"
+
+
 @pytest.fixture
 def engine(tmp_path: Path) -> Path:
     path = tmp_path / "model.engine"

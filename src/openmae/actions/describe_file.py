@@ -197,10 +197,10 @@ def _onnx_rows(path: Path, key: Key | None) -> Rows:
 
     proto = read_onnx(path, key, weights=False)
     card = read_card(proto)
-    program = " ".join(filter(None, (proto.producer_name, proto.producer_version))) or "another program"
+    program = " ".join(filter(None, map(_text, (proto.producer_name, proto.producer_version)))) or "another program"
     yield "kind", "ONNX file of OpenMAE" if card else f"ONNX file of {program}, without OpenMAE's metadata"
     yield "precision", card.precision if card else precision_of(proto)
-    yield "operator set", ", ".join(f"{entry.domain} {entry.version}".strip() for entry in proto.opset_import)
+    yield "operator set", ", ".join(f"{_text(entry.domain)} {entry.version}".strip() for entry in proto.opset_import)
     weights = {tensor.name for tensor in proto.graph.initializer}  # old exporters list them among the inputs
     inputs = [value for value in proto.graph.input if value.name not in weights]
     yield from _tensor_rows(map(_tensor_info, inputs), map(_tensor_info, proto.graph.output))
@@ -222,6 +222,11 @@ def _engine_rows(path: Path, key: Key | None, *, readable: bool) -> Rows:
         yield from _card_rows(card)
 
 
+def _text(value: str | bytes) -> str:
+    """Return a text of a protobuf message, which is bytes if it is not valid UTF-8."""
+    return value if isinstance(value, str) else value.decode(errors="replace")
+
+
 def _tensor_info(value: Any) -> TensorInfo:
     """Return the name, shape and type of an input or output of an ONNX graph."""
     from openmae.engines.packages import TensorProto
@@ -229,7 +234,7 @@ def _tensor_info(value: Any) -> TensorInfo:
     tensor = value.type.tensor_type
     shape = tuple(axis.dim_value if axis.HasField("dim_value") else -1 for axis in tensor.shape.dim)
     types = {number: name.lower() for name, number in TensorProto.DataType.items()}
-    return TensorInfo(value.name, shape, types.get(tensor.elem_type, f"type {tensor.elem_type}"))
+    return TensorInfo(_text(value.name), shape, types.get(tensor.elem_type, f"type {tensor.elem_type}"))
 
 
 def _tensor_rows(inputs: Iterable[TensorInfo], outputs: Iterable[TensorInfo]) -> Rows:
