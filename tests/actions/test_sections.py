@@ -70,7 +70,7 @@ def test_the_report_of_training_names_the_best_epoch_the_weights_and_the_duratio
     pretrained = trained("vit", "pretrain").folder / "backbone.safetensors"
     overrides = [*train_arguments(photos, "vit", "finetune"), f"results_dir={tmp_path}", "train.num_epochs=3"]
     assert main(["train", *overrides, f"train.pretrained_model_path={pretrained}"]) == 0
-    rows = [row for row in read_metrics(tmp_path / "train" / "metrics.csv") if "ACC_all" in row]
+    rows = [row for row in read_metrics(tmp_path / "train" / "metrics.csv") if "ACC_all" in row and row["step"]]
     best = max(rows, key=lambda row: row["ACC_all"])
     text = f"Best ACC_all: {100 * best['ACC_all']:.1f} %, epoch {best['epoch']} (model_best.pth)"
     shown = " ".join(capsys.readouterr().err.split())
