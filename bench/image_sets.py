@@ -130,8 +130,10 @@ def _glyphs(size: int) -> Iterator[Picture]:
             image = Image.new("RGB", (size, size), paper)
             place = tuple(size / 2 + rng.uniform(-0.08, 0.08, 2) * size)
             ImageDraw.Draw(image).text(place, letter, font=font, fill=ink, anchor="mm")
-            yield letter, image.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, fillcolor=paper), (
-                _family(file) in tested
+            yield (
+                letter,
+                image.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, fillcolor=paper),
+                (_family(file) in tested),
             )
 
 
