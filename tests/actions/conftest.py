@@ -25,6 +25,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "hiera": ("model.arch=hiera_tiny_224", "dataset.augmentation.input_size=64"),
 }
 SMALL = (
+    "train.recipe=tao",
     "train.num_epochs=1",
     "dataset.batch_size=4",
     "dataset.num_workers_per_gpu=0",

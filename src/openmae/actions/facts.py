@@ -58,10 +58,11 @@ def decide(spec: ExperimentSpec, train: ImageIndex, val: ImageIndex | None, key:
     """
     facts = find_facts(spec, train, val, key)
     chosen = choose(spec, facts)
-    if {"dataset.batch_size", "train.num_epochs"} & chosen.chosen.keys():
-        facts = _measure(chosen, facts, train)
-    chosen = choose(spec, facts)
     check(chosen)
+    if {"dataset.batch_size", "train.num_epochs"} & chosen.chosen.keys():
+        facts = measure_step(chosen, facts, train)
+        chosen = choose(spec, facts)
+        check(chosen)
     for notice in find_data_notices(chosen, facts):
         log.warning(notice)
     return chosen
@@ -147,7 +148,7 @@ def _free_memory(on_gpu: bool, processes: int) -> int:
     return max(free, 0) // processes
 
 
-def _measure(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts:
+def measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts:
     """Return the facts with the memory and the duration of a training step, measured on some of the images.
 
     On several GPUs, only the memory is measured, on the CPU: a process must not use a GPU before it starts others.
