@@ -91,7 +91,7 @@ def test_the_report_and_the_terminal_end_with_the_verdict(photos, tmp_path, caps
     verdict, results = capsys.readouterr().err.splitlines()[-2:]
     assert verdict.startswith(start)
     assert results.startswith("Results are in ")
-    page = (tmp_path / "train" / "report.html").read_text()
+    page = (tmp_path / "train" / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
     assert verdict in page
     assert page.index(verdict) < page.index("<h2>Final metrics")
     assert "Dashed: the accuracy of always guessing the most frequent class" in page

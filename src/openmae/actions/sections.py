@@ -100,7 +100,7 @@ def train_report(
     """Write the report of a training run: verdict, metrics, curves, figures, profile, recipe, unread files and spec."""
     rows = [informative(row, info.model.num_classes) for row in evidence.rows]
     last = {name: row[name] for row in rows for name in _SHOWN if name in row}
-    sections: list[Section] = [Text("", give_verdict(evidence))]
+    sections: list[Section] = [Text("", give_verdict(evidence).replace(" %", "\N{NO-BREAK SPACE}%"))]
     sections += [_numbers("Final metrics", last)] if last else []
     sections += [Text("", best)] if best else []
     if rows:
