@@ -52,26 +52,26 @@ def write_set(name: str, folder: Path, most: int = 2000) -> ImageSet:
     Raises:
         FileNotFoundError: a package that the set is made from is not installed.
     """
-    size, pictures = SETS[name]
+    size, images = SETS[name]
     done = folder / "complete.txt"
     if not done.is_file():
-        _write(list(_first(pictures(size), most)), folder)
+        _write(list(_first(images(size), most)), folder)
         done.write_text(name, encoding="utf-8")
     classes = [path for path in (folder / "held_out").iterdir() if path.is_dir()]
     return ImageSet(name, size, len(classes), folder)
 
 
-def _first(pictures: Iterator[Picture], most: int) -> list[Picture]:
-    """Return ``most`` of the pictures, chosen at random."""
-    found = list(pictures)
+def _first(images: Iterator[Picture], most: int) -> list[Picture]:
+    """Return ``most`` of the images, chosen at random."""
+    found = list(images)
     return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:most]]
 
 
-def _write(pictures: list[Picture], folder: Path) -> None:
-    """Write shuffled pictures; those that are not for the test are unlabelled, and the first of each class labelled."""
+def _write(images: list[Picture], folder: Path) -> None:
+    """Write shuffled images; those that are not for the test are unlabelled, and the first of each class labelled."""
     counts: dict[str, int] = {}
     tested = 0
-    for number, (label, image, for_test) in enumerate(pictures):
+    for number, (label, image, for_test) in enumerate(images):
         name = f"{number:05d}.png"
         if for_test:
             if tested < _HELD_OUT:
@@ -142,9 +142,9 @@ def _family(file: Path) -> str:
 
 
 def _photos(size: int) -> Iterator[Picture]:
-    """Yield crops of photographs; the class is the photograph, and the right part of each is for the test."""
+    """Yield crops of photos; the class is the photo, and the right part of each is for the test."""
     rng = np.random.default_rng(5)
-    for label, photo in _photographs():
+    for label, photo in _photos():
         for _ in range(130):
             side = int(rng.uniform(0.16, 0.28) * min(photo.size))
             test = bool(rng.random() < 0.3)
@@ -155,7 +155,7 @@ def _photos(size: int) -> Iterator[Picture]:
             yield label, crop.resize((size, size), Image.Resampling.BICUBIC), test
 
 
-def _photographs() -> Iterator[tuple[str, Image.Image]]:
+def _photos() -> Iterator[tuple[str, Image.Image]]:
     import skimage
     from sklearn.datasets import load_sample_image
 
@@ -242,7 +242,7 @@ _TEXTURES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "bricks": _bricks, "cells": _cells, "checks": _checks, "clouds": _clouds, "dots": _dots, "noise": _noise,
     "rings": _rings, "stripes": _stripes, "waves": _waves, "weave": _weave,
 }  # fmt: skip
-#: Side in pixels, and the function that yields the pictures.
+#: Side in pixels, and the function that yields the images.
 SETS: dict[str, tuple[int, Callable[[int], Iterator[Picture]]]] = {
     "digits": (32, _digits),
     "glyphs": (32, _glyphs),

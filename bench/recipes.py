@@ -1,9 +1,9 @@
-"""What the recipes are worth: accuracies on small image sets, with equal time for every recipe.
+"""Accuracies of models trained with each recipe on small image sets, with equal time for every recipe.
 
 A model is pretrained on the unlabelled images of a set with a recipe, and fine-tuned on a few labelled ones with the
 same recipe; the same model is also trained from scratch. ``auto`` is also run without one of its rules at a time.
 Architecture, image size and patch size are the same for all. Every training gets the same seconds, by the epochs that a
-measured step allows. Finished trainings are kept, so an interrupted benchmark goes on where it was.
+measured step allows. Finished trainings are kept, so an interrupted benchmark continues where it was.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ STAGES = ("pretrain", "finetune")
 def _spec(*overrides: str, stage: str = "pretrain", epochs: int = 30, **automl: Any) -> ExperimentSpec:
     tree = {
         "dataset": {"train_data_sources": "images", "batch_size": 8},
-        "train": {"stage": stage, "num_epochs": epochs},
+        "train": {"recipe": "tao", "stage": stage, "num_epochs": epochs},
         "automl": automl,
     }
     return load_spec(tree, overrides, action="automl")
@@ -412,7 +412,7 @@ def _drawn(stage: str, epochs: int, seed: int, parameters: list[str]) -> Experim
     overrides = [f"{key}={value}" for key, value in params.items()]
     return load_spec(
         {"dataset": {"train_data_sources": "images", "batch_size": 8}, "model": {"arch": "vit_tiny_patch16"},
-         "train": {"stage": stage, "num_epochs": epochs}}, overrides, action="train",
+         "train": {"recipe": "tao", "stage": stage, "num_epochs": epochs}}, overrides, action="train",
     )  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def make_spec(folder: Path, **automl: Any) -> ExperimentSpec:
         "results_dir": str(folder),
         "model": {"arch": "vit_tiny_patch16", **sections.get("model", {})},
         "dataset": {"train_data_sources": "images", "batch_size": 4, **sections.get("dataset", {})},
-        "train": {"num_epochs": 9, **sections.get("train", {})},
+        "train": {"recipe": "tao", "num_epochs": 9, **sections.get("train", {})},
         "automl": {"parameters": ["train.optim.lr", "train.optim.momentum"], "max_recommendations": 6, **automl},
     }
     return load_spec(tree, action="automl")

@@ -174,7 +174,7 @@ def measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts
                 torch.cuda.empty_cache()
     if facts.on_gpu:
         workers = max(spec.dataset.num_workers_per_gpu, 1)
-        seconds = max(seconds, loading / workers)  # images are loaded beside the training
+        seconds = max(seconds, loading / workers)  # images are loaded during the training
     else:
         seconds += loading / usable_cores()
     return replace(facts, bytes_per_image=used, seconds_per_image=seconds if alone or not facts.on_gpu else None)

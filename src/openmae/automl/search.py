@@ -120,7 +120,15 @@ def _settled(spec: ExperimentSpec, folder: Path) -> ExperimentSpec:
         train, val = open_training_data(spec)
         facts = find_facts(spec, train, val, resolve_key(spec.encryption_key))
         spec = choose(spec, replace(facts, searching=True))
-    return spec.with_set_keys(spec.set_keys | {key for key, _, _ in choices_of(spec)})
+    settled = {key for key, _, _ in choices_of(spec)}
+    if "model.arch" in spec.automl.parameters:  # each architecture gets its own
+        settled -= {
+            "model.patch_size",
+            "model.decoder_depth",
+            "model.decoder_embed_dim",
+            "dataset.augmentation.input_size",
+        }
+    return spec.with_set_keys(spec.set_keys | settled)
 
 
 def _check(spec: ExperimentSpec) -> None:

@@ -273,7 +273,8 @@ def _fewest_units(spec: ExperimentSpec, wanted: list[str]) -> int:
     height, width = spec.dataset.augmentation.size
     given = spec.automl.ranges.get("model.arch", ()) if "model.arch" in wanted else ()
     names = [name for name in given if name in ARCHITECTURES] or [spec.model.arch]
-    sides = [spec.model.patch_size or ARCHITECTURES[name].mask_unit for name in names]
+    patch = spec.model.patch_size if spec.is_set("model.patch_size") else None
+    sides = [patch or ARCHITECTURES[name].mask_unit for name in names]
     return min(max(1, (height // side) * (width // side)) for side in sides)
 
 

@@ -50,15 +50,16 @@ def _check(args: argparse.Namespace) -> None:
 
 def _decided(spec: ExperimentSpec, missing: Mapping[str, str]) -> ExperimentSpec:
     """Return the spec with the choices of its recipe, as far as the data can be read here."""
-    from openmae.actions.facts import decide
-    from openmae.actions.sources import open_training_data
-    from openmae.storage.encryption import resolve_key
     from openmae.storage.urls import is_remote
 
     sources = (spec.dataset.train_data_sources, spec.dataset.val_data_sources)
     if missing or not sources[0] or any(map(is_remote, sources)):
         log.warning("train.recipe=%s chooses the options that are not set when it has the data.", spec.train.recipe)
         return spec
+    from openmae.actions.facts import decide  # these import torch
+    from openmae.actions.sources import open_training_data
+    from openmae.storage.encryption import resolve_key
+
     return decide(spec, *open_training_data(spec), resolve_key(spec.encryption_key))
 
 

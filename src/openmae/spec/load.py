@@ -18,7 +18,7 @@ from openmae.spec.describe import bounds_words, choices, fields, sections, simil
 from openmae.spec.notices import find_notices, ignored_by_tao, inert_keys, why_unused
 from openmae.spec.option import SECRET_MARK, is_secret
 from openmae.spec.recipe import Facts, choose, choose_batch
-from openmae.spec.resolved import dependent_defaults, device_numbers, fill_unset, resolve
+from openmae.spec.resolved import dependent_defaults, device_numbers, resolve
 from openmae.spec.rules import find_problems
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import Tree, value_of
@@ -95,7 +95,7 @@ def check(spec: ExperimentSpec) -> None:
 def find_refusals(spec: ExperimentSpec, values: Mapping[str, Any]) -> list[str]:
     """Return the rules that a training run would break only if these values, by key, replaced those of the spec."""
     own = list(find_problems(spec, "train"))
-    changed = fill_unset(spec.replaced(values).with_set_keys(spec.set_keys | values.keys()))
+    changed = choose(spec.replaced(values).with_set_keys(spec.set_keys | values.keys()), Facts())
     return [f"{problem.key}: {problem.text}" for problem in find_problems(changed, "train") if problem not in own]
 
 
@@ -156,7 +156,7 @@ def _read_spec(source: ExperimentSpec) -> Reading:
     derived = fields().keys() - {ALIASES.get(key, key) for key in source.set_keys}
     dependent = {**dependent_defaults(source), **device_numbers(source)}
     for key in derived:
-        if value_of(source, key) in (fields()[key].default, dependent.get(key)):
+        if key in source.chosen or value_of(source, key) in (fields()[key].default, dependent.get(key)):
             tree.remove(values, key)
     return Reading(tree=values, shown=dict(source.shown), derived=frozenset(derived))
 

@@ -247,7 +247,8 @@ def _learning_rate(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
         yield Choice("train.optim.lr", rate, f"{at_64:g} x sqrt({batch} / 64), for {batch} images per step")
     if spec.train.stage == "finetune" and not spec.train.pretrained_model_path:
         yield Choice("train.optim.layer_decay", 1.0, "no pretrained layers to protect")
-    if not (spec.is_set("train.optim.milestones") or spec.is_set("train.optim.gamma")):
+    multistep = ("train.optim.milestones", "train.optim.gamma")  # options of the other schedule
+    if not any(spec.is_set(key) or key in spec.automl.parameters for key in multistep):
         yield Choice("train.optim.lr_scheduler", "cosine", "the learning rate falls to 0 at the end")
 
 
@@ -306,7 +307,7 @@ def _rounded(number: float) -> int:
 
 def _warmup(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     epochs, share = spec.train.num_epochs, 0.05 if spec.train.stage == "pretrain" else 0.1
-    if facts.images is None or spec.is_set("train.optim.warmup_epochs"):
+    if facts.images is None or any(map(spec.is_set, ("train.optim.warmup_epochs", "train.optim.warmup_steps"))):
         return
     reason = f"{share:.0%} of the run"
     if facts.searching:  # a search varies the epochs of warmup
