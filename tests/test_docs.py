@@ -238,7 +238,11 @@ def test_the_keys_and_defaults_of_the_migration_page_exist():
     assert len(named) > 30
     assert not named - fields().keys() - sections() - {"dataset.segment"}
     spec = load_spec(
-        {"model": {"arch": "vit_base_patch16"}, "train": {"stage": "finetune"}, "dataset": {"batch_size": 2}}
+        {
+            "model": {"arch": "vit_base_patch16"},
+            "train": {"stage": "finetune", "pretrained_model_path": "x"},
+            "dataset": {"batch_size": 2},
+        }
     )
     optim = spec.train.optim
     assert (optim.backbone_multiplier, optim.layer_decay, optim.momentum, optim.beta2) == (1.0, 0.75, 0.9, 0.999)

@@ -75,7 +75,7 @@ def test_training_needs_only_images(labelled, tmp_path, monkeypatch, capsys):
     shown = " ".join(capsys.readouterr().err.split())
     assert "chosen by train.recipe=auto model.arch=vit_tiny_patch16 the fastest to pretrain without a GPU" in shown
     assert "dataset.batch_size=8 training images: 24" in shown
-    assert "The run makes only 6 optimizer steps (2 epochs of 24 images), too few to learn much." in shown
+    assert "The run makes only 6 optimizer steps (training images: 24, train.num_epochs: 2), too few" in shown
     text = (tmp_path / "run/train/experiment.yaml").read_text()
     assert "#   dataset.augmentation.input_size=32: half of the images have a side of 32 px or less\n" in text
     first = yaml.safe_load(text)

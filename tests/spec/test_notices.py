@@ -17,8 +17,8 @@ ENOUGH = Facts(images=1300, val_images=500, side=32, on_gpu=False)
         (
             Facts(images=100),
             ["dataset.batch_size=10", "train.num_epochs=4"],
-            "The run makes only 40 optimizer steps (4 epochs of 100 images), too few to learn much. Set "
-            "train.num_epochs to 30 or more, or use a smaller dataset.batch_size.",
+            "The run makes only 40 optimizer steps (training images: 100, train.num_epochs: 4), too few to learn much. "
+            "Set train.num_epochs to 30 or more, or use a smaller dataset.batch_size.",
         ),
         (
             Facts(),

@@ -76,8 +76,9 @@ def find_data_notices(spec: ExperimentSpec, facts: Facts) -> Iterator[str]:
     if steps < FEWEST_UPDATES:
         more = math.ceil(train.num_epochs * FEWEST_UPDATES / steps)
         yield (
-            f"The run makes only {steps} optimizer steps ({train.num_epochs} epochs of {facts.images:,} images), too "
-            f"few to learn much. Set train.num_epochs to {more} or more, or use a smaller dataset.batch_size."
+            f"The run makes only {steps} optimizer steps (training images: {facts.images:,}, train.num_epochs: "
+            f"{train.num_epochs}), too few to learn much. Set train.num_epochs to {more} or more, or use a smaller "
+            "dataset.batch_size."
         )
     if facts.classes and 0 < facts.val_images < facts.classes:
         yield (

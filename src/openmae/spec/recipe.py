@@ -175,7 +175,7 @@ def _image_size(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
 def _patch_size(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     """Cut small images into smaller patches, so that there are enough of them to mask."""
     row, (height, width) = spec.model.architecture, spec.dataset.augmentation.size
-    if row.family != "vit" or _PATCH in facts.weights:
+    if row.family != "vit" or facts.weights:
         return
     units = (height // row.mask_unit) * (width // row.mask_unit)
     if units >= FEWEST_UNITS["vit"] and height % row.mask_unit == width % row.mask_unit == 0:
