@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
 from openmae.distributed.topology import World, find_world, gpus_per_node
 from openmae.errors import DataError, OpenMAEError, Preempted, RunError
-from openmae.results.status import StatusLog, Verbosity
+from openmae.results.status import Status, StatusLog, Verbosity
 from openmae.spec.actions import DEVICES
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import ExperimentSpec
@@ -49,12 +49,14 @@ class Run:
         folder: the local folder for results.
         leads: whether this process writes the results and the log; False if another process of the run does.
         skipped: why there was nothing to do; empty if the action did its work.
+        facts: further fields of the last line of ``status.json`` if the action succeeds.
     """
 
     spec: ExperimentSpec
     folder: Path
     leads: bool
     skipped: str = ""
+    facts: Mapping[str, int | str] = field(default_factory=dict)
 
     @cached_property
     def status(self) -> StatusLog:
@@ -97,7 +99,8 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         except BaseException as error:
             _write_failure(run.status, f"{type(error).__name__}: {error}", "ERROR")
             raise
-        run.status.write("SKIPPED" if run.skipped else "SUCCESS", run.skipped or f"{action} finished")
+        status: Status = "SKIPPED" if run.skipped else "SUCCESS"
+        run.status.write(status, run.skipped or f"{action} finished", progress=run.facts)
     for url in place.uploaded:
         log.info("Uploaded to %s.", url)
     log.info("Results are in %s; open report.html there.", place.shown)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import time
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -18,8 +17,9 @@ from torch import nn
 
 from openmae.actions.plan import Plan, make_plan
 from openmae.actions.profiling import leave_profile
-from openmae.actions.run import Rows, begin_results, running, show_table
-from openmae.actions.sections import best_epoch, reconstructions, train_report
+from openmae.actions.run import begin_results, running, show_table
+from openmae.actions.run_report import RunReport
+from openmae.actions.sections import best_epoch
 from openmae.actions.sources import loader_settings
 from openmae.checkpoints.folder import CheckpointFolder
 from openmae.checkpoints.format import Checkpoint, read_checkpoint, read_training_state, save_backbone
@@ -27,7 +27,7 @@ from openmae.checkpoints.matching import LoadReport
 from openmae.checkpoints.resume import best_was_set_aside
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.checkpoints.weights import load_into
-from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
+from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform, Transform
 from openmae.distributed.fsdp import shard
 from openmae.distributed.launch import build_fabric, check_agreement, launch
@@ -38,6 +38,7 @@ from openmae.models.mae import MaskedAutoencoder
 from openmae.models.normalise import Normaliser
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
+from openmae.results.report import is_final
 from openmae.results.status import StatusLog
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS
 from openmae.spec.schema import ExperimentSpec
@@ -78,7 +79,16 @@ def run(spec: ExperimentSpec) -> dict[str, float]:
         fabric = build_fabric(
             "train", train.num_gpus, train.gpu_ids, train.num_nodes, train.precision, train.distributed_strategy
         )
-        return launch(fabric, _work, plan)
+        outcome = launch(fabric, _work, plan)
+        this_run.facts = outcome.facts
+        return outcome.metrics
+
+
+class TrainingEnd(NamedTuple):
+    """Metrics of the last epoch, and duration, peak memory and versions."""
+
+    metrics: dict[str, float]
+    facts: Mapping[str, int | str]
 
 
 def _nothing_left(plan: Plan) -> bool:
@@ -86,7 +96,7 @@ def _nothing_left(plan: Plan) -> bool:
     train = plan.spec.train
     if train.last_epoch < train.num_epochs:
         return plan.epochs_done >= train.last_epoch
-    complete = all((plan.folder / name).is_file() for name in (layout.BACKBONE, layout.REPORT))
+    complete = (plan.folder / layout.BACKBONE).is_file() and is_final(plan.folder / layout.REPORT)
     return complete and plan.epochs_done >= train.num_epochs
 
 
@@ -97,7 +107,7 @@ def _last_metrics(folder: Path) -> dict[str, float]:
     return {names.get(name, name): value for name, value in last.items() if name not in ("step", "epoch")}
 
 
-def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
+def _work(fabric: Fabric, plan: Plan) -> TrainingEnd:
     """Train in one process."""
     plan = _agreed(fabric, plan)
     spec, config = plan.spec, plan.config
@@ -124,9 +134,9 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if state is not None:
         _resume(trainer, plan, state, len(train_loader))
         state = None  # free the memory: weights, moments and averaged weights
-    breakdown, start = None, time.monotonic()
+    breakdown, report = None, RunReport(fabric, plan, trainer, rows)
     try:
-        metrics = trainer.fit() or _last_metrics(plan.folder)
+        metrics = trainer.fit(report) or _last_metrics(plan.folder)
     finally:
         for loader in filter(None, (train_loader, val_loader)):
             loader.close()
@@ -138,12 +148,10 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if trainer.progress.epoch < spec.train.num_epochs:
         log.info("Paused after epoch %d of %d (train.stop_after_epoch).", trainer.progress.epoch, spec.train.num_epochs)
     else:
-        took = timedelta(seconds=round(time.monotonic() - start))
-        rows.append(("duration", f"{took}{', since the run was resumed' if plan.resume else ''}"))
-        _finish(fabric, plan, trainer, best, rows, breakdown)
+        _finish(fabric, plan, trainer, report, breakdown)
     if best:
         log.info("%s", best)
-    return metrics
+    return TrainingEnd(metrics, report.facts)
 
 
 def _resume(trainer: Trainer, plan: Plan, state: dict[str, Any], batches_per_epoch: int) -> None:
@@ -308,22 +316,11 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
     return Outputs(checkpoints, plan.facts, loggers, StatusLog(plan.folder, append=True), clock)
 
 
-def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, best: str, rows: Rows, breakdown: Breakdown | None) -> None:
-    """Write the backbone with timm's parameter names, the reconstructions and the report, on rank 0."""
+def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, report: RunReport, breakdown: Breakdown | None) -> None:
+    """Write the backbone with timm's parameter names and the report, on rank 0."""
     model = trainer.evaluated_model()
     if not fabric.is_global_zero:
         return
     backbone = model.encoder.backbone if isinstance(model, MaskedAutoencoder) else model
     save_backbone(plan.folder / layout.BACKBONE, backbone.state_dict(), plan.info, plan.key)
-    figures = []
-    if isinstance(trainer.task, PretrainTask):
-        assert isinstance(model, MaskedAutoencoder)
-        loader = trainer.val_loader or EvaluationLoader(
-            plan.train,
-            EvalTransform(plan.config.input_size, plan.config.in_chans),
-            LoaderSettings(batch_size=1, results=plan.folder, max_corrupt_fraction=1.0),
-        )
-        path = plan.folder / layout.RECONSTRUCTIONS / "last.png"
-        figures.append(reconstructions(fabric, trainer.task, model, loader, path))
-    indexes = [plan.train, plan.val] if plan.val else [plan.train]
-    train_report(plan.folder, plan.info, best, rows, figures, breakdown, *indexes)
+    report.finish(model, breakdown)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from torch import Tensor
@@ -17,6 +19,8 @@ from openmae.training.finetune import FinetuneTask
 from openmae.training.loggers import Loggers
 from openmae.training.pretrain import PretrainTask
 from openmae.training.profiler import StepClock
+
+EPOCH_LINE_SECONDS = 3.0  # between the lines of two epochs on the terminal
 
 log = logging.getLogger("openmae")
 
@@ -59,6 +63,7 @@ class Progress:
         loss_sum, loss_count: sum and number of the finite losses in the current epoch.
         bad_steps: skipped updates in a row.
         best: best value of the monitored metric, or None.
+        seconds: duration of the run; 0 in checkpoints of older versions.
     """
 
     epoch: int = 0
@@ -69,6 +74,17 @@ class Progress:
     loss_count: int = 0
     bad_steps: int = 0
     best: float | None = None
+    seconds: float = 0.0
+
+
+class RunReporter(Protocol):
+    """Keeps the report of a run up to date."""
+
+    def after_epoch(self) -> None:
+        """Report a finished epoch. Called in every process."""
+
+    def after_stop(self) -> None:
+        """Report an interrupted run, whose checkpoint has been written. Called on rank 0."""
 
 
 @dataclass
@@ -81,6 +97,7 @@ class Outputs:
     status: StatusLog | None = None
     clock: StepClock | None = None
     console: Console = field(default_factory=lambda: Console(stderr=True))
+    logged_at: float = -math.inf  # when the last epoch was logged
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Write metrics to the loggers, if there are any."""
@@ -88,12 +105,26 @@ class Outputs:
             self.loggers.write(step, epoch, values)
 
     def report(
-        self, epoch: int, epochs: int, step: int, metrics: Mapping[str, float], timing: Mapping[str, int | str]
+        self,
+        epoch: int,
+        epochs: int,
+        step: int,
+        metrics: Mapping[str, float],
+        timing: Mapping[str, int | str],
+        *,
+        last: bool = False,
     ) -> None:
-        """Report the end of an epoch in the status log and on the terminal; ``epoch`` is counted from 0."""
+        """Report the end of an epoch in the status log and on the terminal; ``epoch`` is counted from 0.
+
+        Of epochs shorter than ``EPOCH_LINE_SECONDS``, the terminal shows only some, the first and the ``last``.
+        """
         if self.status is None:
             return
         message = f"Epoch {epoch + 1} of {epochs}, step {step}"
         self.status.write("RUNNING", message, kpi=metrics, progress=timing)
+        now = time.monotonic()
+        if now - self.logged_at < EPOCH_LINE_SECONDS and not last:
+            return
+        self.logged_at = now
         shown = {k: f"{v:.0f}" if k == "images_per_s" else f"{v:.4f}" for k, v in metrics.items()}
         log.info("%s: %s", message, "  ".join(f"{k} {v}" for k, v in shown.items()))
