@@ -65,7 +65,7 @@ def test_a_wrong_spec_is_a_value_error() -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[openmae.ExperimentSpec]:
     """Replace training; returns the specs that it receives."""
     received: list[openmae.ExperimentSpec] = []
-    monkeypatch.setattr("openmae.actions.train.run", lambda spec: received.append(spec) or {"train_loss": 0.5})
+    monkeypatch.setattr("openmae.actions.train.run", lambda spec, restart: received.append(spec) or {"train_loss": 0.5})
     return received
 
 

@@ -18,16 +18,16 @@ import pytest
 from openmae.errors import RunError, UserError
 from openmae.storage import layout, lock
 from openmae.storage.filesystem import ask
-from openmae.storage.lock import StoreLock, locked_folder
+from openmae.storage.lock import FolderLock, StoreLock
 
 pytestmark = pytest.mark.integration
 
 HOLD = """
 import sys
 from pathlib import Path
-from openmae.storage.lock import locked_folder
+from openmae.storage.lock import FolderLock
 
-with locked_folder(Path(sys.argv[1]), "results_dir"):
+with FolderLock(Path(sys.argv[1]), "results_dir"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -45,7 +45,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 def test_the_second_run_is_told_which_process_holds_the_folder_until_that_is_killed(tmp_path):
     process = hold(tmp_path)
     try:
-        with pytest.raises(UserError) as caught, locked_folder(tmp_path, "train.results_dir"):
+        with pytest.raises(UserError) as caught, FolderLock(tmp_path, "train.results_dir"):
             pass
     finally:
         process.kill()
@@ -57,7 +57,7 @@ def test_the_second_run_is_told_which_process_holds_the_folder_until_that_is_kil
         f"at {holder['since']}."
     )
     assert caught.value.fix.startswith("Wait until it ends, or set another train.results_dir.")
-    with locked_folder(tmp_path, "results_dir"):
+    with FolderLock(tmp_path, "results_dir"):
         assert json.loads((tmp_path / layout.LOCK_HOLDER).read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir()), "a file of the lock is left"
 
@@ -73,7 +73,7 @@ def test_a_file_that_its_holder_has_deleted_is_no_lock(tmp_path, monkeypatch):
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock_after_deletion)
-    with locked_folder(tmp_path, "results_dir"):
+    with FolderLock(tmp_path, "results_dir"):
         assert len(calls) == 2, "locked, found to be deleted, locked again"
         assert (tmp_path / layout.LOCK).exists()
 
@@ -90,14 +90,14 @@ def test_children_of_a_killed_process_are_waited_for(tmp_path, monkeypatch):
         child.close()
 
     monkeypatch.setattr(lock.time, "sleep", look)
-    with locked_folder(tmp_path, "results_dir"):
+    with FolderLock(tmp_path, "results_dir"):
         assert looks
 
 
 def test_the_same_process_does_not_hold_a_folder_twice(tmp_path):
-    with locked_folder(tmp_path, "results_dir"), pytest.raises(UserError, match=f"process {os.getpid()} on "):
-        locked_folder(tmp_path, "results_dir").__enter__()
-    with locked_folder(tmp_path, "results_dir"):
+    with FolderLock(tmp_path, "results_dir"), pytest.raises(UserError, match=f"process {os.getpid()} on "):
+        FolderLock(tmp_path, "results_dir").__enter__()
+    with FolderLock(tmp_path, "results_dir"):
         pass
 
 
@@ -108,7 +108,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(number, tmp_path, mo
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / layout.LOCK).write_text("1\nanother-host\n")  # left by a killed run
-    with caplog.at_level(logging.WARNING, "openmae"), locked_folder(tmp_path, "results_dir"):
+    with caplog.at_level(logging.WARNING, "openmae"), FolderLock(tmp_path, "results_dir"):
         pass
     assert f"{tmp_path} is on a file system without locks: do not start two runs in it." in caplog.messages
 
@@ -119,12 +119,12 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", full)
     with pytest.raises(RunError, match=r"could not be written \(No space left on device\): .*\.openmae\.lock"):
-        locked_folder(tmp_path, "results_dir").__enter__()
+        FolderLock(tmp_path, "results_dir").__enter__()
 
 
 def holder_here() -> dict[str, object]:
     """Return what a lock of this process says about it."""
-    with TemporaryDirectory() as folder, locked_folder(Path(folder), "results_dir"):
+    with TemporaryDirectory() as folder, FolderLock(Path(folder), "results_dir"):
         return json.loads(Path(folder, layout.LOCK_HOLDER).read_text())
 
 

@@ -30,6 +30,7 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.storage import layout
 from openmae.storage.atomic import FULL, disk_error, fault_of_disk, write_atomically
+from openmae.storage.lock import FolderLock
 from openmae.storage.memory_folder import remove_abandoned
 from openmae.storage.printable import counted
 
@@ -48,6 +49,7 @@ class Run:
         spec: the spec with local paths instead of URLs, and the actual numbers of processes and nodes.
         folder: the local folder for results.
         leads: whether this process writes the results and the log; False if another process of the run does.
+        lock: the lock on the folder, if it is local and this process leads.
         skipped: why there was nothing to do; empty if the action did its work.
         facts: further fields of the last line of ``status.json`` if the action succeeds.
     """
@@ -55,6 +57,7 @@ class Run:
     spec: ExperimentSpec
     folder: Path
     leads: bool
+    lock: FolderLock | None = None
     skipped: str = ""
     facts: Mapping[str, int | str] = field(default_factory=dict)
 
@@ -80,7 +83,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
     _refuse_missing(spec, action)
     spec, world = _apply_topology(spec, action)
     with local_place(spec, action, leads=world.leads) as place, _machine_faults(place.folder):
-        run = Run(place.spec, place.folder, world.leads)
+        run = Run(place.spec, place.folder, world.leads, place.lock)
         if not run.leads:
             yield run
             return

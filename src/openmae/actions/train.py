@@ -15,8 +15,9 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from torch import nn
 
-from openmae.actions.plan import Plan, make_plan
+from openmae.actions.plan import Plan, make_plan, new_run
 from openmae.actions.profiling import leave_profile
+from openmae.actions.restart import check_restart, set_aside
 from openmae.actions.run import begin_results, running, show_table
 from openmae.actions.run_report import RunReport
 from openmae.actions.sections import best_epoch
@@ -56,24 +57,29 @@ from openmae.training.trainer import Trainer
 log = logging.getLogger("openmae")
 
 
-def run(spec: ExperimentSpec) -> dict[str, float]:
+def run(spec: ExperimentSpec, *, restart: bool = False) -> dict[str, float]:
     """Train or resume in the results folder, up to the last epoch; return the metrics of the last epoch.
 
-    A finished run is not changed. With ``train.stop_after_epoch``, the run pauses after that epoch; the backbone and
-    the report are written after the last epoch.
+    A finished run is not changed. With ``restart``, a new run begins, and the earlier one gets a dated name. With
+    ``train.stop_after_epoch``, the run pauses after that epoch; the backbone and the final report are written after the
+    last epoch.
 
     Raises:
         UserError: the spec or the data are invalid; nothing was trained.
         RunError: training failed; the checkpoints written so far are valid.
         KeyboardInterrupt: Ctrl-C, or (as ``Preempted``) SIGTERM or SIGUSR1; a checkpoint was written.
     """
+    if restart:
+        check_restart(spec)
     with PreemptionWatch(), running(spec, "train") as this_run:
         spec = this_run.spec
-        plan = make_plan(spec, this_run.folder)
+        plan = make_plan(spec, this_run.folder, restart=restart)
+        if restart and this_run.leads:
+            set_aside(this_run)
         if _nothing_left(plan):
             this_run.skipped = f"All {plan.epochs_done} epochs are trained already; nothing was changed."
             more = "train.num_epochs" if spec.train.stop_after_epoch is None else "train.stop_after_epoch"
-            log.warning("%s Raise %s to train longer, or set another results_dir.", this_run.skipped, more)
+            log.warning("%s Raise %s to train longer, or begin a new run: %s.", this_run.skipped, more, new_run(spec))
             return _last_metrics(plan.folder)
         train = plan.spec.train
         fabric = build_fabric(

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from openmae.results.trials import duration
@@ -89,7 +90,7 @@ class PaceMeter:
 
 
 class RunBar(Progress):
-    """The progress of a run: a bar on a terminal, or else a line of the log every ``LINE_SECONDS``.
+    """The progress of a run: a bar with a line of numbers on a terminal, or a line of the log every ``LINE_SECONDS``.
 
     Args:
         total: batches of the run; ``done`` of them were finished before it was resumed.
@@ -102,18 +103,18 @@ class RunBar(Progress):
     ) -> None:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=20),
             TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}"),
             _TimeColumn(self._times),
         )
+        self._numbers = ""
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._lines = not (quiet or console.is_terminal)
         self._seconds, self._total, self._done = seconds, total, done
         self._first: tuple[float, int] | None = None  # time and batches after the first step, which may compile
         self._line_at = time.perf_counter()
         self._left: float | None = None
-        self._run = self.add_task("", total=total, completed=done, numbers="")
+        self._run = self.add_task("", total=total, completed=done)
 
     def show(self, where: str, step: int, batches: int, loss: float | None, pace: Mapping[str, float]) -> None:
         """Advance by ``batches``, and show the latest numbers; ``loss`` is None if it is not known yet.
@@ -127,11 +128,16 @@ class RunBar(Progress):
         elif self._done > self._first[1]:
             self._left = (self._total - self._done) * (now - self._first[0]) / (self._done - self._first[1])
         known = "" if loss is None else f"loss {loss:.4f}  "
-        numbers = f"{known}{pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
-        self.update(self._run, description=where, completed=self._done, numbers=numbers)
+        self._numbers = f"{known}{pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
+        self.update(self._run, description=where, completed=self._done)
         if self._lines and now - self._line_at >= LINE_SECONDS:
             self._line_at = now
-            log.info("Step %d, in %s: %s  %s", step, where, numbers, self._times())
+            log.info("Step %d, in %s: %s  %s", step, where, self._numbers, self._times())
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Return the bar and the line of numbers."""
+        yield from super().get_renderables()
+        yield Text(self._numbers, no_wrap=True, overflow="ellipsis")
 
     def _times(self) -> str:
         left = "-:--:--" if self._left is None else duration(self._left)
@@ -142,7 +148,7 @@ class _TimeColumn(ProgressColumn):
     max_refresh = 0.5
 
     def __init__(self, text: Callable[[], str]) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._text = text
 
     def render(self, task: Task) -> Text:
