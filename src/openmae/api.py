@@ -79,7 +79,7 @@ def train(spec: Spec, overrides: Sequence[str] = (), *, restart: bool = False) -
     Args:
         spec: a YAML file, nested values such as ``{"train": {"num_epochs": 3}}``, or an ``ExperimentSpec``.
         overrides: config options as ``key=value``, such as ``"train.optim.lr=1e-4"``; the value is YAML.
-        restart: begin a new run; an earlier one in the results folder is kept beside it, under a dated name.
+        restart: begin a new run; an earlier one in the results folder is kept under a dated name.
 
     Raises:
         UserError: the spec, the data or a checkpoint cannot be used; nothing was trained. Also a ``ValueError``.
@@ -120,7 +120,7 @@ def pretrain(
         weights: a checkpoint to start from.
         val_images: images for the validation loss; with class folders also for kNN and linear-probe accuracy.
         options: further config options by dotted key, such as ``{"train.precision": "bf16"}``.
-        restart: begin a new run; an earlier one is kept beside it, under a dated name.
+        restart: begin a new run; an earlier one is kept under a dated name.
 
     Raises:
         UserError, RunError, KeyboardInterrupt: see ``train``.
@@ -158,7 +158,7 @@ def finetune(
         batch_size: images per process and step.
         learning_rate: peak learning rate of the schedule.
         options: further config options by dotted key, such as ``{"dataset.augmentation.mixup": 0}``.
-        restart: begin a new run; an earlier one is kept beside it, under a dated name.
+        restart: begin a new run; an earlier one is kept under a dated name.
 
     Raises:
         UserError, RunError, KeyboardInterrupt: see ``train``.

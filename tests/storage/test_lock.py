@@ -62,6 +62,47 @@ def test_the_second_run_is_told_which_process_holds_the_folder_until_that_is_kil
     assert not list(tmp_path.iterdir()), "a file of the lock is left"
 
 
+def test_a_locked_folder_is_moved_aside_and_a_new_one_locked(tmp_path):
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "disk" / "run" / "old").touch()
+    folder, aside = tmp_path / "link", tmp_path / "disk" / "run-2026"
+    folder.symlink_to(tmp_path / "disk" / "run")
+    with FolderLock(folder, "results_dir") as held:
+        held.move_aside(aside)
+        assert [path.name for path in aside.iterdir()] == ["old"], "it is not locked"
+        with pytest.raises(UserError, match=f"process {os.getpid()} on "):
+            FolderLock(tmp_path / "disk" / "run", "results_dir").__enter__()
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_moved_stays_locked(tmp_path):
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    with FolderLock(tmp_path / "run", "results_dir") as held:
+        with pytest.raises(UserError, match=r"results_dir: .*run cannot be renamed to full"):
+            held.move_aside(tmp_path / "full")
+        assert (tmp_path / "run" / layout.LOCK).exists()
+
+
+def test_a_run_that_begins_in_the_place_of_a_moved_folder_keeps_its_lock(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    other: list[subprocess.Popen[str]] = []
+
+    def make_folder(folder: Path, key: str) -> None:
+        folder.mkdir()
+        other.append(hold(folder))
+
+    monkeypatch.setattr(lock, "make_folder", make_folder)
+    with (
+        pytest.raises(UserError, match="another run is writing to"),
+        FolderLock(tmp_path / "run", "results_dir") as held,
+    ):
+        held.move_aside(tmp_path / "aside")
+    assert json.loads((tmp_path / "run" / layout.LOCK_HOLDER).read_text())["pid"] == other[0].pid
+    other[0].kill()
+    other[0].wait()
+
+
 def test_a_file_that_its_holder_has_deleted_is_no_lock(tmp_path, monkeypatch):
     """A process opens the file, then its holder deletes it and ends: a third process would not see this lock."""
     flock, calls = fcntl.flock, []

@@ -1,4 +1,4 @@
-"""``mae train --restart``: begin a run anew, and keep the earlier one under a dated name beside it."""
+"""``mae train --restart``: begin a new run, and keep the earlier one under a dated name."""
 
 from __future__ import annotations
 

@@ -33,10 +33,10 @@ from openmae.training.pretrain import PretrainTask
 from openmae.training.trainer import Trainer
 
 REFRESH_SECONDS = 30.0  # at least so long between two reports of an unfinished run
-_SHARE = 0.02  # of the time of a run that such reports may take
+_SHARE = 0.05  # of the time of a run that such reports may take
 _MOST_EPOCHS = 5  # with reconstructions
 _IMAGES = 4  # reconstructed at these epochs
-_PROGRESS = "Reconstructions of the same images, with the visible patches, after these epochs. The masks are the same."
+_PROGRESS = "Predictions for the same images and masks after several epochs, with the visible patches."
 
 log = logging.getLogger("openmae")
 
@@ -61,7 +61,8 @@ class RunReport:
 
     def after_epoch(self) -> None:
         """Reconstruct images after some epochs, and refresh the report if the last one is old enough."""
-        epoch, train = self._trainer.progress.epoch, self._plan.spec.train
+        progress, train = self._trainer.progress, self._plan.spec.train
+        epoch = progress.epoch
         if epoch in self._epochs:
             self._reconstruct(epoch)
         if not self._fabric.is_global_zero:
@@ -70,13 +71,15 @@ class RunReport:
         if last or due:
             self._peak = max(self._peak, self._memory())
         if due and not last:
-            self._refresh(f"This run has not finished: the state after epoch {epoch} of {train.num_epochs}")
+            where = f"after epoch {epoch} of {train.num_epochs}, step {progress.step}"
+            self._refresh(f"This run has not finished: the state {where}.")
 
     def after_stop(self) -> None:
         """Refresh the report of an interrupted run. Called on rank 0."""
-        epoch, epochs = self._trainer.progress.epoch + 1, self._plan.spec.train.num_epochs
+        progress, epochs = self._trainer.progress, self._plan.spec.train.num_epochs
         self._peak = max(self._peak, self._memory())
-        self._refresh(f"This run was interrupted in epoch {epoch} of {epochs}; the same command resumes it")
+        where = f"in epoch {progress.epoch + 1} of {epochs}, after step {progress.step}"
+        self._refresh(f"This run was interrupted {where}. The same command resumes it.")
 
     def finish(self, model: torch.nn.Module, breakdown: Breakdown | None) -> None:
         """Write the report of a finished run, on rank 0. ``model`` is the trained model in eval mode."""
@@ -98,7 +101,7 @@ class RunReport:
         """Write the report of an unfinished run. An error of the disk only causes a warning."""
         began = time.monotonic()
         try:
-            self._write(self._progress(fewest=1), None, unfinished=f"{state}, step {self._trainer.progress.step}.")
+            self._write(self._progress(fewest=1), None, unfinished=state)
         except OSError as error:
             log.warning("report.html could not be refreshed (%s).", error.strerror or error)
         took = time.monotonic() - began

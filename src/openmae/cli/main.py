@@ -39,7 +39,7 @@ _OTHERS = {
     "completion": (completion, "set up tab completion in a shell"),
 }
 _QUICKSTART = "pretrain, fine-tune and compare models on a small data set"
-_RESTART = "begin a new run; an earlier run in the results folder is kept beside it, under a dated name"
+_RESTART = "begin a new run; an earlier run in the results folder is kept under a dated name"
 _HELP = """\
 Pretrain image backbones with masked autoencoders, fine-tune them, and deploy them.
 
