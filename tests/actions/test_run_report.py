@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,10 +154,22 @@ def test_a_full_disk_during_a_refresh_is_a_warning(command, tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
         write(*arguments, unfinished=unfinished)
 
+    def full_folder(*_):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(run_report, "train_report", full)
+    monkeypatch.setattr(run_report, "reconstruction_strip", full_folder)
     with caplog.at_level(logging.WARNING, "openmae"):
         assert main(command) == 0
+    assert "The reconstructions could not be written (No space left on device)." in caplog.text
     assert "report.html could not be refreshed (No space left on device)." in caplog.text
+
+
+def test_on_a_gpu_the_memory_is_that_of_the_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", {torch.device("cuda:1"): 7}.get)
+    report = RunReport.__new__(RunReport)
+    report._fabric = SimpleNamespace(device=torch.device("cuda:1"))
+    assert report._memory() == 7
 
 
 def test_fine_tuning_has_no_reconstructions(trained):

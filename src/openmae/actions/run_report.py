@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -98,12 +99,10 @@ class RunReport:
         return {"duration": took, "peak_memory_bytes": self._peak, "versions": versions()}
 
     def _refresh(self, state: str) -> None:
-        """Write the report of an unfinished run. An error of the disk only causes a warning."""
+        """Write the report of an unfinished run."""
         began = time.monotonic()
-        try:
+        with _tolerated("report.html could not be refreshed"):
             self._write(self._progress(fewest=1), None, unfinished=state)
-        except OSError as error:
-            log.warning("report.html could not be refreshed (%s).", error.strerror or error)
         took = time.monotonic() - began
         self._due = time.monotonic() + max(REFRESH_SECONDS, took / _SHARE)
 
@@ -142,7 +141,8 @@ class RunReport:
             assert isinstance(task, PretrainTask)
             assert isinstance(model, MaskedAutoencoder)
             shown = reconstruct(self._fabric, model, task.normalise, task.mask, self._batch)
-            reconstruction_strip(*shown, self._folder / layout.reconstruction_name(epoch))
+            with _tolerated("The reconstructions could not be written"):
+                reconstruction_strip(*shown, self._folder / layout.reconstruction_name(epoch))
 
     def _progress(self, fewest: int) -> list[Figure]:
         """Return the figure of the reconstructions so far, if there are those of at least ``fewest`` epochs."""
@@ -167,6 +167,15 @@ class RunReport:
             EvalTransform(plan.config.input_size, plan.config.in_chans),
             LoaderSettings(batch_size=1, results=plan.folder, max_corrupt_fraction=1.0),
         )
+
+
+@contextmanager
+def _tolerated(problem: str) -> Iterator[None]:
+    """Turn an error of the disk into a warning: metrics and checkpoints of the run report a lasting one."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s (%s).", problem, error.strerror or error)
 
 
 def shown_epochs(epochs: int, most: int = _MOST_EPOCHS) -> tuple[int, ...]:
