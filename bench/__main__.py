@@ -24,10 +24,11 @@ BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
     "plan": "what a large pretraining needs: operations, memory, hours at stated rates of GPUs",
     "deploy": "images/s of ONNX Runtime fp32 and int8, compared with torch, on the CPU",
     "serve": "latency and requests/s of `mae serve` at 1 and 8 clients",
+    "recipes": "accuracies with train.recipe auto, tao and paper on five small image sets",
     "automl": "what 20 trials find, and the epochs they take, by algorithm",
 }
 # no part of pretraining's speed, or an hour long; plan measures nothing
-ONLY_BY_NAME = {"automl", "checkpoints", "decoding", "decoding_cost", "deploy", "plan", "serve"}
+ONLY_BY_NAME = {"automl", "checkpoints", "decoding", "decoding_cost", "deploy", "plan", "recipes", "serve"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -156,13 +156,16 @@ def test_the_examples_of_the_actions_run_in_sequence(tmp_path: Path, monkeypatch
         Path(folder).mkdir(parents=True)
         for number in range(8):
             Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(f"{folder}/{number}.png")
-    Path("spec.yaml").write_text("dataset: {train_data_sources: photos}\nmodel: {arch: convnextv2_atto}\n")
+    Path("spec.yaml").write_text(
+        "dataset: {train_data_sources: photos, augmentation: {input_size: 64}}\nmodel: {arch: convnextv2_atto}\n"
+    )
     for name in ("pretrain", "finetune", "train", "evaluate", "inference", "export", "gen_trt_engine"):
         if name == "gen_trt_engine" and importlib.util.find_spec("tensorrt_rtx") is None:
             continue
         test = examples()[name]
         for example in test.examples:
-            example.source = example.source.replace("num_epochs=100", "num_epochs=1")
+            shorter = example.source.replace("train.num_epochs=100", "train.num_epochs=1")
+            example.source = shorter.replace(" num_epochs=100", " num_epochs=1, image_size=64")
         run_example(test)
     assert Path("runs/classes/train/report.html").is_file()
     assert Path("results/train/backbone.safetensors").is_file()

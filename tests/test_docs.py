@@ -18,6 +18,7 @@ from openmae.checkpoints.format import CheckpointInfo, save_backbone
 from openmae.cli.main import _parse, main
 from openmae.models.build import ModelConfig, build_encoder
 from openmae.spec.architectures import ARCHITECTURES
+from openmae.spec.costs import COSTS
 from openmae.spec.describe import fields, sections, traits
 from openmae.spec.load import load_spec
 
@@ -207,12 +208,28 @@ def test_every_architecture_has_its_timm_name_on_the_page() -> None:
 
 
 def test_the_models_page_lists_every_architecture_and_its_defaults() -> None:
-    page = PAGES["models.md"]
+    page = PAGES["models.md"].split("\n## ")[0]
     assert f"one of {len(ARCHITECTURES)} architectures" in page
     for name, row in ARCHITECTURES.items():
         (line,) = (line for line in page.splitlines() if line.startswith("| ") and f"`{name}`" in line)
         assert f"| {row.mask_ratio} | {row.decoder_depth} block" in line, name
         assert f"width {row.decoder_embed_dim}" in line, name
+
+
+def test_the_models_page_has_counted_costs_and_estimates_by_its_rule() -> None:
+    """The estimate is the assumed share of an A100's peak, divided by the operations of a step."""
+    page = PAGES["models.md"]
+    shares = {"vit": 0.35, "hiera": 0.25, "convnextv2": 0.15}
+    assert "35 %\n  for ViT, 25 % for Hiera and 15 % for ConvNeXt V2" in page
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]*) ?\| ([\d,]+) \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 10
+    for name, parameters, step, _, estimate in rows:
+        cost = COSTS[name]
+        assert (float(parameters), float(step)) == (cost.parameters_m, cost.step_gflop), name
+        expected = shares[ARCHITECTURES[name].family] * 312e12 / (cost.step_gflop * 1e9)
+        assert int(estimate.replace(",", "")) == pytest.approx(expected, rel=0.05), name
+    for name, step in re.findall(r"^\| `(\w+)` \| ([\d.]+) \| [\d.]+ \|$", page, flags=re.MULTILINE):
+        assert float(step) == COSTS[name].step_gflop, name
 
 
 def test_the_keys_and_defaults_of_the_migration_page_exist():

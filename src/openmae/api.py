@@ -298,11 +298,12 @@ def build_autoencoder(arch: str, input_size: int | tuple[int, int] = 224, **opti
         >>> tuple(predicted_BMP.shape)
         (2, 12, 192)
     """
-    from openmae.actions.plan import model_config
+    from openmae.actions.sources import model_config
     from openmae.models.build import build_autoencoder as build
     from openmae.spec.load import load_spec
 
-    spec = load_spec({"model": {"arch": arch, **options}, "dataset": {"augmentation": {"input_size": input_size}}})
+    sections = {"model": {"arch": arch, **options}, "dataset": {"augmentation": {"input_size": input_size}}}
+    spec = load_spec({**sections, "train": {"recipe": "tao"}})
     return build(model_config(spec))
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from openmae.actions import export
 from openmae.cli.main import main
+from openmae.engines.packages import ModelProto
+from openmae.results import style
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 40, 40)}
 
@@ -21,6 +25,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "hiera": ("model.arch=hiera_tiny_224", "dataset.augmentation.input_size=64"),
 }
 SMALL = (
+    "train.recipe=tao",
     "train.num_epochs=1",
     "dataset.batch_size=4",
     "dataset.num_workers_per_gpu=0",
@@ -41,6 +46,34 @@ def paint(path: Path, colour: tuple[int, ...], seed: int, size: tuple[int, int] 
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Extract archives elsewhere than in the user's own cache."""
     monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces() -> Iterator[None]:
+    """Trace a checkpoint once per input format and operator set; this takes seconds, nearly all of an export."""
+    traced: dict[str, ModelProto] = {}
+    trace = export.trace
+
+    def trace_once(model: Any, card: Any, opset: int, **options: Any) -> ModelProto:
+        key = repr((card, opset, options))  # the card has the checkpoint's hash
+        if key not in traced:
+            traced[key] = trace(model, card, opset, **options)
+        proto = ModelProto()  # a copy, since its weights are replaced in lower precisions
+        proto.CopyFrom(traced[key])
+        return proto
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "trace", trace_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def coarse_figures() -> Iterator[None]:
+    """Draw the figures of reports with a sixteenth of the pixels, in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "DPI", style.DPI // 4)
+        patch.setitem(style._SETTINGS, "savefig.dpi", style.DPI)
+        yield
 
 
 @dataclass(frozen=True)

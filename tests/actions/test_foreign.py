@@ -23,11 +23,13 @@ from torch import Tensor, nn
 import openmae
 from openmae.actions.load_model import read_trained
 from openmae.cli.main import main
+from openmae.data.decode import ImageFile
+from openmae.data.transforms import EvalTransform
 from openmae.errors import CheckpointError
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
 
-from .conftest import train_arguments
+from .conftest import Train, train_arguments
 
 pytestmark = pytest.mark.xdist_group("actions")
 
@@ -144,7 +146,13 @@ def test_load_backbone_is_tao_s_own_forward(tao: tuple[Path, nn.Module, str, int
         assert torch.allclose(openmae.load_backbone(path)(images), model(images), atol=1e-5)
 
 
-def test_evaluate_inference_and_export_agree_with_tao(
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        return model((images.float() / 255 - mean) / std)
+
+
+def test_evaluate_and_inference_agree_with_tao(
     tao: tuple[Path, nn.Module, str, int], photos: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, model, arch, size = tao
@@ -154,16 +162,12 @@ def test_evaluate_inference_and_export_agree_with_tao(
     found = read_status(tmp_path / "evaluate" / "status.json")[1]["kpi"]
     assert main(["inference", f"inference.checkpoint={path}", *common, *sources]) == 0
     assert "does not name its classes: they are numbered from 0 to 2" in " ".join("".join(capsys.readouterr()).split())
-    onnx = tmp_path / "model.onnx"
-    assert main(["export", f"export.checkpoint={path}", f"export.onnx_file={onnx}", *common]) == 0
-
-    predictor = openmae.open_predictor(onnx)
     files = sorted(photos.val.rglob("*.png"))
-    images = openmae.read_images(files, predictor.card)
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    with torch.no_grad():
-        expected = model((images.float() / 255 - mean) / std)
-    assert torch.allclose(predictor(images)["logits"], expected, atol=1e-4)
+    images = []
+    for name in files:
+        with ImageFile(name) as image:
+            images.append(EvalTransform((size, size))(image))
+    expected = logits_of(model, torch.stack(images))
     right = [CLASSES[label] == file.parent.name for label, file in zip(expected.argmax(1), files, strict=True)]
     assert found["ACC_all"] == pytest.approx(np.mean(right))
     with (tmp_path / "inference" / "results.csv").open() as file:
@@ -173,6 +177,22 @@ def test_evaluate_inference_and_export_agree_with_tao(
         row = rows[f"{file.parent.name}/{file.name}"]
         assert row["class"] == str(int(label))
         assert float(row["probability"]) == pytest.approx(float(share), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "tao",
+    ["vit", "convnextv2", pytest.param("hiera", marks=pytest.mark.slow(reason="traces for six seconds"))],
+    indirect=True,
+    scope="module",
+)
+def test_export_agrees_with_tao(tao: tuple[Path, nn.Module, str, int], photos: Any, tmp_path: Path) -> None:
+    path, model, arch, size = tao
+    onnx = tmp_path / "model.onnx"
+    request = [f"export.checkpoint={path}", f"export.onnx_file={onnx}", f"results_dir={tmp_path}"]
+    assert main(["export", *request, *spec_of(arch, size)]) == 0
+    predictor = openmae.open_predictor(onnx)
+    images = openmae.read_images(sorted(photos.val.rglob("*.png")), predictor.card)
+    assert torch.allclose(predictor(images)["logits"], logits_of(model, images), atol=1e-4)
 
 
 def test_a_classifier_that_does_not_fit_the_request_is_refused(photos: Any, tmp_path: Path, refused: Any) -> None:
@@ -228,8 +248,8 @@ def test_weights_that_are_not_finite_give_no_answers(action: str, photos: Any, t
     assert "tensors hold NaN or infinite values, the first is head.weight" in said
 
 
-def test_an_onnx_file_of_weights_that_are_not_finite_is_refused(tmp_path: Path) -> None:
-    path, target = write_tao(tmp_path / "tao.pth", TaoViT()), tmp_path / "model.onnx"
+def test_an_onnx_file_of_weights_that_are_not_finite_is_refused(trained: Train, tmp_path: Path) -> None:
+    path, target = trained("vit", "finetune").checkpoint, tmp_path / "model.onnx"
     assert main(["export", f"export.checkpoint={path}", f"export.onnx_file={target}", f"results_dir={tmp_path}"]) == 0
     proto = onnx.load(target)
     largest = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))

@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from openmae.automl import search
 from openmae.automl.database import read_storage
 from openmae.automl.trial_jobs import TrialJobs, this_machine
+from openmae.cli.main import main
 from openmae.errors import DataError, Preempted, RunError, SpecError
 from openmae.jobs import Client
 from openmae.results.status import read_status
@@ -65,11 +66,17 @@ def _jobs(folder: Path) -> list[str]:
     return sorted(job.name for job in Client(root=folder / "automl" / "jobs" / this_machine()).list_jobs())
 
 
-def test_search_from_review_to_training_with_the_best_spec(tmp_path: Path, images: Path) -> None:
+def test_search_from_review_to_training_with_the_best_spec(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, but for the jobs; the slow tests start the search as a user does."""
+    monkeypatch.setattr("openmae.automl.worker._POLL", 0.5)  # real jobs take seconds, and need the cores
     command = _command(
-        tmp_path, images, "train.num_epochs=1", "automl.max_recommendations=2", "automl.algorithm=random"
+        *(tmp_path, images, "train.num_epochs=1", "automl.max_recommendations=2", "automl.algorithm=random"),
+        *("model.decoder_depth=1", "model.decoder_embed_dim=32"),
     )
-    text = _run(command)
+    assert main(command[3:]) == 0
+    text = "".join(capfd.readouterr())
     folder = tmp_path / "automl"
     assert f"Next: mae train -e {folder}/best.yaml" in text
 
@@ -96,7 +103,7 @@ def test_search_from_review_to_training_with_the_best_spec(tmp_path: Path, image
     spec = load_spec(folder / "best.yaml", action="train")
     assert spec.train.optim.lr == best.params["train.optim.lr"]
     assert spec.train.optim.warmup_epochs == 0 or "train.optim.warmup_epochs" not in best.params
-    _run([*command[:3], "train", "-e", str(folder / "best.yaml")])
+    assert main(["train", "-e", str(folder / "best.yaml")]) == 0
     trained = read_status(tmp_path / "best" / "train" / "status.json")
     again = [entry["kpi"]["train_loss"] for entry in trained if "kpi" in entry][-1]
     assert again == best.value, "the best spec does not train what the search trained"
@@ -151,11 +158,10 @@ def test_search_continues_after_kill_and_adopts_the_running_job(tmp_path: Path, 
     assert [line["status"] for line in read_status(tmp_path / "automl" / "status.json")].count("SUCCESS") == 1
 
 
-def test_invalid_input_trains_nothing(tmp_path: Path, images: Path) -> None:
+def test_invalid_input_trains_nothing(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = _command(tmp_path, images, "train.num_epochs=2", "automl.parameters=[train.seed]")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "automl.parameters: train.seed: it cannot be searched" in done.stderr
+    assert main(command[3:]) == 2
+    assert "automl.parameters: train.seed: it cannot be searched" in capsys.readouterr().err
     assert not (tmp_path / "automl").exists()
 
 

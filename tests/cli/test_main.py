@@ -87,6 +87,7 @@ def test_a_wrong_command_is_2(argv, capsys):
     [
         (["trian"], "mae: there is no command 'trian'.\n  Fix: Did you mean `mae train`?\n"),
         (["xyz"], "mae: there is no command 'xyz'.\n  Fix: `mae --help` lists what it accepts.\n"),
+        (["modles"], "mae: there is no command 'modles'.\n  Fix: Did you mean `mae models`?\n"),
         (["jobs", "lst"], "mae jobs: there is no command 'lst'.\n  Fix: Did you mean `mae jobs list`?\n"),
         (["jobs", "submit", "train", "--paltform", "ray"], "--paltform\n  Fix: Did you mean --platform?\n"),
         (["jobs", "submit", "train", "--platform", "slrum"], "'ray')\n  Fix: Did you mean 'slurm'?\n"),

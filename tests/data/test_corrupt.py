@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,9 @@ def test_training_warns_of_several_pages_once(
 ) -> None:
     index = index_folder(odd, False)
     settings = LoaderSettings(2, tmp_path / "results", 0.0, num_workers=workers)
-    loader = TrainingLoader(index, PretrainTransform((16, 16)), settings, seed=0)
-    for epoch in range(3):
-        assert len(list(loader.from_position(epoch, 0))) == 5
+    with closing(TrainingLoader(index, PretrainTransform((16, 16)), settings, seed=0)) as loader:
+        for epoch in range(3):
+            assert len(list(loader.from_position(epoch, 0))) == 5
     assert len(caplog.messages) == 1
     assert caplog.messages[0] in [f"{odd / name} {PAGES}" for name in ("a.tif", "b.tif")]
     assert "Warning" not in capfd.readouterr().err, "a process printed a warning of Pillow"

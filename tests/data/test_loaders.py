@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from multiprocessing import reduction, resource_sharer
 from multiprocessing.connection import Client
 from pathlib import Path
@@ -40,11 +41,13 @@ def same(a: Iterable[Batch], b: Iterable[Batch]) -> bool:
 
 
 def test_workers_change_nothing(index: ImageIndex, tmp_path: Path) -> None:
-    alone, helped = (train_of(index, tmp_path, num_workers=n) for n in (0, 2))
     state = torch.get_rng_state()
-    for epoch in range(2):
-        assert same(alone.from_position(epoch, 0), helped.from_position(epoch, 0))
-    assert same(val_of(index, tmp_path), val_of(index, tmp_path, num_workers=2))
+    with closing(train_of(index, tmp_path, num_workers=2)) as helped:
+        alone = train_of(index, tmp_path)
+        for epoch in range(2):
+            assert same(alone.from_position(epoch, 0), helped.from_position(epoch, 0))
+    with closing(val_of(index, tmp_path, num_workers=2)) as helped_val:
+        assert same(val_of(index, tmp_path), helped_val)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -68,13 +71,14 @@ def test_epochs_differ(index: ImageIndex, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_starts_at_any_position(index: ImageIndex, tmp_path: Path, workers: int) -> None:
-    whole, resumed = train_of(index, tmp_path), train_of(index, tmp_path, num_workers=workers)
+    whole = train_of(index, tmp_path)
     epoch = list(whole.from_position(1, 0))
-    for done in range(len(whole) + 1):
-        assert same(resumed.from_position(1, done), epoch[done:])
-    cut_short = resumed.from_position(0, 0)
-    next(cut_short)
-    assert same(resumed.from_position(1, 0), epoch)
+    with closing(train_of(index, tmp_path, num_workers=workers)) as resumed:
+        for done in range(len(whole) + 1):
+            assert same(resumed.from_position(1, done), epoch[done:])
+        cut_short = resumed.from_position(0, 0)
+        next(cut_short)
+        assert same(resumed.from_position(1, 0), epoch)
 
 
 def test_ranks_share_the_validation_set(index: ImageIndex, tmp_path: Path) -> None:
@@ -97,8 +101,8 @@ def test_first_images_are_spread_over_the_set(index: ImageIndex, tmp_path: Path)
 def test_corrupt_image_is_replaced_in_training(index: ImageIndex, tmp_path: Path, workers: int) -> None:
     index.file(3).write_bytes(b"broken")
     index.file(4).write_bytes(b"")
-    loader = train_of(index, tmp_path, batch_size=14, num_workers=workers)
-    batches = list(loader.from_position(0, 0))
+    with closing(train_of(index, tmp_path, batch_size=14, num_workers=workers)) as loader:
+        batches = list(loader.from_position(0, 0))
     assert [len(batch.images) for batch in batches] == [14]
     assert sorted(batches[0].indices.tolist()) == sorted([*range(3), 5, 5, *range(5, 14)])
     assert {number for number, _ in batches[0].corrupt} == {3, 4}

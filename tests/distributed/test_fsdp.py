@@ -40,7 +40,7 @@ def one(train, tmp_path_factory):
 
 @pytest.mark.integration
 @several_processes
-def test_fsdp_trains_as_one_process_and_one_process_resumes(one, train, tiny_overrides, tmp_path, capfd):
+def test_fsdp_trains_as_one_process_and_one_process_resumes(forked, one, train, tiny_overrides, tmp_path, capfd):
     """Half of the run on two processes with sharded weights, half on one that accumulates gradients."""
     overrides = tiny_overrides(tmp_path / "two", {**FSDP, "train.stop_after_epoch": 1})
     assert main(["train", *overrides]) == 0

@@ -122,7 +122,7 @@ def test_two_processes_with_deferred_steps_agree_with_two_without(
 
 @pytest.mark.integration
 @several_processes
-def test_a_preemption_in_a_validation_ends_all_processes(work, tiny_overrides, payload_of, photos, tmp_path):
+def test_a_preemption_in_a_validation_ends_all_processes(forked, work, tiny_overrides, payload_of, photos, tmp_path):
     changes = {"train.num_gpus": 2, "train.gpu_ids": "[0,1]", "dataset.batch_size": 2, "train.num_epochs": 3}
     changes["dataset.val_data_sources"] = str(photos)
     spec = load_spec(None, tiny_overrides(tmp_path, changes), action="train")
@@ -137,13 +137,11 @@ def test_a_preemption_in_a_validation_ends_all_processes(work, tiny_overrides, p
 @pytest.mark.parametrize(
     ("how", "problem", "fix"),
     [
-        pytest.param(
-            "raise", r"Process 1 failed:\nTraceback[^$]*ZeroDivisionError: by zero", "", marks=pytest.mark.slow
-        ),
+        ("raise", r"Process 1 failed:\nTraceback[^$]*ZeroDivisionError: by zero", ""),
         ("kill", r"Process 1 was killed \(SIGKILL\)\.", "lower dataset.batch_size"),
     ],
 )
-def test_the_failed_process_is_reported_not_the_one_that_lost_it(work, how, problem, fix):
+def test_the_failed_process_is_reported_not_the_one_that_lost_it(forked, work, how, problem, fix):
     """Process 0 waits for process 1, and loses the connection to it."""
     with pytest.raises(RunError, match=problem) as caught:
         launch(build_fabric("train", 2, [0, 1], 1), work.fail_in_process_1, how)

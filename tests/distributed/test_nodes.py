@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import shutil
 import socket
@@ -20,6 +21,8 @@ from openmae.checkpoints.resume import newest_checkpoint
 from openmae.cli.main import main
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
+
+from .conftest import with_warnings
 
 # one such test at a time: they need the cores
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("several processes")]
@@ -65,6 +68,33 @@ def _on_two_nodes(*arguments: str) -> list[tuple[int, str]]:
     return _run([(_mae(*arguments), _variables(node, "127.0.0.1", port)) for node in range(2)])
 
 
+def _fork_two_nodes(folder: Path, *arguments: str) -> list[tuple[int, str]]:
+    """Like ``_on_two_nodes``, but each node is forked from this process, and so need not import torch."""
+    port, fork = _free_port(), multiprocessing.get_context("fork")
+    logs = [folder / f"{node}.log" for node in range(2)]
+    nodes = [
+        fork.Process(target=_node, args=(arguments, _variables(node, "127.0.0.1", port), log))
+        for node, log in enumerate(logs)
+    ]
+    with ExitStack() as stack:
+        for node in nodes:
+            node.start()
+            stack.callback(node.join)
+            stack.callback(node.kill)
+        for node in nodes:
+            node.join(_LIMIT)
+        return [(node.exitcode, log.read_text()) for node, log in zip(nodes, logs, strict=True)]
+
+
+def _node(arguments: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "MASTER_"))]:
+        del os.environ[name]
+    os.environ.update(variables)
+    with_warnings(lambda: sys.exit(main(list(arguments))))
+
+
 @pytest.fixture(scope="module")
 def one(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of one process with twice the batch."""
@@ -91,7 +121,11 @@ def _assert_same_losses(folder: Path, one: Path) -> None:
 
 
 def test_two_nodes_train_as_one_process_with_twice_the_batch(one, tiny_overrides, tmp_path):
-    (first, text), (second, quiet) = _on_two_nodes("train", *tiny_overrides(tmp_path / "two", _HALF))
+    command = ["train", *tiny_overrides(tmp_path / "two", _HALF)]
+    if torch.cuda.is_available():  # it cannot be used in a forked process
+        (first, text), (second, quiet) = _on_two_nodes(*command)
+    else:
+        (first, text), (second, quiet) = _fork_two_nodes(tmp_path, *command)
     assert (first, second) == (0, 0), text + quiet
     assert quiet == ""  # one log
     assert "running on the CPU with 2 processes on 2 nodes" in text

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from timm.models.convnext import ConvNeXt
+from timm.models.hiera import Hiera
+from torch import nn
 
 from openmae.engines.metadata import ModelCard
 from openmae.engines.module import DeployedModel
@@ -28,12 +32,24 @@ def build_small(arch: str, stage: str, **settings) -> Deployed:
     )
     torch.manual_seed(0)
     backbone = (build_classifier if classes else build_feature_extractor)(config)
-    if arch.startswith("vit"):
-        backbone.blocks = backbone.blocks[:2]  # of twelve that are alike: tracing takes seconds
+    _remove_equal_blocks(backbone)
     with torch.no_grad():  # a fresh head, GRN and some biases are zero, and would hide what is wrong before them
         for parameter in backbone.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     return DeployedModel(backbone, card).eval(), card
+
+
+def _remove_equal_blocks(backbone: Any) -> None:
+    """Keep two of the blocks that are alike: tracing takes seconds."""
+    if isinstance(backbone, ConvNeXt):
+        backbone.stages[2].blocks = backbone.stages[2].blocks[:2]
+    elif isinstance(backbone, Hiera):
+        blocks, schedule = backbone.blocks, backbone.reroll.schedule
+        third, fourth = (end + 1 for end in backbone.stage_ends[1:3])
+        backbone.blocks = nn.ModuleList([*blocks[: third + 2], *blocks[fourth:]])
+        schedule[len(backbone.blocks) - 1] = schedule[len(blocks) - 1]
+    else:
+        backbone.blocks = backbone.blocks[:2]
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from openmae.spec.load import load_spec
 Train = Callable[..., dict[str, float]]
 
 TINY = {
+    "train.recipe": "tao",
     "model.arch": "vit_tiny_patch16",
     "model.decoder_depth": 1,
     "model.decoder_embed_dim": 32,

@@ -133,6 +133,7 @@ def check_tuning(done: list, longer: tuple, base: dict) -> None:
     assert written == list(range(epochs + 1, 2 * epochs + 1)), "it began anew and did not resume"
 
 
+@pytest.mark.slow(reason="trains three times")
 def test_a_runner_by_the_contract_tunes(place):
     """The mechanism, on a handful of pictures."""
     skill = Path(shutil.copytree(FOLDER, place / "skills" / NAME))

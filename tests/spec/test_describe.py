@@ -53,13 +53,13 @@ def test_a_completed_template_loads(action, caplog):
 
 
 def test_a_template_says_where_long_lists_of_choices_are():
-    (arch,) = [line for line in template("train").splitlines() if line.startswith("  arch: ")]
-    assert arch.endswith("# architecture of the backbone [choices: mae spec keys]")
+    (arch,) = [line for line in template("train").splitlines() if line.startswith("  # arch: ")]
+    assert arch.endswith("# architecture of the backbone (recipe) [choices: mae spec keys]")
 
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_template_with_every_line_active_loads(action):
-    lines = template(action).replace(": ???", ": path").splitlines()[2:]
+    lines = template(action).replace(": ???", ": path").splitlines()[3:]
     active = "\n".join(line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line for line in lines)
     load_spec(yaml.safe_load(active), action=action)
 

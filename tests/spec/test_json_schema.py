@@ -221,7 +221,8 @@ def test_the_default_loads(action):
             spec[section][name] = f"/models/{name}"
     loaded = load_spec(spec, action=action)
     if action == "train":
-        unset = load_spec({"dataset": {"train_data_sources": "photos"}}, action="train")
+        unset = load_spec({"dataset": {"train_data_sources": "photos"}}, ["train.recipe=tao"], action="train")
+        loaded = load_spec(loaded, ["train.recipe=tao"], action="train")
         assert loaded.model_dump() == unset.model_dump(), "the template changes what acts"
     else:
         assert not any(loaded.is_set(key) for key in fields() if key.startswith(("model.", "train.")))

@@ -127,6 +127,7 @@ IGNORED = {
     "dataset": {"train_data_sources": "x", "batch_size": 2, "augmentation": {"hflip": 0.1}},
     "train": {"optim": {"backbone_multiplier": 0.1, "layer_decay": 0.65, "momentum": 0.9, "warmup_epochs": 3}},
 }
+IGNORED["train"]["optim"]["lr_scheduler"] = "MultiStep"
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,8 @@ def store(_server: Store, clean_environment: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
     monkeypatch.setenv("AWS_ENDPOINT_URL", _server.endpoint)
+    # botocore waits up to a second before it repeats a request
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
     return _server
 
 

@@ -137,7 +137,7 @@ def test_unreachable_endpoint(store, monkeypatch):
 
 
 def test_server_that_does_not_respond(wire, monkeypatch):
-    monkeypatch.setattr(filesystem, "ANSWER_LIMIT", 1.0)
+    monkeypatch.setattr(filesystem, "ANSWER_LIMIT", 0.3)
     wire.stalled = True
     assert "s3://bucket/a: the server did not answer in time" in refused("s3://bucket/a")
     began = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,9 @@ def upload(store: Any, bucket: str, shards: list[Path], *, indexed: bool = True)
 
 def batches(index: Any, folder: Path, workers: int = 0, done: int = 0) -> list[tuple[Any, ...]]:
     settings = LoaderSettings(4, folder, 1.0, num_workers=workers)
-    loader = TrainingLoader(index, PretrainTransform((16, 16)), settings, seed=5)
-    found = loader.from_position(2, done)
-    return [(b.images.numpy().tobytes(), b.labels.tolist(), b.indices.tolist()) for b in found]
+    with closing(TrainingLoader(index, PretrainTransform((16, 16)), settings, seed=5)) as loader:
+        found = loader.from_position(2, done)
+        return [(b.images.numpy().tobytes(), b.labels.tolist(), b.indices.tolist()) for b in found]
 
 
 def remote_files() -> list[str]:

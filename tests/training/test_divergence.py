@@ -63,6 +63,21 @@ def after_step():
         hook.remove()
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(train, tmp_path_factory):
+    """Train once with each set of changes; returns the results folder."""
+    folders = {}
+
+    def run(changes):
+        key = str(changes)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("uninterrupted")
+            train(folders[key], changes)
+        return folders[key]
+
+    return run
+
+
 def explode(parameter: torch.Tensor) -> None:
     """Leave finite weights that give no finite loss, as far too high a learning rate does."""
     parameter.mul_(1e30)
@@ -91,7 +106,7 @@ def finite(path: Path) -> bool:
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            {**PRETRAIN, "train.checkpoint_interval_unit": "step", "train.keep_checkpoints": 2},
+            {**PRETRAIN, "train.num_epochs": 4, "train.checkpoint_interval_unit": "step", "train.keep_checkpoints": 2},
             7,
             "model_epoch_001_step_00006.pth",
             True,
@@ -100,7 +115,7 @@ def finite(path: Path) -> bool:
     ],
 )
 def test_the_same_command_resumes_from_the_last_good_weights(
-    changes, step, left, deferred, train, after_step, assert_same_run, monkeypatch, tmp_path
+    changes, step, left, deferred, train, uninterrupted, after_step, assert_same_run, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(trainer, "can_defer", lambda fabric: deferred)
     hook = after_step(step, explode)
@@ -119,12 +134,13 @@ def test_the_same_command_resumes_from_the_last_good_weights(
     assert (tmp_path / "cut" / "vit_tiny_patch16_latest.pth").resolve().name == left
     assert list((tmp_path / "cut").glob("*.pth.diverged"))
     train(tmp_path / "cut", changes)
-    train(tmp_path / "whole", changes)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(uninterrupted(changes), tmp_path / "cut")
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["immediate", "deferred"])
-def test_nonfinite_weights_are_not_written(deferred, train, after_step, assert_same_run, monkeypatch, tmp_path):
+def test_nonfinite_weights_are_not_written(
+    deferred, train, uninterrupted, after_step, assert_same_run, monkeypatch, tmp_path
+):
     """Neither as a checkpoint nor as the best one, and they replace no healthy checkpoint."""
     monkeypatch.setattr(trainer, "can_defer", lambda fabric: deferred)
     hook = after_step(10, break_weights)
@@ -137,8 +153,7 @@ def test_nonfinite_weights_are_not_written(deferred, train, after_step, assert_s
     assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["model_epoch_001_step_00005.pth"]
     assert all(finite(path) for path in (tmp_path / "cut").glob("*.pth"))
     train(tmp_path / "cut", changes)
-    train(tmp_path / "whole", changes)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(uninterrupted(changes), tmp_path / "cut")
 
 
 def test_a_nonfinite_average_is_not_written(train, monkeypatch, tmp_path):

@@ -52,7 +52,7 @@ def test_pretraining(fabric):
         "architecture": "vit_tiny_patch16, 32 x 64 px, 3 channels",
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, {trained:.2f} M of them trained",
         "masked": "6 of 8 units of 16 px (0.75)",
-        "decoder": "1 x 32",
+        "decoder": "1 x 32, 2% of the operations of a step",
         "images": "1,234 to train, 56 to validate",
         "batch": "16 = 8 images x 2 accumulated",
         "epochs": "10 x 7 steps",
@@ -81,7 +81,7 @@ def test_a_cheaper_decoder_is_shown(fabric):
     model = build_autoencoder(config)
     found = rows(fabric, config, pretraining_groups(model, 0.05), model, targets=0.25)
     assert found["masked"] == "6 of 8 units of 16 px (0.75); a training step predicts 0.25 of the masked ones"
-    assert found["decoder"] == "1 x 32, cross-attention"
+    assert found["decoder"] == "1 x 32, cross-attention, 1% of the operations of a step"
 
 
 def test_finetuning_shows_the_rate_of_each_layer_group(fabric):

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from openmae.actions.sources import class_count, match_classes, open_images
+from openmae.actions.facts import decide
+from openmae.actions.sources import class_count, model_config, open_training_data
 from openmae.checkpoints.format import CheckpointInfo
 from openmae.checkpoints.resume import newest_checkpoint, newest_readable, read_finite
 from openmae.data.image_dataset import AddressedSampler
@@ -20,6 +21,7 @@ from openmae.errors import CheckpointError, blaming
 from openmae.models.build import ModelConfig
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import to_dict
+from openmae.spec.recipe import keep
 from openmae.spec.resolved import with_actual_monitor
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import flatten, get, value_of
@@ -97,7 +99,10 @@ def make_plan(spec: ExperimentSpec, folder: Path, *, restart: bool = False) -> P
     """
     key = resolve_key(spec.encryption_key)
     earlier = None if restart else _find_earlier(spec, folder, key)
-    train, val = _open_data(spec)
+    train, val = open_training_data(spec)
+    spec = keep(spec, flatten(earlier.info.spec)) if earlier else decide(spec, train, val, key)
+    with blaming("dataset.batch_size"):
+        AddressedSampler(train, spec.dataset.batch_size, spec.train.seed, 0, spec.train.num_gpus * spec.train.num_nodes)
     finetune = spec.train.stage == "finetune"
     begun: dict[str, int] = {}
     if spec.train.seed < 0:
@@ -125,25 +130,6 @@ def make_plan(spec: ExperimentSpec, folder: Path, *, restart: bool = False) -> P
         log.warning("train.pretrained_model_path is empty: fine-tuning starts from scratch, with random weights.")
     resume, epochs_done = (earlier.checkpoint, earlier.epochs_done) if earlier else (None, 0)
     return Plan(spec, folder, train, val, info, resume, epochs_done, key, images)
-
-
-def _open_data(spec: ExperimentSpec) -> tuple[ImageIndex, ImageIndex | None]:
-    finetune, batch_size = spec.train.stage == "finetune", spec.dataset.batch_size
-    train = open_images(spec, "dataset.train_data_sources", labelled=finetune)
-    val = None
-    if spec.dataset.val_data_sources:
-        val = open_images(spec, "dataset.val_data_sources", labelled=finetune or None)
-        if finetune:
-            val = match_classes(val, train.class_names, "dataset.train_data_sources")
-    with blaming("dataset.batch_size"):
-        processes = spec.train.num_gpus * spec.train.num_nodes
-        AddressedSampler(train, batch_size, spec.train.seed, 0, processes)
-    if not spec.is_set("dataset.batch_size"):
-        log.warning(
-            "dataset.batch_size is not set, so TAO's default %d is used. Set it to what fits into memory, such as 64.",
-            batch_size,
-        )
-    return train, val
 
 
 def _find_earlier(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Earlier | None:
@@ -264,22 +250,3 @@ def _identity(info: CheckpointInfo) -> dict[str, Any]:
     shape = {k: v for k, v in model.items() if traits(k).on_resume == "refuse" and info.stage in traits(k).stages}
     names = {"class names": ", ".join(info.class_names)} if info.class_names else {}
     return {"train.stage": info.stage, **shape, **final_norm, "dataset.augmentation.input_size": size, **names}
-
-
-def model_config(spec: ExperimentSpec) -> ModelConfig:
-    """Return the configuration of the model that a spec describes."""
-    model = spec.model
-    return ModelConfig(
-        arch=model.arch,
-        input_size=spec.dataset.augmentation.size,
-        in_chans=model.in_chans,
-        patch_size=model.patch_size,
-        drop_path_rate=model.drop_path_rate,
-        mask_ratio=model.mask_ratio,
-        norm_pix_loss=model.norm_pix_loss,
-        decoder_depth=model.decoder_depth,
-        decoder_embed_dim=model.decoder_embed_dim,
-        decoder_attention=model.decoder_attention,
-        global_pool=model.global_pool,
-        num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,
-    )

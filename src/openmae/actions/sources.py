@@ -12,7 +12,9 @@ from lightning_fabric import Fabric
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import LoaderSettings
 from openmae.data.open import open_index
+from openmae.data.transforms import FinetuneTransform, PretrainTransform, Transform
 from openmae.errors import DataError, SpecError, blaming
+from openmae.models.build import ModelConfig
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.storage.printable import counted, listed
@@ -97,3 +99,61 @@ def match_classes(index: ImageIndex, class_names: tuple[str, ...], trained_on: s
         )
     labels = tuple(number[label] if label >= 0 else -1 for label in index.labels or ())
     return replace(index, labels=labels, class_names=class_names)
+
+
+def open_training_data(spec: ExperimentSpec) -> tuple[ImageIndex, ImageIndex | None]:
+    """Return the training images, and the validation images if there are any.
+
+    Raises:
+        DataError: a source cannot be used, or the validation images have other classes.
+    """
+    finetune = spec.train.stage == "finetune"
+    train = open_images(spec, "dataset.train_data_sources", labelled=finetune)
+    val = None
+    if spec.dataset.val_data_sources:
+        val = open_images(spec, "dataset.val_data_sources", labelled=finetune or None)
+        if finetune:
+            val = match_classes(val, train.class_names, "dataset.train_data_sources")
+    return train, val
+
+
+def model_config(spec: ExperimentSpec) -> ModelConfig:
+    """Return the configuration of the model that a spec describes."""
+    model = spec.model
+    return ModelConfig(
+        arch=model.arch,
+        input_size=spec.dataset.augmentation.size,
+        in_chans=model.in_chans,
+        patch_size=model.patch_size,
+        drop_path_rate=model.drop_path_rate,
+        mask_ratio=model.mask_ratio,
+        norm_pix_loss=model.norm_pix_loss,
+        decoder_depth=model.decoder_depth,
+        decoder_embed_dim=model.decoder_embed_dim,
+        decoder_attention=model.decoder_attention,
+        global_pool=model.global_pool,
+        num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,
+    )
+
+
+def train_transform(spec: ExperimentSpec) -> Transform:
+    """Return the transform of the training images of a spec."""
+    augmentation, finetune = spec.dataset.augmentation, spec.train.stage == "finetune"
+    crop = PretrainTransform(
+        size=augmentation.size,
+        in_chans=spec.model.in_chans,
+        scale=(augmentation.min_scale, augmentation.max_scale),
+        ratio=(augmentation.min_ratio, augmentation.max_ratio),
+        hflip=augmentation.hflip,
+        interpolation=augmentation.interpolation if finetune else "bicubic",
+    )
+    if not finetune:
+        return crop
+    return FinetuneTransform(
+        crop,
+        augmentation.mean,
+        augmentation.std,
+        auto_aug=augmentation.auto_aug,
+        color_jitter=augmentation.color_jitter,
+        re_prob=augmentation.re_prob,
+    )

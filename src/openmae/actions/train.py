@@ -21,7 +21,7 @@ from openmae.actions.restart import check_restart, set_aside
 from openmae.actions.run import begin_results, running, show_table
 from openmae.actions.run_report import RunReport
 from openmae.actions.sections import best_epoch
-from openmae.actions.sources import loader_settings
+from openmae.actions.sources import loader_settings, train_transform
 from openmae.checkpoints.folder import CheckpointFolder
 from openmae.checkpoints.format import Checkpoint, read_checkpoint, read_training_state, save_backbone
 from openmae.checkpoints.matching import LoadReport
@@ -29,7 +29,7 @@ from openmae.checkpoints.resume import best_was_set_aside
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.checkpoints.weights import load_into
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
-from openmae.data.transforms import EvalTransform, FinetuneTransform, PretrainTransform, Transform
+from openmae.data.transforms import EvalTransform
 from openmae.distributed.fsdp import shard
 from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.distributed.signals import PreemptionWatch
@@ -41,7 +41,9 @@ from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
 from openmae.results.report import is_final
 from openmae.results.status import StatusLog
+from openmae.spec.load import choices_of
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS
+from openmae.spec.recipe import chosen_values
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import layout
 from openmae.training.elastic import BatchLayout, same_position
@@ -137,6 +139,7 @@ def _work(fabric: Fabric, plan: Plan) -> TrainingEnd:
     trainer = Trainer(fabric, task, optimizer, schedule, spec.train, train_loader, val_loader, outputs)
     if fabric.is_global_zero:
         show_table(f"{spec.train.stage} recipe", rows)
+        _show_choices(plan)
     if state is not None:
         _resume(trainer, plan, state, len(train_loader))
         state = None  # free the memory: weights, moments and averaged weights
@@ -158,6 +161,15 @@ def _work(fabric: Fabric, plan: Plan) -> TrainingEnd:
     if best:
         log.info("%s", best)
     return TrainingEnd(metrics, report.facts)
+
+
+def _show_choices(plan: Plan) -> None:
+    """Print the options that the recipe has chosen, with the reasons."""
+    choices, recipe = choices_of(plan.spec), plan.spec.train.recipe
+    if plan.resume:
+        log.info("Options that are not set have the values of the first start; see experiment.yaml.")
+    elif choices:
+        show_table(f"chosen by train.recipe={recipe}", [(f"{key}={value}", why) for key, value, why in choices])
 
 
 def _resume(trainer: Trainer, plan: Plan, state: dict[str, Any], batches_per_epoch: int) -> None:
@@ -190,8 +202,10 @@ def _agreed(fabric: Fabric, plan: Plan) -> Plan:
             "checkpoint to resume from": plan.resume.name if plan.resume else "none",
         },
     )
-    info = fabric.broadcast(plan.info)  # with train.seed=-1, each node has drawn another seed
-    return replace(plan, info=info, spec=plan.spec.replaced({"train.seed": info.spec["train"]["seed"]}))
+    # each node has drawn another seed (train.seed=-1), and its recipe may have found another machine
+    info, chosen, reasons = fabric.broadcast((plan.info, chosen_values(plan.spec), dict(plan.spec.chosen)))
+    spec = plan.spec.choosing(chosen, reasons).replaced({"train.seed": info.spec["train"]["seed"]})
+    return replace(plan, info=info, spec=spec)
 
 
 def _initial_weights(model: nn.Module, plan: Plan) -> str:
@@ -279,33 +293,11 @@ def _task(plan: Plan, model: nn.Module) -> Task:
 def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoader | None]:
     spec = plan.spec
     settings = loader_settings(spec, spec.dataset.batch_size, plan.folder, fabric)
-    train = TrainingLoader(plan.train, _train_transform(plan), settings, spec.train.seed)
+    train = TrainingLoader(plan.train, train_transform(spec), settings, spec.train.seed)
     if plan.val is None:
         return train, None
     transform = EvalTransform(plan.config.input_size, plan.config.in_chans)
     return train, EvaluationLoader(plan.val, transform, settings)
-
-
-def _train_transform(plan: Plan) -> Transform:
-    augmentation = plan.spec.dataset.augmentation
-    crop = PretrainTransform(
-        size=augmentation.size,
-        in_chans=plan.config.in_chans,
-        scale=(augmentation.min_scale, augmentation.max_scale),
-        ratio=(augmentation.min_ratio, augmentation.max_ratio),
-        hflip=augmentation.hflip,
-        interpolation=augmentation.interpolation if plan.config.num_classes else "bicubic",
-    )
-    if not plan.config.num_classes:
-        return crop
-    return FinetuneTransform(
-        crop,
-        plan.info.mean,
-        plan.info.std,
-        auto_aug=augmentation.auto_aug,
-        color_jitter=augmentation.color_jitter,
-        re_prob=augmentation.re_prob,
-    )
 
 
 def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Outputs:

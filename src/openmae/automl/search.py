@@ -7,11 +7,13 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from openmae.actions.sources import open_training_data
 from openmae.automl.objective import make_objective
 from openmae.automl.preflight import measure_pace, show_review
 from openmae.automl.search_report import write_search_report
@@ -26,13 +28,15 @@ from openmae.errors import DataError, RunError, SpecError, UserError, blaming
 from openmae.jobs.artifacts import list_folder, newest_checkpoint
 from openmae.results.status import read_status
 from openmae.spec.describe import fields
-from openmae.spec.load import to_dict
+from openmae.spec.load import choices_of, to_dict
 from openmae.spec.option import is_secret
+from openmae.spec.recipe import choose, keep
 from openmae.spec.schema import ExperimentSpec
-from openmae.spec.tree import get, has, nest, value_of
-from openmae.spec.yaml_reader import write_text
+from openmae.spec.tree import flatten, get, has, nest, value_of
+from openmae.spec.yaml_reader import read_file, write_text
 from openmae.storage import cache, layout
 from openmae.storage.atomic import make_folder, replacing, write_atomically
+from openmae.storage.encryption import resolve_key
 from openmae.storage.urls import is_remote, redact
 
 log = logging.getLogger("openmae")
@@ -57,7 +61,7 @@ def run(spec: ExperimentSpec, platform: str = "local") -> dict[str, float]:
 
     _check(spec)  # before anything is downloaded or created
     with PreemptionWatch(), _lead(spec), running(spec, "automl") as this_run:
-        study = Study(this_run.spec, this_run.folder)
+        study = Study(_settled(this_run.spec, this_run.folder), this_run.folder)
         jobs = TrialJobs(study.spec, study.folder, study.algorithm, platform)
         counts = count_images(study.spec)
         begin_results(study.folder, study.spec, resumed=True)
@@ -92,12 +96,31 @@ def work(spec: ExperimentSpec, platform: str = "local") -> None:
 
     _check(spec)
     with PreemptionWatch(), local_place(spec, "automl") as place:
-        study = Study(place.spec, place.folder)
+        study = Study(_settled(place.spec, place.folder), place.folder)
         place.begin_uploads()
         with showing_progress(study) as progress:
             Worker(study, TrialJobs(study.spec, study.folder, study.algorithm, platform), progress).run()
         place.finish_uploads()
     log.info("No trials are left; `mae automl` writes the report.")
+
+
+def _settled(spec: ExperimentSpec, folder: Path) -> ExperimentSpec:
+    """Return the spec in which the choices of the recipe count as set, so that all trials share them.
+
+    A search that continues, and a worker that joins, keep the choices in ``experiment.yaml``.
+    """
+    from openmae.actions.facts import find_facts
+
+    if spec.train.recipe == "tao":
+        return spec
+    recorded = folder / layout.SPEC
+    if recorded.is_file():
+        spec = keep(spec, flatten(read_file(recorded).tree))
+    else:
+        train, val = open_training_data(spec)
+        facts = find_facts(spec, train, val, resolve_key(spec.encryption_key))
+        spec = choose(spec, replace(facts, searching=True))
+    return spec.with_set_keys(spec.set_keys | {key for key, _, _ in choices_of(spec)})
 
 
 def _check(spec: ExperimentSpec) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from openmae.errors import SpecError
 from openmae.spec.architectures import ARCHITECTURES
-from openmae.spec.describe import choices, fields, similar_keys, traits, why_illegal
+from openmae.spec.describe import bounds, choices, fields, similar_keys, traits, why_illegal
 from openmae.spec.load import ALIASES, find_refusals
 from openmae.spec.notices import why_unused
 from openmae.spec.option import Search, meets
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("model.", "dataset.augmentation.", "dataset.batch_size", "train.")
 _EPOCHS = "train.num_epochs"
+_AROUND = 8.0  # a logarithmic range reaches from this fraction to this multiple of a value that a recipe has chosen
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,8 @@ def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wa
     integer = field.annotation is int or field.annotation == (int | None)
     low, high = given or (search.low, search.high)
     if given is None:
+        if key in spec.chosen and search.log and own:  # around the value of the recipe
+            low, high = _legal(key, own / _AROUND), _legal(key, own * _AROUND)
         if _is_number(own):  # trial 0 uses the value in the spec
             low, high = min(low, own), max(high, own)
         low, high = _capped(spec, key, low, high, integer, wanted)
@@ -239,6 +242,11 @@ def _parameter(spec: ExperimentSpec, key: str, given: tuple[Any, ...] | None, wa
     return Parameter(
         key, low, high, log=search.log and low > 0, step=step, integer=integer, own=own if fits else None, needs=needs
     )
+
+
+def _legal(key: str, value: float) -> float:
+    """Return the value, or the largest legal value of the option if that is smaller."""
+    return min(value, bounds(fields()[key]).get("le", value))
 
 
 def _is_number(value: Any) -> bool:

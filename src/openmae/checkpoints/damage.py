@@ -12,7 +12,7 @@ from openmae.inputs import irregular, open_regular
 from openmae.spec.actions import ROWS
 from openmae.storage import layout
 
-_SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
 _COPY_AGAIN = "Copy or download it again, or use another checkpoint."
 
 
@@ -31,17 +31,17 @@ def check_path(path: Path) -> None:
     if path.is_dir():
         if path.suffix == ".shards":
             raise sharded(path)
-        raise CheckpointError(f"{path} is a folder, not a checkpoint.", _advice_for_folder(path))
+        raise CheckpointError(f"{path} is a folder, not a checkpoint.", advice_for_folder(path))
     if kind := irregular(path):
         raise CheckpointError(f"{path} is {kind}, not a checkpoint.", "Name a regular file.")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty (0 bytes).", "Copy it again, or use an earlier checkpoint.")
 
 
-def _advice_for_folder(path: Path) -> str:
+def advice_for_folder(path: Path) -> str:
     """Return which file to name instead of a folder: one in it, or one that an action has written below it."""
     for folder in (path, *(path / name for name, action in ROWS.items() if action.produces == "checkpoint")):
-        if folder.is_dir() and (names := {file.name for file in folder.iterdir() if file.suffix in _SUFFIXES}):
+        if folder.is_dir() and (names := {file.name for file in folder.iterdir() if file.suffix in SUFFIXES}):
             inside = sorted(names, key=lambda name: (name != layout.BEST, name))
             return f"Name one of its files: {', '.join(str(folder / name) for name in inside[:3])}."
     return "Name a file; it holds no checkpoint."

@@ -133,11 +133,13 @@ class Checkpoint:
         path: the file.
         weights: tensors under timm's and OpenMAE's names.
         info: the file's ``openmae`` entry; None if another program wrote the file.
+        progress: its ``progress`` entry, not validated; None if training cannot resume from the file.
     """
 
     path: Path
     weights: NamedWeights
     info: CheckpointInfo | None
+    progress: Any = None
 
     @property
     def num_classes(self) -> int:
@@ -200,7 +202,20 @@ def read_checkpoint(path: str | Path, key: Key | None = None, weights_key: str =
             check_header(info.model, weights)
     if weights.note:  # a warning, since the choice was made for the user
         log.warning("%s: %s.", path, weights.note)
-    return Checkpoint(path, weights, info)
+    return Checkpoint(path, weights, info, content.get("progress") if info else None)
+
+
+def read_config(path: str | Path, key: Key | None = None, weights_key: str = "") -> ModelConfig:
+    """Return the configuration of the model in a file that ``read_checkpoint`` can read, without its notices.
+
+    Raises:
+        CheckpointError: The file cannot be read, or its tensors fit no architecture.
+        OSError: The file temporarily cannot be read.
+    """
+    content, header = _read_file(Path(path), key)
+    if header is not None:
+        return CheckpointInfo.from_dict(header).model
+    return guess_config(recognise(content, weights_key))
 
 
 def read_training_state(path: Path, key: Key | None = None, *, lazily: bool = False) -> Content:

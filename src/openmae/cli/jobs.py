@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openmae.cli.output import print_result, print_table
 from openmae.cli.parser import ACTIONS, Parser, add_spec_arguments
 from openmae.errors import Preempted, RunError, SpecError
 from openmae.jobs.platforms import PLATFORMS
@@ -126,7 +126,7 @@ def _list(args: argparse.Namespace) -> None:
         for job in jobs
     ]
     heads = ("job", "name", "action", "state", "created (UTC)", "parent", "message")
-    _print(args, [job.to_dict() for job in jobs], heads, rows)
+    print_result([job.to_dict() for job in jobs], heads, rows, as_json=args.json)
 
 
 def _status(args: argparse.Namespace) -> None:
@@ -137,10 +137,10 @@ def _status(args: argparse.Namespace) -> None:
         print(json.dumps({**job.to_dict(), "failure": asdict(failure) if failure else None}, indent=1))
         return
     _show_job(args, job)
-    _print_table(("at (UTC)", "state", "message"), [(t.at[:23], _styled(t.state), t.message) for t in job.transitions])
+    print_table(("at (UTC)", "state", "message"), [(t.at[:23], _styled(t.state), t.message) for t in job.transitions])
     if failure:
         rows = [("error", failure.error), ("try", "\n".join(failure.suggestions))]
-        _print_table(("failure", failure.category), rows)
+        print_table(("failure", failure.category), rows)
 
 
 def _logs(args: argparse.Namespace) -> None:
@@ -170,13 +170,13 @@ def _explain(args: argparse.Namespace) -> None:
         (item["key"], "" if item["value"] is None else str(item["value"]), item["function"], item["why"])
         for item in explanation
     ]
-    _print(args, explanation, ("key", "value", "from", "why"), rows)
+    print_result(explanation, ("key", "value", "from", "why"), rows, as_json=args.json)
 
 
 def _results(args: argparse.Namespace) -> None:
     found = _client(args).list_results(args.job)
     rows = [(item.kind, f"{item.size:,}", "best" if item.best else "", item.path) for item in found]
-    _print(args, [asdict(item) for item in found], ("kind", "bytes", "", "path"), rows)
+    print_result([asdict(item) for item in found], ("kind", "bytes", "", "path"), rows, as_json=args.json)
 
 
 def _show_job(args: argparse.Namespace, job: Job) -> None:
@@ -187,33 +187,10 @@ def _show_job(args: argparse.Namespace, job: Job) -> None:
         ("exit code", "" if job.exit_code is None else str(job.exit_code)),
         *(("notice", notice) for notice in job.notices),
     ]
-    _print(args, job.to_dict(), None, [row for row in rows if row[1]])
+    print_result(job.to_dict(), None, [row for row in rows if row[1]], as_json=args.json)
 
 
 def _styled(state: str) -> Any:
     from rich.text import Text
 
     return Text(state, style=_STYLES.get(state, ""))
-
-
-def _print(args: argparse.Namespace, value: Any, heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
-    """Print ``value`` as JSON if ``--json`` is given, otherwise a table."""
-    if args.json:
-        print(json.dumps(value, indent=1))
-    else:
-        _print_table(heads, rows)
-
-
-def _print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=heads is not None, box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for head in heads or ("", ""):
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        # a path may have bytes that are not UTF-8, which no terminal can print
-        table.add_row(*(cell.encode(errors="replace").decode() if isinstance(cell, str) else cell for cell in row))
-    # a pipe has no width: do not wrap there, so that each row is one line
-    console = Console(file=sys.stdout, highlight=False, markup=False, width=None if sys.stdout.isatty() else 400)
-    console.print(table)

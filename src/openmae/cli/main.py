@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from openmae._version import __version__
-from openmae.cli import automl, cache, completion, dataset, jobs, serve, skill, spec
+from openmae.cli import automl, cache, completion, dataset, info, jobs, models, serve, skill, spec
 from openmae.cli.parser import ACTIONS, Parser, add_spec_arguments, nearest
 from openmae.errors import OpenMAEError, Preempted
 from openmae.main_guard import end_if_rerun
@@ -33,6 +33,8 @@ _OTHERS = {
     "automl": (automl, SEARCH.title),
     "jobs": (jobs, "run actions as background jobs, here or on a cluster"),
     "dataset": (dataset, "check a data source, or pack images into shards"),
+    "models": (models, "list the architectures: size, operations, memory, machine"),
+    "info": (info, "describe a file: a checkpoint, an exported model, results"),
     "spec": (spec, "check a spec, print a template, list all config options"),
     "cache": (cache, "list or clear downloaded and extracted data"),
     "skill": (skill, "install the skill for coding agents and NVIDIA's runner"),

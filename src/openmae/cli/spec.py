@@ -6,9 +6,15 @@ import argparse
 import logging
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from openmae.cli.parser import ACTIONS, Parser, add_spec_arguments
+
+if TYPE_CHECKING:
+    from openmae.spec.schema import ExperimentSpec
+
+log = logging.getLogger("openmae")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -34,9 +40,26 @@ def _check(args: argparse.Namespace) -> None:
     from openmae.spec.load import load_spec, to_yaml
 
     spec, action = load_spec(args.experiment_spec, args.overrides, action=args.action), args.action
-    for key, text in {**missing_sources(spec, action), **missing_files(spec, action)}.items():
-        logging.getLogger("openmae").warning("%s: %s on this machine.", key, text)
+    missing = {**missing_sources(spec, action), **missing_files(spec, action)}
+    for key, text in missing.items():
+        log.warning("%s: %s on this machine.", key, text)
+    if action in ("train", "automl") and spec.train.recipe != "tao":
+        spec = _decided(spec, missing)
     print(to_yaml(spec), end="")
+
+
+def _decided(spec: ExperimentSpec, missing: Mapping[str, str]) -> ExperimentSpec:
+    """Return the spec with the choices of its recipe, as far as the data can be read here."""
+    from openmae.actions.facts import decide
+    from openmae.actions.sources import open_training_data
+    from openmae.storage.encryption import resolve_key
+    from openmae.storage.urls import is_remote
+
+    sources = (spec.dataset.train_data_sources, spec.dataset.val_data_sources)
+    if missing or not sources[0] or any(map(is_remote, sources)):
+        log.warning("train.recipe=%s chooses the options that are not set when it has the data.", spec.train.recipe)
+        return spec
+    return decide(spec, *open_training_data(spec), resolve_key(spec.encryption_key))
 
 
 def _template(args: argparse.Namespace) -> None:

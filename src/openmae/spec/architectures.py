@@ -29,6 +29,7 @@ class Architecture:
         decoder_depth: the paper's number of decoder blocks.
         decoder_embed_dim: the paper's decoder width.
         pretrain_drop_path: the paper's stochastic depth rate for pretraining.
+        light_decoder: depth and width of a decoder that is small enough for the encoder; None: the paper's is.
     """
 
     name: str
@@ -39,10 +40,13 @@ class Architecture:
     decoder_depth: int
     decoder_embed_dim: int = 512
     pretrain_drop_path: float = 0.0
+    light_decoder: tuple[int, int] | None = None
 
 
-def _vit(name: str, timm_name: str, patch: int) -> Architecture:
-    return Architecture(name, "vit", timm_name, mask_unit=patch, mask_ratio=0.75, decoder_depth=8)
+def _vit(name: str, timm_name: str, patch: int, light_decoder: tuple[int, int] | None = None) -> Architecture:
+    return Architecture(
+        name, "vit", timm_name, mask_unit=patch, mask_ratio=0.75, decoder_depth=8, light_decoder=light_decoder
+    )
 
 
 def _hiera(name: str, drop_path: float) -> Architecture:
@@ -66,8 +70,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         _hiera("hiera_base_plus_224", 0.2),
         _hiera("hiera_large_224", 0.2),
         _hiera("hiera_huge_224", 0.3),
-        _vit("vit_tiny_patch16", "vit_tiny_patch16_224", 16),
-        _vit("vit_small_patch16", "vit_small_patch16_224", 16),
+        _vit("vit_tiny_patch16", "vit_tiny_patch16_224", 16, light_decoder=(2, 192)),
+        _vit("vit_small_patch16", "vit_small_patch16_224", 16, light_decoder=(2, 256)),
         _vit("vit_base_patch16", "vit_base_patch16_224", 16),
         _vit("vit_large_patch16", "vit_large_patch16_224", 16),
         _vit("vit_huge_patch14", "vit_huge_patch14_224", 14),

@@ -180,11 +180,12 @@ def template(action: str) -> str:
     lines = [
         f"# mae {action} -e this_file.yaml [key=value ...]",
         "# Replace each ???. A commented line shows an option and its default.",
+        *(["# train.recipe chooses the options marked with (recipe)."] if action == "train" else []),
     ]
     keys = [key for key in fields() if _is_in_template(key, action)]
     # an active default of an option that the checkpoint determines would contradict the checkpoint
     own = [key for key in keys if action == "train" or key.split(".")[0] in (action, "results_dir")]
-    active = needed | {key for key in own if traits(key).popular}
+    active = needed | {key for key in own if traits(key).popular and not (action == "train" and traits(key).recipe)}
     opened: list[str] = []
     for key in keys:
         *parents, name = key.split(".")

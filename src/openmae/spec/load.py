@@ -15,8 +15,9 @@ from openmae.errors import SpecError
 from openmae.spec import tree
 from openmae.spec.actions import ROWS, SEARCH, get_action
 from openmae.spec.describe import bounds_words, choices, fields, sections, similar, similar_keys, type_words
-from openmae.spec.notices import find_notices, ignored_by_tao, inert_keys
+from openmae.spec.notices import find_notices, ignored_by_tao, inert_keys, why_unused
 from openmae.spec.option import SECRET_MARK, is_secret
+from openmae.spec.recipe import Facts, choose, choose_batch
 from openmae.spec.resolved import dependent_defaults, device_numbers, fill_unset, resolve
 from openmae.spec.rules import find_problems
 from openmae.spec.schema import ExperimentSpec
@@ -66,6 +67,7 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
     problems = [_without_secret(problem) for problem in problems]
     spec = spec.with_set_keys(spec.set_keys - (reading.derived - reading.origin.keys()))
     spec, notices = resolve(spec.standing_for(_shown_texts(reading)))
+    spec = choose(spec, Facts()) if action in (None, "train") else choose_batch(spec)
     broken = {problem.key for problem in problems}
     problems += [problem for problem in find_problems(spec, action) if not _follows_from(problem, broken)]
     if problems:
@@ -80,11 +82,20 @@ def load_spec(source: Source, overrides: Sequence[str] = (), action: str | None 
     return spec
 
 
+def check(spec: ExperimentSpec) -> None:
+    """Check the rules of a training run again, after a recipe has chosen values.
+
+    Raises:
+        SpecError: lists all broken rules.
+    """
+    if problems := list(find_problems(spec, "train")):
+        raise _spec_error(problems, {}, "The spec", given=True)
+
+
 def find_refusals(spec: ExperimentSpec, values: Mapping[str, Any]) -> list[str]:
     """Return the rules that a training run would break only if these values, by key, replaced those of the spec."""
     own = list(find_problems(spec, "train"))
-    dependent = dict.fromkeys(dependent_defaults(spec).keys() - spec.set_keys)
-    changed = fill_unset(spec.replaced({**dependent, **values})).with_set_keys(spec.set_keys | values.keys())
+    changed = fill_unset(spec.replaced(values).with_set_keys(spec.set_keys | values.keys()))
     return [f"{problem.key}: {problem.text}" for problem in find_problems(changed, "train") if problem not in own]
 
 
@@ -109,8 +120,19 @@ def to_dict(spec: ExperimentSpec) -> Tree:
 
 
 def to_yaml(spec: ExperimentSpec) -> str:
-    """Return ``to_dict`` as YAML text."""
-    return write_text(to_dict(spec))
+    """Return ``to_dict`` as YAML text, below a comment with the values that a recipe has chosen and the reasons."""
+    lines = [f"#   {key}={value}: {reason}" for key, value, reason in choices_of(spec)]
+    head = [f"# Chosen by train.recipe={spec.train.recipe}, for options that are not set:", *lines, ""] if lines else []
+    return "\n".join(head) + write_text(to_dict(spec))
+
+
+def choices_of(spec: ExperimentSpec) -> list[tuple[str, str, str]]:
+    """Return key, value and reason of each option that a recipe has chosen and that has an effect."""
+    keys = [key for key in fields() if key in spec.chosen and not why_unused(spec, key)]
+    return [
+        (key, write_text({"value": value_of(spec, key)}).removeprefix("value: ").strip(), spec.chosen[key])
+        for key in keys
+    ]
 
 
 def _read(source: Any) -> Reading:

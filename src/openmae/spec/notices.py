@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 
 from openmae.spec.actions import ACTIONS
 from openmae.spec.describe import fields, traits
 from openmae.spec.option import is_secret, meets
+from openmae.spec.recipe import Facts, updates_per_epoch
 from openmae.spec.resolved import dependent_defaults
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 
+FEWEST_UPDATES = 300  # optimizer steps
+_FEWEST_UNITS = 9  # mask units of an image
 _DEFAULT_MILESTONES = ExperimentSpec().train.optim.milestones
 
 
@@ -23,6 +27,8 @@ def why_unused(spec: ExperimentSpec, key: str) -> str:
         return f"in the {stage} stage"
     if key == "train.optim.lr" and spec.train.optim.base_lr is not None:
         return "because train.optim.base_lr replaces it"
+    if key == "train.optim.warmup_epochs" and spec.train.optim.warmup_steps is not None:
+        return "because train.optim.warmup_steps replaces it"
     needed, wanted = declared.condition
     if needed and not meets(value_of(spec, needed), wanted):
         return f"without {declared.needs}"
@@ -52,6 +58,32 @@ def find_notices(spec: ExperimentSpec, action: str | None) -> Iterator[str]:
         yield f"export.calibration has no effect with export.quantize={spec.export.quantize}."
     if action in (None, "train"):
         yield from _training_notices(spec)
+
+
+def find_data_notices(spec: ExperimentSpec, facts: Facts) -> Iterator[str]:
+    """Yield why the model is likely to learn little from this data, each with a fix."""
+    train, (height, width), unit = spec.train, spec.dataset.augmentation.size, spec.model.mask_unit
+    units, row = (height // unit) * (width // unit), spec.model.architecture
+    if train.stage == "pretrain" and units < _FEWEST_UNITS:
+        other = "a smaller model.patch_size" if row.family == "vit" else "a ViT, whose patches can be smaller"
+        yield (
+            f"An image of {height}x{width} px has only {units} mask units of {unit} px, too few to learn from. Use a "
+            f"larger dataset.augmentation.input_size, or {other}."
+        )
+    if facts.images is None:
+        return
+    steps = train.num_epochs * updates_per_epoch(spec, facts.images)
+    if steps < FEWEST_UPDATES:
+        more = math.ceil(train.num_epochs * FEWEST_UPDATES / steps)
+        yield (
+            f"The run makes only {steps} optimizer steps ({train.num_epochs} epochs of {facts.images:,} images), too "
+            f"few to learn much. Set train.num_epochs to {more} or more, or use a smaller dataset.batch_size."
+        )
+    if facts.classes and 0 < facts.val_images < facts.classes:
+        yield (
+            f"dataset.val_data_sources has {facts.val_images} images for {facts.classes} classes, too few to measure "
+            "an accuracy."
+        )
 
 
 def ignored_by_tao(spec: ExperimentSpec, from_file: Collection[str]) -> Iterator[str]:
@@ -106,7 +138,7 @@ def _training_notices(spec: ExperimentSpec) -> Iterator[str]:
             f"train.optim.milestones {milestones} are all at or after the last of {train.num_epochs} epochs: the "
             "learning rate never drops."
         )
-    if train.num_epochs <= optim.warmup_epochs:
+    if train.num_epochs <= optim.warmup_epochs and optim.warmup_steps is None:
         yield (
             f"train.optim.warmup_epochs ({optim.warmup_epochs}) is not below train.num_epochs ({train.num_epochs}): "
             "the learning rate only rises."

@@ -57,6 +57,7 @@ class Traits:
         search: the range to search; None: the user has to give one, or it has choices, which are all tried.
         cond: a sign and the key of another option, which is a bound of this one: ``< train.num_epochs``.
         popular: active in templates.
+        recipe: ``train.recipe`` chooses the value of a training run if it is unset (``spec/recipe.py``).
         tao: what TAO does with the option.
     """
 
@@ -71,6 +72,7 @@ class Traits:
     search: Search | None = None
     cond: str = ""
     popular: bool = False
+    recipe: bool = False
     tao: Literal["applies", "lacks", "ignores", "ignores in pretraining"] = "applies"
 
     @property
@@ -130,6 +132,7 @@ def option(
     declared = Traits(**traits)
     notes = ["finetune"] if declared.stages == FINETUNE else []
     notes += [] if declared.in_tao else ["not in TAO"]
+    notes += ["recipe"] if declared.recipe else []
     help += f" ({', '.join(notes)})" if notes else ""
     return Field(default, description=help, json_schema_extra={"traits": declared}, gt=gt, ge=ge, lt=lt, le=le)  # type: ignore[dict-item]
 

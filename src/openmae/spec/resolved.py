@@ -7,7 +7,6 @@ from typing import Any
 
 from openmae.spec.actions import DEVICES
 from openmae.spec.schema import ExperimentSpec
-from openmae.spec.tree import value_of
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEFAULT_MEAN = {1: (0.449,), 3: _IMAGENET_MEAN, 4: (*_IMAGENET_MEAN, 0.5)}  # by the number of channels
@@ -45,12 +44,9 @@ def dependent_defaults(spec: ExperimentSpec) -> dict[str, Any]:
 
 
 def fill_unset(spec: ExperimentSpec) -> ExperimentSpec:
-    """Return a copy of the spec in which unset options have their dependent default."""
-    defaults = dependent_defaults(spec)
-    unset = {key for key in defaults if value_of(spec, key) is None}
-    if not spec.is_set(_MONITOR):  # not None, because its published default is train_loss
-        unset.add(_MONITOR)
-    return spec.replaced({key: defaults[key] for key in unset})
+    """Return the spec with the dependent default of each option that neither the user nor a recipe has set."""
+    given = spec.set_keys | spec.chosen.keys()
+    return spec.replaced({key: value for key, value in dependent_defaults(spec).items() if key not in given})
 
 
 def device_numbers(spec: ExperimentSpec) -> dict[str, Any]:

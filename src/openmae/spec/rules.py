@@ -69,7 +69,12 @@ def _remote(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
 
 def _is_known(spec: ExperimentSpec, action: str | None, key: str) -> bool:
     """Return whether the spec determines an option; for an action on a trained model, only if the user set it."""
-    return action in (None, "train") or spec.is_set(key)
+    return spec.is_set(key) or (action in (None, "train") and _has_architecture(spec))
+
+
+def _has_architecture(spec: ExperimentSpec) -> bool:
+    """Return whether the architecture is known; ``train.recipe=auto`` chooses it later, from data and machine."""
+    return spec.train.recipe != "auto" or spec.is_set("model.arch") or "model.arch" in spec.chosen
 
 
 def _model(spec: ExperimentSpec, action: str | None) -> Iterator[Problem]:
@@ -161,7 +166,7 @@ def _devices(spec: ExperimentSpec, section: str) -> Iterator[Problem]:
 def _knows_geometry(spec: ExperimentSpec, action: str | None) -> bool:
     """Return whether the spec determines architecture, patch size and image size; a trained model has its own."""
     if action in (None, "train"):
-        return True
+        return _has_architecture(spec)
     keys = ["model.arch", "dataset.augmentation.input_size"]
     keys += ["model.patch_size"] if spec.model.architecture.family == "vit" else []
     return action in ("evaluate", "inference") and all(map(spec.is_set, keys))

@@ -56,6 +56,7 @@ class ExperimentSpec(Section):
 
     _set_keys: frozenset[str] = PrivateAttr(frozenset())
     _shown: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+    _chosen: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
     def model_post_init(self, context: Any, /) -> None:
         """Remember the keys that were given."""
@@ -104,6 +105,18 @@ class ExperimentSpec(Section):
     def shown(self) -> Mapping[str, Any]:
         """The values, by dotted key, that ``experiment.yaml`` has instead of the actual ones."""
         return self._shown
+
+    def choosing(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> ExperimentSpec:
+        """Return a copy with values that a recipe has chosen, by dotted key; see ``chosen``."""
+        spec = self.replaced(values)
+        spec = spec.model_copy()
+        spec._chosen = dict(reasons)
+        return spec
+
+    @property
+    def chosen(self) -> Mapping[str, str]:
+        """The reasons for the values that ``train.recipe`` has chosen, by dotted key."""
+        return self._chosen
 
     def results_folder(self, action: str) -> str:
         """Return ``<action>.results_dir`` or, if unset, ``<results_dir>/<action>``: a path or a URL."""

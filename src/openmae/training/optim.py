@@ -40,13 +40,19 @@ class Schedule:
         return self.peak * self._factor(step)
 
     def _factor(self, step: int) -> float:
-        optim, epoch = self.optim, step / self.steps_per_epoch
-        if epoch < optim.warmup_epochs:
-            return (step + 1) / (optim.warmup_epochs * self.steps_per_epoch)
+        optim, epoch, warmup = self.optim, step / self.steps_per_epoch, self._warmup
+        if epoch < warmup:
+            return (step + 1) / (warmup * self.steps_per_epoch)
         if optim.lr_scheduler == "MultiStep":
             return optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
-        progress = (epoch - optim.warmup_epochs) / max(self.epochs - optim.warmup_epochs, 1e-9)
+        progress = (epoch - warmup) / max(self.epochs - warmup, 1e-9)
         return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+    @property
+    def _warmup(self) -> float:
+        """Epochs of warmup."""
+        steps = self.optim.warmup_steps
+        return self.optim.warmup_epochs if steps is None else steps / self.steps_per_epoch
 
 
 def pretraining_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -9,6 +9,7 @@ from lightning_fabric import Fabric
 from openmae.distributed.launch import describe_device
 from openmae.distributed.rendezvous import world_of
 from openmae.models.build import ModelConfig
+from openmae.models.operations import decoder_share
 from openmae.spec.architectures import visible_units
 from openmae.spec.sections.train import TrainSpec
 from openmae.storage.printable import counted
@@ -50,7 +51,8 @@ def recipe_rows(
         decoder = f"{config.decoder_depth} x {config.decoder_embed_dim}"
         share = f"; a training step predicts {task.targets:g} of the masked ones" if task.targets != 1 else ""
         cross = ", cross-attention" if config.decoder_attention == "cross" else ""
-        rows += [("masked", masked + share), ("decoder", decoder + cross)]
+        costs = f", {decoder_share(config):.0%} of the operations of a step"
+        rows += [("masked", masked + share), ("decoder", decoder + cross + costs)]
     rows += [
         ("images", f"{images[0]:,} to train, {f'{images[1]:,}' if images[1] else 'none'} to validate"),
         ("batch", _batch_text(fabric, batch_size, settings.accum_grad_batches)),
@@ -83,7 +85,10 @@ def _batch_text(fabric: Fabric, batch_size: int, accumulated: int) -> str:
 
 def _schedule_text(schedule: Schedule) -> str:
     optim = schedule.optim
-    warmup = f"{counted(optim.warmup_epochs, 'epoch')} of warmup, then " if optim.warmup_epochs else ""
+    length = (
+        counted(optim.warmup_epochs, "epoch") if optim.warmup_steps is None else counted(optim.warmup_steps, "step")
+    )
+    warmup = "" if length.startswith("0 ") else f"{length} of warmup, then "
     if optim.lr_scheduler == "cosine":
         return f"{warmup}cosine to 0"
     milestones = ", ".join(map(str, optim.milestones)) or "never"

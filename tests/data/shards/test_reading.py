@@ -8,6 +8,7 @@ import os
 import pickle
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,11 @@ def test_shards_equal_the_folder(index: ImageIndex, tmp_path: Path, with_index: 
 
 def test_workers_and_resuming_change_nothing(index: ImageIndex, tmp_path: Path) -> None:
     found = open_index(sharded(index, tmp_path / "out"), True)
-    alone, helped = (loader(found, tmp_path, num_workers=workers) for workers in (0, 2))
-    epoch = plain(alone.from_position(1, 0))
-    assert plain(helped.from_position(1, 0)) == epoch, "0 workers differ from 2"
-    for done in range(4):
-        assert plain(helped.from_position(1, done)) == epoch[done:], f"resuming after batch {done} differs"
+    epoch = plain(loader(found, tmp_path).from_position(1, 0))
+    with closing(loader(found, tmp_path, num_workers=2)) as helped:
+        assert plain(helped.from_position(1, 0)) == epoch, "0 workers differ from 2"
+        for done in range(4):
+            assert plain(helped.from_position(1, done)) == epoch[done:], f"resuming after batch {done} differs"
     assert pickle.loads(pickle.dumps(found)).read(3) == found.read(3)
 
 

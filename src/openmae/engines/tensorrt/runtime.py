@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 from statistics import median
@@ -14,7 +13,7 @@ from torch import Tensor
 from openmae.engines.batching import as_input, device_name, run_split
 from openmae.engines.tensorrt.backend import gpu_capability, load_module, pretty
 from openmae.engines.tensorrt.builder import get_logger
-from openmae.engines.tensorrt.sidecar import EngineInfo, TensorInfo, read_sidecar, sidecar_path
+from openmae.engines.tensorrt.sidecar import EngineInfo, TensorInfo, check_sidecar, read_sidecar
 from openmae.errors import CheckpointError, RunError, SpecError
 from openmae.storage.encryption import Key, read_bytes
 
@@ -37,11 +36,7 @@ class TensorRTPredictor:
     def __init__(self, path: Path, device: torch.device | str = "cuda", key: Key | None = None) -> None:
         self.card, info = read_sidecar(path)
         data = read_bytes(path, key)
-        if hashlib.sha256(data).hexdigest() != info.engine_sha256:
-            raise CheckpointError(
-                f"{sidecar_path(path)} belongs to another engine than {path}, or one of the two is damaged.",
-                "Copy both again, or build the engine again with mae gen_trt_engine.",
-            )
+        check_sidecar(path, data, info)
         self.device = _open_device(torch.device(device), info, path)
         self._engine = LoadedEngine(data, info, self.device, str(path))
         self._profile = info.profile

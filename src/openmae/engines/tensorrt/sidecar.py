@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +74,22 @@ def read_sidecar(engine: Path) -> tuple[ModelCard, EngineInfo]:
     Raises:
         CheckpointError: the engine or its sidecar is missing or damaged, or another program wrote its ONNX file.
     """
+    card, info = read_engine_info(engine)
+    if card is None:
+        raise CheckpointError(
+            f"{engine} was built from an ONNX file that mae export did not write, so its classes and preprocessing are "
+            "unknown.",
+            "Run it with NVIDIA's tools, or build an engine from an ONNX file of mae export.",
+        )
+    return card, info
+
+
+def read_engine_info(engine: Path) -> tuple[ModelCard | None, EngineInfo]:
+    """Read the sidecar of an engine; the card is None if another program wrote its ONNX file.
+
+    Raises:
+        CheckpointError: the engine or its sidecar is missing or damaged.
+    """
     path = sidecar_path(engine)
     if not engine.is_file():
         raise CheckpointError(f"No engine at {engine}.", "Check the path; mae gen_trt_engine writes engines.")
@@ -89,10 +106,17 @@ def read_sidecar(engine: Path) -> tuple[ModelCard, EngineInfo]:
             f"{path} is damaged or of another version of OpenMAE: {error!r}.",
             "Build the engine again with mae gen_trt_engine.",
         ) from error
-    if card is None:
+    return None if card is None else ModelCard.from_dict(card), info
+
+
+def check_sidecar(engine: Path, data: bytes, info: EngineInfo) -> None:
+    """Raise an error if a sidecar describes another engine than the one with this (decrypted) content.
+
+    Raises:
+        CheckpointError: it does, or one of the two files is damaged.
+    """
+    if hashlib.sha256(data).hexdigest() != info.engine_sha256:
         raise CheckpointError(
-            f"{engine} was built from an ONNX file that mae export did not write, so its classes and preprocessing are "
-            "unknown.",
-            "Run it with NVIDIA's tools, or build an engine from an ONNX file of mae export.",
+            f"{sidecar_path(engine)} belongs to another engine than {engine}, or one of the two is damaged.",
+            "Copy both again, or build the engine again with mae gen_trt_engine.",
         )
-    return ModelCard.from_dict(card), info

@@ -25,13 +25,19 @@ class AugmentationSpec(Section):
     """``dataset.augmentation``."""
 
     input_size: InputSize = option(
-        224, "image size in pixels: a number, or [height, width]", popular=True, automl=False, on_resume="refuse"
+        224,
+        "image size in pixels: a number, or [height, width]",
+        popular=True,
+        recipe=True,
+        automl=False,
+        on_resume="refuse",
     )
     mean: tuple[float, ...] = option(None, "mean of each channel, 0 to 1; unset: ImageNet's", automl=False)
     std: Deviations = option(None, "standard deviation of each channel; unset: ImageNet's", automl=False)
     min_scale: PositiveShare = option(
         0.1,
         "smallest share of the area that a random crop keeps",
+        recipe=True,
         search=Search(0.08, 0.8),
         cond="<= dataset.augmentation.max_scale",
         changes_loss=True,
@@ -60,7 +66,10 @@ class AugmentationSpec(Section):
         cond=">= dataset.augmentation.min_ratio",
     )
     interpolation: Literal["bilinear", "bicubic", "random"] = option(
-        "bilinear", "resampling filter of training crops; pretraining and evaluation use bicubic", stages=FINETUNE
+        "bilinear",
+        "resampling filter of training crops; pretraining and evaluation use bicubic",
+        stages=FINETUNE,
+        recipe=True,
     )
     hflip: Share = option(
         0.5, "probability of a horizontal flip", tao="ignores in pretraining", search=Search(0.0, 0.5)
@@ -68,11 +77,13 @@ class AugmentationSpec(Section):
     color_jitter: float = option(
         0.0, "strength of colour jitter, 0: off", ge=0, le=10, stages=FINETUNE, search=Search(0, 0.4)
     )
-    auto_aug: AutoAugment = option("rand-m9-mstd0.5-inc1", "timm's augmentation policy, empty: off", stages=FINETUNE)
-    re_prob: Share = option(0.0, "probability of random erasing", stages=FINETUNE, search=Search(0.0, 0.4))
-    smoothing: float = option(0.1, "label smoothing", ge=0, lt=1, stages=FINETUNE, search=Search(0.0, 0.2))
-    mixup: float = option(0.8, "Mixup's alpha, 0: off", ge=0, stages=FINETUNE, search=Search(0.0, 1.0))
-    cutmix: float = option(1.0, "CutMix's alpha, 0: off", ge=0, stages=FINETUNE, search=Search(0.0, 1.0))
+    auto_aug: AutoAugment = option(
+        "rand-m9-mstd0.5-inc1", "timm's augmentation policy, empty: off", stages=FINETUNE, recipe=True
+    )
+    re_prob: Share = option(0.0, "probability of random erasing", stages=FINETUNE, recipe=True, search=Search(0.0, 0.4))
+    smoothing: float = option(0.1, "label smoothing", ge=0, lt=1, stages=FINETUNE, recipe=True, search=Search(0.0, 0.2))
+    mixup: float = option(0.8, "Mixup's alpha, 0: off", ge=0, stages=FINETUNE, recipe=True, search=Search(0.0, 1.0))
+    cutmix: float = option(1.0, "CutMix's alpha, 0: off", ge=0, stages=FINETUNE, recipe=True, search=Search(0.0, 1.0))
     cutmix_minmax: SharePair | None = option(
         None, "[min, max] side of CutMix's box as a share of the image; replaces cutmix's alpha", stages=FINETUNE
     )
@@ -112,7 +123,7 @@ class DatasetSpec(Section):
     test_data_sources: InputPath = option(
         "", "images for inference: a folder, an archive, or shards", on_resume="allow", in_search=False
     )
-    batch_size: Count = option(1, "images per batch and device", popular=True)
+    batch_size: Count = option(1, "images per batch and device", popular=True, recipe=True)
     num_workers_per_gpu: int = option(2, "workers that load images, per device", ge=0, le=256, **EXECUTION)
     max_corrupt_fraction: Share = option(
         0.01, "share of unreadable images above which the run fails", tao="lacks", automl=False, on_resume="allow"

@@ -12,7 +12,12 @@ class ModelSpec(Section):
     """``model``."""
 
     arch: ArchName = option(
-        "convnextv2_base", "architecture of the backbone", popular=True, changes_loss=True, on_resume="refuse"
+        "convnextv2_base",
+        "architecture of the backbone",
+        popular=True,
+        recipe=True,
+        changes_loss=True,
+        on_resume="refuse",
     )
     num_classes: int | None = option(
         None,
@@ -23,12 +28,13 @@ class ModelSpec(Section):
         on_resume="allow",
     )
     in_chans: Literal[1, 3, 4] = option(
-        3, "image channels: 1 grey, 3 RGB, 4 RGB and alpha", tao="lacks", automl=False, on_resume="refuse"
+        3, "image channels: 1 grey, 3 RGB, 4 RGB and alpha", recipe=True, tao="lacks", automl=False, on_resume="refuse"
     )
     patch_size: int | None = option(
         None,
         "side of a ViT patch in pixels; unset: as in the name",
         ge=1,
+        recipe=True,
         tao="lacks",
         automl=False,
         on_resume="refuse",
@@ -55,6 +61,7 @@ class ModelSpec(Section):
         None,
         "decoder blocks; unset: 8 ViT and Hiera, 1 ConvNeXt V2",
         ge=1,
+        recipe=True,
         stages=PRETRAIN,
         tao="ignores",
         search=Search(1, 8),
@@ -65,6 +72,7 @@ class ModelSpec(Section):
         None,
         "decoder width; unset: 512",
         ge=1,
+        recipe=True,
         stages=PRETRAIN,
         tao="ignores",
         search=Search(128, 512, step=64),
@@ -94,6 +102,7 @@ class ModelSpec(Section):
         "stochastic depth; unset: as in the paper for pretraining, 0.1 for fine-tuning",
         ge=0,
         lt=1,
+        recipe=True,
         tao="ignores",
         search=Search(0.0, 0.4),
     )

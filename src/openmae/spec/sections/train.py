@@ -27,7 +27,7 @@ class OptimSpec(Section):
 
     type: Literal["AdamW"] = option("AdamW", "optimizer", automl=False)
     lr: PositiveShare = option(
-        2e-4, "peak learning rate", popular=True, automl=True, search=Search(2e-5, 5e-3, log=True)
+        2e-4, "peak learning rate", popular=True, recipe=True, automl=True, search=Search(2e-5, 5e-3, log=True)
     )
     base_lr: float | None = option(
         None, "peak learning rate per 256 images of a global batch; replaces lr", gt=0, tao="lacks"
@@ -41,6 +41,7 @@ class OptimSpec(Section):
         0.75,
         "learning rate of a layer relative to the next one",
         stages=FINETUNE,
+        recipe=True,
         tao="ignores",
         search=Search(0.5, 1.0),
     )
@@ -53,7 +54,11 @@ class OptimSpec(Section):
         search=Search(0.05, 1.0, log=True),
     )
     lr_scheduler: Literal["MultiStep", "cosine"] = option(
-        "MultiStep", "learning rate schedule", popular=True, search=Search(weights={"cosine": 0.7, "MultiStep": 0.3})
+        "MultiStep",
+        "learning rate schedule",
+        popular=True,
+        recipe=True,
+        search=Search(weights={"cosine": 0.7, "MultiStep": 0.3}),
     )
     warmup_epochs: int = option(
         1,
@@ -64,7 +69,11 @@ class OptimSpec(Section):
         popular=True,
         automl=True,
         search=Search(0, 20),
+        recipe=True,
         cond="< train.num_epochs",
+    )
+    warmup_steps: int | None = option(
+        None, "optimizer steps of linear warmup; replaces warmup_epochs", ge=0, recipe=True, tao="lacks", automl=False
     )
     milestones: Milestones = option(
         (88, 96),
@@ -104,13 +113,22 @@ class TrainSpec(Section):
         automl=False,
         on_resume="refuse",
     )
-    num_epochs: Count = option(10, "passes over the training images", popular=True, **EXECUTION)
+    recipe: Literal["auto", "paper", "tao"] = option(
+        "auto",
+        "how unset options get their values. auto: chosen for the data, the weights and the machine; paper: as in the "
+        "papers; tao: TAO's defaults",
+        popular=True,
+        tao="lacks",
+        automl=False,
+        on_resume="allow",
+    )
+    num_epochs: Count = option(10, "passes over the training images", popular=True, recipe=True, **EXECUTION)
     num_gpus: Count = option(1, "GPUs per node; without a GPU, CPU processes", popular=True, **EXECUTION)
     gpu_ids: GpuIds = option((0,), "GPUs of a node to use, by number", automl=False, on_resume="allow", in_search=False)
     num_nodes: Count = option(1, "nodes", automl=False, on_resume="allow", in_search=False)
     distributed_strategy: Literal["ddp", "fsdp"] = option("ddp", "strategy for several devices", **EXECUTION)
     precision: Literal["fp16", "bf16", "fp32"] = option(
-        "fp32", "arithmetic of the forward pass", popular=True, automl=False, on_resume="allow"
+        "fp32", "arithmetic of the forward pass", popular=True, recipe=True, automl=False, on_resume="allow"
     )
     seed: int = option(
         1234, "seed of weights, masks, order and augmentation; -1: a new one for each run", ge=-1, automl=False
@@ -137,15 +155,20 @@ class TrainSpec(Section):
     resume_training_checkpoint_path: InputPath = option(
         "", "checkpoint of an interrupted run to resume from", **EXECUTION
     )
-    checkpoint_interval: Count = option(1, "epochs or steps between checkpoints", **EXECUTION)
+    checkpoint_interval: Count = option(1, "epochs or steps between checkpoints", recipe=True, **EXECUTION)
     checkpoint_interval_unit: Literal["epoch", "step"] = option("epoch", "unit of checkpoint_interval", **EXECUTION)
     keep_checkpoints: Count = option(
         3, "number of newest checkpoints to keep, in addition to the best one", tao="lacks", **EXECUTION
     )
     validation_interval: Count = option(
-        1, "epochs between validations", needs="dataset.val_data_sources", automl=False, on_resume="allow"
+        1,
+        "epochs between validations",
+        needs="dataset.val_data_sources",
+        recipe=True,
+        automl=False,
+        on_resume="allow",
     )
-    accum_grad_batches: Count = option(1, "batches accumulated for one optimizer step")
+    accum_grad_batches: Count = option(1, "batches accumulated for one optimizer step", recipe=True)
     clip_grad_norm: float = option(
         0.0,
         "maximum norm of the gradients, 0: no clipping",
@@ -155,7 +178,14 @@ class TrainSpec(Section):
         search=Search(0.5, 5.0, log=True),
     )
     ema_decay: float = option(
-        0.0, "decay of averaged weights, 0: off", ge=0, lt=1, stages=FINETUNE, tao="lacks", search=Search(0.9, 0.9999)
+        0.0,
+        "decay of averaged weights, 0: off",
+        ge=0,
+        lt=1,
+        stages=FINETUNE,
+        recipe=True,
+        tao="lacks",
+        search=Search(0.9, 0.9999),
     )
     stop_after_epoch: int | None = option(
         None,

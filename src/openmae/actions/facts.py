@@ -1,0 +1,244 @@
+"""The facts from which ``train.recipe`` chooses: about the images, the weights and the machine, and a measured step."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from openmae.actions.sources import model_config, train_transform
+from openmae.checkpoints.format import read_config
+from openmae.data.decode import CorruptImage
+from openmae.data.image_dataset import ImageDataset
+from openmae.data.index import ImageIndex
+from openmae.errors import CheckpointError
+from openmae.machine import usable_cores
+from openmae.models.build import build_autoencoder, build_classifier
+from openmae.models.mae import MaskedAutoencoder
+from openmae.models.masking import random_mask
+from openmae.models.normalise import Normaliser
+from openmae.spec.load import check
+from openmae.spec.notices import find_data_notices
+from openmae.spec.recipe import Facts, choose
+from openmae.spec.schema import ExperimentSpec
+from openmae.storage.encryption import Key
+
+_SAMPLE = 64  # images whose size is read
+_MEASURED, _MEASURED_SECONDS = 8, 1.0  # images of the measured step; at most about the duration of all
+_MATRIX = 768  # side of the matrices that bf16 and fp32 are compared with
+_FASTER = 1.8  # times as fast that bf16 must be
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+log = logging.getLogger("openmae")
+
+
+def decide(spec: ExperimentSpec, train: ImageIndex, val: ImageIndex | None, key: Key | None) -> ExperimentSpec:
+    """Return the spec with the choices of its recipe. A short step is measured if a choice depends on it.
+
+    Args:
+        spec: the spec of a training run.
+        train: its training images.
+        val: its validation images, if it has any.
+        key: the key of encrypted weights.
+
+    Raises:
+        SpecError: a value of the user cannot be used with the choices.
+    """
+    facts = find_facts(spec, train, val, key)
+    chosen = choose(spec, facts)
+    check(chosen)
+    if {"dataset.batch_size", "train.num_epochs"} & chosen.chosen.keys():
+        facts = measure_step(chosen, facts, train)
+        chosen = choose(spec, facts)
+        check(chosen)
+    for notice in find_data_notices(chosen, facts):
+        log.warning(notice)
+    return chosen
+
+
+def find_facts(spec: ExperimentSpec, train: ImageIndex, val: ImageIndex | None, key: Key | None) -> Facts:
+    """Return the facts that are known without training."""
+    on_gpu = torch.cuda.is_available()
+    return Facts(
+        images=len(train),
+        val_images=len(val) if val else 0,
+        classes=len((train if spec.train.stage == "finetune" else val or train).class_names),
+        per_class=_per_class(train) if spec.train.stage == "finetune" else None,
+        side=_side(train),
+        weights=_weights(spec, key),
+        on_gpu=on_gpu,
+        fast_bf16=_has_fast_bf16(on_gpu),
+        free_memory=_free_memory(on_gpu, spec.train.num_gpus),
+    )
+
+
+def _per_class(index: ImageIndex) -> int:
+    counts = [0] * len(index.class_names)
+    for label in index.labels or ():
+        if label >= 0:
+            counts[label] += 1
+    return int(statistics.median(counts)) if counts else 0
+
+
+def _side(index: ImageIndex) -> int | None:
+    """Return the median of the shorter sides of some images; None if none can be read."""
+    sides = []
+    for number in range(0, len(index), max(1, len(index) // _SAMPLE)):
+        with suppress(CorruptImage), index.open(number) as file:
+            sides.append(min(file.size))
+    return int(statistics.median(sides)) if sides else None
+
+
+def _weights(spec: ExperimentSpec, key: Key | None) -> Mapping[str, Any]:
+    """Return the options that pretrained weights determine; none if training will reject the file."""
+    train = spec.train
+    if not train.pretrained_model_path:
+        return {}
+    with suppress(CheckpointError, OSError):
+        config = read_config(train.pretrained_model_path, key, train.pretrained_weights_key)
+        height, width = config.input_size
+        found = {
+            "model.arch": config.arch,
+            "model.in_chans": config.in_chans,
+            "dataset.augmentation.input_size": height if height == width else (height, width),
+        }
+        if config.architecture.family == "vit" and config.unit != config.architecture.mask_unit:
+            found["model.patch_size"] = config.unit
+        return found
+    return {}
+
+
+def _has_fast_bf16(on_gpu: bool) -> bool:
+    if on_gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    seconds = {kind: _product_seconds(kind) for kind in (torch.float32, torch.bfloat16)}
+    return seconds[torch.float32] > _FASTER * seconds[torch.bfloat16]
+
+
+def _product_seconds(kind: torch.dtype) -> float:
+    matrix = torch.ones(_MATRIX, _MATRIX, dtype=kind)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _free_memory(on_gpu: bool, processes: int) -> int:
+    """Return the bytes that each process of this machine may use, within its control group."""
+    if on_gpu:
+        return int(torch.cuda.mem_get_info()[0])
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # "max": no limit
+        limit, used = (int((_CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return max(free, 0) // processes
+
+
+def measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts:
+    """Return the facts with the memory and the duration of a training step, measured on some of the images.
+
+    On several GPUs, only the memory is measured, on the CPU: a process must not use a GPU before it starts others.
+    """
+    alone = spec.train.num_gpus * spec.train.num_nodes == 1
+    on_gpu = bool(facts.on_gpu) and alone
+    device = torch.device("cuda" if on_gpu else "cpu")
+    began = time.perf_counter()
+    batch = _load(spec, index)
+    loading = (time.perf_counter() - began) / max(len(batch), 1)
+    if not len(batch):
+        return facts
+    with torch.random.fork_rng():
+        step = _Step(spec, batch, device)
+        try:
+            used = step.bytes_per_image()
+            seconds = step.seconds_per_image()
+        except torch.OutOfMemoryError:
+            return facts
+        finally:
+            del step
+            if on_gpu:
+                torch.cuda.empty_cache()
+    if facts.on_gpu:
+        workers = max(spec.dataset.num_workers_per_gpu, 1)
+        seconds = max(seconds, loading / workers)  # images are loaded beside the training
+    else:
+        seconds += loading / usable_cores()
+    return replace(facts, bytes_per_image=used, seconds_per_image=seconds if alone or not facts.on_gpu else None)
+
+
+def _load(spec: ExperimentSpec, index: ImageIndex) -> Tensor:
+    """Load some images as training does; those that cannot be read are left out."""
+    data = ImageDataset(index, train_transform(spec), spec.train.seed)
+    numbers = range(0, len(index), max(1, len(index) // _MEASURED))[:_MEASURED]
+    return data.collate([data[0, number] for number in numbers]).images
+
+
+class _Step:
+    """A training step without the update of the weights."""
+
+    def __init__(self, spec: ExperimentSpec, images: Tensor, device: torch.device) -> None:
+        config = model_config(spec)
+        if spec.train.stage == "finetune":
+            config = replace(config, num_classes=spec.model.num_classes or 2)
+        self._config = config
+        self._autocast = torch.autocast(device.type, _DTYPES.get(spec.train.precision), spec.train.precision in _DTYPES)
+        self._normalise = Normaliser(spec.dataset.augmentation.mean, spec.dataset.augmentation.std)
+        model = build_classifier(config) if config.num_classes else build_autoencoder(config)
+        self._model, self._images = model.to(device).train(), images.to(device)
+
+    def bytes_per_image(self) -> float:
+        """Return the bytes that the backward pass needs of an image, without the weights."""
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self._loss()
+        del loss
+        return sum(kept.values()) / len(self._images)
+
+    def seconds_per_image(self) -> float:
+        """Return the duration of the fastest of some steps, per image."""
+        times: list[float] = []
+        while len(times) < 2 or (sum(times) < _MEASURED_SECONDS and len(times) < 10):
+            start = time.perf_counter()
+            self._loss().backward()
+            if self._images.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times) / len(self._images)
+
+    def _loss(self) -> Tensor:
+        images, config, numbers = self._normalise(self._images), self._config, torch.arange(len(self._images))
+        with self._autocast:
+            if not isinstance(self._model, MaskedAutoencoder):
+                return F.cross_entropy(self._model(images).float(), numbers.to(images.device) % config.num_classes)
+            mask = random_mask(
+                numbers.to(images.device),
+                seed=0,
+                epoch=0,
+                num_units=self._model.num_units,
+                mask_ratio=config.mask_ratio,
+                targets=1.0,
+            )
+            loss: Tensor = self._model(images, mask).loss
+            return loss
