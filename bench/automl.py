@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 
 from openmae import quickstart
-from openmae.actions import train
+from openmae.actions import run_report, train
 from openmae.automl import worker
 from openmae.automl.algorithms import Algorithm
 from openmae.automl.study import HeldTrial, Study
@@ -158,7 +158,7 @@ class Table:
             **({"train.stop_after_epoch": epoch} if epoch < self.epochs else {}),
         }
         spec = load_spec(dict(self.tree), [f"{key}={value}" for key, value in changes.items()], action="train")
-        with patch.object(train, "train_report"), patch.object(train, "show_table"):
+        with patch.object(run_report, "train_report"), patch.object(train, "show_table"):
             try:
                 return train.run(spec)[METRIC]
             except RunError:
@@ -229,7 +229,7 @@ def finetuning(folder: Path, budget: Budget) -> dict[str, Any]:
         pretraining = quickstart._pretrain_spec(digits, seed=0)
         pretraining["train"]["num_epochs"] = budget.pretraining
         pretraining["train"]["optim"]["warmup_epochs"] = min(2, budget.pretraining - 1)
-        with patch.object(train, "train_report"), patch.object(train, "show_table"):
+        with patch.object(run_report, "train_report"), patch.object(train, "show_table"):
             train.run(load_spec(pretraining, action="train"))
     tree = quickstart._finetune_spec(digits, "finetune", 0, backbone)
     optim = tree["train"]["optim"]

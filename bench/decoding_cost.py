@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 
 from openmae import quickstart
-from openmae.actions import train
+from openmae.actions import run_report, train
 from openmae.spec.load import load_spec
 from openmae.storage.atomic import write_atomically
 
@@ -142,7 +142,7 @@ class Table:
 
 def _trained(tree: dict[str, Any]) -> Mapping[str, float]:
     """Run ``mae train`` in this process, resuming if possible, without its report and figures."""
-    with patch.object(train, "train_report"), patch.object(train, "show_table"):
+    with patch.object(run_report, "train_report"), patch.object(train, "show_table"):
         return train.run(load_spec(tree, action="train"))
 
 

@@ -38,7 +38,7 @@ def test_every_name_offered_is_there() -> None:
 @pytest.mark.parametrize("action", ["train", "evaluate", "inference"])
 def test_a_path_a_dict_and_a_spec_mean_the_same(action: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     received = []
-    monkeypatch.setattr(f"openmae.actions.{action}.run", lambda spec: received.append(spec) or {"metric": 1.0})
+    monkeypatch.setattr(f"openmae.actions.{action}.run", lambda spec, **_: received.append(spec) or {"metric": 1.0})
     part = {"train": "train", "evaluate": "val", "inference": "test"}[action]
     values = {"dataset": {f"{part}_data_sources": "photos"}, action: {"results_dir": "here"}}
     overrides = ["train.seed=3"] + ([] if action == "train" else [f"{action}.checkpoint=a.pth"])
@@ -65,7 +65,7 @@ def test_a_wrong_spec_is_a_value_error() -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[openmae.ExperimentSpec]:
     """Replace training; returns the specs that it receives."""
     received: list[openmae.ExperimentSpec] = []
-    monkeypatch.setattr("openmae.actions.train.run", lambda spec: received.append(spec) or {"train_loss": 0.5})
+    monkeypatch.setattr("openmae.actions.train.run", lambda spec, **_: received.append(spec) or {"train_loss": 0.5})
     return received
 
 

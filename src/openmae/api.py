@@ -70,7 +70,7 @@ class TrainResult(Mapping[str, float]):
         return len(self.metrics)
 
 
-def train(spec: Spec, overrides: Sequence[str] = ()) -> TrainResult:
+def train(spec: Spec, overrides: Sequence[str] = (), *, restart: bool = False) -> TrainResult:
     """Pretrain or fine-tune, like ``mae train``.
 
     Writes checkpoints, ``backbone.safetensors``, ``metrics.csv`` and ``report.html`` to ``<results_dir>/train``. A call
@@ -79,6 +79,7 @@ def train(spec: Spec, overrides: Sequence[str] = ()) -> TrainResult:
     Args:
         spec: a YAML file, nested values such as ``{"train": {"num_epochs": 3}}``, or an ``ExperimentSpec``.
         overrides: config options as ``key=value``, such as ``"train.optim.lr=1e-4"``; the value is YAML.
+        restart: begin a new run; an earlier one in the results folder is kept under a dated name.
 
     Raises:
         UserError: the spec, the data or a checkpoint cannot be used; nothing was trained. Also a ``ValueError``.
@@ -88,7 +89,7 @@ def train(spec: Spec, overrides: Sequence[str] = ()) -> TrainResult:
     Example:
         >>> result = openmae.train("spec.yaml", ["train.num_epochs=100"])
     """
-    result: TrainResult = _run("train", spec, overrides)
+    result: TrainResult = _run("train", spec, overrides, restart=restart)
     return result
 
 
@@ -104,6 +105,7 @@ def pretrain(
     weights: str | Path | None = None,
     val_images: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
+    restart: bool = False,
 ) -> TrainResult:
     """Pretrain a backbone on unlabelled images. An argument that is None keeps the default of its config option.
 
@@ -118,6 +120,7 @@ def pretrain(
         weights: a checkpoint to start from.
         val_images: images for the validation loss; with class folders also for kNN and linear-probe accuracy.
         options: further config options by dotted key, such as ``{"train.precision": "bf16"}``.
+        restart: begin a new run; an earlier one is kept under a dated name.
 
     Raises:
         UserError, RunError, KeyboardInterrupt: see ``train``.
@@ -140,6 +143,7 @@ def finetune(
     batch_size: int | None = None,
     learning_rate: float | None = None,
     options: Mapping[str, Any] | None = None,
+    restart: bool = False,
 ) -> TrainResult:
     """Fine-tune a classifier on labelled images. An argument that is None keeps the default of its config option.
 
@@ -154,6 +158,7 @@ def finetune(
         batch_size: images per process and step.
         learning_rate: peak learning rate of the schedule.
         options: further config options by dotted key, such as ``{"dataset.augmentation.mixup": 0}``.
+        restart: begin a new run; an earlier one is kept under a dated name.
 
     Raises:
         UserError, RunError, KeyboardInterrupt: see ``train``.
@@ -178,7 +183,7 @@ def finetune(
 def evaluate(spec: Spec, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Measure ``evaluate.checkpoint`` on ``dataset.val_data_sources``, like ``mae evaluate``.
 
-    The arguments are those of ``train``.
+    ``spec`` and ``overrides`` are those of ``train``.
 
     Returns:
         ``ACC_all``, ``ACC_top5`` and ``val_loss`` of a fine-tuned checkpoint; ``val_loss`` of a pretrained one, and
@@ -198,7 +203,7 @@ def evaluate(spec: Spec, overrides: Sequence[str] = ()) -> dict[str, float]:
 def inference(spec: Spec, overrides: Sequence[str] = ()) -> Path:
     """Run ``inference.checkpoint`` on ``dataset.test_data_sources``, like ``mae inference``.
 
-    The arguments are those of ``train``.
+    ``spec`` and ``overrides`` are those of ``train``.
 
     Returns:
         ``results.csv`` (path, class, probability, and the next four classes) of a fine-tuned checkpoint, or
@@ -219,7 +224,7 @@ def inference(spec: Spec, overrides: Sequence[str] = ()) -> Path:
 def export(spec: Spec, overrides: Sequence[str] = ()) -> Path:
     """Export ``export.checkpoint`` to ONNX and verify the file, like ``mae export``.
 
-    The arguments are those of ``train``.
+    ``spec`` and ``overrides`` are those of ``train``.
 
     Returns:
         The ONNX file. Its outputs are ``logits`` (fine-tuned) or ``features`` and ``tokens`` (pretrained).
@@ -240,7 +245,7 @@ def export(spec: Spec, overrides: Sequence[str] = ()) -> Path:
 def gen_trt_engine(spec: Spec, overrides: Sequence[str] = ()) -> Path:
     """Build a TensorRT engine from an ONNX file, like ``mae gen_trt_engine``.
 
-    The arguments are those of ``train``.
+    ``spec`` and ``overrides`` are those of ``train``.
 
     Returns:
         The engine. Its description is next to it, in ``<engine>.json``.
@@ -320,10 +325,11 @@ def _train(stage: str, arguments: Mapping[str, Any]) -> TrainResult:
     values = {"train.stage": stage}
     values |= {key: arguments[name] for name, key in _KEYWORDS.items() if arguments[name] is not None}
     values |= arguments["options"] or {}
-    return train({}, [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()])
+    overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
+    return train({}, overrides, restart=arguments["restart"])
 
 
-def _run(action: str, spec: Any, overrides: Sequence[str]) -> Any:
+def _run(action: str, spec: Any, overrides: Sequence[str], **flags: bool) -> Any:
     from openmae.errors import UserError
     from openmae.main_guard import end_if_rerun
     from openmae.results.streams import guarded
@@ -333,7 +339,7 @@ def _run(action: str, spec: Any, overrides: Sequence[str]) -> Any:
     with guarded("stderr"):
         try:
             checked = load_spec(spec, overrides, action=action)
-            result = importlib.import_module(f"openmae.actions.{action}").run(checked)
+            result = importlib.import_module(f"openmae.actions.{action}").run(checked, **flags)
         except UserError as error:
             # the mistake is in the arguments of the call: the frames below it would only distract from that
             raise error.with_traceback(None) from error.__cause__

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import psutil
 
+_STATUS = Path("/proc/self/status")  # Linux only
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux only
 _TICKS = 100  # units of a start time per second, as in /proc/PID/stat
 _TOLERANCE = 2 * _TICKS  # the kernel's boot time may vary by a second; no process id is reused that fast
@@ -45,6 +48,29 @@ class ProcessInfo(NamedTuple):
 def usable_cores() -> int:
     """Return the number of cores that this process may use; on macOS, all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has used, plus the memory that its children use now, in bytes.
+
+    Memory that children share with this process is counted once.
+    """
+    total = _own_peak()
+    with suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it has ended
+                total += child.memory_full_info().uss
+    return total
+
+
+def _own_peak() -> int:
+    """Return the largest resident set of this process. On Linux, ``ru_maxrss`` may be that of its parent."""
+    with suppress(OSError):
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @functools.cache

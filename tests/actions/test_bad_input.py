@@ -200,7 +200,7 @@ CHECKPOINT_MISTAKES = [
     (
         "train",
         (*CLASSES, "train.resume_training_checkpoint_path={vit_pretrain}"),
-        ("cannot resume from", "train.stage was pretrain and is finetune", "Set another results_dir"),
+        ("cannot resume from", "train.stage was pretrain and is finetune", "begin a new run: set another results_dir"),
     ),
     (
         "train",

@@ -208,7 +208,7 @@ def test_the_command_line_is_not_recorded(photos, tmp_path, monkeypatch, capsys)
 def test_a_bug_in_openmae_does_not_show_the_key(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    def fail(spec: object, *rest: object) -> None:
+    def fail(spec: object, *rest: object, **options: object) -> None:
         raise RuntimeError(f"a fault with {spec!r}")
 
     monkeypatch.setattr("openmae.actions.train.make_plan", fail)

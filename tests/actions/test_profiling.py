@@ -41,7 +41,7 @@ def test_profile(command, tmp_path, capsys):
     assert "<h2>Profile</h2>" in html
     assert "95th percentile" in html
     assert profile["advice"][0] in html
-    assert html.count("<img") == 3
+    assert html.count("<img") == 4, "curves, reconstructions, their progress, and the profile"
 
 
 @pytest.mark.parametrize(

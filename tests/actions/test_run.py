@@ -18,7 +18,7 @@ from openmae.actions.staging import local_place
 from openmae.errors import DataError, RunError, UserError, blaming
 from openmae.results.status import read_status
 from openmae.spec.load import load_spec
-from openmae.storage.lock import locked_folder
+from openmae.storage.lock import FolderLock
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_training_survives_a_closed_output(trained, tmp_path, streams):
 def test_a_folder_of_another_run_is_refused(action, spec, tmp_path):
     folder = tmp_path / action
     folder.mkdir()
-    with locked_folder(folder, "results_dir"):
+    with FolderLock(folder, "results_dir"):
         with pytest.raises(UserError, match=f"^results_dir: another run is writing to {folder}: process "):
             running(spec, action).__enter__()
         assert not (folder / "status.json").exists()

@@ -73,7 +73,8 @@ def test_the_status_log_has_the_keys_of_the_contract(trained, stage):
     assert [line["status"] for line in lines] == ["STARTED", "RUNNING", "SUCCESS"]
     progress = {"epoch", "max_epoch", "step", "max_step", "time_per_epoch", "time_per_step", "eta"}
     always = {"date", "time", "status", "verbosity", "message"}
-    assert [set(line) - always for line in lines] == [set(), progress | {"kpi"}, set()]
+    facts = {"duration", "peak_memory_bytes", "versions"}
+    assert [set(line) - always for line in lines] == [set(), progress | {"kpi"}, facts]
     assert set(lines[1]["kpi"]) - PROBES == KPIS[stage]
     assert set(lines[1]["kpi"]) >= PROBES or stage == "finetune"
     assert all(math.isfinite(value) for value in lines[1]["kpi"].values())
@@ -291,7 +292,7 @@ def test_a_finished_run_with_other_settings_is_refused(trained, refused):
         text = refused("train", [*run.overrides, override])
         assert words in text
         assert "holds a finished run with other settings" in text
-        assert "Set another results_dir for this run." in text
+        assert "Fix: For a new run, pass --restart" in text
     assert before == files()
 
 

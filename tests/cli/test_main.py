@@ -24,7 +24,7 @@ def action(monkeypatch):
 
     def install(name, run=received.append):
         module = ModuleType(f"openmae.actions.{name}")
-        module.run = run
+        module.run = lambda spec, **flags: run(spec)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         return received
 

@@ -201,14 +201,16 @@ def test_results_below_the_source_are_not_read(tmp_path: Path, caplog: pytest.Lo
     touch(tmp_path, "1.png", "2.png")
     before = open_index(str(tmp_path), None).paths
     as_run(tmp_path / "results" / "train")
+    as_run(tmp_path / "results" / "train-2026-11-30T14-05-09", "reconstructions/epoch_0001.png")
     as_run(tmp_path / "elsewhere", "history.png")
     touch(tmp_path / "jobs" / "7f", "job.json", "spec.yaml", "x.png")
     (touch(tmp_path / "check", "dataset.png") / "report.html").write_text('<meta name="generator" content="OpenMAE 1">')
     (touch(tmp_path / "quick", "images/1.png") / "README.txt").write_text("made by mae quickstart")
     index = open_index(str(tmp_path), None)
     assert index.paths == before
-    assert index.results == ("check", "elsewhere", "jobs/7f", "quick", "results/train")
-    text = "results of OpenMAE are not read as images: check, elsewhere, jobs/7f and 2 more."
+    runs = ("results/train", "results/train-2026-11-30T14-05-09")
+    assert index.results == ("check", "elsewhere", "jobs/7f", "quick", *runs)
+    text = "results of OpenMAE are not read as images: check, elsewhere, jobs/7f and 3 more."
     assert f"{tmp_path}: {text}" in caplog.text
 
 

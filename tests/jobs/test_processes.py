@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,3 +70,23 @@ def test_a_clock_that_is_changed_does_not_end_a_process(monkeypatch: pytest.Monk
     monkeypatch.setattr("psutil._psplatform.boot_time", lambda: changed)
     assert psutil.boot_time() == changed
     assert is_running(me)
+
+
+def test_the_peak_memory_of_a_process_and_its_children():
+    code = """
+import subprocess, sys
+from openmae.machine import peak_memory
+empty = peak_memory()
+block = bytearray(b"x") * 200_000_000
+del block
+alone = peak_memory()
+child = subprocess.Popen([sys.executable, "-c", "b = bytearray(b'x') * 100_000_000; print(flush=True); input()"],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+child.stdout.readline()
+print(empty, alone, peak_memory())
+child.communicate(b"")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    empty, alone, with_child = map(int, done.stdout.split())
+    assert alone - empty > 150e6, "memory that was freed is not counted"
+    assert 100e6 < with_child - alone < 180e6, "the child is not counted"

@@ -14,7 +14,13 @@ from openmae.results import curves, style
 from openmae.results.confusion import save_confusion_matrix
 from openmae.results.curves import save_curves
 from openmae.results.dataset_report import save_dataset_figure
-from openmae.results.images import reconstruction_grid, save_bar_comparison, save_predictions
+from openmae.results.images import (
+    reconstruction_grid,
+    reconstruction_progress,
+    reconstruction_strip,
+    save_bar_comparison,
+    save_predictions,
+)
 from openmae.results.search_section import save_importances
 from openmae.results.style import BLUE, EMPTY, GREY, INK, MUTED
 
@@ -47,6 +53,40 @@ class TestPredictions:
         below = drawn[24 + 256 : 24 + 256 + 40]
         assert count_near(below[:, percent - 30 : percent - 8], INK) > 0, "the label"
         assert (below[:, percent - 7 : percent - 1] == 255).all(), "nothing between it and the probability"
+
+
+class TestReconstructionProgress:
+    @pytest.mark.parametrize(
+        ("channels", "height", "width", "tile_h", "tile_w"),
+        [(1, 32, 32, 224, 224), (3, 32, 64, 128, 256), (4, 300, 300, 224, 224)],
+    )
+    def test_a_column_per_epoch_next_to_original_and_mask(
+        self, tmp_path: Path, channels: int, height: int, width: int, tile_h: int, tile_w: int
+    ) -> None:
+        original = _images(2, height, width, channels)
+        original[..., 3:] = 255
+        hidden = np.zeros(original.shape[:3], dtype=bool)
+        strips = {}
+        for epoch, value in ((1, 60), (20, 180)):
+            pasted = np.full_like(original, value)
+            pasted[..., 3:] = 255
+            strips[epoch] = reconstruction_strip(original, pasted, hidden, tmp_path / f"{epoch}.png")
+        drawn = read_pixels(reconstruction_progress(strips, 2, tmp_path / "progress.png"))
+        assert drawn.shape[:2] == (2 * 24 + 34 + 2 * (tile_h + 6) - 6, 2 * 24 + 4 * (tile_w + 6) - 6)
+        tiles = [drawn[58 : 58 + tile_h, x : x + tile_w] for x in range(24, 24 + 4 * (tile_w + 6), tile_w + 6)]
+        assert tiles[0].std() > 20, "the original"
+        assert count_near(tiles[1], GREY) + count_near(tiles[1], EMPTY) == tile_h * tile_w, "masked everywhere"
+        assert (tiles[2] == 60).all()
+        assert (tiles[3] == 180).all()
+
+    def test_reconstructions_of_other_images_are_left_out(self, tmp_path: Path) -> None:
+        """As after a change of the image size or of the number of images."""
+        strips = {}
+        for epoch, size in ((1, 64), (2, 32), (3, 32)):
+            images = _images(2, 32, size, 3)
+            strips[epoch] = reconstruction_strip(images, images, _all_visible(images), tmp_path / f"{epoch}.png")
+        drawn = read_pixels(reconstruction_progress(strips, 2, tmp_path / "progress.png"))
+        assert drawn.shape[1] == 2 * 24 + 4 * (224 + 6) - 6
 
 
 class TestReconstructionGrid:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
+from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, is_final, write_report
 
 
 class _Page(HTMLParser):
@@ -118,6 +118,16 @@ def test_figures_are_shown_at_the_size_of_their_resolution(tmp_path: Path) -> No
     pictures = [Figure("", tmp_path / name, "") for name in ("fine.png", "plain.png")]
     page = _Page(write_report(tmp_path, "Run", pictures).read_text(encoding="utf-8"))
     assert [image["width"] for image in page.all("img")] == ["192", "400"]
+
+
+def test_the_report_of_an_unfinished_run_is_marked(tmp_path: Path, sections: list[Section]) -> None:
+    assert not is_final(tmp_path / "report.html"), "there is none"
+    path = write_report(tmp_path, "Run", sections, unfinished="Epoch 3 of <10>.")
+    assert "Epoch 3 of <10>." in _Page(path.read_text(encoding="utf-8")).text
+    assert not is_final(path)
+    path = write_report(tmp_path, "Run", [*sections, Text("", "openmae:unfinished")])
+    assert 'class="unfinished"' not in path.read_text(encoding="utf-8")
+    assert is_final(path)
 
 
 def test_missing_figure_leaves_no_report(tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ def test_other_names_have_no_progress(name: str) -> None:
     assert layout.checkpoint_progress(name) is None
 
 
+def test_the_epoch_of_reconstructions_can_be_read_back() -> None:
+    assert layout.reconstruction_name(12) == "epoch_0012.png"
+    assert [layout.reconstruction_epoch(name) for name in ("epoch_0012.png", "epoch_12345.png")] == [12, 12345]
+    assert layout.reconstruction_epoch("last.png") is None
+
+
 def test_checkpoints_are_sorted_by_number_not_by_text() -> None:
     names = [layout.checkpoint_name(epoch, step) for epoch, step in [(999, 9), (1000, 5), (999, 100000)]]
     assert layout.sort_checkpoints(["status.json", *names]) == [names[0], names[2], names[1]]

@@ -18,16 +18,16 @@ import pytest
 from openmae.errors import RunError, UserError
 from openmae.storage import layout, lock
 from openmae.storage.filesystem import ask
-from openmae.storage.lock import StoreLock, locked_folder
+from openmae.storage.lock import FolderLock, StoreLock
 
 pytestmark = pytest.mark.integration
 
 HOLD = """
 import sys
 from pathlib import Path
-from openmae.storage.lock import locked_folder
+from openmae.storage.lock import FolderLock
 
-with locked_folder(Path(sys.argv[1]), "results_dir"):
+with FolderLock(Path(sys.argv[1]), "results_dir"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -45,7 +45,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 def test_the_second_run_is_told_which_process_holds_the_folder_until_that_is_killed(tmp_path):
     process = hold(tmp_path)
     try:
-        with pytest.raises(UserError) as caught, locked_folder(tmp_path, "train.results_dir"):
+        with pytest.raises(UserError) as caught, FolderLock(tmp_path, "train.results_dir"):
             pass
     finally:
         process.kill()
@@ -57,9 +57,50 @@ def test_the_second_run_is_told_which_process_holds_the_folder_until_that_is_kil
         f"at {holder['since']}."
     )
     assert caught.value.fix.startswith("Wait until it ends, or set another train.results_dir.")
-    with locked_folder(tmp_path, "results_dir"):
+    with FolderLock(tmp_path, "results_dir"):
         assert json.loads((tmp_path / layout.LOCK_HOLDER).read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir()), "a file of the lock is left"
+
+
+def test_a_locked_folder_is_moved_aside_and_a_new_one_locked(tmp_path):
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "disk" / "run" / "old").touch()
+    folder, aside = tmp_path / "link", tmp_path / "disk" / "run-2026"
+    folder.symlink_to(tmp_path / "disk" / "run")
+    with FolderLock(folder, "results_dir") as held:
+        held.move_aside(aside)
+        assert [path.name for path in aside.iterdir()] == ["old"], "it is not locked"
+        with pytest.raises(UserError, match=f"process {os.getpid()} on "):
+            FolderLock(tmp_path / "disk" / "run", "results_dir").__enter__()
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_moved_stays_locked(tmp_path):
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    with FolderLock(tmp_path / "run", "results_dir") as held:
+        with pytest.raises(UserError, match=r"results_dir: .*run cannot be renamed to full"):
+            held.move_aside(tmp_path / "full")
+        assert (tmp_path / "run" / layout.LOCK).exists()
+
+
+def test_a_run_that_begins_in_the_place_of_a_moved_folder_keeps_its_lock(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    other: list[subprocess.Popen[str]] = []
+
+    def make_folder(folder: Path, key: str) -> None:
+        folder.mkdir()
+        other.append(hold(folder))
+
+    monkeypatch.setattr(lock, "make_folder", make_folder)
+    with (
+        pytest.raises(UserError, match="another run is writing to"),
+        FolderLock(tmp_path / "run", "results_dir") as held,
+    ):
+        held.move_aside(tmp_path / "aside")
+    assert json.loads((tmp_path / "run" / layout.LOCK_HOLDER).read_text())["pid"] == other[0].pid
+    other[0].kill()
+    other[0].wait()
 
 
 def test_a_file_that_its_holder_has_deleted_is_no_lock(tmp_path, monkeypatch):
@@ -73,7 +114,7 @@ def test_a_file_that_its_holder_has_deleted_is_no_lock(tmp_path, monkeypatch):
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock_after_deletion)
-    with locked_folder(tmp_path, "results_dir"):
+    with FolderLock(tmp_path, "results_dir"):
         assert len(calls) == 2, "locked, found to be deleted, locked again"
         assert (tmp_path / layout.LOCK).exists()
 
@@ -90,14 +131,14 @@ def test_children_of_a_killed_process_are_waited_for(tmp_path, monkeypatch):
         child.close()
 
     monkeypatch.setattr(lock.time, "sleep", look)
-    with locked_folder(tmp_path, "results_dir"):
+    with FolderLock(tmp_path, "results_dir"):
         assert looks
 
 
 def test_the_same_process_does_not_hold_a_folder_twice(tmp_path):
-    with locked_folder(tmp_path, "results_dir"), pytest.raises(UserError, match=f"process {os.getpid()} on "):
-        locked_folder(tmp_path, "results_dir").__enter__()
-    with locked_folder(tmp_path, "results_dir"):
+    with FolderLock(tmp_path, "results_dir"), pytest.raises(UserError, match=f"process {os.getpid()} on "):
+        FolderLock(tmp_path, "results_dir").__enter__()
+    with FolderLock(tmp_path, "results_dir"):
         pass
 
 
@@ -108,7 +149,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(number, tmp_path, mo
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / layout.LOCK).write_text("1\nanother-host\n")  # left by a killed run
-    with caplog.at_level(logging.WARNING, "openmae"), locked_folder(tmp_path, "results_dir"):
+    with caplog.at_level(logging.WARNING, "openmae"), FolderLock(tmp_path, "results_dir"):
         pass
     assert f"{tmp_path} is on a file system without locks: do not start two runs in it." in caplog.messages
 
@@ -119,12 +160,12 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", full)
     with pytest.raises(RunError, match=r"could not be written \(No space left on device\): .*\.openmae\.lock"):
-        locked_folder(tmp_path, "results_dir").__enter__()
+        FolderLock(tmp_path, "results_dir").__enter__()
 
 
 def holder_here() -> dict[str, object]:
     """Return what a lock of this process says about it."""
-    with TemporaryDirectory() as folder, locked_folder(Path(folder), "results_dir"):
+    with TemporaryDirectory() as folder, FolderLock(Path(folder), "results_dir"):
         return json.loads(Path(folder, layout.LOCK_HOLDER).read_text())
 
 

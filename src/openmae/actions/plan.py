@@ -30,11 +30,13 @@ from openmae.spec.resolved import with_actual_monitor
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import flatten, get, value_of
 from openmae.storage.encryption import Key, resolve_key
+from openmae.storage.urls import is_remote
 from openmae.training.elastic import BatchLayout, accumulation_for
 
 log = logging.getLogger("openmae")
 
 _IMAGES = "train_images"
+_ELSEWHERE = "set another results_dir"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Earlier:
         checkpoint: its newest checkpoint.
         info: the description in that checkpoint.
         images: a digest of the names of its training images; None in old checkpoints.
+        instead: how to begin a new run, for messages.
     """
 
     key: str
@@ -87,16 +90,19 @@ class Earlier:
     info: CheckpointInfo
     epochs_done: int
     images: str | None
+    instead: str = _ELSEWHERE
 
 
-def make_plan(spec: ExperimentSpec, folder: Path) -> Plan:
+def make_plan(spec: ExperimentSpec, folder: Path, *, restart: bool = False) -> Plan:
     """Read the encryption key, find an earlier run in ``folder``, open the data, and determine the model.
+
+    With ``restart``, the earlier run is ignored.
 
     Raises:
         UserError: the run cannot start with this spec, this data or this earlier run.
     """
     key = resolve_key(spec.encryption_key)
-    earlier = _find_earlier(spec, folder, key)
+    earlier = None if restart else _find_earlier(spec, folder, key)
     train, val = open_training_data(spec)
     if val is not None:
         _check_monitor(spec, val)
@@ -161,7 +167,14 @@ def _find_earlier(spec: ExperimentSpec, folder: Path, secret: Key | None) -> Ear
         epochs_done = get(state, "progress.epoch")
         if type(epochs_done) is not int:
             raise CheckpointError(f"{checkpoint} holds no training state: it is damaged.", "Use an older checkpoint.")
-        return Earlier(key, checkpoint, info, epochs_done, state["openmae"].get(_IMAGES))
+        return Earlier(key, checkpoint, info, epochs_done, state["openmae"].get(_IMAGES), new_run(spec))
+
+
+def new_run(spec: ExperimentSpec) -> str:
+    """Return how to begin a new run instead of resuming one, for messages."""
+    if spec.train.resume_training_checkpoint_path or is_remote(spec.results_folder("train")):
+        return _ELSEWHERE
+    return f"pass --restart (in Python, restart=True), which keeps this run under a dated name, or {_ELSEWHERE}"
 
 
 def _given_or_newer(folder: Path, spec: ExperimentSpec, secret: Key | None) -> tuple[Path, dict[str, Any]]:
@@ -200,8 +213,8 @@ def _check_same_run(earlier: Earlier, now: CheckpointInfo, images: str) -> None:
     if keys := [key for key in new if old.get(key, new[key]) != new[key]]:
         raise CheckpointError(
             f"{earlier.key}: training cannot resume from {earlier.checkpoint}: {_changes(keys, old, new)}.",
-            "Set another results_dir for a new run (train.pretrained_model_path starts it from weights), or restore "
-            "the old settings.",
+            f"Restore the old settings, or begin a new run: {earlier.instead}. "
+            "train.pretrained_model_path starts a new run from weights.",
         )
     if earlier.images not in (None, images):
         log.warning(
@@ -234,7 +247,7 @@ def compare_settings(earlier: Earlier, now: CheckpointInfo, *, finished: bool) -
     if refused:
         raise CheckpointError(
             f"{earlier.key}: {folder} holds a finished run with other settings: {changes}.",
-            "Set another results_dir for this run.",
+            f"For a new run, {earlier.instead}.",
         )
     if keys:
         log.warning("The run in %s resumes with other settings: %s.", folder, changes)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from openmae.data.loaders import EvaluationLoader
 from openmae.data.presence import missing_files, missing_sources
 from openmae.distributed.topology import World, find_world, gpus_per_node
 from openmae.errors import DataError, OpenMAEError, Preempted, RunError
-from openmae.results.status import StatusLog, Verbosity
+from openmae.results.status import Status, StatusLog, Verbosity
 from openmae.spec.actions import DEVICES
 from openmae.spec.load import to_yaml
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
 from openmae.storage import layout
 from openmae.storage.atomic import FULL, disk_error, fault_of_disk, write_atomically
+from openmae.storage.lock import FolderLock
 from openmae.storage.memory_folder import remove_abandoned
 from openmae.storage.printable import counted
 
@@ -48,13 +49,17 @@ class Run:
         spec: the spec with local paths instead of URLs, and the actual numbers of processes and nodes.
         folder: the local folder for results.
         leads: whether this process writes the results and the log; False if another process of the run does.
+        lock: the lock on the folder, if it is local and this process leads.
         skipped: why there was nothing to do; empty if the action did its work.
+        facts: further fields of the last line of ``status.json`` if the action succeeds.
     """
 
     spec: ExperimentSpec
     folder: Path
     leads: bool
+    lock: FolderLock | None = None
     skipped: str = ""
+    facts: Mapping[str, int | str] = field(default_factory=dict)
 
     @cached_property
     def status(self) -> StatusLog:
@@ -78,7 +83,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
     _refuse_missing(spec, action)
     spec, world = _apply_topology(spec, action)
     with local_place(spec, action, leads=world.leads) as place, _machine_faults(place.folder):
-        run = Run(place.spec, place.folder, world.leads)
+        run = Run(place.spec, place.folder, world.leads, place.lock)
         if not run.leads:
             yield run
             return
@@ -97,7 +102,8 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         except BaseException as error:
             _write_failure(run.status, f"{type(error).__name__}: {error}", "ERROR")
             raise
-        run.status.write("SKIPPED" if run.skipped else "SUCCESS", run.skipped or f"{action} finished")
+        status: Status = "SKIPPED" if run.skipped else "SUCCESS"
+        run.status.write(status, run.skipped or f"{action} finished", progress=run.facts)
     for url in place.uploaded:
         log.info("Uploaded to %s.", url)
     log.info("Results are in %s; open report.html there.", place.shown)

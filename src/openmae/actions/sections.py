@@ -93,15 +93,21 @@ def train_report(
     evidence: Evidence,
     best: str,
     recipe: Sequence[tuple[str, str]],
-    figures: Sequence[Figure],
+    figures: Sequence[Section],
     breakdown: Breakdown | None,
     *indexes: ImageIndex,
+    unfinished: str = "",
 ) -> None:
-    """Write the report of a training run: verdict, metrics, curves, figures, profile, recipe, unread files and spec."""
+    """Write the report of a training run: verdict, metrics, curves, figures, profile, recipe, unread files and spec.
+
+    ``unfinished`` is empty, or says how far the run is; then there is no verdict.
+    """
     rows = [informative(row, info.model.num_classes) for row in evidence.rows]
     last = {name: row[name] for row in rows for name in _SHOWN if name in row}
-    sections: list[Section] = [Text("", give_verdict(evidence).replace(" %", "\N{NO-BREAK SPACE}%"))]
-    sections += [_numbers("Final metrics", last)] if last else []
+    sections: list[Section] = []
+    if not unfinished:
+        sections.append(Text("", give_verdict(evidence).replace(" %", "\N{NO-BREAK SPACE}%")))
+    sections += [_numbers("Latest metrics" if unfinished else "Final metrics", last)] if last else []
     sections += [Text("", best)] if best else []
     if rows:
         curves = save_curves(rows, folder / layout.CURVES, evidence.scored)
@@ -110,7 +116,7 @@ def train_report(
     if breakdown is not None:
         sections += _breakdown_sections(folder, breakdown)
     sections.append(Table("Recipe", ("", ""), list(recipe)))
-    _write(folder, "train", _subtitle(info), sections, *indexes)
+    _write(folder, "train", _subtitle(info), sections, *indexes, unfinished=unfinished)
 
 
 def best_epoch(folder: Path, metric: str, value: float | None) -> str:
@@ -249,7 +255,14 @@ def _subtitle(info: CheckpointInfo) -> str:
     return f"{info.model.arch} · {info.stage} · {height} x {width} px"
 
 
-def _write(folder: Path, action: str, subtitle: str, sections: Sequence[Section], *indexes: ImageIndex) -> None:
+def _write(
+    folder: Path,
+    action: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    *indexes: ImageIndex,
+    unfinished: str = "",
+) -> None:
     """Write the report with the files of ``indexes`` that are not read, and the options that the action may use."""
     options = flatten(read_file(folder / layout.SPEC).tree)
     used = {key: value for key, value in options.items() if key in fields() and is_used(key, action)}
@@ -258,7 +271,7 @@ def _write(folder: Path, action: str, subtitle: str, sections: Sequence[Section]
         *skipped_files_table(indexes),
         Code("Spec", write_text(nest(used))),
     ]
-    write_report(folder, f"OpenMAE {action}", [*sections, *more], subtitle=subtitle)
+    write_report(folder, f"OpenMAE {action}", [*sections, *more], subtitle=subtitle, unfinished=unfinished)
 
 
 def running_example(card: ModelCard, file: str, *, encrypted: bool = False) -> str:

@@ -23,7 +23,7 @@ from openmae.storage.atomic import make_folder
 from openmae.storage.download import fetch
 from openmae.storage.encryption import is_encrypted, resolve_key
 from openmae.storage.listing import exists
-from openmae.storage.lock import GRACE, StoreLock, locked_folder
+from openmae.storage.lock import GRACE, FolderLock, StoreLock
 from openmae.storage.mirror import Mirror, pull
 from openmae.storage.urls import is_remote, name_of, parent_of, redact
 
@@ -40,12 +40,14 @@ class Place:
         spec: the spec with local paths instead of URLs; ``experiment.yaml`` has the URLs.
         folder: the folder for results.
         shown: the URL of the results, or their folder.
+        lock: the lock on a local folder that this process writes to; the workers of a search hold none.
         lost: set if another run has taken over the folder in the store; the action then ends with this error.
     """
 
     spec: ExperimentSpec
     folder: Path
     shown: str
+    lock: FolderLock | None = None
     lost: RunError | None = None
     _copies: list[tuple[str, str, Path]] = field(default_factory=list)
     _excludes: list[str] = field(default_factory=list)
@@ -136,7 +138,7 @@ def _open_results(spec: ExperimentSpec, action: str, stack: ExitStack, *, leads:
     if not is_remote(target):
         place = Place(spec, make_folder(Path(target)), target)
         if leads and action != "automl":  # the workers of a search share its folder
-            stack.enter_context(locked_folder(place.folder, key_of))
+            place.lock = stack.enter_context(FolderLock(place.folder, key_of))
         return place
     if leads:
         place = Place(spec, Path(), redact(target))

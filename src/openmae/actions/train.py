@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import time
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 from torch import nn
 
-from openmae.actions.evidence import collect_evidence
-from openmae.actions.plan import Plan, make_plan
+from openmae.actions.plan import Plan, make_plan, new_run
 from openmae.actions.profiling import leave_profile
-from openmae.actions.run import Rows, begin_results, running, show_table
-from openmae.actions.sections import best_epoch, reconstructions, train_report
+from openmae.actions.restart import check_restart, set_aside
+from openmae.actions.run import begin_results, running, show_table
+from openmae.actions.run_report import RunReport
+from openmae.actions.sections import best_epoch
 from openmae.actions.sources import loader_settings, train_transform
 from openmae.checkpoints.folder import CheckpointFolder
 from openmae.checkpoints.format import Checkpoint, read_checkpoint, read_training_state, save_backbone
@@ -28,7 +28,7 @@ from openmae.checkpoints.matching import LoadReport
 from openmae.checkpoints.resume import best_was_set_aside
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.checkpoints.weights import load_into
-from openmae.data.loaders import EvaluationLoader, LoaderSettings, TrainingLoader
+from openmae.data.loaders import EvaluationLoader, TrainingLoader
 from openmae.data.transforms import EvalTransform
 from openmae.distributed.fsdp import shard
 from openmae.distributed.launch import build_fabric, check_agreement, launch
@@ -39,8 +39,8 @@ from openmae.models.mae import MaskedAutoencoder
 from openmae.models.normalise import Normaliser
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.profile import Breakdown
+from openmae.results.report import is_final
 from openmae.results.status import StatusLog
-from openmae.results.verdict import give_verdict
 from openmae.spec.load import choices_of
 from openmae.spec.metrics import EPOCH_TRAIN_LOSS
 from openmae.spec.recipe import chosen_values
@@ -60,30 +60,44 @@ from openmae.training.trainer import Trainer
 log = logging.getLogger("openmae")
 
 
-def run(spec: ExperimentSpec) -> dict[str, float]:
+def run(spec: ExperimentSpec, *, restart: bool = False) -> dict[str, float]:
     """Train or resume in the results folder, up to the last epoch; return the metrics of the last epoch.
 
-    A finished run is not changed. With ``train.stop_after_epoch``, the run pauses after that epoch; the backbone and
-    the report are written after the last epoch.
+    A finished run is not changed. With ``restart``, a new run begins, and the earlier one gets a dated name. With
+    ``train.stop_after_epoch``, the run pauses after that epoch; the backbone and the final report are written after the
+    last epoch.
 
     Raises:
         UserError: the spec or the data are invalid; nothing was trained.
         RunError: training failed; the checkpoints written so far are valid.
         KeyboardInterrupt: Ctrl-C, or (as ``Preempted``) SIGTERM or SIGUSR1; a checkpoint was written.
     """
+    if restart:
+        check_restart(spec)
     with PreemptionWatch(), running(spec, "train") as this_run:
         spec = this_run.spec
-        plan = make_plan(spec, this_run.folder)
+        plan = make_plan(spec, this_run.folder, restart=restart)
+        if restart and this_run.leads:
+            set_aside(this_run)
         if _nothing_left(plan):
             this_run.skipped = f"All {plan.epochs_done} epochs are trained already; nothing was changed."
             more = "train.num_epochs" if spec.train.stop_after_epoch is None else "train.stop_after_epoch"
-            log.warning("%s Raise %s to train longer, or set another results_dir.", this_run.skipped, more)
+            log.warning("%s Raise %s to train longer, or begin a new run: %s.", this_run.skipped, more, new_run(spec))
             return _last_metrics(plan.folder)
         train = plan.spec.train
         fabric = build_fabric(
             "train", train.num_gpus, train.gpu_ids, train.num_nodes, train.precision, train.distributed_strategy
         )
-        return launch(fabric, _work, plan)
+        outcome = launch(fabric, _work, plan)
+        this_run.facts = outcome.facts
+        return outcome.metrics
+
+
+class TrainingEnd(NamedTuple):
+    """Metrics of the last epoch, and duration, peak memory and versions."""
+
+    metrics: dict[str, float]
+    facts: Mapping[str, int | str]
 
 
 def _nothing_left(plan: Plan) -> bool:
@@ -91,7 +105,7 @@ def _nothing_left(plan: Plan) -> bool:
     train = plan.spec.train
     if train.last_epoch < train.num_epochs:
         return plan.epochs_done >= train.last_epoch
-    complete = all((plan.folder / name).is_file() for name in (layout.BACKBONE, layout.REPORT))
+    complete = (plan.folder / layout.BACKBONE).is_file() and is_final(plan.folder / layout.REPORT)
     return complete and plan.epochs_done >= train.num_epochs
 
 
@@ -102,7 +116,7 @@ def _last_metrics(folder: Path) -> dict[str, float]:
     return {names.get(name, name): value for name, value in last.items() if name not in ("step", "epoch")}
 
 
-def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
+def _work(fabric: Fabric, plan: Plan) -> TrainingEnd:
     """Train in one process."""
     plan = _agreed(fabric, plan)
     spec, config = plan.spec, plan.config
@@ -130,9 +144,9 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if state is not None:
         _resume(trainer, plan, state, len(train_loader))
         state = None  # free the memory: weights, moments and averaged weights
-    breakdown, verdict, start = None, "", time.monotonic()
+    breakdown, verdict, report = None, "", RunReport(fabric, plan, trainer, rows)
     try:
-        metrics = trainer.fit() or _last_metrics(plan.folder)
+        metrics = trainer.fit(report) or _last_metrics(plan.folder)
     finally:
         for loader in filter(None, (train_loader, val_loader)):
             loader.close()
@@ -144,12 +158,10 @@ def _work(fabric: Fabric, plan: Plan) -> dict[str, float]:
     if trainer.progress.epoch < spec.train.num_epochs:
         log.info("Paused after epoch %d of %d (train.stop_after_epoch).", trainer.progress.epoch, spec.train.num_epochs)
     else:
-        took = timedelta(seconds=round(time.monotonic() - start))
-        rows.append(("duration", f"{took}{', since the run was resumed' if plan.resume else ''}"))
-        verdict = _finish(fabric, plan, trainer, best, rows, breakdown)
+        verdict = _finish(fabric, plan, trainer, report, breakdown)
     for text in filter(None, (best, verdict)):
         log.info("%s", text)
-    return metrics
+    return TrainingEnd(metrics, report.facts)
 
 
 def _show_choices(plan: Plan) -> None:
@@ -309,8 +321,8 @@ def _outputs(fabric: Fabric, plan: Plan, state: dict[str, Any] | None) -> Output
     return Outputs(checkpoints, plan.facts, loggers, StatusLog(plan.folder, append=True), clock)
 
 
-def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, best: str, rows: Rows, breakdown: Breakdown | None) -> str:
-    """Write the backbone with timm's parameter names, the reconstructions and the report, on rank 0.
+def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, report: RunReport, breakdown: Breakdown | None) -> str:
+    """Write the backbone with timm's parameter names and the report, on rank 0.
 
     Returns:
         The verdict on the run; empty on other ranks.
@@ -320,17 +332,4 @@ def _finish(fabric: Fabric, plan: Plan, trainer: Trainer, best: str, rows: Rows,
         return ""
     backbone = model.encoder.backbone if isinstance(model, MaskedAutoencoder) else model
     save_backbone(plan.folder / layout.BACKBONE, backbone.state_dict(), plan.info, plan.key)
-    figures = []
-    if isinstance(trainer.task, PretrainTask):
-        assert isinstance(model, MaskedAutoencoder)
-        loader = trainer.val_loader or EvaluationLoader(
-            plan.train,
-            EvalTransform(plan.config.input_size, plan.config.in_chans),
-            LoaderSettings(batch_size=1, results=plan.folder, max_corrupt_fraction=1.0),
-        )
-        path = plan.folder / layout.RECONSTRUCTIONS / "last.png"
-        figures.append(reconstructions(fabric, trainer.task, model, loader, path))
-    indexes = [plan.train, plan.val] if plan.val else [plan.train]
-    evidence = collect_evidence(plan, trainer.progress.best)
-    train_report(plan.folder, plan.info, evidence, best, rows, figures, breakdown, *indexes)
-    return give_verdict(evidence)
+    return report.finish(model, breakdown)

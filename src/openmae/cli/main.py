@@ -41,6 +41,7 @@ _OTHERS = {
     "completion": (completion, "set up tab completion in a shell"),
 }
 _QUICKSTART = "pretrain, fine-tune and compare models on a small data set"
+_RESTART = "begin a new run; an earlier run in the results folder is kept under a dated name"
 _HELP = """\
 Pretrain image backbones with masked autoencoders, fine-tune them, and deploy them.
 
@@ -169,6 +170,8 @@ def _parser() -> Parser:
 def _add_action_arguments(parser: Parser, action: str) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _ACTION_HELP.format(action=action, example=_example(TABLE[action]))
+    if action == "train":
+        parser.add_argument("--restart", action="store_true", help=_RESTART)
     add_spec_arguments(parser)
     parser.set_defaults(run=_run_action)
 
@@ -217,7 +220,8 @@ def _run_action(args: argparse.Namespace) -> None:
 
     _hide_secrets()
     spec = load_spec(args.experiment_spec, args.overrides, action=args.command)
-    importlib.import_module(f"openmae.actions.{args.command}").run(spec)
+    flags = {"restart": args.restart} if args.command == "train" else {}
+    importlib.import_module(f"openmae.actions.{args.command}").run(spec, **flags)
 
 
 def _hide_secrets() -> None:

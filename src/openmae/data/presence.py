@@ -1,4 +1,4 @@
-"""Find the inputs of an action that do not exist on this machine."""
+"""Find the local inputs of an action, and those that do not exist on this machine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from openmae.spec.tree import value_of
 from openmae.storage.printable import original_name
 
 _SCHEME = re.compile(r"[a-z][a-z0-9]+:", re.IGNORECASE)  # a URL
+
+
+def local_inputs(spec: ExperimentSpec, action: str) -> dict[str, list[str]]:
+    """Return the local paths of the data sources and model files that an action reads, by config key."""
+    row = ROWS[action]
+    keys = [data.key for data in row.data] + [file.key for file in row.inputs]
+    return {key: _places(value_of(spec, key).strip()) for key in keys}
 
 
 def missing_sources(spec: ExperimentSpec, action: str) -> dict[str, str]:

@@ -62,6 +62,47 @@ def reconstruction_grid(original: Pixels, pasted: Pixels, visible: NDArray[np.bo
     return _save(sheet, path)
 
 
+def reconstruction_strip(original: Pixels, pasted: Pixels, visible: NDArray[np.bool_], path: Path) -> Path:
+    """Draw original, masked image and prediction with visible patches, one image per row, without text or gaps.
+
+    The arguments are those of ``reconstruction_grid``. ``reconstruction_progress`` arranges such strips.
+    """
+    width, height = _tile_size(original.shape[2], original.shape[1])
+    sheet = Image.new("RGB", (3 * width, len(original) * height), PAPER)
+    for row in range(len(original)):
+        tiles = [_tile(images[row], width, height) for images in (original, original, pasted)]
+        _hatch(tiles[1], ~visible[row])
+        for column, tile in enumerate(tiles):
+            sheet.paste(tile, (column * width, row * height))
+    return _save(sheet, path)
+
+
+def reconstruction_progress(strips: Mapping[int, Path], images: int, path: Path) -> Path:
+    """Draw the reconstructions of the same ``images`` at several epochs, a column each, and return ``path``.
+
+    Args:
+        strips: files of ``reconstruction_strip`` by epoch, the first epoch first. The originals are those of the last
+            one; strips of another size are left out.
+        images: number of rows in a strip.
+        path: PNG to write.
+    """
+    opened = {epoch: Image.open(strip).convert("RGB") for epoch, strip in strips.items()}
+    newest = [*opened.values()][-1]
+    width, height = newest.width // 3, newest.height // images
+    columns = [("original", newest, 0), ("masked", newest, 1)]
+    columns += [(f"epoch {epoch}", strip, 2) for epoch, strip in opened.items() if strip.size == newest.size]
+    sheet_w, sheet_h = len(columns) * (width + _GAP) - _GAP, images * (height + _GAP) - _GAP
+    sheet = Image.new("RGB", (sheet_w + 2 * _MARGIN, sheet_h + _HEADER + 2 * _MARGIN), PAPER)
+    draw, font = ImageDraw.Draw(sheet), style.text_font(20)
+    for column, (title, strip, part) in enumerate(columns):
+        x = _MARGIN + column * (width + _GAP)
+        draw.text((x + width / 2, _MARGIN + 8), title, fill=INK, font=font, anchor="mm")
+        for row in range(images):
+            tile = strip.crop((part * width, row * height, (part + 1) * width, (row + 1) * height))
+            sheet.paste(tile, (x, _MARGIN + _HEADER + row * (height + _GAP)))
+    return _save(sheet, path)
+
+
 def save_predictions(images: Pixels, labels: Sequence[str], shares: Sequence[float], path: Path) -> Path:
     """Draw a contact sheet with the predicted label and its probability below each image, and return ``path``.
 

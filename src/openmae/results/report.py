@@ -15,6 +15,9 @@ from openmae._version import __version__
 from openmae.storage import layout
 from openmae.storage.atomic import write_atomically
 
+_UNFINISHED = "openmae:unfinished"  # the name of a meta element in the first bytes of such a report
+_HEAD = 2048
+
 Cell = str | int | float | None
 
 
@@ -68,10 +71,13 @@ class Code:
 Section = Text | Numbers | Table | Figure | Code
 
 
-def write_report(folder: Path, title: str, sections: Sequence[Section], *, subtitle: str = "") -> Path:
+def write_report(
+    folder: Path, title: str, sections: Sequence[Section], *, subtitle: str = "", unfinished: str = ""
+) -> Path:
     """Write ``folder/report.html`` and return its path.
 
     All text is escaped, images are embedded as data URIs, and a content security policy forbids all requests.
+    ``unfinished`` marks the report of a run that has not finished, and says how far it is.
 
     Raises:
         FileNotFoundError: an image file does not exist.
@@ -90,12 +96,22 @@ def write_report(folder: Path, title: str, sections: Sequence[Section], *, subti
     page = environment.get_template("report.html.j2").render(
         title=title,
         subtitle=subtitle,
+        unfinished=unfinished,
+        mark=_UNFINISHED,
         sections=[(type(section).__name__, section) for section in sections],
         version=__version__,
         date=f"{now.day} {now:%B %Y, %H:%M}",
         timestamp=now.isoformat(timespec="seconds"),
     )
     return write_atomically(folder / layout.REPORT, page)
+
+
+def is_final(path: Path) -> bool:
+    """Return whether a file is a report of a run that has finished."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _UNFINISHED.encode() not in file.read(_HEAD)
 
 
 def _format_columns(table: Table) -> list[tuple[str, list[str]]]:

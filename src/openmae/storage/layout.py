@@ -7,7 +7,8 @@ A training run writes to its results folder::
     vit_base_patch16_latest.pth          link to the newest numbered checkpoint
     model_best.pth                       the best by the monitored metric
     backbone.safetensors                 the encoder, with timm's names
-    reconstructions/last.png
+    reconstructions/last.png             some images, after the last epoch
+    reconstructions/epoch_0010.png ...   the same images at several epochs, and progress.png with all of them
 
 Files whose names begin with a dot are temporary or internal, and are neither listed nor uploaded.
 """
@@ -27,6 +28,7 @@ CORRUPT_LIST = "corrupt_files.txt"
 RECONSTRUCTIONS = "reconstructions"  # a folder of images
 CURVES, PROFILE_CHART = "curves.png", "profile.png"
 PROFILE = "profile.json"
+RECONSTRUCTIONS_LAST, RECONSTRUCTIONS_PROGRESS = "last.png", "progress.png"  # in RECONSTRUCTIONS
 
 # train
 BEST = "model_best.pth"
@@ -65,6 +67,7 @@ LOCK, LOCK_HOLDER = ".openmae.lock", ".openmae.lock.json"
 UPLOAD_RECORD = ".openmae-uploaded.json"
 
 _CHECKPOINT = re.compile(r"model_epoch_(?P<epoch>\d+)_step_(?P<step>\d+)\.pth")
+_RECONSTRUCTION = re.compile(r"epoch_(?P<epoch>\d+)\.png")
 _WEIGHTS = re.compile(r"\.pth(\.|$)")
 
 
@@ -88,6 +91,17 @@ def checkpoint_progress(name: str) -> Position | None:
     """Return the epoch and step in the name of a numbered checkpoint; None for any other name."""
     found = _CHECKPOINT.fullmatch(name)
     return Position(int(found["epoch"]), int(found["step"])) if found else None
+
+
+def reconstruction_name(epoch: int) -> str:
+    """Return the name of the image with the reconstructions after an epoch, counted from 1."""
+    return f"epoch_{epoch:04d}.png"
+
+
+def reconstruction_epoch(name: str) -> int | None:
+    """Return the epoch in the name of such an image; None for any other name."""
+    found = _RECONSTRUCTION.fullmatch(name)
+    return int(found["epoch"]) if found else None
 
 
 def sort_checkpoints(names: Iterable[str]) -> list[str]:

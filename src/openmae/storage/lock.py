@@ -17,16 +17,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from openmae.errors import DataError, RunError, UserError, blaming
 from openmae.machine import boot_id, identify, is_running
 from openmae.storage import flock, layout
-from openmae.storage.atomic import disk_error, parse_object
+from openmae.storage.atomic import disk_error, make_folder, parse_object
 from openmae.storage.filesystem import ask, error_code, is_missing, open_filesystem
 from openmae.storage.urls import join, redact, scheme_of
 
@@ -40,25 +40,59 @@ _REFUSED = ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "41
 log = logging.getLogger("openmae")
 
 
-@contextmanager
-def locked_folder(folder: Path, key: str) -> Iterator[None]:
-    """Lock an existing local results folder; ``key`` is its config key, for messages.
+class FolderLock:
+    """A lock on an existing local results folder, held while entered; ``key`` is its config key, for messages."""
 
-    Raises:
-        UserError: another process holds the lock.
-        RunError: the lock cannot be written.
-    """
-    descriptor = _acquire(folder, key)
-    try:
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self.key = key
+        self._held = False
+        self._descriptor: int | None = None  # None also on a file system without locks
+
+    def __enter__(self) -> Self:
+        """Take the lock.
+
+        Raises:
+            UserError: another process holds it.
+            RunError: it cannot be written.
+        """
+        self._descriptor, self._held = _acquire(self.folder, self.key), True
         with suppress(OSError):  # on a full disk the folder is locked all the same, but the holder is not recorded
-            (folder / layout.LOCK_HOLDER).write_text(json.dumps(_this_process()), encoding="utf-8")
-        yield
-    finally:
+            (self.folder / layout.LOCK_HOLDER).write_text(json.dumps(_this_process()), encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the lock."""
+        if self._held:
+            self._release(self.folder)
+
+    def move_aside(self, aside: Path) -> None:
+        """Rename the folder (of a link, its target) to ``aside``, and lock a new, empty folder in its place.
+
+        The lock is held until the folder has its new name, so no other run can begin in it meanwhile.
+
+        Raises:
+            UserError: the folder cannot be renamed; nothing was changed. Or another run has just begun in its place.
+        """
+        folder = self.folder.resolve()
+        try:
+            os.rename(folder, aside)
+        except OSError as error:
+            raise UserError(
+                f"{self.key}: {folder} cannot be renamed to {aside.name} ({error.strerror}).",
+                "Move it elsewhere, or set another results_dir.",
+            ) from error
+        self._release(aside)
+        make_folder(folder, self.key)
+        self.__enter__()
+
+    def _release(self, folder: Path) -> None:
         for name in (layout.LOCK_HOLDER, layout.LOCK):
             with suppress(OSError):
                 (folder / name).unlink(missing_ok=True)
-        if descriptor is not None:
-            os.close(descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor, self._held = None, False
 
 
 def _acquire(folder: Path, key: str) -> int | None:

@@ -1,16 +1,25 @@
-"""Throughput and progress bar of a training run."""
+"""Throughput of a training run, and its progress on the terminal or in the log."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from openmae.results.trials import duration
 
 T = TypeVar("T")
+
+LINE_SECONDS = 30.0  # between two lines of the log without a terminal
+
+log = logging.getLogger("openmae")
 
 
 class _Reading(NamedTuple):
@@ -80,25 +89,67 @@ class PaceMeter:
         return {"images_per_s": images_per_s, "data_wait": min(waited, 1.0)}
 
 
-class EpochBar(Progress):
-    """A progress bar for one epoch, with loss, learning rate, images/s and the fraction of time waiting for data.
+class RunBar(Progress):
+    """The progress of a run: a bar with a line of numbers on a terminal, or a line of the log every ``LINE_SECONDS``.
 
-    ``done`` of ``total`` batches were finished before the run was resumed. Nothing is drawn if there is no terminal.
+    Args:
+        total: batches of the run; ``done`` of them were finished before it was resumed.
+        seconds: returns how long the run has taken so far, with its earlier parts.
+        quiet: log no lines, because another process does.
     """
 
-    def __init__(self, title: str, total: int, done: int, console: Console) -> None:
+    def __init__(
+        self, total: int, done: int, seconds: Callable[[], float], console: Console, *, quiet: bool = False
+    ) -> None:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            _TimeColumn(self._times),
         )
+        self._numbers = ""
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._epoch = self.add_task(title, total=total, completed=done, numbers="")
+        self._lines = not (quiet or console.is_terminal)
+        self._seconds, self._total, self._done = seconds, total, done
+        self._first: tuple[float, int] | None = None  # time and batches after the first step, which may compile
+        self._line_at = time.perf_counter()
+        self._left: float | None = None
+        self._run = self.add_task("", total=total, completed=done)
 
-    def show(self, batches: int, loss: float | None, lr: float, pace: dict[str, float]) -> None:
-        """Advance by ``batches``, and show the latest numbers; ``loss`` is None if it is not known yet."""
+    def show(self, where: str, step: int, batches: int, loss: float | None, pace: Mapping[str, float]) -> None:
+        """Advance by ``batches``, and show the latest numbers; ``loss`` is None if it is not known yet.
+
+        ``where`` is the epoch in words, ``step`` the number of the step.
+        """
+        now = time.perf_counter()
+        self._done += batches
+        if self._first is None:
+            self._first = now, self._done
+        elif self._done > self._first[1]:
+            self._left = (self._total - self._done) * (now - self._first[0]) / (self._done - self._first[1])
         known = "" if loss is None else f"loss {loss:.4f}  "
-        numbers = f"{known}lr {lr:.2e}  {pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
-        self.update(self._epoch, advance=batches, numbers=numbers)
+        self._numbers = f"{known}{pace['images_per_s']:.0f} images/s  data wait {pace['data_wait']:.0%}"
+        self.update(self._run, description=where, completed=self._done)
+        if self._lines and now - self._line_at >= LINE_SECONDS:
+            self._line_at = now
+            log.info("Step %d, in %s: %s  %s", step, where, self._numbers, self._times())
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Return the bar and the line of numbers."""
+        yield from super().get_renderables()
+        yield Text(self._numbers, no_wrap=True, overflow="ellipsis")
+
+    def _times(self) -> str:
+        left = "-:--:--" if self._left is None else duration(self._left)
+        return f"{duration(self._seconds())} elapsed  {left} left"
+
+
+class _TimeColumn(ProgressColumn):
+    max_refresh = 0.5
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._text = text
+
+    def render(self, task: Task) -> Text:
+        return Text(self._text())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from torch import Tensor
@@ -17,6 +19,8 @@ from openmae.training.finetune import FinetuneTask
 from openmae.training.loggers import Loggers
 from openmae.training.pretrain import PretrainTask
 from openmae.training.profiler import StepClock
+
+EPOCH_LINE_SECONDS = 3.0  # between the lines of two epochs on the terminal
 
 log = logging.getLogger("openmae")
 
@@ -60,6 +64,7 @@ class Progress:
         bad_steps: skipped updates in a row.
         best: best value of the monitored metric, or None.
         best_metric: the metric that ``best`` is a value of; empty in checkpoints of older versions.
+        seconds: duration of the run; 0 in checkpoints of older versions.
     """
 
     epoch: int = 0
@@ -71,6 +76,17 @@ class Progress:
     bad_steps: int = 0
     best: float | None = None
     best_metric: str = ""
+    seconds: float = 0.0
+
+
+class RunReporter(Protocol):
+    """Keeps the report of a run up to date."""
+
+    def after_epoch(self) -> None:
+        """Report a finished epoch. Called in every process."""
+
+    def after_stop(self) -> None:
+        """Report an interrupted run, whose checkpoint has been written. Called on rank 0."""
 
 
 @dataclass
@@ -83,6 +99,7 @@ class Outputs:
     status: StatusLog | None = None
     clock: StepClock | None = None
     console: Console = field(default_factory=lambda: Console(stderr=True))
+    logged_at: float = -math.inf  # when the last epoch was logged
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Write metrics to the loggers, if there are any."""
@@ -96,13 +113,27 @@ class Outputs:
             log.info("Before the first step: %s", _shown(metrics))
 
     def report(
-        self, epoch: int, epochs: int, step: int, metrics: Mapping[str, float], timing: Mapping[str, int | str]
+        self,
+        epoch: int,
+        epochs: int,
+        step: int,
+        metrics: Mapping[str, float],
+        timing: Mapping[str, int | str],
+        *,
+        last: bool = False,
     ) -> None:
-        """Report the end of an epoch in the status log and on the terminal; ``epoch`` is counted from 0."""
+        """Report the end of an epoch in the status log and on the terminal; ``epoch`` is counted from 0.
+
+        Of epochs shorter than ``EPOCH_LINE_SECONDS``, the terminal shows only some, the first and the ``last``.
+        """
         if self.status is None:
             return
         message = f"Epoch {epoch + 1} of {epochs}, step {step}"
         self.status.write("RUNNING", message, kpi=metrics, progress=timing)
+        now = time.monotonic()
+        if now - self.logged_at < EPOCH_LINE_SECONDS and not last:
+            return
+        self.logged_at = now
         log.info("%s: %s", message, _shown(metrics))
 
 

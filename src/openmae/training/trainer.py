@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -28,8 +29,8 @@ from openmae.distributed.signals import InterruptWatch, Stop, stop_from_counts, 
 from openmae.spec.sections.train import TrainSpec
 from openmae.training.divergence import DivergenceGuard
 from openmae.training.optim import Schedule, load_moments, set_learning_rate
-from openmae.training.progress import EpochBar, PaceMeter
-from openmae.training.state import Outputs, Progress, Step, Task
+from openmae.training.progress import PaceMeter, RunBar
+from openmae.training.state import Outputs, Progress, RunReporter, Step, Task
 from openmae.training.step import DeferredOrder, ImmediateOrder, StepResult, can_defer, compile_errors, compiled
 
 _ROWS_PER_EPOCH = 100  # at most this many steps of an epoch are logged in metrics.csv
@@ -83,6 +84,8 @@ class Trainer:
         self._order = (DeferredOrder if can_defer(fabric) else ImmediateOrder)(self.guard, self._finish_step)
         self._loss: float | None = None  # of the last finished step
         self._stop: Stop | None = None  # the exception with which all processes must stop
+        self._began = time.monotonic()
+        self._reporter: RunReporter | None = None
 
     def resume(self, payload: Mapping[str, Any]) -> None:
         """Load the state of a checkpoint. The optimizer's moments are loaded, but its settings are kept.
@@ -110,8 +113,15 @@ class Trainer:
             progress.batches_per_epoch = batches
         vars(self.progress).update(vars(progress))
 
-    def fit(self) -> dict[str, float]:
+    @property
+    def seconds(self) -> float:
+        """The duration of the run so far, with its earlier parts up to the checkpoint that it was resumed from."""
+        return self.progress.seconds + time.monotonic() - self._began
+
+    def fit(self, reporter: RunReporter | None = None) -> dict[str, float]:
         """Train to the last epoch, or to ``stop_after_epoch``; return the metrics of the last epoch.
+
+        ``reporter`` is called after each epoch and after an interruption.
 
         Raises:
             RunError: the run diverged, too many steps were skipped, or a checkpoint cannot be written.
@@ -119,34 +129,40 @@ class Trainer:
         """
         metrics: dict[str, float] = {}
         errors = compile_errors() if self.settings.compile else nullcontext()
-        with self._interrupt, self.outputs.checkpoints, errors:
-            if self.val_loader is not None and self.progress.step == 0:
-                self.outputs.report_untrained(self._validate())
-            while self.progress.epoch < self.settings.last_epoch:
-                self._train_epoch()
+        progress, batches, outputs = self.progress, len(self.train_loader), self.outputs
+        self._began, self._reporter = time.monotonic(), reporter
+        total, done = self.settings.last_epoch * batches, progress.epoch * batches + progress.batch
+        bar = RunBar(total, done, lambda: self.seconds, outputs.console, quiet=outputs.status is None)
+        with self._interrupt, outputs.checkpoints, errors, bar:
+            if self.val_loader is not None and progress.step == 0:
+                outputs.report_untrained(self._validate())
+            while progress.epoch < self.settings.last_epoch:
+                self._train_epoch(bar)
                 metrics = self._finish_epoch()
+                if reporter is not None:
+                    reporter.after_epoch()
+                    self._mark("other")
         return metrics
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self, bar: RunBar) -> None:
         self.model.train()
         self.pace.restart()
         progress, batches = self.progress, len(self.train_loader)
-        title = f"epoch {progress.epoch + 1}/{self.settings.num_epochs}"
-        with EpochBar(title, batches, progress.batch, self.outputs.console) as bar:
-            for group in self._groups():
-                self._train_step(group)
-                bar.show(len(group), self._loss, self._rate(), self.pace.read())
-                progress.batch += len(group)
-                progress.step += 1
-                epoch_done = progress.batch == batches  # the epoch's checkpoint is written after its validation
-                due = self._checkpoint_is_due("step", progress.step) and not epoch_done
-                if due or epoch_done or self._stop:
-                    self._order.settle()
-                if due or self._stop:
-                    self._save()
-                if self._stop:
-                    self._leave()
-                self._mark("other", ends_step=True)
+        where = f"epoch {progress.epoch + 1} of {self.settings.num_epochs}"
+        for group in self._groups():
+            self._train_step(group)
+            bar.show(where, progress.step + 1, len(group), self._loss, self.pace.read())
+            progress.batch += len(group)
+            progress.step += 1
+            epoch_done = progress.batch == batches  # the epoch's checkpoint is written after its validation
+            due = self._checkpoint_is_due("step", progress.step) and not epoch_done
+            if due or epoch_done or self._stop:
+                self._order.settle()
+            if due or self._stop:
+                self._save()
+            if self._stop:
+                self._leave()
+            self._mark("other", ends_step=True)
 
     def _groups(self) -> Iterator[list[Batch]]:
         """Yield the batches of each step; the last step of an epoch may have fewer."""
@@ -222,6 +238,8 @@ class Trainer:
         assert self._stop is not None
         self._on_rank_zero(self.outputs.checkpoints.wait)  # when one process ends, the others may be killed
         log.warning("A checkpoint of step %d was written; the same command resumes from it.", self.progress.step)
+        if self._reporter is not None:
+            self._on_rank_zero(self._reporter.after_stop)
         raise self._stop
 
     def _finish_epoch(self) -> dict[str, float]:
@@ -250,7 +268,7 @@ class Trainer:
             payload = self._payload()
             self._on_rank_zero(lambda: self.outputs.checkpoints.save_best(payload))
         timing = self.pace.timing(epoch, settings.num_epochs, step, self.schedule.steps_per_epoch)
-        self.outputs.report(epoch, settings.num_epochs, step, metrics | pace, timing)
+        self.outputs.report(epoch, settings.num_epochs, step, metrics | pace, timing, last=last)
         return metrics
 
     def _validate(self) -> dict[str, float]:
@@ -298,7 +316,7 @@ class Trainer:
             "state_dict": {f"{_PREFIX}{k}": v for k, v in self.task.model.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
-            "progress": asdict(self.progress),
+            "progress": {**asdict(self.progress), "seconds": self.seconds},
         }
         if self.ema is not None:
             payload["ema_state_dict"] = {f"{_PREFIX}{k}": v for k, v in self.ema.module.state_dict().items()}
