@@ -67,13 +67,11 @@ def traces() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def coarse_figures() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw the figures of reports with a sixteenth of the pixels, in half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "DPI", style.DPI // 4)
-        patch.setitem(style._SETTINGS, "savefig.dpi", style.DPI)
-        yield
+    monkeypatch.setattr(style, "DPI", style.DPI // 4)
+    monkeypatch.setitem(style._SETTINGS, "savefig.dpi", style.DPI)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ SPEC_MISTAKES = [
     ("evaluate", EVALUATE, ("evaluate.checkpoint", "it is not set (or evaluate.trt_engine)")),
     (
         "train",
-        (*PLAIN, "dataset.augmentation.input_size=40"),
+        (*PLAIN, "train.recipe=tao", "dataset.augmentation.input_size=40"),
         ("must be a multiple of 16", "got 40x40", "The nearest sizes: 40 -> 32 or 48."),
     ),
     (
@@ -41,12 +41,24 @@ SPEC_MISTAKES = [
         (*SIZED, "model.arch=hiera_tiny_224", "dataset.augmentation.input_size=[64,80]"),
         ("must be a multiple of 32, the side of hiera_tiny_224's mask units, got 64x80", "80 -> 64 or 96"),
     ),
-    ("train", (*SIZED, "model.mask_ratio=0.9"), ("0.9 leaves 0 of 4 visible", "Use a ratio from 0.25 to 0.75")),
-    ("train", (*SIZED, "train.mask_ratio=1e-12"), ("must leave some mask units visible and some masked", "4 of 4")),
-    ("train", (*SIZED, "dataset.augmentation.input_size=16"), ("leaves 0 of 1 visible", "32 or more")),
     (
         "train",
-        (*CLASSES, "dataset.batch_size=3"),
+        (*SIZED, "train.recipe=tao", "model.mask_ratio=0.9"),
+        ("0.9 leaves 0 of 4 visible", "Use a ratio from 0.25 to 0.75"),
+    ),
+    (
+        "train",
+        (*SIZED, "train.recipe=tao", "train.mask_ratio=1e-12"),
+        ("must leave some mask units visible and some masked", "4 of 4"),
+    ),
+    (
+        "train",
+        (*SIZED, "train.recipe=tao", "dataset.augmentation.input_size=16"),
+        ("leaves 0 of 1 visible", "32 or more"),
+    ),
+    (
+        "train",
+        (*CLASSES, "dataset.batch_size=3", "dataset.augmentation.mixup=0.8"),
         ("it must be even, got 3", "Use 4, or turn both off", "mixup=0"),
     ),
     ("export", ("export.format=xdl",), ("export.checkpoint", "export.onnx_file", "only onnx can be written, got xdl")),

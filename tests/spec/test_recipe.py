@@ -81,6 +81,11 @@ def test_pretraining(facts, overrides, expected):
         (LABELLED, [], {"dataset.batch_size": 16, "train.optim.layer_decay": 1.0}),
         (LABELLED, ["dataset.augmentation.max_scale=0.4"], {"dataset.augmentation.min_scale": 0.4}),
         (LABELLED, ["dataset.augmentation.cutmix_minmax=[0.2,0.4]"], {"dataset.augmentation.cutmix": None}),
+        (
+            Facts(per_class=1000),
+            ["dataset.batch_size=7"],
+            {"dataset.augmentation.mixup": 0.0, "dataset.augmentation.auto_aug": None},
+        ),
         (LABELLED, ["train.pretrained_model_path=x"], {"train.optim.layer_decay": None}),
         (Facts(images=10_000, per_class=FEW_LABELS), [], {"dataset.augmentation.mixup": None}),
         (Facts(images=10_000, per_class=1000), [], {"train.num_epochs": 30}),

@@ -185,7 +185,7 @@ def test_a_secret_is_not_shown():
 
 def test_mixup_needs_an_even_batch():
     for size, next_size in ((1, 2), (7, 8)):
-        text = mistakes(None, [*FINETUNE, f"dataset.batch_size={size}"], "train")
+        text = mistakes(None, [*FINETUNE, f"dataset.batch_size={size}", "dataset.augmentation.mixup=0.8"], "train")
         assert f"mix the images of a batch in pairs, so it must be even, got {size}. Use {next_size}, or" in text
     text = mistakes(None, [*TRAIN, "train.stage=finetune", "train.recipe=tao"], "train")
     assert "it is not set, and the default is 1. Set dataset.batch_size, for example to 16, or turn both off" in text

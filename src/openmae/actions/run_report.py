@@ -28,7 +28,7 @@ from openmae.machine import peak_memory
 from openmae.models.mae import MaskedAutoencoder
 from openmae.results.images import reconstruction_progress, reconstruction_strip
 from openmae.results.profile import Breakdown
-from openmae.results.report import Figure, Table
+from openmae.results.report import Figure, Section, Table
 from openmae.results.trials import duration
 from openmae.results.verdict import give_verdict
 from openmae.spec.load import choices_of
@@ -118,7 +118,7 @@ class RunReport:
         best = best_epoch(plan.folder, self._trainer.task.monitor, progress.best)
         indexes = [plan.train, plan.val] if plan.val else [plan.train]
         rows = [*self._rows, *self._measured()]
-        sections = [*figures, *_chosen(plan)]
+        sections: list[Section] = [*figures, *_chosen(plan)]
         evidence = collect_evidence(plan, progress.best)
         train_report(plan.folder, plan.info, evidence, best, rows, sections, breakdown, *indexes, unfinished=unfinished)
 

@@ -201,12 +201,15 @@ def _augmentation(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     if spec.train.stage == "pretrain":
         yield Choice(f"{_AUGMENTATION}min_scale", min(0.2, largest), "as in the papers")
         return
-    if not _few_labels(facts):
-        return
+    few, odd = _few_labels(facts), spec.is_set(_BATCH) and spec.dataset.batch_size % 2
     reason = f"labelled images per class: {facts.per_class}, fewer than {FEW_LABELS}"
-    if spec.dataset.augmentation.cutmix_minmax is None:
-        yield Choice(f"{_AUGMENTATION}cutmix", 0.0, reason)
-    yield Choice(f"{_AUGMENTATION}mixup", 0.0, reason)
+    if few or odd:
+        why = reason if few else "images are mixed in pairs, and dataset.batch_size is odd"
+        yield Choice(f"{_AUGMENTATION}mixup", 0.0, why)
+        if spec.dataset.augmentation.cutmix_minmax is None:
+            yield Choice(f"{_AUGMENTATION}cutmix", 0.0, why)
+    if not few:
+        return
     yield Choice(f"{_AUGMENTATION}auto_aug", "", reason)
     yield Choice(f"{_AUGMENTATION}min_scale", min(0.5, largest), reason)
 
