@@ -156,7 +156,10 @@ def _photos(size: int) -> Iterator[Picture]:
 
 
 def _photos() -> Iterator[tuple[str, Image.Image]]:
-    import skimage
+    try:
+        import skimage
+    except ImportError as error:
+        raise FileNotFoundError("scikit-image is not installed: pip install scikit-image") from error
     from sklearn.datasets import load_sample_image
 
     shipped = Path(skimage.__file__).parent / "data"
