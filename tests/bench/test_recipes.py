@@ -16,11 +16,11 @@ from openmae.spec.describe import fields
 
 @pytest.mark.parametrize("name", ["digits", "textures"])
 def test_a_set_has_its_parts(name: str, tmp_path: Path) -> None:
-    found = write_set(name, tmp_path, most=200)
+    found = write_set(name, tmp_path, most=400)
     assert found.classes == 10
     unlabelled = {path.name for path in (tmp_path / "unlabelled").iterdir()}
     held_out = {path.name for path in (tmp_path / "held_out").rglob("*.png")}
-    assert len(unlabelled) + len(held_out) == 200
+    assert len(unlabelled) + len(held_out) == 400
     assert not unlabelled & held_out, "images of the test are trained on"
     for count in LABELS:
         classes = [len(list(folder.iterdir())) for folder in found.labelled(count).iterdir()]
