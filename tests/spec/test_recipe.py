@@ -199,6 +199,14 @@ def test_choosing_again_replaces_the_choices():
     assert choose(spec, Facts()).dataset.batch_size == load_spec(None).dataset.batch_size
 
 
+def test_choices_that_count_as_set_are_kept():
+    """As in a search, whose trials share them."""
+    spec = choose(load_spec(None), LAPTOP)
+    settled = spec.with_set_keys(frozenset(spec.chosen))
+    again = choose(settled, Facts(images=10**6, on_gpu=True))
+    assert again.model_dump() == spec.model_dump()
+
+
 def test_a_resumed_run_keeps_the_choices():
     first = choose(load_spec(None), LAPTOP)
     other = choose(load_spec(None, ["train.optim.lr=1e-3"]), Facts(images=10**6, on_gpu=True))

@@ -127,7 +127,7 @@ def _choosable() -> Iterator[str]:
 
 
 def _without_choices(spec: ExperimentSpec) -> ExperimentSpec:
-    return spec.choosing({key: fields()[key].default for key in spec.chosen}, {})
+    return spec.choosing({key: fields()[key].default for key in spec.chosen if not spec.is_set(key)}, {})
 
 
 def _processes(spec: ExperimentSpec) -> int:
