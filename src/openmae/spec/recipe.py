@@ -191,7 +191,7 @@ def _decoder(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     light, row = spec.model.architecture.light_decoder, spec.model.architecture
     if spec.train.stage != "pretrain" or light is None:
         return
-    reason = f"the paper's {row.decoder_depth} x {row.decoder_embed_dim} is larger than the encoder, and no better"
+    reason = f"the paper's {row.decoder_depth} x {row.decoder_embed_dim} is larger than the encoder"
     yield Choice("model.decoder_depth", light[0], reason)
     yield Choice("model.decoder_embed_dim", light[1], reason)
 
