@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from openmae.actions import run_report
+from openmae.actions.evidence import collect_evidence
 from openmae.actions.run_report import RunReport, shown_epochs
 from openmae.cli.main import main
 from openmae.results.status import read_status
@@ -81,7 +82,12 @@ def test_the_report_is_refreshed_during_the_run(validated, command, tmp_path, mo
 def test_short_epochs_and_long_reports_are_not_reported(command, tmp_path, monkeypatch):
     """The first report waits for ``REFRESH_SECONDS``; after a long one, the next waits until it is a small share."""
     written = []
-    monkeypatch.setattr(RunReport, "_write", lambda self, *_, unfinished="": written.append(unfinished))
+
+    def write(self, *_, unfinished=""):
+        written.append(unfinished)
+        return collect_evidence(self._plan, None)
+
+    monkeypatch.setattr(RunReport, "_write", write)
     assert main(command) == 0
     assert written == [""], "a run of a second is reported once"
     (tmp_path / "train" / "backbone.safetensors").unlink()

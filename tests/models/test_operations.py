@@ -9,7 +9,7 @@ from openmae.models.operations import decoder_share
 
 
 def test_the_share_of_a_decoder_by_hand():
-    """Of ViT-Tiny's 49 visible patches and class token, and the decoder's 197 tokens, with attention's products."""
+    """The products of ViT-Tiny's 50 visible tokens and the decoder's 197, with those of attention."""
 
     def blocks(tokens: int, width: int, depth: int) -> int:
         return depth * (24 * tokens * width**2 + 4 * tokens**2 * width)

@@ -7,6 +7,8 @@ import logging
 import multiprocessing
 import re
 import signal
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -100,21 +102,30 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
-@pytest.mark.parametrize("task", [PretrainTask, FinetuneTask])
-def test_ctrl_c_in_a_validation_keeps_the_epoch(task, train, assert_same_run, payload_of, monkeypatch, tmp_path):
-    changes = PRETRAIN if task is PretrainTask else FINETUNE
-    train(tmp_path / "whole", changes)
-    validate, validations = task.validate, iter(["before the first step", "after the first epoch"])
+@contextmanager
+def interrupted_validation(monkeypatch, task, number):
+    """Press Ctrl-C in the validation with this number."""
+    validate, numbers = task.validate, count(1)
 
     def interrupted(self, *arguments):
-        if next(validations) == "after the first epoch":
+        if next(numbers) == number:
             interrupt()
         return validate(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(task, "validate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "resumed", changes)
+        yield
+
+
+@pytest.mark.parametrize("task", [PretrainTask, FinetuneTask])
+def test_ctrl_c_in_a_validation_keeps_the_epoch(task, train, assert_same_run, payload_of, monkeypatch, tmp_path):
+    changes = PRETRAIN if task is PretrainTask else FINETUNE
+    train(tmp_path / "whole", changes)
+    with (
+        interrupted_validation(monkeypatch, task, 2),
+        pytest.raises(KeyboardInterrupt),
+    ):  # the first is before the first step
+        train(tmp_path / "resumed", changes)
     assert payload_of(tmp_path / "resumed")["progress"]["batch"] == 5
     train(tmp_path / "resumed", changes)
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
@@ -128,16 +139,8 @@ def test_ctrl_c_in_a_validation_keeps_the_epoch(task, train, assert_same_run, pa
 def test_ctrl_c_before_the_first_step(task, train, assert_same_run, payload_of, monkeypatch, tmp_path):
     changes = {**(PRETRAIN if task is PretrainTask else FINETUNE), "train.num_epochs": 1}
     train(tmp_path / "whole", changes)
-    validate = task.validate
-
-    def interrupted(self, *arguments):
-        interrupt()
-        return validate(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(task, "validate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "resumed", changes)
+    with interrupted_validation(monkeypatch, task, 1), pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "resumed", changes)
     assert payload_of(tmp_path / "resumed")["progress"]["step"] == 0
     assert read_metrics(tmp_path / "resumed" / "metrics.csv") == []
     for _ in range(2):  # the second time, the row before the first step exists already

@@ -24,6 +24,7 @@ from openmae.inputs import irregular, open_regular
 from openmae.models.build import validate
 from openmae.results.status import read_status
 from openmae.spec.actions import ROWS
+from openmae.spec.tree import get
 from openmae.storage import cache, layout
 from openmae.storage.download import fetch_with, local_copy
 from openmae.storage.encryption import Key, is_encrypted, read_bytes, resolve_key
@@ -133,10 +134,10 @@ def _checkpoint_rows(path: Path, checkpoint: Checkpoint) -> Rows:
         blocks = counted(info.model.decoder_depth, "block")
         yield "decoder", f"{_millions(weights.rest.values())}; {blocks}, width {info.model.decoder_embed_dim}"
     if progress:
-        epochs = _recorded(info.spec, "train.num_epochs")
+        epochs = get(info.spec, "train.num_epochs")
         yield "epochs finished", f"{progress.epoch} of {epochs}" if epochs else str(progress.epoch)
         yield "steps", f"{progress.step:,}"
-        metric = _recorded(info.spec, "train.optim.monitor_name") or "not recorded"
+        metric = str(get(info.spec, "train.optim.monitor_name", "not recorded"))
         yield "monitored metric", metric if progress.best is None else f"{metric}, best so far {progress.best:.4g}"
         yield "can resume", "yes, it holds the state of the optimizer"
 
@@ -278,14 +279,6 @@ def _index_rows(index: ImageIndex, source: Path) -> Rows:
     yield "images", f"{len(index):,}"
     yield "classes", f"{len(index.class_names)}: {listed(index.class_names, _SHOWN)}" if index.class_names else "none"
     yield "to use it", f"mae train dataset.train_data_sources={shlex.quote(str(source))} ..."
-
-
-def _recorded(spec: Mapping[str, Any], key: str) -> str:
-    """Return a value of the spec in a checkpoint as text; empty if it is not recorded."""
-    node: Any = spec
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
-    return str(node) if isinstance(node, str | int) else ""
 
 
 def _millions(tensors: Iterable[Any]) -> str:

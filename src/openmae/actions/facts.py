@@ -22,6 +22,7 @@ from openmae.checkpoints.format import read_config
 from openmae.data.decode import CorruptImage
 from openmae.data.image_dataset import ImageDataset
 from openmae.data.index import ImageIndex
+from openmae.distributed.launch import acting_precision
 from openmae.errors import CheckpointError
 from openmae.machine import usable_cores
 from openmae.models.build import build_autoencoder, build_classifier
@@ -70,11 +71,16 @@ def decide(spec: ExperimentSpec, train: ImageIndex, val: ImageIndex | None, key:
 
 def find_facts(spec: ExperimentSpec, train: ImageIndex, val: ImageIndex | None, key: Key | None) -> Facts:
     """Return the facts that are known without training."""
-    on_gpu = torch.cuda.is_available()
-    return Facts(
+    counts = Facts(
         images=len(train),
         val_images=len(val) if val else 0,
         classes=len((train if spec.train.stage == "finetune" else val or train).class_names),
+    )
+    if spec.train.recipe == "tao":  # it chooses nothing
+        return counts
+    on_gpu = torch.cuda.is_available()
+    return replace(
+        counts,
         per_class=_per_class(train) if spec.train.stage == "finetune" else None,
         side=_side(train),
         weights=_weights(spec, key),
@@ -95,7 +101,7 @@ def _per_class(index: ImageIndex) -> int:
 def _side(index: ImageIndex) -> int | None:
     """Return the median of the shorter sides of some images; None if none can be read."""
     sides = []
-    for number in range(0, len(index), max(1, len(index) // _SAMPLE)):
+    for number in _spread(len(index), _SAMPLE):
         with suppress(CorruptImage), index.open(number) as file:
             sides.append(min(file.size))
     return int(statistics.median(sides)) if sides else None
@@ -183,8 +189,12 @@ def measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts
 def _load(spec: ExperimentSpec, index: ImageIndex) -> Tensor:
     """Load some images as training does; those that cannot be read are left out."""
     data = ImageDataset(index, train_transform(spec), spec.train.seed)
-    numbers = range(0, len(index), max(1, len(index) // _MEASURED))[:_MEASURED]
-    return data.collate([data[0, number] for number in numbers]).images
+    return data.collate([data[0, number] for number in _spread(len(index), _MEASURED)]).images
+
+
+def _spread(count: int, most: int) -> range:
+    """Return at most ``most`` of the numbers below ``count``, at equal distances."""
+    return range(0, count, max(1, -(-count // most)))
 
 
 class _Step:
@@ -195,7 +205,9 @@ class _Step:
         if spec.train.stage == "finetune":
             config = replace(config, num_classes=spec.model.num_classes or 2)
         self._config = config
-        self._autocast = torch.autocast(device.type, _DTYPES.get(spec.train.precision), spec.train.precision in _DTYPES)
+        sharded = spec.train.distributed_strategy == "fsdp"
+        precision = acting_precision(spec.train.precision, sharded, device.type == "cuda")
+        self._autocast = torch.autocast(device.type, _DTYPES.get(precision), precision in _DTYPES)
         self._normalise = Normaliser(spec.dataset.augmentation.mean, spec.dataset.augmentation.std)
         model = build_classifier(config) if config.num_classes else build_autoencoder(config)
         self._model, self._images = model.to(device).train(), images.to(device)

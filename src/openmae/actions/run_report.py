@@ -30,7 +30,7 @@ from openmae.results.images import reconstruction_progress, reconstruction_strip
 from openmae.results.profile import Breakdown
 from openmae.results.report import Figure, Section, Table
 from openmae.results.trials import duration
-from openmae.results.verdict import give_verdict
+from openmae.results.verdict import Evidence, give_verdict
 from openmae.spec.load import choices_of
 from openmae.storage import layout
 from openmae.training.pretrain import PretrainTask
@@ -96,8 +96,7 @@ class RunReport:
             assert isinstance(model, MaskedAutoencoder)
             path = self._folder / layout.RECONSTRUCTIONS_LAST
             figures.append(reconstructions(self._fabric, self._trainer.task, model, self._loader, path))
-        self._write([*figures, *self._progress(fewest=2)], breakdown)
-        return give_verdict(collect_evidence(self._plan, self._trainer.progress.best))
+        return give_verdict(self._write([*figures, *self._progress(fewest=2)], breakdown))
 
     @property
     def facts(self) -> Mapping[str, int | str]:
@@ -113,7 +112,8 @@ class RunReport:
         took = time.monotonic() - began
         self._due = time.monotonic() + max(REFRESH_SECONDS, took / _SHARE)
 
-    def _write(self, figures: Sequence[Figure], breakdown: Breakdown | None, *, unfinished: str = "") -> None:
+    def _write(self, figures: Sequence[Figure], breakdown: Breakdown | None, *, unfinished: str = "") -> Evidence:
+        """Write the report; return the facts that its verdict is based on."""
         plan, progress = self._plan, self._trainer.progress
         best = best_epoch(plan.folder, self._trainer.task.monitor, progress.best)
         indexes = [plan.train, plan.val] if plan.val else [plan.train]
@@ -121,6 +121,7 @@ class RunReport:
         sections: list[Section] = [*figures, *_chosen(plan)]
         evidence = collect_evidence(plan, progress.best)
         train_report(plan.folder, plan.info, evidence, best, rows, sections, breakdown, *indexes, unfinished=unfinished)
+        return evidence
 
     def _measured(self) -> Rows:
         took = duration(self._trainer.seconds)

@@ -90,10 +90,8 @@ def _batch_text(fabric: Fabric, batch_size: int, accumulated: int) -> str:
 
 def _schedule_text(schedule: Schedule) -> str:
     optim = schedule.optim
-    length = (
-        counted(optim.warmup_epochs, "epoch") if optim.warmup_steps is None else counted(optim.warmup_steps, "step")
-    )
-    warmup = "" if length.startswith("0 ") else f"{length} of warmup, then "
+    number, unit = (optim.warmup_epochs, "epoch") if optim.warmup_steps is None else (optim.warmup_steps, "step")
+    warmup = f"{counted(number, unit)} of warmup, then " if number else ""
     if optim.lr_scheduler == "cosine":
         return f"{warmup}cosine to 0"
     milestones = ", ".join(map(str, optim.milestones)) or "never"
