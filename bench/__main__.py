@@ -15,6 +15,7 @@ from .report import RESULTS
 BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
     "pretrain": "images/s of a pretraining step, compared with dense ConvNeXt V2, transformers and timm",
     "input": "images/s from JPEG files to batches, compared with torchvision and timm on PIL",
+    "attention": "both forms of attention on a CPU, by precision and number of tokens",
     "memory": "peak memory of a pretraining step, compared with the same",
     "startup": "seconds until commands answer, and until the first step of a training",
     "scaling": "how the time of a step grows with batch, resolution, visible units and depth",
@@ -28,7 +29,7 @@ BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
     "automl": "what 20 trials find, and the epochs they take, by algorithm",
 }
 # no part of pretraining's speed, or an hour long; plan measures nothing
-ONLY_BY_NAME = {"automl", "checkpoints", "decoding", "decoding_cost", "deploy", "plan", "recipes", "serve"}
+ONLY_BY_NAME = {"attention", "automl", "checkpoints", "decoding", "decoding_cost", "deploy", "plan", "recipes", "serve"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,8 @@ from timm.layers.activations import GELU
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
+from openmae.models.attention import keep_plain_attention
+
 _GELU_OPSET = 20  # first operator set with a GELU operator
 
 
@@ -25,9 +27,8 @@ def rewritten(model: nn.Module, opset: int) -> nn.Module:
     """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     result = copy.deepcopy(model, shared)
+    keep_plain_attention(result)
     for module in list(result.modules()):
-        if hasattr(module, "fused_attn"):
-            setattr(module, "fused_attn", False)  # noqa: B010 (a module's attributes are typed as tensors)
         for name, child in module.named_children():
             if isinstance(child, GlobalResponseNorm):
                 setattr(module, name, _GlobalResponseNorm(child))

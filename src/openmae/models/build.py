@@ -10,6 +10,7 @@ import timm
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
+from openmae.models.attention import use_fastest_attention
 from openmae.models.decoders import ConvNeXtDecoder, CrossAttentionDecoder, Decoder, TransformerDecoder
 from openmae.models.encoders import ConvNeXtV2Encoder, HieraEncoder, MaskedEncoder, ViTEncoder
 from openmae.models.mae import MaskedAutoencoder
@@ -149,7 +150,9 @@ def _create(config: ModelConfig, **options: Any) -> nn.Module:
         options["img_size"] = config.input_size
     if row.family == "vit" and config.patch_size:
         options["patch_size"] = config.patch_size
-    return timm.create_model(row.timm_name, pretrained=False, **options)
+    model: nn.Module = timm.create_model(row.timm_name, pretrained=False, **options)
+    use_fastest_attention(model)
+    return model
 
 
 def _build_decoder(config: ModelConfig, encoder: MaskedEncoder) -> Decoder:
@@ -158,7 +161,7 @@ def _build_decoder(config: ModelConfig, encoder: MaskedEncoder) -> Decoder:
     if config.architecture.family == "convnextv2":
         return ConvNeXtDecoder(encoder.dim, width, depth, encoder.token_grid, token_values)
     kind = CrossAttentionDecoder if config.decoder_attention == "cross" else TransformerDecoder
-    return kind(
+    decoder = kind(
         encoder.dim,
         width,
         depth,
@@ -167,3 +170,5 @@ def _build_decoder(config: ModelConfig, encoder: MaskedEncoder) -> Decoder:
         token_values,
         learned_positions=config.architecture.family == "hiera",
     )
+    use_fastest_attention(decoder)
+    return decoder

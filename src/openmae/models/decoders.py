@@ -11,12 +11,12 @@ from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm, Mlp
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from openmae.models.attention import attend
 from openmae.models.encoders.interface import init_linear_layers
 from openmae.models.masking import Mask, gather_tokens
 from openmae.models.positions import sincos_position_embedding
@@ -136,7 +136,7 @@ class CrossAttentionBlock(nn.Module):
         """Apply attention and MLP."""
         keys_BTE, values_BTE = self.key_value(latent_BTD).chunk(2, dim=-1)
         query, keys, values = map(_split_heads, (self.query(self.norm1(x_BME)), keys_BTE, values_BTE))
-        read = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+        read = attend(query, keys, values).transpose(1, 2).flatten(2)
         x_BME = x_BME + self.project(read)
         return x_BME + self.mlp(self.norm2(x_BME))
 
