@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,10 @@ from PIL import Image
 from tests.helpers.images import write_classes
 
 from openmae.actions import facts, train
-from openmae.actions.facts import find_facts, measure_step
+from openmae.actions.facts import find_facts
 from openmae.actions.sources import open_training_data
 from openmae.cli.main import main
 from openmae.spec.load import load_spec
-from openmae.spec.recipe import choose
 
 pytestmark = pytest.mark.integration
 
@@ -57,13 +57,28 @@ def test_a_step_is_measured(stage, labelled):
     images, val = open_training_data(spec)
     found = find_facts(spec, images, val, None)
     before = torch.get_rng_state()
-    measured = measure_step(choose(spec, found), found, images)
+    measured = facts.measure(spec, found, images)
     assert torch.equal(torch.get_rng_state(), before), "the run that follows would be another one"
     assert 0 < measured.seconds_per_image < 60
     tokens, width, depth, layers = 64, 192, 12, 14  # ViT-Tiny: of a block, about 14 tensors of the tokens are kept
     whole = tokens * width * depth * layers * 4
     share = 1 if stage == "finetune" else 0.25  # of the tokens is encoded
     assert share * whole / 3 < measured.bytes_per_image < 3 * whole
+
+
+@pytest.mark.parametrize(("seconds", "precision"), [(1.3, "bf16"), (1.05, "fp32")])
+def test_bf16_must_make_a_step_faster(seconds, precision, labelled, monkeypatch):
+    """``seconds``: of a step in fp32; one in bf16 takes 1."""
+    monkeypatch.setattr(facts, "_has_fast_bf16", lambda on_gpu: True)
+    monkeypatch.setattr(
+        facts,
+        "_measure_step",
+        lambda spec, found, _: replace(found, seconds_per_image={"bf16": 1, "fp32": seconds}[spec.train.precision]),
+    )
+    spec = load_spec(None, [f"dataset.train_data_sources={labelled}"])
+    chosen = facts.decide(spec, *open_training_data(spec), None)
+    assert chosen.train.precision == precision
+    assert ("train.precision" in chosen.chosen) is (precision == "bf16")
 
 
 def test_training_needs_only_images(labelled, tmp_path, monkeypatch, capsys):

@@ -13,32 +13,31 @@ from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from openmae.actions.sources import model_config, train_transform
 from openmae.checkpoints.format import read_config
 from openmae.data.decode import CorruptImage
-from openmae.data.image_dataset import ImageDataset
+from openmae.data.image_dataset import Batch, ImageDataset
 from openmae.data.index import ImageIndex
 from openmae.distributed.launch import acting_precision
 from openmae.errors import CheckpointError
 from openmae.machine import usable_cores
 from openmae.models.build import build_autoencoder, build_classifier
-from openmae.models.mae import MaskedAutoencoder
-from openmae.models.masking import random_mask
 from openmae.models.normalise import Normaliser
 from openmae.spec.load import check
 from openmae.spec.notices import find_data_notices
 from openmae.spec.recipe import Facts, choose
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key
+from openmae.training.tasks import build_task
 
 _SAMPLE = 64  # images whose size is read
 _MEASURED, _MEASURED_SECONDS = 8, 1.0  # images of the measured step; at most about the duration of all
 _MATRIX = 768  # side of the matrices that bf16 and fp32 are compared with
-_FASTER = 1.8  # times as fast that bf16 must be
+_FASTER = 1.8  # times as fast that bf16 must be to be tried in a training step
+_FASTER_STEP = 1.1  # times as fast that a training step in bf16 must be
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -60,8 +59,8 @@ def decide(spec: ExperimentSpec, train: ImageIndex, val: ImageIndex | None, key:
     facts = find_facts(spec, train, val, key)
     chosen = choose(spec, facts)
     check(chosen)
-    if {"dataset.batch_size", "train.num_epochs"} & chosen.chosen.keys():
-        facts = measure_step(chosen, facts, train)
+    if {"dataset.batch_size", "train.num_epochs", "train.precision"} & chosen.chosen.keys():
+        facts = measure(spec, facts, train)
         chosen = choose(spec, facts)
         check(chosen)
     for notice in find_data_notices(chosen, facts):
@@ -154,8 +153,22 @@ def _free_memory(on_gpu: bool, processes: int) -> int:
     return max(free, 0) // processes
 
 
-def measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts:
-    """Return the facts with the memory and the duration of a training step, measured on some of the images.
+def measure(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts:
+    """Return the facts with what is measured on training steps on some of the images.
+
+    A model that trains about as fast in fp32 as in bf16 on this CPU, such as ConvNeXt V2 atto, has no fast bf16.
+    """
+    chosen = choose(spec, facts)
+    measured = _measure_step(chosen, facts, index)
+    if facts.on_gpu or "train.precision" not in chosen.chosen or not measured.seconds_per_image:
+        return measured
+    plain = replace(facts, fast_bf16=False)
+    in_fp32 = _measure_step(choose(spec, plain), plain, index)
+    return in_fp32 if (in_fp32.seconds_per_image or 0.0) < _FASTER_STEP * measured.seconds_per_image else measured
+
+
+def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts:
+    """Return the facts with the memory and the duration of a training step.
 
     On several GPUs, only the memory is measured, on the CPU: a process must not use a GPU before it starts others.
     """
@@ -164,8 +177,8 @@ def measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts
     device = torch.device("cuda" if on_gpu else "cpu")
     began = time.perf_counter()
     batch = _load(spec, index)
-    loading = (time.perf_counter() - began) / max(len(batch), 1)
-    if not len(batch):
+    loading = (time.perf_counter() - began) / max(len(batch.images), 1)
+    if not len(batch.images):
         return facts
     with torch.random.fork_rng():
         step = _Step(spec, batch, device)
@@ -186,10 +199,10 @@ def measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts
     return replace(facts, bytes_per_image=used, seconds_per_image=seconds if alone or not facts.on_gpu else None)
 
 
-def _load(spec: ExperimentSpec, index: ImageIndex) -> Tensor:
+def _load(spec: ExperimentSpec, index: ImageIndex) -> Batch:
     """Load some images as training does; those that cannot be read are left out."""
     data = ImageDataset(index, train_transform(spec), spec.train.seed)
-    return data.collate([data[0, number] for number in _spread(len(index), _MEASURED)]).images
+    return data.collate([data[0, number] for number in _spread(len(index), _MEASURED)])
 
 
 def _spread(count: int, most: int) -> range:
@@ -200,17 +213,23 @@ def _spread(count: int, most: int) -> range:
 class _Step:
     """A training step without the update of the weights."""
 
-    def __init__(self, spec: ExperimentSpec, images: Tensor, device: torch.device) -> None:
-        config = model_config(spec)
+    def __init__(self, spec: ExperimentSpec, batch: Batch, device: torch.device) -> None:
+        classes = spec.model.num_classes or 2
         if spec.train.stage == "finetune":
-            config = replace(config, num_classes=spec.model.num_classes or 2)
-        self._config = config
+            spec = spec.replaced({"model.num_classes": classes, "dataset.augmentation.mixup_prob": 0.0})
+        config = model_config(spec)
         sharded = spec.train.distributed_strategy == "fsdp"
         precision = acting_precision(spec.train.precision, sharded, device.type == "cuda")
         self._autocast = torch.autocast(device.type, _DTYPES.get(precision), precision in _DTYPES)
-        self._normalise = Normaliser(spec.dataset.augmentation.mean, spec.dataset.augmentation.std)
         model = build_classifier(config) if config.num_classes else build_autoencoder(config)
-        self._model, self._images = model.to(device).train(), images.to(device)
+        self._model = model.to(device).train()
+        augmentation = spec.dataset.augmentation
+        self._task = build_task(spec, model, Normaliser(augmentation.mean, augmentation.std))
+        self._batch = batch._replace(
+            images=batch.images.to(device),
+            labels=(torch.arange(len(batch.images)) % classes).to(device),
+            indices=batch.indices.to(device),
+        )
 
     def bytes_per_image(self) -> float:
         """Return the bytes that the backward pass needs of an image, without the weights."""
@@ -226,7 +245,7 @@ class _Step:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = self._loss()
         del loss
-        return sum(kept.values()) / len(self._images)
+        return sum(kept.values()) / len(self._batch.images)
 
     def seconds_per_image(self) -> float:
         """Return the duration of the fastest of some steps, per image."""
@@ -234,23 +253,11 @@ class _Step:
         while len(times) < 2 or (sum(times) < _MEASURED_SECONDS and len(times) < 10):
             start = time.perf_counter()
             self._loss().backward()
-            if self._images.is_cuda:
+            if self._batch.images.is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return min(times) / len(self._images)
+        return min(times) / len(self._batch.images)
 
     def _loss(self) -> Tensor:
-        images, config, numbers = self._normalise(self._images), self._config, torch.arange(len(self._images))
         with self._autocast:
-            if not isinstance(self._model, MaskedAutoencoder):
-                return F.cross_entropy(self._model(images).float(), numbers.to(images.device) % config.num_classes)
-            mask = random_mask(
-                numbers.to(images.device),
-                seed=0,
-                epoch=0,
-                num_units=self._model.num_units,
-                mask_ratio=config.mask_ratio,
-                targets=1.0,
-            )
-            loss: Tensor = self._model(images, mask).loss
-            return loss
+            return self._task.training_loss(self._model, self._batch, epoch=0)

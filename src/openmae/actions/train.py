@@ -48,13 +48,12 @@ from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import get
 from openmae.storage import layout
 from openmae.training.elastic import BatchLayout, same_position
-from openmae.training.finetune import FinetuneTask
 from openmae.training.loggers import Loggers, open_wandb
 from openmae.training.optim import Schedule, build_adamw, finetuning_groups, freeze, pretraining_groups
-from openmae.training.pretrain import PretrainTask
 from openmae.training.profiler import StepClock
-from openmae.training.state import Outputs, Task
+from openmae.training.state import Outputs
 from openmae.training.summary import recipe_rows
+from openmae.training.tasks import build_task
 from openmae.training.trainer import Trainer
 
 log = logging.getLogger("openmae")
@@ -128,7 +127,7 @@ def _work(fabric: Fabric, plan: Plan) -> TrainingEnd:
     weights = _initial_weights(model, plan)
     freeze(model, spec.train.freeze)
     shard(model, config, fabric)
-    task = _task(plan, model)
+    task = build_task(spec, model, Normaliser(plan.info.mean, plan.info.std))
     train_loader, val_loader = _loaders(fabric, plan)
     schedule = _schedule(spec, fabric.world_size, len(train_loader))
     groups = _groups(plan, model)
@@ -274,27 +273,6 @@ def _schedule(spec: ExperimentSpec, processes: int, batches: int) -> Schedule:
     train = spec.train
     peak = train.optim.effective_lr(spec.dataset.batch_size * processes * train.accum_grad_batches)
     return Schedule(train.optim, peak, train.num_epochs, math.ceil(batches / train.accum_grad_batches))
-
-
-def _task(plan: Plan, model: nn.Module) -> Task:
-    spec, normalise = plan.spec, Normaliser(plan.info.mean, plan.info.std)
-    if plan.config.num_classes:
-        return FinetuneTask(
-            model,
-            normalise,
-            augmentation=spec.dataset.augmentation,
-            num_classes=plan.config.num_classes,
-            monitor=spec.train.optim.monitor_name,
-        )
-    assert isinstance(model, MaskedAutoencoder)
-    return PretrainTask(
-        model,
-        normalise,
-        mask_ratio=plan.config.mask_ratio,
-        seed=spec.train.seed,
-        monitor=spec.train.optim.monitor_name,
-        targets=spec.model.decoder_targets,
-    )
 
 
 def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoader | None]:
