@@ -49,9 +49,16 @@ def _vit(name: str, timm_name: str, patch: int, light_decoder: tuple[int, int] |
     )
 
 
-def _hiera(name: str, drop_path: float) -> Architecture:
+def _hiera(name: str, drop_path: float, light_decoder: tuple[int, int] | None = None) -> Architecture:
     return Architecture(
-        name, "hiera", name, mask_unit=32, mask_ratio=0.6, decoder_depth=8, pretrain_drop_path=drop_path
+        name,
+        "hiera",
+        name,
+        mask_unit=32,
+        mask_ratio=0.6,
+        decoder_depth=8,
+        pretrain_drop_path=drop_path,
+        light_decoder=light_decoder,
     )
 
 
@@ -64,8 +71,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     row.name: row
     for row in (
         *map(_convnextv2, ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")),
-        _hiera("hiera_tiny_224", 0.0),
-        _hiera("hiera_small_224", 0.0),
+        _hiera("hiera_tiny_224", 0.0, light_decoder=(2, 256)),
+        _hiera("hiera_small_224", 0.0, light_decoder=(2, 256)),
         _hiera("hiera_base_224", 0.2),
         _hiera("hiera_base_plus_224", 0.2),
         _hiera("hiera_large_224", 0.2),

@@ -244,7 +244,8 @@ def _power_of_two(number: int) -> int:
 def _learning_rate(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     batch = _global_batch(spec)
     if spec.train.optim.base_lr is None:
-        small = spec.model.architecture.light_decoder is not None
+        row = spec.model.architecture
+        small = row.family == "vit" and row.light_decoder is not None
         at_64 = (_PRETRAINING_LR if spec.train.stage == "pretrain" else _FINETUNING_LR)[small]
         rate = float(f"{min(at_64 * math.sqrt(batch / 64), _HIGHEST_LR):.2g}")
         yield Choice("train.optim.lr", rate, f"{at_64:g} x sqrt({batch} / 64), for {batch} images per step")
