@@ -43,9 +43,9 @@ def test_only_an_earlier_quickstart_is_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-@pytest.mark.slow(reason="three training runs of a minute each")
+@pytest.mark.slow(reason="four training runs, of two minutes in all")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_pretraining_wins(tmp_path: Path, seed: int) -> None:
     accuracies = quickstart.run(tmp_path / "quickstart", seed)
-    assert accuracies["pretrained"] > accuracies["scratch"] + 0.05, accuracies
+    assert accuracies["pretrained"] > max(accuracies["scratch"], accuracies["scratch_equal_time"]) + 0.05, accuracies
     assert (tmp_path / "quickstart" / "report.html").stat().st_size > 50_000
