@@ -115,7 +115,7 @@ def _stamps(size: int) -> Iterator[Picture]:
 
 
 def _glyphs(size: int) -> Iterator[Picture]:
-    """Yield letters of different fonts, rotated and coloured; fonts of the test set are not in the training set."""
+    """Yield letters of different fonts, slightly rotated; fonts of the test set are not in the training set."""
     files = sorted([*FONTS.rglob("*.ttf"), *FONTS.rglob("*.otf")])
     files = [file for file in files if not any(word in file.name for word in ("Symbol", "Dingbat", "Emoji", "Math"))]
     if len(files) < 20:
@@ -124,17 +124,13 @@ def _glyphs(size: int) -> Iterator[Picture]:
     tested = set(np.random.default_rng(3).permutation(families)[: len(families) // 3])
     rng = np.random.default_rng(4)
     for file in files:
-        font = ImageFont.truetype(str(file), int(size * 0.7))
+        font = ImageFont.truetype(str(file), int(size * 0.8))
         for letter in _LETTERS:
-            ink, paper = (tuple(int(v) for v in rng.integers(low, low + 100, 3)) for low in (0, 150))
-            image = Image.new("RGB", (size, size), paper)
-            place = tuple(size / 2 + rng.uniform(-0.08, 0.08, 2) * size)
-            ImageDraw.Draw(image).text(place, letter, font=font, fill=ink, anchor="mm")
-            yield (
-                letter,
-                image.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, fillcolor=paper),
-                (_family(file) in tested),
-            )
+            image = Image.new("L", (size, size), 255)
+            place = tuple(size / 2 + rng.uniform(-0.05, 0.05, 2) * size)
+            ImageDraw.Draw(image).text(place, letter, font=font, fill=0, anchor="mm")
+            image = image.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC, fillcolor=255)
+            yield letter, image, _family(file) in tested
 
 
 def _family(file: Path) -> str:
@@ -144,18 +140,18 @@ def _family(file: Path) -> str:
 def _photos(size: int) -> Iterator[Picture]:
     """Yield crops of photos; the class is the photo, and the right part of each is for the test."""
     rng = np.random.default_rng(5)
-    for label, photo in _photos():
+    for label, photo in _shipped_photos():
         for _ in range(130):
             side = int(rng.uniform(0.16, 0.28) * min(photo.size))
             test = bool(rng.random() < 0.3)
             border = int(photo.width * 0.65)
-            left = rng.integers(border, photo.width - side) if test else rng.integers(0, border - side)
-            top = rng.integers(0, photo.height - side)
+            left = int(rng.integers(border, photo.width - side) if test else rng.integers(0, border - side))
+            top = int(rng.integers(0, photo.height - side))
             crop = photo.crop((left, top, left + side, top + side))
             yield label, crop.resize((size, size), Image.Resampling.BICUBIC), test
 
 
-def _photos() -> Iterator[tuple[str, Image.Image]]:
+def _shipped_photos() -> Iterator[tuple[str, Image.Image]]:
     try:
         import skimage
     except ImportError as error:
@@ -178,8 +174,8 @@ def _textures(size: int) -> Iterator[Picture]:
         for _ in range(200):
             field = draw(rng, size)
             field = (field - field.min()) / max(float(np.ptp(field)), 1e-9)
-            first, second = rng.uniform(0, 255, (2, 3))
-            pixels = field[..., None] * first + (1 - field[..., None]) * second + rng.normal(0, 12, (size, size, 3))
+            dark, bright = rng.uniform(0, 80), rng.uniform(175, 255)
+            pixels = dark + (bright - dark) * field + rng.normal(0, 5, (size, size))
             yield label, Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), bool(rng.random() < 0.28)
 
 

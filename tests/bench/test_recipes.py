@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_every_training_has_its_own_results() -> None:
-    trainings = list(trainings_of(Plan()))
+    trainings = set(trainings_of(Plan()))
     assert len({training.name for training in trainings}) == len(trainings)
     assert all(key in fields() for values in WITHOUT.values() for key in values)
     assert Training("digits", "vit_tiny_patch16", "auto", 1, 10, True, "no mixing").source.without == ""
@@ -51,17 +52,37 @@ def test_every_training_has_its_own_results() -> None:
 
 
 def test_the_table_shows_what_is_known(tmp_path: Path) -> None:
-    table, plan = (
-        Results(tmp_path, QUICK),
-        Plan(("digits",), ("vit_tiny_patch16",), ("auto",), (10,), (0, 1), ("no mixing",)),
+    plan = replace(
+        QUICK,
+        sets=("digits",),
+        labels=(10,),
+        seeds=(0, 1),
+        without=("no mixing",),
+        part=("digits",),
+        decoders=("vit_tiny_patch16",),
     )
     (tmp_path / "metrics").mkdir()
-    for seed, accuracy in ((0, 0.5), (1, 0.75)):
-        path = tmp_path / "metrics" / f"{Training('digits', 'vit_tiny_patch16', 'auto', seed, 10, True).name}.json"
-        path.write_text(json.dumps({"ACC_all": accuracy}))
-    rows = report(table, plan).rows
-    assert rows[0] == ["digits", "vit_tiny_patch16", "10", "62.5 (50.0 to 75.0)", "-"]
-    assert rows[1][3] == "with no mixing"
+    first = Training("digits", "vit_tiny_patch16", "auto", 0, 10, pretrained=True)
+    for training, values in (
+        (first, {"ACC_all": 0.5, "epochs": 40}),
+        (replace(first, seed=1), {"ACC_all": 0.75, "epochs": 40}),
+        (first.source, {"knn_acc": 0.25, "epochs": 8}),
+        (replace(first, pretrained=False), {"ACC_all": 0.125, "epochs": 40}),
+    ):
+        (tmp_path / "metrics" / f"{training.name}.json").write_text(json.dumps(values))
+    rows = report(Results(tmp_path, plan), plan).rows
+    start = ("digits", "vit_tiny_patch16", "10")
+    assert rows[0] == (*start, "auto", "62.5 (50.0 to 75.0)", "12.5 (12.5 to 12.5)", "25.0 (25.0 to 25.0)", "8 + 40")
+    assert rows[1][:5] == (*start, "auto without small decoder, epochs of auto", "-")
+    assert rows[2][:5] == (*start, "auto without no mixing", "-")
+
+
+def test_what_starts_from_the_same_backbone_is_trained_together() -> None:
+    trainings = list(dict.fromkeys(trainings_of(Plan())))
+    groups = list(recipes._groups(trainings))
+    assert [training for group in groups for training in group] == trainings
+    assert all(len({training.source for training in group}) == 1 for group in groups)
+    assert len(groups[0]) == 2, "pretrained and from scratch"
 
 
 @pytest.mark.slow(reason="trains twice and pretrains")
