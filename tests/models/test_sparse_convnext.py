@@ -77,7 +77,27 @@ def test_manual_backward_is_used_only_where_it_is_faster() -> None:
     with torch.no_grad():
         assert not use_manual_backward(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not use_manual_backward(x)
+        assert use_manual_backward(x)
+        assert use_manual_backward(x.bfloat16())
+
+
+def test_convolution_and_grn_are_exact_under_autocast(laid_out, randomise, assert_near) -> None:
+    """They compute in float32; only the matrix products around them are in bfloat16."""
+    where, x = laid_out
+    conv, grn = depthwise().float(), GlobalResponseNorm(CHANNELS)
+    randomise(grn)
+    x = x.float().requires_grad_(True)
+    wanted = [x, conv.weight, conv.bias, grn.weight, grn.bias]
+
+    def both() -> Tensor:
+        return sparse_convnext.global_response_norm(where.convolve(x, conv).flatten(0, -2)[None], grn)
+
+    expected = both()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = both()
+    assert torch.equal(actual, expected)
+    for one, other in zip(gradients(actual, wanted), gradients(expected, wanted), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_second_derivative_is_refused(laid_out) -> None:

@@ -1,16 +1,19 @@
 """Hand-written backward passes for CPU training, which are faster than autograd and equal up to rounding.
 
-They are used if :func:`use_manual_backward` is true. Otherwise (half precision, CUDA, compilation, export, no
-gradients) the caller runs its plain PyTorch code, which these functions are tested against.
+They are used if :func:`use_manual_backward` is true. Otherwise (models in half precision, CUDA, compilation, export, no
+gradients) the caller runs its plain PyTorch code, which these functions are tested against. With autocast they compute
+in float32: oneDNN's convolutions of small maps and sums are not faster in bfloat16.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -19,19 +22,29 @@ from openmae.models.masking import gather_tokens
 if TYPE_CHECKING:
     from openmae.models.sparse_convnext import Sites
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _CHUNK = 16  # images whose weight gradient is computed at once; more do not fit into the CPU's caches
 
 
 def use_manual_backward(x: Tensor) -> bool:
-    """Return whether full-precision gradients are needed on a CPU with oneDNN, where these functions are faster."""
+    """Return whether gradients are needed on a CPU with oneDNN, where these functions are faster."""
     return (
         not torch.compiler.is_compiling()  # must be first: the compiler cannot trace the rest
         and torch.is_grad_enabled()
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
         and torch.backends.mkldnn.is_available()
-        and not torch.is_autocast_enabled("cpu")
+        and (x.dtype in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"))
     )
+
+
+def _forward_in_float32(method: _Method) -> _Method:
+    """Make ``forward`` of a Function cast bfloat16 to float32 under autocast, and compute without autocast."""
+    return cast(_Method, custom_fwd(method, device_type="cpu", cast_inputs=torch.float32))
+
+
+def _backward_in_float32(method: _Method) -> _Method:
+    """Make ``backward`` compute without autocast, as ``forward`` did."""
+    return cast(_Method, custom_bwd(method, device_type="cpu"))
 
 
 class DepthwiseConv(Function):
@@ -42,6 +55,7 @@ class DepthwiseConv(Function):
     """
 
     @staticmethod
+    @_forward_in_float32
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, sites: Sites) -> Tensor:
         """Convolve ``x`` with ``weight`` [C, 1, k, k] and ``bias`` [C]; the result has the shape of ``x``."""
         images = sites.scatter(x)
@@ -50,6 +64,7 @@ class DepthwiseConv(Function):
         return sites.gather(F.conv2d(images, weight, bias, padding=sites.padding, groups=len(weight)))
 
     @staticmethod
+    @_backward_in_float32
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``x``, ``weight`` and ``bias`` that are needed."""
@@ -94,6 +109,7 @@ class ResponseNorm(Function):
     """
 
     @staticmethod
+    @_forward_in_float32
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None) -> Tensor:
         """Return GRN of ``x`` [B, S, C] pooled over S, only for the sites ``rows`` [B, K] if given."""
         energy = x.square().sum(1, keepdim=True).sqrt_()  # several times faster than a norm over a strided dimension
@@ -104,6 +120,7 @@ class ResponseNorm(Function):
         return torch.addcmul(bias, taken, gain)
 
     @staticmethod
+    @_backward_in_float32
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``x``, ``weight`` and ``bias``."""
