@@ -46,8 +46,9 @@ def test_facts_of_images(labelled):
 
 
 def test_bf16_is_fast_only_if_its_products_are(monkeypatch):
-    for seconds, fast in ((0.3, True), (0.6, False), (3.0, False)):
-        monkeypatch.setattr(facts, "_product_seconds", {torch.float32: 1.0, torch.bfloat16: seconds}.__getitem__)
+    for rate, fast in ((3.0, True), (1.6, False), (0.3, False)):
+        rates = {torch.float32: 1.0, torch.bfloat16: rate}
+        monkeypatch.setattr(facts, "product_rate", lambda kind, *_, rates=rates: rates[kind])
         assert facts._has_fast_bf16(on_gpu=False) is fast
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from openmae.models.build import ModelConfig
-from openmae.models.operations import decoder_share
+from openmae.models.operations import decoder_share, product_rate, step_operations
 
 
 def test_the_share_of_a_decoder_by_hand():
@@ -27,3 +28,17 @@ def test_a_smaller_decoder_takes_less(arch):
         for width in (512, 128)
     ]
     assert 0 < shares[1] < shares[0] / 2 < 0.5
+
+
+def test_a_step_of_a_classifier_by_hand():
+    """197 tokens in 12 blocks, the patches, and the head; the backward pass does twice the products."""
+    tokens, width = 197, 192
+    blocks = 12 * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    forward = blocks + 2 * 196 * 768 * width + 2 * width * 10
+    found = step_operations(ModelConfig("vit_tiny_patch16", num_classes=10))
+    assert found == pytest.approx(3 * forward, rel=1e-3)
+
+
+def test_products_are_timed():
+    rate = product_rate(torch.float32, torch.device("cpu"), 64)
+    assert 1e6 < rate < 1e14

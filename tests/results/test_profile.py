@@ -34,7 +34,6 @@ def breakdown(
     milliseconds: dict[str, float],
     *,
     gpu: bool = True,
-    family: str = "vit",
     processes: int = 1,
     nodes: int = 1,
     cores: int = 16,
@@ -47,7 +46,19 @@ def breakdown(
     typed = {key: keys.pop(key.rpartition(".")[2], value) for key, value in KEYS.items()}
     assert not keys
     per_node, gpus = processes // nodes, 8 if gpu else 0
-    return Breakdown(phases, 100, 3, "1 x FAKE", gpu, family, processes, per_node, cores, gpus, typed)
+    return Breakdown(phases, 100, 3, "1 x FAKE", gpu, processes, per_node, cores, gpus, typed)
+
+
+def test_the_share_of_the_device_that_is_used():
+    measured = breakdown({"forward": 40.0, "backward": 60.0})
+    assert measured.use == ""
+    measured = replace(measured, operations=2e10, product_rate=8e11)
+    assert measured.rate == pytest.approx(2e11)
+    said = "Forward and backward do 200 GFLOP/s, 25% of the 800 GFLOP/s that large matrix products reach here in fp32."
+    assert measured.use == said
+    assert said in advice(measured)[1]
+    fast = replace(measured, operations=2e13, product_rate=8e14)
+    assert "do 200 TFLOP/s, 25% of the 800 TFLOP/s" in fast.use
 
 
 def test_advice_for_data_loading():
@@ -82,8 +93,6 @@ def test_advice_for_computation():
     (_, line) = advice(breakdown({"forward": 100.0}, gpu=False))
     assert "On a CPU, a smaller dataset.augmentation.input_size or model.arch" in line
     assert "train.precision=bf16 if the processor has AVX512-BF16 or AMX" in line
-    (_, line) = advice(breakdown({"forward": 100.0}, gpu=False, family="convnextv2"))
-    assert "bf16" not in line, "its convolutions gain nothing by it on a CPU"
     (_, line) = advice(breakdown({"forward": 100.0}, precision="bf16", gpu=False))
     assert "bf16" not in line
     assert "decoder" not in line, "a classifier and ConvNeXt V2 gain little by it"

@@ -21,11 +21,12 @@ from openmae.checkpoints.format import read_config
 from openmae.data.decode import CorruptImage
 from openmae.data.image_dataset import Batch, ImageDataset
 from openmae.data.index import ImageIndex
-from openmae.distributed.launch import acting_precision
+from openmae.distributed.launch import DTYPES, acting_precision
 from openmae.errors import CheckpointError
 from openmae.machine import usable_cores
 from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.normalise import Normaliser
+from openmae.models.operations import product_rate
 from openmae.spec.load import check
 from openmae.spec.notices import find_data_notices
 from openmae.spec.recipe import Facts, choose
@@ -38,7 +39,6 @@ _MEASURED, _MEASURED_SECONDS = 8, 1.0  # images of the measured step; at most ab
 _MATRIX = 768  # side of the matrices that bf16 and fp32 are compared with
 _FASTER = 1.8  # times as fast that bf16 must be to be tried in a training step
 _FASTER_STEP = 1.1  # times as fast that a training step in bf16 must be
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 log = logging.getLogger("openmae")
@@ -128,18 +128,8 @@ def _weights(spec: ExperimentSpec, key: Key | None) -> Mapping[str, Any]:
 def _has_fast_bf16(on_gpu: bool) -> bool:
     if on_gpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    seconds = {kind: _product_seconds(kind) for kind in (torch.float32, torch.bfloat16)}
-    return seconds[torch.float32] > _FASTER * seconds[torch.bfloat16]
-
-
-def _product_seconds(kind: torch.dtype) -> float:
-    matrix = torch.ones(_MATRIX, _MATRIX, dtype=kind)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        matrix @ matrix
-        times.append(time.perf_counter() - start)
-    return min(times)
+    half, full = (product_rate(kind, torch.device("cpu"), _MATRIX) for kind in (torch.bfloat16, torch.float32))
+    return half > _FASTER * full
 
 
 def _free_memory(on_gpu: bool, processes: int) -> int:
@@ -220,7 +210,7 @@ class _Step:
         config = model_config(spec)
         sharded = spec.train.distributed_strategy == "fsdp"
         precision = acting_precision(spec.train.precision, sharded, device.type == "cuda")
-        self._autocast = torch.autocast(device.type, _DTYPES.get(precision), precision in _DTYPES)
+        self._autocast = torch.autocast(device.type, DTYPES[precision], precision != "fp32")
         model = build_classifier(config) if config.num_classes else build_autoencoder(config)
         self._model = model.to(device).train()
         augmentation = spec.dataset.augmentation

@@ -10,9 +10,11 @@ import torch
 from lightning_fabric import Fabric
 
 from openmae.actions.run import show_table
-from openmae.distributed.launch import acting_precision, describe_device
+from openmae.actions.sources import model_config
+from openmae.distributed.launch import DTYPES, acting_precision, describe_device
 from openmae.distributed.rendezvous import world_of
 from openmae.machine import usable_cores
+from openmae.models.operations import product_rate, step_operations
 from openmae.results.profile import Breakdown, Phase, advice, write_breakdown
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
@@ -34,6 +36,7 @@ _KEYS = (
     "train.checkpoint_interval_unit",
     "train.optim.monitor_name",
 )
+_SIDES = {True: 8192, False: 2048}  # of the matrices, on a GPU or not: large enough to reach its highest rate
 _DECODER = ("model.decoder_attention", "model.decoder_targets")  # they can make a transformer decoder faster
 
 log = logging.getLogger("openmae")
@@ -48,7 +51,7 @@ def leave_profile(fabric: Fabric, spec: ExperimentSpec, folder: Path, measured: 
         return None
     breakdown = _breakdown(fabric, spec, measured)
     write_breakdown(breakdown, folder / layout.PROFILE)
-    rows = [("measured", breakdown.summary)]
+    rows = [("measured", breakdown.summary), *([("used", breakdown.use)] if breakdown.use else [])]
     for name, phase in breakdown.phases.items():
         per_step = "" if phase.mean_ms is None else f"  {phase.mean_ms:10.2f} ms per step"
         rows.append((name, f"{100 * breakdown.share(name):5.1f} %{per_step}"))
@@ -78,10 +81,11 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
         warmup=WARMUP_STEPS,
         device=describe_device(fabric),
         on_gpu=on_gpu,
-        family=family,
         processes=fabric.world_size,
         per_node=world_of(fabric).per_node,
         gpus=torch.cuda.device_count() if on_gpu else 0,
         cores=usable_cores(),
         keys={key: value_of(spec, key) for key in keys} | acting | ({} if finetune else {"train.ema_decay": 0.0}),
+        operations=step_operations(model_config(spec)) * spec.dataset.batch_size * spec.train.accum_grad_batches,
+        product_rate=product_rate(DTYPES[precision], fabric.device, _SIDES[on_gpu]),
     )

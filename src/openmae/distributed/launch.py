@@ -35,6 +35,7 @@ from openmae.storage.printable import counted
 
 T = TypeVar("T")
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of products, by precision
 _PRECISION_NAMES = {"32-true": "fp32", "16-mixed": "fp16", "bf16-mixed": "bf16"}
 _GRACE_SECONDS = 5.0  # for the other processes to end after one has failed
 

@@ -1,7 +1,12 @@
-"""Operations of a model, counted without computing them."""
+"""Operations of a model, counted without computing them, and how many a device can do per second.
+
+Counted are matrix products, convolutions and attention, by torch's FlopCounterMode: a multiplication and an addition
+are two operations.
+"""
 
 from __future__ import annotations
 
+import time
 from functools import lru_cache
 from typing import Any
 
@@ -9,8 +14,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from openmae.models.build import ModelConfig, build_autoencoder
+from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.masking import count_visible, mask_from_noise
+
+_STEP = 3  # a backward pass takes two products for each of the forward pass
 
 
 @lru_cache(maxsize=8)
@@ -22,13 +29,39 @@ def decoder_share(config: ModelConfig) -> float:
         >>> round(decoder_share(config), 2)
         0.95
     """
+    counts = _count(config)
+    return sum(counts.get("MaskedAutoencoder.decoder", {}).values()) / sum(counts["Global"].values())
+
+
+@lru_cache(maxsize=8)
+def step_operations(config: ModelConfig) -> int:
+    """Return the operations per image of a training step that predicts all masked units, or of one of a classifier."""
+    return _STEP * sum(_count(config)["Global"].values())
+
+
+def product_rate(dtype: torch.dtype, device: torch.device, side: int) -> float:
+    """Return the operations per second in products of square matrices: the fastest of some."""
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return float(2 * side**3 / min(times))
+
+
+def _count(config: ModelConfig) -> dict[str, dict[Any, int]]:
+    """Return the operations of a forward pass of one image, by module and kind."""
     with torch.device("meta"):
-        model = build_autoencoder(config)
-        visible = count_visible(model.num_units, config.mask_ratio)
-        mask = mask_from_noise(torch.rand(1, model.num_units), visible)
         images = torch.zeros(1, config.in_chans, *config.input_size)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(images, mask)
+            if config.num_classes:
+                build_classifier(config)(images)
+            else:
+                model = build_autoencoder(config)
+                visible = count_visible(model.num_units, config.mask_ratio)
+                model(images, mask_from_noise(torch.rand(1, model.num_units), visible))
     counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
-    decoder = sum(counts.get(f"{type(model).__name__}.decoder", {}).values())
-    return decoder / counter.get_total_flops()
+    return counts

@@ -37,12 +37,14 @@ class Breakdown:
         warmup: number of steps before them that were not measured.
         device: description such as ``1 x NVIDIA H100, bf16``.
         on_gpu: whether the device is a GPU.
-        family: architecture family: vit, hiera or convnextv2.
         processes: number of processes of the run; only the first one is measured.
         per_node: number of processes on this machine.
         cores: number of CPU cores on this machine, for all its processes.
         gpus: number of GPUs on this machine.
         keys: values of the config keys that the advice is about.
+        operations: operations of a step on this process: matrix products, convolutions and attention, forward and
+            backward.
+        product_rate: operations per second in large matrix products in the run's precision; 0: not measured.
     """
 
     phases: Mapping[str, Phase]
@@ -50,12 +52,13 @@ class Breakdown:
     warmup: int
     device: str
     on_gpu: bool
-    family: str
     processes: int
     per_node: int
     cores: int
     gpus: int
     keys: Mapping[str, Any]
+    operations: float = 0.0
+    product_rate: float = 0.0
 
     @property
     def total(self) -> float:
@@ -81,11 +84,31 @@ class Breakdown:
         return int(self.keys["dataset.batch_size"] * self.keys["train.accum_grad_batches"])
 
     @property
+    def rate(self) -> float:
+        """Operations per second in the forward and backward passes."""
+        return 1e3 * self.operations / max(self.mean_ms("forward", "backward"), 1e-9)
+
+    @property
+    def use(self) -> str:
+        """How much of the device is used, in words; empty if it was not measured."""
+        if not self.product_rate or not self.operations:
+            return ""
+        share, precision = self.rate / self.product_rate, self.keys["train.precision"]
+        return (
+            f"Forward and backward do {_in_flops(self.rate)}, {share:.0%} of the {_in_flops(self.product_rate)} that "
+            f"large matrix products reach here in {precision}."
+        )
+
+    @property
     def summary(self) -> str:
         """A description of the measurement."""
         where = f", process 0 of {self.processes}" if self.processes > 1 else ""
         steps = f"{self.steps:,} steps after {self.warmup} of warm-up"
         return f"{steps} · {self.images} images a step · {self.device}{where}"
+
+
+def _in_flops(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
 
 
 def advice(measured: Breakdown) -> list[str]:
@@ -96,7 +119,7 @@ def advice(measured: Breakdown) -> list[str]:
     lines = [f"{subject} limits the speed of this run: {shares[limit]:.0%} of its time."]
     found = {name: rule(measured) for name, (_, notable, rule) in _PHASES.items() if shares[name] > notable}
     if limit == "compute":
-        found["compute"] = _compute(measured)
+        found["compute"] = " ".join(filter(None, (_compute(measured), measured.use)))
     lines += [found[name] for name in sorted(found, key=lambda name: -shares[name])]
     if measured.processes > 1:
         lines.append("These are the times of process 0; waiting for other processes counts as backward.")
@@ -180,8 +203,7 @@ def _compute(measured: Breakdown) -> str:
     # fsdp ignores train.precision
     fp32 = keys["train.precision"] == "fp32" and keys["train.distributed_strategy"] != "fsdp"
     if not measured.on_gpu:
-        bf16 = fp32 and measured.family != "convnextv2"
-        half = ", and so does train.precision=bf16 if the processor has AVX512-BF16 or AMX" if bf16 else ""
+        half = ", and so does train.precision=bf16 if the processor has AVX512-BF16 or AMX" if fp32 else ""
         return (
             f"{text} On a CPU, a smaller dataset.augmentation.input_size or model.arch shortens them{half}; a GPU is "
             f"far faster.{less}"
@@ -213,6 +235,8 @@ def write_breakdown(measured: Breakdown, path: Path) -> Path:
         "steps": measured.steps,
         "warmup_steps": measured.warmup,
         "images_per_step": measured.images,
+        "operations_per_second": round(measured.rate),
+        "product_operations_per_second": round(measured.product_rate),
         "seconds": measured.total,
         "phases": {name: {**asdict(phase), "share": measured.share(name)} for name, phase in measured.phases.items()},
         "keys": dict(measured.keys),
