@@ -33,7 +33,7 @@ from openmae.storage.atomic import make_folder, write_atomically
 SIZE = 32  # px; the scans are 8 x 8
 HELD_OUT = 500
 LABELS_PER_DIGIT = 10
-PRETRAIN_EPOCHS = 20
+PRETRAIN_EPOCHS = 18
 FINETUNE_EPOCHS = 40
 _MADE_BY = "made by mae quickstart"
 
@@ -145,8 +145,8 @@ def _pretrain_spec(folder: Path, seed: int) -> dict[str, Any]:
         "model.decoder_embed_dim": 128,
         "dataset.batch_size": 32,
         "train.num_epochs": PRETRAIN_EPOCHS,
-        "train.validation_interval": 5,
-        "train.checkpoint_interval": 5,
+        "train.validation_interval": 6,
+        "train.checkpoint_interval": 6,
         "train.optim.lr": 7e-4,
         "train.optim.warmup_epochs": 2,
     }

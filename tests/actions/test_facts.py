@@ -74,7 +74,7 @@ def test_bf16_must_make_a_step_faster(seconds, precision, labelled, monkeypatch)
     monkeypatch.setattr(
         facts,
         "_measure_step",
-        lambda spec, found, _: replace(found, seconds_per_image={"bf16": 1, "fp32": seconds}[spec.train.precision]),
+        lambda spec, found, *_: replace(found, seconds_per_image={"bf16": 1, "fp32": seconds}[spec.train.precision]),
     )
     spec = load_spec(None, [f"dataset.train_data_sources={labelled}"])
     chosen = facts.decide(spec, *open_training_data(spec), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -32,10 +33,12 @@ from openmae.spec.notices import find_data_notices
 from openmae.spec.recipe import Facts, choose
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import Key
+from openmae.training.optim import build_adamw
 from openmae.training.tasks import build_task
 
 _SAMPLE = 64  # images whose size is read
-_MEASURED, _MEASURED_SECONDS = 8, 1.0  # images of the measured step; at most about the duration of all
+_MEASURED, _MOST_MEASURED = 8, 64  # images of the first measured step, and of a later one with the chosen batch
+_MEASURED_SECONDS = 0.5  # the duration of all steps of a measurement, about
 _MATRIX = 768  # side of the matrices that bf16 and fp32 are compared with
 _FASTER = 1.8  # times as fast that bf16 must be to be tried in a training step
 _FASTER_STEP = 1.1  # times as fast that a training step in bf16 must be
@@ -146,19 +149,24 @@ def _free_memory(on_gpu: bool, processes: int) -> int:
 def measure(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts:
     """Return the facts with what is measured on training steps on some of the images.
 
-    A model that trains about as fast in fp32 as in bf16 on this CPU, such as ConvNeXt V2 atto, has no fast bf16.
+    A model that trains about as fast in fp32 as in bf16 on this CPU has no fast bf16. Small steps are measured with the
+    batch that is chosen, since the time per image depends on it.
     """
-    chosen = choose(spec, facts)
-    measured = _measure_step(chosen, facts, index)
+    measured = _measure_step(choose(spec, facts), facts, index, _MEASURED)
+    chosen, count = choose(spec, measured), _MEASURED
+    batch = min(chosen.dataset.batch_size, _MOST_MEASURED)
+    if batch != count and (measured.seconds_per_image or math.inf) * batch < _MEASURED_SECONDS:
+        count = batch
+        measured = _measure_step(chosen, measured, index, count)
     if facts.on_gpu or "train.precision" not in chosen.chosen or not measured.seconds_per_image:
         return measured
-    plain = replace(facts, fast_bf16=False)
-    in_fp32 = _measure_step(choose(spec, plain), plain, index)
+    plain = replace(measured, fast_bf16=False)
+    in_fp32 = _measure_step(choose(spec, plain), plain, index, count)
     return in_fp32 if (in_fp32.seconds_per_image or 0.0) < _FASTER_STEP * measured.seconds_per_image else measured
 
 
-def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts:
-    """Return the facts with the memory and the duration of a training step.
+def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex, count: int) -> Facts:
+    """Return the facts with the memory and the duration of a training step on ``count`` images.
 
     On several GPUs, only the memory is measured, on the CPU: a process must not use a GPU before it starts others.
     """
@@ -166,7 +174,7 @@ def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Fact
     on_gpu = bool(facts.on_gpu) and alone
     device = torch.device("cuda" if on_gpu else "cpu")
     began = time.perf_counter()
-    batch = _load(spec, index)
+    batch = _load(spec, index, count)
     loading = (time.perf_counter() - began) / max(len(batch.images), 1)
     if not len(batch.images):
         return facts
@@ -189,10 +197,10 @@ def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Fact
     return replace(facts, bytes_per_image=used, seconds_per_image=seconds if alone or not facts.on_gpu else None)
 
 
-def _load(spec: ExperimentSpec, index: ImageIndex) -> Batch:
+def _load(spec: ExperimentSpec, index: ImageIndex, count: int) -> Batch:
     """Load some images as training does; those that cannot be read are left out."""
     data = ImageDataset(index, train_transform(spec), spec.train.seed)
-    return data.collate([data[0, number] for number in _spread(len(index), _MEASURED)])
+    return data.collate([data[0, number] for number in _spread(len(index), count)])
 
 
 def _spread(count: int, most: int) -> range:
@@ -201,7 +209,7 @@ def _spread(count: int, most: int) -> range:
 
 
 class _Step:
-    """A training step without the update of the weights."""
+    """A training step of a new model."""
 
     def __init__(self, spec: ExperimentSpec, batch: Batch, device: torch.device) -> None:
         classes = spec.model.num_classes or 2
@@ -213,6 +221,7 @@ class _Step:
         self._autocast = torch.autocast(device.type, DTYPES[precision], precision != "fp32")
         model = build_classifier(config) if config.num_classes else build_autoencoder(config)
         self._model = model.to(device).train()
+        self._optimizer = build_adamw([{"params": list(model.parameters())}], 0.0, 0.9, 0.95)
         augmentation = spec.dataset.augmentation
         self._task = build_task(spec, model, Normaliser(augmentation.mean, augmentation.std))
         self._batch = batch._replace(
@@ -243,6 +252,9 @@ class _Step:
         while len(times) < 2 or (sum(times) < _MEASURED_SECONDS and len(times) < 10):
             start = time.perf_counter()
             self._loss().backward()
+            torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None]).item()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
             if self._batch.images.is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)

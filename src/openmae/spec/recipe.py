@@ -217,10 +217,10 @@ def _augmentation(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
 def _batch(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     """Choose a batch that leaves enough optimizer steps per epoch and fits into memory."""
     most = (256 if facts.on_gpu else 64) if spec.train.stage == "pretrain" else (128 if facts.on_gpu else 64)
-    steps = 32 if spec.train.stage == "pretrain" else 6  # per epoch, at least
+    steps, fewest = (32, 16) if spec.train.stage == "pretrain" else (6, 8)  # per epoch, and images, at least
     total, reason = most, "the usual size"
     if facts.images is not None and facts.images // steps < most:
-        total = max(_power_of_two(facts.images // steps), min(8, _power_of_two(facts.images)), 2)
+        total = max(_power_of_two(facts.images // steps), min(fewest, _power_of_two(facts.images // 3)), 2)
         reason = f"training images: {facts.images:,}"
     size = max(total // _processes(spec), 1)
     if facts.images is not None and size * _processes(spec) > facts.images:
