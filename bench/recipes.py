@@ -336,7 +336,7 @@ def report(table: Results, plan: Plan) -> Report:
         data.append({"set": kind.set, "arch": kind.arch, "labels": kind.labels, "recipe": recipe, **values})
     notes = [
         f"Accuracy on held-out images in %, mean and range over seeds {', '.join(map(str, plan.seeds))}. All recipes "
-        "had as long as auto took, or as many epochs where the recipe says so.",
+        "had as long as auto took, or as many epochs in rows with epochs of auto.",
         "labels: labelled images per class. kNN before: of the features before fine-tuning, with the labels of the "
         "held-out images. epochs: of pretraining and fine-tuning.",
         "tao: TAO's published defaults, but batches of 2 images instead of 1, which Mixup needs.",
