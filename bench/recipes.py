@@ -52,11 +52,12 @@ _PRETRAINING_RULES = ("small decoder", "learning rate", "bf16")
 _FROM_SCRATCH = "layer decay 1 from scratch"
 _CHANGES_SPEED = ("small decoder", "bf16")
 _PRETRAINED = {
-    "vit_tiny_patch16": 32_000,
+    "vit_tiny_patch16": 24_000,
     "vit_small_patch16": 16_000,
     "convnextv2_atto": 16_000,
     "hiera_tiny_224": 8_000,
 }
+_NEVER = 10_000  # epochs
 _ARCHS = ("vit_tiny_patch16", "convnextv2_atto", "hiera_tiny_224")
 
 
@@ -245,11 +246,12 @@ class Results:
                 self.metrics(training.source)
             overrides["train.pretrained_model_path"] = str(backbone)
         if epochs := self._epochs(training, overrides):
-            overrides |= {"train.num_epochs": epochs, "train.validation_interval": epochs}
-            overrides["train.checkpoint_interval"] = epochs
+            overrides["train.num_epochs"] = epochs
+        overrides |= {"train.validation_interval": _NEVER, "train.checkpoint_interval": _NEVER}  # except at the end
+        overrides |= {"results_dir": str(folder), "train.keep_checkpoints": 1}
         shutil.rmtree(folder, ignore_errors=True)
         start = time.process_time()  # other processes do not count
-        metrics = train.run(_spec({**overrides, "results_dir": str(folder), "train.keep_checkpoints": 1}))
+        metrics = train.run(_spec(overrides))
         took = time.process_time() - start
         for checkpoint in (folder / "train").glob("*.pth"):
             checkpoint.unlink()

@@ -168,11 +168,11 @@ def test_a_chain_from_a_store_to_a_store(bucket: str, client: Client, tmp_path: 
     specs = {
         "model": {"patch_size": 8, "in_chans": 1},
         "dataset": {"augmentation": {"hflip": 0.0, "auto_aug": "", "mixup": 0.0, "cutmix": 0.0}},
-        "train": {"optim": {"warmup_epochs": 1}, "validation_interval": 4},
+        "train": {"optim": {"warmup_epochs": 1}, "validation_interval": 12},
         "wandb": {"enable": False},
     }
     data = {"dataset.train_data_sources": train_url, "dataset.val_data_sources": val_url}
-    short = {"arch": "vit_tiny_patch16", "image_size": 32, "stage": "finetune", "num_epochs": 8, "batch_size": 10}
+    short = {"arch": "vit_tiny_patch16", "image_size": 32, "stage": "finetune", "num_epochs": 24, "batch_size": 10}
     train = run("train", specs=specs, **short, **data, learning_rate=5e-4)
     evaluate = run("evaluate", train, **{"dataset.val_data_sources": val_url})
     export = run("export", train)
@@ -193,5 +193,5 @@ def test_a_chain_from_a_store_to_a_store(bucket: str, client: Client, tmp_path: 
     rows = list(csv.DictReader((read_text(f"{inference.results_folder}/results.csv") or "").splitlines()))
     right = sum(Path(row["path"]).parent.name == row["class"] for row in rows)
     assert len(rows) == HELD_OUT
-    assert accuracy > 0.15, "that is chance for ten classes"
+    assert accuracy > 0.15, f"{accuracy}: that is chance for ten classes"
     assert abs(right / HELD_OUT - accuracy) <= 2 / HELD_OUT, "inference used another model than evaluate"
