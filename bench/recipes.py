@@ -27,7 +27,6 @@ import torch
 from openmae.actions import train
 from openmae.actions.facts import find_facts, measure
 from openmae.actions.sources import open_training_data
-from openmae.machine import usable_cores
 from openmae.results.metrics_csv import read_metrics
 from openmae.spec.load import load_spec
 from openmae.storage import layout
@@ -140,14 +139,15 @@ def run(quick: bool) -> Report:
     for name in plan.sets:
         write_set(name, folder / "images" / name, plan.images)
     trainings = list(dict.fromkeys(trainings_of(plan)))
-    cores = usable_cores()
+    cores = os.sched_getaffinity(0)
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
-    for core in sorted(os.sched_getaffinity(0))[:cores]:
+    for core in cores:
         free.put(core)
-    with context.Pool(cores, _take_core, (free, folder)) as workers:
+    with context.Pool(len(cores), _take_core, (free, folder)) as workers:
         jobs = [(folder, plan, group) for group in _groups(trainings)]
-        for done, (training, accuracy) in enumerate(_flat(workers.imap_unordered(_make, jobs)), 1):
+        finished = itertools.chain.from_iterable(workers.imap_unordered(_make, jobs))
+        for done, (training, accuracy) in enumerate(finished, 1):
             print(f"{done} of {len(trainings)}: {training.name}: {accuracy:.1%}", file=sys.stderr, flush=True)
     return report(Results(folder, plan), plan)
 
@@ -156,11 +156,6 @@ def _groups(trainings: Iterable[Training]) -> Iterator[list[Training]]:
     """Yield neighbours that start from the same pretraining together."""
     for _, group in itertools.groupby(trainings, key=lambda training: training.source):
         yield list(group)
-
-
-def _flat(groups: Iterator[list[tuple[Training, float]]]) -> Iterator[tuple[Training, float]]:
-    for group in groups:
-        yield from group
 
 
 def _take_core(free: Any, folder: Path) -> None:
@@ -182,25 +177,25 @@ def _make(job: tuple[Path, Plan, list[Training]]) -> list[tuple[Training, float]
 def trainings_of(plan: Plan) -> Iterator[Training]:
     """Yield all trainings, the most important ones first, so that a part of them can be looked at already."""
     first, *others = plan.archs
-    most, *rest = plan.labels
-    yield from _compared(plan, [first], plan.recipes[:1], [most])
+    usual, *rest = plan.labels
+    yield from _compared(plan, [first], plan.recipes[:1], [usual])
     for arch in plan.decoders:
         for name in plan.part:
             for seed in plan.seeds:
-                yield Training(name, arch, "auto", seed, most, pretrained=True)
-                yield Training(name, arch, "auto", seed, most, True, "small decoder", equal="epochs")
+                yield Training(name, arch, "auto", seed, usual, pretrained=True)
+                yield Training(name, arch, "auto", seed, usual, True, "small decoder", equal="epochs")
     for name in plan.part:
         for rule in plan.without:
             for seed in plan.seeds:
-                yield Training(name, first, "auto", seed, most, rule != _FROM_SCRATCH, rule)
-    yield from _compared(plan, [first], plan.recipes[1:], [most])
+                yield Training(name, first, "auto", seed, usual, rule != _FROM_SCRATCH, rule)
+    yield from _compared(plan, [first], plan.recipes[1:], [usual])
     few = replace(plan, sets=plan.part)
-    yield from _compared(few, others, plan.recipes, [most])
+    yield from _compared(few, others, plan.recipes, [usual])
     for name in plan.part:
         for recipe in plan.recipes[1:]:
             for seed in plan.seeds:
                 for pretrained in (True, False):
-                    yield Training(name, first, recipe, seed, most, pretrained, equal="epochs")
+                    yield Training(name, first, recipe, seed, usual, pretrained, equal="epochs")
     yield from _compared(plan, [first], plan.recipes, rest)
     yield from _compared(few, others, plan.recipes, rest)
 
@@ -261,8 +256,10 @@ class Results:
         """Return the epochs; those of other recipes from a step that is measured once for all seeds."""
         auto = replace(training, recipe="auto", without="", equal="time")
         if training == auto:
-            passes = self.plan.pretrained[training.arch] // self._count(training)
-            return self.plan.epochs if training.labels else max(1, passes)
+            if training.labels:
+                return self.plan.epochs
+            unlabelled = sum(1 for _ in (self._set(training.set).folder / "unlabelled").iterdir())
+            return max(1, self.plan.pretrained[training.arch] // unlabelled)
         if training.equal == "epochs" or (training.recipe == "auto" and training.without not in _CHANGES_SPEED):
             return int(self.metrics(auto)["epochs"])
         path = self.folder / "epochs" / f"{replace(training, seed=0).name}.txt"
@@ -271,9 +268,6 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, str(_epochs_in(seconds, overrides)))
         return int(path.read_text(encoding="utf-8"))
-
-    def _count(self, training: Training) -> int:
-        return sum(1 for _ in (self._set(training.set).folder / "unlabelled").iterdir())
 
     def _overrides(self, training: Training) -> dict[str, Any]:
         images = self._set(training.set)

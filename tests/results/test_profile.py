@@ -57,6 +57,8 @@ def test_the_share_of_the_device_that_is_used():
     said = "Forward and backward do 200 GFLOP/s, 25% of the 800 GFLOP/s that large matrix products reach here in fp32."
     assert measured.use == said
     assert said in advice(measured)[1]
+    waiting = replace(breakdown({"data wait": 900.0, "forward": 100.0}), operations=2e10, product_rate=8e11)
+    assert advice(waiting)[-1] == waiting.use
     fast = replace(measured, operations=2e13, product_rate=8e14)
     assert "do 200 TFLOP/s, 25% of the 800 TFLOP/s" in fast.use
 

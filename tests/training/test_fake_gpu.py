@@ -1,4 +1,4 @@
-"""What a GPU would compute, on a fake one: no step waits for the device, and devices and precisions are not mixed.
+"""Training steps on a fake GPU: none waits for the device, and devices and precisions are not mixed.
 
 Fake tensors have a device, a shape and a data type, but no values. Reading a value on the host (``.item()``), which on
 a GPU would wait for all queued work, raises an error.
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from openmae.actions.sources import model_config
 from openmae.data.image_dataset import Batch
+from openmae.distributed.launch import DTYPES
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.normalise import Normaliser
 from openmae.spec.load import load_spec
@@ -24,7 +25,7 @@ from openmae.training.tasks import build_task
 
 ARCHS = ("vit_tiny_patch16", "hiera_tiny_224", "convnextv2_atto")
 SIDE, IMAGES, CLASSES = 64, 4, 3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GPU = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +33,6 @@ def autocast_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a driver, torch would switch autocast off."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-
-
-GPU = torch.device("cuda")
 
 
 def fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -51,7 +51,7 @@ def leave_profile(fabric: Fabric, spec: ExperimentSpec, folder: Path, measured: 
         return None
     breakdown = _breakdown(fabric, spec, measured)
     write_breakdown(breakdown, folder / layout.PROFILE)
-    rows = [("measured", breakdown.summary), *([("used", breakdown.use)] if breakdown.use else [])]
+    rows = [("measured", breakdown.summary)]
     for name, phase in breakdown.phases.items():
         per_step = "" if phase.mean_ms is None else f"  {phase.mean_ms:10.2f} ms per step"
         rows.append((name, f"{100 * breakdown.share(name):5.1f} %{per_step}"))
@@ -86,6 +86,21 @@ def _breakdown(fabric: Fabric, spec: ExperimentSpec, measured: Measured) -> Brea
         gpus=torch.cuda.device_count() if on_gpu else 0,
         cores=usable_cores(),
         keys={key: value_of(spec, key) for key in keys} | acting | ({} if finetune else {"train.ema_decay": 0.0}),
-        operations=step_operations(model_config(spec)) * spec.dataset.batch_size * spec.train.accum_grad_batches,
-        product_rate=product_rate(DTYPES[precision], fabric.device, _SIDES[on_gpu]),
+        operations=_operations(spec),
+        product_rate=_product_rate(precision, fabric.device),
     )
+
+
+def _operations(spec: ExperimentSpec) -> float:
+    """Return the operations of a step; 0 if it leaves out masked units, which are not counted."""
+    if spec.train.stage == "pretrain" and spec.model.decoder_targets < 1:
+        return 0.0
+    return step_operations(model_config(spec)) * spec.dataset.batch_size * spec.train.accum_grad_batches
+
+
+def _product_rate(precision: str, device: torch.device) -> float:
+    """Return the operations per second in large matrix products; 0 if the device's memory is full."""
+    try:
+        return product_rate(DTYPES[precision], device, _SIDES[device.type == "cuda"])
+    except torch.OutOfMemoryError:
+        return 0.0

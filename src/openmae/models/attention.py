@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST_TOKENS = 320  # up to which the plain form is faster, and its weights take less memory than a block's MLP
+MOST_TOKENS = 320  # with more, the plain form is hardly faster; ViT-Base then keeps 7 MiB per image and block
 
 
 def use_fastest_attention(model: nn.Module) -> None:

@@ -20,7 +20,6 @@ from openmae.models.masking import count_visible, mask_from_noise
 _STEP = 3  # a backward pass takes two products for each of the forward pass
 
 
-@lru_cache(maxsize=8)
 def decoder_share(config: ModelConfig) -> float:
     """Return the share of a pretraining step's operations that the decoder takes, in [0, 1].
 
@@ -33,7 +32,6 @@ def decoder_share(config: ModelConfig) -> float:
     return sum(counts.get("MaskedAutoencoder.decoder", {}).values()) / sum(counts["Global"].values())
 
 
-@lru_cache(maxsize=8)
 def step_operations(config: ModelConfig) -> int:
     """Return the operations per image of a training step that predicts all masked units, or of one of a classifier."""
     return _STEP * sum(_count(config)["Global"].values())
@@ -52,6 +50,7 @@ def product_rate(dtype: torch.dtype, device: torch.device, side: int) -> float:
     return float(2 * side**3 / min(times))
 
 
+@lru_cache(maxsize=8)
 def _count(config: ModelConfig) -> dict[str, dict[Any, int]]:
     """Return the operations of a forward pass of one image, by module and kind."""
     with torch.device("meta"):

@@ -121,6 +121,8 @@ def advice(measured: Breakdown) -> list[str]:
     if limit == "compute":
         found["compute"] = " ".join(filter(None, (_compute(measured), measured.use)))
     lines += [found[name] for name in sorted(found, key=lambda name: -shares[name])]
+    if limit != "compute" and measured.use:
+        lines.append(measured.use)
     if measured.processes > 1:
         lines.append("These are the times of process 0; waiting for other processes counts as backward.")
     return lines

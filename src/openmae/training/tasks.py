@@ -1,4 +1,4 @@
-"""Which task a model is trained for."""
+"""Build the task of a training run."""
 
 from __future__ import annotations
 
