@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from openmae.actions import train
 from openmae.actions.run import show_table
 from openmae.errors import UserError
 from openmae.results.images import save_bar_comparison
+from openmae.results.metrics_csv import read_metrics
 from openmae.results.report import Code, Figure, Numbers, Section, Table, Text, write_report
 from openmae.spec.load import load_spec
 from openmae.spec.tree import nest
@@ -42,10 +44,17 @@ log = logging.getLogger("openmae")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The last metrics of a training run, and the seconds it took."""
+    """A finished training run.
+
+    Attributes:
+        metrics: its last metrics.
+        seconds: how long it took.
+        pace: images per second in training.
+    """
 
     metrics: Mapping[str, float]
     seconds: float
+    pace: float
 
 
 def run(results_dir: Path, seed: int) -> dict[str, float]:
@@ -74,7 +83,7 @@ def run(results_dir: Path, seed: int) -> dict[str, float]:
     scratch = _train(folder, "scratch", _finetune_spec(folder, "scratch", seed, None))
     log.info("Step 4 of 4: training it from scratch for about as long as steps 1 and 2 together.")
     seconds = pretraining.seconds + pretrained.seconds
-    epochs = round(FINETUNE_EPOCHS * seconds / scratch.seconds)
+    epochs = FINETUNE_EPOCHS + round((seconds - scratch.seconds) * scratch.pace / (10 * LABELS_PER_DIGIT))
     longer = _train(folder, "scratch_longer", _finetune_spec(folder, "scratch_longer", seed, None, epochs))
     rows = [
         ("pretrained, then fine-tuned", pretrained.metrics["ACC_all"], seconds),
@@ -136,7 +145,9 @@ def _train(folder: Path, name: str, spec: Mapping[str, Any]) -> Outcome:
     write_atomically(path, yaml.safe_dump(dict(spec), sort_keys=False))
     start = time.perf_counter()
     metrics = train.run(load_spec(path, action="train"))
-    return Outcome(metrics, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    rows = read_metrics(folder / name / "train" / layout.METRICS)
+    return Outcome(metrics, seconds, median(row["images_per_s"] for row in rows if "images_per_s" in row))
 
 
 def _pretrain_spec(folder: Path, seed: int) -> dict[str, Any]:
