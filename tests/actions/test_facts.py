@@ -17,6 +17,7 @@ from openmae.actions.facts import find_facts
 from openmae.actions.sources import open_training_data
 from openmae.cli.main import main
 from openmae.spec.load import load_spec
+from openmae.spec.schema import ExperimentSpec
 
 pytestmark = pytest.mark.integration
 
@@ -65,6 +66,28 @@ def test_a_step_is_measured(stage, labelled):
     whole = tokens * width * depth * layers * 4
     share = 1 if stage == "finetune" else 0.25  # of the tokens is encoded
     assert share * whole / 3 < measured.bytes_per_image < 3 * whole
+
+
+def test_large_images_are_decoded_once_if_their_copies_fit(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    for number in range(8):
+        photo = Image.fromarray(noise).resize((2400, 1800))
+        photo.save(tmp_path / "photos" / f"{number}.png", compress_level=1)  # slow to decode, whatever the machine
+    sources = [f"dataset.train_data_sources={tmp_path / 'photos'}", "dataset.augmentation.input_size=64"]
+    data = open_training_data(load_spec(None, sources))
+
+    def decide() -> ExperimentSpec:
+        return facts.decide(load_spec(None, [*sources, "model.arch=vit_tiny_patch16"]), *data, None)
+
+    chosen = decide()
+    assert chosen.dataset.cache == "on"
+    assert "their copies take 0.00073 GB" in chosen.chosen["dataset.cache"]
+    monkeypatch.setenv("OPENMAE_CACHE_GB", "0.0005")
+    assert decide().chosen["dataset.cache"] == (
+        "scaled copies of the images take 0.00073 GB, and the cache has room for 0.0005 GB"
+    )
 
 
 @pytest.mark.parametrize(("seconds", "precision"), [(1.3, "bf16"), (1.05, "fp32")])

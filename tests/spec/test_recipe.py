@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from openmae.spec.tree import flatten, get, value_of
 LAPTOP = Facts(images=1300, val_images=500, side=32, on_gpu=False, fast_bf16=True)
 _DATA = "dataset.train_data_sources=x"
 _SOURCES = (_DATA, "dataset.val_data_sources=y")
+LARGE = Facts(images=1000, seconds_per_image=0.032, seconds_saved=0.016, copies=2 * 10**9, room=5 * 10**9)
 LABELLED = Facts(images=100, val_images=500, classes=10, per_class=10, side=32, on_gpu=False)
 
 
@@ -66,6 +68,11 @@ def chosen(facts: Facts, *overrides: str, stage: str = "pretrain") -> dict[str, 
             {"train.num_epochs": 90, "train.optim.warmup_steps": 450, "train.checkpoint_interval": 1},
         ),
         (Facts(images=100, seconds_per_image=0.01), ["dataset.batch_size=10"], {"train.checkpoint_interval": 20}),
+        (LARGE, [], {"dataset.cache": "on", "train.num_epochs": 112}),
+        (LARGE, ["dataset.cache=auto"], {"dataset.cache": "on"}),
+        (LARGE, ["train.num_epochs=1"], {"dataset.cache": None}),
+        (replace(LARGE, seconds_saved=0.001), [], {"dataset.cache": None, "train.num_epochs": 56}),
+        (replace(LARGE, room=10**8), [], {"dataset.cache": "off", "train.num_epochs": 56}),
         (LAPTOP, ["train.num_epochs=100"], {"train.validation_interval": 5}),
         (LAPTOP, ["train.num_epochs=10"], {"train.validation_interval": 1}),
     ],
@@ -140,6 +147,7 @@ _VALUES = {
     "model.decoder_embed_dim": 96,
     "model.drop_path_rate": 0.2,
     "dataset.batch_size": 6,
+    "dataset.cache": "off",
     "dataset.augmentation.input_size": 160,
     "dataset.augmentation.min_scale": 0.3,
     "dataset.augmentation.interpolation": "random",
@@ -183,6 +191,9 @@ def test_every_choice_is_declared_and_can_be_overridden():
         free_memory=st.none() | st.integers(0, 2**40),
         bytes_per_image=st.none() | st.floats(1, 2**34),
         seconds_per_image=st.none() | st.floats(1e-6, 1e4),
+        seconds_saved=st.floats(0, 1e-6),
+        copies=st.none() | st.integers(1, 10**12),
+        room=st.integers(0, 10**12),
         searching=st.booleans(),
     ),
 )
@@ -230,6 +241,12 @@ def test_choices_are_recorded_with_reasons():
     assert "#   dataset.batch_size=32: training images: 1,300\n" in text
     assert get(to_dict(spec), "dataset.batch_size") == 32
     assert not any(key.startswith("dataset.augmentation.mixup") for key, _, _ in choices_of(spec)), "it has no effect"
+
+
+def test_why_decoded_images_are_kept_or_not():
+    spec, full = (choose(load_spec(None), facts) for facts in (LARGE, replace(LARGE, room=10**8)))
+    assert spec.chosen["dataset.cache"] == "decoding images once saves 50% of the time; their copies take 2 GB"
+    assert full.chosen["dataset.cache"] == ("scaled copies of the images take 2 GB, and the cache has room for 0.1 GB")
 
 
 def test_a_long_run_is_cut_to_the_budget_and_says_so():

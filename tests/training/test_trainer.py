@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from openmae.checkpoints.folder import list_checkpoints
+from openmae.data import scaled_copies
 from openmae.errors import CheckpointError
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
@@ -195,6 +196,21 @@ def test_a_run_that_pauses_equals_one_that_does_not(changes, train, assert_same_
     train(tmp_path / "paused", {**changes, "train.stop_after_epoch": 1})
     assert payload_of(tmp_path / "paused")["progress"]["epoch"] == 1, "it did not pause after the first epoch"
     assert not (tmp_path / "paused" / "backbone.safetensors").exists(), "a paused run is not a finished one"
+    train(tmp_path / "paused", changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "paused")
+
+
+def test_a_run_resumes_without_the_cache_of_its_images(train, assert_same_run, monkeypatch, tmp_path):
+    """The photos are smaller than copies for 32 px, so what a copy looks like is changed here."""
+    changes = {"dataset.cache": "on", "train.num_epochs": 2}
+    monkeypatch.setattr(scaled_copies, "_LARGER", 1.0)
+    monkeypatch.setenv("OPENMAE_CACHE", str(tmp_path / "cache"))
+    train(tmp_path / "whole", changes)
+    copies = [path for path in (tmp_path / "cache" / "copies").glob("*/*/*") if path.is_file()]
+    assert len(copies) == 21, "a copy of each training image"
+    train(tmp_path / "paused", {**changes, "train.stop_after_epoch": 1})
+    for path in copies:
+        path.unlink()
     train(tmp_path / "paused", changes)
     assert_same_run(tmp_path / "whole", tmp_path / "paused")
 

@@ -22,6 +22,8 @@ from openmae.checkpoints.format import read_config
 from openmae.data.decode import CorruptImage
 from openmae.data.image_dataset import Batch, ImageDataset
 from openmae.data.index import ImageIndex
+from openmae.data.scaled_copies import ScaledCopies, bytes_of_copies, least_size
+from openmae.data.transforms import rng_at
 from openmae.distributed.launch import DTYPES, acting_precision
 from openmae.errors import CheckpointError
 from openmae.machine import usable_cores
@@ -32,6 +34,7 @@ from openmae.spec.load import check
 from openmae.spec.notices import find_data_notices
 from openmae.spec.recipe import Facts, choose
 from openmae.spec.schema import ExperimentSpec
+from openmae.storage import cache
 from openmae.storage.encryption import Key
 from openmae.training.optim import build_adamw
 from openmae.training.tasks import build_task
@@ -42,6 +45,7 @@ _MEASURED_SECONDS = 0.5  # the duration of all steps of a measurement, about
 _MATRIX = 768  # side of the matrices that bf16 and fp32 are compared with
 _FASTER = 1.8  # times as fast that bf16 must be to be tried in a training step
 _FASTER_STEP = 1.1  # times as fast that a training step in bf16 must be
+_CHEAP_SIDE = 256  # px; smaller images are decoded fast
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 log = logging.getLogger("openmae")
@@ -189,12 +193,41 @@ def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex, count: 
             del step
             if on_gpu:
                 torch.cuda.empty_cache()
-    if facts.on_gpu:
-        workers = max(spec.dataset.num_workers_per_gpu, 1)
-        seconds = max(seconds, loading / workers)  # images are loaded during the training
-    else:
-        seconds += loading / usable_cores()
-    return replace(facts, bytes_per_image=used, seconds_per_image=seconds if alone or not facts.on_gpu else None)
+    if not alone and facts.on_gpu:
+        return replace(facts, bytes_per_image=used)
+    facts = replace(facts, bytes_per_image=used, seconds_per_image=_with_loading(spec, facts, seconds, loading))
+    if (facts.side or 0) < _CHEAP_SIDE:
+        return facts
+    augmentation = spec.dataset.augmentation
+    size = least_size(augmentation.size, augmentation.min_scale)
+    faster = _with_loading(spec, facts, seconds, min(loading, _seconds_from_copies(spec, index)))
+    return replace(
+        facts,
+        seconds_saved=(facts.seconds_per_image or 0.0) - faster,
+        copies=facts.copies or bytes_of_copies(index, size, spec.model.in_chans),
+        room=facts.room or cache.room(),
+    )
+
+
+def _with_loading(spec: ExperimentSpec, facts: Facts, seconds: float, loading: float) -> float:
+    """Return the seconds of training per image, with those of loading it on one core."""
+    if facts.on_gpu:  # images are loaded during the training
+        return max(seconds, loading / max(spec.dataset.num_workers_per_gpu, 1))
+    return seconds + loading / usable_cores()
+
+
+def _seconds_from_copies(spec: ExperimentSpec, index: ImageIndex) -> float:
+    """Return the seconds that it takes to load an image from its scaled copy."""
+    augmentation, transform = spec.dataset.augmentation, train_transform(spec)
+    copies = ScaledCopies(least_size(augmentation.size, augmentation.min_scale), spec.model.in_chans)
+    found = []
+    for number in _spread(len(index), _MEASURED):
+        with suppress(CorruptImage):
+            found.append(copies.open(index, number))
+    began = time.perf_counter()
+    for number, copy in enumerate(found):
+        transform(copy, rng_at(spec.train.seed, 0, number))
+    return (time.perf_counter() - began) / max(len(found), 1)
 
 
 def _load(spec: ExperimentSpec, index: ImageIndex, count: int) -> Batch:

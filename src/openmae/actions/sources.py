@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import LoaderSettings
 from openmae.data.open import open_index
+from openmae.data.scaled_copies import ScaledCopies, open_copies
 from openmae.data.transforms import FinetuneTransform, PretrainTransform, Transform
 from openmae.errors import DataError, SpecError, blaming
 from openmae.models.build import ModelConfig
@@ -134,6 +135,14 @@ def model_config(spec: ExperimentSpec) -> ModelConfig:
         global_pool=model.global_pool,
         num_classes=(model.num_classes or 0) if spec.train.stage == "finetune" else 0,
     )
+
+
+def training_copies(spec: ExperimentSpec, index: ImageIndex) -> ScaledCopies:
+    """Return the scaled copies that training samples are made from; each worker may fill its share of the cache."""
+    augmentation = spec.dataset.augmentation
+    workers = max(spec.dataset.num_workers_per_gpu, 1) * spec.train.num_gpus
+    scale = augmentation.min_scale
+    return open_copies(index, augmentation.size, spec.model.in_chans, scale, processes=workers)
 
 
 def train_transform(spec: ExperimentSpec) -> Transform:

@@ -21,7 +21,7 @@ from openmae.actions.restart import check_restart, set_aside
 from openmae.actions.run import begin_results, running, show_table
 from openmae.actions.run_report import RunReport
 from openmae.actions.sections import best_epoch
-from openmae.actions.sources import loader_settings, train_transform
+from openmae.actions.sources import loader_settings, train_transform, training_copies
 from openmae.checkpoints.folder import CheckpointFolder
 from openmae.checkpoints.format import Checkpoint, read_checkpoint, read_training_state, save_backbone
 from openmae.checkpoints.matching import LoadReport
@@ -278,7 +278,8 @@ def _schedule(spec: ExperimentSpec, processes: int, batches: int) -> Schedule:
 def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoader | None]:
     spec = plan.spec
     settings = loader_settings(spec, spec.dataset.batch_size, plan.folder, fabric)
-    train = TrainingLoader(plan.train, train_transform(spec), settings, spec.train.seed)
+    copies = training_copies(spec, plan.train) if spec.dataset.cache == "on" else None
+    train = TrainingLoader(plan.train, train_transform(spec), settings, spec.train.seed, copies)
     if plan.val is None:
         return train, None
     transform = EvalTransform(plan.config.input_size, plan.config.in_chans)

@@ -1,4 +1,4 @@
-"""``mae cache``: list and clear downloads, extracted archives and results waiting for upload."""
+"""``mae cache``: list and clear downloads, extracted archives, copies of images and results waiting for upload."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from openmae.data.decode import CorruptImage
+from openmae.data.decode import CorruptImage, ImageFile
 from openmae.data.index import ImageIndex
+from openmae.data.scaled_copies import ScaledCopies, ScaledImage
 from openmae.data.transforms import Transform, rng_at
 from openmae.errors import DataError
 
@@ -50,13 +51,22 @@ class ImageDataset(Dataset[Batch]):
         seed: determines, with the epoch and i, the transform's random numbers.
         replace_corrupt: return the next readable image instead of a corrupt one (training). Otherwise a corrupt image
             is left out of its batch, so that no image counts twice (evaluation).
+        copies: make samples from scaled copies of the images, not from the images themselves.
     """
 
-    def __init__(self, index: ImageIndex, transform: Transform, seed: int = 0, replace_corrupt: bool = False) -> None:
+    def __init__(
+        self,
+        index: ImageIndex,
+        transform: Transform,
+        seed: int = 0,
+        replace_corrupt: bool = False,
+        copies: ScaledCopies | None = None,
+    ) -> None:
         self.index = index
         self.transform = transform
         self.seed = seed
         self.replace_corrupt = replace_corrupt
+        self.copies = copies
 
     def __len__(self) -> int:
         return len(self.index)
@@ -67,7 +77,7 @@ class ImageDataset(Dataset[Batch]):
         for step in range(min(_MAX_TRIES, len(self)) if self.replace_corrupt else 1):
             number = (wanted + step) % len(self)
             try:
-                with self.index.open(number) as image:
+                with self._open(number) as image:
                     pixels = self.transform(image, rng_at(self.seed, epoch, wanted))
                     further = image.further_images
             except CorruptImage as error:
@@ -77,6 +87,9 @@ class ImageDataset(Dataset[Batch]):
             several = [(number, further)] if further else []
             return Batch(pixels[None], torch.tensor([label]), torch.tensor([number]), epoch, corrupt, several)
         return self._empty(epoch, corrupt)
+
+    def _open(self, number: int) -> ImageFile | ScaledImage:
+        return self.index.open(number) if self.copies is None else self.copies.open(self.index, number)
 
     def _empty(self, epoch: int, corrupt: list[tuple[int, str]]) -> Batch:
         none = torch.empty(0, dtype=torch.int64)

@@ -115,6 +115,12 @@ class ImageIndex:
         except OSError as error:
             raise CorruptImage(self.file(number), describe_error(error)) from error
 
+    def version(self, number: int) -> str:
+        """Return a text that changes whenever the content of image ``number`` does; raise OSError if it is gone."""
+        path = self.file(number)
+        status = os.stat(path)
+        return f"{path}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+
     def key(self, number: int) -> str:
         """Return the path of image ``number`` in the data set, the same for files and shards."""
         return self.paths[number]

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from openmae.data.corrupt import CorruptFiles, warn_of_further_images
 from openmae.data.image_dataset import AddressedSampler, Batch, EvalSampler, ImageDataset
 from openmae.data.index import ImageIndex
+from openmae.data.scaled_copies import ScaledCopies
 from openmae.data.transforms import Transform
 from openmae.main_guard import watch_for_reruns
 
@@ -105,15 +106,24 @@ class _RecordingLoader:
 class TrainingLoader(_RecordingLoader):
     """Shuffled batches of equal size for training, which can start at any position of a run.
 
-    The order and the transforms follow from ``seed`` and the epoch.
+    The order and the transforms follow from ``seed`` and the epoch. With ``copies``, samples are made from scaled
+    copies of the images.
 
     Raises:
         DataError: there are fewer images than one batch per process.
     """
 
-    def __init__(self, index: ImageIndex, transform: Transform, settings: LoaderSettings, seed: int) -> None:
+    def __init__(
+        self,
+        index: ImageIndex,
+        transform: Transform,
+        settings: LoaderSettings,
+        seed: int,
+        copies: ScaledCopies | None = None,
+    ) -> None:
         self._sampler = AddressedSampler(index, settings.batch_size, seed, settings.rank, settings.world_size)
-        super().__init__(ImageDataset(index, transform, seed, replace_corrupt=True), self._sampler, settings)
+        dataset = ImageDataset(index, transform, seed, replace_corrupt=True, copies=copies)
+        super().__init__(dataset, self._sampler, settings)
 
     def from_position(self, epoch: int, batches_done: int) -> Iterator[Batch]:
         """Yield the batches of an epoch after the first ``batches_done``."""

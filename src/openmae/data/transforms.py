@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from openmae.data.decode import Box, ImageFile, Size
+from openmae.data.scaled_copies import ScaledImage
 from openmae.errors import SpecError
 
 log = logging.getLogger("openmae")
@@ -66,7 +67,7 @@ class PretrainTransform:
     hflip: float = 0.5
     interpolation: Interpolation = "bicubic"
 
-    def __call__(self, file: ImageFile, rng: np.random.Generator) -> torch.Tensor:
+    def __call__(self, file: ImageFile | ScaledImage, rng: np.random.Generator) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
         box = random_box(file.size, self.scale, self.ratio, rng)
         flip = rng.random() < self.hflip
@@ -106,7 +107,7 @@ class FinetuneTransform:
         self.size, self.in_chans = self.crop.size, self.crop.in_chans
         self._policy = self._make_policy()
 
-    def __call__(self, file: ImageFile, rng: np.random.Generator) -> torch.Tensor:
+    def __call__(self, file: ImageFile | ScaledImage, rng: np.random.Generator) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file."""
         image = self.crop(file, rng)
         if self._policy is not None:
@@ -149,7 +150,7 @@ class EvalTransform:
     interpolation: Interpolation = "bicubic"
     kept: float | None = None
 
-    def __call__(self, file: ImageFile, rng: np.random.Generator | None = None) -> torch.Tensor:
+    def __call__(self, file: ImageFile | ScaledImage, rng: np.random.Generator | None = None) -> torch.Tensor:
         """Return [C, H, W]: uint8, or float32 in 0..255 for a 16-bit file. ``rng`` is not used."""
         box = centre_box(file.size, self.size, self.kept)
         mode: Resampling = "bilinear" if self.interpolation == "bilinear" else "bicubic"
@@ -198,7 +199,7 @@ def _centred(size: Size, w: int, h: int) -> Box:
 
 
 def _crop_and_resize(
-    file: ImageFile, in_chans: int, box: Box, size: Size, mode: Resampling, finer: int = 1
+    file: ImageFile | ScaledImage, in_chans: int, box: Box, size: Size, mode: Resampling, finer: int = 1
 ) -> torch.Tensor:
     """Decode, crop and resize to ``size``; a JPEG is decoded at ``finer`` times that size or larger."""
     at_least = finer * size[0], finer * size[1]

@@ -271,6 +271,8 @@ class Section(BaseModel):
     def _no_surprising_casts(cls, value: Any, info: Any) -> Any:
         """Refuse ``true`` as 1; accept paths and integers as text, and choices in any case."""
         annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and "off" in get_args(annotation):
+            value = "on" if value else "off"  # as YAML reads them
         if isinstance(value, str):
             value = _choice_as_declared(value, annotation)
         if _admits(annotation, str):

@@ -39,6 +39,7 @@ _MOST_EPOCHS = 1000
 _CHECKPOINT_SECONDS = 20  # between two checkpoints
 _VALIDATION_COST = {"pretrain": 1.0, "finetune": 0.4}  # of an image, as a share of its training
 _VALIDATION = "train.validation_interval"
+_WORTH_CACHING = 0.1  # share of the time that copies of the images must save
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Facts:
         free_memory: bytes that each process may use for activations.
         bytes_per_image: bytes of activations per image, measured with the choices so far.
         seconds_per_image: duration of a training step per image on all devices, measured with the choices so far.
+        seconds_saved: the part of it that is saved by making samples from scaled copies.
+        copies: bytes of the scaled copies of all images.
+        room: bytes of them that the cache can take.
         searching: whether the run is a trial of a hyperparameter search, in which all trials have the same length.
     """
 
@@ -71,6 +75,9 @@ class Facts:
     free_memory: int | None = None
     bytes_per_image: float | None = None
     seconds_per_image: float | None = None
+    seconds_saved: float = 0.0
+    copies: int | None = None
+    room: int = 0
     searching: bool = False
 
 
@@ -256,6 +263,21 @@ def _learning_rate(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
         yield Choice("train.optim.lr_scheduler", "cosine", "the learning rate falls to 0 at the end")
 
 
+def _cache(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
+    """Decode large images once, if their copies fit and that saves a noticeable part of the time."""
+    key, once = "dataset.cache", spec.is_set("train.num_epochs") and spec.train.num_epochs == 1
+    if not facts.copies or not facts.seconds_per_image:
+        return
+    share, size = facts.seconds_saved / facts.seconds_per_image, f"{facts.copies / 1e9:.2g} GB"
+    if once or share < _WORTH_CACHING:
+        return
+    if facts.copies > facts.room:
+        reason = f"scaled copies of the images take {size}, and the cache has room for {facts.room / 1e9:.2g} GB"
+        yield Choice(key, "off", reason)
+    else:
+        yield Choice(key, "on", f"decoding images once saves {share:.0%} of the time; their copies take {size}")
+
+
 def _length(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     """Choose enough epochs to make a number of optimizer steps, within the budget of time."""
     if facts.images is None:
@@ -284,7 +306,7 @@ def _intervals(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     if facts.val_images:
         yield Choice(_VALIDATION, seldom, f"validations in all: {epochs // seldom}")
     if facts.images and facts.seconds_per_image and spec.train.checkpoint_interval_unit == "epoch":
-        epoch = facts.images * facts.seconds_per_image
+        epoch = facts.images * _seconds_per_image(spec, facts)
         between = min(max(1, round(_CHECKPOINT_SECONDS / epoch)), max(1, epochs // 4))
         yield Choice("train.checkpoint_interval", between, f"every {_CHECKPOINT_SECONDS} seconds or less often")
 
@@ -294,7 +316,11 @@ def estimate(spec: ExperimentSpec, facts: Facts, epochs: int) -> float:
     validations = epochs / max(1, epochs // 20 if not spec.is_set(_VALIDATION) else spec.train.validation_interval)
     share = _VALIDATION_COST[spec.train.stage]
     images = (facts.images or 0) * epochs + facts.val_images * validations * share
-    return (facts.seconds_per_image or 0.0) * images
+    return _seconds_per_image(spec, facts) * images
+
+
+def _seconds_per_image(spec: ExperimentSpec, facts: Facts) -> float:
+    return (facts.seconds_per_image or 0.0) - (facts.seconds_saved if spec.dataset.cache == "on" else 0.0)
 
 
 def in_words(seconds: float) -> str:
@@ -371,9 +397,11 @@ def _even(number: int) -> int:
     return max(number - number % 2, 2)
 
 
-_AUTO_MODEL: tuple[Rule, ...] = (_weights, _architecture, _image_size, _patch_size)
 RULES: dict[str, tuple[Rule, ...]] = {
-    "auto": (*_AUTO_MODEL, _decoder, _augmentation, _precision, _batch, _learning_rate, _length, _intervals, _warmup),
+    "auto": (
+        *(_weights, _architecture, _image_size, _patch_size, _decoder, _augmentation, _precision, _batch),
+        *(_learning_rate, _cache, _length, _intervals, _warmup),
+    ),
     "paper": (_weights, _paper, _paper_schedule),
     "tao": (),
 }

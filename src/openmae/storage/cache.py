@@ -30,7 +30,7 @@ CACHE_VARIABLE = "OPENMAE_CACHE"
 SIZE_VARIABLE = "OPENMAE_CACHE_GB"
 DEFAULT_GB = 50.0
 MARKER = ".openmae-complete"
-REMOTE, SOURCES, RESULTS = KINDS = ("remote", "sources", "results")
+REMOTE, SOURCES, RESULTS, COPIES = KINDS = ("remote", "sources", "results", "copies")
 _PART, _TRASH = ".part", ".trash-"
 
 log = logging.getLogger("openmae")
@@ -68,7 +68,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """``remote`` (downloaded), ``sources`` (extracted) or ``results`` (to be uploaded)."""
+        """``remote`` (downloaded), ``sources`` (extracted), ``results`` (to be uploaded) or ``copies`` (of images)."""
         return self.path.parent.name
 
     @property
@@ -205,20 +205,41 @@ def mark_complete(entry: Path, origin: str) -> None:
     write_atomically(entry / MARKER, json.dumps(facts))
 
 
+def grow(entry: Path, origin: str, wanted: int) -> int:
+    """Lock an entry that grows while it is used, created if missing; return how many bytes may be added.
+
+    The least recently used entries are deleted until there is room for ``wanted`` bytes.
+
+    Raises:
+        DataError: the cache is not a readable folder.
+        OSError: it cannot be written.
+    """
+    while not use(entry):
+        entry.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mark_complete(entry, origin)
+    return max(0, min(limit() - _evict(wanted), shutil.disk_usage(entry).free))
+
+
+def room() -> int:
+    """Return how many bytes an entry may have if all that are not in use are deleted; 0 if the cache is unusable."""
+    kept, free = 0, 0
+    with suppress(DataError, OSError):
+        root().mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root()).free
+        for entry in entries():
+            kept += 0 if entry.removable else entry.size
+            free += entry.size if entry.removable else 0
+        return max(0, min(limit() - kept, free))
+    return 0
+
+
 def make_room(size: int, origin: str) -> None:
     """Delete the least recently used entries until ``size`` more bytes fit; entries in use are kept.
 
     Raises:
         DataError: the bytes do not fit into the cache or onto its disk.
     """
-    bound, found = limit(), entries()
-    taken = sum(entry.size for entry in found)
-    for entry in sorted(found, key=lambda entry: entry.used):
-        if taken + size <= bound:
-            break
-        if entry.removable and remove(entry.path):
-            log.info("Removed %s (%s) from the cache to make room.", entry.origin, gigabytes(entry.size))
-            taken -= entry.size
+    bound, taken = limit(), _evict(size)
     if size and taken + size > bound:
         in_use = f", of which {gigabytes(taken)} are in use" if taken else ""
         raise DataError(
@@ -233,6 +254,19 @@ def make_room(size: int, origin: str) -> None:
             f"{origin} needs {gigabytes(size)}, but the disk of {folder} has {gigabytes(free)} left.",
             f"Free some space, or set {CACHE_VARIABLE} to a folder on another disk.",
         )
+
+
+def _evict(size: int) -> int:
+    """Delete the least recently used entries until ``size`` more bytes fit; return how many bytes are taken."""
+    bound, found = limit(), entries()
+    taken = sum(entry.size for entry in found)
+    for entry in sorted(found, key=lambda entry: entry.used):
+        if taken + size <= bound:
+            break
+        if entry.removable and remove(entry.path):
+            log.info("Removed %s (%s) from the cache to make room.", entry.origin, gigabytes(entry.size))
+            taken -= entry.size
+    return taken
 
 
 def entries() -> list[Entry]:
@@ -310,7 +344,7 @@ def _read_entry(path: Path) -> Entry:
         with suppress(OSError):
             facts["origin"] = (path / "origin").read_text(encoding="utf-8")
     used = (marker if complete else path).stat().st_mtime
-    size = facts.get("size")
+    size = None if path.parent.name == COPIES else facts.get("size")  # copies are added after their folder is marked
     size = size if isinstance(size, int) else _size_below(path)
     return Entry(path, str(facts.get("origin") or path.name), size, used, complete, _is_in_use(path))
 

@@ -83,6 +83,11 @@ class ShardedIndex(ImageIndex):
             raise CorruptImage(self.file(number), f"{printable_name(shard.name)} has changed since it was indexed")
         return content
 
+    def version(self, number: int) -> str:
+        """Return a text that changes whenever the shard of image ``number`` does."""
+        shard = self._shard(number)
+        return f"{shard.place}-{shard.stamp}-{self.offsets[number]}-{self.sizes[number]}"
+
     def key(self, number: int) -> str:
         """Return the path of image ``number`` in its shard."""
         return self.paths[number].removeprefix(f"{self._shard(number).name}{MEMBER}")

@@ -125,6 +125,13 @@ class DatasetSpec(Section):
     )
     batch_size: Count = option(1, "images per batch and device", popular=True, recipe=True)
     num_workers_per_gpu: int = option(2, "workers that load images, per device", ge=0, le=256, **EXECUTION)
+    cache: Literal["auto", "on", "off"] = option(
+        "auto",
+        "make training samples from scaled copies of the images, which are kept in the cache",
+        recipe=True,
+        tao="lacks",
+        automl=False,
+    )
     max_corrupt_fraction: Share = option(
         0.01, "share of unreadable images above which the run fails", tao="lacks", automl=False, on_resume="allow"
     )
