@@ -51,7 +51,10 @@ def test_profile(command, tmp_path, capsys):
         ("fp16", False, True, "fp16"),
         ("fp16", False, False, "fp32"),
         ("fp32", True, True, "fp16"),
-        ("bf16", True, False, "fp32"),
+        ("fp32", True, False, "fp32"),
+        ("fp16", True, False, "fp32"),
+        ("bf16", True, True, "bf16"),
+        ("bf16", True, False, "bf16"),
     ],
 )
 def test_the_reported_precision_is_the_actual_one(precision, sharded, on_gpu, acting):

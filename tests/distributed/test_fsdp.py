@@ -144,10 +144,11 @@ def test_every_sharded_unit_is_called(arch, classes, attention):
 
 
 def test_fsdp_uses_fp16_on_a_gpu_with_a_warning(caplog):
-    assert _possible_precision("train", "bf16", sharded=True, on_gpu=True) == "fp16"
-    assert "train.distributed_strategy=fsdp uses fp16: train.precision=bf16 has no effect." in caplog.text
+    assert _possible_precision("train", "fp32", sharded=True, on_gpu=True) == "fp16"
+    assert "train.distributed_strategy=fsdp uses fp16 or bf16: using fp16 instead of fp32." in caplog.text
     caplog.clear()
-    assert _possible_precision("train", "fp16", sharded=True, on_gpu=True) == "fp16"
+    for precision in ("fp16", "bf16"):
+        assert _possible_precision("train", precision, sharded=True, on_gpu=True) == precision
     assert not caplog.text
 
 

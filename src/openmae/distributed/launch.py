@@ -68,7 +68,7 @@ def build_fabric(
         num_gpus: processes per node, one for each GPU.
         gpu_ids: the GPUs to use; ignored unless there are ``num_gpus`` of them.
         num_nodes: number of machines; environment variables define how they connect, see ``find_world``.
-        precision: fp32, fp16 or bf16; fsdp always uses fp16 on a GPU and fp32 on a CPU.
+        precision: fp32, fp16 or bf16; fsdp uses fp16 instead of fp32, and a CPU fp32 instead of fp16.
         strategy: ddp (every process has the complete model) or fsdp (weights are sharded over the processes).
 
     Raises:
@@ -96,19 +96,17 @@ def build_fabric(
 
 
 def acting_precision(precision: str, sharded: bool, on_gpu: bool) -> str:
-    """Return the precision that is really used: fsdp always uses fp16, and fp16 becomes fp32 without a GPU."""
-    wanted = "fp16" if sharded else precision
+    """Return the precision that is really used: fsdp uses fp16 unless it is bf16, and fp16 becomes fp32 on a CPU."""
+    wanted = "fp16" if sharded and precision != "bf16" else precision
     return "fp32" if wanted == "fp16" and not on_gpu else wanted
 
 
 def _possible_precision(section: str, precision: str, sharded: bool, on_gpu: bool) -> str:
     possible = acting_precision(precision, sharded, on_gpu)
-    if sharded and not on_gpu:
+    if sharded and precision != "bf16" and not on_gpu:
         log.warning("%s.distributed_strategy=fsdp uses fp16, which needs a GPU: using fp32.", section)
-    elif sharded and precision != "fp16":
-        log.warning(
-            "%s.distributed_strategy=fsdp uses fp16: %s.precision=%s has no effect.", section, section, precision
-        )
+    elif sharded and precision == "fp32":
+        log.warning("%s.distributed_strategy=fsdp uses fp16 or bf16: using fp16 instead of fp32.", section)
     elif possible != precision:
         log.warning("%s.precision=fp16 needs a GPU: using fp32.", section)
     return possible
