@@ -9,8 +9,8 @@ from openmae.checkpoints.folder import list_checkpoints
 from openmae.cli.main import main
 from openmae.distributed.launch import _possible_precision
 from openmae.errors import SpecError
+from openmae.models.blocks import sharded_units
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
-from openmae.models.fsdp_units import sharded_units
 from openmae.models.masking import random_mask
 from openmae.results.metrics_csv import read_metrics
 from openmae.spec.load import load_spec
@@ -42,7 +42,9 @@ def one(train, tmp_path_factory):
 @several_processes
 def test_fsdp_trains_as_one_process_and_one_process_resumes(forked, one, train, tiny_overrides, tmp_path, capfd):
     """Half of the run on two processes with sharded weights, half on one that accumulates gradients."""
-    overrides = tiny_overrides(tmp_path / "two", {**FSDP, "train.stop_after_epoch": 1})
+    overrides = tiny_overrides(
+        tmp_path / "two", {**FSDP, "train.stop_after_epoch": 1, "train.activation_checkpointing": True}
+    )
     assert main(["train", *overrides]) == 0
     noise = capfd.readouterr().err
     assert "distributed_strategy=fsdp uses fp16, which needs a GPU: using fp32." in noise

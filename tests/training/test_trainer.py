@@ -200,6 +200,14 @@ def test_a_run_that_pauses_equals_one_that_does_not(changes, train, assert_same_
     assert_same_run(tmp_path / "whole", tmp_path / "paused")
 
 
+@pytest.mark.parametrize("changes", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
+def test_recomputed_activations_change_nothing(changes, train, assert_same_run, tmp_path):
+    changes = {**changes, "train.num_epochs": 1}
+    train(tmp_path / "kept", changes)
+    train(tmp_path / "recomputed", {**changes, "train.activation_checkpointing": True})
+    assert_same_run(tmp_path / "kept", tmp_path / "recomputed")
+
+
 def test_a_run_resumes_without_the_cache_of_its_images(train, assert_same_run, monkeypatch, tmp_path):
     """The photos are smaller than copies for 32 px, so what a copy looks like is changed here."""
     changes = {"dataset.cache": "on", "train.num_epochs": 2}

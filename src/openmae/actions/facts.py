@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from openmae.actions.sources import model_config, train_transform
 from openmae.checkpoints.format import read_config
@@ -27,7 +26,9 @@ from openmae.data.transforms import rng_at
 from openmae.distributed.launch import DTYPES, acting_precision
 from openmae.errors import CheckpointError
 from openmae.machine import usable_cores
+from openmae.models.blocks import recompute_activations
 from openmae.models.build import build_autoencoder, build_classifier
+from openmae.models.memory import LiveMemory
 from openmae.models.normalise import Normaliser
 from openmae.models.operations import product_rate
 from openmae.spec.load import check
@@ -45,6 +46,7 @@ _MEASURED_SECONDS = 0.5  # the duration of all steps of a measurement, about
 _MATRIX = 768  # side of the matrices that bf16 and fp32 are compared with
 _FASTER = 1.8  # times as fast that bf16 must be to be tried in a training step
 _FASTER_STEP = 1.1  # times as fast that a training step in bf16 must be
+_STATES = 4  # values per parameter: weight, gradient, two moments
 _CHEAP_SIDE = 256  # px; smaller images are decoded fast
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -185,7 +187,7 @@ def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex, count: 
     with torch.random.fork_rng():
         step = _Step(spec, batch, device)
         try:
-            used = step.bytes_per_image()
+            used, state = step.bytes_per_image(), step.bytes_of_state()
             seconds = step.seconds_per_image()
         except torch.OutOfMemoryError:
             return facts
@@ -193,9 +195,10 @@ def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex, count: 
             del step
             if on_gpu:
                 torch.cuda.empty_cache()
+    facts = replace(facts, bytes_per_image=used, bytes_of_state=state)
     if not alone and facts.on_gpu:
-        return replace(facts, bytes_per_image=used)
-    facts = replace(facts, bytes_per_image=used, seconds_per_image=_with_loading(spec, facts, seconds, loading))
+        return facts
+    facts = replace(facts, seconds_per_image=_with_loading(spec, facts, seconds, loading))
     if (facts.side or 0) < _CHEAP_SIDE:
         return facts
     augmentation = spec.dataset.augmentation
@@ -250,9 +253,12 @@ class _Step:
             spec = spec.replaced({"model.num_classes": classes, "dataset.augmentation.mixup_prob": 0.0})
         config = model_config(spec)
         sharded = spec.train.distributed_strategy == "fsdp"
+        self._shards = spec.train.num_gpus * spec.train.num_nodes if sharded else 1
         precision = acting_precision(spec.train.precision, sharded, device.type == "cuda")
         self._autocast = torch.autocast(device.type, DTYPES[precision], precision != "fp32")
         model = build_classifier(config) if config.num_classes else build_autoencoder(config)
+        if spec.train.activation_checkpointing:
+            recompute_activations(model)
         self._model = model.to(device).train()
         self._optimizer = build_adamw([{"params": list(model.parameters())}], 0.0, 0.9, 0.95)
         augmentation = spec.dataset.augmentation
@@ -263,21 +269,22 @@ class _Step:
             indices=batch.indices.to(device),
         )
 
+    def bytes_of_state(self) -> int:
+        """Return the bytes of weights, gradients and moments in each process."""
+        trained = sum(p.numel() * p.element_size() for p in self._model.parameters() if p.requires_grad)
+        return _STATES * trained // self._shards
+
     def bytes_per_image(self) -> float:
-        """Return the bytes that the backward pass needs of an image, without the weights."""
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self._model.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
+        """Return the bytes that a forward and a backward pass need per image, beyond weights and gradients."""
+        with LiveMemory(self._model.parameters()) as memory:
+            weights = memory.bytes
             loss = self._loss()
-        del loss
-        return sum(kept.values()) / len(self._batch.images)
+            kept = memory.bytes - weights
+            loss.backward()
+            gradients = memory.bytes - weights
+            needed = max(kept, memory.peak - weights - gradients)
+        self._optimizer.zero_grad()
+        return needed / len(self._batch.images)
 
     def seconds_per_image(self) -> float:
         """Return the duration of the fastest of some steps, per image."""

@@ -34,6 +34,7 @@ from openmae.distributed.fsdp import shard
 from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import CheckpointError, blaming
+from openmae.models.blocks import recompute_activations
 from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.normalise import Normaliser
@@ -126,6 +127,8 @@ def _work(fabric: Fabric, plan: Plan) -> TrainingEnd:
     model = build_classifier(config) if config.num_classes else build_autoencoder(config)
     weights = _initial_weights(model, plan)
     freeze(model, spec.train.freeze)
+    if spec.train.activation_checkpointing:
+        recompute_activations(model)
     shard(model, config, fabric)
     task = build_task(spec, model, Normaliser(plan.info.mean, plan.info.std))
     train_loader, val_loader = _loaders(fabric, plan)

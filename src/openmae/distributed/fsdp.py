@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openmae.checkpoints.format import CheckpointInfo
 from openmae.distributed.rendezvous import ShardedStrategy
+from openmae.models.blocks import sharded_units
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
-from openmae.models.fsdp_units import sharded_units
 
 
 def shard(model: nn.Module, config: ModelConfig, fabric: Fabric) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from openmae.models.cpu_autograd import DepthwiseConv, ResponseNorm, use_manual_backward
 from openmae.models.masking import gather_tokens
@@ -93,6 +94,12 @@ def residual_branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tens
     ``x`` are values of the sites, ``[..., C]``; the block has GRN and no layer scale. With ``rows_BK``, only those
     sites are returned, ``[B, K, C]``.
     """
+    if getattr(block, "recomputes", False):  # see recompute_activations
+        return checkpoint(_residual_branch, x, block, sites, rows_BK, use_reentrant=False)
+    return _residual_branch(x, block, sites, rows_BK)
+
+
+def _residual_branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tensor | None) -> Tensor:
     y = layer_norm(sites.convolve(x, block.conv_dw), block.norm)
     hidden = block.mlp.act(site_linear(y.reshape(sites.shape[0], -1, y.shape[-1]), block.mlp.fc1))
     return site_linear(global_response_norm(hidden, block.mlp.grn, rows_BK), block.mlp.fc2)

@@ -29,7 +29,7 @@ _AUGMENTATION = "dataset.augmentation."
 _SIZE, _BATCH, _PATCH = f"{_AUGMENTATION}input_size", "dataset.batch_size", "model.patch_size"
 _SIZES = (32, 64, 96, 128, 160, 224)  # px
 _PATCHES = (16, 8, 4)  # px
-_USABLE = 0.6  # share of the free memory that activations may take
+_USABLE = 0.6  # share of the free memory, less that of weights and optimizer, that activations may take
 _EVALUATED = 32  # images per batch of an action on a trained model
 _PRETRAINING_LR, _FINETUNING_LR = (3e-4, 6e-4), (5e-4, 2e-3)  # of large and small models, for 64 images per step
 _HIGHEST_LR = 2e-3
@@ -55,7 +55,8 @@ class Facts:
         weights: options that follow from the weights in ``train.pretrained_model_path``, by dotted key.
         on_gpu: whether the run uses GPUs.
         fast_bf16: whether the device multiplies bf16 matrices much faster than fp32 ones.
-        free_memory: bytes that each process may use for activations.
+        free_memory: bytes that each process may use.
+        bytes_of_state: bytes of weights, gradients and moments in each process.
         bytes_per_image: bytes of activations per image, measured with the choices so far.
         seconds_per_image: duration of a training step per image on all devices, measured with the choices so far.
         seconds_saved: the part of it that is saved by making samples from scaled copies.
@@ -73,6 +74,7 @@ class Facts:
     on_gpu: bool | None = None
     fast_bf16: bool = False
     free_memory: int | None = None
+    bytes_of_state: int = 0
     bytes_per_image: float | None = None
     seconds_per_image: float | None = None
     seconds_saved: float = 0.0
@@ -233,7 +235,8 @@ def _batch(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     if facts.images is not None and size * _processes(spec) > facts.images:
         size = max(facts.images // _processes(spec), 1)
     if facts.free_memory is not None and facts.bytes_per_image:
-        fits = _power_of_two(max(int(_USABLE * facts.free_memory / facts.bytes_per_image), 2))
+        free = facts.free_memory - facts.bytes_of_state
+        fits = _power_of_two(max(int(_USABLE * free / facts.bytes_per_image), 2))
         if fits < size:
             size, reason = fits, f"an image takes {facts.bytes_per_image / 2**20:.0f} MiB of memory in training"
     if spec.train.stage == "finetune" and spec.dataset.augmentation.mixes:

@@ -195,6 +195,12 @@ class TrainSpec(Section):
         tao="lacks",
         **EXECUTION,
     )
+    activation_checkpointing: bool = option(
+        False,
+        "compute the activations of each block again in the backward pass: less memory, a quarter more work",
+        tao="lacks",
+        **EXECUTION,
+    )
     freeze: tuple[str, ...] = option((), "names of modules whose weights are not trained", automl=False)
     compile: bool = option(
         False, "compile the model with torch.compile; for GPUs", tao="lacks", automl=False, on_resume="allow"

@@ -1,11 +1,17 @@
-"""The modules of a model that fully sharded training gathers one at a time, by family."""
+"""The blocks of a model, by family: what fully sharded training gathers, and whose activations are computed again."""
 
 from __future__ import annotations
 
+from functools import partial
+
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.hiera import HieraBlock
+from timm.models.vision_transformer import Block
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from openmae.models.build import ModelConfig
-from openmae.models.decoders import CrossAttentionDecoder
+from openmae.models.decoders import CrossAttentionBlock, CrossAttentionDecoder
 from openmae.models.mae import MaskedAutoencoder
 
 
@@ -24,6 +30,20 @@ def sharded_units(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
     decoder = model.decoder
     called = decoder.cross_blocks if isinstance(decoder, CrossAttentionDecoder) else _blocks(decoder)[:-1]
     return [*_blocks(model.encoder.backbone), *called]
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Let each block keep only its input for the backward pass, and compute its activations again there.
+
+    Results do not change, since the random numbers of drop path are drawn again. A step computes the forward pass of
+    the blocks twice, which is a quarter of its work (Chen et al. 2016, arXiv:1604.06174). The last block of a
+    self-attention decoder is not called, and keeps its activations.
+    """
+    for block in model.modules():
+        if isinstance(block, ConvNeXtBlock):
+            setattr(block, "recomputes", True)  # noqa: B010 (residual_branch reads it; attributes are typed as tensors)
+        if isinstance(block, Block | HieraBlock | ConvNeXtBlock | CrossAttentionBlock):
+            setattr(block, "forward", partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
