@@ -23,13 +23,25 @@ BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
     "decoding": "a pretraining step with fewer targets and with cross-attention, compared with the paper's decoder",
     "decoding_cost": "what these cost in accuracy on the quickstart's digits",
     "plan": "what a large pretraining needs: operations, memory, hours at stated rates of GPUs",
+    "batches": "memory of pretraining on a GPU, and the largest batches that fit, counted without one",
     "deploy": "images/s of ONNX Runtime fp32 and int8, compared with torch, on the CPU",
     "serve": "latency and requests/s of `mae serve` at 1 and 8 clients",
     "recipes": "accuracies with train.recipe auto, tao and paper on five small image sets",
     "automl": "what 20 trials find, and the epochs they take, by algorithm",
 }
-# no part of pretraining's speed, or an hour long; plan measures nothing
-ONLY_BY_NAME = {"attention", "automl", "checkpoints", "decoding", "decoding_cost", "deploy", "plan", "recipes", "serve"}
+# no part of pretraining's speed, or an hour long; plan and batches measure nothing
+ONLY_BY_NAME = {
+    "attention",
+    "automl",
+    "batches",
+    "checkpoints",
+    "decoding",
+    "decoding_cost",
+    "deploy",
+    "plan",
+    "recipes",
+    "serve",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

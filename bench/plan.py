@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openmae.models.mae import MaskedAutoencoder
 from openmae.spec.architectures import get_architecture
+from openmae.spec.costs import GPUS as COSTED
+from openmae.spec.costs import REACHED
 
 from . import steps
 from .report import Report
@@ -22,9 +24,7 @@ _PASSES = 3  # forward, and a backward of about twice as much
 _SHARDS = 8
 _GIB = 2**30
 
-# What vendors state for dense products in bf16, and the share of it that is assumed to be reached.
-GPUS = {"A100": 312e12, "H100 SXM": 989e12}
-_REACHED = {"vit": 0.35, "hiera": 0.25, "convnextv2": 0.15}
+GPUS = {"A100": COSTED["A100"].half, "H100 SXM": COSTED["H100"].half}  # in bf16
 _ARCHS = (
     "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14", "hiera_base_224", "hiera_large_224", "convnextv2_base",
     "convnextv2_large",
@@ -57,7 +57,7 @@ class Work:
 
     def rate(self, gpu: str) -> float:
         """Images/s on one GPU, if it reaches what is assumed."""
-        return GPUS[gpu] * _REACHED[self.family] / self.operations
+        return GPUS[gpu] * REACHED[self.family] / self.operations
 
 
 def run(quick: bool) -> Report:
@@ -108,7 +108,7 @@ def _row(work: Work) -> tuple[str, ...]:
 
 def _notes() -> list[str]:
     rates = ", ".join(f"{gpu} {rate / 1e12:g} TFLOP/s" for gpu, rate in GPUS.items())
-    reached = ", ".join(f"{family} {share:.0%}" for family, share in _REACHED.items())
+    reached = ", ".join(f"{family} {share:.0%}" for family, share in REACHED.items())
     return [
         f"Counted: parameters, and the products and convolutions of a forward pass at {SIDE} px (torch's "
         f"FlopCounterMode, the decoder of the paper), times {_PASSES} for a step.",

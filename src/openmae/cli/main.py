@@ -42,6 +42,7 @@ _OTHERS = {
 }
 _QUICKSTART = "pretrain, fine-tune and compare models on a small data set"
 _RESTART = "begin a new run; an earlier run in the results folder is kept under a dated name"
+_PLAN = "print the memory, the batch and the time that the run needs on GPUs (estimates), and do not train"
 _HELP = """\
 Pretrain image backbones with masked autoencoders, fine-tune them, and deploy them.
 
@@ -172,6 +173,7 @@ def _add_action_arguments(parser: Parser, action: str) -> None:
     parser.epilog = _ACTION_HELP.format(action=action, example=_example(TABLE[action]))
     if action == "train":
         parser.add_argument("--restart", action="store_true", help=_RESTART)
+        parser.add_argument("--plan", action="store_true", help=_PLAN)
     add_spec_arguments(parser)
     parser.set_defaults(run=_run_action)
 
@@ -219,6 +221,9 @@ def _run_action(args: argparse.Namespace) -> None:
     from openmae.spec.load import load_spec
 
     _hide_secrets()
+    if args.command == "train" and args.plan:
+        importlib.import_module("openmae.cli.plan").show(args.experiment_spec, args.overrides)
+        return
     spec = load_spec(args.experiment_spec, args.overrides, action=args.command)
     flags = {"restart": args.restart} if args.command == "train" else {}
     importlib.import_module(f"openmae.actions.{args.command}").run(spec, **flags)

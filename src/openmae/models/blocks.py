@@ -39,11 +39,15 @@ def recompute_activations(model: nn.Module) -> None:
     the blocks twice, which is a quarter of its work (Chen et al. 2016, arXiv:1604.06174). The last block of a
     self-attention decoder is not called, and keeps its activations.
     """
-    for block in model.modules():
-        if isinstance(block, ConvNeXtBlock):
-            setattr(block, "recomputes", True)  # noqa: B010 (residual_branch reads it; attributes are typed as tensors)
-        if isinstance(block, Block | HieraBlock | ConvNeXtBlock | CrossAttentionBlock):
-            setattr(block, "forward", partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010
+    for block in blocks_of(model):
+        setattr(block, "recomputes", True)  # noqa: B010 (residual_branch reads it; attributes are typed as tensors)
+        setattr(block, "forward", partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return all blocks of encoder and decoder, in order."""
+    kinds = (Block, HieraBlock, ConvNeXtBlock, CrossAttentionBlock)
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
