@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from openmae.spec.choices import Facts
 from openmae.spec.load import load_spec
 from openmae.spec.notices import find_data_notices
-from openmae.spec.recipe import Facts, choose
+from openmae.spec.recipe import choose
 
 ENOUGH = Facts(images=1300, val_images=500, side=32, on_gpu=False)
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openmae.spec.choices import Facts
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import check, choices_of, load_spec, to_dict, to_yaml
-from openmae.spec.recipe import FEW_LABELS, Facts, choose, keep
+from openmae.spec.recipe import FEW_LABELS, choose, keep
 from openmae.spec.tree import flatten, get, value_of
 
 LAPTOP = Facts(images=1300, val_images=500, side=32, on_gpu=False, fast_bf16=True)

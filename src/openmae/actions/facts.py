@@ -31,9 +31,10 @@ from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.memory import LiveMemory
 from openmae.models.normalise import Normaliser
 from openmae.models.operations import product_rate
+from openmae.spec.choices import Facts
 from openmae.spec.load import check
 from openmae.spec.notices import find_data_notices
-from openmae.spec.recipe import Facts, choose
+from openmae.spec.recipe import choose
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import cache
 from openmae.storage.encryption import Key

@@ -10,8 +10,9 @@ from openmae.data.presence import missing_sources
 from openmae.distributed.launch import DTYPES, acting_precision
 from openmae.models.gpu_memory import StepMemory, step_memory
 from openmae.models.operations import step_operations
+from openmae.spec.choices import Facts
 from openmae.spec.costs import GPU_SIZES, GPUS, REACHED
-from openmae.spec.recipe import Facts, choose, in_words
+from openmae.spec.recipe import choose, in_words
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage.encryption import resolve_key
 from openmae.storage.urls import is_remote

@@ -222,7 +222,7 @@ def _run_action(args: argparse.Namespace) -> None:
 
     _hide_secrets()
     if args.command == "train" and args.plan:
-        importlib.import_module("openmae.cli.plan").show(args.experiment_spec, args.overrides)
+        importlib.import_module("openmae.cli.gpu_plan").show(args.experiment_spec, args.overrides)
         return
     spec = load_spec(args.experiment_spec, args.overrides, action=args.command)
     flags = {"restart": args.restart} if args.command == "train" else {}

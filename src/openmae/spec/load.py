@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from openmae.errors import SpecError
 from openmae.spec import tree
 from openmae.spec.actions import ROWS, SEARCH, get_action
+from openmae.spec.choices import Facts
 from openmae.spec.describe import bounds_words, choices, fields, sections, similar, similar_keys, type_words
 from openmae.spec.notices import find_notices, ignored_by_tao, inert_keys, why_unused
 from openmae.spec.option import SECRET_MARK, is_secret
-from openmae.spec.recipe import Facts, choose, choose_batch
+from openmae.spec.recipe import choose, choose_batch
 from openmae.spec.resolved import dependent_defaults, device_numbers, resolve
 from openmae.spec.rules import find_problems
 from openmae.spec.schema import ExperimentSpec

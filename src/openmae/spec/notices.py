@@ -6,9 +6,10 @@ import math
 from collections.abc import Collection, Iterator
 
 from openmae.spec.actions import ACTIONS
+from openmae.spec.choices import Facts
 from openmae.spec.describe import fields, traits
 from openmae.spec.option import is_secret, meets
-from openmae.spec.recipe import Facts, updates_per_epoch
+from openmae.spec.recipe import updates_per_epoch
 from openmae.spec.resolved import dependent_defaults
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of

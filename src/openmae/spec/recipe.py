@@ -9,13 +9,13 @@ worth.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from openmae.spec import papers
+from openmae.spec.choices import Choice, Facts, Rule, even, global_batch, processes
 from openmae.spec.describe import fields, traits
 from openmae.spec.option import Stage
+from openmae.spec.papers import paper_schedule, paper_settings
 from openmae.spec.resolved import fill_unset
 from openmae.spec.schema import ExperimentSpec
 from openmae.spec.tree import value_of
@@ -40,58 +40,6 @@ _CHECKPOINT_SECONDS = 20  # between two checkpoints
 _VALIDATION_COST = {"pretrain": 1.0, "finetune": 0.4}  # of an image, as a share of its training
 _VALIDATION = "train.validation_interval"
 _WORTH_CACHING = 0.1  # share of the time that copies of the images must save
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Facts about the data, the weights and the machine; None: unknown.
-
-    Attributes:
-        images: number of training images.
-        val_images: number of validation images.
-        per_class: number of labelled training images of a class (median over the classes).
-        classes: number of classes of the training or, in pretraining, of the validation images.
-        side: shorter side of the training images in pixels (median).
-        weights: options that follow from the weights in ``train.pretrained_model_path``, by dotted key.
-        on_gpu: whether the run uses GPUs.
-        fast_bf16: whether the device multiplies bf16 matrices much faster than fp32 ones.
-        free_memory: bytes that each process may use.
-        bytes_of_state: bytes of weights, gradients and moments in each process.
-        bytes_per_image: bytes of activations per image, measured with the choices so far.
-        seconds_per_image: duration of a training step per image on all devices, measured with the choices so far.
-        seconds_saved: the part of it that is saved by making samples from scaled copies.
-        copies: bytes of the scaled copies of all images.
-        room: bytes of them that the cache can take.
-        searching: whether the run is a trial of a hyperparameter search, in which all trials have the same length.
-    """
-
-    images: int | None = None
-    val_images: int = 0
-    per_class: int | None = None
-    classes: int = 0
-    side: int | None = None
-    weights: Mapping[str, Any] = field(default_factory=dict)
-    on_gpu: bool | None = None
-    fast_bf16: bool = False
-    free_memory: int | None = None
-    bytes_of_state: int = 0
-    bytes_per_image: float | None = None
-    seconds_per_image: float | None = None
-    seconds_saved: float = 0.0
-    copies: int | None = None
-    room: int = 0
-    searching: bool = False
-
-
-class Choice(NamedTuple):
-    """The value that a recipe chooses for an option, and the reason."""
-
-    key: str
-    value: Any
-    reason: str
-
-
-Rule = Callable[[ExperimentSpec, Facts], Iterable[Choice]]
 
 
 def choose(spec: ExperimentSpec, facts: Facts) -> ExperimentSpec:
@@ -121,7 +69,7 @@ def chosen_values(spec: ExperimentSpec) -> dict[str, Any]:
 
 def updates_per_epoch(spec: ExperimentSpec, images: int) -> int:
     """Return the number of optimizer steps in a pass over ``images`` training images."""
-    return max(1, images // _global_batch(spec))
+    return max(1, images // global_batch(spec))
 
 
 def choose_batch(spec: ExperimentSpec) -> ExperimentSpec:
@@ -137,14 +85,6 @@ def _choosable() -> Iterator[str]:
 
 def _without_choices(spec: ExperimentSpec) -> ExperimentSpec:
     return spec.choosing({key: fields()[key].default for key in spec.chosen if not spec.is_set(key)}, {})
-
-
-def _processes(spec: ExperimentSpec) -> int:
-    return spec.train.num_gpus * spec.train.num_nodes
-
-
-def _global_batch(spec: ExperimentSpec) -> int:
-    return spec.dataset.batch_size * _processes(spec) * spec.train.accum_grad_batches
 
 
 def _few_labels(facts: Facts) -> bool:
@@ -231,18 +171,18 @@ def _batch(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     if facts.images is not None and facts.images // steps < most:
         total = max(_power_of_two(facts.images // steps), min(fewest, _power_of_two(facts.images // 3)), 2)
         reason = f"training images: {facts.images:,}"
-    size = max(total // _processes(spec), 1)
-    if facts.images is not None and size * _processes(spec) > facts.images:
-        size = max(facts.images // _processes(spec), 1)
+    size = max(total // processes(spec), 1)
+    if facts.images is not None and size * processes(spec) > facts.images:
+        size = max(facts.images // processes(spec), 1)
     if facts.free_memory is not None and facts.bytes_per_image:
         free = facts.free_memory - facts.bytes_of_state
         fits = _power_of_two(max(int(_USABLE * free / facts.bytes_per_image), 2))
         if fits < size:
             size, reason = fits, f"an image takes {facts.bytes_per_image / 2**20:.0f} MiB of memory in training"
     if spec.train.stage == "finetune" and spec.dataset.augmentation.mixes:
-        size = _even(size)
+        size = even(size)
     yield Choice(_BATCH, size, reason)
-    if not spec.is_set(_BATCH) and (parts := total // (size * _processes(spec))) > 1:
+    if not spec.is_set(_BATCH) and (parts := total // (size * processes(spec))) > 1:
         yield Choice("train.accum_grad_batches", parts, f"{parts} batches of {size} images make {total}")
 
 
@@ -252,7 +192,7 @@ def _power_of_two(number: int) -> int:
 
 
 def _learning_rate(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
-    batch = _global_batch(spec)
+    batch = global_batch(spec)
     if spec.train.optim.base_lr is None:
         row = spec.model.architecture
         small = row.family == "vit" and row.light_decoder is not None
@@ -355,56 +295,11 @@ def _precision(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
         yield Choice("train.precision", "bf16", "this device computes it faster than fp32")
 
 
-def _paper(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
-    """Take the settings of the paper, with a global batch that is not larger than the data set."""
-    stage, row = spec.train.stage, spec.model.architecture
-    tuned = papers.finetuning_of(row.name, row.family)
-    pretrains = stage == "pretrain"
-    total = papers.PRETRAINING_BATCH if pretrains else papers.FINETUNING_BATCH
-    reason = f"the paper of {row.name}"
-    total = min(total, _even(facts.images or total))
-    size = max(_even(min(total // _processes(spec), 256)), 1)
-    yield Choice(_BATCH, size, f"{total} images per step, as far as the data allow")
-    if not spec.is_set(_BATCH):
-        yield Choice("train.accum_grad_batches", max(total // (size * _processes(spec)), 1), reason)
-    yield Choice("train.num_epochs", papers.PRETRAINING_EPOCHS if pretrains else tuned.epochs, reason)
-    yield Choice("train.optim.lr_scheduler", "cosine", reason)
-    smallest = min(0.2 if pretrains else 0.08, spec.dataset.augmentation.max_scale)
-    yield Choice(f"{_AUGMENTATION}min_scale", smallest, reason)
-    if not pretrains:
-        yield Choice("train.optim.layer_decay", tuned.layer_decay, reason)
-        yield Choice("train.ema_decay", tuned.ema_decay, reason)
-        yield Choice("model.drop_path_rate", tuned.drop_path, reason)
-        yield Choice(f"{_AUGMENTATION}smoothing", tuned.smoothing, reason)
-        yield Choice(f"{_AUGMENTATION}re_prob", 0.25, reason)
-        yield Choice(f"{_AUGMENTATION}interpolation", "bicubic", reason)
-
-
-def _paper_schedule(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
-    row, batch, epochs = spec.model.architecture, _global_batch(spec), spec.train.num_epochs
-    tuned = papers.finetuning_of(row.name, row.family)
-    pretrains = spec.train.stage == "pretrain"
-    base = papers.PRETRAINING_BASE_LR[row.family] if pretrains else tuned.base_lr
-    if spec.train.optim.base_lr is None:
-        rate = min(base * batch / 256, 1.0)
-        yield Choice("train.optim.lr", float(f"{rate:.3g}"), f"{base:g} x {batch} / 256, for {batch} images per step")
-    if not spec.is_set("train.optim.warmup_steps"):
-        usual, of = (
-            (papers.PRETRAINING_WARMUP, papers.PRETRAINING_EPOCHS) if pretrains else (tuned.warmup, tuned.epochs)
-        )
-        yield Choice("train.optim.warmup_epochs", round(usual * epochs / of), f"{usual} of {of} epochs in the paper")
-
-
-def _even(number: int) -> int:
-    """Return the largest even number that is not above a number, at least 2: Mixup mixes pairs."""
-    return max(number - number % 2, 2)
-
-
 RULES: dict[str, tuple[Rule, ...]] = {
     "auto": (
         *(_weights, _architecture, _image_size, _patch_size, _decoder, _augmentation, _precision, _batch),
         *(_learning_rate, _cache, _length, _intervals, _warmup),
     ),
-    "paper": (_weights, _paper, _paper_schedule),
+    "paper": (_weights, paper_settings, paper_schedule),
     "tao": (),
 }
