@@ -24,6 +24,7 @@ BENCHMARKS = {  # a module of this package each, with run(quick: bool) -> Report
     "decoding_cost": "what these cost in accuracy on the quickstart's digits",
     "plan": "what a large pretraining needs: operations, memory, hours at stated rates of GPUs",
     "batches": "memory of pretraining on a GPU, and the largest batches that fit, counted without one",
+    "gpu": "on a machine with a GPU, in less than eight minutes: steps, runs, loading, and equality with the CPU",
     "deploy": "images/s of ONNX Runtime fp32 and int8, compared with torch, on the CPU",
     "serve": "latency and requests/s of `mae serve` at 1 and 8 clients",
     "recipes": "accuracies with train.recipe auto, tao and paper on five small image sets",

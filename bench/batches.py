@@ -41,12 +41,11 @@ def run(quick: bool) -> Report:
     return Report("Memory of pretraining on a GPU", columns, rows, data, notes)
 
 
-def paper_config(arch: str) -> ModelConfig:
-    """Return the configuration of an architecture in its paper."""
+def paper_config(arch: str, side: int = 224) -> ModelConfig:
+    """Return the configuration of an architecture in its paper, for images of ``side`` x ``side`` pixels."""
     row = get_architecture(arch)
-    return ModelConfig(
-        arch, mask_ratio=row.mask_ratio, decoder_depth=row.decoder_depth, decoder_embed_dim=row.decoder_embed_dim
-    )
+    decoder = {"decoder_depth": row.decoder_depth, "decoder_embed_dim": row.decoder_embed_dim}
+    return ModelConfig(arch, (side, side), mask_ratio=row.mask_ratio, **decoder)
 
 
 def _batches(half: StepMemory, recomputed: StepMemory, gib: float) -> str:
