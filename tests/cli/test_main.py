@@ -11,6 +11,7 @@ import pytest
 
 from openmae import __version__
 from openmae.cli.main import main
+from openmae.data import presence
 from openmae.errors import Preempted, RunError
 from openmae.spec.actions import ACTIONS
 from openmae.spec.load import load_spec
@@ -26,9 +27,24 @@ def action(monkeypatch):
         module = ModuleType(f"openmae.actions.{name}")
         module.run = lambda spec, **flags: run(spec)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(presence, "missing_sources", lambda *_: {})  # their data need not exist
         return received
 
     return install
+
+
+@pytest.mark.integration
+def test_a_wrong_path_is_reported_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys; from openmae.cli.main import main;code = main(sys.argv[1:]); print('torch' in sys.modules, code)"
+    )
+    argv = ["train", f"dataset.train_data_sources={tmp_path / 'photo'}", f"results_dir={tmp_path / 'runs'}"]
+    (tmp_path / "photos").mkdir()
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False 2"
+    assert f"dataset.train_data_sources: There is no file or folder {tmp_path / 'photo'}." in done.stderr
+    assert "Fix: Did you mean photos?" in done.stderr
+    assert '"FAILURE"' in (tmp_path / "runs" / "train" / "status.json").read_text()
 
 
 @pytest.mark.integration

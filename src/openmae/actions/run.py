@@ -10,19 +10,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from openmae.actions.staging import local_place
-from openmae.data.image_dataset import Batch
-from openmae.data.loaders import EvaluationLoader
-from openmae.data.presence import missing_files, missing_sources
+from openmae.data.presence import refuse_missing
 from openmae.distributed.topology import World, find_world, gpus_per_node
-from openmae.errors import DataError, OpenMAEError, Preempted, RunError
+from openmae.errors import OpenMAEError, Preempted, RunError
 from openmae.results.status import Status, StatusLog, Verbosity
 from openmae.spec.actions import DEVICES
 from openmae.spec.load import to_yaml
@@ -33,6 +30,12 @@ from openmae.storage.atomic import FULL, disk_error, fault_of_disk, write_atomic
 from openmae.storage.lock import FolderLock
 from openmae.storage.memory_folder import remove_abandoned
 from openmae.storage.printable import counted
+
+if TYPE_CHECKING:  # these import torch, and a mistake in the input is reported before that
+    from lightning_fabric import Fabric
+
+    from openmae.data.image_dataset import Batch
+    from openmae.data.loaders import EvaluationLoader
 
 Rows = Sequence[tuple[str, str]]
 
@@ -80,7 +83,7 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
         RunError: the disk is full, or results could not be uploaded.
     """
     remove_abandoned()
-    _refuse_missing(spec, action)
+    refuse_missing(spec, action)
     spec, world = _apply_topology(spec, action)
     with local_place(spec, action, leads=world.leads) as place, _machine_faults(place.folder):
         run = Run(place.spec, place.folder, world.leads, place.lock)
@@ -107,13 +110,6 @@ def running(spec: ExperimentSpec, action: str) -> Iterator[Run]:
     for url in place.uploaded:
         log.info("Uploaded to %s.", url)
     log.info("Results are in %s; open report.html there.", place.shown)
-
-
-def _refuse_missing(spec: ExperimentSpec, action: str) -> None:
-    """Report all missing paths together; for a single one, the function that opens it has a better message."""
-    missing = {**missing_sources(spec, action), **missing_files(spec, action)}
-    if len(missing) > 1:
-        raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the paths.")
 
 
 def _apply_topology(spec: ExperimentSpec, action: str) -> tuple[ExperimentSpec, World]:

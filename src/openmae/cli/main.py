@@ -218,6 +218,8 @@ def _refuse_unrecognized(parser: Parser, args: argparse.Namespace, rest: Sequenc
 
 
 def _run_action(args: argparse.Namespace) -> None:
+    from openmae.actions.run import running
+    from openmae.data.presence import check_sources, missing_sources
     from openmae.spec.load import load_spec
 
     _hide_secrets()
@@ -225,6 +227,9 @@ def _run_action(args: argparse.Namespace) -> None:
         importlib.import_module("openmae.cli.gpu_plan").show(args.experiment_spec, args.overrides)
         return
     spec = load_spec(args.experiment_spec, args.overrides, action=args.command)
+    if missing_sources(spec, args.command):  # say so before torch is imported
+        with running(spec, args.command):
+            check_sources(spec, args.command)
     flags = {"restart": args.restart} if args.command == "train" else {}
     importlib.import_module(f"openmae.actions.{args.command}").run(spec, **flags)
 

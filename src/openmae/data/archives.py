@@ -113,7 +113,7 @@ def resolve_source(source: str | os.PathLike[str]) -> Path:
         from openmae.storage.download import fetch_with
 
         return fetch_with(checked(text), _from_store)
-    path = _local_source(text)
+    path = local_source(text)
     if path.is_dir():
         return path
     status = path.stat()
@@ -123,8 +123,12 @@ def resolve_source(source: str | os.PathLike[str]) -> Path:
     return _obtain(name, shown, status.st_size, lambda folder: _extract(path, folder, shown))
 
 
-def _local_source(text: str) -> Path:
-    """Return the absolute path of a non-empty folder or a readable file."""
+def local_source(text: str) -> Path:
+    """Return the absolute path of a non-empty folder or a readable file.
+
+    Raises:
+        DataError: there is none.
+    """
     try:
         path = Path(text).expanduser().resolve()
         if not path.exists() and (other := Path(original_name(text)).expanduser()).exists():

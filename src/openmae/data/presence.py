@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 
+from openmae.data.archives import local_source
 from openmae.data.shards.patterns import expand_braces, is_shard_pattern
-from openmae.errors import DataError
+from openmae.errors import DataError, blaming
 from openmae.spec.actions import ROWS
 from openmae.spec.option import KEY_IN_FILE
 from openmae.spec.schema import ExperimentSpec
@@ -40,6 +41,29 @@ def missing_files(spec: ExperimentSpec, action: str) -> dict[str, str]:
     if spec.encryption_key.startswith(KEY_IN_FILE):
         paths["encryption_key"] = (spec.encryption_key.removeprefix(KEY_IN_FILE),)
     return _missing(paths)
+
+
+def refuse_missing(spec: ExperimentSpec, action: str) -> None:
+    """Report all missing inputs together; for a single one, the function that opens it has a better message.
+
+    Raises:
+        DataError: several inputs do not exist on this machine.
+    """
+    missing = {**missing_sources(spec, action), **missing_files(spec, action)}
+    if len(missing) > 1:
+        raise DataError("\n".join(f"{key}: {text}." for key, text in missing.items()), "Check the paths.")
+
+
+def check_sources(spec: ExperimentSpec, action: str) -> None:
+    """Check that the local data sources of an action exist, without opening them.
+
+    Raises:
+        DataError: one does not exist.
+    """
+    for key in missing_sources(spec, action):
+        if not is_shard_pattern(value_of(spec, key)):
+            with blaming(key):
+                local_source(value_of(spec, key).strip())
 
 
 def _missing(paths: dict[str, tuple[str, ...]]) -> dict[str, str]:
