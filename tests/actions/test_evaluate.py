@@ -12,12 +12,15 @@ import pytest
 import yaml
 
 import openmae
+from openmae.actions import evaluate as action
 from openmae.actions.evaluate import match_classes
+from openmae.actions.load_model import open_model
 from openmae.cli.main import main
 from openmae.data.index import ImageIndex, index_folder
 from openmae.errors import DataError
 from openmae.results.metrics_csv import read_metrics
 from openmae.results.status import read_status
+from openmae.spec.load import load_spec
 
 pytestmark = pytest.mark.xdist_group("actions")
 
@@ -148,3 +151,37 @@ def test_an_archive_is_a_source(trained, photos, tmp_path):
     run = trained("vit", "finetune")
     metrics = evaluate(run.checkpoint, tmp_path / "images_val.tar.gz", tmp_path)
     assert metrics["ACC_all"] == last_validation(run.folder)["ACC_all"]
+
+
+@pytest.mark.parametrize(
+    ("trained_in", "fast", "precision"),
+    [
+        ("bf16", True, "bf16"),
+        ("bf16", False, "fp32"),
+        ("fp32", True, "fp32"),
+        ("fp16", True, "fp32"),
+        (None, True, "fp32"),
+    ],
+)
+def test_the_precision_of_training_is_used_if_it_is_fast(
+    trained_in, fast, precision, trained, photos, tmp_path, monkeypatch
+):
+    run = trained("vit", "finetune")
+    spec = load_spec(None, [f"evaluate.checkpoint={run.checkpoint}", f"dataset.val_data_sources={photos.val}"])
+    model = open_model(spec, "evaluate")
+    recorded = {"train": {"precision": trained_in}} if trained_in else {}
+    model = replace(model, info=replace(model.info, spec=recorded))
+    monkeypatch.setattr(action, "has_fast_bf16", lambda on_gpu: fast)
+    request = action.Request("evaluate", spec, tmp_path, model, index_folder(photos.val, True))
+    assert request._precision() == precision
+    assert replace(request, model=replace(model, network=None))._precision() == "fp32", "an exported model has its own"
+
+
+def test_half_precision_gives_nearly_the_same_loss(trained, photos, tmp_path, monkeypatch):
+    losses = {}
+    for name in ("fp32", "bf16"):
+        monkeypatch.setattr(action.Request, "_precision", lambda _, name=name: name)
+        options = [f"evaluate.checkpoint={trained('vit', 'finetune').checkpoint}", f"results_dir={tmp_path / name}"]
+        losses[name] = openmae.evaluate({}, [*options, f"dataset.val_data_sources={photos.val}"])["val_loss"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"], "it was computed in fp32"

@@ -46,13 +46,6 @@ def test_facts_of_images(labelled):
     assert found.weights == {}
 
 
-def test_bf16_is_fast_only_if_its_products_are(monkeypatch):
-    for rate, fast in ((3.0, True), (1.6, False), (0.3, False)):
-        rates = {torch.float32: 1.0, torch.bfloat16: rate}
-        monkeypatch.setattr(facts, "product_rate", lambda kind, *_, rates=rates: rates[kind])
-        assert facts._has_fast_bf16(on_gpu=False) is fast
-
-
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_step_is_measured(stage, labelled):
     spec = load_spec(None, [f"train.stage={stage}", f"dataset.train_data_sources={labelled}", "train.precision=fp32"])
@@ -93,7 +86,7 @@ def test_large_images_are_decoded_once_if_their_copies_fit(tmp_path, monkeypatch
 @pytest.mark.parametrize(("seconds", "precision"), [(1.3, "bf16"), (1.05, "fp32")])
 def test_bf16_must_make_a_step_faster(seconds, precision, labelled, monkeypatch):
     """``seconds``: of a step in fp32; one in bf16 takes 1."""
-    monkeypatch.setattr(facts, "_has_fast_bf16", lambda on_gpu: True)
+    monkeypatch.setattr(facts, "has_fast_bf16", lambda on_gpu: True)
     monkeypatch.setattr(
         facts,
         "_measure_step",
@@ -107,7 +100,7 @@ def test_bf16_must_make_a_step_faster(seconds, precision, labelled, monkeypatch)
 
 def test_training_needs_only_images(labelled, tmp_path, monkeypatch, capsys):
     """Every choice is shown with its reason, and recorded; a resumed run keeps it."""
-    monkeypatch.setattr(facts, "_has_fast_bf16", lambda on_gpu: False)
+    monkeypatch.setattr(facts, "has_fast_bf16", lambda on_gpu: False)
     options = [f"dataset.train_data_sources={labelled}", f"results_dir={tmp_path / 'run'}", "wandb.enable=false"]
     options += ["dataset.num_workers_per_gpu=0", "train.num_epochs=2"]
     assert main(["train", *options, "train.stop_after_epoch=1"]) == 0

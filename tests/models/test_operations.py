@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from openmae.models import operations
 from openmae.models.build import ModelConfig
 from openmae.models.operations import decoder_share, product_rate, step_operations
 
@@ -42,3 +43,10 @@ def test_a_step_of_a_classifier_by_hand():
 def test_products_are_timed():
     rate = product_rate(torch.float32, torch.device("cpu"), 64)
     assert 1e6 < rate < 1e14
+
+
+@pytest.mark.parametrize(("rate", "fast"), [(3.0, True), (1.6, False), (0.3, False)])
+def test_bf16_is_fast_only_if_its_products_are(rate, fast, monkeypatch):
+    rates = {torch.float32: 1.0, torch.bfloat16: rate}
+    monkeypatch.setattr(operations, "product_rate", lambda kind, *_: rates[kind])
+    assert operations.has_fast_bf16(on_gpu=False) is fast

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import torch
 from lightning_fabric import Fabric
 
 from openmae.actions.load_model import TrainedModel, open_model, resolve_model
@@ -18,7 +19,7 @@ from openmae.checkpoints.format import CheckpointInfo
 from openmae.data.corrupt import describe_images
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import EvaluationLoader
-from openmae.distributed.launch import build_fabric, check_agreement, launch
+from openmae.distributed.launch import acting_precision, build_fabric, check_agreement, launch
 from openmae.engines.batching import eval_transform
 from openmae.errors import DataError
 from openmae.evaluation.embeddings import embed
@@ -26,9 +27,11 @@ from openmae.evaluation.predictions import predict, score
 from openmae.evaluation.probes import probe
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.normalise import Normaliser
+from openmae.models.operations import has_fast_bf16
 from openmae.results.confusion import save_confusion_matrix
 from openmae.spec.metrics import informative
 from openmae.spec.schema import ExperimentSpec
+from openmae.spec.tree import get
 from openmae.storage import layout
 from openmae.training.pretrain import PretrainTask
 
@@ -81,10 +84,18 @@ class Request:
             monitor="val_loss",
         )
 
+    def _precision(self) -> str:
+        """Return the precision that the model was trained in, if this device computes it fast; otherwise fp32."""
+        if self.model.network is None:  # an exported model has its own
+            return "fp32"
+        on_gpu = torch.cuda.is_available()
+        trained = acting_precision(str(get(self.info.spec, "train.precision")), sharded=False, on_gpu=on_gpu)
+        return trained if trained == "fp16" or (trained == "bf16" and has_fast_bf16(on_gpu)) else "fp32"
+
     def launch(self, this_run: Run, work: Callable[[Fabric, Request], Result]) -> Result:
         """Write ``experiment.yaml``, and run ``work`` on the devices of the spec."""
         section = getattr(self.spec, self.action)
-        fabric = build_fabric(self.action, section.num_gpus, section.gpu_ids, section.num_nodes)
+        fabric = build_fabric(self.action, section.num_gpus, section.gpu_ids, section.num_nodes, self._precision())
         if this_run.leads:
             begin_results(this_run.folder, self.spec)
         return launch(fabric, work, self)

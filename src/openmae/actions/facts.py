@@ -30,7 +30,7 @@ from openmae.models.blocks import recompute_activations
 from openmae.models.build import build_autoencoder, build_classifier
 from openmae.models.memory import LiveMemory
 from openmae.models.normalise import Normaliser
-from openmae.models.operations import product_rate
+from openmae.models.operations import has_fast_bf16
 from openmae.spec.choices import Facts
 from openmae.spec.load import check
 from openmae.spec.notices import find_data_notices
@@ -44,8 +44,6 @@ from openmae.training.tasks import build_task
 _SAMPLE = 64  # images whose size is read
 _MEASURED, _MOST_MEASURED = 8, 64  # images of the first measured step, and of a later one with the chosen batch
 _MEASURED_SECONDS = 0.5  # the duration of all steps of a measurement, about
-_MATRIX = 768  # side of the matrices that bf16 and fp32 are compared with
-_FASTER = 1.8  # times as fast that bf16 must be to be tried in a training step
 _FASTER_STEP = 1.1  # times as fast that a training step in bf16 must be
 _STATES = 4  # values per parameter: weight, gradient, two moments
 _CHEAP_SIDE = 256  # px; smaller images are decoded fast
@@ -94,7 +92,7 @@ def find_facts(spec: ExperimentSpec, train: ImageIndex, val: ImageIndex | None, 
         side=_side(train),
         weights=_weights(spec, key),
         on_gpu=on_gpu,
-        fast_bf16=_has_fast_bf16(on_gpu),
+        fast_bf16=has_fast_bf16(on_gpu),
         free_memory=_free_memory(on_gpu, spec.train.num_gpus),
     )
 
@@ -133,13 +131,6 @@ def _weights(spec: ExperimentSpec, key: Key | None) -> Mapping[str, Any]:
             found["model.patch_size"] = config.unit
         return found
     return {}
-
-
-def _has_fast_bf16(on_gpu: bool) -> bool:
-    if on_gpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    half, full = (product_rate(kind, torch.device("cpu"), _MATRIX) for kind in (torch.bfloat16, torch.float32))
-    return half > _FASTER * full
 
 
 def _free_memory(on_gpu: bool, processes: int) -> int:

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
 from openmae.models.masking import count_visible, mask_from_noise
 
+_MATRIX = 768  # side of the matrices that bf16 and fp32 are compared with
+_FASTER = 1.8  # times as fast that products in bf16 must be
 _STEP = 3  # a backward pass takes two products for each of the forward pass
 
 
@@ -48,6 +50,14 @@ def product_rate(dtype: torch.dtype, device: torch.device, side: int) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return float(2 * side**3 / min(times))
+
+
+def has_fast_bf16(on_gpu: bool) -> bool:
+    """Return whether the GPU or the CPU multiplies bf16 matrices much faster than fp32 ones."""
+    if on_gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    half, full = (product_rate(kind, torch.device("cpu"), _MATRIX) for kind in (torch.bfloat16, torch.float32))
+    return half > _FASTER * full
 
 
 @lru_cache(maxsize=8)
