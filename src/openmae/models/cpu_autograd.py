@@ -1,8 +1,8 @@
 """Hand-written backward passes for CPU training, which are faster than autograd and equal up to rounding.
 
 They are used if :func:`use_manual_backward` is true. Otherwise (models in half precision, CUDA, compilation, export, no
-gradients) the caller runs its plain PyTorch code, which these functions are tested against. With autocast they compute
-in float32: oneDNN's convolutions of small maps and sums are not faster in bfloat16.
+gradients) the caller runs its plain PyTorch code, which these functions are tested against. With autocast, only products
+with a linear layer are in bfloat16: oneDNN's convolutions of small maps and sums are not faster in it.
 """
 
 from __future__ import annotations
@@ -100,40 +100,70 @@ def depthwise_weight_gradient(images_NCHW: Tensor, grad_NChw: Tensor, padding: i
     return total.unsqueeze(1)
 
 
-class ResponseNorm(Function):
-    """GRN (paper, algorithm 1) with its residual: ``bias + x * gain``, gain = 1 + weight * energy / mean(energy).
+class ResponseLinear(Function):
+    """GRN (paper, algorithm 1) with its residual, and the linear layer that follows it.
 
-    Let g be the output gradient, u the gradient of the gain (summed over the sites), n = energy / mean, and w the
-    weight. Then the gradient of the energy is ``(u w - mean(u w n)) / mean``, and that of x is ``gain`` times g plus
-    ``x / energy`` times the gradient of the energy.
+    GRN is ``bias + x * gain`` with gain = 1 + weight * energy / mean(energy). Its result, as large as x, is computed
+    again in the backward pass instead of being kept. Let g be its gradient, u that of the gain (summed over the sites),
+    n = energy / mean, and w the weight. Then the gradient of the energy is ``(u w - mean(u w n)) / mean``, and that of
+    x is ``gain`` times g plus ``x / energy`` times the gradient of the energy.
     """
 
     @staticmethod
-    @_forward_in_float32
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, rows: Tensor | None) -> Tensor:
-        """Return GRN of ``x`` [B, S, C] pooled over S, only for the sites ``rows`` [B, K] if given."""
-        energy = x.square().sum(1, keepdim=True).sqrt_()  # several times faster than a norm over a strided dimension
-        mean = energy.mean(dim=-1, keepdim=True) + eps
-        gain = torch.addcmul(torch.ones_like(bias), weight, energy / mean)
-        taken = x if rows is None else gather_tokens(x, rows)
-        ctx.save_for_backward(x, taken, rows, weight, energy, mean, gain)
-        return torch.addcmul(bias, taken, gain)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        rows: Tensor | None,
+        matrix: Tensor,
+        shift: Tensor,
+    ) -> Tensor:
+        """Return ``linear(grn(x))`` for ``x`` [B, S, C], pooled over S, only for the sites ``rows`` [B, K] if given.
+
+        ``matrix`` [D, C] and ``shift`` [D] are the parameters of the linear layer. Under autocast its product is
+        computed in the type of autocast, and GRN in float32.
+        """
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.autocast("cpu", enabled=False):
+            wide = _wide(x)
+            energy = wide.square().sum(1, keepdim=True).sqrt_()  # much faster than a norm over a strided dimension
+            mean = energy.mean(dim=-1, keepdim=True) + eps
+            gain = torch.addcmul(torch.ones_like(bias), weight, energy / mean)
+            taken = wide if rows is None else gather_tokens(wide, rows)
+            normed = torch.addcmul(bias, taken, gain).to(dtype)
+            ctx.save_for_backward(x, rows, weight, bias, energy, mean, gain, matrix)
+            return F.linear(normed, matrix.to(dtype), shift.to(dtype))
 
     @staticmethod
-    @_backward_in_float32
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of ``x``, ``weight`` and ``bias``."""
-        x, taken, rows, weight, energy, mean, gain = ctx.saved_tensors
-        product = g * taken
-        grad_gain = product.sum(1, keepdim=True)
-        share = energy / mean
-        grad_share = grad_gain * weight
-        grad_energy = (grad_share - (grad_share * share).mean(dim=-1, keepdim=True)) / mean
-        slope = torch.where(energy > 0, grad_energy / energy, 0.0)  # like torch's norm at zero
-        passed = torch.mul(g, gain, out=product)
-        if rows is None:
-            grad_x = passed.addcmul_(x, slope)
-        else:
-            grad_x = (x * slope).scatter_add_(1, rows.unsqueeze(-1).expand_as(passed), passed)
-        return grad_x, (grad_gain * share).sum((0, 1)), g.sum((0, 1)), None, None
+        """Return the gradients of ``x``, of GRN's parameters, and of the linear layer's."""
+        x, rows, weight, bias, energy, mean, gain, matrix = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            wide = _wide(x)
+            taken = wide if rows is None else gather_tokens(wide, rows)
+            normed = torch.addcmul(bias, taken, gain).to(g.dtype)
+            grad_matrix = (g.flatten(0, 1).T @ normed.flatten(0, 1)).to(matrix.dtype)
+            grad_shift = g.sum((0, 1), dtype=matrix.dtype)
+            passed = (g @ matrix.to(g.dtype)).to(wide.dtype)
+            del normed
+            grad_bias, product = passed.sum((0, 1)), passed * taken
+            grad_gain = product.sum(1, keepdim=True)
+            share = energy / mean
+            grad_share = grad_gain * weight
+            grad_energy = (grad_share - (grad_share * share).mean(dim=-1, keepdim=True)) / mean
+            slope = torch.where(energy > 0, grad_energy / energy, 0.0)  # like torch's norm at zero
+            passed = torch.mul(passed, gain, out=product)
+            if rows is None:
+                grad_x = passed.addcmul_(wide, slope)
+            else:
+                grad_x = (wide * slope).scatter_add_(1, rows.unsqueeze(-1).expand_as(passed), passed)
+            grad_weight = (grad_gain * share).sum((0, 1))
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None, None, grad_matrix, grad_shift
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return bfloat16 values in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -14,7 +14,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from openmae.models.cpu_autograd import DepthwiseConv, ResponseNorm, use_manual_backward
+from openmae.models.cpu_autograd import DepthwiseConv, ResponseLinear, use_manual_backward
 from openmae.models.masking import gather_tokens
 
 _WINDOW_SIDE = 4  # smallest side of a unit for which windows around visible units are cheaper than a dense map
@@ -102,13 +102,21 @@ def residual_branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tens
 def _residual_branch(x: Tensor, block: ConvNeXtBlock, sites: Sites, rows_BK: Tensor | None) -> Tensor:
     y = layer_norm(sites.convolve(x, block.conv_dw), block.norm)
     hidden = block.mlp.act(site_linear(y.reshape(sites.shape[0], -1, y.shape[-1]), block.mlp.fc1))
-    return site_linear(global_response_norm(hidden, block.mlp.grn, rows_BK), block.mlp.fc2)
+    return response_linear(hidden, block.mlp.grn, block.mlp.fc2, rows_BK)
+
+
+def response_linear(
+    x_BSC: Tensor, grn: GlobalResponseNorm, layer: nn.Linear | nn.Conv2d, rows_BK: Tensor | None = None
+) -> Tensor:
+    """Apply GRN over a sample's sites, and a linear layer or a 1x1 convolution: ``[B, S, D]``, or ``[B, K, D]``."""
+    if use_manual_backward(x_BSC):
+        parameters = (layer.weight.flatten(1), layer.bias)
+        return ResponseLinear.apply(x_BSC, grn.weight, grn.bias, grn.eps, rows_BK, *parameters)
+    return site_linear(global_response_norm(x_BSC, grn, rows_BK), layer)
 
 
 def global_response_norm(x_BSC: Tensor, grn: GlobalResponseNorm, rows_BK: Tensor | None = None) -> Tensor:
     """Apply GRN (paper, algorithm 1) over a sample's sites, with sums in fp32, since half precision overflows."""
-    if use_manual_backward(x_BSC):
-        return ResponseNorm.apply(x_BSC, grn.weight, grn.bias, grn.eps, rows_BK)
     wide = torch.promote_types(x_BSC.dtype, torch.float32)
     energy = torch.linalg.vector_norm(x_BSC, dim=1, keepdim=True, dtype=wide)
     scale = energy / (energy.mean(dim=-1, keepdim=True) + grn.eps)
