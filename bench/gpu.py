@@ -57,7 +57,7 @@ class Kind:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of autocast."""
+        """Return the type of autocast; float32 switches it off."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def __str__(self) -> str:

@@ -227,7 +227,7 @@ def _run_action(args: argparse.Namespace) -> None:
         importlib.import_module("openmae.cli.gpu_plan").show(args.experiment_spec, args.overrides)
         return
     spec = load_spec(args.experiment_spec, args.overrides, action=args.command)
-    if missing_sources(spec, args.command):  # say so before torch is imported
+    if missing_sources(spec, args.command):  # report it before torch is imported
         with running(spec, args.command):
             check_sources(spec, args.command)
     flags = {"restart": args.restart} if args.command == "train" else {}
