@@ -39,6 +39,7 @@ ONLY_BY_NAME = {
     "decoding",
     "decoding_cost",
     "deploy",
+    "gpu",
     "plan",
     "recipes",
     "serve",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from openmae.actions import train
 from openmae.data.index import index_folder
 from openmae.data.loaders import LoaderSettings, TrainingLoader
-from openmae.data.scaled_copies import open_copies
+from openmae.data.scaled_copies import ScaledCopies, least_size
 from openmae.data.transforms import PretrainTransform
 from openmae.models.build import build_autoencoder
 from openmae.models.gpu_memory import step_memory
@@ -69,6 +69,7 @@ KINDS = (Kind("fp32"), Kind("bf16"), Kind("bf16", compiled=True))
 
 def run(quick: bool) -> Report:
     """Measure steps, runs on one and on several GPUs, and loading; compare with the CPU."""
+    quick = quick or not torch.cuda.is_available()
     archs = QUICK_ARCHS if quick else ARCHS
     rows: list[tuple[str, ...]] = []
     data: list[dict[str, Any]] = []
@@ -175,7 +176,8 @@ def _loading(quick: bool) -> Measured:
     with TemporaryDirectory() as folder:
         index = index_folder(_write_images(Path(folder) / "images", count, size), False)
         side = 32 if quick else SIDE
-        copies = open_copies(index, (side, side), 3, 0.2)
+        (Path(folder) / "copies").mkdir()
+        copies = ScaledCopies(least_size((side, side), 0.2), 3, Path(folder) / "copies", 1 << 40)
         for name, kept in (("JPEG", None), ("copies", copies)):
             settings = LoaderSettings(4 if quick else 64, Path(folder), 0.0, num_workers=workers)
             loader = TrainingLoader(index, PretrainTransform((side, side)), settings, 0, kept)

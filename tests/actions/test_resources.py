@@ -33,7 +33,7 @@ def test_the_recipe_of_a_gpu_is_planned(tmp_path: Path) -> None:
     spec, images = planned(load_spec(None, [f"dataset.train_data_sources={folder}", "train.stage=finetune", *SMALL]))
     assert (images, spec.model.num_classes, spec.train.precision) == (12, 3, "bf16")
     text = this_run(spec, images)
-    assert f"{spec.train.num_epochs} epochs of 12 images take about " in text
+    assert f". {spec.train.num_epochs} epochs of 12 images: about " in text
     assert " s on L4, " in text
 
 
@@ -44,7 +44,7 @@ def test_options_of_the_run_count() -> None:
     assert told("dataset.batch_size=4").startswith("This run: batches of 4 images in fp32 need 0.5 GiB.")
     assert "with activation checkpointing" in told("train.activation_checkpointing=true")
     two = ["train.distributed_strategy=fsdp", "train.num_gpus=2", "dataset.batch_size=1"]
-    assert told(*two) == "This run: batches of 1 images in fp16 need 0.2 GiB."
+    assert told(*two) == "This run: batches of 1 image in fp16 need 0.2 GiB."
     on_two = this_run(load_spec(None, [*SMALL, *two]), 1000)
     assert "on 2 x L4" in on_two
 
@@ -52,3 +52,7 @@ def test_options_of_the_run_count() -> None:
 def test_a_mistake_in_the_spec_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--plan", "model.arch=vit"]) == 2
     assert "model.arch" in capsys.readouterr().err
+    assert main(["train", "--plan", *SMALL, "dataset.train_data_sources=/nowhere/photos"]) == 2
+    assert "There is no file or folder /nowhere/photos." in capsys.readouterr().err
+    assert main(["train", "--plan", "--restart", *SMALL]) == 2
+    assert "not allowed with argument" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from openmae import __version__
 from openmae.cli.main import main
 from openmae.data import presence
 from openmae.errors import Preempted, RunError
+from openmae.results.status import read_status
 from openmae.spec.actions import ACTIONS
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
@@ -27,7 +28,7 @@ def action(monkeypatch):
         module = ModuleType(f"openmae.actions.{name}")
         module.run = lambda spec, **flags: run(spec)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(presence, "missing_sources", lambda *_: {})  # their data need not exist
+        monkeypatch.setattr(presence, "check_sources", lambda *_: None)  # their data need not exist
         return received
 
     return install
@@ -45,6 +46,14 @@ def test_a_wrong_path_is_reported_before_torch_is_imported(tmp_path):
     assert f"dataset.train_data_sources: There is no file or folder {tmp_path / 'photo'}." in done.stderr
     assert "Fix: Did you mean photos?" in done.stderr
     assert '"FAILURE"' in (tmp_path / "runs" / "train" / "status.json").read_text()
+
+
+@pytest.mark.integration
+def test_missing_shards_are_a_failure_once(tmp_path):
+    argv = [f"dataset.train_data_sources={tmp_path}/a-{{00..03}}.tar", f"results_dir={tmp_path / 'runs'}"]
+    assert main(["train", *argv]) == 2
+    status = [line["status"] for line in read_status(tmp_path / "runs" / "train" / "status.json")]
+    assert status == ["STARTED", "FAILURE"]
 
 
 @pytest.mark.integration

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import closing
+import shutil
+import tempfile
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +22,10 @@ from openmae.data.decode import ImageFile, Size
 from openmae.data.image_dataset import ImageDataset
 from openmae.data.index import ImageIndex, index_folder
 from openmae.data.loaders import LoaderSettings, TrainingLoader
-from openmae.data.scaled_copies import ScaledCopies, bytes_of_copies, least_size, open_copies, scaled_size
+from openmae.data.scaled_copies import ScaledCopies, bytes_of_copies, entry_of, least_size, open_copies, scaled_size
 from openmae.data.shards.indexing import index_shards
 from openmae.data.shards.packing import PackOptions, pack
+from openmae.data.shards.reading import ShardPrefetcher
 from openmae.data.transforms import EvalTransform, PretrainTransform
 from openmae.storage import cache
 
@@ -104,14 +109,15 @@ def test_a_changed_image_gets_a_new_copy(folder: Path) -> None:
     before = samples(index, copies_of(index))
     status = (folder / "photo.jpg").stat()
     content = (folder / "rotated.jpg").read_bytes()[: status.st_size].ljust(status.st_size, b"\0")
-    (folder / "photo.jpg").write_bytes(content)  # of the same size, and then of the same time
-    os.utime(folder / "photo.jpg", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (folder / "photo.jpg").write_bytes(content)  # of the same size
+    os.utime(folder / "photo.jpg", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    (folder / "small.png").chmod(0o600)  # as a copy by rsync or a backup with hard links changes the inode
     now = samples(index, copies_of(index))
     changed = [not torch.equal(a, b) for a, b in zip(before, now, strict=True)]
     assert changed == [path == "photo.jpg" for path in index.paths]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}\n", b"\xff\n123", b'{"shape": [9], "dtype": "uint8"}\n'])
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff\n123", b'{"shape": [9], "dtype": "uint8"}'])
 def test_a_damaged_copy_is_made_again(folder: Path, damage: bytes) -> None:
     index = index_folder(folder, None)
     before = samples(index, copies_of(index))
@@ -121,13 +127,16 @@ def test_a_damaged_copy_is_made_again(folder: Path, damage: bytes) -> None:
     assert stored()[0].read_bytes() == whole
 
 
-def test_copies_without_room_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_without_room_are_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     index = index_folder(folder, None)
     with cache.holding():
         unlimited = samples(index, copies_of(index))
     cache.clear()
     monkeypatch.setenv("OPENMAE_CACHE_GB", "0.00002")
     limited = copies_of(index)
+    assert "and the cache has room for 0.0 MB: the other images are decoded in every epoch." in caplog.text
     assert equal(samples(index, limited), unlimited)
     assert 0 < sum(path.stat().st_size for path in stored()) < 20_000
     monkeypatch.setattr(scaled_copies, "_RESERVE", 2**60)
@@ -145,8 +154,8 @@ def test_an_unwritable_cache_is_no_error(
     index = index_folder(folder, None)
     copies = copies_of(index)
     assert copies.folder is None
-    assert "Scaled copies of the images are not kept" in caplog.text
-    assert equal(samples(index, copies), samples(index, ScaledCopies(copies.larger_than, 3)))
+    assert "No scaled copies are added: the cache " in caplog.text
+    assert equal(samples(index, copies), samples(index, ScaledCopies(copies.least, 3)))
 
 
 def test_workers_and_a_cleared_cache_change_nothing(folder: Path, tmp_path: Path) -> None:
@@ -184,7 +193,7 @@ def test_a_copy_looks_like_the_image(folder: Path) -> None:
 def test_the_estimate_of_their_size(folder: Path) -> None:
     index = index_folder(folder, None).subset([1])
     assert index.paths == ("pages.tiff",)
-    assert bytes_of_copies(index, (36, 36), 3) == round(1.1 * 36 * 48 * 3)
+    assert bytes_of_copies(index, ScaledCopies((36, 36), 3)) == round(1.1 * 36 * 48 * 3)
 
 
 def test_other_entries_make_room(folder: Path) -> None:
@@ -194,5 +203,87 @@ def test_other_entries_make_room(folder: Path) -> None:
     (entry,) = cache.entries()
     assert (entry.kind, entry.origin, entry.in_use) == ("copies", str(folder), False)
     assert entry.size >= sum(path.stat().st_size for path in stored())
-    assert cache.room() > 0
+    assert cache.room(entry.path) == cache.room(folder) > 0
     assert cache.clear()[0] == entry.size
+
+
+def test_a_resumed_run_removes_nothing_for_copies_that_exist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_folder(folder, None)
+    with cache.holding():
+        samples(index, copies_of(index))
+        other = cache.root() / cache.REMOTE / "other"
+        cache.obtain(other, "s3://b/other", lambda part: (part / "data").write_bytes(b"x" * 10**5) and None)
+    used = sum(entry.size for entry in cache.entries())
+    monkeypatch.setenv("OPENMAE_CACHE_GB", str((used + 40_000) / 1e9))
+    assert copies_of(index).room > 0
+    assert other.exists()
+
+
+def test_a_second_run_can_use_the_copies_of_one_that_is_running(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_folder(folder, None)
+    copies = copies_of(index)
+    samples(index, copies)
+    monkeypatch.setenv("OPENMAE_CACHE_GB", "0.0003")
+    assert cache.room(entry_of(index, copies)) == 300_000, "its own copies count as taken"
+
+
+def test_copies_of_changed_images_make_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_folder(folder, None)
+    with cache.holding():
+        samples(index, copies_of(index))
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    monkeypatch.setenv("OPENMAE_CACHE_GB", "0.0001")
+    samples(index, copies_of(index))
+    assert len(stored()) == len(index), "old copies remain"
+
+
+@pytest.mark.parametrize("fault", ["lost", "cut"])
+def test_a_copy_that_cannot_be_read_is_made_again(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, centre = index_folder(folder, None), EvalTransform(SIZE)
+    copies = copies_of(index)
+    expected = samples(index, copies)
+    opened = [copies.open(index, number) for number in range(len(index))]
+    for image, path in zip(opened, stored(), strict=True):
+        if fault == "cut":
+            os.truncate(path, 300)
+        else:
+            image._file.close()  # type: ignore[attr-defined]
+            image._file = path.parent  # type: ignore[attr-defined]
+            monkeypatch.setattr(type(path), "seek", _lost, raising=False)
+    again = [centre(image) for image in opened]
+    direct = [centre(ScaledCopies(copies.least, 3).open(index, number)) for number in range(len(index))]
+    assert equal(again, direct)
+    assert equal(samples(index, copies), expected)
+
+
+def _lost(*_: object) -> int:
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def test_remote_shards_have_no_copies(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = index_folder(folder, None)
+    packed = index_shards([str(path) for path in pack(files, tmp_path / "shards", PackOptions()).shards], None, "x")
+    remote = replace(packed, prefetcher=ShardPrefetcher())
+    assert copies_of(remote).folder is None
+    assert "dataset.cache has no effect" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_of_the_cache_is_not_disturbed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_folder(folder, None)
+    shared = Path(tempfile.mkdtemp())  # pytest's folders are private
+    shared.chmod(0o755)
+    monkeypatch.setenv("OPENMAE_CACHE", str(shared))
+    with cache.holding():
+        samples(index, copies_of(index))
+    pid = os.fork()
+    if not pid:
+        code = 1
+        with suppress(BaseException):
+            os.setuid(65534)
+            code = len(cache.entries())
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    shutil.rmtree(shared)
+    assert code == 0

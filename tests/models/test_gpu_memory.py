@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -38,8 +40,19 @@ def test_half_precision_and_recomputation_save_memory(arch: str, classes: int) -
 
 
 def test_autocast_ends_with_the_count() -> None:
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
     step_memory(paper("vit_tiny_patch16"), torch.float16)
     assert not torch.is_autocast_enabled("cuda")
+    assert torch.get_autocast_dtype("cuda") == torch.bfloat16
+
+
+def test_blocks_of_a_decoder_as_wide_as_the_encoder_are_counted() -> None:
+    """They have four times as many tokens."""
+    config = ModelConfig("vit_tiny_patch16", mask_ratio=0.75, decoder_depth=2, decoder_embed_dim=192)
+    few, many = (step_memory(replace(config, decoder_depth=depth), recompute=True) for depth in (2, 3))
+    tokens = 197 * 192 * 4
+    assert many.image - few.image == pytest.approx(tokens, rel=0.01), "the input of one more block"
+    assert few.image > 10 * tokens, "the activations of the largest block"
 
 
 @given(st.integers(0, 2**37), st.floats(1e3, 1e10), st.floats(1, 1000))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from openmae.spec.choices import Facts
 from openmae.spec.describe import fields, traits
 from openmae.spec.load import check, choices_of, load_spec, to_dict, to_yaml
-from openmae.spec.recipe import FEW_LABELS, choose, keep
+from openmae.spec.recipe import FEW_LABELS, choose, estimate, keep
 from openmae.spec.tree import flatten, get, value_of
 
 LAPTOP = Facts(images=1300, val_images=500, side=32, on_gpu=False, fast_bf16=True)
@@ -74,9 +74,11 @@ def chosen(facts: Facts, *overrides: str, stage: str = "pretrain") -> dict[str, 
             {"train.num_epochs": 90, "train.optim.warmup_steps": 450, "train.checkpoint_interval": 1},
         ),
         (Facts(images=100, seconds_per_image=0.01), ["dataset.batch_size=10"], {"train.checkpoint_interval": 20}),
-        (LARGE, [], {"dataset.cache": "on", "train.num_epochs": 112}),
+        (LARGE, [], {"dataset.cache": "on", "train.num_epochs": 111}),
         (LARGE, ["dataset.cache=auto"], {"dataset.cache": "on"}),
         (LARGE, ["train.num_epochs=1"], {"dataset.cache": None}),
+        (replace(LARGE, images=20_000), [], {"dataset.cache": None, "train.num_epochs": 2}),
+        (replace(LARGE, images=20_000), ["train.num_epochs=5"], {"dataset.cache": "on"}),
         (replace(LARGE, seconds_saved=0.001), [], {"dataset.cache": None, "train.num_epochs": 56}),
         (replace(LARGE, room=10**8), [], {"dataset.cache": "off", "train.num_epochs": 56}),
         (LAPTOP, ["train.num_epochs=100"], {"train.validation_interval": 5}),
@@ -253,7 +255,15 @@ def test_choices_are_recorded_with_reasons():
 def test_why_decoded_images_are_kept_or_not():
     spec, full = (choose(load_spec(None), facts) for facts in (LARGE, replace(LARGE, room=10**8)))
     assert spec.chosen["dataset.cache"] == "decoding images once saves 50% of the time; their copies take 2 GB"
-    assert full.chosen["dataset.cache"] == ("scaled copies of the images take 2 GB, and the cache has room for 0.1 GB")
+    assert full.chosen["dataset.cache"] == "scaled copies of the images take 2 GB, and the cache has room for 0.1 GB"
+    unusable = choose(load_spec(None), replace(LARGE, room=0))
+    assert unusable.chosen["dataset.cache"] == "the cache cannot be used, or is full"
+
+
+def test_the_announced_duration_includes_the_epoch_that_makes_the_copies():
+    facts = replace(LARGE, images=10_000)
+    spec = choose(load_spec(None, ["train.num_epochs=5"]), facts)
+    assert estimate(spec, facts, 5) == pytest.approx(10_000 * (0.032 + 4 * 0.016))
 
 
 def test_a_long_run_is_cut_to_the_budget_and_says_so():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from openmae.storage import layout
 from openmae.training.pretrain import PretrainTask
 
 Result = TypeVar("Result")
+
+log = logging.getLogger("openmae")
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,15 @@ class Request:
         """Return the precision that the model was trained in, if this device computes it fast; otherwise fp32."""
         if self.model.network is None:  # an exported model has its own
             return "fp32"
-        on_gpu = torch.cuda.is_available()
-        trained = acting_precision(str(get(self.info.spec, "train.precision")), sharded=False, on_gpu=on_gpu)
-        return trained if trained == "fp16" or (trained == "bf16" and has_fast_bf16(on_gpu)) else "fp32"
+        on_gpu, own = torch.cuda.is_available(), getattr(self.spec, self.action)
+        sharded = get(self.info.spec, "train.distributed_strategy") == "fsdp"
+        precision = acting_precision(str(get(self.info.spec, "train.precision")), sharded, on_gpu)
+        if precision == "bf16" and not on_gpu and own.num_gpus * own.num_nodes > 1:
+            return "fp32"  # each process would measure for itself
+        if precision == "fp16" or (precision == "bf16" and has_fast_bf16(on_gpu)):
+            log.info("Computing in %s, as in training.", precision)
+            return precision
+        return "fp32"
 
     def launch(self, this_run: Run, work: Callable[[Fabric, Request], Result]) -> Result:
         """Write ``experiment.yaml``, and run ``work`` on the devices of the spec."""

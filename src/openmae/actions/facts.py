@@ -21,7 +21,7 @@ from openmae.checkpoints.format import read_config
 from openmae.data.decode import CorruptImage
 from openmae.data.image_dataset import Batch, ImageDataset
 from openmae.data.index import ImageIndex
-from openmae.data.scaled_copies import ScaledCopies, bytes_of_copies, least_size
+from openmae.data.scaled_copies import ScaledCopies, bytes_of_copies, entry_of, least_size
 from openmae.data.transforms import rng_at
 from openmae.distributed.launch import DTYPES, acting_precision
 from openmae.errors import CheckpointError
@@ -38,7 +38,7 @@ from openmae.spec.recipe import choose
 from openmae.spec.schema import ExperimentSpec
 from openmae.storage import cache
 from openmae.storage.encryption import Key
-from openmae.training.optim import build_adamw
+from openmae.training.optim import build_adamw, freeze
 from openmae.training.tasks import build_task
 
 _SAMPLE = 64  # images whose size is read
@@ -67,7 +67,8 @@ def decide(spec: ExperimentSpec, train: ImageIndex, val: ImageIndex | None, key:
     facts = find_facts(spec, train, val, key)
     chosen = choose(spec, facts)
     check(chosen)
-    if {"dataset.batch_size", "train.num_epochs", "train.precision"} & chosen.chosen.keys():
+    large = (facts.side or 0) >= _CHEAP_SIDE and spec.train.recipe == "auto" and not spec.is_set("dataset.cache")
+    if large or {"dataset.batch_size", "train.num_epochs", "train.precision"} & chosen.chosen.keys():
         facts = measure(spec, facts, train)
         chosen = choose(spec, facts)
         check(chosen)
@@ -108,7 +109,7 @@ def _per_class(index: ImageIndex) -> int:
 def _side(index: ImageIndex) -> int | None:
     """Return the median of the shorter sides of some images; None if none can be read."""
     sides = []
-    for number in _spread(len(index), _SAMPLE):
+    for number in index.spread(_SAMPLE):
         with suppress(CorruptImage), index.open(number) as file:
             sides.append(min(file.size))
     return int(statistics.median(sides)) if sides else None
@@ -191,16 +192,16 @@ def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex, count: 
     if not alone and facts.on_gpu:
         return facts
     facts = replace(facts, seconds_per_image=_with_loading(spec, facts, seconds, loading))
-    if (facts.side or 0) < _CHEAP_SIDE:
+    if (facts.side or 0) < _CHEAP_SIDE or index.remote:
         return facts
     augmentation = spec.dataset.augmentation
-    size = least_size(augmentation.size, augmentation.min_scale)
-    faster = _with_loading(spec, facts, seconds, min(loading, _seconds_from_copies(spec, index)))
+    copies = ScaledCopies(least_size(augmentation.size, augmentation.min_scale), spec.model.in_chans)
+    faster = _with_loading(spec, facts, seconds, min(loading, _seconds_from_copies(spec, index, copies)))
     return replace(
         facts,
         seconds_saved=(facts.seconds_per_image or 0.0) - faster,
-        copies=facts.copies or bytes_of_copies(index, size, spec.model.in_chans),
-        room=facts.room or cache.room(),
+        copies=bytes_of_copies(index, copies),
+        room=cache.room(entry_of(index, copies)),
     )
 
 
@@ -211,12 +212,10 @@ def _with_loading(spec: ExperimentSpec, facts: Facts, seconds: float, loading: f
     return seconds + loading / usable_cores()
 
 
-def _seconds_from_copies(spec: ExperimentSpec, index: ImageIndex) -> float:
+def _seconds_from_copies(spec: ExperimentSpec, index: ImageIndex, copies: ScaledCopies) -> float:
     """Return the seconds that it takes to load an image from its scaled copy."""
-    augmentation, transform = spec.dataset.augmentation, train_transform(spec)
-    copies = ScaledCopies(least_size(augmentation.size, augmentation.min_scale), spec.model.in_chans)
-    found = []
-    for number in _spread(len(index), _MEASURED):
+    transform, found = train_transform(spec), []
+    for number in index.spread(_MEASURED):
         with suppress(CorruptImage):
             found.append(copies.open(index, number))
     began = time.perf_counter()
@@ -228,12 +227,7 @@ def _seconds_from_copies(spec: ExperimentSpec, index: ImageIndex) -> float:
 def _load(spec: ExperimentSpec, index: ImageIndex, count: int) -> Batch:
     """Load some images as training does; those that cannot be read are left out."""
     data = ImageDataset(index, train_transform(spec), spec.train.seed)
-    return data.collate([data[0, number] for number in _spread(len(index), count)])
-
-
-def _spread(count: int, most: int) -> range:
-    """Return at most ``most`` of the numbers below ``count``, at equal distances."""
-    return range(0, count, max(1, -(-count // most)))
+    return data.collate([data[0, number] for number in index.spread(count)])
 
 
 class _Step:
@@ -249,6 +243,7 @@ class _Step:
         precision = acting_precision(spec.train.precision, sharded, device.type == "cuda")
         self._autocast = torch.autocast(device.type, DTYPES[precision], precision != "fp32")
         model = build_classifier(config) if config.num_classes else build_autoencoder(config)
+        freeze(model, spec.train.freeze)
         if spec.train.activation_checkpointing:
             recompute_activations(model)
         self._model = model.to(device).train()

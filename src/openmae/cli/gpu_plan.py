@@ -17,9 +17,12 @@ def show(spec_file: Path | None, overrides: Sequence[str]) -> None:
     """Print the table for a spec, and what the spec itself needs."""
     from openmae.actions.resources import HEADS, planned, rows, this_run
     from openmae.cli.output import print_table
+    from openmae.data.presence import check_sources
     from openmae.spec.load import load_spec
 
-    spec, images = planned(load_spec(spec_file, overrides))
+    spec = load_spec(spec_file, overrides)
+    check_sources(spec, "train")
+    spec, images = planned(spec)
     height, width = spec.dataset.augmentation.size
     title = f"{spec.train.stage} {spec.model.arch}, {height} x {width} px"
     if spec.train.stage == "pretrain":

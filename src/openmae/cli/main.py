@@ -21,7 +21,7 @@ from typing import NoReturn
 from openmae._version import __version__
 from openmae.cli import automl, cache, completion, dataset, info, jobs, models, serve, skill, spec
 from openmae.cli.parser import ACTIONS, Parser, add_spec_arguments, nearest
-from openmae.errors import OpenMAEError, Preempted
+from openmae.errors import DataError, OpenMAEError, Preempted
 from openmae.main_guard import end_if_rerun
 from openmae.results.console import notices_on_stderr
 from openmae.results.streams import OutputLostError, guarded, open_standard_streams
@@ -172,8 +172,9 @@ def _add_action_arguments(parser: Parser, action: str) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _ACTION_HELP.format(action=action, example=_example(TABLE[action]))
     if action == "train":
-        parser.add_argument("--restart", action="store_true", help=_RESTART)
-        parser.add_argument("--plan", action="store_true", help=_PLAN)
+        group = parser.add_mutually_exclusive_group()
+        group.add_argument("--restart", action="store_true", help=_RESTART)
+        group.add_argument("--plan", action="store_true", help=_PLAN)
     add_spec_arguments(parser)
     parser.set_defaults(run=_run_action)
 
@@ -219,7 +220,7 @@ def _refuse_unrecognized(parser: Parser, args: argparse.Namespace, rest: Sequenc
 
 def _run_action(args: argparse.Namespace) -> None:
     from openmae.actions.run import running
-    from openmae.data.presence import check_sources, missing_sources
+    from openmae.data.presence import check_sources
     from openmae.spec.load import load_spec
 
     _hide_secrets()
@@ -227,9 +228,11 @@ def _run_action(args: argparse.Namespace) -> None:
         importlib.import_module("openmae.cli.gpu_plan").show(args.experiment_spec, args.overrides)
         return
     spec = load_spec(args.experiment_spec, args.overrides, action=args.command)
-    if missing_sources(spec, args.command):  # report it before torch is imported
-        with running(spec, args.command):
-            check_sources(spec, args.command)
+    try:
+        check_sources(spec, args.command)  # before torch is imported
+    except DataError:
+        with running(spec, args.command):  # it also goes into status.json
+            raise
     flags = {"restart": args.restart} if args.command == "train" else {}
     importlib.import_module(f"openmae.actions.{args.command}").run(spec, **flags)
 

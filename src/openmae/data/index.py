@@ -80,6 +80,11 @@ class ImageIndex:
         return printable_name(str(self.root))
 
     @property
+    def remote(self) -> bool:
+        """Whether the images are downloaded while they are used."""
+        return False
+
+    @property
     def unlabelled(self) -> list[int]:
         """The images without a label, by number; empty for an unlabelled source."""
         return [number for number, label in enumerate(self.labels or ()) if label < 0]
@@ -119,11 +124,15 @@ class ImageIndex:
         """Return a text that changes whenever the content of image ``number`` does; raise OSError if it is gone."""
         path = self.file(number)
         status = os.stat(path)
-        return f"{path}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
+        return f"{path}-{status.st_size}-{status.st_mtime_ns}"
 
     def key(self, number: int) -> str:
         """Return the path of image ``number`` in the data set, the same for files and shards."""
         return self.paths[number]
+
+    def spread(self, most: int) -> range:
+        """Return at most ``most`` of the images, by number, at equal distances."""
+        return range(0, len(self), max(1, -(-len(self) // most)))
 
     def subset(self, numbers: Numbers) -> Self:
         """Return an index of only the images ``numbers``, in that order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from timm.models.convnext import ConvNeXtBlock
@@ -36,12 +38,24 @@ def recompute_activations(model: nn.Module) -> None:
     """Let each block keep only its input for the backward pass, and compute its activations again there.
 
     Results do not change, since the random numbers of drop path are drawn again. A step computes the forward pass of
-    the blocks twice, which is a quarter of its work (Chen et al. 2016, arXiv:1604.06174). The last block of a
+    the blocks twice, a third more work (Chen et al. 2016, arXiv:1604.06174). The last block of a
     self-attention decoder is not called, and keeps its activations.
     """
     for block in blocks_of(model):
         setattr(block, "recomputes", True)  # noqa: B010 (residual_branch reads it; attributes are typed as tensors)
         setattr(block, "forward", partial(checkpoint, block.forward, use_reentrant=False))  # noqa: B010
+
+
+@contextmanager
+def keeping_activations(block: nn.Module) -> Iterator[None]:
+    """Let a block keep its activations within the ``with`` block, after ``recompute_activations``."""
+    forward = block.__dict__.pop("forward")
+    setattr(block, "recomputes", False)  # noqa: B010
+    try:
+        yield
+    finally:
+        block.__dict__["forward"] = forward
+        setattr(block, "recomputes", True)  # noqa: B010
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -1,8 +1,8 @@
 """Hand-written backward passes for CPU training, which are faster than autograd and equal up to rounding.
 
 They are used if :func:`use_manual_backward` is true. Otherwise (models in half precision, CUDA, compilation, export, no
-gradients) the caller runs its plain PyTorch code, which these functions are tested against. With autocast, only products
-with a linear layer are in bfloat16: oneDNN's convolutions of small maps and sums are not faster in it.
+gradients) the caller runs its plain PyTorch code, which these functions are tested against. With autocast, only linear
+layers are computed in bfloat16: oneDNN's convolutions of small maps and sums are not faster in it.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from openmae.models.blocks import blocks_of, recompute_activations
+from openmae.models.blocks import blocks_of, keeping_activations, recompute_activations
 from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
+from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import count_visible, mask_from_noise
 from openmae.models.memory import LiveMemory
 from openmae.spec.costs import STATE_BYTES, USABLE
@@ -70,8 +71,8 @@ def step_memory(config: ModelConfig, dtype: torch.dtype = torch.float32, *, reco
             return StepMemory(STATE_BYTES * trained, _per_image(model, config, dtype))
         recompute_activations(model)
         inputs, largest = _per_image(model, config, dtype), 0.0
-        for block in _distinct(blocks_of(model)):
-            with _keeping(block):
+        for block in _distinct(model):
+            with keeping_activations(block):
                 largest = max(largest, _per_image(model, config, dtype) - inputs)
         return StepMemory(STATE_BYTES * trained, inputs + largest)
 
@@ -120,6 +121,7 @@ class _FusedAttention(TorchFunctionMode):
 @contextmanager
 def _autocast(dtype: torch.dtype) -> Iterator[None]:
     """Do what ``torch.autocast("cuda", dtype)`` does where there is a GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", dtype is not torch.float32)
     torch.set_autocast_dtype("cuda", dtype)
     torch.autocast_increment_nesting()
@@ -128,21 +130,15 @@ def _autocast(dtype: torch.dtype) -> Iterator[None]:
     finally:
         if torch.autocast_decrement_nesting() == 0:
             torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
-def _distinct(blocks: list[nn.Module]) -> list[nn.Module]:
-    """Return one block of each size; those of a stage have the same."""
-    return list({sum(p.numel() for p in block.parameters()): block for block in reversed(blocks)}.values())
-
-
-@contextmanager
-def _keeping(block: nn.Module) -> Iterator[None]:
-    """Let one block keep its activations."""
-    forward = block.__dict__.pop("forward")
-    setattr(block, "recomputes", False)  # noqa: B010
-    try:
-        yield
-    finally:
-        block.__dict__["forward"] = forward
-        setattr(block, "recomputes", True)  # noqa: B010
+def _distinct(model: nn.Module) -> list[nn.Module]:
+    """Return one block of each size, of encoder and decoder; those of a stage have the same."""
+    parts = [model.encoder, model.decoder] if isinstance(model, MaskedAutoencoder) else [model]
+    found: dict[tuple[int, int], nn.Module] = {}
+    for number, part in enumerate(parts):
+        for block in blocks_of(part):
+            found.setdefault((number, sum(p.numel() for p in block.parameters())), block)
+    return list(found.values())

@@ -18,7 +18,7 @@ class LiveMemory(TorchDispatchMode):
 
     Attributes:
         bytes: alive now.
-        peak: the most that was alive at once since the last ``restart``.
+        peak: the most that was alive at once.
 
     Example:
         >>> with LiveMemory() as memory:
@@ -33,10 +33,6 @@ class LiveMemory(TorchDispatchMode):
         self._known: set[int] = set()
         for tensor in tensors:
             self._count(tensor)
-
-    def restart(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self.bytes
 
     def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count its results."""

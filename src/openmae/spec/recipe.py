@@ -39,6 +39,7 @@ _MOST_EPOCHS = 1000
 _CHECKPOINT_SECONDS = 20  # between two checkpoints
 _VALIDATION_COST = {"pretrain": 1.0, "finetune": 0.4}  # of an image, as a share of its training
 _VALIDATION = "train.validation_interval"
+_FEW_EPOCHS = 3  # of a run that gains from copies of the images
 _WORTH_CACHING = 0.1  # share of the time that copies of the images must save
 
 
@@ -179,6 +180,9 @@ def _batch(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
         fits = _power_of_two(max(int(_USABLE * free / facts.bytes_per_image), 2))
         if fits < size:
             size, reason = fits, f"an image takes {facts.bytes_per_image / 2**20:.0f} MiB of memory in training"
+        if free <= 0:
+            needed, there = (f"{number / 2**30:.1f} GiB" for number in (facts.bytes_of_state, facts.free_memory))
+            reason = f"weights and optimizer need {needed} of {there} of memory: use a smaller model, or fsdp"
     if spec.train.stage == "finetune" and spec.dataset.augmentation.mixes:
         size = even(size)
     yield Choice(_BATCH, size, reason)
@@ -208,13 +212,19 @@ def _learning_rate(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
 
 def _cache(spec: ExperimentSpec, facts: Facts) -> Iterator[Choice]:
     """Decode large images once, if their copies fit and that saves a noticeable part of the time."""
-    key, once = "dataset.cache", spec.is_set("train.num_epochs") and spec.train.num_epochs == 1
-    if not facts.copies or not facts.seconds_per_image:
+    if not facts.copies or not facts.images or not facts.seconds_per_image:
         return
-    share, size = facts.seconds_saved / facts.seconds_per_image, f"{facts.copies / 1e9:.2g} GB"
-    if once or share < _WORTH_CACHING:
+    key, size, epochs = "dataset.cache", f"{facts.copies / 1e9:.2g} GB", _FEW_EPOCHS
+    if spec.is_set("train.num_epochs"):
+        epochs = spec.train.num_epochs
+    elif facts.images * facts.seconds_per_image * epochs > 60 * BUDGET[spec.train.stage][bool(facts.on_gpu)]:
+        return  # the run will be too short to read the copies often
+    share = facts.seconds_saved / facts.seconds_per_image
+    if share * (1 - 1 / epochs) < _WORTH_CACHING:
         return
-    if facts.copies > facts.room:
+    if not facts.room:
+        yield Choice(key, "off", "the cache cannot be used, or is full")
+    elif facts.copies > facts.room:
         reason = f"scaled copies of the images take {size}, and the cache has room for {facts.room / 1e9:.2g} GB"
         yield Choice(key, "off", reason)
     else:
@@ -259,7 +269,8 @@ def estimate(spec: ExperimentSpec, facts: Facts, epochs: int) -> float:
     validations = epochs / max(1, epochs // 20 if not spec.is_set(_VALIDATION) else spec.train.validation_interval)
     share = _VALIDATION_COST[spec.train.stage]
     images = (facts.images or 0) * epochs + facts.val_images * validations * share
-    return _seconds_per_image(spec, facts) * images
+    first = (facts.images or 0) * facts.seconds_saved if spec.dataset.cache == "on" else 0.0  # it makes the copies
+    return _seconds_per_image(spec, facts) * images + first
 
 
 def _seconds_per_image(spec: ExperimentSpec, facts: Facts) -> float:

@@ -17,7 +17,7 @@ _MONITOR = "train.optim.monitor_name"
 def resolve(spec: ExperimentSpec) -> tuple[ExperimentSpec, list[str]]:
     """Return the spec with all dependent values, and a notice for each value of the user that another one replaces."""
     if spec.dataset.cache == "auto":  # train.recipe decides, as if it were not set
-        spec = spec.with_set_keys(spec.set_keys - {"dataset.cache"})
+        spec = spec.replaced({"dataset.cache": "off"}).with_set_keys(spec.set_keys - {"dataset.cache"})
     spec = fill_unset(spec)
     sizes = {key: size for key, size in calibration_sizes(spec).items() if not spec.is_set(key)}
     spec, notices = _apply_checkpointer(spec.replaced({**device_numbers(spec), **sizes}))

@@ -205,10 +205,13 @@ def mark_complete(entry: Path, origin: str) -> None:
     write_atomically(entry / MARKER, json.dumps(facts))
 
 
-def grow(entry: Path, origin: str, wanted: int) -> int:
-    """Lock an entry that grows while it is used, created if missing; return how many bytes may be added.
+def grow(entry: Path, origin: str, wanted: int) -> tuple[int, int]:
+    """Lock an entry that grows while it is used, created if missing.
 
-    The least recently used entries are deleted until there is room for ``wanted`` bytes.
+    The least recently used entries are deleted until it has room for ``wanted`` bytes.
+
+    Returns:
+        How many bytes may be added, and how many it has.
 
     Raises:
         DataError: the cache is not a readable folder.
@@ -217,19 +220,26 @@ def grow(entry: Path, origin: str, wanted: int) -> int:
     while not use(entry):
         entry.mkdir(mode=0o700, parents=True, exist_ok=True)
         mark_complete(entry, origin)
-    return max(0, min(limit() - _evict(wanted), shutil.disk_usage(entry).free))
+    taken = _size_below(entry)
+    missing = max(0, wanted - taken)
+    return max(0, min(limit() - _evict(missing), shutil.disk_usage(entry).free)), taken
 
 
-def room() -> int:
-    """Return how many bytes an entry may have if all that are not in use are deleted; 0 if the cache is unusable."""
-    kept, free = 0, 0
+def room(entry: Path) -> int:
+    """Return how many bytes ``entry`` may have if others that are not in use are deleted; 0 if the cache is unusable.
+
+    Raises:
+        DataError: ``$OPENMAE_CACHE_GB`` is not a positive number.
+    """
+    bound, kept, free = limit(), 0, 0
     with suppress(DataError, OSError):
         root().mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root()).free
-        for entry in entries():
-            kept += 0 if entry.removable else entry.size
-            free += entry.size if entry.removable else 0
-        return max(0, min(limit() - kept, free))
+        for other in entries():
+            stays = not other.removable and other.path != entry
+            kept += other.size if stays else 0
+            free += 0 if stays else other.size
+        return max(0, min(bound - kept, free))
     return 0
 
 
@@ -290,7 +300,7 @@ def entries() -> list[Entry]:
             if path.name.startswith(_TRASH):
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_dir() and not path.is_symlink():
-                with suppress(FileNotFoundError):  # deleted meanwhile
+                with suppress(FileNotFoundError, PermissionError):  # deleted meanwhile, or another user's
                     found.append(_read_entry(path))
     return sorted(found, key=lambda entry: -entry.used)
 

@@ -63,6 +63,11 @@ class ShardedIndex(ImageIndex):
         """Name of the source in messages."""
         return self.pattern
 
+    @property
+    def remote(self) -> bool:
+        """Whether the shards are downloaded while they are used."""
+        return self.prefetcher is not None
+
     def full_name(self, number: int) -> str:
         """Return the printable name of image ``number``, unambiguous among several data sets."""
         return f"{self._shard(number).shown}{MEMBER}{printable_name(self.key(number))}"

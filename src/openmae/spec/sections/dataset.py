@@ -125,8 +125,8 @@ class DatasetSpec(Section):
     )
     batch_size: Count = option(1, "images per batch and device", popular=True, recipe=True)
     num_workers_per_gpu: int = option(2, "workers that load images, per device", ge=0, le=256, **EXECUTION)
-    cache: Literal["auto", "on", "off"] = option(
-        "auto",
+    cache: Literal["off", "auto", "on"] = option(
+        "off",
         "make training samples from scaled copies of the images, which are kept in the cache",
         recipe=True,
         tao="lacks",

@@ -197,7 +197,7 @@ class TrainSpec(Section):
     )
     activation_checkpointing: bool = option(
         False,
-        "compute the activations of each block again in the backward pass: less memory, a quarter more work",
+        "compute the activations of each block again in the backward pass: less memory, a third more work",
         tao="lacks",
         **EXECUTION,
     )
