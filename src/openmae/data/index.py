@@ -81,7 +81,7 @@ class ImageIndex:
 
     @property
     def remote(self) -> bool:
-        """Whether the images are downloaded while they are used."""
+        """True if the images are downloaded while they are used."""
         return False
 
     @property

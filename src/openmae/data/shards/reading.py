@@ -65,7 +65,7 @@ class ShardedIndex(ImageIndex):
 
     @property
     def remote(self) -> bool:
-        """Whether the shards are downloaded while they are used."""
+        """True if the shards are downloaded while they are used."""
         return self.prefetcher is not None
 
     def full_name(self, number: int) -> str:
