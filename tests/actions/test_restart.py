@@ -151,6 +151,7 @@ def test_only_the_leading_process_renames(arguments, earlier, tmp_path, monkeypa
 )
 def test_what_cannot_be_renamed_is_refused(overrides, problem, fix, arguments, earlier, refused, capsys):
     values = {"checkpoint": list_checkpoints(earlier)[-1], "folder": earlier}
+    (earlier / "held_out").mkdir()
     capsys.readouterr()
     text = refused("train", [*arguments, "--restart", *(item.format(**values) for item in overrides)])
     assert problem.format(**values) in text
