@@ -6,12 +6,12 @@ import sys
 
 import torch
 
-from openmae.models.build import ModelConfig
 from openmae.models.gpu_memory import StepMemory, step_memory
-from openmae.spec.architectures import ARCHITECTURES, get_architecture
+from openmae.spec.architectures import ARCHITECTURES
 from openmae.spec.costs import GPU_SIZES, USABLE
 
 from .report import Report
+from .steps import paper_config
 
 _MIB = 2**20
 
@@ -39,13 +39,6 @@ def run(quick: bool) -> Report:
         f"{1 - USABLE:.0%} of the memory for CUDA and temporary tensors.",
     ]
     return Report("Memory of pretraining on a GPU", columns, rows, data, notes)
-
-
-def paper_config(arch: str, side: int = 224) -> ModelConfig:
-    """Return the configuration of an architecture in its paper, for images of ``side`` x ``side`` pixels."""
-    row = get_architecture(arch)
-    decoder = {"decoder_depth": row.decoder_depth, "decoder_embed_dim": row.decoder_embed_dim}
-    return ModelConfig(arch, (side, side), mask_ratio=row.mask_ratio, **decoder)
 
 
 def _batches(half: StepMemory, recomputed: StepMemory, gib: float) -> str:

@@ -16,9 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from openmae.actions import train
@@ -36,9 +34,10 @@ from openmae.spec.load import load_spec
 from openmae.storage import layout
 
 from . import steps
-from .batches import paper_config
+from .input import write_photographs
 from .measure import compare
 from .report import Report
+from .steps import paper_config
 
 SIDE = 224
 ARCHS = {"vit_base_patch16": 256, "hiera_base_224": 128, "convnextv2_tiny": 256}  # images per batch
@@ -148,9 +147,10 @@ def _runs(quick: bool) -> Measured:
     gpus = torch.cuda.device_count()
     arch, batch = next(iter((QUICK_ARCHS if quick else ARCHS).items()))
     with TemporaryDirectory() as folder:
-        images = _write_images(
-            Path(folder) / "images", batch * (2 if quick else 6 * max(gpus, 1)), 64 if quick else 256
-        )
+        images = Path(folder) / "images"
+        images.mkdir()
+        side, count = (64, 2 * batch) if quick else (256, 6 * batch * max(gpus, 1))
+        write_photographs(images, (side, side), count)
         wanted = [("ddp", 1)] if quick else dict.fromkeys(itertools.product(("ddp", "fsdp"), (1, max(gpus, 1))))
         for strategy, processes in wanted:
             results = Path(folder) / f"{strategy}-{processes}"
@@ -174,13 +174,15 @@ def _loading(quick: bool) -> Measured:
     """Measure the loader: from JPEG files, and from scaled copies in its second epoch."""
     size, count, workers = (64, 8, 0) if quick else (1080, 256, 8)
     with TemporaryDirectory() as folder:
-        index = index_folder(_write_images(Path(folder) / "images", count, size), False)
-        side = 32 if quick else SIDE
-        (Path(folder) / "copies").mkdir()
-        copies = ScaledCopies(least_size((side, side), 0.2), 3, Path(folder) / "copies", 1 << 40)
-        for name, kept in (("JPEG", None), ("copies", copies)):
+        images, kept = Path(folder) / "images", Path(folder) / "copies"
+        images.mkdir()
+        kept.mkdir()
+        write_photographs(images, (size, size), count)
+        index, side = index_folder(images, False), 32 if quick else SIDE
+        copies = ScaledCopies(least_size((side, side), 0.2), 3, kept, room=1 << 40)
+        for name, source in (("JPEG", None), ("copies", copies)):
             settings = LoaderSettings(4 if quick else 64, Path(folder), 0.0, num_workers=workers)
-            loader = TrainingLoader(index, PretrainTransform((side, side)), settings, 0, kept)
+            loader = TrainingLoader(index, PretrainTransform((side, side)), settings, 0, source)
             try:
                 speed = max(_epoch(loader, epoch) for epoch in range(3))
             finally:
@@ -192,18 +194,6 @@ def _loading(quick: bool) -> Measured:
 def _epoch(loader: TrainingLoader, epoch: int) -> float:
     began, images = time.perf_counter(), sum(len(batch.images) for batch in loader.from_position(epoch, 0))
     return images / (time.perf_counter() - began)
-
-
-def _write_images(folder: Path, count: int, size: int) -> Path:
-    """Write JPEG files with the detail of a photo, more or less: noise at several scales."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        layers = [rng.normal(0, 128 / 2**n, (size // 2**n or 1, size // 2**n or 1, 3)) for n in range(5)]
-        scaled = [np.kron(layer, np.ones((2**n, 2**n, 1)))[:size, :size] for n, layer in enumerate(layers)]
-        pixels = 128 + sum(np.pad(s, [(0, size - s.shape[0]), (0, size - s.shape[1]), (0, 0)]) for s in scaled)
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=85)
-    return folder
 
 
 @dataclass

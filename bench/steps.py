@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -36,16 +37,15 @@ def build(arch: str, side: int, mask_ratio: float, attention: Literal["self", "c
     ``attention`` "cross" replaces the paper's decoder by CrossMAE's of the same depth and width.
     """
     torch.manual_seed(0)
-    row = get_architecture(arch)
-    config = ModelConfig(
-        arch,
-        (side, side),
-        mask_ratio=mask_ratio,
-        decoder_depth=row.decoder_depth,
-        decoder_embed_dim=row.decoder_embed_dim,
-        decoder_attention=attention,
-    )
+    config = replace(paper_config(arch, side), mask_ratio=mask_ratio, decoder_attention=attention)
     return build_autoencoder(config).to(device())
+
+
+def paper_config(arch: str, side: int = 224) -> ModelConfig:
+    """Return the configuration of an architecture in its paper, for images of ``side`` x ``side`` pixels."""
+    row = get_architecture(arch)
+    decoder = {"decoder_depth": row.decoder_depth, "decoder_embed_dim": row.decoder_embed_dim}
+    return ModelConfig(arch, (side, side), mask_ratio=row.mask_ratio, **decoder)
 
 
 def random_images(batch: int, side: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from openmae.data.decode import ImageFile, Size
 from openmae.data.image_dataset import ImageDataset
 from openmae.data.index import ImageIndex, index_folder
 from openmae.data.loaders import LoaderSettings, TrainingLoader
-from openmae.data.scaled_copies import ScaledCopies, bytes_of_copies, entry_of, least_size, open_copies, scaled_size
+from openmae.data.scaled_copies import ScaledCopies, bytes_of_copies, entry_of, kept_in_cache, least_size, scaled_size
 from openmae.data.shards.indexing import index_shards
 from openmae.data.shards.packing import PackOptions, pack
 from openmae.data.shards.reading import ShardPrefetcher
@@ -59,7 +60,7 @@ def samples(index: ImageIndex, copies: ScaledCopies | None, epoch: int = 0) -> l
 
 
 def copies_of(index: ImageIndex) -> ScaledCopies:
-    return open_copies(index, SIZE, 3, 0.2)
+    return kept_in_cache(ScaledCopies(least_size(SIZE, 0.2), 3), index)
 
 
 def stored() -> list[Path]:
@@ -186,7 +187,7 @@ def test_a_copy_looks_like_the_image(folder: Path) -> None:
     photo = index.paths.index("photo.jpg")
     with index.open(photo) as image:
         direct = centre(image).float()
-    copied = centre(open_copies(index, (64, 64), 3, 0.2).open(index, photo)).float()
+    copied = centre(ScaledCopies(least_size((64, 64), 0.2), 3).open(index, photo)).float()
     assert (copied - direct).abs().mean() < 2
 
 
@@ -248,17 +249,18 @@ def test_a_copy_that_cannot_be_read_is_made_again(folder: Path, fault: str, monk
         if fault == "cut":
             os.truncate(path, 300)
         else:
-            image._file.close()  # type: ignore[attr-defined]
-            image._file = path.parent  # type: ignore[attr-defined]
-            monkeypatch.setattr(type(path), "seek", _lost, raising=False)
+            monkeypatch.setattr(image, "_file", _LostFile())
     again = [centre(image) for image in opened]
     direct = [centre(ScaledCopies(copies.least, 3).open(index, number)) for number in range(len(index))]
     assert equal(again, direct)
     assert equal(samples(index, copies), expected)
 
 
-def _lost(*_: object) -> int:
-    raise OSError(errno.ESTALE, "Stale file handle")
+class _LostFile(io.RawIOBase):
+    """A file on a server that has forgotten it."""
+
+    def seek(self, *_: int) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
 
 
 def test_remote_shards_have_no_copies(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -402,17 +402,3 @@ def test_a_key_that_is_not_text():
 def test_an_impossible_path(path, reason):
     with pytest.raises(SpecError, match=f"cannot be read: {reason}"):
         load_spec(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("on", "on"), ("off", "off"), ("true", "on"), ("'On'", "on"), ("auto", "off")]
-)
-def test_on_and_off_are_no_numbers_and_no_booleans(text, value):
-    assert load_spec(None, [f"dataset.cache={text}"]).dataset.cache == value
-    with pytest.raises(SpecError, match=r"dataset.cache .override.: must be one of off, auto, on, got 1\."):
-        load_spec(None, ["dataset.cache=1"])
-
-
-def test_auto_counts_as_unset():
-    assert not load_spec(None, ["dataset.cache=auto"]).is_set("dataset.cache")
-    assert load_spec(None, ["dataset.cache=off"]).is_set("dataset.cache")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from openmae.errors import SpecError
 from openmae.spec.describe import choices, fields, traits
 from openmae.spec.load import load_spec
 from openmae.spec.schema import ExperimentSpec
@@ -119,3 +120,17 @@ def test_replaced_values_of_a_constructed_spec_do_not_count_as_set():
     assert spec.set_keys == {"train.seed"}
     assert load_spec(spec).set_keys == {"train.seed"}
     assert load_spec(spec).train.num_epochs == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("on", "on"), ("off", "off"), ("true", "on"), ("'On'", "on"), ("auto", "off")]
+)
+def test_on_and_off_are_no_numbers_and_no_booleans(text, value):
+    assert load_spec(None, [f"dataset.cache={text}"]).dataset.cache == value
+    with pytest.raises(SpecError, match=r"dataset.cache .override.: must be one of off, auto, on, got 1\."):
+        load_spec(None, ["dataset.cache=1"])
+
+
+def test_auto_counts_as_unset():
+    assert not load_spec(None, ["dataset.cache=auto"]).is_set("dataset.cache")
+    assert load_spec(None, ["dataset.cache=off"]).is_set("dataset.cache")

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from openmae.actions.sources import model_config
 from openmae.data.image_dataset import Batch
 from openmae.distributed.launch import DTYPES
-from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
+from openmae.models.build import ModelConfig, build_autoencoder, build_model
+from openmae.models.gpu_memory import move_to_fake_gpu
 from openmae.models.normalise import Normaliser
 from openmae.spec.load import load_spec
 from openmae.training.optim import build_adamw, finetuning_groups, pretraining_groups
@@ -35,16 +35,6 @@ def autocast_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
 
 
-def fake(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Return the model with fake weights on a fake GPU."""
-    previous = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        return model._apply(lambda tensor: mode.from_tensor(tensor).to(GPU))
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(previous)
-
-
 def a_batch() -> Batch:
     images = torch.zeros(IMAGES, 3, SIDE, SIDE, dtype=torch.uint8, device=GPU)
     labels = torch.zeros(IMAGES, dtype=torch.int64, device=GPU)
@@ -60,11 +50,11 @@ def test_a_step_never_waits_for_the_gpu(arch: str, stage: str, precision: str) -
     options += [f"dataset.batch_size={IMAGES}", f"model.num_classes={CLASSES}", "train.recipe=tao"]
     spec = load_spec(None, options)
     config = model_config(spec)
-    model = build_classifier(config) if config.num_classes else build_autoencoder(config)
+    model = build_model(config)
     average = ModelEmaV3(model, decay=0.99)
     with FakeTensorMode() as mode:
-        fake(model, mode)
-        fake(average, mode)
+        move_to_fake_gpu(model, mode)
+        move_to_fake_gpu(average, mode)
         task = build_task(spec, model, Normaliser(spec.dataset.augmentation.mean, spec.dataset.augmentation.std))
         if config.num_classes:
             groups = finetuning_groups(model, config, 0.05, 0.75, 1.0)
@@ -87,7 +77,7 @@ def test_features_for_the_probes_stay_on_the_gpu(arch: str) -> None:
     config = ModelConfig(arch, (SIDE, SIDE))
     model: Any = build_autoencoder(config).eval()
     with FakeTensorMode() as mode, torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        fake(model, mode)
+        move_to_fake_gpu(model, mode)
         features = model.encoder.embed(torch.zeros(IMAGES, 3, SIDE, SIDE, device=GPU))
     assert (features.device.type, len(features)) == ("cuda", IMAGES)
 

@@ -16,22 +16,23 @@ import psutil
 import torch
 from torch import Tensor
 
-from openmae.actions.sources import model_config, train_transform
+from openmae.actions.sources import model_config, train_transform, training_copies
 from openmae.checkpoints.format import read_config
 from openmae.data.decode import CorruptImage
 from openmae.data.image_dataset import Batch, ImageDataset
 from openmae.data.index import ImageIndex
-from openmae.data.scaled_copies import ScaledCopies, bytes_of_copies, entry_of, least_size
+from openmae.data.scaled_copies import ScaledCopies, bytes_of_copies, entry_of
 from openmae.data.transforms import rng_at
 from openmae.distributed.launch import DTYPES, acting_precision
 from openmae.errors import CheckpointError
 from openmae.machine import usable_cores
 from openmae.models.blocks import recompute_activations
-from openmae.models.build import build_autoencoder, build_classifier
+from openmae.models.build import build_model
 from openmae.models.memory import LiveMemory
 from openmae.models.normalise import Normaliser
 from openmae.models.operations import has_fast_bf16
-from openmae.spec.choices import Facts
+from openmae.spec.choices import Facts, processes
+from openmae.spec.costs import STATE_BYTES
 from openmae.spec.load import check
 from openmae.spec.notices import find_data_notices
 from openmae.spec.recipe import choose
@@ -45,7 +46,6 @@ _SAMPLE = 64  # images whose size is read
 _MEASURED, _MOST_MEASURED = 8, 64  # images of the first measured step, and of a later one with the chosen batch
 _MEASURED_SECONDS = 0.5  # the duration of all steps of a measurement, about
 _FASTER_STEP = 1.1  # times as fast that a training step in bf16 must be
-_STATES = 4  # values per parameter: weight, gradient, two moments
 _CHEAP_SIDE = 256  # px; smaller images are decoded fast
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -151,25 +151,33 @@ def measure(spec: ExperimentSpec, facts: Facts, index: ImageIndex) -> Facts:
     A model that trains about as fast in fp32 as in bf16 on this CPU has no fast bf16. Small steps are measured with the
     batch that is chosen, since the time per image depends on it.
     """
-    measured = _measure_step(choose(spec, facts), facts, index, _MEASURED)
+    first, from_copies = choose(spec, facts), 0.0
+    if (facts.side or 0) >= _CHEAP_SIDE and not index.remote:
+        copies = training_copies(first)
+        room = cache.room(entry_of(index, copies))
+        facts = replace(facts, copies=bytes_of_copies(index, copies), room=room)
+        from_copies = _seconds_from_copies(first, index, copies)
+    measured = _measure_step(first, facts, index, _MEASURED, from_copies)
     chosen, count = choose(spec, measured), _MEASURED
     batch = min(chosen.dataset.batch_size, _MOST_MEASURED)
     if batch != count and (measured.seconds_per_image or math.inf) * batch < _MEASURED_SECONDS:
         count = batch
-        measured = _measure_step(chosen, measured, index, count)
+        measured = _measure_step(chosen, measured, index, count, from_copies)
     if facts.on_gpu or "train.precision" not in chosen.chosen or not measured.seconds_per_image:
         return measured
     plain = replace(measured, fast_bf16=False)
-    in_fp32 = _measure_step(choose(spec, plain), plain, index, count)
+    in_fp32 = _measure_step(choose(spec, plain), plain, index, count, from_copies)
     return in_fp32 if (in_fp32.seconds_per_image or 0.0) < _FASTER_STEP * measured.seconds_per_image else measured
 
 
-def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex, count: int) -> Facts:
+def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex, count: int, from_copies: float = 0.0) -> Facts:
     """Return the facts with the memory and the duration of a training step on ``count`` images.
+
+    ``from_copies`` is how many seconds it takes to load an image from its scaled copy, if ``facts`` have copies.
 
     On several GPUs, only the memory is measured, on the CPU: a process must not use a GPU before it starts others.
     """
-    alone = spec.train.num_gpus * spec.train.num_nodes == 1
+    alone = processes(spec) == 1
     on_gpu = bool(facts.on_gpu) and alone
     device = torch.device("cuda" if on_gpu else "cpu")
     began = time.perf_counter()
@@ -191,18 +199,9 @@ def _measure_step(spec: ExperimentSpec, facts: Facts, index: ImageIndex, count: 
     facts = replace(facts, bytes_per_image=used, bytes_of_state=state)
     if not alone and facts.on_gpu:
         return facts
-    facts = replace(facts, seconds_per_image=_with_loading(spec, facts, seconds, loading))
-    if (facts.side or 0) < _CHEAP_SIDE or index.remote:
-        return facts
-    augmentation = spec.dataset.augmentation
-    copies = ScaledCopies(least_size(augmentation.size, augmentation.min_scale), spec.model.in_chans)
-    faster = _with_loading(spec, facts, seconds, min(loading, _seconds_from_copies(spec, index, copies)))
-    return replace(
-        facts,
-        seconds_saved=(facts.seconds_per_image or 0.0) - faster,
-        copies=bytes_of_copies(index, copies),
-        room=cache.room(entry_of(index, copies)),
-    )
+    total = _with_loading(spec, facts, seconds, loading)
+    saved = total - _with_loading(spec, facts, seconds, min(loading, from_copies)) if facts.copies else 0.0
+    return replace(facts, seconds_per_image=total, seconds_saved=saved)
 
 
 def _with_loading(spec: ExperimentSpec, facts: Facts, seconds: float, loading: float) -> float:
@@ -239,10 +238,10 @@ class _Step:
             spec = spec.replaced({"model.num_classes": classes, "dataset.augmentation.mixup_prob": 0.0})
         config = model_config(spec)
         sharded = spec.train.distributed_strategy == "fsdp"
-        self._shards = spec.train.num_gpus * spec.train.num_nodes if sharded else 1
+        self._shards = processes(spec) if sharded else 1
         precision = acting_precision(spec.train.precision, sharded, device.type == "cuda")
         self._autocast = torch.autocast(device.type, DTYPES[precision], precision != "fp32")
-        model = build_classifier(config) if config.num_classes else build_autoencoder(config)
+        model = build_model(config)
         freeze(model, spec.train.freeze)
         if spec.train.activation_checkpointing:
             recompute_activations(model)
@@ -258,8 +257,8 @@ class _Step:
 
     def bytes_of_state(self) -> int:
         """Return the bytes of weights, gradients and moments in each process."""
-        trained = sum(p.numel() * p.element_size() for p in self._model.parameters() if p.requires_grad)
-        return _STATES * trained // self._shards
+        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+        return STATE_BYTES * trained // self._shards
 
     def bytes_per_image(self) -> float:
         """Return the bytes that a forward and a backward pass need per image, beyond weights and gradients."""

@@ -10,7 +10,7 @@ from openmae.actions.sources import model_config, open_training_data
 from openmae.distributed.launch import DTYPES, acting_precision
 from openmae.models.gpu_memory import step_memory
 from openmae.models.operations import step_operations
-from openmae.spec.choices import Facts
+from openmae.spec.choices import Facts, processes
 from openmae.spec.costs import GPU_SIZES, GPUS, REACHED
 from openmae.spec.recipe import choose, in_words
 from openmae.spec.schema import ExperimentSpec
@@ -61,7 +61,7 @@ def this_run(spec: ExperimentSpec, images: int | None) -> str:
     sharded = train.distributed_strategy == "fsdp"
     precision = acting_precision(train.precision, sharded, on_gpu=True)
     memory = step_memory(model_config(spec), DTYPES[precision], recompute=train.activation_checkpointing)
-    gpus = train.num_gpus * train.num_nodes
+    gpus = processes(spec)
     averaged = 1.25 if train.stage == "finetune" and train.ema_decay else 1.0  # a fifth value per parameter
     memory = replace(memory, state=int(averaged * memory.state) // (gpus if sharded else 1))
     text = f"This run: batches of {counted(batch, 'image')} in {precision}"

@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from openmae.data.index import ImageIndex
 from openmae.data.loaders import LoaderSettings
 from openmae.data.open import open_index
-from openmae.data.scaled_copies import ScaledCopies, open_copies
+from openmae.data.scaled_copies import ScaledCopies, least_size
 from openmae.data.transforms import FinetuneTransform, PretrainTransform, Transform
 from openmae.errors import DataError, SpecError, blaming
 from openmae.models.build import ModelConfig
@@ -137,12 +137,10 @@ def model_config(spec: ExperimentSpec) -> ModelConfig:
     )
 
 
-def training_copies(spec: ExperimentSpec, index: ImageIndex) -> ScaledCopies:
-    """Return the scaled copies that training samples are made from; each worker may fill its share of the cache."""
+def training_copies(spec: ExperimentSpec) -> ScaledCopies:
+    """Return the scaled copies that training samples are made from, kept nowhere yet."""
     augmentation = spec.dataset.augmentation
-    workers = max(spec.dataset.num_workers_per_gpu, 1) * spec.train.num_gpus
-    scale = augmentation.min_scale
-    return open_copies(index, augmentation.size, spec.model.in_chans, scale, processes=workers)
+    return ScaledCopies(least_size(augmentation.size, augmentation.min_scale), spec.model.in_chans)
 
 
 def train_transform(spec: ExperimentSpec) -> Transform:

@@ -29,13 +29,14 @@ from openmae.checkpoints.resume import best_was_set_aside
 from openmae.checkpoints.shapes import patch_size_of
 from openmae.checkpoints.weights import load_into
 from openmae.data.loaders import EvaluationLoader, TrainingLoader
+from openmae.data.scaled_copies import kept_in_cache
 from openmae.data.transforms import EvalTransform
 from openmae.distributed.fsdp import shard
 from openmae.distributed.launch import build_fabric, check_agreement, launch
 from openmae.distributed.signals import PreemptionWatch
 from openmae.errors import CheckpointError, blaming
 from openmae.models.blocks import recompute_activations
-from openmae.models.build import build_autoencoder, build_classifier
+from openmae.models.build import build_model
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.normalise import Normaliser
 from openmae.results.metrics_csv import read_metrics
@@ -124,7 +125,7 @@ def _work(fabric: Fabric, plan: Plan) -> TrainingEnd:
     torch.backends.cudnn.benchmark = spec.train.cudnn.benchmark
     torch.backends.cudnn.deterministic = spec.train.cudnn.deterministic
     state = read_training_state(plan.resume, plan.key) if plan.resume else None
-    model = build_classifier(config) if config.num_classes else build_autoencoder(config)
+    model = build_model(config)
     weights = _initial_weights(model, plan)
     freeze(model, spec.train.freeze)
     if spec.train.activation_checkpointing:
@@ -281,7 +282,10 @@ def _schedule(spec: ExperimentSpec, processes: int, batches: int) -> Schedule:
 def _loaders(fabric: Fabric, plan: Plan) -> tuple[TrainingLoader, EvaluationLoader | None]:
     spec = plan.spec
     settings = loader_settings(spec, spec.dataset.batch_size, plan.folder, fabric)
-    copies = training_copies(spec, plan.train) if spec.dataset.cache == "on" else None
+    copies = None
+    if spec.dataset.cache == "on":
+        workers = max(spec.dataset.num_workers_per_gpu, 1) * spec.train.num_gpus
+        copies = kept_in_cache(training_copies(spec), plan.train, workers)
     train = TrainingLoader(plan.train, train_transform(spec), settings, spec.train.seed, copies)
     if plan.val is None:
         return train, None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 
-from openmae.data.archives import local_source
 from openmae.data.shards.patterns import expand_braces, is_shard_pattern
 from openmae.errors import DataError, blaming
 from openmae.spec.actions import ROWS
@@ -60,6 +59,8 @@ def check_sources(spec: ExperimentSpec, action: str) -> None:
     Raises:
         DataError: one does not exist.
     """
+    from openmae.data.archives import local_source
+
     for key in missing_sources(spec, action):
         if not is_shard_pattern(value_of(spec, key)):
             with blaming(key):

@@ -172,17 +172,11 @@ class ScaledCopies:
             self.room = 0
 
 
-def open_copies(index: ImageIndex, size: Size, in_chans: int, min_scale: float, *, processes: int = 1) -> ScaledCopies:
-    """Return the copies of the images of an index, in the cache.
+def kept_in_cache(copies: ScaledCopies, index: ImageIndex, processes: int = 1) -> ScaledCopies:
+    """Return ``copies`` with a folder for those of an index in the cache.
 
-    Args:
-        index: the training images.
-        size: (height, width) of the model's input.
-        in_chans: channels of the model's input.
-        min_scale: the smallest share of the area that a crop keeps.
-        processes: how many processes of this machine share the room in the cache.
+    ``processes`` is how many processes of this machine share the room in the cache.
     """
-    copies = ScaledCopies(least_size(size, min_scale), in_chans)
     if index.remote:
         log.warning("dataset.cache has no effect: scaled copies of the images of remote shards are not kept.")
         return copies

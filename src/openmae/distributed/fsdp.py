@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from openmae.checkpoints.format import CheckpointInfo
 from openmae.distributed.rendezvous import ShardedStrategy
 from openmae.models.blocks import sharded_units
-from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
+from openmae.models.build import ModelConfig, build_model
 
 
 def shard(model: nn.Module, config: ModelConfig, fabric: Fabric) -> None:
@@ -79,7 +79,7 @@ def gathered_model(model: nn.Module, info: Mapping[str, Any], device: torch.devi
     ``info`` is the description of the model in its checkpoints.
     """
     config = CheckpointInfo.from_dict(info).model
-    copy = build_classifier(config) if config.num_classes else build_autoencoder(config)
+    copy = build_model(config)
     copy.load_state_dict(gathered(model.state_dict()))
     return copy.to(device)
 

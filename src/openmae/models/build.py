@@ -89,6 +89,11 @@ def validate(kind: type[_T], values: Any) -> _T:
         raise ValueError(f"{name} is {faults.get(fault['type']) or reprlib.repr(fault['input'])}") from None
 
 
+def build_model(config: ModelConfig) -> nn.Module:
+    """Build the model that a configuration is trained as: a classifier if it has classes, else an autoencoder."""
+    return build_classifier(config) if config.num_classes else build_autoencoder(config)
+
+
 def build_autoencoder(config: ModelConfig) -> MaskedAutoencoder:
     """Build a newly initialised masked autoencoder for pretraining."""
     encoder = build_encoder(config)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from openmae.models.blocks import blocks_of, keeping_activations, recompute_activations
-from openmae.models.build import ModelConfig, build_autoencoder, build_classifier
+from openmae.models.build import ModelConfig, build_model
 from openmae.models.mae import MaskedAutoencoder
 from openmae.models.masking import count_visible, mask_from_noise
 from openmae.models.memory import LiveMemory
@@ -63,10 +63,10 @@ def step_memory(config: ModelConfig, dtype: torch.dtype = torch.float32, *, reco
         dtype: of autocast; float32 switches it off.
         recompute: with activation checkpointing.
     """
-    model: Any = build_classifier(config) if config.num_classes else build_autoencoder(config)
+    model = build_model(config)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with FakeTensorMode() as mode:
-        _move(model, mode)
+        move_to_fake_gpu(model, mode)
         if not recompute:
             return StepMemory(STATE_BYTES * trained, _per_image(model, config, dtype))
         recompute_activations(model)
@@ -77,7 +77,7 @@ def step_memory(config: ModelConfig, dtype: torch.dtype = torch.float32, *, reco
         return StepMemory(STATE_BYTES * trained, inputs + largest)
 
 
-def _move(model: nn.Module, mode: FakeTensorMode) -> None:
+def move_to_fake_gpu(model: nn.Module, mode: FakeTensorMode) -> None:
     """Give the model fake weights on a fake GPU."""
     previous = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -107,7 +107,7 @@ def _kept(model: Any, config: ModelConfig, dtype: torch.dtype, count: int) -> in
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Uses the fused attention that a GPU has; torch would ask its driver which one, and without one takes none."""
+    """Uses the fused attention of GPUs. Without a driver, torch would choose the plain form."""
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention and args[0].ndim == 4:  # no kernel takes Hiera's five dimensions

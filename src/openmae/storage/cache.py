@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,9 +220,10 @@ def grow(entry: Path, origin: str, wanted: int) -> tuple[int, int]:
     while not use(entry):
         entry.mkdir(mode=0o700, parents=True, exist_ok=True)
         mark_complete(entry, origin)
-    taken = _size_below(entry)
-    missing = max(0, wanted - taken)
-    return max(0, min(limit() - _evict(missing), shutil.disk_usage(entry).free)), taken
+    found = entries()
+    taken = next((known.size for known in found if known.path == entry), 0)
+    left = limit() - _evict(max(0, wanted - taken), found)
+    return max(0, min(left, shutil.disk_usage(entry).free)), taken
 
 
 def room(entry: Path) -> int:
@@ -249,7 +250,7 @@ def make_room(size: int, origin: str) -> None:
     Raises:
         DataError: the bytes do not fit into the cache or onto its disk.
     """
-    bound, taken = limit(), _evict(size)
+    bound, taken = limit(), _evict(size, entries())
     if size and taken + size > bound:
         in_use = f", of which {gigabytes(taken)} are in use" if taken else ""
         raise DataError(
@@ -266,10 +267,9 @@ def make_room(size: int, origin: str) -> None:
         )
 
 
-def _evict(size: int) -> int:
+def _evict(size: int, found: Sequence[Entry]) -> int:
     """Delete the least recently used entries until ``size`` more bytes fit; return how many bytes are taken."""
-    bound, found = limit(), entries()
-    taken = sum(entry.size for entry in found)
+    bound, taken = limit(), sum(entry.size for entry in found)
     for entry in sorted(found, key=lambda entry: entry.used):
         if taken + size <= bound:
             break

@@ -127,7 +127,7 @@ class DatasetSpec(Section):
     num_workers_per_gpu: int = option(2, "workers that load images, per device", ge=0, le=256, **EXECUTION)
     cache: Literal["off", "auto", "on"] = option(
         "off",
-        "make training samples from scaled copies of the images, which are kept in the cache",
+        "make training samples from scaled copies of the images, which are kept in the cache; auto: as if unset",
         recipe=True,
         tao="lacks",
         automl=False,
